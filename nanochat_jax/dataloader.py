@@ -1,0 +1,308 @@
+"""Batches for training and validation: documents -> tokens -> packed rows -> batches, as Grain pipelines.
+
+Everything is deterministic for a seed and has an exact state. The order of examples depends on the number of rows of
+the global batch alone: each process packs the whole batch and keeps its own contiguous rows, so one state serves all
+processes, and any number of them may go on from it. Reading, tokenizing and packing run ahead in a thread.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from nanochat_jax import dataset, packing
+from nanochat_jax.config import UserError
+
+TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
+RENDER_AT_ONCE = 16  # conversations
+PREFETCH = 4  # batches
+NO_LIMIT = 1 << 30  # tokens of a conversation that is not to be cut
+Cursor = dict[str, Any]
+Batch = dict[str, np.ndarray]
+
+
+class Loader:
+    """Iterator over batches dict(inputs int32[b, T], targets int32[b, T], -1 = not counted) of this process's rows.
+
+    `info` tells of the last batch: epoch, progress (epochs done, as a fraction), waste, and where it was read.
+    `state()` is JSON-able and belongs to the batch handed out last, whatever the thread has prepared since.
+    """
+
+    def __init__(self, batches: "Batches"):
+        self.info: dict[str, Any] = {}
+        self._stop = batches.stop
+        self._batches = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))
+        # At exit or when the loader is dropped: a thread that outlives the interpreter dies noisily.
+        self._finalizer = weakref.finalize(self, _close, self._batches, self._stop)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._finalizer.alive:
+            raise ValueError("the loader is closed")
+        batch = next(self._batches)
+        self.info = batch.pop("info")
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return self._batches.get_state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on after the batch that `state` belongs to. UserError if it is of other rows than these."""
+        self._batches.set_state(state)
+
+    def close(self) -> None:
+        """Ends the thread; may be called twice."""
+        self._finalizer()
+
+
+def _close(batches: grain.DatasetIterator, stop: threading.Event) -> None:
+    stop.set()
+    batches.close()
+
+
+def base_loader(
+    files: Sequence[Path], tokenizer, rows: int, seq_len: int, *, packing: str = "split", seed: int = 0,
+    epochs: int | None = None, process_index: int = 0, process_count: int = 1,
+) -> Loader:  # fmt: skip
+    """Pretraining batches from parquet files: `rows` rows of the global batch, of which this process gets its share.
+    Ends after `epochs` passes, the last batch filled up with rows without targets; None: never."""
+    documents = Documents(files, tokenizer, seed, epochs)
+    return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
+
+
+def val_batches(
+    files: Sequence[Path], tokenizer, rows: int, seq_len: int, num_tokens: int | None, *, packing: str = "split",
+    process_index: int = 0, process_count: int = 1,
+) -> Loader:  # fmt: skip
+    """The first `num_tokens` tokens (rounded down to rows; at least one; None: all) of the files, the same ones in the
+    same rows whatever `rows` is. The last batch is filled up with rows without targets."""
+    documents = Documents(files, tokenizer, None, 1)
+    max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
+    return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count, max_rows))
+
+
+def chat_loader(
+    task, tokenizer, rows: int, seq_len: int, *, supervise: str = "all", epochs: int | None = None, seed: int = 0,
+    max_rows: int | None = None, process_index: int = 0, process_count: int = 1,
+) -> Loader:  # fmt: skip
+    """Batches of conversations, shuffled anew each epoch. supervise="all" (midtraining): split packing, loss on every
+    token. "mask" (finetuning): conversations whole, cut only if longer than a row, loss on the assistant's tokens; a
+    conversation without any is skipped. `info` counts those `truncated` and `skipped`. `max_rows` ends it early."""
+    assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
+    conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
+    method = "whole" if supervise == "mask" else "split"
+    return Loader(Batches(conversations, method, rows, seq_len, process_index, process_count, max_rows))
+
+
+def mean_tokens(task, tokenizer, sample: int = 500) -> float:
+    """Mean length of a task's conversations in tokens, estimated from `sample` of them, evenly spaced."""
+    if not len(task):
+        raise UserError("the task has no conversations")
+    indices = np.unique(np.linspace(0, len(task) - 1, min(sample, len(task))).astype(int))
+    return float(np.mean([len(tokenizer.render_conversation(task[int(i)], max_tokens=NO_LIMIT)[0]) for i in indices]))
+
+
+# -----------------------------------------------------------------------------
+# Where documents come from. A cursor says what to read next; `read` gives the documents there and the next cursor.
+
+
+class Documents:
+    """Tokenized documents of parquet files. In the first epoch the files come in their order, since the later ones may
+    still be on their way, in later epochs shuffled; the row groups of a file are shuffled always. seed None: never."""
+
+    start = {"epoch": 0, "file": 0, "row_group": 0, "document": 0}
+
+    def __init__(self, files: Sequence[Path], tokenizer, seed: int | None, epochs: int | None):
+        assert len(files), "no files to read"
+        self.files, self.tokenizer, self.seed, self.epochs = list(files), tokenizer, seed, epochs
+        self.bos = tokenizer.bos
+        self.stop = threading.Event()
+        self._path, self._file = None, None
+        self._group, self._texts = None, []
+
+    def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
+        """None at the end. Reads one row group at a time and tokenizes it in pieces."""
+        epoch, file, row_group, first = (cursor[k] for k in ("epoch", "file", "row_group", "document"))
+        if epoch == self.epochs:
+            return None
+        num_groups = self._open(self._nth_file(epoch, file))
+        texts = self._row_group(self._shuffled(num_groups, epoch, 1 + file)[row_group]) if num_groups else []
+        last = first + TOKENIZE_AT_ONCE
+        docs = self.tokenizer.encode(texts[first:last], prepend=self.bos) if texts else []
+
+        if last >= len(texts):
+            row_group, last = row_group + 1, 0
+        if row_group >= num_groups:
+            file, row_group = file + 1, 0
+        if file == len(self.files):
+            epoch, file = epoch + 1, 0
+        following = {"epoch": epoch, "file": file, "row_group": row_group, "document": last}
+        return [packing.document(ids) for ids in docs if len(ids) > 1], following
+
+    def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
+        """Where a cursor stands."""
+        epoch, file = cursor["epoch"], cursor["file"]
+        done = epoch == self.epochs
+        num_groups = 1 if done else self._open(self._nth_file(epoch, file)) if cursor["row_group"] else 1
+        progress = epoch + (file + cursor["row_group"] / max(1, num_groups)) / len(self.files)
+        shard = len(self.files) if done else self._nth(epoch, file)
+        return {"epoch": epoch, "shard": shard, "row_group": cursor["row_group"], "progress": progress}
+
+    def _nth(self, epoch: int, i: int) -> int:
+        return int(self._shuffled(len(self.files), epoch, 0)[i]) if epoch else i
+
+    def _nth_file(self, epoch: int, i: int) -> Path:
+        return self.files[self._nth(epoch, i)]
+
+    def _shuffled(self, n: int, epoch: int, what: int) -> np.ndarray:
+        return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, what]).permutation(n)
+
+    def _open(self, path: Path) -> int:
+        """Opens a file, waiting for it if it is still on its way; the number of its row groups."""
+        if path != self._path:
+            dataset.wait_for(path, self.stop)
+            if self._file is not None:
+                self._file.close()
+            self._path, self._file, self._group = path, dataset.parquet(path), None
+        return self._file.num_row_groups
+
+    def _row_group(self, index: int) -> list[str]:
+        if index != self._group:
+            self._texts = dataset.read_row_group(self._file, self._path, int(index))
+            self._group = index
+        return self._texts
+
+
+class Conversations:
+    """Rendered conversations of a task, shuffled in every epoch. With `max_tokens` they are cut there and carry their
+    mask; without, they are whole and every token is a target."""
+
+    start = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
+
+    def __init__(self, task, tokenizer, max_tokens: int | None, seed: int, epochs: int | None):
+        if not len(task):
+            raise UserError("the task has no conversations")
+        self.task, self.tokenizer, self.max_tokens, self.seed, self.epochs = task, tokenizer, max_tokens, seed, epochs
+        self.bos = tokenizer.bos
+        self.stop = threading.Event()
+        self._epoch, self._order = -1, None
+
+    def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
+        """None at the end."""
+        epoch, first = cursor["epoch"], cursor["position"]
+        if epoch == self.epochs:
+            return None
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
+        docs, truncated, skipped = [], cursor["truncated"], cursor["skipped"]
+        for i in self._order[first : first + RENDER_AT_ONCE]:
+            # One token more than fits is asked for, which tells a conversation that was cut from one that just fits.
+            limit = NO_LIMIT if self.max_tokens is None else self.max_tokens + 1
+            ids, mask = self.tokenizer.render_conversation(self.task[int(i)], max_tokens=limit)
+            if self.max_tokens is None:
+                docs.append(packing.document(ids))
+                continue
+            truncated += len(ids) > self.max_tokens
+            ids, mask = ids[: self.max_tokens], mask[: self.max_tokens]
+            if any(mask):
+                docs.append(packing.document(ids, mask))
+            else:
+                skipped += 1
+        position = first + RENDER_AT_ONCE
+        epoch, position = (epoch + 1, 0) if position >= len(self.task) else (epoch, position)
+        return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
+
+    def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
+        """Where a cursor stands. Conversations that wait to be placed are not progress, or the learning rate of a small
+        task would end before its training does."""
+        consumed = cursor["epoch"] * len(self.task) + cursor["position"] - waiting
+        counts = {k: cursor[k] for k in ("epoch", "truncated", "skipped")}
+        return {**counts, "shard": None, "row_group": None, "progress": max(0, consumed) / len(self.task)}
+
+
+# -----------------------------------------------------------------------------
+# Batches of packed rows
+
+
+class Batches(grain.IterDataset):
+    """Documents packed into batches; see Loader for what they are."""
+
+    def __init__(
+        self, documents: Documents | Conversations, method: str, rows: int, seq_len: int, process_index: int = 0,
+        process_count: int = 1, max_rows: int | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        if method not in ("stream", *packing.CHOICE):
+            raise UserError(f"--packing={method}: expected split, crop or stream")
+        if rows < 1 or rows % process_count:
+            raise UserError(f"a batch of {rows} rows cannot be shared by {process_count} processes: use a multiple")
+        share = rows // process_count
+        self.mine = slice(process_index * share, (process_index + 1) * share)
+        self.documents, self.method, self.rows, self.max_rows = documents, method, rows, max_rows
+        self.width = seq_len + 1
+        self.stop = documents.stop
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
+
+
+class BatchIterator(grain.DatasetIterator):
+    """One pass over Batches; not thread-safe, as Grain's iterators are."""
+
+    def __init__(self, batches: Batches):
+        super().__init__()
+        self._of = batches
+        bos = batches.documents.bos
+        stream = batches.method == "stream"
+        self._packer = (
+            packing.Stream(batches.width, bos) if stream else packing.BestFit(batches.method, batches.width, bos)
+        )
+        self._cursor = dict(batches.documents.start)
+        self._rows = 0  # handed out so far
+
+    def __next__(self) -> dict[str, Any]:
+        rows = []
+        while len(rows) < self._of.rows and (row := self._row()) is not None:
+            rows.append(row)
+        if not rows:
+            raise StopIteration
+        empty = packing.padding(self._of.width, self._of.documents.bos)
+        rows += [empty] * (self._of.rows - len(rows))
+        info = self._of.documents.info(self._cursor, len(self._packer))
+        return packing.as_batch(np.stack(rows[self._of.mine])) | {"info": info | {"waste": self._packer.waste}}
+
+    def _row(self) -> np.ndarray | None:
+        if self._rows == self._of.max_rows:
+            return None
+        start = self._cursor["epoch"]
+        while self._packer.hungry:
+            if (found := self._of.documents.read(self._cursor)) is None:
+                break
+            documents, self._cursor = found
+            for document in documents:
+                self._packer.add(document)
+            if not len(self._packer) and self._cursor["epoch"] > start + 1:
+                break  # or an endless loader of nothing would search forever
+        if not len(self._packer):
+            if not self._rows:
+                raise UserError("nothing to train on: every document is empty, or has no token to learn from")
+            return None
+        self._rows += 1
+        return self._packer.row()
+
+    def get_state(self) -> dict[str, Any]:
+        kind = {"packing": self._of.method, "width": self._of.width}
+        return {**kind, "rows": self._rows, "cursor": dict(self._cursor), "packer": self._packer.state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for key, here in (("packing", self._of.method), ("width", self._of.width)):
+            if state.get(key) != here:
+                raise UserError(f"the saved data position has {key} {state.get(key)}, this run {here}: keep the first")
+        self._cursor, self._rows = dict(state["cursor"]), state["rows"]
+        self._packer.restore(state["packer"])

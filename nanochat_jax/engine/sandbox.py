@@ -1,0 +1,153 @@
+"""Runs Python that a model wrote, in a fresh interpreter with limits on time, memory, files and output.
+
+This is not a security boundary. It stops what goes wrong by accident (endless loops, memory hogs, fork bombs, stray
+files, leaked environment variables) and cheap ways of passing a test without solving it; code that means harm can
+still reach the network and read what the user can read. Run hostile code in a container or a virtual machine.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+MAX_OUTPUT = 64 * 1024  # bytes of stdout and of stderr that are kept
+MAX_FILE = 16 * 1024 * 1024  # bytes of any file the program writes, captured output included
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a program. `success` means: it ran to its last line without an exception."""
+
+    success: bool
+    stdout: str
+    stderr: str
+    error: str | None
+    timeout: bool
+    memory_exceeded: bool
+
+
+# The child's side. Ending well is proven by a nonce, not by the exit code: sys.exit(0) raises, os._exit(0) never comes
+# back here, and the nonce is still unread in its pipe while the program runs. Limits are set here rather than in a
+# preexec_fn, which is unsafe in a parent with threads. Functions are bound first, since programs may overwrite them.
+_RUNNER = """
+import json, os, resource, sys
+read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
+
+def limit(kind, value):
+    try:
+        resource.setrlimit(kind, (value, value))
+    except (ValueError, OSError):
+        pass  # macOS refuses RLIMIT_AS; a hard limit may already be lower
+
+def run(nonce_fd, report_fd, memory, seconds, max_file):
+    if memory:
+        limit(resource.RLIMIT_AS, memory)
+    limit(resource.RLIMIT_CPU, seconds)
+    limit(resource.RLIMIT_FSIZE, max_file)
+    limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_CORE, 0)
+    if os.getuid():
+        limit(resource.RLIMIT_NPROC, 0)  # no new processes or threads; for root the kernel ignores it
+    report = {}
+    try:
+        with open("program.py", encoding="utf-8") as f:
+            code = compile(f.read(), "program.py", "exec")
+        exec(code, {"__name__": "__main__"})
+        sys.stdout.flush()
+    except BaseException as error:
+        report["memory"] = isinstance(error, MemoryError)
+        report["error"] = f"{type(error).__name__}: {error}"[:1000]
+    else:
+        report["nonce"] = read(nonce_fd, 64).decode()
+    write(report_fd, dumps(report).encode())
+    leave(0)  # without waiting for threads and exit handlers that the program left behind
+
+run(*map(int, sys.argv[1:]))
+"""
+
+
+def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 1024 * 1024) -> Result:
+    """Runs `code` as a program of its own and says how it ended.
+
+    `timeout` is wall-clock seconds, start of the interpreter included; `memory_bytes` limits the address space
+    (None: no limit). The program has no input, an empty environment, and a temporary folder as its working directory.
+    """
+    nonce = secrets.token_hex(16)
+    with (
+        tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as stdout,
+        tempfile.TemporaryFile() as stderr,
+        _pipe() as (nonce_read, nonce_write),
+        _pipe() as (report_read, report_write),
+    ):
+        Path(folder, "program.py").write_text(code, encoding="utf-8", errors="replace")
+        os.write(nonce_write, nonce.encode())
+        arguments = (nonce_read, report_write, memory_bytes or 0, int(timeout) + 1, MAX_FILE)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", "-c", _RUNNER, *map(str, arguments)],
+            cwd=folder,
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=(nonce_read, report_write),
+            start_new_session=True,
+        )
+        timed_out = False
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            # The whole group, and always: children outlive a parent that ended well, too.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        report = _read_report(report_read)
+        success = not timed_out and report.get("nonce") == nonce
+        memory_exceeded = bool(report.get("memory"))
+        return Result(success, _head(stdout), _head(stderr), _why(success, timed_out, report, process, timeout),
+                      timed_out, memory_exceeded)  # fmt: skip
+
+
+def _why(success: bool, timed_out: bool, report: dict, process: subprocess.Popen, timeout: float) -> str | None:
+    if success:
+        return None
+    if timed_out:
+        return f"no end after {timeout:g} s"
+    if "error" in report:
+        return str(report["error"])
+    code = process.returncode
+    return f"killed by signal {-code}" if code < 0 else f"ended early with exit code {code}"
+
+
+@contextlib.contextmanager
+def _pipe():
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def _read_report(fd: int) -> dict:
+    """The runner's report: at most one small JSON object, or nothing. Never waits."""
+    os.set_blocking(fd, False)
+    try:
+        report = json.loads(os.read(fd, 65536))
+    except (BlockingIOError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _head(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(MAX_OUTPUT).decode("utf-8", errors="replace")

@@ -1,0 +1,71 @@
+"""A run's log: log.jsonl in the run's folder is the truth, one JSON object a line; wandb is a view of it.
+
+After a resume a step may be logged twice: the later record of the same (kind, stage, step, task) holds.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+LOG = "log.jsonl"
+
+
+def append(run_dir: Path, kind: str, stage: str, step: int, **fields) -> None:
+    """Adds one record. Values that are not finite are logged as null, which every JSON reader understands."""
+    record = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)}
+    record |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / LOG, "a", encoding="utf-8") as log:
+        log.write(json.dumps(record, ensure_ascii=False) + "\n")  # one write: lines of two writers do not mix
+
+
+def read(run_dir: Path) -> list[dict]:
+    """The records that hold, in the order of their (last) writing. A torn last line is skipped; no log is no records."""
+    path = run_dir / LOG
+    if not path.exists():
+        return []
+    records: dict[tuple, dict] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the process ended in the middle of a write
+        key = (record.get("kind"), record.get("stage"), record.get("step"), record.get("task"))
+        records.pop(key, None)
+        records[key] = record
+    return list(records.values())
+
+
+class Wandb:
+    """A run on wandb, where one is asked for and wandb is installed; otherwise nothing."""
+
+    def __init__(self, stage: str, name: str, config: dict):
+        self.run = None
+        name = name or os.environ.get("WANDB_RUN", "")
+        if name in ("", "dummy"):
+            return
+        try:
+            import wandb
+        except ImportError:
+            print(f"wandb is not installed: run {name!r} is logged to {LOG} alone (pip install wandb)")
+            return
+        project = "nanochat" if stage == "base" else f"nanochat-{stage}"
+        self.run = wandb.init(project=project, name=name, config=config)
+
+    def log(self, step: int, **fields) -> None:
+        if self.run:
+            self.run.log({"step": step} | fields)
+
+    def finish(self) -> None:
+        if self.run:
+            self.run.finish()
+
+
+def clock(seconds: float) -> str:
+    """90 -> "1m30s"."""
+    seconds = max(0, round(seconds))
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

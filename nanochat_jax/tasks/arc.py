@@ -1,0 +1,34 @@
+"""ARC (Clark et al., 2018): grade-school science questions, in an easy and a hard collection.
+
+Letters are those of the data: a few questions use 1-4, a few have three or five choices.
+"""
+
+from pathlib import Path
+
+from nanochat_jax.tasks import multiple_choice, source
+
+REPO = "allenai/ai2_arc"
+
+
+class ARC(source.RowTask):
+    eval_type = "categorical"
+    baseline = 0.25
+
+    def __init__(self, split: str, data_dir: str | Path | None = None):
+        self.rows = source.local(data_dir, f"arc/{self.name}/{split}") if data_dir else source.hub(REPO, self.name, split)
+
+    @staticmethod
+    def conversation(row: dict) -> dict:
+        choices = row["choices"]
+        return multiple_choice.conversation(row["question"], choices["text"], choices["label"], row["answerKey"])
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return multiple_choice.evaluate(conversation, completion)
+
+
+class ARCEasy(ARC):
+    name = "ARC-Easy"
+
+
+class ARCChallenge(ARC):
+    name = "ARC-Challenge"

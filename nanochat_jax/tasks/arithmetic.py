@@ -1,0 +1,192 @@
+"""Generated arithmetic in GSM8K's form: Sums take one step, TwoStep problems two, each a call of the calculator.
+
+Everything follows from (task, split, index). Three things are held out of training: pairs of numbers (by a hash of
+operands and operator, in every step), names of people, and phrasings (see stories.py). What an answer says before a
+call repeats the question's numbers in the question's order and never a result, so that nothing has to be computed by
+heart; the expression has no spaces, because that is how its numbers split into the same tokens everywhere.
+"""
+
+import random
+import zlib
+from pathlib import Path
+
+from nanochat_jax.engine.calculator import use_calculator
+from nanochat_jax.tasks import gsm8k
+from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, Story, tell
+from nanochat_jax.tasks.task import Task
+from nanochat_jax.tasks.two_step_stories import TWO_STEP
+
+TRAIN_ROWS, TEST_ROWS = 100_000, 1_000
+HOLD_OUT = 10  # every tenth pair of numbers is only for testing
+DIVISIONS = 0.1  # of the plain training problems: people ask for them, though the test does not
+
+WOMEN = {
+    "train": "Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy "
+    "Helen Linda Susan Karen".split(),
+    "test": "Clara Diana Olivia Sofia Ruth Nora Ida".split(),
+}
+MEN = {
+    "train": "Tom Ben Sam John Peter Paul Mark David James Jack Max Leo Adam Bob Jim Tim Dan Alex Nick Luke Henry Frank "
+    "George Mike Carl".split(),
+    "test": "Oscar Felix Hugo Victor Simon Ryan Ivan".split(),
+}
+THINGS = (
+    "apples pears plums lemons oranges cakes cookies eggs nuts books pens pencils cards coins stamps stickers balls toys "
+    "dolls marbles beads shells stones flowers roses trees cups plates spoons keys buttons boxes candles photos letters "
+    "tickets hats shirts socks blocks"
+).split()
+BOXES = (
+    ("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("pack", "packs"), ("jar", "jars"), ("tray", "trays"),
+)  # fmt: skip
+SCENES = ("It is a sunny day.", "It is a cold morning.", "School is over for today.", "Here is a small problem.")
+
+
+def held_out(a: int, op: str, b: int) -> bool:
+    """Whether this pair of numbers is only for testing. 3+4 goes with 4+3."""
+    if op in "+*" and a > b:
+        a, b = b, a
+    return zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT == 0
+
+
+class _Arithmetic(Task):
+    eval_type = "generative"
+
+    def __init__(self, split: str, data_dir: str | Path | None = None):
+        """`data_dir` is ignored: nothing is read."""
+        self.split = split
+
+    def __len__(self) -> int:
+        return TRAIN_ROWS if self.split == "train" else TEST_ROWS
+
+    def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
+        """The text with {} for its numbers, the story it tells, and the numbers."""
+        raise NotImplementedError
+
+    def example(self, index: int) -> dict:
+        rng = random.Random(f"{self.name} {self.split} {index}")
+        text, story, numbers = self.problem(rng)
+        words = _cast(self.split, rng)
+        parts = _solve(story.steps, numbers, story.unit.format(**words))
+        return {
+            "messages": [
+                {"role": "user", "content": text.format(*numbers, **words)},
+                {"role": "assistant", "content": parts},
+            ]
+        }
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return gsm8k.is_right(conversation, completion)
+
+
+class Sums(_Arithmetic):
+    """One step, half of the problems plain and half told as a story; + and - with 0 to 999, * with 2 to 99."""
+
+    name = "Sums"
+
+    def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
+        plain = rng.random() < 0.5
+        op = rng.choice("+-*")
+        if plain and self.split == "train" and rng.random() < DIVISIONS:
+            op = "/"
+        story = PLAIN[op] if plain else rng.choice(ONE_STEP[op])
+        text = tell(story, self.split, rng)
+        if plain:
+            text = _carelessly(text, rng)
+        elif rng.random() < 0.1:
+            text = f"{rng.choice(SCENES)} {text}"
+        while True:
+            a, b = _pair(op, rng)
+            # A story counts things: nobody gives away more than there are, and "1 apples" is no English.
+            sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
+            if sensible and held_out(a, op, b) == (self.split == "test"):
+                return text, story, [a, b]
+
+
+class TwoStep(_Arithmetic):
+    """Word problems whose second step uses the result of the first."""
+
+    name = "TwoStep"
+
+    def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
+        story = rng.choice(TWO_STEP)
+        text = tell(story, self.split, rng)
+        if rng.random() < 0.1:
+            text = f"{rng.choice(SCENES)} {text}"
+        while True:
+            numbers = _draw(story.steps, rng)
+            if all(
+                (op != "-" or a > b) and (op != "*" or a * b < 2000) and held_out(a, op, b) == (self.split == "test")
+                for a, op, b in _carry_out(story.steps, numbers)
+            ):
+                return text, story, numbers[: text.count("{}")]
+
+
+def _pair(op: str, rng: random.Random) -> tuple[int, int]:
+    if op == "*":
+        return rng.randint(2, 99), rng.randint(2, 99)
+    if op == "/":  # without a remainder
+        divisor = rng.randint(2, 30)
+        return divisor * rng.randint(2, 30), divisor
+    digits = (100, 1000)  # half of the operands have at most two digits, as in what people ask
+    return rng.randrange(rng.choice(digits)), rng.randrange(rng.choice(digits))
+
+
+def _draw(steps: tuple[str, str], rng: random.Random) -> list[int]:
+    """x, y, z for two steps. They may not suit each other; the caller draws again."""
+    numbers = []
+    for name in "xyz":
+        if any(name in step and "*" in step for step in steps):
+            numbers.append(rng.randint(2, 30))
+        elif f"{name}-r" in steps:  # the result is taken from it
+            numbers.append(rng.randint(2, 999))
+        else:
+            numbers.append(rng.randint(2, rng.choice((99, 300))))
+    return numbers
+
+
+def _carry_out(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, str, int]]:
+    """Each step as (left, operator, right)."""
+    values = dict(zip("xyz", numbers, strict=False))
+    done = []
+    for left, op, right in steps:  # a step is a string of three characters, like "x+y"
+        a, b = values[left], values[right]
+        values["r"] = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
+        done.append((a, op, b))
+    return done
+
+
+def _solve(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
+    """The answer as parts: for each step its sum, the call and the output; then the number after ####."""
+    parts, before = [], ""
+    for a, op, b in _carry_out(steps, numbers):
+        result = use_calculator(f"{a}{op}{b}")
+        parts.append({"type": "text", "text": f"{before}{a} {op} {b} = "})
+        parts.append({"type": "python", "text": f"{a}{op}{b}"})
+        parts.append({"type": "python_output", "text": result})
+        before = f"{result}.\n"
+    parts.append({"type": "text", "text": f"{result} {unit}".rstrip() + f".\n#### {result}"})
+    return parts
+
+
+def _cast(split: str, rng: random.Random) -> dict[str, str]:
+    """Who and what a story is about."""
+    woman = rng.random() < 0.5
+    people = rng.sample(WOMEN[split] + MEN[split], 3)
+    name = rng.choice((WOMEN if woman else MEN)[split])
+    others = [person for person in people if person != name]
+    he, him, his = ("she", "her", "her") if woman else ("he", "him", "his")
+    box, boxes = rng.choice(BOXES)
+    things = rng.choice([thing for thing in THINGS if thing != boxes])
+    return {
+        "n": name, "m": others[0], "k": others[1], "he": he, "He": he.capitalize(), "him": him, "his": his,
+        "t": things, "box": box, "boxes": boxes,
+    }  # fmt: skip
+
+
+def _carelessly(text: str, rng: random.Random) -> str:
+    """As people type: sometimes without capitals, sometimes without the mark at the end."""
+    if rng.random() < 0.15:
+        text = text.lower()
+    if rng.random() < 0.15:
+        text = text.rstrip("?.")
+    return text

@@ -1,0 +1,35 @@
+"""Conversations of your own: a file of JSON lines, each an array of messages {"role", "content"}. Only for training.
+
+Named on the command line as customjson:PATH.
+"""
+
+import json
+from pathlib import Path
+
+from nanochat_jax.config import UserError
+from nanochat_jax.tasks import source
+from nanochat_jax.tasks.smoltalk import check_messages
+
+
+class CustomJSON(source.RowTask):
+    name = "CustomJSON"
+
+    def __init__(self, path: str | Path):
+        """Reads and checks the whole file now: a mistake on its last line should not end a run hours later."""
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; customjson:PATH wants JSON lines, each an array of messages")
+        self.rows = []
+        for number, line in enumerate(source.read_text(path).split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                self.rows.append(check_messages(json.loads(line), f"{path}:{number}"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON: {error}") from None
+        if not self.rows:
+            raise UserError(f"{path}: empty")
+
+    @staticmethod
+    def conversation(row: list) -> dict:
+        return {"messages": row}

@@ -1,0 +1,57 @@
+"""GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
+
+An answer annotates each step as <<expression=result>>, which becomes a call of the tool and its output, and ends in
+"#### number". Answers are compared as text after that mark: 10 is neither 10.0 nor "10.".
+"""
+
+import re
+from pathlib import Path
+
+from nanochat_jax.tasks import source
+
+REPO = "openai/gsm8k"
+
+_CALL = re.compile(r"<<([^>]+)>>")
+_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+
+
+def extract_answer(text: str) -> str | None:
+    """The number after the first "#### ", without commas, or None."""
+    match = _ANSWER.search(text)
+    return match[1].replace(",", "") if match else None
+
+
+def is_right(conversation: dict, completion: str) -> bool:
+    """Whether `completion` ends in the number that the conversation's answer ends in."""
+    content = conversation["messages"][-1]["content"]
+    reference = extract_answer(content if isinstance(content, str) else content[-1]["text"])
+    assert reference is not None, f"no #### in the reference answer {content!r}"
+    return extract_answer(completion) == reference
+
+
+class GSM8K(source.RowTask):
+    name = "GSM8K"
+    eval_type = "generative"
+
+    def __init__(self, split: str, data_dir: str | Path | None = None):
+        self.rows = source.local(data_dir, f"gsm8k/{split}") if data_dir else source.hub(REPO, "main", split)
+
+    @staticmethod
+    def conversation(row: dict) -> dict:
+        parts = []
+        for i, piece in enumerate(_CALL.split(row["answer"])):  # text, call, text, call, ..., text
+            if i % 2 == 0:
+                parts.append({"type": "text", "text": piece})
+                continue
+            expression, equals, result = piece.rpartition("=")
+            parts.append({"type": "python", "text": expression if equals else piece})
+            parts.append({"type": "python_output", "text": result if equals else ""})
+        return {
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": parts},
+            ]
+        }
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return is_right(conversation, completion)

@@ -1,0 +1,63 @@
+"""HumanEval (Chen et al., 2021): write a Python function from its signature and docstring; unit tests judge it."""
+
+import re
+from pathlib import Path
+
+from nanochat_jax.config import UserError
+from nanochat_jax.engine import sandbox
+from nanochat_jax.tasks import source
+
+REPO = "openai/openai_humaneval"
+
+_FENCED = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
+
+
+def extract_code(completion: str) -> str:
+    """The first fenced block of a chatty answer, or all of it."""
+    match = _FENCED.search(completion)
+    return (match[1] if match else completion).strip()
+
+
+def extract_imports(prompt: str) -> str:
+    """The import lines that open a prompt: an answer may leave them out and still need them."""
+    imports = []
+    for line in prompt.split("\n"):
+        line = line.strip()
+        if line.startswith(("import ", "from ")):
+            imports.append(line)
+        elif line and not line.startswith("#"):
+            break
+    return "\n".join(imports)
+
+
+def program(conversation: dict, completion: str) -> str:
+    """The program that ends without an exception exactly if `completion` passes the tests."""
+    imports = extract_imports(conversation["messages"][0]["content"])
+    call = f"check({conversation['entry_point']})"
+    return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"
+
+
+class HumanEval(source.RowTask):
+    name = "HumanEval"
+    eval_type = "generative"
+
+    def __init__(self, split: str, data_dir: str | Path | None = None):
+        if split != "test":
+            raise UserError(f"humaneval has no {split} split: it is only for evaluation")
+        local = data_dir and source.local(data_dir, "humaneval/HumanEval")
+        self.rows = local or source.hub(REPO, "openai_humaneval", "test")
+
+    @staticmethod
+    def conversation(row: dict) -> dict:
+        solution = row["prompt"] + "\n" + row["canonical_solution"]
+        return {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": solution},
+            ],
+            "entry_point": row["entry_point"],
+            "test": row["test"],
+        }
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return sandbox.execute(program(conversation, completion)).success

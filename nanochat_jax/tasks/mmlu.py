@@ -1,0 +1,35 @@
+"""MMLU (Hendrycks et al., 2020): multiple choice over 57 subjects. Trained on its auxiliary_train collection."""
+
+from pathlib import Path
+
+from nanochat_jax.tasks import multiple_choice, source
+
+REPO = "cais/mmlu"
+
+
+class MMLU(source.RowTask):
+    name = "MMLU"
+    eval_type = "categorical"
+    baseline = 0.25
+
+    def __init__(self, split: str, data_dir: str | Path | None = None):
+        stored = {"train": "auxiliary_train", "test": "test"}[split]
+        if not data_dir:
+            self.rows = source.hub(REPO, "all", stored)
+        elif split == "train" and not source.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
+            # auxiliary_train is itself a collection of other multiple-choice sets; these stand in for it.
+            self.rows = source.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
+            print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ in its place")
+        else:
+            self.rows = source.local(data_dir, f"mmlu/{stored}")
+
+    @staticmethod
+    def conversation(row: dict) -> dict:
+        if "answerKey" in row:  # a row of mc_train, in ARC's form
+            choices, letters = row["choices"]["text"], row["choices"]["label"]
+            return multiple_choice.conversation(row["question"], choices, letters, row["answerKey"])
+        letters = "ABCD"[: len(row["choices"])]
+        return multiple_choice.conversation(row["question"], row["choices"], letters, letters[row["answer"]])
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return multiple_choice.evaluate(conversation, completion)

@@ -1,0 +1,23 @@
+"""How a multiple-choice question is shown to the model, for every task that asks one.
+
+The letter comes after its choice and right behind the "=": no space, so that the token in the prompt is the very token
+of the answer, and a small model binds the two more easily.
+"""
+
+from collections.abc import Sequence
+
+
+def conversation(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
+    """The question with its lettered choices; the answer is the bare letter."""
+    assert answer in letters and len(choices) == len(letters), f"{answer!r} of {letters} for {len(choices)} choices"
+    listed = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
+    user = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    return {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}],
+        "letters": list(letters),
+    }
+
+
+def evaluate(conversation: dict, completion: str) -> bool:
+    """Whether `completion` is the right letter."""
+    return completion.strip() == conversation["messages"][-1]["content"]

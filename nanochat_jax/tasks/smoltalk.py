@@ -1,0 +1,63 @@
+"""SmolTalk, the version for small models (Allal et al., 2025): general chat. Only for training.
+
+A local folder may hold smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations as chat/*.jsonl, one JSON
+array of messages a line; of these every twentieth opening message is held out.
+"""
+
+import zlib
+from pathlib import Path
+
+from nanochat_jax.config import UserError
+from nanochat_jax.tasks import source
+
+REPO = "HuggingFaceTB/smol-smoltalk"
+HOLD_OUT = 20
+
+
+def check_messages(messages: list, where: str) -> list:
+    """`messages`, if they are a conversation that can be rendered: an optional system message, then user and assistant
+    in turn, all of them text, at least one exchange. UserError otherwise."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{where}: expected a list of messages")
+    turns = messages[1:] if messages and messages[0].get("role") == "system" else messages
+    if len(turns) < 2:
+        raise UserError(f"{where}: expected at least two messages, a user's and an assistant's")
+    for i, message in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if message.get("role") != expected:
+            raise UserError(f"{where}: message {i + 1} is by {message.get('role')!r}, expected {expected!r}")
+    if not all(isinstance(message.get("content"), str) for message in messages):
+        raise UserError(f"{where}: content must be text")
+    return messages
+
+
+class SmolTalk(source.RowTask):
+    name = "SmolTalk"
+
+    def __init__(self, split: str, data_dir: str | Path | None = None):
+        if not data_dir:
+            self.rows = source.hub(REPO, "default", split)
+        elif source.find(Path(data_dir) / "smoltalk" / f"{split}.jsonl"):
+            self.rows = source.local(data_dir, f"smoltalk/{split}")
+        else:
+            self.rows = _chat_folder(Path(data_dir), split)
+
+    @staticmethod
+    def conversation(row: dict | list) -> dict:
+        messages = row["messages"] if isinstance(row, dict) else row
+        return {"messages": check_messages(messages, "SmolTalk")}
+
+
+def _chat_folder(data_dir: Path, split: str) -> list:
+    """Split by the opening message rather than by position, so that its copies never fall on both sides."""
+    stems = sorted({f"chat/{path.name.split('.jsonl')[0]}" for path in (data_dir / "chat").glob("*.jsonl*")})
+    rows = source.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
+    rows = [row for row in rows if _held_out(row) == (split == "test")]
+    if not rows:
+        raise UserError(f"--task_data_dir={data_dir}: too few conversations in chat/ for a {split} split")
+    return rows
+
+
+def _held_out(row: list) -> bool:
+    opening = row[0] if isinstance(row, list) and row else row
+    return zlib.crc32(repr(opening).encode()) % HOLD_OUT == 0

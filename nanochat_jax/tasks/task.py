@@ -1,0 +1,100 @@
+"""The interface of a task: a sequence of conversations that may know how to judge an answer.
+
+A conversation is {"messages": [{"role", "content"}, ...]} plus what the task needs for judging. The content of an
+assistant message is a string, or a list of parts {"type": "text" | "python" | "python_output", "text": str}.
+Views (slices, repetitions) and mixtures are tasks too.
+"""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Task:
+    """Conversations by index. Subclasses give `__len__` and `example`, and `evaluate` if `eval_type` is set.
+
+    eval_type: "generative" (sample an answer and judge its text), "categorical" (compare the logits of the
+    conversation's "letters"), or None (only for training). baseline: the score of guessing.
+    """
+
+    name: str = ""
+    eval_type: str | None = None
+    baseline: float = 0.0
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def example(self, index: int) -> dict:
+        """The conversation at 0 <= index < len(self)."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int | slice):
+        if isinstance(index, slice):  # slice.indices() cuts at the end, as for lists
+            return View(self, range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a task with {len(self)} rows")
+        return self.example(int(index) % len(self))
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        """Whether `completion`, the text of the assistant's answer, is right."""
+        raise NotImplementedError(f"{self.name or type(self).__name__} is only for training")
+
+    def reward(self, conversation: dict, completion: str) -> float:
+        """1.0 for a right answer, else 0.0."""
+        return float(self.evaluate(conversation, completion))
+
+
+class View(Task):
+    """Some rows of a task, in the order of `indices`."""
+
+    def __init__(self, task: Task, indices: Sequence[int] | np.ndarray):
+        self.task = task
+        self.indices = indices
+        self.name, self.eval_type, self.baseline = task.name, task.eval_type, task.baseline
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def example(self, index: int) -> dict:
+        return self.task[int(self.indices[index])]
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return self.task.evaluate(conversation, completion)
+
+    def reward(self, conversation: dict, completion: str) -> float:
+        return self.task.reward(conversation, completion)
+
+
+def rows(task: Task, count: int) -> Task:
+    """The first `count` rows (0: all of them; more than there are: repeated from the first)."""
+    return task if count in (0, len(task)) else View(task, np.arange(count) % len(task))
+
+
+class Mixture(Task):
+    """The rows of several tasks, shuffled once. A task that is listed twice weighs twice.
+
+    Each conversation carries "task", the position of its task in the list, so that a mixture can judge answers.
+    """
+
+    def __init__(self, tasks: Sequence[Task], seed: int = 42):
+        self.tasks = list(tasks)
+        self.name = "+".join(task.name for task in self.tasks)
+        self.eval_type = "generative" if all(t.eval_type == "generative" for t in self.tasks) else None
+        self.starts = np.cumsum([0] + [len(task) for task in self.tasks])
+        self.order = list(range(self.starts[-1]))
+        random.Random(seed).shuffle(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def example(self, index: int) -> dict:
+        row = self.order[index]
+        which = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.tasks[which][row - int(self.starts[which])] | {"task": which}
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return self.tasks[conversation["task"]].evaluate(conversation, completion)
+
+    def reward(self, conversation: dict, completion: str) -> float:
+        return self.tasks[conversation["task"]].reward(conversation, completion)

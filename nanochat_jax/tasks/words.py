@@ -1,0 +1,75 @@
+"""The words that the spelling tasks draw from, and which of them are held out of training.
+
+In this order: words/words_alpha.txt of the task data folder, task_data/words_alpha.txt or task_data/words.txt of the
+base folder, or the frequent words of the pretraining text, written to that words.txt so that later text does not
+change them.
+"""
+
+import collections
+import functools
+import re
+import zlib
+from pathlib import Path
+
+from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.tasks import source
+
+HOLD_OUT = 10  # every tenth word, by its hash, is only for testing
+CORPUS_CHARS = 50_000_000  # enough text to meet every frequent word
+CORPUS_WORDS = 20_000
+MIN_COUNT = 3  # rarer ones are mostly typing errors and names of variables
+
+# Words of running text: no part of an identifier, a number, a path or a dotted name.
+_WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w)", re.ASCII)
+
+
+def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:
+    """The words of "train" or "test"; no word is in both."""
+    words = _all_words(str(data_dir or ""), base_dir())
+    chosen = tuple(word for word in words if held_out(word) == (split == "test"))
+    if not chosen:
+        raise UserError(f"only {len(words)} words found, none of them for {split}: the spelling tasks need more")
+    return chosen
+
+
+def held_out(word: str) -> bool:
+    return zlib.crc32(word.encode()) % HOLD_OUT == 0
+
+
+@functools.cache  # two tasks and two splits ask for it
+def _all_words(data_dir: str, base: Path) -> list[str]:
+    places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
+    if data_dir:
+        places.insert(0, Path(data_dir) / "words" / "words_alpha.txt")
+    path = next((found for place in places if (found := source.find(place))), None)
+    if path is None:
+        path = places[-1]
+        source.write_text(path, "\n".join(_corpus_words(base / "data")) + "\n")
+    words = [word for line in source.read_text(path).split("\n") if (word := line.strip())]
+    if not words:
+        raise UserError(f"{path}: empty")
+    return words
+
+
+def _corpus_words(data: Path) -> list[str]:
+    """The frequent words of the pretraining text, most frequent first."""
+    import pyarrow.parquet as pq
+
+    shards = sorted(data.glob("*/*.parquet"), key=lambda path: (path.parent.name != "local", path))
+    counts, chars = collections.Counter(), 0
+    for shard in shards:
+        for batch in pq.ParquetFile(shard).iter_batches(batch_size=1024, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                counts.update(_WORD.findall(text))
+                chars += len(text)
+            if chars > CORPUS_CHARS:
+                break
+        if chars > CORPUS_CHARS:
+            break
+    frequent = [word for word, count in counts.items() if count >= MIN_COUNT]
+    if not frequent:
+        raise UserError(
+            f"no words to spell: no text in {data} yet (python -m nanochat_jax.dataset), and no words/words_alpha.txt"
+            " in a --task_data_dir"
+        )
+    return sorted(frequent, key=lambda word: (-counts[word], word))[:CORPUS_WORDS]

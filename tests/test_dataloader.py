@@ -1,0 +1,284 @@
+"""Loaders: exact state, order independent of processes, targets where they belong."""
+
+import json
+import threading
+import time
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_tokenizer import FakeTokenizer
+
+from nanochat_jax import dataloader
+from nanochat_jax.config import UserError
+
+TOKENIZER = FakeTokenizer()
+T = 16
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of three row groups; every token of the corpus is a number of its own, from 10 on."""
+    rng, paths, token = np.random.default_rng(0), [], 10
+    for name in "ab":
+        texts = []
+        for _ in range(30):
+            length = int(rng.integers(0, 40))  # an empty document now and then
+            texts.append(" ".join(str(t) for t in range(token, token + length)))
+            token += length
+        paths.append(tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table({"text": texts}), paths[-1], row_group_size=10)
+    return paths
+
+
+@pytest.fixture
+def corpus(files):
+    return {int(t) for f in files for text in pq.read_table(f)["text"].to_pylist() for t in text.split()}
+
+
+class Task(list):
+    """Conversations of one exchange; the answer to question i is made of the number 1000 + i."""
+
+    def __init__(self, n, answer=lambda i: 1 + i % 5, question=lambda i: 1 + i % 3):
+        super().__init__(
+            {"messages": [{"role": "user", "content": " ".join(["12"] * question(i))},
+                          {"role": "assistant", "content": " ".join([str(1000 + i)] * answer(i))}]}
+            for i in range(n)
+        )  # fmt: skip
+
+
+def take(loader, n=None):
+    batches = []
+    while n is None or len(batches) < n:
+        try:
+            batches.append(next(loader))
+        except StopIteration:
+            break
+    loader.close()
+    return batches
+
+
+def flat(batches, key):
+    return np.concatenate([b[key] for b in batches])
+
+
+def make(kind, files, **kwargs):
+    if kind in ("mid", "sft"):
+        return dataloader.chat_loader(Task(50), TOKENIZER, 4, T, supervise="all" if kind == "mid" else "mask", **kwargs)
+    return dataloader.base_loader(files, TOKENIZER, 4, T, packing=kind, **kwargs)
+
+
+KINDS = ["split", "crop", "stream", "mid", "sft"]
+
+
+def test_every_token_is_a_target_exactly_once_an_epoch(files, corpus):
+    batches = take(make("split", files, epochs=1))
+    targets = flat(batches, "targets")
+    assert sorted(targets[targets > 0].tolist()) == sorted(corpus)
+    assert all(b["inputs"].shape == b["targets"].shape == (4, T) for b in batches)
+    assert all(b["inputs"].dtype == np.int32 for b in batches)
+    assert (flat(batches, "inputs")[:, 0] == TOKENIZER.bos).all()
+
+
+def test_targets_are_the_next_inputs(files):
+    for batch in take(make("split", files, epochs=1)):
+        shifted, targets = batch["inputs"][:, 1:], batch["targets"][:, :-1]
+        assert ((targets == shifted) | (targets == -1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_at_every_position_equals_uninterrupted(kind, files):
+    loader = make(kind, files, seed=3, epochs=2)
+    states, batches, infos = [loader.state()], [], []
+    for batch in loader:
+        batches.append(batch)
+        infos.append(loader.info)
+        states.append(json.loads(json.dumps(loader.state())))
+    assert len(batches) > 5
+    for i, state in enumerate(states):
+        resumed = make(kind, files, seed=3, epochs=2)
+        if i % 2:
+            next(resumed)  # one that has begun to run ahead can be sent elsewhere too
+        resumed.restore(state)
+        assert resumed.state() == state
+        for expected, info in zip(batches[i:], infos[i:], strict=True):
+            np.testing.assert_equal(next(resumed), expected)
+            assert resumed.info == info
+        with pytest.raises(StopIteration):
+            next(resumed)
+        resumed.close()
+
+
+@pytest.mark.parametrize("method", ["split", "crop", "stream"])
+def test_grain_agrees_that_the_state_is_exact(method, files):
+    documents = dataloader.Documents(files, TOKENIZER, seed=3, epochs=1)
+    grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(documents, method, 4, T))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_share_the_batches_of_one(kind, files):
+    whole = take(make(kind, files, epochs=2))
+    halves = [take(make(kind, files, epochs=2, process_index=i, process_count=2)) for i in range(2)]
+    assert len(whole) == len(halves[0]) == len(halves[1])
+    for a, b, c in zip(whole, *halves, strict=True):
+        np.testing.assert_equal(a, {k: np.concatenate([b[k], c[k]]) for k in a})
+
+
+def test_the_state_of_one_process_serves_two(files):
+    loader = make("split", files)
+    next(loader)
+    state = loader.state()
+    expected = take(loader, 3)
+    halves = [make("split", files, process_index=i, process_count=2) for i in range(2)]
+    for half in halves:
+        half.restore(state)
+    halves = [take(half, 3) for half in halves]
+    for a, b, c in zip(expected, *halves, strict=True):
+        np.testing.assert_equal(a, {k: np.concatenate([b[k], c[k]]) for k in a})
+
+
+def test_rows_that_processes_cannot_share_are_refused(files):
+    with pytest.raises(UserError, match="4 rows cannot be shared by 3"):
+        make("split", files, process_count=3)
+
+
+def test_a_state_of_other_rows_is_refused(files):
+    loader, other = make("split", files), make("crop", files)
+    with pytest.raises(UserError, match="packing split, this run crop"):
+        other.restore(loader.state())
+    loader.close(), other.close()
+
+
+def test_seed_decides_the_order_and_epochs_differ(files):
+    first, again, other = (take(make("split", files, seed=s, epochs=2)) for s in (1, 1, 2))
+    np.testing.assert_equal(first, again)
+    assert not np.array_equal(flat(first, "inputs"), flat(other, "inputs"))
+    targets = flat(first, "targets")
+    _, counts = np.unique(targets[targets > 0], return_counts=True)
+    assert (counts == 2).all(), "two epochs, every token twice"
+
+
+def test_without_epochs_it_never_ends(files):
+    assert len(take(make("split", files), 200)) == 200
+    assert len(take(make("sft", files), 200)) == 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_progress_rises_to_the_number_of_epochs(kind, files):
+    loader = make(kind, files, epochs=2)
+    progress = [loader.info["progress"] for _ in loader]
+    assert progress == sorted(progress) and progress[-1] == 2
+    assert progress[0] < 1.5
+
+
+@pytest.mark.parametrize("packing", ["split", "crop", "stream"])
+def test_validation_tokens_do_not_depend_on_the_batch(files, packing):
+    def rows(n):
+        batches = take(dataloader.val_batches(files, TOKENIZER, n, T, 40 * T, packing=packing))
+        assert all(b["inputs"].shape == (n, T) for b in batches)
+        inputs, targets = flat(batches, "inputs"), flat(batches, "targets")
+        assert (targets[40:] == -1).all()
+        return inputs[:40], targets[:40]
+
+    for n in (7, 64):
+        np.testing.assert_equal(rows(n), rows(1))
+
+
+def test_validation_of_everything(files, corpus):
+    targets = flat(take(dataloader.val_batches(files, TOKENIZER, 8, T, None)), "targets")
+    assert set(targets[targets > 0].tolist()) == corpus
+
+
+def test_sft_rows_hold_whole_conversations_with_the_mask_of_the_renderer():
+    task = Task(40)
+    rendered = {tuple(map(tuple, TOKENIZER.render_conversation(c))) for c in task}
+    for batch in take(dataloader.chat_loader(task, TOKENIZER, 4, 32, supervise="mask", epochs=1)):
+        for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
+            starts = np.flatnonzero(inputs == TOKENIZER.bos).tolist()
+            for begin, end in zip(starts, [*starts[1:], 33], strict=True):
+                # The last token of a row is only a target; without one there, it is padding.
+                ids = inputs[begin:end].tolist() + ([int(targets[-1])] if end == 33 and targets[-1] != -1 else [])
+                mask = [0] + [int(t != -1) for t in targets[begin : begin + len(ids) - 1]]
+                if len(ids) > 1:
+                    rendered.remove((tuple(ids), tuple(mask)))
+                else:
+                    assert targets[begin] == -1
+    assert not rendered, "every conversation once"
+
+
+def test_mid_supervises_every_token_and_cuts_nothing():
+    task = Task(20, answer=lambda i: 3 * T)  # longer than a row
+    targets = flat(take(dataloader.chat_loader(task, TOKENIZER, 4, T, supervise="all", epochs=1)), "targets")
+    expected = [t for c in task for t in TOKENIZER.render_conversation(c)[0] if t != TOKENIZER.bos]
+    assert sorted(targets[targets > 0].tolist()) == sorted(expected)
+
+
+def test_overlong_conversations_are_cut_and_counted_or_skipped_and_counted():
+    # 0: fits exactly; 1: the answer is cut; 2: nothing of the answer is left.
+    question, answer = [3, 3, 40], [T + 1 - 8, 60, 5]
+    task = Task(3, answer=lambda i: answer[i], question=lambda i: question[i])
+    loader = dataloader.chat_loader(task, TOKENIZER, 1, T, supervise="mask", epochs=1)
+    batches = [next(loader), next(loader)]
+    with pytest.raises(StopIteration):
+        next(loader)
+    assert (loader.info["truncated"], loader.info["skipped"], loader.info["progress"]) == (2, 1, 1.0)
+    targets = flat(batches, "targets")
+    assert {1000, 1001} <= set(targets.ravel().tolist()) and 1002 not in targets
+    assert all((b["targets"] != -1).any() for b in batches)
+
+
+def test_conversations_without_an_answer_are_refused_if_there_is_nothing_else():
+    task = Task(3)
+    for conversation in task:
+        conversation["messages"].pop()
+    for epochs in (1, None):
+        with pytest.raises(UserError, match="no token to learn from"):
+            take(dataloader.chat_loader(task, TOKENIZER, 2, T, supervise="mask", epochs=epochs), 1)
+    with pytest.raises(UserError, match="no conversations"):
+        dataloader.chat_loader(Task(0), TOKENIZER, 2, T)
+
+
+def test_waste_is_reported(files):
+    waste = {}
+    for kind in ("split", "crop"):
+        loader = make(kind, files)
+        for _ in range(30):
+            next(loader)
+        waste[kind] = loader.info["waste"]
+        loader.close()
+    assert waste["split"] == 0 and 0.05 < waste["crop"] < 0.9
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(files):
+    files[1].write_bytes(b"not parquet")
+    with pytest.raises(UserError, match="b.parquet"):
+        take(make("split", files, epochs=1))
+
+
+def test_the_first_files_are_read_while_the_next_is_on_its_way(files):
+    late, hidden = files[1], files[1].with_suffix(".incomplete")
+    expected = take(make("split", files, epochs=1))
+    late.rename(hidden)
+    loader = make("split", files, epochs=1)
+    threading.Timer(1.0, lambda: hidden.rename(late)).start()
+    np.testing.assert_equal(take(loader), expected)
+
+
+def test_close_ends_the_thread_even_while_it_waits(files):
+    files[1].unlink()  # the thread, which runs ahead, soon waits for it
+    before = threading.active_count()
+    loader = make("split", files)
+    for _ in range(2):
+        next(loader)
+    start = time.time()
+    loader.close()
+    loader.close()
+    assert time.time() - start < 5 and threading.active_count() <= before
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
+
+
+def test_mean_tokens():
+    assert dataloader.mean_tokens(Task(10, answer=lambda i: 4, question=lambda i: 2), TOKENIZER) == 11

@@ -1,0 +1,96 @@
+"""The model equals other implementations, is causal, and decodes what it computes in full."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import gpt, hf
+from nanochat_jax.config import Base, GPTConfig, UserError
+
+CFG = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=100, sequence_len=32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random weights, output projections included: the zeros of the real initialisation would hide mistakes."""
+    fresh = gpt.init(CFG, seed=0)
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([jax.random.normal(k, x.shape) * 0.1 for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["hf_mha", "hf_gqa"])
+def test_logits_and_greedy_text_equal_transformers(golden_dir, name):
+    params, cfg = hf.load(golden_dir / name)
+    expected = np.load(golden_dir / name / "expected.npz")
+    tokens, logits, greedy = (expected[k] for k in ("tokens", "logits", "greedy"))
+    ours = jax.jit(lambda p, x: gpt.forward(p, cfg, x))(params, tokens)
+    np.testing.assert_allclose(ours, logits, atol=1e-4)
+    ids = np.array(greedy)
+    ids[:, 8:] = 0
+    step = jax.jit(lambda p, x: gpt.forward(p, cfg, x).argmax(-1))  # causal: the zeros after a token do not matter
+    for t in range(8, greedy.shape[1]):
+        ids[:, t] = step(params, ids)[:, t - 1]
+    np.testing.assert_array_equal(ids, greedy)
+
+
+def test_gradient_never_reaches_later_tokens(params):
+    ids = jnp.arange(10)[None]
+    def logit_at_5(embedded):  # perturb the embeddings of the input tokens
+        return gpt.forward(params | {"wte": embedded}, CFG, ids)[0, 5].sum()
+
+    by_token = jnp.abs(jax.grad(logit_at_5)(params["wte"])).sum(-1)[:10]
+    assert (by_token[:6] > 0).all() and (by_token[6:] == 0).all()
+
+
+@pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [4, 1, 1, 6]])
+def test_cached_decoding_equals_the_full_forward(params, cuts):
+    ids = jax.random.randint(jax.random.key(2), (3, 12), 0, CFG.vocab_size)
+    full = gpt.hidden(params, CFG, ids)
+    shape = (3, 16, CFG.n_kv_head, CFG.head_dim)
+    cache = {n: [jnp.zeros(shape)] * CFG.n_layer for n in ("k", "v")} | {"length": jnp.zeros(3, jnp.int32)}
+    parts, at = [], 0
+    for n in cuts:
+        x, cache = gpt.decode(params, CFG, ids[:, at : at + n], cache)
+        parts.append(x)
+        at += n
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=2e-5)
+
+
+def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(params):
+    ids = jnp.arange(20)[None]
+    low = gpt.forward(params, CFG, ids, jnp.bfloat16)
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, gpt.forward(params, CFG, ids), atol=0.15)
+    gradients = jax.grad(lambda p: gpt.forward(p, CFG, ids, jnp.bfloat16).var())(params)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize(
+    ("depth", "count", "flops"),
+    [(4, 36_700_160, 1.447e8), (12, 185_597_952, 1.038e9), (20, 560_988_160, 3.491758e9),
+     (26, 1_081_999_360, 6.900941e9), (32, 1_879_048_192, 1.207960e10)],
+)  # fmt: skip
+def test_size_and_cost_of_the_published_depths(depth, count, flops):
+    cfg = Base(depth=depth).gpt_config(65536)
+    assert cfg.num_params == count
+    assert cfg.flops_per_token == pytest.approx(flops, rel=1e-3)
+
+
+def test_parameter_count_is_that_of_the_arrays():
+    assert CFG.num_params == sum(x.size for x in jax.tree.leaves(gpt.init(CFG)))
+
+
+@pytest.mark.parametrize("depth", range(1, 33))
+def test_every_depth_gives_whole_heads(depth):
+    cfg = Base(depth=depth).gpt_config(65536)
+    assert cfg.head_dim == 128 and cfg.n_embd == cfg.n_head * 128 >= depth * 64
+
+
+def test_impossible_shapes_name_the_flag():
+    with pytest.raises(UserError, match="--n_kv_head=3"):
+        Base(depth=4, n_kv_head=3).gpt_config(65536)
+    with pytest.raises(UserError, match="--depth=0"):
+        Base(depth=0).gpt_config(65536)

@@ -193,6 +193,7 @@ class Sft(Train):
         "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)",
     )  # fmt: skip
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, "the same for the validation loss")
+    total_batch_size: int = setting(0, "auto: tokens an optimizer step, target_examples_per_step rounded to whole rows")
     target_examples_per_step: int = setting(32, "conversations an optimizer step, on average")
     num_epochs: int = setting(1, "passes over the mixture")
     init_lr_frac: float = setting(0.02, "start all learning rates at this fraction")

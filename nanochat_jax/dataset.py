@@ -357,7 +357,8 @@ def download(source: str, num_files: int = -1, workers: int = 4) -> None:
     missing = [i for i in range(count) if not (folder / _shard(i)).exists()]
     failures = _fetch_all(source, missing, folder, workers)
     if failures:
-        raise UserError(f"{len(failures)} of {count} shards failed, the first: {failures[0]}; run it again to resume")
+        left = sum(not (folder / _shard(i)).exists() for i in range(count))
+        raise UserError(f"{left} of {count} shards are missing, the first because {failures[0]}; run it again to resume")
     print(f"{source}: {count} training shards and the validation shard in {folder}")
 
 
@@ -376,6 +377,9 @@ def _fetch_all(source: str, shards: list[int], folder: Path, workers: int) -> li
             for done, future in enumerate(as_completed(futures), 1):
                 if failure := future.result():
                     failures.append(failure)
+                    if len(failures) >= 2 * workers:  # it is not about single shards: leave the rest for the next run
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        break
                 else:
                     fetched += (folder / _shard(futures[future])).stat().st_size
                 rate = fetched / 1e6 / (time.time() - start)
@@ -393,22 +397,22 @@ def _fetch_all(source: str, shards: list[int], folder: Path, workers: int) -> li
 
 def _fetch(source: str, index: int, folder: Path) -> str:
     """Downloads one shard if it is not there. Returns "" or, in one line, why it failed."""
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     if (folder / _shard(index)).exists():
         return ""
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()  # ours counts shards
+    logging.set_verbosity_error()
     for attempt in range(ATTEMPTS):
         try:
-            huggingface_hub.hf_hub_download(HUB[source][0], _shard(index), repo_type="dataset", local_dir=folder)
+            hf_hub_download(HUB[source][0], _shard(index), repo_type="dataset", local_dir=folder)
             return ""
         except Exception as error:  # its own, httpx's, OSError: each ends as a line and an exit code
             reason = f"{_shard(index)}: {_first_line(error)}"
-            hopeless = (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.OfflineModeIsEnabled)
-            offline = huggingface_hub.constants.HF_HUB_OFFLINE
-            unreachable = isinstance(error, errors.LocalEntryNotFoundError) and not offline  # an EntryNotFoundError too
-            if offline or (isinstance(error, hopeless) and not unreachable):
+            # A hub that cannot be reached has been retried inside for 23 s by now (LocalEntryNotFoundError, which is an
+            # EntryNotFoundError too); a file that does not exist, or offline mode, will not change.
+            if isinstance(error, (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.OfflineModeIsEnabled)):
                 return reason
         if attempt + 1 < ATTEMPTS:
             time.sleep(2**attempt)

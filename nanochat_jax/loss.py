@@ -17,15 +17,17 @@ def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
     return next(c for c in range(1, time + 1) if time % c == 0 and (batch * time // c <= tokens or c == time))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
-    """Sum of the cross-entropy over the counted targets, a float32 scalar.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, softcap: float, chunks: int
+) -> jax.Array:
+    """Sum of weight times cross-entropy over the counted targets, a float32 scalar.
 
     x [b,t,d] hidden states in the compute dtype, head [v,d] without padding rows, targets int [b,t] (negative: not
-    counted), `chunks` divides t. The mean is the caller's to form, over all counted tokens of the global batch, so
-    that none of them gives 0 and not NaN.
+    counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The mean is the caller's to form,
+    over all counted tokens of the global batch, so that none of them gives 0 and not NaN.
     """
-    return token_losses(x, head, targets, softcap, chunks).sum()
+    return (weights * token_losses(x, head, targets, softcap, chunks)).sum()
 
 
 def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
@@ -50,27 +52,26 @@ def _losses(x, w, targets, softcap):
     return losses, z, lse, right, counted
 
 
-def _forward(x, head, targets, softcap, chunks):
+def _forward(x, head, targets, weights, softcap, chunks):
     w = head.astype(x.dtype)
 
     def one_chunk(dw, chunk):
-        x, targets = chunk
+        x, targets, weights = chunk
         losses, z, lse, right, counted = _losses(x, w, targets, softcap)
-        dz = (jnp.exp(z - lse) - right) * counted[..., None] * (1 - jnp.square(z / softcap))
+        dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=jnp.float32).astype(x.dtype)
         dw = dw + jnp.einsum("btv,btd->vd", dz, x, preferred_element_type=jnp.float32)
-        return dw, (losses.sum(), dx)
+        return dw, ((weights * losses).sum(), dx)
 
-    dw, (losses, dx) = jax.lax.scan(
-        one_chunk, jnp.zeros(head.shape, jnp.float32), (_split(x, chunks), _split(targets, chunks))
-    )
+    split = [_split(a, chunks) for a in (x, targets, weights)]
+    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape, jnp.float32), split)
     return losses.sum(), (_join(dx), dw.astype(head.dtype))
 
 
 def _backward(softcap, chunks, gradients, g):
     dx, dw = gradients
-    return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), None
+    return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -15,7 +15,8 @@ class ARC(source.RowTask):
     baseline = 0.25
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
-        self.rows = source.local(data_dir, f"arc/{self.name}/{split}") if data_dir else source.hub(REPO, self.name, split)
+        local = data_dir and source.local(data_dir, f"arc/{self.name}/{split}")
+        self.rows = local or source.hub(REPO, self.name, split)
 
     @staticmethod
     def conversation(row: dict) -> dict:

@@ -20,21 +20,16 @@ TRAIN_ROWS, TEST_ROWS = 100_000, 1_000
 HOLD_OUT = 10  # every tenth pair of numbers is only for testing
 DIVISIONS = 0.1  # of the plain training problems: people ask for them, though the test does not
 
-WOMEN = {
-    "train": "Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy "
-    "Helen Linda Susan Karen".split(),
-    "test": "Clara Diana Olivia Sofia Ruth Nora Ida".split(),
-}
-MEN = {
-    "train": "Tom Ben Sam John Peter Paul Mark David James Jack Max Leo Adam Bob Jim Tim Dan Alex Nick Luke Henry Frank "
-    "George Mike Carl".split(),
-    "test": "Oscar Felix Hugo Victor Simon Ryan Ivan".split(),
-}
-THINGS = (
-    "apples pears plums lemons oranges cakes cookies eggs nuts books pens pencils cards coins stamps stickers balls toys "
-    "dolls marbles beads shells stones flowers roses trees cups plates spoons keys buttons boxes candles photos letters "
-    "tickets hats shirts socks blocks"
-).split()
+_WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
+    Helen Linda Susan Karen"""
+_MEN = """Tom Ben Sam John Peter Paul Mark David James Jack Max Leo Adam Bob Jim Tim Dan Alex Nick Luke Henry Frank
+    George Mike Carl"""
+_THINGS = """apples pears plums lemons oranges cakes cookies eggs nuts books pens pencils cards coins stamps stickers
+    balls toys dolls marbles beads shells stones flowers roses trees cups plates spoons keys buttons boxes candles
+    photos letters tickets hats shirts socks blocks"""
+WOMEN = {"train": _WOMEN.split(), "test": ["Clara", "Diana", "Olivia", "Sofia", "Ruth", "Nora", "Ida"]}
+MEN = {"train": _MEN.split(), "test": ["Oscar", "Felix", "Hugo", "Victor", "Simon", "Ryan", "Ivan"]}
+THINGS = _THINGS.split()
 BOXES = (
     ("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("pack", "packs"), ("jar", "jars"), ("tray", "trays"),
 )  # fmt: skip
@@ -113,7 +108,7 @@ class TwoStep(_Arithmetic):
         if rng.random() < 0.1:
             text = f"{rng.choice(SCENES)} {text}"
         while True:
-            numbers = _draw(story.steps, rng)
+            numbers = _draw(story, rng)
             if all(
                 (op != "-" or a > b) and (op != "*" or a * b < 2000) and held_out(a, op, b) == (self.split == "test")
                 for a, op, b in _carry_out(story.steps, numbers)
@@ -131,16 +126,16 @@ def _pair(op: str, rng: random.Random) -> tuple[int, int]:
     return rng.randrange(rng.choice(digits)), rng.randrange(rng.choice(digits))
 
 
-def _draw(steps: tuple[str, str], rng: random.Random) -> list[int]:
-    """x, y, z for two steps. They may not suit each other; the caller draws again."""
+def _draw(story: Story, rng: random.Random) -> list[int]:
+    """x, y, z of a story. They may not suit each other; the caller draws again."""
     numbers = []
     for name in "xyz":
-        if any(name in step and "*" in step for step in steps):
+        if any(name in step and "*" in step for step in story.steps):
             numbers.append(rng.randint(2, 30))
-        elif f"{name}-r" in steps:  # the result is taken from it
+        elif f"{name}-r" in story.steps:  # the result is taken from it
             numbers.append(rng.randint(2, 999))
         else:
-            numbers.append(rng.randint(2, rng.choice((99, 300))))
+            numbers.append(rng.randint(2, min(story.largest, rng.choice((99, 300)))))
     return numbers
 
 

@@ -34,7 +34,8 @@ class GSM8K(source.RowTask):
     eval_type = "generative"
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
-        self.rows = source.local(data_dir, f"gsm8k/{split}") if data_dir else source.hub(REPO, "main", split)
+        local = data_dir and source.local(data_dir, f"gsm8k/{split}")
+        self.rows = local or source.hub(REPO, "main", split)
 
     @staticmethod
     def conversation(row: dict) -> dict:

@@ -69,7 +69,8 @@ class ParquetRows(Sequence):
         try:
             self.table = pa.concat_tables([pq.read_table(path) for path in paths])
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{', '.join(map(str, paths))}: cannot be read, delete it to get it again: {error}") from None
+            names = ", ".join(map(str, paths))
+            raise UserError(f"{names}: cannot be read, delete it to get it again: {error}") from None
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -16,12 +16,13 @@ Alternatives = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Story:
-    """Ways to tell one problem, the steps that solve it, and what the result counts."""
+    """Ways to tell one problem, the steps that solve it, what the result counts, and how large its numbers may be."""
 
     train: Alternatives
     test: Alternatives
     steps: tuple[str, ...]
     unit: str
+    largest: int = 300
 
 
 _SYMBOL = re.compile(r"<(\w+)>")
@@ -86,13 +87,14 @@ GRAMMAR: dict[str, tuple[Alternatives, Alternatives]] = {
         ("gives away {} {t}", "gives {m} {} of them", "sells {} of them to {m}"),
     ),
     "now": (
-        ("How many {t} does {n} have now?", "How many {t} does {he} have now?", "How many {t} does {n} have in the end?",
-         "Now how many {t} does {n} have?", "How many {t} does {he} have then?"),
+        ("How many {t} does {n} have now?", "How many {t} does {he} have now?",
+         "How many {t} does {n} have in the end?", "Now how many {t} does {n} have?",
+         "How many {t} does {he} have then?"),
         ("How many {t} does {he} have in the end?", "How many {t} does {n} have then?"),
     ),
     "total": (
-        ("How many {t} does {n} have now?", "How many {t} does {n} have in total?", "How many {t} does {he} have in all?",
-         "How many {t} does {n} have altogether?"),
+        ("How many {t} does {n} have now?", "How many {t} does {n} have in total?",
+         "How many {t} does {he} have in all?", "How many {t} does {n} have altogether?"),
         ("How many {t} does {he} have in total?", "How many {t} does {n} have in all?"),
     ),
     "left": (
@@ -135,7 +137,10 @@ def _plain(symbol: str, step: str, *train: str) -> Story:
         "Can you tell me what <E> is?", "Please tell me: what is <E>?",
     )  # fmt: skip
     return Story(
-        tuple(s.replace("E", symbol) for s in ask) + train, tuple(s.replace("E", symbol) for s in only_test), (step,), ""
+        tuple(s.replace("E", symbol) for s in ask) + train,
+        tuple(s.replace("E", symbol) for s in only_test),
+        (step,),
+        "",
     )
 
 
@@ -148,7 +153,8 @@ PLAIN = {
 
 ADDITIONS = (
     Story(("<start> <gained> <total>",), (), ("x+y",), "{t}"),
-    Story(("<start> {m} gives {him} {} more. <total>",), ("<start> {m} brings {him} {} more. <total>",), ("x+y",), "{t}"),
+    Story(("<start> {m} gives {him} {} more. <total>",),
+          ("<start> {m} brings {him} {} more. <total>",), ("x+y",), "{t}"),
     Story(("{n} has {} {t} and {m} has {} {t}. <together>", "{n} has {} {t}. {m} has {}. <together>"),
           ("{n} has {} {t}. {m} has {} {t}. <together>",), ("x+y",), "{t}"),
     Story(("A book costs {} dollars and a bag costs {} dollars. How much do they cost together?",
@@ -158,13 +164,15 @@ ADDITIONS = (
           ("x+y",), "dollars"),
     Story(("There are {} people on a train. At the next stop {} more get on. How many people are on the train now?",
            "There are {} people in a park. Then {} more come. How many people are in the park now?"),
-          ("There are {} people on a bus. Then {} more get on. How many people are on the bus now?",), ("x+y",), "people"),
+          ("There are {} people on a bus. Then {} more get on. How many people are on the bus now?",),
+          ("x+y",), "people"),
     Story(("A school has {} girls and {} boys. How many children are there?",
            "There are {} girls and {} boys in a school. How many children are there in total?"),
           ("There are {} boys and {} girls at a party. How many children are there?",), ("x+y",), "children"),
     Story(("{n} reads {} pages on Monday and {} pages on Tuesday. How many pages does {he} read in total?",
            "{n} reads {} pages today and {} pages the next day. How many pages is that in all?"),
-          ("On Monday {n} reads {} pages, and on Tuesday {} pages. How many pages is that in total?",), ("x+y",), "pages"),
+          ("On Monday {n} reads {} pages, and on Tuesday {} pages. How many pages is that in total?",),
+          ("x+y",), "pages"),
 )  # fmt: skip
 
 SUBTRACTIONS = (
@@ -178,7 +186,8 @@ SUBTRACTIONS = (
           ("{n} has {} dollars. {He} spends {} dollars. <money_left>",), ("x-y",), "dollars"),
     Story(("There are {} people on a bus. At the next stop {} get off. How many people are on the bus now?",
            "There are {} people in a park. Then {} go home. How many people are left in the park?"),
-          ("There are {} people on a train. Then {} get off. How many people are left on the train?",), ("x-y",), "people"),
+          ("There are {} people on a train. Then {} get off. How many people are left on the train?",),
+          ("x-y",), "people"),
     Story(("A book has {} pages. {n} has read {} of them. How many pages are left to read?",
            "{n} reads a book with {} pages. {He} has read {} pages. How many pages are left?"),
           ("A book has {} pages. {n} reads {} pages. How many pages are left?",), ("x-y",), "pages"),

@@ -33,11 +33,11 @@ _COMPARISONS = (
     Story(("{n} is {} years old. {m} is {} years older than {n}. {k} is {} years older than {m}. How old is {k}?",
            "{n} is {} years old. {m} is {} years older, and {k} is {} years older than {m}. How old is {k}?"),
           ("{n} is {}. {m} is {} years older than {n}. {k} is {} years older than {m}. How old is {k}?",),
-          ("x+y", "r+z"), "years"),
+          ("x+y", "r+z"), "years", 40),
     Story(("{n} is {} years old. {m} is {} years older than {n}. {k} is {} years younger than {m}. How old is {k}?",
            "{n} is {} years old. {m} is {} years older, and {k} is {} years younger than {m}. How old is {k}?"),
           ("{n} is {}. {m} is {} years older than {n}. {k} is {} years younger than {m}. How old is {k}?",),
-          ("x+y", "r-z"), "years"),
+          ("x+y", "r-z"), "years", 40),
 )  # fmt: skip
 
 _MONEY = (
@@ -80,11 +80,11 @@ _MONEY = (
 )  # fmt: skip
 
 _PLACES = (
-    Story(("There are {} people on a bus. At the next stop {} get on and {} get off. How many people are on the bus now?",
+    Story(("There are {} people on a bus. At a stop {} get on and {} get off. How many people are on the bus now?",
            "There are {} people on a train. Then {} more get on and {} get off. How many people are on the train now?"),
           ("There are {} people on a bus. Then {} more get on and {} get off. How many people are on the bus now?",),
           ("x+y", "r-z"), "people"),
-    Story(("There are {} people on a bus. At the next stop {} get off and {} get on. How many people are on the bus now?",
+    Story(("There are {} people on a bus. At a stop {} get off and {} get on. How many people are on the bus now?",
            "There are {} people on a train. Then {} get off and {} more get on. How many people are on the train now?"),
           ("There are {} people on a bus. Then {} get off and {} more get on. How many people are on the bus now?",),
           ("x-y", "r+z"), "people"),
@@ -130,9 +130,9 @@ _DAYS = (
            "{n} reads a book with {} pages. {He} reads {} pages today and {} the next day. How many pages are left?"),
           ("A book has {} pages. {n} reads {} pages today and {} pages the next day. How many pages are left?",),
           ("x-y", "r-z"), "pages"),
-    Story(("{n} reads {} pages every morning and {} pages every evening. How many pages does {he} read in {} days?",
+    Story(("{n} reads {} pages every morning and {} every evening. How many pages does {he} read in {} days?",
            "Every day {n} reads {} pages in the morning and {} in the evening. How many pages is that in {} days?"),
-          ("Every day {n} reads {} pages in the morning and {} in the evening. How many pages does {he} read in {} days?",),
+          ("Every day {n} reads {} pages in the morning and {} later. How many pages does {he} read in {} days?",),
           ("x+y", "r*z"), "pages"),
     Story(("{n} runs {} miles every morning and {} miles every evening. How many miles does {he} run in {} days?",
            "Every day {n} walks {} miles to work and {} miles in the park. How many miles is that in {} days?"),

@@ -1,0 +1,268 @@
+"""Checkpoints: save, restore, find. Nothing else touches Orbax.
+
+A run lives in <base>/<stage>_checkpoints/<tag>, with a folder a step:
+
+    step_000250/params, optimizer    Orbax items; params can be restored alone
+    step_000250/data.json, meta.json the data pipeline's position; step, configuration, versions, metrics so far
+    step_000250/manifest.json        SHA-256 of every file above, written last
+
+The manifest is the completion marker: a folder without it was being written when the process ended, and one whose
+files do not match it is damaged. Orbax alone loads a flipped bit without a word, hence the hashes. Either is passed
+over, with a line that says so, and the step before it is used.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
+
+if TYPE_CHECKING:
+    from nanochat_jax.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+
+
+def run_dir(stage: str, tag: str) -> Path:
+    return base_dir() / f"{stage}_checkpoints" / tag
+
+
+def step_dir(run: Path, step: int) -> Path:
+    return run / f"step_{step:06d}"
+
+
+# -----------------------------------------------------------------------------
+# Saving
+
+
+class Saver:
+    """Writes checkpoints of one run in the background and keeps the last few. One save at a time is under way."""
+
+    def __init__(self, run: Path, keep_last: int):
+        self.run, self.keep_last = run, keep_last
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, params, opt_state, data: dict, meta: dict) -> None:
+        """Returns once the arrays are copied from the devices, so that the caller may donate them to the next step."""
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
+        target = step_dir(self.run, step)
+        if target.exists():  # torn, damaged or from before a resume: it does not count any more
+            shutil.rmtree(target)
+        writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
+        self._thread = threading.Thread(target=self._finish, args=(writing, target, data, meta), name="checkpoint")
+        self._thread.start()
+
+    def _finish(self, writing, target: Path, data: dict, meta: dict) -> None:
+        try:
+            writing.result()
+            (target / "data.json").write_text(json.dumps(data), encoding="utf-8")
+            (target / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            _write_manifest(target)
+            for old in steps(self.run)[: -self.keep_last]:
+                shutil.rmtree(step_dir(self.run, old))
+        except BaseException as error:  # raised in the thread that trains, by wait()
+            self._error = error
+
+    def wait(self) -> None:
+        """Until the save under way is complete. Its error, if it had one, as a UserError."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            kept = steps(self.run)
+            last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {last}") from error
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    hashes = {str(p.relative_to(folder)): _sha256(p) for p in files}
+    part = folder / (MANIFEST + ".part")
+    with open(part, "w", encoding="utf-8") as f:
+        json.dump(hashes, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, folder / MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Finding and restoring
+
+
+def steps(run: Path) -> list[int]:
+    """Steps whose saving was completed, ascending."""
+    return sorted(int(p.parent.name.removeprefix("step_")) for p in run.glob(f"step_*/{MANIFEST}"))
+
+
+def damage(folder: Path, items: tuple[str, ...] = ("",)) -> str | None:
+    """What is wrong with a step's folder, None if its files are those that were saved. `items` limits it to a part."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "half-written"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    for name, digest in manifest.items():
+        if not name.startswith(items):
+            continue
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def latest(run: Path, items: tuple[str, ...] = ("",)) -> int | None:
+    """The newest step that verifies, None if there is none. Says which ones it passes over and why."""
+    torn = [p for p in run.glob("step_*") if not (p / MANIFEST).exists()]
+    for path in torn:
+        print(f"ignoring {path}: half-written")
+    for step in reversed(steps(run)):
+        wrong = damage(step_dir(run, step), items)
+        if wrong is None:
+            return step
+        print(f"ignoring {step_dir(run, step)}: {wrong}; trying the one before it")
+    return None
+
+
+def read_meta(run: Path, step: int) -> dict:
+    return json.loads((step_dir(run, step) / "meta.json").read_text(encoding="utf-8"))
+
+
+def restore(run: Path, step: int, params, opt_state):
+    """(params, opt_state, data, meta) of a step, with the shardings and dtypes of the trees given."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = step_dir(run, step)
+    items = ocp.load_checkpointables(folder.resolve(), {"params": params, "optimizer": opt_state})
+    data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    return items["params"], items["optimizer"], data, read_meta(run, step)
+
+
+def restore_params(run: Path, step: int, params):
+    """The parameters alone, like the tree given (arrays or ShapeDtypeStructs with shardings)."""
+    from orbax.checkpoint import v1 as ocp
+
+    return ocp.load_checkpointables(step_dir(run, step).resolve(), {"params": params})["params"]
+
+
+@contextlib.contextmanager
+def exclusive(run: Path):
+    """Holds the run's lock file: a second process training the same run is refused."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training {run}: end it, or choose another --model_tag") from None
+        yield
+
+
+def move_aside(run: Path) -> None:
+    """Renames a run's folder out of the way; nothing is deleted."""
+    if run.exists():
+        aside = run.with_name(f".{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        os.replace(run, aside)
+        print(f"moved the old run to {aside}")
+
+
+# -----------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model: float32 parameters on one device, its shape, its tokenizer, and where it came from."""
+
+    params: dict
+    config: GPTConfig
+    tokenizer: "Tokenizer"
+    stage: str
+    tag: str
+    step: int
+    run_dir: Path
+    meta: dict
+
+    @property
+    def name(self) -> str:
+        return f"nanochat-{self.tag}-{self.stage}"
+
+
+def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
+    """Folder and step of a checkpoint. No tag: the most recently saved run of the stage; no step: the latest good."""
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
+    root = base_dir() / f"{stage}_checkpoints"
+    missing = f"no {stage} checkpoint under {root / tag if tag else root}: run python -m scripts.train --stage={stage}"
+    if tag:
+        run = root / tag
+    else:
+        saved = [p for p in root.glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
+        if not saved:
+            raise UserError(missing)
+        run = max(saved, key=lambda p: p.stat().st_mtime).parents[1]
+    needed = ("params", "meta.json")
+    if step >= 0:
+        if step not in steps(run):
+            there = ", ".join(map(str, steps(run))) or "none"
+            raise UserError(f"no checkpoint of step {step} in {run}; there are: {there}")
+        if wrong := damage(step_dir(run, step), needed):
+            raise UserError(f"{step_dir(run, step)}: {wrong}")
+        return run, step
+    found = latest(run, needed)
+    if found is None:
+        raise UserError(missing)
+    return run, found
+
+
+def load_model(stage: str, tag: str = "", step: int = -1) -> Model:
+    """Finds a checkpoint, verifies it, and loads its parameters onto the first device. Prints the choice."""
+    import jax
+
+    from nanochat_jax import gpt
+    from nanochat_jax.tokenizer import Tokenizer
+
+    run, step = find(stage, tag or "", -1 if step is None else step)
+    meta = read_meta(run, step)
+    cfg = GPTConfig(**meta["model"])
+    tokenizer = load_tokenizer(meta, run)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(lambda: gpt.init(cfg))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    params = restore_params(run, step, abstract)
+    print(f"model: {run.relative_to(base_dir())}, step {step} ({cfg.num_params / 1e6:,.1f}M parameters)")
+    return Model(params, cfg, tokenizer, stage, run.name, step, run, meta)
+
+
+def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
+    """The tokenizer, refused if it is not the one the run was trained with."""
+    from nanochat_jax.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    if tokenizer.hash != meta["tokenizer"]:
+        raise UserError(f"{run} was trained with another tokenizer than the one in {base_dir() / 'tokenizer'}")
+    return tokenizer
+
+
+def model_meta(cfg: GPTConfig) -> dict:
+    """The entry of meta.json that `load_model` builds the GPTConfig from."""
+    return {"model": asdict(cfg)}

@@ -1,0 +1,485 @@
+"""Text generation for everybody: terminal, server, evaluation and reinforcement learning are four callers of it.
+
+The engine has a fixed number of slots, each holding one sample that is being generated. A step either starts waiting
+requests in the free slots (prefill, first token) or decodes a chunk: a fixed number of tokens for all slots, in one
+compiled program with sampling, stopping and forced tokens on the device. The host looks once a chunk: it hands out
+tokens, frees the slots of finished samples, and runs the calculator. A row that has closed a python block pauses on the
+device for the rest of its chunk, so nothing is sampled before the calculator's answer is forced into the text.
+
+The host owns the schedule (who sits where, how far, what is forced next) and sends it with every chunk; the device
+keeps only the weights and the cache. One thread may use an engine.
+"""
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax import gpt
+from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.engine import cache as kv
+from nanochat_jax.engine import sampler
+from nanochat_jax.engine.calculator import use_calculator
+
+MAX_STOP_IDS = 8
+PREFILL_ROWS = 4  # prompts that are prefilled together, where as many of similar length wait
+PREFILL_TOKENS = 2048  # and only up to this many tokens: longer prompts fill the device by themselves
+SMALLEST_PROMPT = 32  # length bucket
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: `n` samples that continue `ids`."""
+
+    ids: Sequence[int]
+    max_tokens: int = 256  # generated tokens at most, forced ones included
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    seed: int = 42
+    stop_ids: Sequence[int] | None = None  # default: <|assistant_end|> and <|bos|>
+    n: int = 1
+    tools: bool = True  # whether python blocks are answered by the calculator
+
+
+@dataclass(frozen=True)
+class Event:
+    """New tokens of one sample. `finish_reason` is None but for the last event of a sample: "stop" or "length"."""
+
+    request: int  # the id that `Engine.add` gave
+    sample: int
+    ids: list[int]
+    mask: list[int]  # 1: sampled, 0: forced
+    logprobs: list[float]  # under the full softmax at temperature 1; of forced tokens too
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All generated tokens of one sample; with finish_reason "stop" the last one is the stop token."""
+
+    ids: list[int]
+    mask: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+# -----------------------------------------------------------------------------
+# On the device
+
+
+class Schedule(NamedTuple):
+    """What the host tells the device about the slots for one chunk; arrays [b] unless noted."""
+
+    token: np.ndarray  # the last token of the row, not in the cache yet
+    length: np.ndarray  # tokens before it, all in the cache
+    left: np.ndarray  # tokens the row may still get
+    active: np.ndarray
+    tools: np.ndarray  # whether python_end pauses the row
+    stop: np.ndarray  # [b, MAX_STOP_IDS], padded with -1
+    forced: np.ndarray  # [steps, b] tokens to take instead of sampled ones
+    forced_count: np.ndarray  # how many of them each row has
+
+
+@jax.jit
+def _unstack(params: gpt.Params) -> gpt.Params:
+    """One array a layer instead of a stack, so that a loop need not copy each layer out of it in every step."""
+    return params | {"blocks": {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}}
+
+
+def _stack(params: gpt.Params) -> gpt.Params:
+    """What the model expects. Under jit this costs nothing: XLA takes slices of a concatenation from its operands."""
+    return params | {"blocks": {name: jnp.stack(layers) for name, layers in params["blocks"].items()}}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _prefill(params, ids, length, *, cfg: GPTConfig, dtype):
+    """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows and next-token logits [p,v]."""
+    rows, size = ids.shape
+    empty = kv.make(cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
+    x, cache = gpt.decode(_stack(params), cfg, ids, empty, dtype)
+    last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
+    return {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
+def _start(cache, prefix, logits, source, target, count, settings, position, *, plan: sampler.Plan):
+    """Puts `count` samples into their slots: row source[i] of the prefill into slot target[i].
+
+    -> (cache, first tokens, their log-probabilities), the latter two by slot; each sample draws its own first token.
+    """
+    cache = kv.insert(cache, prefix, source, target, count)
+    row_of_slot = jnp.zeros_like(source).at[target].set(source)
+    logits = logits[row_of_slot]
+    token = sampler.sample(logits, settings, position, plan)
+    return cache, token, sampler.log_prob(logits, token)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "python_end", "plan"), donate_argnames="cache")
+def _decode(params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_end: int, plan: sampler.Plan):
+    """A chunk of decoding -> (cache, tokens [steps,b], log-probabilities [steps,b], how many of them count [b]).
+
+    A row that is not active repeats its last step without growing, which leaves its cache as it is.
+    """
+    steps = schedule.forced.shape[0]
+
+    def step(carry, inputs):
+        cache, token, length, left, active = carry
+        i, forced = inputs
+        x, new = gpt.decode(_stack(params), cfg, token[:, None], cache | {"length": length}, dtype)
+        logits = gpt.head(params, cfg, x[:, 0])
+        sampled = sampler.sample(logits, settings, length + 1, plan)
+        token = jnp.where(active, jnp.where(i < schedule.forced_count, forced, sampled), token)
+        emitted = (token, sampler.log_prob(logits, token), active)
+        length, left = length + active, left - active
+        ends = (token[:, None] == schedule.stop).any(-1) | (left <= 0)
+        pauses = schedule.tools & (token == python_end)
+        active = active & ~ends & ~pauses
+        return ({"k": new["k"], "v": new["v"]}, token, length, left, active), emitted
+
+    carry = (cache, schedule.token, schedule.length, schedule.left, schedule.active)
+    (cache, *_), (tokens, logprobs, counts) = jax.lax.scan(step, carry, (jnp.arange(steps), schedule.forced))
+    return cache, tokens, logprobs, counts.sum(0)
+
+
+# -----------------------------------------------------------------------------
+# On the host
+
+
+@dataclass
+class _Prompt:
+    """A request whose samples have not all been started."""
+
+    id: int
+    request: Request
+    started: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.request.n - self.started
+
+
+@dataclass
+class _Prefilled:
+    """Prompts whose keys and values are computed: prompts[i] is row i."""
+
+    prefix: kv.KV
+    logits: jax.Array
+    size: int
+    prompts: list[_Prompt]
+
+
+@dataclass
+class _Row:
+    """A sample in its slot. `length` tokens of its sequence are in the cache, `token` is the next to go there."""
+
+    id: int
+    sample: int
+    request: Request
+    stop_ids: tuple[int, ...]
+    token: int
+    length: int
+    left: int
+    expression: list[int] | None = None  # tokens since python_start; None outside of a block
+    forced: deque[int] = field(default_factory=deque)
+
+
+class Engine:
+    """`params` of shape `cfg` behind `slots` samples at a time, decoded `chunk` tokens at a time in `dtype`.
+
+    The tokenizer is used for the ids of special tokens and for the calculator's text. Dtype and slots are fixed, so
+    that what a request gets never follows the load.
+    """
+
+    def __init__(
+        self, params: gpt.Params, cfg: GPTConfig, tokenizer, slots: int = 8, dtype=jnp.float32, chunk: int = 16
+    ):
+        if slots < 1:
+            raise UserError(f"slots is {slots}: must be at least 1")
+        self.cfg, self.tokenizer, self.slots, self.dtype, self.chunk = cfg, tokenizer, slots, dtype, chunk
+        self._special = {
+            name: tokenizer.special(f"<|{name}|>")
+            for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end", "bos")
+        }
+        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype)
+        self._rows: list[_Row | None] = [None] * slots
+        self._queue: deque[_Prompt] = deque()
+        self._prefilled: _Prefilled | None = None
+        self._next_id = 0
+        self.set_params(params)
+
+    def set_params(self, params: gpt.Params) -> None:
+        """Generates with these weights from now on. The engine must be idle, and float32 arrays may be shared with it:
+        donating them elsewhere ends their use here too."""
+        assert not self.busy, "set_params with samples under way"
+        self._params = _unstack(gpt.cast(params, self.dtype))
+
+    @property
+    def running(self) -> int:
+        """Samples in slots."""
+        return sum(row is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Samples that wait for a slot."""
+        prefilled = self._prefilled.prompts if self._prefilled else []
+        return sum(prompt.left for prompt in (*prefilled, *self._queue))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    # -----------------------------------------------------------------------------
+    # For callers that have the engine for themselves
+
+    def run(self, requests: Iterable[Request], progress: Callable[[int, int], object] | None = None):
+        """Generates for all requests and returns list[list[Sample]], in their order, each with its n samples.
+
+        `progress(samples finished, samples wanted)` is called as samples finish. The engine must be idle.
+        """
+        assert not self.busy, "run with other samples under way"
+        requests = list(requests)
+        for request in requests:
+            self._check(request)
+        ids = [self.add(request) for request in requests]
+        parts = {(i, s): [] for i, request in zip(ids, requests, strict=True) for s in range(request.n)}
+        done = 0
+        try:
+            while self.busy:
+                before = done
+                for event in self.step():
+                    parts[event.request, event.sample].append(event)
+                    done += event.finish_reason is not None
+                if progress and done > before:
+                    progress(done, len(parts))
+        finally:
+            for i in ids:  # after an error or Ctrl-C; otherwise there is nothing left
+                self.cancel(i)
+        return [[_join(parts[i, s]) for s in range(r.n)] for i, r in zip(ids, requests, strict=True)]
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Events of one request as they come. The engine must be idle; closing the iterator cancels the request."""
+        assert not self.busy, "stream with other samples under way"
+        i = self.add(request)
+        try:
+            while self.busy:
+                yield from self.step()
+        finally:
+            self.cancel(i)
+
+    # -----------------------------------------------------------------------------
+    # For servers, which have many requests under way
+
+    def add(self, request: Request) -> int:
+        """Queues a request and returns its id. UserError for a request that cannot be served."""
+        self._check(request)
+        self._next_id += 1
+        self._queue.append(_Prompt(self._next_id, request))
+        return self._next_id
+
+    def cancel(self, id: int) -> None:
+        """Forgets a request; its slots are free at once. Unknown and finished ids are ignored."""
+        self._queue = deque(prompt for prompt in self._queue if prompt.id != id)
+        for prompt in self._prefilled.prompts if self._prefilled else ():
+            if prompt.id == id:
+                prompt.started = prompt.request.n
+        self._rows = [None if row and row.id == id else row for row in self._rows]
+
+    def step(self) -> list[Event]:
+        """Starts waiting samples if a slot is free, else decodes a chunk. Returns what there is to tell."""
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        if free and self.waiting:
+            return self._admit(free)
+        return self._advance() if self.running else []
+
+    def close(self) -> None:
+        """Gives the device's memory back. The engine cannot be used afterwards."""
+        self._rows, self._queue, self._prefilled = [None] * self.slots, deque(), None
+        self._cache = self._params = None
+
+    # -----------------------------------------------------------------------------
+    # Starting samples
+
+    def _check(self, request: Request) -> None:
+        """UserError for what cannot be generated."""
+        context, vocab = self.cfg.sequence_len, self.cfg.vocab_size
+        if len(request.ids) == 0:
+            raise UserError("the prompt is empty: it needs at least one token, such as <|bos|>")
+        if len(request.ids) > context:
+            raise UserError(f"the prompt has {len(request.ids)} tokens: the model's context holds {context}")
+        if not all(0 <= i < vocab for i in request.ids):
+            raise UserError(f"the prompt holds a token id outside the vocabulary (0 to {vocab - 1})")
+        for name in ("max_tokens", "n"):
+            if getattr(request, name) < 1:
+                raise UserError(f"{name} is {getattr(request, name)}: must be at least 1")
+        if not (math.isfinite(request.temperature) and request.temperature >= 0):
+            raise UserError(f"temperature is {request.temperature}: must be 0 (greedy) or a positive number")
+        if request.top_k < 0:
+            raise UserError(f"top_k is {request.top_k}: must be 0 (off) or positive")
+        if not 0 < request.top_p <= 1:
+            raise UserError(f"top_p is {request.top_p}: must be above 0 and at most 1 (off)")
+        if request.stop_ids is not None and len(request.stop_ids) > MAX_STOP_IDS:
+            raise UserError(f"{len(request.stop_ids)} stop tokens: at most {MAX_STOP_IDS} are supported")
+
+    def _admit(self, free: list[int]) -> list[Event]:
+        """Starts as many samples of the prefilled prompts as there are free slots; returns their first tokens."""
+        if self._prefilled is None:
+            self._prefilled = self._prefill_next(len(free))
+        batch = self._prefilled
+        source, target = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
+        started = []  # slots
+        for index, prompt in enumerate(batch.prompts):
+            while prompt.left and len(started) < len(free):
+                slot = free[len(started)]
+                source[len(started)], target[len(started)] = index, slot
+                self._rows[slot] = self._row(prompt)
+                prompt.started += 1
+                started.append(slot)
+        if not any(prompt.left for prompt in batch.prompts):
+            self._prefilled = None
+        if not started:  # what was prefilled has been cancelled
+            return []
+        self._fit(batch.size)
+        rows = [row if slot in started else None for slot, row in enumerate(self._rows)]
+        settings = self._settings(rows)
+        position = np.array([row.length + 1 if row else 0 for row in rows], np.int32)
+        plan = sampler.plan(settings, self.cfg.vocab_size)
+        count = np.int32(len(started))
+        self._cache, *first = _start(
+            self._cache, batch.prefix, batch.logits, source, target, count, settings, position, plan=plan
+        )
+        tokens, logprobs = jax.device_get(first)
+        return [self._record(slot, [int(tokens[slot])], [float(logprobs[slot])], [1]) for slot in started]
+
+    def _prefill_next(self, free: int) -> _Prefilled:
+        """Runs the first prompt of the queue; together with others of its bucket, if nearly a full batch of them waits.
+
+        Two batch sizes only, since each is compiled for every length bucket.
+        """
+
+        def size(prompt: _Prompt) -> int:
+            return kv.bucket(len(prompt.request.ids), self.cfg.sequence_len, SMALLEST_PROMPT)
+
+        length = size(self._queue[0])
+        alike = [prompt for prompt in self._queue if size(prompt) == length][: min(free, PREFILL_ROWS)]
+        together = len(alike) >= PREFILL_ROWS - 1 and length * PREFILL_ROWS <= PREFILL_TOKENS
+        prompts = alike if together else alike[:1]
+        for prompt in prompts:
+            self._queue.remove(prompt)
+        ids = np.zeros((PREFILL_ROWS if together else 1, length), np.int32)
+        lengths = np.ones(len(ids), np.int32)
+        for i, prompt in enumerate(prompts):
+            lengths[i] = len(prompt.request.ids)
+            ids[i, : lengths[i]] = prompt.request.ids
+        prefix, logits = _prefill(self._params, ids, lengths, cfg=self.cfg, dtype=self.dtype)
+        return _Prefilled(prefix, logits, length, prompts)
+
+    def _row(self, prompt: _Prompt) -> _Row:
+        """The next sample of `prompt`, as it is before its first token."""
+        request = prompt.request
+        default = (self._special["assistant_end"], self._special["bos"])
+        stop_ids = default if request.stop_ids is None else tuple(request.stop_ids)
+        length = len(request.ids)
+        # The last token need not fit into the context, since nothing is computed from it.
+        left = min(request.max_tokens, self.cfg.sequence_len - length + 1)
+        return _Row(prompt.id, prompt.started, request, stop_ids, request.ids[-1], length - 1, left)
+
+    # -----------------------------------------------------------------------------
+    # Decoding
+
+    def _advance(self) -> list[Event]:
+        """Decodes one chunk and returns each row's new tokens."""
+        self._fit()
+        settings = self._settings(self._rows)
+        schedule = self._schedule()
+        self._cache, *out = _decode(
+            self._params, self._cache, schedule, settings,
+            cfg=self.cfg, dtype=self.dtype, python_end=self._special["python_end"],
+            plan=sampler.plan(settings, self.cfg.vocab_size),
+        )  # fmt: skip
+        tokens, logprobs, counts = jax.device_get(out)
+        events = []
+        for slot, row in enumerate(self._rows):
+            if row is None:
+                continue
+            count = int(counts[slot])
+            forced = min(int(schedule.forced_count[slot]), count)
+            for _ in range(forced):
+                row.forced.popleft()
+            mask = [0] * forced + [1] * (count - forced)
+            events.append(self._record(slot, tokens[:count, slot].tolist(), logprobs[:count, slot].tolist(), mask))
+        return events
+
+    def _fit(self, at_least: int = 0) -> None:
+        """Gives the cache the smallest size that holds all rows to the end of the next chunk."""
+        needed = [row.length + min(self.chunk, row.left) for row in self._rows if row]
+        size = kv.bucket(max(at_least, *needed), self.cfg.sequence_len)
+        if size != self._cache["k"][0].shape[1]:
+            self._cache = kv.resize(self._cache, size)
+
+    def _settings(self, rows: list[_Row | None]) -> sampler.Settings:
+        """How to sample for each slot; empty ones are greedy, which costs nothing."""
+        requests = [row.request if row else None for row in rows]
+        return sampler.Settings(
+            seed=np.array([r.seed % 2**32 if r else 0 for r in requests], np.uint32),
+            sample=np.array([row.sample if row else 0 for row in rows], np.int32),
+            temperature=np.array([r.temperature if r else 0 for r in requests], np.float32),
+            top_k=np.array([min(r.top_k, self.cfg.vocab_size) if r else 0 for r in requests], np.int32),
+            top_p=np.array([r.top_p if r else 1 for r in requests], np.float32),
+        )
+
+    def _schedule(self) -> Schedule:
+        b = self.slots
+        zeros = functools.partial(np.zeros, dtype=np.int32)
+        schedule = Schedule(
+            zeros(b), zeros(b), zeros(b), np.zeros(b, bool), np.zeros(b, bool),
+            np.full((b, MAX_STOP_IDS), -1, np.int32), zeros((self.chunk, b)), zeros(b),
+        )  # fmt: skip
+        for slot, row in enumerate(self._rows):
+            if row is None:
+                continue
+            schedule.token[slot], schedule.length[slot], schedule.left[slot] = row.token, row.length, row.left
+            schedule.active[slot], schedule.tools[slot] = True, row.request.tools
+            schedule.stop[slot, : len(row.stop_ids)] = row.stop_ids
+            forced = list(row.forced)[: self.chunk]
+            schedule.forced[: len(forced), slot] = forced
+            schedule.forced_count[slot] = len(forced)
+        return schedule
+
+    def _record(self, slot: int, ids: list[int], logprobs: list[float], mask: list[int]) -> Event:
+        """Takes note of a row's new tokens: frees its slot if it is complete, else runs the tool it called."""
+        row = self._rows[slot]
+        row.token = ids[-1]
+        row.length += len(ids)
+        row.left -= len(ids)
+        reason = "stop" if row.token in row.stop_ids else None if row.left else "length"
+        if reason:
+            self._rows[slot] = None
+        elif row.request.tools:
+            for token in ids:
+                self._follow(row, token)
+        return Event(row.id, row.sample, ids, mask, logprobs, reason)
+
+    def _follow(self, row: _Row, token: int) -> None:
+        """The tool state machine: python_start, an expression, python_end -> the result is forced, if there is one."""
+        if token == self._special["python_start"]:
+            row.expression = []
+        elif token == self._special["python_end"] and row.expression is not None:
+            result = use_calculator(self.tokenizer.decode(row.expression)) if row.expression else None
+            row.expression = None
+            if result is not None:
+                answer = self.tokenizer.encode(result)
+                row.forced.extend([self._special["output_start"], *answer, self._special["output_end"]])
+        elif row.expression is not None:
+            row.expression.append(token)
+
+
+def _join(events: list[Event]) -> Sample:
+    ids, mask, logprobs = ([x for event in events for x in getattr(event, name)] for name in ("ids", "mask", "logprobs"))
+    return Sample(ids, mask, logprobs, events[-1].finish_reason)

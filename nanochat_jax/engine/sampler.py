@@ -1,0 +1,92 @@
+"""Choosing the next token of every row on the device, each row with its own settings.
+
+A row's noise depends on its seed, its sample number and the position of the token, and on nothing else: the same
+request gives the same text alone or in a crowd. Rows without filters draw Gumbel noise by token id over the whole
+vocabulary; rows with top-k or top-p draw it by rank among the likeliest tokens, which spares the noise for the rest.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WIDTHS = (64, 256)  # candidates for top-k; more than the last: the whole vocabulary
+COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax anyway, and division would overflow
+
+
+class Settings(NamedTuple):
+    """How to sample for each row; arrays [b]."""
+
+    seed: jax.Array  # uint32
+    sample: jax.Array  # int32, which of the request's samples
+    temperature: jax.Array  # float32, 0: greedy
+    top_k: jax.Array  # int32, 0: off
+    top_p: jax.Array  # float32, 1: off
+
+
+class Plan(NamedTuple):
+    """What the compiled sampler must be able to do; static. It never changes what a row draws, only what is computed."""
+
+    width: int  # ranked candidates, 0: no row wants top-k or top-p
+    noise: bool  # some row samples from the whole vocabulary
+
+
+def plan(settings: Settings, vocab_size: int) -> Plan:
+    """The cheapest plan for these settings (numpy arrays); one of few, so that few programs are compiled."""
+    warm = settings.temperature > 0
+    by_k, by_p = warm & (settings.top_k > 0), warm & (settings.top_p < 1)
+    widest = int(np.max(settings.top_k, where=by_k, initial=0))
+    if np.any(by_p & ~by_k):
+        widest = vocab_size  # the nucleus may be any part of the vocabulary
+    width = next((w for w in (0, *WIDTHS) if widest <= w), vocab_size)
+    return Plan(min(width, vocab_size), bool(np.any(warm & ~by_k & ~by_p)))
+
+
+def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Plan) -> jax.Array:
+    """logits float32 [b,v] -> tokens int32 [b] that will stand at `position` [b] of their sequences.
+
+    Temperature, then top-k, then top-p over what top-k left, renormalised (the order transformers uses).
+    """
+    token = jnp.argmax(logits, axis=-1)
+    if not (plan.width or plan.noise):
+        return token.astype(jnp.int32)
+    keys = jax.vmap(_key)(settings.seed, settings.sample, position)
+    scaled = logits / jnp.maximum(settings.temperature, COLDEST)[:, None]
+    filtered = (settings.top_k > 0) | (settings.top_p < 1)
+    warm = settings.temperature > 0
+    if plan.noise:
+        drawn = jnp.argmax(scaled + _gumbel(keys, logits.shape[-1]), axis=-1)
+        token = jnp.where(warm & ~filtered, drawn, token)
+    if plan.width:
+        drawn = _sample_ranked(scaled, settings, keys, plan.width)
+        token = jnp.where(warm & filtered, drawn, token)
+    return token.astype(jnp.int32)
+
+
+def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
+    """Samples among the `width` likeliest tokens of each row that top-k and top-p leave."""
+    scores, ids = jax.lax.top_k(scaled, width)
+    off = (settings.top_k <= 0)[:, None]
+    scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
+    p = jax.nn.softmax(scores, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p  # probability of the likelier ones; 0 for the first, which always stays
+    top_p = settings.top_p[:, None]
+    scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)
+    rank = jnp.argmax(scores + _gumbel(keys, width), axis=-1)
+    return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0]
+
+
+def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """Log-probability of token [b] under the full softmax of logits [b,v] at temperature 1, whatever was sampled from."""
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _key(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+
+
+def _gumbel(keys: jax.Array, width: int) -> jax.Array:
+    """Noise [b,width]; the first entries of a wider draw are those of a narrower one (counter-based bits)."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (width,)))(keys)

@@ -1,0 +1,75 @@
+"""Batches for evaluation: prompts padded to few static shapes, their rows spread over the devices.
+
+An evaluation of thousands of prompts thus compiles a handful of programs. What a prompt scores does not depend on the
+others in its batch: attention is causal, so padding on the right changes nothing before it.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nanochat_jax import gpt
+
+SHORTEST = 32  # tokens; shorter prompts are padded to it
+
+
+def padded_length(length: int, limit: int) -> int:
+    """The smallest power of two that holds `length` tokens, at least SHORTEST and at most `limit`."""
+    assert 0 < length <= limit, f"{length} tokens in a context of {limit}"
+    return min(limit, max(SHORTEST, 1 << (length - 1).bit_length()))
+
+
+def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:
+    """At most `rows` sequences as int32 [rows, padded length of the longest]; missing rows and tails are `fill`."""
+    assert 0 < len(sequences) <= rows, f"{len(sequences)} sequences in {rows} rows"
+    batch = np.full((rows, padded_length(max(map(len, sequences)), limit)), fill, np.int32)
+    for row, ids in zip(batch, sequences, strict=False):
+        row[: len(ids)] = ids
+    return batch
+
+
+def fixed_rows(values: Sequence, rows: int) -> np.ndarray:
+    """`values` as int32 [rows, ...], the first one repeated for the rows that are missing."""
+    array = np.asarray(values, np.int32)
+    return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
+
+
+def rows_sharding(params: gpt.Params) -> NamedSharding | None:
+    """How the rows of a batch are spread over the mesh the parameters live on; None: they are on one device."""
+    sharding = getattr(params["wte"], "sharding", None)
+    return NamedSharding(sharding.mesh, PartitionSpec("data")) if isinstance(sharding, NamedSharding) else None
+
+
+def num_rows(params: gpt.Params, batch_size: int) -> int:
+    """`batch_size`, rounded up so that every device gets as many rows."""
+    sharding = rows_sharding(params)
+    share = 1 if sharding is None else sharding.mesh.shape["data"]
+    return -(-batch_size // share) * share
+
+
+def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
+    """Rows that every process holds in full, onto the devices."""
+    sharding = rows_sharding(params)
+    if sharding is None:
+        return jnp.asarray(rows)
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+
+def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
+    """Rows of which every process holds its own, as one array of all of them."""
+    sharding = rows_sharding(params)
+    if sharding is None or isinstance(rows, jax.Array):
+        return jnp.asarray(rows)
+    return jax.make_array_from_process_local_data(sharding, rows)
+
+
+def fetch(rows: jax.Array) -> np.ndarray:
+    """All rows, back on the host of every process."""
+    if rows.is_fully_addressable:
+        return np.asarray(rows)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(rows, tiled=True)

@@ -1,0 +1,177 @@
+"""The CORE bundle: the list of tasks, their files, and the score of guessing in each.
+
+    core.yaml             label, file, kind, number of few-shot examples and delimiter of each task
+    eval_meta_data.csv    random baselines, in percent
+    eval_data/            the items, as .jsonl or .jsonl.gz
+
+It is looked for in a folder that was named, then in eval_bundle of the base folder, and else downloaded there.
+"""
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_jax.config import UserError, base_dir
+
+URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+ATTEMPTS = 3
+TIMEOUT = 15  # seconds without a byte
+KINDS = ("multiple_choice", "schema", "language_modeling")
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One task of CORE. `baseline` is the accuracy of guessing, 0 to 1."""
+
+    label: str
+    kind: str
+    path: Path
+    num_fewshot: int
+    delimiter: str
+    baseline: float
+
+    def items(self) -> list[dict]:
+        """All items, in the order of the file. UserError names the line that is none."""
+        items = []
+        with gzip.open(self.path, "rt", encoding="utf-8") if self.path.suffix == ".gz" else open(
+            self.path, encoding="utf-8"
+        ) as lines:
+            try:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        items.append(_item(json.loads(line), self.kind))
+            except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+                raise UserError(f"{self.path}, line {number}: no item of kind {self.kind} ({error!r})") from None
+        if not items:
+            raise UserError(f"{self.path}: empty")
+        return items
+
+
+def _item(row: dict, kind: str) -> dict:
+    """The row, after a look at the fields its kind needs."""
+    if kind == "language_modeling":
+        row["context"] + row["continuation"]
+    else:
+        row["choices" if kind == "multiple_choice" else "context_options"][row["gold"]] + ""
+    return row
+
+
+def find_bundle(core_dir: str | Path = "") -> Path:
+    """The folder of the bundle, with every file there. UserError says what is missing and how to get it."""
+    if core_dir:
+        folder = Path(core_dir).expanduser()
+        if not (folder / "core.yaml").is_file():
+            raise UserError(f"--core_dir={core_dir}: no core.yaml there; expected the unpacked {URL}")
+    else:
+        folder = base_dir() / "eval_bundle"
+        if not folder.is_dir():
+            _download(folder)
+    read_tasks(folder)
+    return folder
+
+
+def read_tasks(folder: Path) -> list[CoreTask]:
+    """The tasks of the bundle in `folder`, in the order of core.yaml. UserError where something is missing."""
+    import yaml
+
+    baselines = _baselines(folder / "eval_meta_data.csv")
+    try:
+        listed = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        tasks = [_task(folder, entry, baselines) for entry in listed]
+    except OSError as error:
+        raise UserError(f"{folder}: incomplete CORE bundle ({error}); expected the unpacked {URL}") from None
+    except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{folder / 'core.yaml'}: not the task list of CORE ({error!r})") from None
+    if not tasks:
+        raise UserError(f"{folder / 'core.yaml'}: no tasks")
+    return tasks
+
+
+def _task(folder: Path, entry: dict, baselines: dict[str, float]) -> CoreTask:
+    label, kind = entry["label"], entry["icl_task_type"]
+    if kind not in KINDS:
+        raise UserError(f"{folder / 'core.yaml'}: {label} is of kind {kind!r}, expected one of {', '.join(KINDS)}")
+    if label not in baselines:
+        raise UserError(f"{folder / 'eval_meta_data.csv'}: no random baseline for {label}")
+    plain = folder / "eval_data" / entry["dataset_uri"]
+    path = next((p for p in (plain, plain.with_name(plain.name + ".gz")) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no {plain.relative_to(folder)}[.gz]")
+    delimiter = entry.get("continuation_delimiter", " ")
+    return CoreTask(label, kind, path, int(entry["num_fewshot"][0]), delimiter, baselines[label])
+
+
+def _baselines(path: Path) -> dict[str, float]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: expected the unpacked {URL}") from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a table with 'Eval Task' and 'Random baseline' ({error!r})") from None
+
+
+# -----------------------------------------------------------------------------
+# Download
+
+
+def _download(folder: Path) -> None:
+    """Fetches and unpacks the bundle; `folder` appears whole or not at all."""
+    part = folder.with_name(f"eval_bundle.{os.getpid()}.part")
+    unpacked = folder.with_name(f"eval_bundle.{os.getpid()}.unpacked")
+    try:
+        _pin(_fetch(part, folder), folder.with_name("eval_bundle.sha256"))
+        with zipfile.ZipFile(part) as archive:
+            archive.extractall(unpacked)
+        inside = next(unpacked.rglob("core.yaml"), None)
+        if inside is None:
+            raise UserError(f"{URL}: no core.yaml in the archive")
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(inside.parent, folder)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{URL}: cannot be unpacked to {folder} ({error})") from None
+    finally:
+        part.unlink(missing_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def _fetch(part: Path, folder: Path) -> str:
+    """Downloads the archive to `part`; its SHA-256."""
+    from urllib.request import urlopen
+
+    from nanochat_jax.evals.progress import Progress
+
+    for attempt in range(1, ATTEMPTS + 1):
+        digest = hashlib.sha256()
+        try:
+            with urlopen(URL, timeout=TIMEOUT) as answer, open(part, "wb") as file:
+                size = int(answer.headers.get("Content-Length") or 0)
+                with Progress("CORE bundle, MB", size >> 20) as progress:
+                    while block := answer.read(1 << 20):
+                        file.write(block)
+                        digest.update(block)
+                        progress.advance()
+            if size and part.stat().st_size != size:
+                raise OSError(f"got {part.stat().st_size:,} of {size:,} bytes")
+            return digest.hexdigest()
+        except OSError as error:  # urllib's errors are among them
+            reason = str(error) or type(error).__name__
+        if attempt < ATTEMPTS:
+            time.sleep(attempt)
+    raise UserError(f"no CORE bundle: {URL} cannot be had ({reason}); unzip it to {folder} or name a folder: --core_dir")
+
+
+def _pin(digest: str, pin: Path) -> None:
+    """The first download settles what the bundle is; a later one must be the same."""
+    if not pin.exists():
+        pin.write_text(digest + "\n", encoding="utf-8")
+    elif (pinned := pin.read_text(encoding="utf-8").strip()) != digest:
+        raise UserError(f"{URL} has changed: SHA-256 {digest}, the first download had {pinned}; delete {pin} to accept it")

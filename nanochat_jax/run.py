@@ -1,0 +1,253 @@
+"""A training run: where it lives, what it starts from, and whether it goes on from where it stopped.
+
+A run may start in four ways, tried in this order:
+1. it is finished: said, and nothing is done;
+2. it has a good checkpoint made with the same settings from the same parent: it goes on, exactly;
+3. mid, sft and rl: from the weights of the stage before;
+4. base: from scratch.
+"""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nanochat_jax import checkpoint, config, gpt, metrics, optim, parallel
+from nanochat_jax.config import GPTConfig, Train, UserError
+
+# Settings that may differ between a run and its continuation: they do not change what is computed.
+FREE = {
+    "run", "model_tag", "resume", "device_type", "device_batch_size", "task_data_dir", "core_dir", "eval_every",
+    "eval_tokens", "save_every", "keep_last", "core_metric_every", "core_metric_max_per_task", "sample_every",
+    "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples", "eval_samples",
+}  # fmt: skip
+
+
+class TrainState(NamedTuple):
+    params: gpt.Params
+    opt_state: optax.OptState
+
+
+@dataclass
+class Run:
+    cfg: Train
+    dir: Path
+    model: GPTConfig
+    tokenizer: Any
+    mesh: jax.sharding.Mesh
+    dtype: jnp.dtype
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    saver: checkpoint.Saver
+    wandb: metrics.Wandb
+    step: int  # the one to do next
+    data: dict | None  # position of the data pipeline, when resumed
+    totals: dict  # seconds, tokens and FLOPs spent so far
+    identity: dict  # what a continuation must agree with
+
+    def log(self, kind: str, step: int, **fields) -> None:
+        totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
+        metrics.append(self.dir, kind, self.cfg.stage, step, **totals, **fields)
+        shown = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
+        self.wandb.log(step, **shown)
+
+    def save(self, step: int, data: dict) -> None:
+        meta = checkpoint.model_meta(self.model) | {
+            "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
+            "config": dataclasses.asdict(self.cfg), "versions": versions(), **self.identity,
+        }  # fmt: skip
+        self.saver.save(step, self.state.params, self.state.opt_state, data, meta)
+        self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name)
+
+    def finish(self, step: int) -> None:
+        self.saver.wait()
+        self.log("note", step, text="finished")
+        self.wandb.finish()
+
+
+@contextmanager
+def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | None]:
+    """The run `cfg` describes, locked against a second process; None if it is finished. Saves are complete on leaving."""
+    parallel.start(cfg.device_type)
+    source, model, tokenizer = _origin(cfg)
+    tag = cfg.model_tag or config.preset_name() or (source.tag if source else f"d{cfg.depth}")
+    folder = checkpoint.run_dir(cfg.stage, tag)
+    identity = {"config_hash": _config_hash(cfg), "parent": _parent(source)}
+    with checkpoint.exclusive(folder):
+        step = _step_to_resume(cfg, folder, identity)
+    with checkpoint.exclusive(folder):  # again: resume=never has moved the folder aside
+        if step is not None and _finished(folder, step):
+            print(f"{cfg.stage}: {folder} is finished (step {step})")
+            yield None
+            return
+        mesh = parallel.make_mesh()
+        dtype, reason = parallel.compute_dtype(cfg.compute_dtype)
+        print(f"{cfg.stage}: {folder}")
+        print(f"devices: {parallel.describe()}; matmuls in {dtype.__name__}: {reason}")
+        optimizer = optim.make_optimizer(
+            model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
+            weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype,
+        )  # fmt: skip
+        state, data, totals = _initial_state(cfg, model, source, optimizer, mesh, folder, step)
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(cfg).items()}
+        (folder / "config.json").write_text(json.dumps(plain | {"tag": tag}, indent=1), encoding="utf-8")
+        run = Run(
+            cfg, folder, model, tokenizer, mesh, dtype, optimizer, state, checkpoint.Saver(folder, cfg.keep_last),
+            metrics.Wandb(cfg.stage, cfg.run, plain), step or 0, data, totals, identity,
+        )  # fmt: skip
+        run.log("config", run.step, config=plain, versions=versions(), devices=parallel.describe())
+        try:
+            yield run
+        finally:
+            run.saver.wait()
+
+
+def _origin(cfg: Train):
+    """The model a stage starts from (None for base), the shape it will have, and the tokenizer."""
+    if cfg.stage == "base":
+        from nanochat_jax.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
+        return None, cfg.gpt_config(tokenizer.vocab_size), tokenizer
+    tag = cfg.model_tag or config.preset_name()
+    if tag and not checkpoint.steps(checkpoint.run_dir(cfg.source, tag)):
+        tag = ""  # a tag of this run's own: start from the latest of the stage before
+    source = checkpoint.load_model(cfg.source, tag)
+    return source, source.config, source.tokenizer
+
+
+def _parent(source: checkpoint.Model | None) -> str:
+    """Names the weights a run starts from, by content."""
+    if source is None:
+        return ""
+    manifest = checkpoint.step_dir(source.run_dir, source.step) / checkpoint.MANIFEST
+    return f"{source.name} step {source.step} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]}"
+
+
+def _config_hash(cfg: Train) -> str:
+    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _step_to_resume(cfg: Train, folder: Path, identity: dict) -> int | None:
+    """The step to go on from, None to start. UserError where the run there is another one."""
+    if cfg.resume == "never":
+        if checkpoint.steps(folder) or (folder / metrics.LOG).exists():
+            checkpoint.move_aside(folder)
+            folder.mkdir(parents=True)
+        return None
+    if cfg.resume == "auto":
+        step = checkpoint.latest(folder)
+        if step is None:
+            return None
+    elif cfg.resume.isdigit():
+        step = int(cfg.resume)
+        wrong = checkpoint.damage(checkpoint.step_dir(folder, step))
+        if wrong:
+            raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)} is {wrong}")
+    else:
+        raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
+    meta = checkpoint.read_meta(folder, step)
+    for key, what in (("config_hash", "other settings"), ("parent", "other weights")):
+        if meta[key] != identity[key]:
+            raise UserError(
+                f"{folder} holds a run started from {what}{_difference(cfg, meta) if key == 'config_hash' else ''}: "
+                "choose another --model_tag, or move it aside with --resume=never"
+            )
+    return step
+
+
+def _difference(cfg: Train, meta: dict) -> str:
+    """Which settings differ, for the error message."""
+    now, then = dataclasses.asdict(cfg), meta["config"]
+    names = [k for k in now if k not in FREE and now[k] != then.get(k)]
+    return " (" + ", ".join(f"{k}: {then.get(k)!r}, now {now[k]!r}" for k in names[:4]) + ")"
+
+
+def _finished(folder: Path, step: int) -> bool:
+    notes = [r for r in metrics.read(folder) if r["kind"] == "note" and r.get("text") == "finished"]
+    return any(r["step"] == step for r in notes)
+
+
+def _initial_state(cfg, model, source, optimizer, mesh, folder, step):
+    everywhere = parallel.replicated(mesh)
+
+    def fresh():
+        params = gpt.init(model, cfg.seed)
+        return TrainState(params, optimizer.init(params))
+
+    if step is None and source is None:
+        state = jax.jit(fresh, out_shardings=everywhere)()
+        print(f"starting from scratch, seed {cfg.seed}")
+    elif step is None:
+        params = jax.device_put(source.params, everywhere)
+        state = TrainState(params, jax.jit(optimizer.init, out_shardings=everywhere)(params))
+    else:
+        abstract = jax.eval_shape(fresh)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
+        params, opt_state, data, meta = checkpoint.restore(folder, step, target.params, target.opt_state)
+        print(f"resuming at step {step}")
+        return TrainState(params, opt_state), data, meta["totals"]
+    return state, None, {"seconds": 0.0, "tokens": 0, "flops": 0}
+
+
+def versions() -> dict:
+    """What produced a checkpoint."""
+    try:
+        git = ["git", "-C", str(config.REPOSITORY)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        commit, dirty = "", ""
+    return {
+        "commit": commit + ("+" if dirty.strip() else ""), "python": platform.python_version(),
+        "jax": jax.__version__, "numpy": np.__version__,
+    }  # fmt: skip
+
+
+class Interruption:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop, so that the loop can save first. A second Ctrl-C ends
+    the process at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._old: dict = {}
+
+    def __enter__(self) -> "Interruption":
+        self._old = {s: signal.signal(s, self._wish) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
+
+    def _wish(self, signum, frame) -> None:
+        if self.signal == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        self.signal = signum
+        print("\nstopping after this step; the state will be saved (Ctrl-C again: at once)", flush=True)
+
+
+class Timer:
+    """Seconds since the last lap."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        self.start, elapsed = now, now - self.start
+        return elapsed

@@ -1,0 +1,80 @@
+"""From a conversation to a prompt that fits the context, and from the answer's token ids back to readable parts."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+from nanochat_jax.config import UserError
+from nanochat_jax.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+
+STOP_TOKENS = ("<|assistant_end|>", "<|bos|>")
+_UNLIMITED = 1 << 30  # tokens: nothing is cut on the way to knowing how long a prompt is
+
+
+def prompt(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
+    """Token ids that ask for the next assistant turn, at most `room`, and how many of the oldest messages were dropped.
+
+    `messages` alternate user, assistant, ..., user, after an optional system message, which is never dropped. UserError
+    if they do not, or if the last message alone is too long.
+    """
+    turns = messages[messages[0]["role"] == "system" :]
+    head = messages[: len(messages) - len(turns)]
+
+    def render(pairs: int) -> list[int]:
+        return tokenizer.render_for_completion({"messages": head + turns[2 * pairs :]}, max_tokens=_UNLIMITED)
+
+    ids = render(0)
+    if len(ids) <= room:
+        return ids, 0
+    # Dropping more never makes it longer, so the fewest pairs of messages to drop are found by bisection.
+    most = len(turns) // 2
+    pairs = bisect_left(range(most), True, key=lambda n: len(render(n)) <= room)
+    ids = render(pairs)
+    if len(ids) > room:
+        raise UserError(f"the message is too long: it takes {len(ids)} tokens, and the model has room for {room}")
+    return ids, 2 * pairs
+
+
+class PartReader:
+    """Reads an answer as it is generated: ("text", piece), ("python", expression), ("python_output", result).
+
+    Text comes in pieces that end between characters, an expression and its result whole. The kinds are those of the
+    parts of an assistant message, so that an answer can be sent back and rendered as it was. Other special tokens are
+    no text and leave no trace.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decoder = StreamDecoder(tokenizer)
+        self._special = {tokenizer.special(name) for name in SPECIAL_TOKENS}
+        self._kind_after = {
+            tokenizer.special("<|python_start|>"): "python",
+            tokenizer.special("<|python_end|>"): "text",
+            tokenizer.special("<|output_start|>"): "python_output",
+            tokenizer.special("<|output_end|>"): "text",
+        }
+        self._kind = "text"
+        self._piece = ""
+
+    def read(self, ids: Iterable[int], end: bool = False) -> list[tuple[str, str]]:
+        """The parts that the next `ids` bring; with `end`, also what is left of an unfinished part or character."""
+        parts = []
+        for id in ids:
+            if id not in self._special:
+                self._piece += self._decoder.push(id)
+            elif id in self._kind_after:
+                self._turn(self._kind_after[id], parts)
+        if end:
+            self._turn("text", parts)
+        elif self._kind == "text":
+            self._flush_piece(parts)
+        return parts
+
+    def _turn(self, kind: str, parts: list) -> None:
+        """Ends the part being read; the next one is of `kind`."""
+        self._piece += self._decoder.flush()
+        self._flush_piece(parts)
+        self._kind = kind
+
+    def _flush_piece(self, parts: list) -> None:
+        if self._piece:
+            parts.append((self._kind, self._piece))
+            self._piece = ""

@@ -1,0 +1,71 @@
+"""Tasks: conversations to train on and problems to judge a model by, behind one small interface.
+
+    task = tasks.load("GSM8K", "test", rows=100)
+    task[0]["messages"]; task.evaluate(task[0], "... #### 18")
+
+Downloaded tasks come from the Hugging Face hub or from a local folder; the generated ones need neither.
+"""
+
+from pathlib import Path
+
+from nanochat_jax.config import UserError
+from nanochat_jax.tasks.arc import ARCChallenge, ARCEasy
+from nanochat_jax.tasks.arithmetic import Sums, TwoStep
+from nanochat_jax.tasks.choice import GeneratedMC
+from nanochat_jax.tasks.customjson import CustomJSON
+from nanochat_jax.tasks.gsm8k import GSM8K
+from nanochat_jax.tasks.humaneval import HumanEval
+from nanochat_jax.tasks.identity import Identity
+from nanochat_jax.tasks.mmlu import MMLU
+from nanochat_jax.tasks.smoltalk import SmolTalk
+from nanochat_jax.tasks.spellingbee import SimpleSpelling, SpellingBee
+from nanochat_jax.tasks.task import Mixture, Task, View, rows
+
+__all__ = ["TASKS", "Mixture", "Task", "View", "load", "mixture", "rows", "task_class"]
+
+TASKS: dict[str, type[Task]] = {
+    cls.name.lower(): cls
+    for cls in (
+        MMLU, ARCEasy, ARCChallenge, GSM8K, HumanEval, SmolTalk, SpellingBee, SimpleSpelling, Identity, CustomJSON,
+        Sums, TwoStep, GeneratedMC,
+    )
+}  # fmt: skip
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task by its name in any case ("ARC-Easy", "customjson:my.jsonl"). UserError lists the names."""
+    cls = TASKS.get(name.partition(":")[0].strip().lower())
+    if cls is None:
+        raise UserError(f"unknown task {name!r}; there are {', '.join(c.name for c in TASKS.values())}")
+    return cls
+
+
+def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0) -> Task:
+    """One split ("train" or "test") of a task.
+
+    data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many (0: all; more than the
+    task has: repeated). UserError where the data cannot be had; a task is never silently empty.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"split {split!r} of {name}: expected train or test")
+    if rows < 0:
+        raise UserError(f"{name}={rows}: the number of rows must be 0 (all) or more")
+    cls = task_class(name)
+    if cls is CustomJSON:
+        path = name.partition(":")[2]
+        if not path:
+            raise UserError("customjson needs a file: customjson:PATH")
+        task = CustomJSON(path)
+    else:
+        task = cls(split, data_dir or None)
+    return _first(task, rows)
+
+
+def mixture(counts: dict[str, int], split: str, data_dir: str | Path | None = None, seed: int = 42) -> Mixture:
+    """The tasks of `counts` ({name: rows}, as in `load`) in one, shuffled by `seed`."""
+    if not counts:
+        raise UserError("an empty mixture: name at least one task, as name=rows")
+    return Mixture([load(name, split, data_dir=data_dir, rows=n) for name, n in counts.items()], seed)
+
+
+_first = rows  # `load` has a parameter of that name

@@ -1,0 +1,134 @@
+"""Generated multiple choice in MMLU's form, about what a tiny model can learn from its own text: first letters, sizes,
+kinds of things, opposites, plurals.
+
+Each question asks to prefer one answer to three others. A comparison (kind of question, answer, other) is either for
+training or, every fourth by its hash, for testing; a test question consists of three comparisons that training never
+shows. The facts themselves must be known to be recognised, so the words are shared by both splits.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanochat_jax.tasks import multiple_choice
+from nanochat_jax.tasks.task import Task
+
+TRAIN_ROWS, TEST_ROWS = 100_000, 1_000
+HOLD_OUT = 4
+LETTERS = "ABCD"
+
+_KINDS = {
+    "an animal": "dog cat horse cow sheep pig bird fish mouse lion bear rabbit goat duck frog",
+    "a color": "red blue green yellow black white brown orange pink gray purple",
+    "a day of the week": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "a month": "January February March April June July August September October November December",
+    "a fruit": "apple pear banana cherry lemon grape peach plum",
+    "a part of the body": "hand foot head arm leg eye ear nose finger knee",
+    "a number": "one two three four five six seven eight nine ten",
+    "something to wear": "hat shirt coat shoe sock dress glove scarf",
+    "something to read": "book letter newspaper story poem",
+    "a person": "man woman child boy girl mother father teacher doctor farmer",
+}
+KINDS = {kind: members.split() for kind, members in _KINDS.items()}
+OPPOSITES = (
+    ("hot", "cold"), ("big", "small"), ("long", "short"), ("old", "new"), ("fast", "slow"), ("high", "low"),
+    ("open", "closed"), ("true", "false"), ("left", "right"), ("up", "down"), ("first", "last"), ("good", "bad"),
+    ("empty", "full"), ("start", "end"), ("before", "after"), ("yes", "no"), ("always", "never"), ("day", "night"),
+    ("hard", "easy"), ("light", "dark"), ("early", "late"), ("same", "different"), ("more", "less"), ("on", "off"),
+)  # fmt: skip
+PLURALS = (
+    ("mouse", "mice"), ("foot", "feet"), ("child", "children"), ("man", "men"), ("woman", "women"), ("tooth", "teeth"),
+    ("box", "boxes"), ("city", "cities"), ("leaf", "leaves"), ("key", "keys"), ("dog", "dogs"), ("book", "books"),
+    ("class", "classes"), ("index", "indices"), ("file", "files"), ("word", "words"), ("list", "lists"),
+    ("value", "values"), ("wife", "wives"), ("country", "countries"), ("table", "tables"), ("house", "houses"),
+)  # fmt: skip
+_WORDS = """apple after about above bread black button blue class could color clear desk dream drive down earth every
+    early find fire four field garden green great glass house happy heart island inside idea jacket join jump kitchen
+    keep kind letter light large morning many money never night name ocean open order paper people place queen quick
+    quiet river round right school small stone table three today under until uncle value very village water winter
+    world year young yellow zero"""
+WORDS = _WORDS.split()
+
+
+class GeneratedMC(Task):
+    name = "Choice"
+    eval_type = "categorical"
+    baseline = 0.25
+
+    def __init__(self, split: str, data_dir: str | Path | None = None):
+        """`data_dir` is ignored: nothing is read."""
+        self.split = split
+
+    def __len__(self) -> int:
+        return TRAIN_ROWS if self.split == "train" else TEST_ROWS
+
+    def example(self, index: int) -> dict:
+        rng = random.Random(f"{self.name} {self.split} {index}")
+        question, answer, others = self.problem(rng)
+        choices = [answer, *others]
+        rng.shuffle(choices)
+        return multiple_choice.conversation(question, choices, LETTERS, LETTERS[choices.index(answer)])
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return multiple_choice.evaluate(conversation, completion)
+
+    def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
+        """A question, its answer, and three wrong answers."""
+        make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
+        while True:
+            question, answer, candidates = make(rng)
+            others = []
+            for other in candidates:  # distinct, in random order
+                if held_out(question, answer, other) == (self.split == "test"):
+                    others.append(other)
+                if len(others) == len(LETTERS) - 1:
+                    return question, answer, others
+
+
+def held_out(question: str, answer: str, other: str) -> bool:
+    """Whether preferring `answer` to `other` here is only for testing."""
+    return zlib.crc32(f"{question}|{answer}|{other}".encode()) % HOLD_OUT == 0
+
+
+def _shuffled(items: list[str], rng: random.Random) -> list[str]:
+    return rng.sample(items, len(items))
+
+
+def _first_letter(rng: random.Random) -> tuple[str, str, list[str]]:
+    answer = rng.choice(WORDS)
+    others = [word for word in WORDS if word[0] != answer[0]]
+    return f"Which word begins with the letter {answer[0]}?", answer, _shuffled(others, rng)
+
+
+def _largest(rng: random.Random) -> tuple[str, str, Iterator[str]]:
+    answer = rng.randint(20, 999)
+    return "Which number is the largest?", str(answer), _numbers(0, answer - 1, rng)
+
+
+def _smallest(rng: random.Random) -> tuple[str, str, Iterator[str]]:
+    answer = rng.randint(0, 979)
+    return "Which number is the smallest?", str(answer), _numbers(answer + 1, 999, rng)
+
+
+def _numbers(low: int, high: int, rng: random.Random) -> Iterator[str]:
+    return map(str, rng.sample(range(low, high + 1), min(high - low + 1, 40)))
+
+
+def _kind(rng: random.Random) -> tuple[str, str, list[str]]:
+    kind = rng.choice(list(KINDS))
+    others = [word for other, members in KINDS.items() if other != kind for word in members if word not in KINDS[kind]]
+    return f"Which of these is {kind}?", rng.choice(KINDS[kind]), _shuffled(others, rng)
+
+
+def _opposite(rng: random.Random) -> tuple[str, str, list[str]]:
+    pair = rng.choice(OPPOSITES)
+    word, answer = _shuffled(list(pair), rng)
+    others = [other for another in OPPOSITES if another != pair for other in another]
+    return f"Which word is the opposite of {word}?", answer, _shuffled(others, rng)
+
+
+def _plural(rng: random.Random) -> tuple[str, str, list[str]]:
+    singular, plural = rng.choice(PLURALS)
+    others = [singular, *(other for pair in PLURALS if pair[0] != singular for other in pair)]
+    return f"Which word is the plural of {singular}?", plural, _shuffled(others, rng)

@@ -1,0 +1,403 @@
+"""Byte-level BPE tokenizer with nine special tokens, and conversations as (ids, mask).
+
+The merges are learned by our Rust crate; tiktoken encodes. Ids: the 256 bytes, the merges in the order learned, the
+special tokens. Saved as tokenizer.json (the Hugging Face layout) beside nanochat.json (its version and checksum).
+Special tokens come only from names given by the program: text is always encoded as ordinary text.
+"""
+
+import codecs
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from nanochat_jax.config import UserError
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # begins every document, and so also ends the one before
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the calculator
+    "<|python_end|>",
+    "<|output_start|>",  # what the calculator answered
+    "<|output_end|>",
+)
+
+# GPT-4's pattern, but numbers in groups of at most two digits: three would spend a small vocabulary on numbers.
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+
+FORMAT_VERSION = 1
+
+# tiktoken's regex panics on very long runs of white space, so long texts are left to our own encoder (same ids).
+LONG_TEXT = 1 << 16
+
+# What may stand between special tokens of an assistant message: (before, after, supervised). The model learns to call
+# the calculator, not to predict what it answers.
+PARTS = {
+    "text": (None, None, 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+
+
+def _rustbpe():
+    """Our Rust module. From the repository root an unbuilt crate looks like an empty package of the same name."""
+    try:
+        import rustbpe
+
+        rustbpe.Tokenizer.from_mergeable_ranks
+    except (ImportError, AttributeError):
+        raise UserError("the Rust tokenizer is not built: run pip install ./rustbpe in the repository") from None
+    return rustbpe
+
+
+class Tokenizer:
+    """Made by `train` or `load`."""
+
+    def __init__(self, core):
+        """`core`: a trained rustbpe.Tokenizer."""
+        self._core = core
+        ranks = dict(core.get_mergeable_ranks())
+        self._special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            "nanochat", pat_str=core.get_pattern(), mergeable_ranks=ranks, special_tokens=self._special
+        )
+        self.vocab_size: int = len(ranks) + len(SPECIAL_TOKENS)
+        self.bos: int = self._special["<|bos|>"]
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], object] | None = None) -> "Tokenizer":
+        """Learns a vocabulary of `vocab_size` tokens, special ones included; fewer where the texts run out of pairs.
+        `progress(merges done, merges wanted)` is called now and then. UserError: no text, or too small a vocabulary."""
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise UserError(f"vocab_size={vocab_size}: must be at least {smallest}, the bytes and the special tokens")
+        core = _rustbpe().Tokenizer()
+        try:
+            core.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
+        except UserError:
+            raise  # from the iterator of texts
+        except ValueError as error:
+            raise UserError(f"cannot train a tokenizer: {error}") from error
+        return Tokenizer(core)
+
+    # -----------------------------------------------------------------------------
+    # Files
+
+    @staticmethod
+    def load(directory: Path) -> "Tokenizer":
+        """Reads what `save` wrote. UserError says which file is missing, damaged or foreign, and why."""
+        directory = Path(directory)
+        ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
+        for path in (ours, theirs):
+            if not path.exists():
+                raise UserError(f"{path} does not exist: train a tokenizer with python -m scripts.tok_train")
+        about = _read_json(ours)
+        if about.get("format") != "nanochat-tokenizer":
+            raise UserError(f"{ours}: format is {about.get('format')!r}, expected 'nanochat-tokenizer'")
+        if about.get("version") != FORMAT_VERSION:
+            raise UserError(f"{ours}: version is {about.get('version')!r}, this program reads {FORMAT_VERSION}")
+        if about.get("sha256") != hashlib.sha256(theirs.read_bytes()).hexdigest():
+            raise UserError(f"{theirs}: its SHA-256 is not the one in {ours.name}; the file has been changed or damaged")
+        pattern, ranks = _from_hf(_read_json(theirs), theirs)
+        try:
+            return Tokenizer(_rustbpe().Tokenizer.from_mergeable_ranks(pattern, ranks))
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{theirs}: {error}") from error
+
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.json and nanochat.json into `directory`, made if need be."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        about = {
+            "format": "nanochat-tokenizer",
+            "version": FORMAT_VERSION,
+            "vocab_size": self.vocab_size,
+            "special_tokens": self._special,
+            "sha256": self.hash,
+        }
+        _write(directory / "tokenizer.json", self._json)
+        _write(directory / "nanochat.json", json.dumps(about, indent=2) + "\n")
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the saved tokenizer.json: two tokenizers are the same exactly when it is."""
+        return hashlib.sha256(self._json.encode("utf-8")).hexdigest()
+
+    @functools.cached_property
+    def _json(self) -> str:
+        names = [_to_unicode(token) for token, _ in self._core.get_mergeable_ranks()]
+        merges = [[names[left], names[right]] for left, right in self._core.get_merges()]
+        layout = _hf_layout(self._core.get_pattern(), names, merges, self._special)
+        return json.dumps(layout, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    # -----------------------------------------------------------------------------
+    # Text
+
+    def special(self, name: str) -> int:
+        """Id of a special token. ValueError lists the names there are."""
+        if name not in self._special:
+            raise ValueError(f"{name!r} is no special token, expected one of {', '.join(SPECIAL_TOKENS)}")
+        return self._special[name]
+
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int = 8,
+    ) -> list[int] | list[list[int]]:
+        """Ids of a text, or a list of ids for each of many. `prepend` and `append`: an id or a special token's name."""
+        before = [] if prepend is None else [prepend if isinstance(prepend, int) else self.special(prepend)]
+        after = [] if append is None else [append if isinstance(append, int) else self.special(append)]
+        if isinstance(text, str):
+            return before + self._encode(text) + after
+        if not isinstance(text, list):
+            raise TypeError(f"encode takes a str or a list of str, got {type(text).__name__}")
+        batch = [[] if len(t) <= LONG_TEXT else self._encode(t) for t in text]
+        short = [i for i, t in enumerate(text) if len(t) <= LONG_TEXT]
+        found = self._encoding.encode_ordinary_batch([text[i] for i in short], num_threads=num_threads)
+        for i, ids in zip(short, found, strict=True):
+            batch[i] = ids
+        return [before + ids + after for ids in batch] if before or after else batch
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) <= LONG_TEXT:
+            return self._encoding.encode_ordinary(text)
+        try:
+            return self._core.encode(text)
+        except UnicodeEncodeError:  # lone surrogates become U+FFFD, as in tiktoken
+            return self._core.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids. Bytes that are not UTF-8 become U+FFFD; special tokens their names."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of ids. ValueError for an id outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is outside the vocabulary (0 to {self.vocab_size - 1})")
+        return self._encoding.decode_bytes(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """int32[vocab_size]: length in bytes of each token, 0 for special ones. Raw bytes: decoding a token that is
+        not UTF-8 by itself to text first would count it wrongly."""
+        lengths = [len(token) for token, _ in self._core.get_mergeable_ranks()]
+        return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
+
+    # -----------------------------------------------------------------------------
+    # Conversations
+
+    def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
+        """A conversation as ids and their mask (1: supervised), both cut on the right to `max_tokens`.
+
+        Supervised is what the assistant must learn to say: its text, its calculator calls and <|assistant_end|>; not
+        what starts its turn, nor what the calculator answers. UserError for messages in the wrong order or shape.
+        """
+        system, messages = _check(conversation)
+        ids, mask = [self.bos], [0]
+        for i, message in enumerate(messages):
+            turn_ids, turn_mask = self._turn(message, system if i == 0 else None)
+            ids += turn_ids
+            mask += turn_mask
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict, max_tokens: int = 2048) -> list[int]:
+        """Ids of a prompt for the assistant's next message; a final message of the assistant is left out.
+
+        What is too long loses its oldest turns (the system message stays), and a last message that is too long by
+        itself loses its beginning. The specification cuts the end instead, and with it the question and <|user_end|>.
+        """
+        if max_tokens < 4:
+            raise ValueError(f"max_tokens is {max_tokens}, expected at least 4, the special tokens of a prompt")
+        system, messages = _check(conversation)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        turns = [self._turn(message)[0] for message in messages]
+        for first in range(0, len(turns), 2):
+            if system is not None:
+                turns[first] = self._turn(messages[first], system)[0]
+            kept = turns[first:]
+            if 2 + sum(map(len, kept)) <= max_tokens:
+                break
+        ids = [self.bos, *(i for turn in kept for i in turn), self.special("<|assistant_start|>")]
+        return ids if len(ids) <= max_tokens else ids[:2] + ids[len(ids) - max_tokens + 2 :]
+
+    def _turn(self, message: dict, system: str | None = None) -> tuple[list[int], list[int]]:
+        """Ids and mask of one checked message; `system` is put before the text of a user's, with a blank line."""
+        ids, mask = [], []
+
+        def add(new: list[int], supervised: int) -> None:
+            ids.extend(new)
+            mask.extend([supervised] * len(new))
+
+        content = message["content"]
+        if message["role"] == "user":
+            text = content if system is None else f"{system}\n\n{content}"
+            add(self.encode(text, "<|user_start|>", "<|user_end|>"), 0)
+            return ids, mask
+        add([self.special("<|assistant_start|>")], 0)
+        # Each part is encoded by itself: no token spans two parts.
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            before, after, supervised = PARTS[part["type"]]
+            add(self.encode(part["text"], before, after), supervised)
+        add([self.special("<|assistant_end|>")], 1)
+        return ids, mask
+
+    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
+        """The tokens for a terminal, separated by bars: green supervised, red not, on request with their ids in grey."""
+        shown = []
+        for i, supervised in zip(ids, mask, strict=True):
+            color = "\033[92m" if supervised else "\033[91m"
+            shown.append(f"{color}{self.decode([i])}\033[0m" + (f"\033[90m({i})\033[0m" if with_ids else ""))
+        return "|".join(shown)
+
+
+class StreamDecoder:
+    """Text of ids that come one at a time; bytes of an unfinished UTF-8 character are held back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD; then ready for another text."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+# -----------------------------------------------------------------------------
+# Conversations: what is allowed
+
+
+def _check(conversation: dict) -> tuple[str | None, list[dict]]:
+    """The system message, if there is one, and the others, which alternate between user and assistant."""
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise UserError('a conversation is {"messages": [...]} with at least one message of role user')
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f'messages[{i}]: expected {{"role": ..., "content": ...}}, got {str(message)[:80]}')
+    system = None
+    if messages[0]["role"] == "system":
+        system = messages[0]["content"]
+        if not isinstance(system, str):
+            raise UserError(f"messages[0]: content of a system message must be a str, got {type(system).__name__}")
+        if len(messages) == 1:
+            raise UserError("messages[0]: nothing follows the system message; a message of role user must")
+    offset = 0 if system is None else 1
+    for i, message in enumerate(messages[offset:], offset):
+        expected = "user" if (i - offset) % 2 == 0 else "assistant"
+        if message["role"] != expected:
+            allowed = "system (only first), user and assistant, the last two in turn"
+            raise UserError(f"messages[{i}]: role is {message['role']!r}, expected {expected!r}; roles are {allowed}")
+        _check_content(i, message)
+    return system, messages[offset:]
+
+
+def _check_content(i: int, message: dict) -> None:
+    role, content = message["role"], message["content"]
+    if isinstance(content, str):
+        return
+    if role == "user" or not isinstance(content, list):
+        wanted = "a str" if role == "user" else "a str or a list of parts"
+        raise UserError(f"messages[{i}]: content of role {role} must be {wanted}, got {type(content).__name__}")
+    for j, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") not in list(PARTS) or not isinstance(part.get("text"), str):
+            wanted = f'{{"type": {"|".join(PARTS)}, "text": str}}'
+            raise UserError(f"messages[{i}].content[{j}]: expected {wanted}, got {str(part)[:80]}")
+
+
+# -----------------------------------------------------------------------------
+# The Hugging Face layout
+
+
+@functools.cache
+def _alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself where it is a visible character, else one from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (b for b in range(256) if b not in visible)
+    return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+
+
+def _to_unicode(token: bytes) -> str:
+    return "".join(_alphabet()[b] for b in token)
+
+
+def _hf_layout(pattern: str, names: list[str], merges: list[list[str]], special: dict[str, int]) -> dict:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in special.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": merges,
+        },
+    }
+
+
+def _from_hf(layout: dict, path: Path) -> tuple[str, list[tuple[bytes, int]]]:
+    """Split pattern and (token bytes, rank) pairs of a tokenizer.json. UserError where it is not one of ours."""
+    byte_of = {c: b for b, c in _alphabet().items()}
+    try:
+        pattern = layout["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        vocab, kind = layout["model"]["vocab"], layout["model"]["type"]
+        added = {token["content"]: token["id"] for token in layout["added_tokens"]}
+        ranks = [(bytes(byte_of[c] for c in name), rank) for name, rank in vocab.items() if name not in added]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a byte-level BPE with a split pattern ({error!r})") from error
+    if kind != "BPE":
+        raise UserError(f"{path}: the model is of type {kind!r}, expected 'BPE'")
+    expected = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    if added != expected:
+        raise UserError(f"{path}: special tokens are {added}, expected {expected}")
+    return pattern, ranks
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # covers both kinds: not UTF-8, not JSON
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)

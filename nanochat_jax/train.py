@@ -1,0 +1,457 @@
+"""The train step, and the loop that pretraining, midtraining and finetuning share.
+
+The three stages differ in where rows come from and in how the learning rate falls; the rest is one story: fetch a
+batch, step, log the step before (so that the device never waits for the host), and from time to time save, validate,
+evaluate and sample. Saving always comes before evaluating, so that no evaluation can cost a run its weights.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nanochat_jax import config, dataloader, dataset, gpt, metrics, optim, parallel, tasks
+from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.loss import cross_entropy, num_chunks
+from nanochat_jax.run import Interruption, Run, Timer, TrainState, open_run
+
+SAMPLE_PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+# -----------------------------------------------------------------------------
+# The step
+
+
+def make_step(model: GPTConfig, optimizer: optax.GradientTransformation, dtype, grad_clip: float = 0.0) -> Callable:
+    """step(state, batch, lr_mult) -> (state, metrics), jitted, its state donated.
+
+    batch: inputs, targets int32 [micro, rows, t] (targets -1: not counted) and optionally weights float32 of the same
+    shape, one a target. The loss is the sum over all micro-batches and devices divided by the number of counted
+    tokens, so that how a batch is cut changes nothing but rounding; no counted token gives a loss of 0.
+    """
+
+    def loss_sum(params, batch):
+        x = gpt.hidden(params, model, batch["inputs"], dtype)
+        head = params["lm_head"][: model.vocab_size]
+        weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
+        return cross_entropy(x, head, batch["targets"], weights, model.softcap, num_chunks(*batch["targets"].shape))
+
+    def step(state: TrainState, batch: dict, lr_mult: jax.Array):
+        params = state.params
+        gradient_of = jax.value_and_grad(loss_sum)
+        if batch["targets"].shape[0] == 1:
+            loss, grads = gradient_of(params, jax.tree.map(lambda x: x[0], batch))
+        else:
+
+            def accumulate(total, micro_batch):
+                return jax.tree.map(jnp.add, total, gradient_of(params, micro_batch)), None
+
+            zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
+            (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
+        count = (batch["targets"] >= 0).sum()
+        scale = 1.0 / jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        grad_norm = optax.global_norm(grads)
+        if grad_clip > 0:
+            # Over the global gradient; the specification clips every rank's own, which depends on how many there are.
+            # Off by default: the norm does not pass 1 in these runs, and clipping costs about 2% of the speed.
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
+        return TrainState(params, opt_state), {"loss": loss * scale, "grad_norm": grad_norm, "count": count}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+# -----------------------------------------------------------------------------
+# How a step's tokens are cut
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A step's rows: `micro` micro-batches of `rows` rows on each of the devices, `seq_len` tokens a row."""
+
+    micro: int
+    rows: int
+    devices: int
+    seq_len: int
+
+    @property
+    def total_rows(self) -> int:
+        return self.micro * self.rows * self.devices
+
+    @property
+    def tokens(self) -> int:
+        return self.total_rows * self.seq_len
+
+    def shaped(self, batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+        """[rows of this process, t] -> global arrays [micro, rows, t] on the devices."""
+        local = {k: v.reshape(self.micro, -1, v.shape[-1]) for k, v in batch.items()}
+        return {k: parallel.put_rows(mesh, v) for k, v in local.items()}
+
+
+def geometry(total_batch_size: int, device_batch_size: int, seq_len: int, model: GPTConfig) -> Geometry:
+    """Cuts `total_batch_size` tokens into rows and micro-batches. UserError where it does not divide."""
+    devices = jax.device_count()
+    rows, rest = divmod(total_batch_size, seq_len * devices)
+    if rest or rows < 1:
+        near = max(1, round(total_batch_size / (seq_len * devices))) * seq_len * devices
+        raise UserError(
+            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {devices} devices: try {near}"
+        )
+    if device_batch_size == 0:
+        limit = rows_that_fit(model, seq_len)
+        device_batch_size = max(r for r in range(1, min(rows, limit) + 1) if rows % r == 0)
+    if device_batch_size < 1 or rows % device_batch_size:
+        raise UserError(
+            f"--device_batch_size={device_batch_size} does not divide the {rows} rows a device "
+            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {devices} devices): "
+            f"try {math.gcd(rows, max(1, device_batch_size))}"
+        )
+    return Geometry(rows // device_batch_size, device_batch_size, devices, seq_len)
+
+
+def rows_that_fit(model: GPTConfig, seq_len: int) -> int:
+    """An estimate of the rows whose activations fit a device beside float32 weights, gradients and optimizer state.
+
+    About 17 activations of the width a layer and token are kept for the backward pass, in two bytes each on a GPU.
+    """
+    stats = jax.devices()[0].memory_stats() if jax.devices()[0].platform != "cpu" else None
+    if not stats:
+        return max(1, 8192 // seq_len)  # a CPU gains nothing from more
+    free = 0.9 * stats["bytes_limit"] - 16 * model.num_params - 12 * 8192 * model.padded_vocab
+    fits = free / (2 * 17 * model.n_layer * model.n_embd * seq_len)
+    return 2 ** int(math.log2(max(1, fits)))
+
+
+# -----------------------------------------------------------------------------
+# Where rows come from
+
+
+@dataclass
+class Stage:
+    """What sets base, mid and sft apart."""
+
+    geometry: Geometry
+    steps: int | None  # optimizer steps, None: until the loader ends
+    loader: dataloader.Loader
+    validation: Callable[[], dataloader.Loader]
+    lr_mult: Callable[[int, float], float]  # (step, progress in [0, 1]) -> factor on the learning rates
+    facts: dict = field(default_factory=dict)  # derived numbers to print
+
+
+def _process() -> dict:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def base_stage(run: Run) -> Stage:
+    cfg, model = run.cfg, run.model
+    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, model)
+    # The horizon: steps if given, else FLOPs if given, else tokens in proportion to the parameters.
+    if cfg.num_iterations > 0:
+        steps = cfg.num_iterations
+    elif cfg.target_flops > 0:
+        steps = round(cfg.target_flops / (model.flops_per_token * shape.tokens))
+    else:
+        steps = int(cfg.target_param_data_ratio * model.num_params) // shape.tokens
+    if steps < 1:
+        raise UserError(f"the horizon comes to {steps} steps of {shape.tokens:,} tokens: raise --num_iterations")
+    source = dataset.open(cfg.data, cfg.data_dir)
+    rows = functools.partial(dataloader.base_loader, packing=cfg.packing, seed=cfg.seed, **_process())
+    return Stage(
+        geometry=shape,
+        steps=steps,
+        loader=rows(source.train_files, run.tokenizer, shape.total_rows, model.sequence_len),
+        validation=lambda: dataloader.val_batches(
+            source.val_files, run.tokenizer, shape.rows * shape.devices, model.sequence_len, cfg.eval_tokens,
+            packing=cfg.packing, **_process(),
+        ),  # fmt: skip
+        lr_mult=lambda step, _: optim.trapezoid(
+            step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac
+        ),
+        facts={"text": source.name, "tokens a parameter": f"{steps * shape.tokens / model.num_params:.2f}"},
+    )
+
+
+def chat_stage(run: Run) -> Stage:
+    """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
+    cfg, model, mid = run.cfg, run.model, run.cfg.stage == "mid"
+    task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
+    held_out = tasks.mixture(cfg.val_mixture, "test", cfg.task_data_dir)
+    length = dataloader.mean_tokens(task, run.tokenizer)
+    total = cfg.total_batch_size
+    if not total:  # finetuning: as many rows as hold that many conversations on average
+        devices = jax.device_count()
+        rows = math.ceil(cfg.target_examples_per_step * length / model.sequence_len / devices) * devices
+        total = rows * model.sequence_len
+    shape = geometry(total, cfg.device_batch_size, model.sequence_len, model)
+    steps = cfg.num_iterations if cfg.num_iterations > 0 else None
+    epochs = None if steps else (1 if mid else cfg.num_epochs)
+    rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process())
+    return Stage(
+        geometry=shape,
+        steps=steps,
+        loader=rows(task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed),
+        validation=lambda: rows(
+            held_out, run.tokenizer, shape.rows * shape.devices, model.sequence_len, epochs=1,
+            max_rows=max(1, cfg.eval_tokens // model.sequence_len),
+        ),  # fmt: skip
+        lr_mult=lambda step, progress: cfg.init_lr_frac * (optim.late_decay if mid else optim.linear_decay)(progress),
+        facts={
+            "conversations": f"{len(task):,} of {length:.0f} tokens ({', '.join(cfg.mixture)})",
+            "steps an epoch, about": f"{len(task) * length / shape.tokens:,.0f}",
+        },
+    )
+
+
+# -----------------------------------------------------------------------------
+# The loop
+
+
+def train(cfg: config.Base | config.Mid | config.Sft) -> None:
+    """Runs one stage to its end, or goes on with it."""
+    momentum = 0.95 if cfg.stage == "sft" else optim.momentum_warmup
+    with open_run(cfg, momentum) as run, Interruption() as interruption:
+        if run is None:
+            return
+        stage = base_stage(run) if cfg.stage == "base" else chat_stage(run)
+        if run.data is not None:
+            stage.loader.restore(run.data)
+        announce(run, stage)
+        step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
+        log = StepLog(run, stage)
+        step, ended, saved_at, evaluated_at = run.step, False, -1, -1
+        while True:
+            last = ended or step == stage.steps
+            # Save first: whatever goes wrong below, the weights are safe.
+            due = cfg.save_every > 0 and step % cfg.save_every == 0 and step > run.step
+            if (due or last or interruption.signal) and saved_at != step:
+                log.flush()
+                run.save(step, stage.loader.state())
+                saved_at = step
+            if interruption.signal:
+                run.saver.wait()
+                print(f"saved at step {step}: the same command goes on from here")
+                raise SystemExit(128 + interruption.signal)
+            if evaluated_at != step:
+                log.flush() if last else None
+                evaluate(run, stage, step, last)
+                evaluated_at = step
+                log.timer.lap()
+            if last:
+                break
+            try:
+                batch = next(stage.loader)
+            except StopIteration:
+                ended = True
+                continue
+            progress = step / stage.steps if stage.steps else _progress(run, stage)
+            lr_mult = stage.lr_mult(step, progress)
+            waited = log.timer.lap() if log.timed else 0.0
+            arrays = stage.geometry.shaped(batch, run.mesh)
+            run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
+            step += 1
+            log.push(step, results, lr_mult, waited, progress)
+        stage.loader.close()
+        run.finish(step)
+        print(f"{cfg.stage}: done, {step} steps in {metrics.clock(run.totals['seconds'])} (compilation left out)")
+
+
+def _progress(run: Run, stage: Stage) -> float:
+    return stage.loader.info["progress"] / (1 if run.cfg.stage == "mid" else run.cfg.num_epochs)
+
+
+def announce(run: Run, stage: Stage) -> None:
+    """Everything derived, before the first step."""
+    g, model = stage.geometry, run.model
+    tokens = f"{stage.steps * g.tokens:,}" if stage.steps else "one pass over the data"
+    facts = {
+        "model": f"{model.n_layer} layers, width {model.n_embd}, {model.n_head} heads ({model.n_kv_head} kv), "
+        f"vocabulary {model.vocab_size:,}, context {model.sequence_len}",
+        "parameters": f"{model.num_params:,}",
+        "FLOPs a token": f"{model.flops_per_token:.3e}",
+        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}",
+        "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
+        **stage.facts,
+    }
+    if stage.steps:
+        facts["total FLOPs"] = f"{stage.steps * g.tokens * model.flops_per_token:.3e}"
+    peak = parallel.peak_flops()
+    if stage.steps and peak:
+        seconds = stage.steps * g.tokens * model.flops_per_token / (0.5 * peak)
+        facts["expected time"] = f"{metrics.clock(seconds)} at an MFU of 50%"
+    for name, value in facts.items():
+        print(f"  {name}: {value}")
+    print("compiling the first step ...", flush=True)
+
+
+class StepLog:
+    """Logs each step one step late, prints a line every few seconds, and stops a run whose loss is not finite."""
+
+    def __init__(self, run: Run, stage: Stage, print_every: float = 5.0):
+        self.run, self.stage, self.print_every = run, stage, print_every
+        self.timer, self.peak = Timer(), parallel.peak_flops()
+        self.timed = False  # the first step of a process compiles: its time says nothing
+        self._pending: tuple | None = None
+        self._smooth, self._weight = 0.0, 0.0
+        self._since_print = Timer()
+        self._steps_timed, self._seconds_timed = 0, 0.0
+
+    def push(self, step: int, results: dict, lr_mult: float, waited: float, progress: float) -> None:
+        info = dict(self.stage.loader.info)
+        self.flush()
+        self._pending = (step, results, lr_mult, waited, progress, info)
+
+    def flush(self) -> None:
+        """Waits for the step pushed last and logs it."""
+        if self._pending is None:
+            return
+        step, results, lr_mult, waited, progress, info = self._pending
+        self._pending = None
+        loss, grad_norm = float(results["loss"]), float(results["grad_norm"])
+        dt = self.timer.lap() + waited if self.timed else None
+        self.timed = True
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {step}: lower the learning rates; "
+                f"the last good checkpoint is kept in {self.run.dir}"
+            )
+        tokens = self.stage.geometry.tokens
+        flops = tokens * self.run.model.flops_per_token
+        totals = self.run.totals
+        totals["tokens"] += tokens
+        totals["flops"] += flops
+        if dt is not None:
+            totals["seconds"] += dt
+            self._steps_timed += 1
+            self._seconds_timed += dt
+        self._smooth, self._weight = 0.9 * self._smooth + 0.1 * loss, 0.9 * self._weight + 0.1
+        speed = tokens / dt if dt else None
+        mfu = flops / dt / self.peak if dt and self.peak else None
+        known = {k: info.get(k) for k in ("epoch", "shard", "row_group", "waste")}
+        self.run.log(
+            "train", step, loss=loss, lr_mult=lr_mult, grad_norm=grad_norm, dt=dt, tok_per_s=speed, mfu=mfu,
+            loader_wait=waited, counted=int(results["count"]), **known,
+        )  # fmt: skip
+        if step in (1, self.stage.steps) or time_to(self._since_print, self.print_every):
+            self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress)
+
+    def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress) -> None:
+        of = f"/{self.stage.steps}" if self.stage.steps else ""
+        parts = [
+            f"step {step}{of} ({100 * (step / self.stage.steps if self.stage.steps else progress):.1f}%)",
+            f"loss {self._smooth / self._weight:.4f}", f"grad {grad_norm:.3f}", f"lr x{lr_mult:.3f}",
+            f"{1000 * dt:.0f} ms" if dt else "compiled", f"{speed:,.0f} tok/s" if speed else "",
+            f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"eta {self._eta(step, progress)}",
+        ]  # fmt: skip
+        print(" | ".join(p for p in parts if p), flush=True)
+
+    def _eta(self, step: int, progress: float) -> str:
+        if not self._steps_timed:
+            return "n/a"
+        done = max(1, step - self.run.step)
+        left = self.stage.steps - step if self.stage.steps else done * (1 - progress) / max(progress, 1e-6)
+        return metrics.clock(left * self._seconds_timed / self._steps_timed)
+
+
+def time_to(timer: Timer, seconds: float) -> bool:
+    """True, and the timer starts anew, once `seconds` have passed."""
+    import time
+
+    if time.perf_counter() - timer.start < seconds:
+        return False
+    timer.lap()
+    return True
+
+
+# -----------------------------------------------------------------------------
+# From time to time
+
+
+def evaluate(run: Run, stage: Stage, step: int, last: bool) -> None:
+    """What is due at this step: validation loss, CORE and samples (base), tasks (sft)."""
+    cfg = run.cfg
+
+    def due(every: int, at_zero: bool = False) -> bool:
+        return every > 0 and (last or (step % every == 0 and (at_zero or step > 0)))
+
+    if last or due(cfg.eval_every, at_zero=True):
+        validate(run, stage, step)
+    if cfg.stage == "base" and due(cfg.core_metric_every):
+        core_metric(run, step)
+    if cfg.stage == "base" and due(cfg.sample_every):
+        sample(run, step)
+    if cfg.stage == "sft" and due(cfg.eval_metrics_every):
+        task_metrics(run, step)
+
+
+def validate(run: Run, stage: Stage, step: int) -> None:
+    from nanochat_jax.evals.bpb import bits_per_byte
+
+    batches = stage.validation()
+    bpb = bits_per_byte(run.state.params, run.model, batches, run.tokenizer.token_bytes(), run.dtype)
+    batches.close()
+    run.log("val", step, bpb=bpb)
+    print(f"step {step} | validation bits per byte {bpb:.6f}", flush=True)
+
+
+def core_metric(run: Run, step: int) -> None:
+    from nanochat_jax.evals import core
+
+    try:
+        bundle = core.find_bundle(run.cfg.core_dir)
+    except UserError as error:
+        print(f"step {step} | CORE skipped: {error}")
+        return
+    result = core.evaluate(
+        run.state.params, run.model, run.tokenizer, bundle, max_per_task=run.cfg.core_metric_max_per_task,
+        dtype=run.dtype,
+    )  # fmt: skip
+    run.log("core", step, core=result.core)
+    print(f"step {step} | CORE {result.core:.4f}", flush=True)
+
+
+def sample(run: Run, step: int) -> None:
+    """What the model makes of seven prompts, greedily."""
+    for prompt, text in complete(run.state.params, run.model, run.tokenizer, run.dtype):
+        run.log("sample", step, task=prompt, text=text)
+        print(f"  {prompt}{text!r}")
+
+
+def complete(params, model: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -> list[tuple[str, str]]:
+    """Greedy continuations of SAMPLE_PROMPTS, as (prompt, continuation)."""
+    from nanochat_jax.engine.engine import Engine, Request
+
+    engine = Engine(params, model, tokenizer, slots=len(SAMPLE_PROMPTS), dtype=dtype)
+    requests = [
+        Request(ids=tokenizer.encode(p, prepend=tokenizer.bos), max_tokens=new_tokens, temperature=0.0)
+        for p in SAMPLE_PROMPTS
+    ]
+    answers = engine.run(requests)
+    engine.close()
+    return [(p, tokenizer.decode(a[0].ids)) for p, a in zip(SAMPLE_PROMPTS, answers, strict=True)]
+
+
+def task_metrics(run: Run, step: int) -> None:
+    from nanochat_jax.evals import chat
+
+    for name in run.cfg.eval_metrics_tasks.split("|"):
+        task = tasks.load(name, "test", data_dir=run.cfg.task_data_dir)
+        score = chat.evaluate(
+            run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
+            dtype=run.dtype,
+        )  # fmt: skip
+        run.log("eval", step, task=name, suite="chat", score=score.score, stderr=score.stderr, n=score.n)
+        print(f"step {step} | {name} {score.score:.4f} (n={score.n})", flush=True)

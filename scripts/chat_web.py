@@ -1,0 +1,61 @@
+"""Talk to the model in the browser: python -m scripts.chat_web, then open the address it prints.
+
+The page streams from POST /chat/completions of the same server; everybody on --host and --port shares its --slots.
+"""
+
+import socket
+from contextlib import closing
+
+from nanochat_jax import config
+
+
+def main(cfg: config.ChatWeb):
+    # The port first: loading a model only to learn that it is taken would be a waste.
+    with closing(bind(cfg.host, cfg.port)) as listener:
+        try:
+            import uvicorn
+
+            from nanochat_jax.serve.app import create_app
+        except ModuleNotFoundError as error:
+            raise config.UserError(f"{error.name} is missing: run pip install '.[serve]' in the repository") from None
+        import jax
+
+        from nanochat_jax import checkpoint
+        from nanochat_jax.engine.engine import Engine
+
+        model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+        engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots)
+        app = create_app(engine, model, cfg, device=jax.devices()[0].device_kind)
+        print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)
+
+        # Answers under way get three seconds to end after Ctrl-C. No access log: who asks is nobody's business.
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
+        server.run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at host:port that does not listen yet. UserError if there is no such address or it is taken."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, OverflowError, UnicodeError):
+        raise config.UserError(f"--host={host}: no such address; 127.0.0.1 is this machine alone") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server just stopped
+    try:
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else "a port is a number from 1 to 65535"
+        raise config.UserError(f"--port={port} on {host}: {reason}; try another, like --port=8001") from None
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # every interface; this one the reader can open
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+if __name__ == "__main__":
+    config.run(main, config.ChatWeb)

@@ -1,0 +1,197 @@
+"""Train the tokenizer on the training documents of a text source, in file order.
+
+    python -m scripts.tok_train --max_chars=2000000000
+
+Writes $NANOCHAT_BASE_DIR/tokenizer: tokenizer.json, nanochat.json, source.json (what it was trained on; later stages
+read the same text by default) and a record in log.jsonl. The same command a second time finds its work done.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from nanochat_jax import config
+
+SAMPLE = """Hello world! This is a test.
+Numbers: 123, 4567, 89
+Contractions: I'm, you're, it's
+Special chars: @#$%^&*()
+Unicode: 你好世界 🌍"""
+
+
+def main(cfg: config.TokTrain) -> None:
+    from nanochat_jax import dataset, metrics
+    from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+    for name in ("max_chars", "doc_cap"):
+        if getattr(cfg, name) < 1:
+            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
+    folder = config.base_dir() / "tokenizer"
+    source = dataset.open(cfg.data, cfg.data_dir)
+    recipe = _recipe(cfg, source, folder)
+    if not cfg.fresh and _recorded(folder, recipe):
+        print(f"{folder} was trained with these settings already; --fresh trains it again")
+        return
+
+    # One pass over the text counts the distinct words; the merges are then learned from the counts alone.
+    print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {source.name}")
+    start = time.monotonic()
+    counted = {"documents": 0, "chars": 0}
+    with Meter(_expected_chars(cfg, source, dataset.SHARD_CHARS)) as meter:
+        texts = _documents(source, cfg.max_chars, cfg.doc_cap, counted, meter.chars)
+        tokenizer = Tokenizer.train(texts, cfg.vocab_size, progress=meter.merges)
+    seconds = time.monotonic() - start
+    if tokenizer.vocab_size < cfg.vocab_size:
+        print(
+            f"warning: the text ran out of pairs to merge: {tokenizer.vocab_size:,} tokens instead of"
+            f" --vocab_size={cfg.vocab_size}; give it more text or ask for fewer"
+        )
+    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE, "a text does not survive encoding and decoding"
+
+    # Written beside the old folder and swapped in, so that what is there is never half of one and half of another.
+    new = folder.with_name("tokenizer.new")
+    shutil.rmtree(new, ignore_errors=True)
+    tokenizer.save(new)
+    (new / "source.json").write_text(json.dumps(recipe | {"hash": tokenizer.hash}, indent=2) + "\n", encoding="utf-8")
+    lengths = tokenizer.token_bytes()[: -len(SPECIAL_TOKENS)]
+    metrics.append(
+        new, kind="tok_train", stage="tok", step=0, task="train", **recipe, **counted, seconds=round(seconds, 3),
+        reached_vocab_size=tokenizer.vocab_size, special_tokens=len(SPECIAL_TOKENS), peak_memory_bytes=_peak_memory(),
+        token_bytes_min=int(lengths.min()), token_bytes_max=int(lengths.max()),
+        token_bytes_mean=float(lengths.mean()), token_bytes_std=float(lengths.std()),
+    )  # fmt: skip
+    _swap(new, folder)
+    print(
+        f"{counted['documents']:,} documents, {counted['chars']:,} characters in {seconds:.1f} s"
+        f" ({counted['chars'] / max(seconds, 1e-9) / 1e6:.1f}M characters/s), peak memory {_peak_memory() / 1e6:,.0f} MB"
+    )
+    print(f"{tokenizer.vocab_size:,} tokens in {folder}")
+
+
+def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
+    """Everything the tokenizer depends on. With no source given, the folder is the one recorded with the last one."""
+    data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
+    if not cfg.data and not cfg.data_dir:
+        data_dir = _read(folder / "source.json").get("data_dir")
+    return {
+        "source": source.name,
+        "data_dir": data_dir,
+        "source_hash": source.hash,
+        "max_chars": cfg.max_chars,
+        "doc_cap": cfg.doc_cap,
+        "vocab_size": cfg.vocab_size,
+    }
+
+
+def _read(path: Path) -> dict:
+    """The object in a JSON file; {} where there is no such file or it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _recorded(folder: Path, recipe: dict) -> bool:
+    """Whether `folder` holds a whole tokenizer of this recipe. A damaged one is trained again."""
+    from nanochat_jax.tokenizer import Tokenizer
+
+    record = _read(folder / "source.json")
+    if any(record.get(key) != value for key, value in recipe.items()):
+        return False
+    try:
+        return Tokenizer.load(folder).hash == record.get("hash")
+    except config.UserError as error:
+        print(f"training again: {error}")
+        return False
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Puts `new` in the place of `folder`. Models need the tokenizer they were trained with, so an old one that is
+    different is moved aside under its hash, not deleted."""
+    old_hash = _read(folder / "source.json").get("hash", "damaged")
+    if old_hash == _read(new / "source.json")["hash"]:
+        shutil.rmtree(folder)
+    elif folder.exists():
+        aside = folder.with_name(f"tokenizer-{old_hash[:8]}")
+        shutil.rmtree(aside, ignore_errors=True)  # the same tokenizer, moved aside before
+        os.replace(folder, aside)
+        print(f"the tokenizer that was there is now {aside}; models trained with it need it back")
+    os.replace(new, folder)
+
+
+def _documents(source, max_chars: int, doc_cap: int, counted: dict, report: Callable[[int], None]) -> Iterator[str]:
+    """Training documents, each cut to `doc_cap` characters, up to the one that passes `max_chars` in all."""
+    for text in source.texts("train"):
+        text = text[:doc_cap]
+        counted["documents"] += 1
+        counted["chars"] += len(text)
+        yield text
+        if counted["documents"] % 256 == 0:
+            report(counted["chars"])
+        if counted["chars"] > max_chars:
+            return
+
+
+def _expected_chars(cfg: config.TokTrain, source, shard_chars: int) -> int | None:
+    """An estimate for the progress bar; None for a single file, whose size says little."""
+    files = len(source.train_files)
+    return min(cfg.max_chars, files * shard_chars) if files > 1 else None
+
+
+def _peak_memory() -> int:
+    """Bytes of memory this process has held at most."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Meter:
+    """Progress of the two phases: a bar in a terminal, a line every ten seconds elsewhere; nothing in the first two."""
+
+    def __init__(self, expected_chars: int | None):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.bar.add_task("reading", total=expected_chars, said="")
+        self.start = time.monotonic()
+        self.said = self.start - 8  # so that the first line comes after two seconds
+        self.merging = False
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def chars(self, done: int) -> None:
+        rate = done / max(time.monotonic() - self.start, 1e-9)
+        self._show(done, f"{done / 1e6:,.0f}M characters, {rate / 1e6:.1f}M characters/s")
+
+    def merges(self, done: int, total: int) -> None:
+        if not self.merging:
+            self.merging = True
+            self.bar.reset(self.task, total=total, description="merging")
+        self._show(done, f"{done:,} of {total:,} merges")
+
+    def _show(self, done: int, said: str) -> None:
+        now = time.monotonic()
+        if now - self.start < 2:
+            return
+        if self.bar.console.is_terminal:
+            self.bar.start()
+            self.bar.update(self.task, completed=done, said=said)
+        elif now - self.said >= 10:
+            self.said = now
+            print(f"{now - self.start:.0f} s: {said}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    config.run(main, config.TokTrain)

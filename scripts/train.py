@@ -1,0 +1,45 @@
+"""Trains one stage of the model.
+
+    python -m scripts.train --stage=base --depth=20
+    python -m scripts.train --stage=mid
+    python -m scripts.train --stage=sft
+    python -m scripts.train --stage=rl
+
+`--stage=... --help` shows the settings of a stage.
+"""
+
+import sys
+
+from nanochat_jax import config
+
+STAGES = {"base": config.Base, "mid": config.Mid, "sft": config.Sft, "rl": config.Rl}
+
+
+def main(cfg: config.Train) -> None:
+    if cfg.stage == "rl":
+        from nanochat_jax.rl import train
+    else:
+        from nanochat_jax.train import train
+    train(cfg)
+
+
+def chosen_stage() -> type[config.Train]:
+    """Takes --stage off the command line: the other flags depend on it."""
+    for i, arg in enumerate(sys.argv[1:], start=1):
+        name, eq, value = arg.partition("=")
+        if name == "--stage":
+            value = value if eq else "".join(sys.argv[i + 1 : i + 2])
+            del sys.argv[i : i + (1 if eq else 2)]
+            if value in STAGES:
+                return STAGES[value]
+            print(f"error: --stage={value}: must be one of {', '.join(STAGES)}", file=sys.stderr)
+            sys.exit(2)
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit(0)
+    print(f"error: --stage is missing: must be one of {', '.join(STAGES)}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    config.run(main, chosen_stage())

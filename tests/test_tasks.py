@@ -1,0 +1,488 @@
+"""Tasks: the specification's formats, honest splits, generated answers that are right, and clear words when data lack."""
+
+import gzip
+import http.server
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax import tasks
+from nanochat_jax.config import UserError
+from nanochat_jax.engine.calculator import use_calculator
+from nanochat_jax.tasks import arithmetic, choice, identity, source, spellingbee, words
+from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
+
+# -----------------------------------------------------------------------------
+# Formats of the specification
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("key", "name", "file"),
+    [
+        ("gsm8k_train", "gsm8k", "gsm8k/train"), ("gsm8k_test", "gsm8k", "gsm8k/test"),
+        ("mmlu_test", "mmlu", "mmlu/test"), ("arc_easy_test", "arc-easy", "arc/ARC-Easy/test"),
+        ("arc_challenge_train", "arc-challenge", "arc/ARC-Challenge/train"),
+        ("humaneval_test", "humaneval", "humaneval/HumanEval"),
+    ],
+)  # fmt: skip
+def test_conversations_equal_the_recorded_ones(golden_dir, data_dir, key, name, file):
+    rows = source.JsonRows([source.find(data_dir / f"{file}.jsonl")])
+    for recorded in json.loads((golden_dir / "tasks.json").read_text(encoding="utf-8"))["tasks"][key]:
+        conversation = tasks.TASKS[name].conversation(rows[recorded["row"]])
+        assert conversation["messages"] == recorded["messages"]
+        assert conversation.get("letters") == recorded.get("letters")
+
+
+@pytest.mark.golden
+def test_extracted_answers_equal_the_recorded_ones(golden_dir):
+    for case in json.loads((golden_dir / "tasks.json").read_text(encoding="utf-8"))["gsm8k_extract"]:
+        assert extract_answer(case["text"]) == case["answer"]
+
+
+def test_gsm8k_judges_by_the_text_after_the_mark():
+    conversation = GSM8K.conversation({"question": "?", "answer": "It is <<2*5=10>>10, or <<3*4==12>>\n#### 1,010"})
+    assert [part["text"] for part in conversation["messages"][1]["content"]] == [
+        "It is ", "2*5", "10", "10, or ", "3*4=", "12", "\n#### 1,010",
+    ]  # fmt: skip
+    task = GSM8K.__new__(GSM8K)
+    assert task.evaluate(conversation, "so\n#### 1010") and task.reward(conversation, "#### 1,010") == 1.0
+    for wrong in ("1010", "#### 1010.0", "#### 1011 #### 1010", "####1010", ""):
+        assert not task.evaluate(conversation, wrong)
+
+
+def test_rows_come_in_the_permutation_of_seed_42(data_dir):
+    task = tasks.load("GSM8K", "test", data_dir=data_dir)
+    rows = source.JsonRows([data_dir / "gsm8k" / "test.jsonl.gz"])
+    order = np.random.default_rng(42).permutation(1319)
+    assert [task[i] for i in range(20)] == [GSM8K.conversation(rows[int(order[i])]) for i in range(20)]
+
+
+def test_sizes_of_the_real_data(data_dir):
+    sizes = {"gsm8k": 1319, "mmlu": 14042, "arc-easy": 2376, "arc-challenge": 1172, "humaneval": 164}
+    assert {name: len(tasks.load(name, "test", data_dir=data_dir)) for name in sizes} == sizes
+    assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train stands in
+
+
+def test_categorical_answers_are_one_of_the_letters(data_dir):
+    for name, split in (("mmlu", "train"), ("arc-easy", "train"), ("ARC-Challenge", "test"), ("choice", "test")):
+        task = tasks.load(name, split, data_dir=data_dir, rows=500)
+        assert task.eval_type == "categorical" and task.baseline == 0.25
+        for conversation in task:
+            user, answer = (message["content"] for message in conversation["messages"])
+            assert answer in conversation["letters"] and f"={answer}\n" in user
+            assert task.evaluate(conversation, answer) and not task.evaluate(conversation, "no")
+
+
+# -----------------------------------------------------------------------------
+# Slices, repetitions, mixtures
+
+
+def test_slices_end_where_the_task_ends():
+    task = tasks.load("sums", "test")
+    assert len(task[990:5000]) == 10 and len(task[2000:3000]) == 0 and len(task[10:0]) == 0
+    assert len(task[1:10:4]) == 3 and task[1:10:4][2] == task[9]
+    assert task[5:100][3:10][0] == task[8] and task[-1] == task[999]
+    assert [c for c in task[:3]] == [task[0], task[1], task[2]]
+    for index in (1000, -1001):
+        with pytest.raises(IndexError, match="1000 rows"):
+            task[index]
+    assert task[:3].eval_type == "generative" and task[:3].evaluate(task[0], "#### x") is False
+
+
+def test_rows_cuts_and_repeats():
+    task = tasks.load("identity", "test")
+    assert len(tasks.load("identity", "test", rows=7)) == 7
+    twice = tasks.load("identity", "test", rows=2 * len(task) + 1)
+    assert len(twice) == 2 * len(task) + 1 and twice[len(task) + 3] == task[3] and twice[2 * len(task)] == task[0]
+
+
+def test_mixtures_are_shuffled_once_and_deterministic():
+    counts = {"sums": 50, "choice": 30, "identity": 20}
+    first, second = (tasks.mixture(counts, "train") for _ in range(2))
+    assert len(first) == 100 and [first[i] for i in range(100)] == [second[i] for i in range(100)]
+    assert Counter(c["task"] for c in first) == {0: 50, 1: 30, 2: 20}
+    # The order is Random(42)'s shuffle of the concatenation, as the specification has it.
+    expected = list(range(100))
+    random.Random(42).shuffle(expected)
+    assert first.order == expected
+    assert tasks.mixture(counts, "train", seed=1).order != expected
+    reward = tasks.mixture({"sums": 3, "twostep": 3}, "train")
+    for conversation in reward:
+        assert reward.reward(conversation, conversation["messages"][1]["content"][-1]["text"]) == 1.0
+
+
+# -----------------------------------------------------------------------------
+# Generated arithmetic
+
+
+def text_of(conversation) -> str:
+    return "".join(part["text"] for part in conversation["messages"][1]["content"])
+
+
+@pytest.mark.parametrize("name", ["sums", "twostep"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_generated_answers_are_right(name, split):
+    task = tasks.load(name, split, rows=1000)
+    for conversation in task:
+        question, parts = (message["content"] for message in conversation["messages"])
+        assert not re.search(r"[{}<>]", question), question
+        calls = [part["text"] for part in parts if part["type"] == "python"]
+        outputs = [part["text"] for part in parts if part["type"] == "python_output"]
+        assert len(calls) == {"sums": 1, "twostep": 2}[name]
+        assert [use_calculator(call) for call in calls] == outputs
+        assert extract_answer(parts[-1]["text"]) == outputs[-1]
+        assert task.evaluate(conversation, text_of(conversation)) and not task.evaluate(conversation, "#### 1.5")
+        # Every number of an expression stands in the question, or is the result of the step before.
+        known = re.findall(r"\d+", question) + outputs
+        assert all(number in known for call in calls for number in re.findall(r"\d+", call))
+        assert " " not in "".join(calls)
+
+
+def steps(conversation) -> list[tuple[int, str, int]]:
+    calls = [part["text"] for part in conversation["messages"][1]["content"] if part["type"] == "python"]
+    return [(int(a), op, int(b)) for a, op, b in (re.fullmatch(r"(-?\d+)(\D)(\d+)", call).groups() for call in calls)]
+
+
+def test_numbers_of_the_test_are_not_trained_on():
+    trained, tested = set(), set()
+    for name in ("sums", "twostep"):
+        for conversation in tasks.load(name, "train", rows=6000):
+            trained.update(steps(conversation))
+        for conversation in tasks.load(name, "test"):
+            tested.update(steps(conversation))
+    either_way = {(b, op, a) for a, op, b in trained if op in "+*"}
+    assert len(trained) > 10_000 and len(tested) > 1500
+    assert not tested & (trained | either_way)
+
+
+@pytest.mark.parametrize("cls", [arithmetic.Sums, arithmetic.TwoStep])
+def test_phrasings_of_the_test_are_not_trained_on(cls):
+    def phrasings(split, count):
+        problems = (cls(split).problem(random.Random(f"phrasing {split} {i}")) for i in range(count))
+        return {
+            re.sub("|".join(map(re.escape, arithmetic.SCENES)), "", text).strip(" ?.").lower() for text, *_ in problems
+        }
+
+    trained, tested = phrasings("train", 15_000), phrasings("test", 1000)
+    assert len(trained) > 300 and len(tested) > 100 and not trained & tested
+
+
+def test_people_of_the_test_are_not_trained_on():
+    trained = {word for c in tasks.load("twostep", "train", rows=3000)
+               for word in re.findall(r"\b[A-Z][a-z]+\b", c["messages"][0]["content"])}  # fmt: skip
+    people = set(arithmetic.WOMEN["test"] + arithmetic.MEN["test"])
+    assert not people & trained and set(arithmetic.WOMEN["train"] + arithmetic.MEN["train"]) <= trained
+    asked = " ".join(c["messages"][0]["content"] for c in tasks.load("twostep", "test"))
+    assert all(person in asked for person in people)
+    assert not any(re.search(rf"\b{person}\b", asked) for person in arithmetic.WOMEN["train"] + arithmetic.MEN["train"])
+
+
+def test_sums_cover_what_they_promise():
+    task = tasks.load("sums", "test")
+    assert len({c["messages"][0]["content"] for c in task}) > 900 and len(tasks.load("sums", "train")) == 100_000
+    operators = Counter(steps(c)[0][1] for c in task)
+    assert set(operators) == set("+-*") and min(operators.values()) > 250
+    for a, op, b in (steps(c)[0] for c in task):
+        assert all(2 <= n <= 99 if op == "*" else 0 <= n <= 999 for n in (a, b))
+    words_in = [len(c["messages"][0]["content"].split()) for c in task]
+    assert 350 < sum(n < 9 for n in words_in) < 650  # about half are plain
+    assert any("-" in c["messages"][1]["content"][2]["text"] for c in task)  # negative results
+    assert len({c["messages"][0]["content"] for c in tasks.load("twostep", "test")}) > 900
+
+
+def test_two_step_results_suit_a_story():
+    for conversation in tasks.load("twostep", "train", rows=2000):
+        outputs = [p["text"] for p in conversation["messages"][1]["content"] if p["type"] == "python_output"]
+        assert all(0 < int(output) < 5000 for output in outputs)
+
+
+def test_generated_tasks_are_the_same_everywhere():
+    """Equal in another process with another hash seed."""
+    code = (
+        "import json; from nanochat_jax import tasks; "
+        "print(json.dumps([tasks.load(n, s)[i] for n in ('sums', 'twostep', 'choice', 'identity') "
+        "for s in ('train', 'test') for i in (0, 7)]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONHASHSEED": "123"}, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    here = [
+        tasks.load(n, s)[i]
+        for n in ("sums", "twostep", "choice", "identity")
+        for s in ("train", "test")
+        for i in (0, 7)
+    ]
+    assert json.loads(run.stdout) == here
+
+
+# -----------------------------------------------------------------------------
+# Generated multiple choice and identity
+
+
+def test_choices_are_right_and_comparisons_disjoint():
+    def comparisons(split, count):
+        found = set()
+        for conversation in tasks.load("choice", split, rows=count):
+            user, letter = (message["content"] for message in conversation["messages"])
+            question = re.match(r"Multiple Choice question: (.*)", user)[1]
+            choices = {match[2]: match[1] for match in re.finditer(r"- (.*)=([A-D])", user)}
+            answer = choices.pop(letter)
+            assert len({answer, *choices.values()}) == 4
+            if "largest" in question:
+                assert int(answer) > max(map(int, choices.values()))
+            if "smallest" in question:
+                assert int(answer) < min(map(int, choices.values()))
+            if initial := re.search(r"letter (\w)\?", question):
+                assert answer[0] == initial[1] and all(word[0] != initial[1] for word in choices.values())
+            found.update((question, answer, other) for other in choices.values())
+        return found
+
+    assert not comparisons("train", 5000) & comparisons("test", 1000)
+    letters = Counter(c["messages"][1]["content"] for c in tasks.load("choice", "test"))
+    assert all(200 < letters[letter] < 300 for letter in choice.LETTERS)
+
+
+def test_kinds_and_opposites_have_one_right_answer():
+    members = [word for words_ in choice.KINDS.values() for word in words_]
+    assert len(members) == len(set(members))
+    both = [word for pair in choice.OPPOSITES for word in pair]
+    assert len(both) == len(set(both))
+
+
+def test_identity_is_written_once_and_can_be_replaced(own_base_dir, tmp_path):
+    task = tasks.load("identity", "train")
+    file = own_base_dir / identity.FILE
+    assert len(task) == 1000 == len(file.read_text(encoding="utf-8").splitlines())
+    for conversation in task:
+        roles = [message["role"] for message in conversation["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and 2 <= len(roles) <= 6
+    mine = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    file.write_text(json.dumps(mine) + "\n", encoding="utf-8")
+    assert [c["messages"] for c in tasks.load("identity", "train")] == [mine]
+    (tmp_path / "tasks").mkdir()
+    with gzip.open(tmp_path / "tasks" / f"{identity.FILE}.gz", "wt", encoding="utf-8") as f:
+        f.write(json.dumps(mine) * 1 + "\n" + json.dumps(mine) + "\n")
+    assert len(tasks.load("identity", "train", data_dir=tmp_path / "tasks")) == 2
+
+
+def test_identity_asks_what_it_did_not_teach():
+    test = tasks.load("identity", "test")
+    taught = {m["content"] for c in tasks.load("identity", "train") for m in c["messages"] if m["role"] == "user"}
+    assert len(test) >= 40 and not taught & {c["messages"][-2]["content"] for c in test}
+    for conversation in test:
+        assert test.evaluate(conversation, conversation["messages"][-1]["content"])
+        assert not test.evaluate(conversation, "I do not know.")
+    who = next(c for c in test if c["messages"][0]["content"] == "So who are you?")
+    assert test.evaluate(who, "My name is NanoChat!") and not test.evaluate(who, "My name is ChatGPT.")
+
+
+# -----------------------------------------------------------------------------
+# Spelling
+
+
+def test_spelling_words_are_disjoint_and_answers_right(data_dir):
+    train, test = (tasks.load("spellingbee", split, data_dir=data_dir) for split in ("train", "test"))
+    assert not set(train.words) & set(test.words) and len(train) == 80_000 and len(test) == 256
+    assert len(train.words) + len(test.words) == 370_099
+    for conversation in test:
+        parts = conversation["messages"][1]["content"]
+        assert use_calculator(parts[2]["text"]) == parts[3]["text"] == extract_answer(parts[4]["text"])
+        word, letter = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", parts[2]["text"]).groups()
+        assert f"{word}:{','.join(word)}" in parts[0]["text"] and words.held_out(word)
+        assert parts[0]["text"].count(" hit! count=") == word.count(letter)
+        assert test.evaluate(conversation, text_of(conversation))
+        assert word in conversation["messages"][0]["content"] and letter in conversation["messages"][0]["content"]
+    spelling = tasks.load("simplespelling", "train", data_dir=data_dir)
+    assert len({spelling[i]["messages"][0]["content"] for i in range(1000)}) == 1000
+    assert spelling.evaluate(spelling[0], spellingbee.spell(spelling.words[0]))
+
+
+def test_words_come_from_the_corpus_and_stay(own_base_dir):
+    corpus = own_base_dir / "data" / "local"
+    corpus.mkdir(parents=True)
+    rare = "unlikely_name othername.attribute foo_bar x1y Capital http://example.org/path ab verylongwordindeed"
+    text = " ".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26)) + " the the " + rare
+    pq.write_table(pa.table({"text": [text] * 3}), corpus / "shard_00000.parquet")
+    found = words.load("train") + words.load("test")
+    assert len(found) == 677 and found[0] == "the" and "wordaa" in found and "name" not in found
+    words._all_words.cache_clear()
+    (corpus / "shard_00000.parquet").unlink()
+    assert words.load("train") + words.load("test") == found
+    assert len(tasks.load("spellingbee", "test")) == 256
+
+
+def test_no_words_is_an_error_not_an_empty_task():
+    with pytest.raises(UserError, match="--task_data_dir"):
+        tasks.load("spellingbee", "train")
+
+
+# -----------------------------------------------------------------------------
+# Conversations from files
+
+
+def test_smoltalk_from_a_folder_of_conversations(data_dir):
+    train, test = (tasks.load("smoltalk", split, data_dir=data_dir) for split in ("train", "test"))
+    assert len(train) + len(test) == 2156 + 1923 + 4535 and len(test) > 200 and train.eval_type is None
+    openings = [{c["messages"][0]["content"] for c in task} for task in (train, test)]
+    assert not openings[0] & openings[1]
+
+
+def test_unicode_line_separators_do_not_cut_a_row(tmp_path):
+    messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "ü\x0b"}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(messages, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    task = tasks.load(f"CustomJSON:{path}", "train", rows=3)
+    assert len(task) == 3 and task[2]["messages"] == messages
+
+
+GOOD = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("{}", "list of messages"),
+        (json.dumps(GOOD[:1]), "at least two"),
+        (json.dumps([{"role": "system", "content": "s"}, GOOD[0]]), "at least two"),
+        (json.dumps(GOOD[::-1]), "'assistant', expected 'user'"),
+        (json.dumps([GOOD[0], {"role": "assistant"}]), "must be text"),
+    ],
+)
+def test_customjson_names_the_line_that_is_wrong(tmp_path, line, complaint):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"mine\.jsonl:2: .*{complaint}"):
+        tasks.load(f"customjson:{path}", "train")
+
+
+def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text("\n", encoding="utf-8")
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "no answer"}\n{"broken\n', encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    for name, split, complaint in [
+        ("gsm9k", "test", "unknown task 'gsm9k'; there are MMLU, ARC-Easy"),
+        ("gsm8k", "dev", "expected train or test"),
+        ("gsm8k", "train", "empty"),
+        ("mmlu", "test", r"mmlu/test\.jsonl"),
+        ("humaneval", "train", "no train split"),
+        ("customjson", "train", "customjson:PATH"),
+        (f"customjson:{tmp_path}/none.jsonl", "train", "no such file"),
+        (f"customjson:{tmp_path}/empty.jsonl", "train", "empty"),
+    ]:
+        with pytest.raises(UserError, match=complaint) as caught:
+            tasks.load(name, split, data_dir=tmp_path)
+        assert "\n" not in str(caught.value)
+    test = tasks.load("gsm8k", "test", data_dir=tmp_path)
+    with pytest.raises(UserError, match="fields of this task|not JSON"):
+        list(test)
+    with pytest.raises(UserError, match="empty mixture"):
+        tasks.mixture({}, "train")
+    with pytest.raises(UserError, match="number of rows"):
+        tasks.load("sums", "train", rows=-1)
+    with pytest.raises(NotImplementedError, match="only for training"):
+        tasks.load("smoltalk", "train", data_dir=_chat(tmp_path)).evaluate({}, "")
+
+
+def _chat(folder: Path) -> Path:
+    (folder / "smoltalk").mkdir()
+    (folder / "smoltalk" / "train.jsonl").write_text(json.dumps({"messages": GOOD}) + "\n", encoding="utf-8")
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# The hub, played by a server of our own
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as downloading one parquet file takes."""
+
+    file = b""
+    asked: list[str] = []  # noqa: RUF012
+    sha = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self):
+        Hub.asked.append(self.path)
+        if self.path.startswith("/api/datasets/openai/gsm8k"):
+            names = ["README.md", "main/test/0000.parquet", "socratic/test/0000.parquet"]
+            body = {"id": "openai/gsm8k", "sha": self.sha, "siblings": [{"rfilename": name} for name in names]}
+            self.answer(json.dumps(body).encode(), "application/json")
+        elif self.path == f"/datasets/openai/gsm8k/resolve/{self.sha}/main/test/0000.parquet":
+            self.answer(self.file, "application/octet-stream")
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes, kind: str):
+        self.send_response(200)
+        for name, value in {
+            "Content-Type": kind, "Content-Length": str(len(body)), "ETag": '"abc"', "X-Repo-Commit": self.sha,
+        }.items():  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def ask_hub(endpoint: str, base: Path, name: str = "gsm8k", split: str = "test") -> subprocess.CompletedProcess:
+    """Loads a task in a process of its own, because huggingface_hub reads its endpoint at import."""
+    code = f"""
+from nanochat_jax import tasks
+try:
+    task = tasks.load({name!r}, {split!r})
+    print(len(task), task[0]["messages"][0]["content"])
+except ValueError as error:
+    print("UserError:", error)
+"""
+    env = os.environ | {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(base / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90,
+                          cwd=Path(__file__).parents[1])  # fmt: skip
+
+
+def test_the_hub_is_asked_once(own_base_dir, tmp_path):
+    rows = [{"question": f"question {i}", "answer": f"#### {i}"} for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "gsm8k.parquet")
+    Hub.file = (tmp_path / "gsm8k.parquet").read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        first = ask_hub(endpoint, own_base_dir)
+        expected = f"5 question {np.random.default_rng(42).permutation(5)[0]}"
+        assert first.stdout.splitlines()[-1] == expected, first.stderr[-2000:]
+        asked = len(Hub.asked)
+        again = ask_hub(endpoint, own_base_dir)
+        assert again.stdout.splitlines() == [expected] and len(Hub.asked) == asked
+        other = ask_hub(endpoint, own_base_dir, split="train")
+        assert "no main/train" in other.stdout and "--task_data_dir" in other.stdout
+        unknown = ask_hub(endpoint, own_base_dir, name="mmlu")
+        assert "UserError: cais/mmlu" in unknown.stdout and "--task_data_dir" in unknown.stdout
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_unreachable_hub_is_one_line_naming_the_way_out(own_base_dir):
+    run = ask_hub("http://127.0.0.1:9", own_base_dir)
+    assert run.stdout.startswith("UserError: openai/gsm8k cannot be had") and run.stdout.count("\n") == 1
+    assert "--task_data_dir" in run.stdout and run.returncode == 0

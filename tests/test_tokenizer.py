@@ -1,0 +1,359 @@
+"""Special tokens, files, conversations and streaming, on a tokenizer recorded from another implementation or our own."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rustbpe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat_jax.config import UserError
+from nanochat_jax.tokenizer import LONG_TEXT, SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer
+
+TEXT = "Hello, world! It's a test of 1234 tokens; the tests test the tokenizer.\n naïve café 你好 😀\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT] * 3, 256 + 60 + len(SPECIAL_TOKENS))
+
+
+@pytest.fixture
+def recorded(golden_dir):
+    golden = json.loads((golden_dir / "bpe.json").read_text(encoding="utf-8"))
+    ranks = [(bytes.fromhex(token), rank) for token, rank in golden["ranks"]]
+    return Tokenizer(rustbpe.Tokenizer.from_mergeable_ranks(golden["pattern"], ranks))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def chat(*messages):
+    return {"messages": list(messages)}
+
+
+# -----------------------------------------------------------------------------
+# Recorded by other implementations
+
+
+@pytest.mark.golden
+def test_training_gives_the_recorded_vocabulary(golden_dir, data_dir):
+    golden = json.loads((golden_dir / "bpe.json").read_text(encoding="utf-8"))
+    with gzip.open(data_dir / "pretrain" / "tinyshakespeare.jsonl.gz", "rt", encoding="utf-8") as file:
+        ours = Tokenizer.train((json.loads(line)["text"] for line in file), 1024 + 9)
+    assert golden["pattern"] == SPLIT_PATTERN
+    assert {name: ours.special(name) for name in SPECIAL_TOKENS} == golden["special_tokens"]
+    assert all(ours.decode_bytes([rank]).hex() == token for token, rank in golden["ranks"])
+
+
+@pytest.mark.golden
+def test_recorded_encodings(recorded, golden_dir):
+    cases = json.loads((golden_dir / "encode.json").read_text(encoding="utf-8"))
+    assert [recorded.encode(case["text"]) for case in cases] == [case["ids"] for case in cases]
+    assert recorded.encode([case["text"] for case in cases]) == [case["ids"] for case in cases]
+    assert [recorded._core.encode(case["text"]) for case in cases] == [case["ids"] for case in cases]
+
+
+@pytest.mark.golden
+def test_recorded_chats(recorded, golden_dir):
+    for case in json.loads((golden_dir / "chat.json").read_text(encoding="utf-8")):
+        assert recorded.render_conversation(case["conversation"]) == (case["ids"], case["mask"])
+        assert recorded.render_conversation(case["conversation"], 32) == (case["ids_32"], case["mask_32"])
+        assert recorded.render_for_completion(case["conversation"]) == case["completion_ids"]
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=120))
+def test_round_trip_and_both_encoders_agree(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode("utf-8")
+    assert tokenizer._core.encode(text) == ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "bos", " a", "<"]), max_size=8).map("".join))
+def test_text_never_becomes_special_tokens(tokenizer, text):
+    assert max(tokenizer.encode(text), default=0) < tokenizer.bos
+    assert max(tokenizer.encode([text])[0], default=0) < tokenizer.bos
+    ids, _ = tokenizer.render_conversation(chat(user(text), assistant([{"type": "python", "text": text}])))
+    specials = [i for i in ids if i >= tokenizer.bos]
+    names = ("bos", "user_start", "user_end", "assistant_start", "python_start", "python_end", "assistant_end")
+    assert specials == [tokenizer.special(f"<|{name}|>") for name in names]
+
+
+def test_special_tokens_follow_the_merges(tokenizer):
+    ids = [tokenizer.special(name) for name in SPECIAL_TOKENS]
+    assert ids == list(range(tokenizer.vocab_size - 9, tokenizer.vocab_size))
+    assert tokenizer.bos == ids[0]
+    assert tokenizer.decode(ids) == "".join(SPECIAL_TOKENS)
+    with pytest.raises(ValueError, match="expected one of"):
+        tokenizer.special("<|eos|>")
+
+
+def test_prepend_and_append(tokenizer):
+    plain = tokenizer.encode("test")
+    assert tokenizer.encode("test", prepend="<|bos|>", append=7) == [tokenizer.bos, *plain, 7]
+    assert tokenizer.encode(["test", ""], prepend=0) == [[0, *plain], [0]]
+    with pytest.raises(ValueError, match="special token"):
+        tokenizer.encode("test", prepend="bos")
+    with pytest.raises(TypeError, match="str or a list"):
+        tokenizer.encode(b"test")
+
+
+@pytest.mark.parametrize("unit", [" ", "a", "\n", "é", "\u3000"])
+def test_texts_that_tiktoken_cannot_take(tokenizer, unit):
+    text = unit * 1_000_000
+    short, long = tokenizer.encode(["test", text])
+    assert tokenizer.decode(long) == text
+    assert short == tokenizer.encode("test")
+
+
+def test_long_and_short_texts_are_encoded_alike(tokenizer):
+    text = (TEXT * (2 * LONG_TEXT // len(TEXT)))[: LONG_TEXT + 1]
+    assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+    assert tokenizer.encode("\ud83d!" + text)[:4] == tokenizer.encode("\ud83d!")  # a lone surrogate is U+FFFD
+
+
+def test_token_bytes_are_raw_bytes(tokenizer):
+    counts = tokenizer.token_bytes()
+    assert counts.dtype == np.int32
+    assert counts.shape == (tokenizer.vocab_size,)
+    assert counts[:256].tolist() == [1] * 256  # also those that are no UTF-8 by themselves
+    assert counts[tokenizer.bos :].tolist() == [0] * 9
+    assert counts[tokenizer.encode(TEXT)].sum() == len(TEXT.encode("utf-8"))
+
+
+def test_ids_outside_the_vocabulary_are_named(tokenizer):
+    for i in (tokenizer.vocab_size, -1):
+        with pytest.raises(ValueError, match=f"token id {i} is outside"):
+            tokenizer.decode([97, i])
+    assert tokenizer.decode(np.array([104, 105])) == "hi"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40))
+def test_streaming_gives_the_text_and_whole_characters_only(tokenizer, text):
+    stream = StreamDecoder(tokenizer)
+    pieces = [stream.push(i) for i in text.encode("utf-8")]  # the first 256 ids are the bytes
+    assert "".join(pieces) + stream.flush() == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_streaming_flushes_what_never_became_a_character(tokenizer):
+    stream = StreamDecoder(tokenizer)
+    assert [stream.push(0xF0), stream.push(0x9F), stream.flush(), stream.flush()] == ["", "", "\ufffd", ""]
+    assert stream.push(0xC3) + stream.push(0xA9) == "é"
+    assert stream.push(0xC3) + stream.push(tokenizer.bos) == "\ufffd<|bos|>"
+
+
+def test_training_refuses_what_cannot_be_a_vocabulary():
+    with pytest.raises(UserError, match="vocab_size=264: must be at least 265"):
+        Tokenizer.train(["text"], 264)
+    with pytest.raises(UserError, match="empty"):
+        Tokenizer.train([], 300)
+    assert Tokenizer.train(["ab"], 1000).vocab_size == 256 + 1 + 9
+
+
+# -----------------------------------------------------------------------------
+# Conversations
+
+
+def test_only_what_the_assistant_must_say_is_supervised(tokenizer):
+    parts = [
+        {"type": "text", "text": "Well: "},
+        {"type": "python", "text": "2+2"},
+        {"type": "python_output", "text": "4"},
+        {"type": "text", "text": " is it"},
+    ]
+    ids, mask = tokenizer.render_conversation(chat(user("2+2?"), assistant(parts)))
+    said = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert said == "Well: <|python_start|>2+2<|python_end|> is it<|assistant_end|>"
+    assert tokenizer.decode(ids) == (
+        "<|bos|><|user_start|>2+2?<|user_end|><|assistant_start|>Well: <|python_start|>2+2<|python_end|>"
+        "<|output_start|>4<|output_end|> is it<|assistant_end|>"
+    )
+
+
+def test_parts_are_encoded_by_themselves(tokenizer):
+    halves = assistant([{"type": "text", "text": "the te"}, {"type": "text", "text": "st"}])
+    ids, _ = tokenizer.render_conversation(chat(user(""), halves))
+    assert ids[4:-1] == tokenizer.encode("the te") + tokenizer.encode("st") != tokenizer.encode("the test")
+
+
+def test_system_message_is_merged_into_the_first_user_message(tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    merged = chat(user("Be brief.\n\nHi"), assistant("Hello"), user("Bye"), assistant("."))
+    conversation = chat(system, user("Hi"), assistant("Hello"), user("Bye"), assistant("."))
+    assert tokenizer.render_conversation(conversation) == tokenizer.render_conversation(merged)
+    assert tokenizer.render_for_completion(conversation) == tokenizer.render_for_completion(merged)
+    assert conversation["messages"][1] == user("Hi")  # left as it was
+
+
+def test_rendering_is_cut_on_the_right(tokenizer):
+    conversation = chat(user("a long question " * 20), assistant("an answer"))
+    ids, mask = tokenizer.render_conversation(conversation)
+    assert tokenizer.render_conversation(conversation, 10) == (ids[:10], mask[:10])
+
+
+def test_completion_prompt_with_and_without_a_final_answer(tokenizer):
+    prompt = tokenizer.render_for_completion(chat(user("Hi"), assistant("Hello")))
+    assert prompt == tokenizer.render_for_completion(chat(user("Hi")))
+    assert tokenizer.decode(prompt) == "<|bos|><|user_start|>Hi<|user_end|><|assistant_start|>"
+
+
+def test_completion_prompt_that_is_too_long_loses_its_oldest_turns(tokenizer):
+    turns = [m for i in range(30) for m in (user(f"question {i}"), assistant(f"answer {i}"))]
+    conversation = chat({"role": "system", "content": "Be kind."}, *turns, user("the last question"))
+    whole = tokenizer.render_for_completion(conversation, 100_000)
+    assert tokenizer.render_for_completion(conversation, len(whole)) == whole
+    text = tokenizer.decode(tokenizer.render_for_completion(conversation, len(whole) - 1))
+    assert text.startswith("<|bos|><|user_start|>Be kind.\n\nquestion 1<|user_end|>")
+    for max_tokens in range(60, len(whole), 37):
+        ids = tokenizer.render_for_completion(conversation, max_tokens)
+        text = tokenizer.decode(ids)
+        assert len(ids) <= max_tokens
+        assert text.startswith("<|bos|><|user_start|>Be kind.\n\n")
+        assert text.endswith("<|user_start|>the last question<|user_end|><|assistant_start|>") or text.count("user") == 2
+
+
+def test_a_last_message_too_long_by_itself_keeps_its_end(tokenizer):
+    conversation = chat(user("hi"), assistant("ho"), user("filler " * 50 + "what is it?"))
+    ids = tokenizer.render_for_completion(conversation, 20)
+    text = tokenizer.decode(ids)
+    assert len(ids) == 20
+    assert text.startswith("<|bos|><|user_start|>")
+    assert text.endswith("what is it?<|user_end|><|assistant_start|>")
+    with pytest.raises(ValueError, match="at least 4"):
+        tokenizer.render_for_completion(conversation, 3)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "complaint"),
+    [
+        ({}, "messages"),
+        ([user("a")], "messages"),
+        (chat(), "at least one message"),
+        (chat("hi"), r"messages\[0\]: expected"),
+        (chat({"role": "system", "content": "s"}), r"messages\[0\]: nothing follows.*role user"),
+        (chat({"role": "system", "content": "s"}, assistant("a")), r"messages\[1\]: role is 'assistant', expected 'user'"),
+        (chat({"role": "system", "content": ["s"]}, user("a")), r"messages\[0\]: content of a system"),
+        (chat(assistant("a")), r"messages\[0\]: role is 'assistant', expected 'user'; roles are"),
+        (chat(user("a"), user("b")), r"messages\[1\]: role is 'user', expected 'assistant'"),
+        (chat(user("a"), {"role": "tool", "content": "b"}), r"messages\[1\]: role is 'tool'.*system.*user and assistant"),
+        (chat(user("a"), assistant("b"), {"role": "system", "content": "s"}), r"messages\[2\]: role is 'system'"),
+        (chat(user(["a"])), r"messages\[0\]: content of role user must be a str, got list"),
+        (chat(user("a"), assistant(None)), r"messages\[1\]: .*a list of parts, got NoneType"),
+        (chat(user("a"), assistant([{"type": "image", "text": ""}])), r"messages\[1\].content\[0\]: expected"),
+        (chat(user("a"), assistant([{"type": "text"}])), r"messages\[1\].content\[0\]: expected"),
+        (chat(user("a"), assistant([{"type": [], "text": ""}])), r"messages\[1\].content\[0\]: expected"),
+    ],
+)
+def test_wrong_conversations_name_the_message(tokenizer, conversation, complaint):
+    for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
+        with pytest.raises(UserError, match=complaint):
+            render(conversation)
+
+
+def test_visualization_shows_every_token_in_its_color(tokenizer):
+    ids, mask = tokenizer.render_conversation(chat(user("Hi"), assistant("Ho")))
+    shown = tokenizer.visualize_tokenization(ids, mask)
+    assert shown.count("\033[92m") == sum(mask)
+    assert shown.count("\033[91m") == len(mask) - sum(mask)
+    assert f"({tokenizer.bos})" in tokenizer.visualize_tokenization(ids, mask, with_ids=True)
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def test_saved_and_loaded(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "tokenizer")
+    again = Tokenizer.load(tmp_path / "new" / "tokenizer")
+    assert again.hash == tokenizer.hash
+    assert again.vocab_size == tokenizer.vocab_size
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    assert {path.name for path in (tmp_path / "new" / "tokenizer").iterdir()} == {"tokenizer.json", "nanochat.json"}
+    assert tokenizer.hash != Tokenizer.train([TEXT], 300).hash
+
+
+def test_hugging_face_layout(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    layout = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab, merges = layout["model"]["vocab"], layout["model"]["merges"]
+    assert [vocab[left + right] for left, right in merges] == list(range(256, 256 + 60))
+    assert [token["content"] for token in layout["added_tokens"]] == list(SPECIAL_TOKENS)
+    assert layout["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == SPLIT_PATTERN
+    assert vocab["Ġ"] == ord(" ")
+    assert vocab["Ċ"] == ord("\n")
+
+
+def _edit(path, change):
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_missing_damaged_and_foreign_files_are_named(tokenizer, tmp_path):
+    ours, theirs = tmp_path / "nanochat.json", tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="nanochat.json does not exist.*tok_train"):
+        Tokenizer.load(tmp_path)
+
+    def damage(change, complaint):
+        tokenizer.save(tmp_path)
+        change()
+        with pytest.raises(UserError, match=complaint):
+            Tokenizer.load(tmp_path)
+
+    damage(theirs.unlink, "tokenizer.json does not exist")
+    damage(lambda: ours.write_bytes(b"\xff\xfe"), "nanochat.json: not JSON")
+    damage(lambda: ours.write_text("[]"), "nanochat.json: expected a JSON object")
+    damage(lambda: _edit(ours, lambda v: v.update(format="other")), "format is 'other'")
+    damage(lambda: _edit(ours, lambda v: v.update(version=99)), "version is 99, this program reads 1")
+    damage(lambda: theirs.write_bytes(theirs.read_bytes()[:-100]), "tokenizer.json: its SHA-256 is not")
+
+
+def test_layouts_that_are_not_ours_are_refused(tokenizer, tmp_path):
+    import hashlib
+
+    theirs = tmp_path / "tokenizer.json"
+
+    def refuse(change, complaint):
+        tokenizer.save(tmp_path)
+        _edit(theirs, change)
+        digest = hashlib.sha256(theirs.read_bytes()).hexdigest()
+        _edit(tmp_path / "nanochat.json", lambda v: v.update(sha256=digest))
+        with pytest.raises(UserError, match=complaint):
+            Tokenizer.load(tmp_path)
+
+    refuse(lambda v: v.pop("pre_tokenizer"), "not a byte-level BPE")
+    refuse(lambda v: v["model"].update(type="Unigram"), "'Unigram', expected 'BPE'")
+    refuse(lambda v: v["added_tokens"].pop(), "special tokens are")
+    refuse(lambda v: v["model"]["vocab"].update({"中": 0}), "not a byte-level BPE")
+    refuse(lambda v: v["model"]["vocab"].pop("Ġ"), "tokenizer.json: ")
+
+
+def test_an_unbuilt_crate_is_one_line(tmp_path):
+    # What the repository root looks like without the wheel: a folder `rustbpe` and no module in it.
+    (tmp_path / "rustbpe").mkdir()
+    program = (
+        "import importlib.machinery, sys; sys.path.insert(0, '.'); import types\n"
+        "sys.modules['rustbpe'] = types.ModuleType('rustbpe')\n"
+        "from nanochat_jax.tokenizer import Tokenizer\n"
+        "Tokenizer.train(['text'], 300)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "UserError: the Rust tokenizer is not built: run pip install ./rustbpe" in result.stderr

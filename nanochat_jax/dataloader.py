@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -34,17 +34,15 @@ class Loader:
 
     def __init__(self, batches: "Batches"):
         self.info: dict[str, Any] = {}
-        self._stop = batches.stop
-        self._batches = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))
-        # At exit or when the loader is dropped: a thread that outlives the interpreter dies noisily.
-        self._finalizer = weakref.finalize(self, _close, self._batches, self._stop)
+        # Closed and let go at exit, or when the loader is dropped: what Grain finds to close while the interpreter is
+        # already being taken down, it complains about.
+        self._held = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))]
+        self._finalizer = weakref.finalize(self, _close, self._held, batches.stop)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        if not self._finalizer.alive:
-            raise ValueError("the loader is closed")
         batch = next(self._batches)
         self.info = batch.pop("info")
         return batch
@@ -60,10 +58,16 @@ class Loader:
         """Ends the thread; may be called twice."""
         self._finalizer()
 
+    @property
+    def _batches(self) -> grain.DatasetIterator:
+        if not self._held:
+            raise ValueError("the loader is closed")
+        return self._held[0]
 
-def _close(batches: grain.DatasetIterator, stop: threading.Event) -> None:
+
+def _close(held: list[grain.DatasetIterator], stop: threading.Event) -> None:
     stop.set()
-    batches.close()
+    held.pop().close()
 
 
 def base_loader(
@@ -116,7 +120,7 @@ class Documents:
     """Tokenized documents of parquet files. In the first epoch the files come in their order, since the later ones may
     still be on their way, in later epochs shuffled; the row groups of a file are shuffled always. seed None: never."""
 
-    start = {"epoch": 0, "file": 0, "row_group": 0, "document": 0}
+    start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0}
 
     def __init__(self, files: Sequence[Path], tokenizer, seed: int | None, epochs: int | None):
         assert len(files), "no files to read"
@@ -183,7 +187,7 @@ class Conversations:
     """Rendered conversations of a task, shuffled in every epoch. With `max_tokens` they are cut there and carry their
     mask; without, they are whole and every token is a target."""
 
-    start = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
+    start: ClassVar[Cursor] = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
 
     def __init__(self, task, tokenizer, max_tokens: int | None, seed: int, epochs: int | None):
         if not len(task):

@@ -358,7 +358,7 @@ def download(source: str, num_files: int = -1, workers: int = 4) -> None:
     failures = _fetch_all(source, missing, folder, workers)
     if failures:
         left = sum(not (folder / _shard(i)).exists() for i in range(count))
-        raise UserError(f"{left} of {count} shards are missing, the first because {failures[0]}; run it again to resume")
+        raise UserError(f"{left} of {count} shards missing, the first because {failures[0]}; run it again to resume")
     print(f"{source}: {count} training shards and the validation shard in {folder}")
 
 
@@ -412,7 +412,8 @@ def _fetch(source: str, index: int, folder: Path) -> str:
             reason = f"{_shard(index)}: {_first_line(error)}"
             # A hub that cannot be reached has been retried inside for 23 s by now (LocalEntryNotFoundError, which is an
             # EntryNotFoundError too); a file that does not exist, or offline mode, will not change.
-            if isinstance(error, (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.OfflineModeIsEnabled)):
+            final = errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.OfflineModeIsEnabled
+            if isinstance(error, final):
                 return reason
         if attempt + 1 < ATTEMPTS:
             time.sleep(2**attempt)

@@ -74,7 +74,7 @@ def documents(module: str, path: str) -> list[tuple[str, str]]:
         else:
             short += f"\n\n{text}"
     text = f"{module}\n\n{short.strip()}"
-    return [(module, text)] + found if len(text) >= MIN_CHARS else found
+    return [(module, text), *found] if len(text) >= MIN_CHARS else found
 
 
 def _modules(folder: Path, package: str) -> list[tuple[str, str]]:

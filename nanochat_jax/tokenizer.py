@@ -53,10 +53,10 @@ def _rustbpe():
     """Our Rust module. From the repository root an unbuilt crate looks like an empty package of the same name."""
     try:
         import rustbpe
-
-        rustbpe.Tokenizer.from_mergeable_ranks
-    except (ImportError, AttributeError):
-        raise UserError("the Rust tokenizer is not built: run pip install ./rustbpe in the repository") from None
+    except ImportError:
+        rustbpe = None
+    if not hasattr(getattr(rustbpe, "Tokenizer", None), "from_mergeable_ranks"):  # PyPI's rustbpe lacks that
+        raise UserError("the Rust tokenizer is not built: run pip install ./rustbpe in the repository")
     return rustbpe
 
 
@@ -75,7 +75,7 @@ class Tokenizer:
         self.bos: int = self._special["<|bos|>"]
 
     @staticmethod
-    def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], object] | None = None) -> "Tokenizer":
+    def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None) -> "Tokenizer":
         """Learns a vocabulary of `vocab_size` tokens, special ones included; fewer where the texts run out of pairs.
         `progress(merges done, merges wanted)` is called now and then. UserError: no text, or too small a vocabulary."""
         smallest = 256 + len(SPECIAL_TOKENS)
@@ -107,7 +107,7 @@ class Tokenizer:
         if about.get("version") != FORMAT_VERSION:
             raise UserError(f"{ours}: version is {about.get('version')!r}, this program reads {FORMAT_VERSION}")
         if about.get("sha256") != hashlib.sha256(theirs.read_bytes()).hexdigest():
-            raise UserError(f"{theirs}: its SHA-256 is not the one in {ours.name}; the file has been changed or damaged")
+            raise UserError(f"{theirs}: its SHA-256 is not the one in {ours.name}; it was changed or damaged")
         pattern, ranks = _from_hf(_read_json(theirs), theirs)
         try:
             return Tokenizer(_rustbpe().Tokenizer.from_mergeable_ranks(pattern, ranks))
@@ -258,7 +258,7 @@ class Tokenizer:
         return ids, mask
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
-        """The tokens for a terminal, separated by bars: green supervised, red not, on request with their ids in grey."""
+        """The tokens for a terminal, separated by bars: green supervised, red not, with their ids in grey if asked."""
         shown = []
         for i, supervised in zip(ids, mask, strict=True):
             color = "\033[92m" if supervised else "\033[91m"

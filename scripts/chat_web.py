@@ -3,6 +3,7 @@
 The page streams from POST /chat/completions of the same server; everybody on --host and --port shares its --slots.
 """
 
+import os
 import socket
 from contextlib import closing
 
@@ -20,12 +21,17 @@ def main(cfg: config.ChatWeb):
             raise config.UserError(f"{error.name} is missing: run pip install '.[serve]' in the repository") from None
         import jax
 
-        from nanochat_jax import checkpoint
-        from nanochat_jax.engine.engine import Engine
+        from nanochat_jax import checkpoint, parallel
+        from nanochat_jax.engine.engine import Engine, Request
 
+        parallel.start(cfg.device_type)
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-        engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots)
-        app = create_app(engine, model, cfg, device=jax.devices()[0].device_kind)
+        dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+        engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots, dtype=dtype)
+        # Two tokens for nobody: what has to be compiled is compiled before the first visitor waits for it.
+        for _ in engine.stream(Request([model.tokenizer.bos], min(2, cfg.max_new_tokens), cfg.temperature, cfg.top_k)):
+            pass
+        app = create_app(engine, cfg, model.name, device=jax.devices()[0].device_kind)
         print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)
 
         # Answers under way get three seconds to end after Ctrl-C. No access log: who asks is nobody's business.
@@ -35,18 +41,20 @@ def main(cfg: config.ChatWeb):
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket at host:port that does not listen yet. UserError if there is no such address or it is taken."""
+    if not 0 <= port < 65536:
+        raise config.UserError(f"--port={port}: a port is a number up to 65535, like 8000")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError, UnicodeError):
+    except (OSError, UnicodeError):
         raise config.UserError(f"--host={host}: no such address; 127.0.0.1 is this machine alone") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server just stopped
     try:
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        reason = error.strerror if isinstance(error, OSError) else "a port is a number from 1 to 65535"
-        raise config.UserError(f"--port={port} on {host}: {reason}; try another, like --port=8001") from None
+        hint = f"try another, like --port={port + 1}" if port < 65535 else "try another"
+        raise config.UserError(f"--port={port} on {host}: {os.strerror(error.errno)}; {hint}") from None
     return listener
 
 

@@ -16,17 +16,19 @@ PEER_SECONDS = 20  # to load a peer's vocabulary, about 2 MB; without a network 
 SAMPLE_DOCUMENTS = 1024
 
 NEWS = """The harbour bridge will close to lorries from Monday, the city council announced on Thursday evening, after
-engineers found cracks in two of the steel hangers that carry the western deck. Cars and bicycles may still cross, at no
-more than 30 kilometres an hour. "Nobody needs to worry about driving home tonight," said Marta Lindqvist, who heads the
-council's roads department, "but we would rather inconvenience hauliers for six weeks than explain in 2031 why we did
-not." Repairs are expected to cost $14.7 million, roughly a third of the department's yearly budget. Shop owners on the
-north bank, who lost 22% of their trade during the works of 2019, asked for a shuttle ferry; the mayor promised an answer
-by Friday. The 98-year-old bridge carries about 41,000 vehicles a day, twice what its builders had planned for.
+engineers found cracks in two of the steel hangers that carry the western deck. Cars and bicycles may still
+cross, at no more than 30 kilometres an hour. "Nobody needs to worry about driving home tonight," said Marta
+Lindqvist, who heads the council's roads department, "but we would rather inconvenience hauliers for six weeks
+than explain in 2031 why we did not." Repairs are expected to cost $14.7 million, roughly a third of the
+department's yearly budget. Shop owners on the north bank, who lost 22% of their trade during the works of 2019,
+asked for a shuttle ferry; the mayor promised an answer by Friday. The 98-year-old bridge carries about 41,000
+vehicles a day, twice what its builders had planned for.
 """
-KOREAN = """지난 주말 작은 도서관이 다시 문을 열었다. 비가 새던 지붕을 고치고 낡은 책장을 바꾸는 데 꼬박 여덟 달이 걸렸다고 한다.
-아이들은 창가에 앉아 그림책을 읽고, 어른들은 새로 들어온 잡지를 뒤적였다. 사서 김미영 씨는 "책을 빌리러 오는 사람보다 이야기를
-나누러 오는 사람이 더 많다"며 웃었다. 도서관은 평일 오전 9시부터 저녁 8시까지 열고, 매달 둘째 월요일에는 쉰다.
-다음 달부터는 어르신을 위한 컴퓨터 교실과 청소년 글쓰기 모임도 시작할 예정이다.
+KOREAN = """지난 주말 작은 도서관이 다시 문을 열었다. 비가 새던 지붕을 고치고 낡은 책장을 바꾸는 데 꼬박
+여덟 달이 걸렸다고 한다. 아이들은 창가에 앉아 그림책을 읽고, 어른들은 새로 들어온 잡지를
+뒤적였다. 사서 김미영 씨는 "책을 빌리러 오는 사람보다 이야기를 나누러 오는 사람이 더 많다"며
+웃었다. 도서관은 평일 오전 9시부터 저녁 8시까지 열고, 매달 둘째 월요일에는 쉰다. 다음 달부터는
+어르신을 위한 컴퓨터 교실과 청소년 글쓰기 모임도 시작할 예정이다.
 """
 CODE = '''from collections import deque
 
@@ -71,8 +73,8 @@ Let $f \colon [a, b] \to \mathbb{R}$ be continuous and differentiable on $(a, b)
 \[ f'(\xi) = \frac{f(b) - f(a)}{b - a}. \]
 \end{theorem}
 \begin{proof}
-Put $g(x) = f(x) - f(a) - \frac{f(b) - f(a)}{b - a}\,(x - a)$. Since $g(a) = g(b) = 0$, Rolle's theorem gives a $\xi$ with
-$g'(\xi) = 0$, which is the claim. For $f(x) = x^3$ on $[0, 3]$ this says $3\xi^2 = 27/3 = 9$, hence $\xi = \sqrt{3}$.
+Put $g(x) = f(x) - f(a) - \frac{f(b) - f(a)}{b - a}\,(x - a)$. Since $g(a) = g(b) = 0$, Rolle's theorem gives a $\xi$
+with $g'(\xi) = 0$, which is the claim. For $f(x) = x^3$ on $[0, 3]$ it says $3\xi^2 = 27/3 = 9$, so $\xi = \sqrt{3}$.
 \end{proof}
 \begin{equation}
 \sum_{k=0}^{n} \binom{n}{k} x^{k} y^{n-k} = (x + y)^{n}, \qquad
@@ -80,13 +82,14 @@ $g'(\xi) = 0$, which is the claim. For $f(x) = x^3$ on $[0, 3]$ this says $3\xi^
 \lim_{n \to \infty} \left(1 + \frac{1}{n}\right)^{n} = e \approx 2.71828
 \end{equation}
 """
-SCIENCE = """Mitochondria carry a genome of their own, a ring of about 16,500 base pairs in humans, which encodes thirteen
-proteins of the respiratory chain together with the transfer and ribosomal RNAs needed to make them. All the other
-mitochondrial proteins, more than a thousand, are encoded in the nucleus, translated in the cytosol and imported through
-channels in the outer and inner membranes. The electrochemical gradient across the inner membrane, some 180 millivolts,
-drives ATP synthase: protons that flow back into the matrix turn its rotor, and each full turn yields three molecules of
-adenosine triphosphate. Because reactive oxygen species arise beside the unprotected DNA, its mutation rate is an order
-of magnitude above that of nuclear genes, which makes it useful for tracing maternal lineages over a few thousand years.
+SCIENCE = """Mitochondria carry a genome of their own, a ring of about 16,500 base pairs in humans, which encodes
+thirteen proteins of the respiratory chain together with the transfer and ribosomal RNAs needed to make them. All the
+other mitochondrial proteins, more than a thousand, are encoded in the nucleus, translated in the cytosol and
+imported through channels in the outer and inner membranes. The electrochemical gradient across the inner
+membrane, some 180 millivolts, drives ATP synthase: protons that flow back into the matrix turn its rotor, and
+each full turn yields three molecules of adenosine triphosphate. Because reactive oxygen species arise beside
+the unprotected DNA, its mutation rate is an order of magnitude above that of nuclear genes, which makes it
+useful for tracing maternal lineages over a few thousand years.
 """
 
 

@@ -67,7 +67,7 @@ def main(cfg: config.TokTrain) -> None:
     _swap(new, folder)
     print(
         f"{counted['documents']:,} documents, {counted['chars']:,} characters in {seconds:.1f} s"
-        f" ({counted['chars'] / max(seconds, 1e-9) / 1e6:.1f}M characters/s), peak memory {_peak_memory() / 1e6:,.0f} MB"
+        f" ({counted['chars'] / max(seconds, 1e-9) / 1e6:.1f}M/s), peak memory {_peak_memory() / 1e6:,.0f} MB"
     )
     print(f"{tokenizer.vocab_size:,} tokens in {folder}")
 
@@ -158,8 +158,10 @@ class Meter:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        what, said = TextColumn("{task.description}"), TextColumn("{task.fields[said]}")
+        self.bar = Progress(
+            what, BarColumn(), said, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        )
         self.task = self.bar.add_task("reading", total=expected_chars, said="")
         self.start = time.monotonic()
         self.said = self.start - 8  # so that the first line comes after two seconds

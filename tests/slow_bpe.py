@@ -1,6 +1,7 @@
 """Byte-level BPE as one would explain it: count everything afresh before each merge. Twin of the Rust crate."""
 
 from collections import Counter
+from itertools import pairwise
 
 import regex
 
@@ -30,7 +31,7 @@ def train(texts: list[str], vocab_size: int, pattern: str) -> list[tuple[int, in
     while 256 + len(merges) < vocab_size:
         pairs = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break

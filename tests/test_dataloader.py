@@ -1,6 +1,8 @@
 """Loaders: exact state, order independent of processes, targets where they belong."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,7 +14,7 @@ import pytest
 from fake_tokenizer import FakeTokenizer
 
 from nanochat_jax import dataloader, packing
-from nanochat_jax.config import UserError
+from nanochat_jax.config import REPOSITORY, UserError
 
 TOKENIZER = FakeTokenizer()
 T = 16
@@ -261,7 +263,7 @@ def test_waste_is_reported(files):
 
 def test_an_error_in_the_thread_reaches_the_consumer(files):
     files[1].write_bytes(b"not parquet")
-    with pytest.raises(UserError, match="b.parquet") as caught:
+    with pytest.raises(UserError, match=r"b\.parquet") as caught:
         take(make("split", files, epochs=1))
     assert "\n" not in str(caught.value)
 
@@ -287,6 +289,33 @@ def test_close_ends_the_thread_even_while_it_waits(files):
     assert time.time() - start < 5 and threading.active_count() <= before
     with pytest.raises(ValueError, match="closed"):
         next(loader)
+
+
+def test_nothing_is_said_at_exit_about_loaders_left_open(files):
+    code = (
+        "import sys, pathlib; sys.path.insert(0, 'tests')\n"
+        "from fake_tokenizer import FakeTokenizer; from nanochat_jax import dataloader\n"
+        f"loader = dataloader.base_loader([pathlib.Path({str(files[0])!r})], FakeTokenizer(), 4, 16); next(loader)\n"
+        "idle = dataloader.base_loader(loader and [pathlib.Path('x')], FakeTokenizer(), 4, 16)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_with_the_real_tokenizer():
+    pytest.importorskip("rustbpe")
+    from nanochat_jax.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train(["how many legs has a spider? eight legs", "and a dog? four"], 300)
+    task = [
+        {"messages": [{"role": "user", "content": f"legs of {n}?"}, {"role": "assistant", "content": f"{n} has legs"}]}
+        for n in ("spider", "dog", "snake", "fish")
+    ]
+    targets = flat(take(dataloader.chat_loader(task, tokenizer, 2, 64, supervise="mask", epochs=1)), "targets")
+    rendered = [tokenizer.render_conversation(c) for c in task]
+    expected = [i for ids, mask in rendered for i, m in zip(ids, mask, strict=True) if m]
+    assert sorted(targets[targets >= 0].tolist()) == sorted(expected)
+    assert dataloader.mean_tokens(task, tokenizer) == np.mean([len(ids) for ids, _ in rendered])
 
 
 def test_mean_tokens():

@@ -41,7 +41,7 @@ def tokens(rows):
 @settings(deadline=None)
 @given(lengths, widths)
 def test_split_loses_nothing_and_every_row_begins_with_bos(lengths, width):
-    rows, box = pack("split", width, numbered(lengths))
+    rows, _ = pack("split", width, numbered(lengths))
     assert tokens(rows) == list(range(1, sum(lengths) + 1))
     assert (rows[:, 0] == BOS).all()
     assert (rows[:-1] >= 0).all(), "only the last row may be padded"
@@ -126,7 +126,8 @@ def test_padding_has_no_targets_even_though_bos_is_zero():
 
 
 def test_a_long_document_is_cut_before_it_piles_up():
-    rows, _ = pack("split", 9, [packing.document([BOS, *range(1, 25)]), *(packing.document([BOS, 99]) for _ in range(50))])
+    short = [packing.document([BOS, 99]) for _ in range(50)]
+    rows, _ = pack("split", 9, [packing.document([BOS, *range(1, 25)]), *short])
     assert tokens(rows[:3]) == list(range(1, 25))
 
 

@@ -2,18 +2,17 @@
 
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import rustbpe
 import slow_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rustbpe
 from nanochat_jax.tokenizer import SPLIT_PATTERN
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -116,11 +115,11 @@ def test_vocab_size_below_the_bytes(vocab_size):
 
 
 def test_items_that_are_not_text_are_named():
-    with pytest.raises(TypeError, match="item 2 .* int, expected str"):
+    with pytest.raises(TypeError, match=r"item 2 .* int, expected str"):
         trained(["a", "b", 3], 300)
-    with pytest.raises(TypeError, match="item 10000 .* bytes"):
+    with pytest.raises(TypeError, match=r"item 10000 .* bytes"):
         trained((b"x" if i == 10000 else "x" for i in range(20000)), 300)
-    with pytest.raises(ValueError, match="item 1 .* not valid Unicode"):
+    with pytest.raises(ValueError, match=r"item 1 .* not valid Unicode"):
         trained(["a", "\ud800"], 300)
     with pytest.raises(TypeError, match="put it in a list"):
         trained("a text", 300)
@@ -168,7 +167,7 @@ def test_foreign_ranks_are_refused(english):
         make(SPLIT_PATTERN, [*ranks, (b"zz", 5000)])
     with pytest.raises(ValueError, match="twice"):
         make(SPLIT_PATTERN, [*ranks[:-1], (b"zz", 3)])
-    with pytest.raises(ValueError, match="token 256 .* not the union"):
+    with pytest.raises(ValueError, match=r"token 256 .* not the union"):
         make(SPLIT_PATTERN, [*ranks[:256], (b"zzzzz", 256)])
 
 
@@ -193,9 +192,8 @@ tokenizer = rustbpe.Tokenizer()
 print("start", flush=True)
 tokenizer.train_from_iterator({texts}, 2**31)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.path.dirname(__file__)
-    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
     for _ in range(1 if phase == "reading" else 2):
         process.stdout.readline()
     time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Tasks: the specification's formats, honest splits, generated answers that are right, and clear words when data lack."""
+"""Tasks: the specification's formats, honest splits, right answers, and clear words where data are missing."""
 
 import gzip
 import http.server
@@ -20,8 +20,9 @@ import pytest
 from nanochat_jax import tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.calculator import use_calculator
-from nanochat_jax.tasks import arithmetic, choice, identity, source, spellingbee, words
+from nanochat_jax.tasks import arithmetic, choice, identity, source, spellingbee, stories, words
 from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
+from nanochat_jax.tasks.two_step_stories import TWO_STEP
 
 # -----------------------------------------------------------------------------
 # Formats of the specification
@@ -167,16 +168,30 @@ def test_numbers_of_the_test_are_not_trained_on():
     assert not tested & (trained | either_way)
 
 
-@pytest.mark.parametrize("cls", [arithmetic.Sums, arithmetic.TwoStep])
-def test_phrasings_of_the_test_are_not_trained_on(cls):
-    def phrasings(split, count):
-        problems = (cls(split).problem(random.Random(f"phrasing {split} {i}")) for i in range(count))
-        return {
-            re.sub("|".join(map(re.escape, arithmetic.SCENES)), "", text).strip(" ?.").lower() for text, *_ in problems
-        }
+def all_tellings(text: str):
+    """Every text that training can make of a story's template."""
+    symbol = re.search(r"<(\w+)>", text)
+    if not symbol:
+        yield text
+        return
+    for alternative in stories.GRAMMAR[symbol[1]][0]:
+        yield from all_tellings(text[: symbol.start()] + alternative + text[symbol.end() :])
 
-    trained, tested = phrasings("train", 15_000), phrasings("test", 1000)
-    assert len(trained) > 300 and len(tested) > 100 and not trained & tested
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [story for op, story in stories.PLAIN.items() if op != "/"],
+        [story for group in stories.ONE_STEP.values() for story in group],
+        TWO_STEP,
+    ],
+    ids=["plain", "one-step", "two-step"],
+)
+def test_phrasings_of_the_test_are_not_trained_on(told):
+    trained = {text for story in told for template in story.train for text in all_tellings(template)}
+    tested = {stories.tell(story, "test", random.Random(i)) for story in told for i in range(200)}
+    assert len(trained) > 150 and len(tested) > 100 and not trained & tested
+    assert all(stories.tell(story, "train", random.Random(i)) in trained for story in told for i in range(20))
 
 
 def test_people_of_the_test_are_not_trained_on():
@@ -388,7 +403,7 @@ def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
             tasks.load(name, split, data_dir=tmp_path)
         assert "\n" not in str(caught.value)
     test = tasks.load("gsm8k", "test", data_dir=tmp_path)
-    with pytest.raises(UserError, match="fields of this task|not JSON"):
+    with pytest.raises(UserError, match=r"fields of this task|not JSON"):
         list(test)
     with pytest.raises(UserError, match="empty mixture"):
         tasks.mixture({}, "train")

@@ -1,16 +1,17 @@
-"""Special tokens, files, conversations and streaming, on a tokenizer recorded from another implementation or our own."""
+"""Special tokens, files, conversations and streaming; equal to what other implementations recorded."""
 
 import gzip
+import hashlib
 import json
-import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
-import rustbpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rustbpe
 from nanochat_jax.config import UserError
 from nanochat_jax.tokenizer import LONG_TEXT, SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer
 
@@ -19,7 +20,7 @@ TEXT = "Hello, world! It's a test of 1234 tokens; the tests test the tokenizer.\
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train([TEXT] * 3, 256 + 60 + len(SPECIAL_TOKENS))
+    return Tokenizer.train([TEXT] * 3, 256 + 50 + len(SPECIAL_TOKENS))
 
 
 @pytest.fixture
@@ -227,7 +228,8 @@ def test_completion_prompt_that_is_too_long_loses_its_oldest_turns(tokenizer):
         text = tokenizer.decode(ids)
         assert len(ids) <= max_tokens
         assert text.startswith("<|bos|><|user_start|>Be kind.\n\n")
-        assert text.endswith("<|user_start|>the last question<|user_end|><|assistant_start|>") or text.count("user") == 2
+        last_only = text.count("<|user_start|>") == 1
+        assert last_only or text.endswith("<|user_start|>the last question<|user_end|><|assistant_start|>")
 
 
 def test_a_last_message_too_long_by_itself_keeps_its_end(tokenizer):
@@ -249,11 +251,11 @@ def test_a_last_message_too_long_by_itself_keeps_its_end(tokenizer):
         (chat(), "at least one message"),
         (chat("hi"), r"messages\[0\]: expected"),
         (chat({"role": "system", "content": "s"}), r"messages\[0\]: nothing follows.*role user"),
-        (chat({"role": "system", "content": "s"}, assistant("a")), r"messages\[1\]: role is 'assistant', expected 'user'"),
+        (chat({"role": "system", "content": "s"}, assistant("a")), r"messages\[1\]: role is 'assistant'"),
         (chat({"role": "system", "content": ["s"]}, user("a")), r"messages\[0\]: content of a system"),
         (chat(assistant("a")), r"messages\[0\]: role is 'assistant', expected 'user'; roles are"),
         (chat(user("a"), user("b")), r"messages\[1\]: role is 'user', expected 'assistant'"),
-        (chat(user("a"), {"role": "tool", "content": "b"}), r"messages\[1\]: role is 'tool'.*system.*user and assistant"),
+        (chat(user("a"), {"role": "tool", "content": "b"}), r"messages\[1\]: role is 'tool'.*user and assistant"),
         (chat(user("a"), assistant("b"), {"role": "system", "content": "s"}), r"messages\[2\]: role is 'system'"),
         (chat(user(["a"])), r"messages\[0\]: content of role user must be a str, got list"),
         (chat(user("a"), assistant(None)), r"messages\[1\]: .*a list of parts, got NoneType"),
@@ -294,7 +296,7 @@ def test_hugging_face_layout(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     layout = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     vocab, merges = layout["model"]["vocab"], layout["model"]["merges"]
-    assert [vocab[left + right] for left, right in merges] == list(range(256, 256 + 60))
+    assert [vocab[left + right] for left, right in merges] == list(range(256, 256 + 50))
     assert [token["content"] for token in layout["added_tokens"]] == list(SPECIAL_TOKENS)
     assert layout["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == SPLIT_PATTERN
     assert vocab["Ġ"] == ord(" ")
@@ -309,7 +311,7 @@ def _edit(path, change):
 
 def test_missing_damaged_and_foreign_files_are_named(tokenizer, tmp_path):
     ours, theirs = tmp_path / "nanochat.json", tmp_path / "tokenizer.json"
-    with pytest.raises(UserError, match="nanochat.json does not exist.*tok_train"):
+    with pytest.raises(UserError, match=r"nanochat\.json does not exist.*tok_train"):
         Tokenizer.load(tmp_path)
 
     def damage(change, complaint):
@@ -327,8 +329,6 @@ def test_missing_damaged_and_foreign_files_are_named(tokenizer, tmp_path):
 
 
 def test_layouts_that_are_not_ours_are_refused(tokenizer, tmp_path):
-    import hashlib
-
     theirs = tmp_path / "tokenizer.json"
 
     def refuse(change, complaint):
@@ -346,14 +346,8 @@ def test_layouts_that_are_not_ours_are_refused(tokenizer, tmp_path):
     refuse(lambda v: v["model"]["vocab"].pop("Ġ"), "tokenizer.json: ")
 
 
-def test_an_unbuilt_crate_is_one_line(tmp_path):
-    # What the repository root looks like without the wheel: a folder `rustbpe` and no module in it.
-    (tmp_path / "rustbpe").mkdir()
-    program = (
-        "import importlib.machinery, sys; sys.path.insert(0, '.'); import types\n"
-        "sys.modules['rustbpe'] = types.ModuleType('rustbpe')\n"
-        "from nanochat_jax.tokenizer import Tokenizer\n"
-        "Tokenizer.train(['text'], 300)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "UserError: the Rust tokenizer is not built: run pip install ./rustbpe" in result.stderr
+def test_an_unbuilt_crate_is_one_line(monkeypatch):
+    # What `import rustbpe` finds in the repository root without the wheel: the folder, as an empty package.
+    monkeypatch.setitem(sys.modules, "rustbpe", types.ModuleType("rustbpe"))
+    with pytest.raises(UserError, match=r"not built: run pip install \./rustbpe"):
+        Tokenizer.train(["text"], 300)

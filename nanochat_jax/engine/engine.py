@@ -152,7 +152,7 @@ def _decode(params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_
 # On the host
 
 
-@dataclass
+@dataclass(eq=False)
 class _Prompt:
     """A request whose samples have not all been started."""
 
@@ -173,6 +173,10 @@ class _Prefilled:
     logits: jax.Array
     size: int
     prompts: list[_Prompt]
+
+    @property
+    def left(self) -> int:
+        return sum(prompt.left for prompt in self.prompts)
 
 
 @dataclass
@@ -228,8 +232,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Samples that wait for a slot."""
-        prefilled = self._prefilled.prompts if self._prefilled else []
-        return sum(prompt.left for prompt in (*prefilled, *self._queue))
+        return sum(prompt.left for prompt in self._queue) + (self._prefilled.left if self._prefilled else 0)
 
     @property
     def busy(self) -> bool:
@@ -286,9 +289,11 @@ class Engine:
     def cancel(self, id: int) -> None:
         """Forgets a request; its slots are free at once. Unknown and finished ids are ignored."""
         self._queue = deque(prompt for prompt in self._queue if prompt.id != id)
-        for prompt in self._prefilled.prompts if self._prefilled else ():
-            if prompt.id == id:
-                prompt.started = prompt.request.n
+        if self._prefilled:
+            for prompt in self._prefilled.prompts:
+                if prompt.id == id:
+                    prompt.started = prompt.request.n
+            self._drop_prefilled()
         self._rows = [None if row and row.id == id else row for row in self._rows]
 
     def step(self) -> list[Event]:
@@ -341,10 +346,7 @@ class Engine:
                 self._rows[slot] = self._row(prompt)
                 prompt.started += 1
                 started.append(slot)
-        if not any(prompt.left for prompt in batch.prompts):
-            self._prefilled = None
-        if not started:  # what was prefilled has been cancelled
-            return []
+        self._drop_prefilled()
         self._fit(batch.size)
         rows = [row if slot in started else None for slot, row in enumerate(self._rows)]
         settings = self._settings(rows)
@@ -379,6 +381,11 @@ class Engine:
             ids[i, : lengths[i]] = prompt.request.ids
         prefix, logits = _prefill(self._params, ids, lengths, cfg=self.cfg, dtype=self.dtype)
         return _Prefilled(prefix, logits, length, prompts)
+
+    def _drop_prefilled(self) -> None:
+        """Frees the memory of the prefilled prompts once all their samples are started."""
+        if self._prefilled and not self._prefilled.left:
+            self._prefilled = None
 
     def _row(self, prompt: _Prompt) -> _Row:
         """The next sample of `prompt`, as it is before its first token."""

@@ -127,13 +127,19 @@ def _download(folder: Path) -> None:
     """Fetches and unpacks the bundle; `folder` appears whole or not at all."""
     part = folder.with_name(f"eval_bundle.{os.getpid()}.part")
     unpacked = folder.with_name(f"eval_bundle.{os.getpid()}.unpacked")
+    pin = folder.with_name("eval_bundle.sha256")
     try:
-        _pin(_fetch(part, folder), folder.with_name("eval_bundle.sha256"))
+        digest = _fetch(part, folder)
+        # The first download that unpacks settles what the bundle is; a later one must be the same.
+        pinned = pin.read_text(encoding="utf-8").strip() if pin.exists() else digest
+        if pinned != digest:
+            raise UserError(f"{URL} has changed: SHA-256 {digest}, once {pinned}; delete {pin} to accept it")
         with zipfile.ZipFile(part) as archive:
             archive.extractall(unpacked)
         inside = next(unpacked.rglob("core.yaml"), None)
         if inside is None:
             raise UserError(f"{URL}: no core.yaml in the archive")
+        pin.write_text(digest + "\n", encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(inside.parent, folder)
     except (zipfile.BadZipFile, OSError) as error:
@@ -168,10 +174,3 @@ def _fetch(part: Path, folder: Path) -> str:
             time.sleep(attempt)
     raise UserError(f"no CORE bundle: {URL} cannot be had ({reason}); unzip it to {folder} or name a folder: --core_dir")
 
-
-def _pin(digest: str, pin: Path) -> None:
-    """The first download settles what the bundle is; a later one must be the same."""
-    if not pin.exists():
-        pin.write_text(digest + "\n", encoding="utf-8")
-    elif (pinned := pin.read_text(encoding="utf-8").strip()) != digest:
-        raise UserError(f"{URL} has changed: SHA-256 {digest}, the first download had {pinned}; delete {pin} to accept it")

@@ -19,10 +19,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
-from nanochat_jax.checkpoint import Model
 from nanochat_jax.config import ChatWeb, UserError
+from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.engine import Request as EngineRequest
-from nanochat_jax.serve.conversation import STOP_TOKENS, PartReader, prompt
+from nanochat_jax.serve.conversation import PartReader, prompt
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, EngineWorker
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -68,9 +68,9 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**31)
 
 
-def create_app(engine, model: Model, settings: ChatWeb, device: str = "cpu") -> FastAPI:
-    """The application around one engine, whose thread starts and stops with the server."""
-    worker = EngineWorker(engine, settings.slots)
+def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu") -> FastAPI:
+    """The application around one engine, which from now on belongs to it. `name` is the model's, for the page."""
+    worker = EngineWorker(engine)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -99,8 +99,8 @@ def create_app(engine, model: Model, settings: ChatWeb, device: str = "cpu") -> 
             "ready": ready,
             "num_gpus": 1,
             "available_workers": worker.slots - worker.running,
-            "model": model.name,
-            "context": model.config.sequence_len,
+            "model": name,
+            "context": engine.cfg.sequence_len,
             "defaults": {
                 "temperature": settings.temperature,
                 "top_k": settings.top_k,
@@ -124,7 +124,7 @@ def create_app(engine, model: Model, settings: ChatWeb, device: str = "cpu") -> 
         check(body.messages)
         try:
             # Tokenizing takes its time too, and is no business of the event loop.
-            request, dropped = await run_in_threadpool(to_request, body, model, settings)
+            request, dropped = await run_in_threadpool(to_request, body, engine, settings)
             answer = worker.submit(request)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
@@ -132,7 +132,7 @@ def create_app(engine, model: Model, settings: ChatWeb, device: str = "cpu") -> 
             raise HTTPException(503, "the server is busy; try again in a moment", {"Retry-After": "2"}) from None
         except EngineFailure as error:
             raise HTTPException(503, str(error)) from None
-        return AnswerResponse(answer, events(answer, model.tokenizer, dropped))
+        return AnswerResponse(answer, events(answer, engine.tokenizer, dropped))
 
     return app
 
@@ -156,20 +156,18 @@ def check(messages: list[Message]) -> None:
         raise HTTPException(400, f"messages[{len(messages) - 1}].role: got {messages[-1].role}, the last must be user")
 
 
-def to_request(body: ChatRequest, model: Model, settings: ChatWeb) -> tuple[EngineRequest, int]:
+def to_request(body: ChatRequest, engine: Engine, settings: ChatWeb) -> tuple[EngineRequest, int]:
     """The engine's request, and how many of the oldest messages were dropped. UserError if it cannot fit."""
-    context = model.config.sequence_len
+    context = engine.cfg.sequence_len
     max_tokens = min(body.max_tokens or settings.max_new_tokens, settings.max_new_tokens)
     reserved = min(max_tokens, context // 8)  # a prompt that fills the context leaves no room for an answer
-    ids, dropped = prompt(model.tokenizer, [message.model_dump() for message in body.messages], context - reserved)
+    ids, dropped = prompt(engine.tokenizer, [message.model_dump() for message in body.messages], context - reserved)
     request = EngineRequest(
         ids=ids,
         max_tokens=min(max_tokens, context - len(ids)),
         temperature=settings.temperature if body.temperature is None else body.temperature,
         top_k=settings.top_k if body.top_k is None else body.top_k,
         seed=secrets.randbits(31) if body.seed is None else body.seed,
-        stop_ids=tuple(model.tokenizer.special(name) for name in STOP_TOKENS),
-        tools=True,
     )
     return request, dropped
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from nanochat_jax.config import UserError
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
-STOP_TOKENS = ("<|assistant_end|>", "<|bos|>")
 _UNLIMITED = 1 << 30  # tokens: nothing is cut on the way to knowing how long a prompt is
 
 

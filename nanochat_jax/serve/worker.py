@@ -11,6 +11,10 @@ import queue
 import threading
 from collections.abc import AsyncIterator
 
+from nanochat_jax.engine.engine import Engine, Event, Request
+
+MAX_WAITING = 64  # requests that may wait for a slot; the next one is better off asking again later
+
 log = logging.getLogger("nanochat_jax.serve")
 
 
@@ -25,7 +29,7 @@ class EngineFailure(Exception):
 class Answer:
     """The answer to one request: an async iterator of the engine's events. Close it to give up its slot."""
 
-    def __init__(self, worker: "EngineWorker", request):
+    def __init__(self, worker: "EngineWorker", request: Request):
         self.request = request
         self._worker = worker
         self._loop = asyncio.get_running_loop()
@@ -33,7 +37,7 @@ class Answer:
         self.id: int | None = None  # the engine's name for the request; this and the next are the thread's
         self.unfinished = request.n  # samples still being generated
 
-    async def __aiter__(self) -> AsyncIterator:
+    async def __aiter__(self) -> AsyncIterator[Event]:
         while (event := await self._events.get()) is not None:
             if isinstance(event, Exception):
                 raise event
@@ -43,7 +47,7 @@ class Answer:
         """Cancels what is left of the answer. Does nothing after its end, so it can always be called."""
         self._worker.cancel(self)
 
-    def deliver(self, event) -> None:
+    def deliver(self, event: Event | Exception | None) -> None:
         """Called by the worker's thread with an event, and at the end with None or the exception to raise."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -52,14 +56,13 @@ class Answer:
 
 
 class EngineWorker:
-    """Runs `engine` (add, cancel, step) in a background thread for any number of clients.
+    """Runs `engine` in a background thread for any number of clients.
 
-    At most `slots` answers are generated at once, and at most `max_waiting` more requests wait for a slot.
+    The engine generates as many answers at once as it has slots; at most MAX_WAITING more requests wait for one.
     """
 
-    def __init__(self, engine, slots: int, max_waiting: int = 64):
-        self.slots = slots
-        self.max_waiting = max_waiting
+    def __init__(self, engine: Engine):
+        self.slots = engine.slots
         self.failure: Exception | None = None
         self._engine = engine
         self._lock = threading.Lock()
@@ -86,13 +89,13 @@ class EngineWorker:
         """Requests that wait for a slot."""
         return len(self._live) - self.running
 
-    def submit(self, request) -> Answer:
+    def submit(self, request: Request) -> Answer:
         """Queues `request` and returns its answer at once. Busy if too many wait; EngineFailure if the engine died."""
         answer = Answer(self, request)
         with self._lock:
             if self.failure:
                 raise EngineFailure("the model has stopped working; restart the server")
-            if len(self._live) >= self.slots + self.max_waiting:
+            if len(self._live) >= self.slots + MAX_WAITING:
                 raise Busy
             self._live.add(answer)
         self._inbox.put(("add", answer))
@@ -139,7 +142,7 @@ class EngineWorker:
             self._engine.cancel(answer.id)
             self._end(answer)
 
-    def _deliver(self, event) -> None:
+    def _deliver(self, event: Event) -> None:
         answer = self._answers[event.request]
         answer.deliver(event)
         answer.unfinished -= event.finish_reason is not None

@@ -20,7 +20,7 @@ from nanochat_jax.tasks.task import Task
 
 REVISION = "refs/convert/parquet"  # the branch that holds the hub's parquet export
 TIMEOUT = 10  # seconds the hub has for its first answer
-ATTEMPTS = 3
+ATTEMPTS = 2
 
 
 class RowTask(Task):

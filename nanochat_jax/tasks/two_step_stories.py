@@ -154,7 +154,7 @@ _DAYS = (
 _SHARES = (
     Story(("{n} has {} {t}. {He} gives {} of them to each of {} friends. <left>",
            "<start> {He} gives {} to each of {his} {} friends. <left>"),
-          ("<start> {He} gives {} of them to each of {} friends. <left>",), ("y*z", "x-r"), "{t}"),
+          ("{n} has {} {t}. {He} gives each of {his} {} friends {} of them. <left>",), ("y*z", "x-r"), "{t}"),
     Story(("{n} needs {} {t}. {He} has {} and gets {} from {m}. How many more {t} does {he} need?",
            "{n} wants {} {t}. {He} finds {} and {m} gives {him} {}. How many more {t} does {he} need?"),
           ("{n} needs {} {t}. {He} has {} and {m} gives {him} {}. How many more {t} does {he} need?",),

@@ -20,7 +20,7 @@ CORPUS_WORDS = 20_000
 MIN_COUNT = 3  # rarer ones are mostly typing errors and names of variables
 
 # Words of running text: no part of an identifier, a number, a path or a dotted name.
-_WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w)", re.ASCII)
+_WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w|:/)", re.ASCII)
 
 
 def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:

@@ -1,0 +1,205 @@
+"""Reinforcement learning on a task whose answers can be checked: rollouts, rewards, the policy-gradient step.
+
+REINFORCE with a group baseline, nanochat's simplification of GRPO: sample a group of answers to each problem, take
+reward minus the group's mean as the advantage of every token of an answer, and ascend the advantage-weighted
+log-likelihood, normalised by the number of tokens. On policy, one update a batch: no reference model, no ratio to clip.
+
+Unlike the specification, the token that ends an answer is trained on, so that stopping is learnt as well.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax import config, metrics, optim, tasks
+from nanochat_jax.config import UserError
+from nanochat_jax.engine.engine import Engine, Request, Sample
+from nanochat_jax.run import Interruption, Run, Timer, open_run
+from nanochat_jax.train import Geometry, geometry, make_step
+
+# -----------------------------------------------------------------------------
+# Rollouts
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer: the prompt's ids, the answer's, which of them were sampled (1) or forced (0), its reward."""
+
+    prompt: list[int]
+    sample: Sample
+    reward: float
+    advantage: float
+
+
+def rollouts(engine: Engine, tokenizer, task, indices: list[int], cfg: config.Rl, seed: int) -> list[Rollout]:
+    """`num_samples` answers to each of the problems, rewarded and compared within their group."""
+    problems = [task[i] for i in indices]
+    room = engine.context - cfg.max_new_tokens
+    prompts = [tokenizer.render_for_completion(p, max_tokens=room) for p in problems]
+    requests = [
+        Request(
+            ids=prompt, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
+            n=cfg.num_samples, seed=_seed(seed, i),
+        )
+        for i, prompt in zip(indices, prompts, strict=True)
+    ]  # fmt: skip
+    result = []
+    for problem, prompt, group in zip(problems, prompts, engine.run(requests), strict=True):
+        rewards = [task.reward(problem, answer_text(tokenizer, sample)) for sample in group]
+        mean = sum(rewards) / len(rewards)
+        result += [Rollout(prompt, s, r, r - mean) for s, r in zip(group, rewards, strict=True)]
+    return result
+
+
+def answer_text(tokenizer, sample: Sample) -> str:
+    """The answer as text, without the token that ended it."""
+    return tokenizer.decode(sample.ids[:-1] if sample.finish_reason == "stop" else sample.ids)
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0]) & 0x7FFFFFFF
+
+
+def as_batch(group: list[Rollout], length: int, pad: int) -> dict[str, np.ndarray]:
+    """Rows [len(group), length] of inputs, targets (-1: prompt, forced tokens and padding) and advantages."""
+    rows = len(group)
+    ids = np.full((rows, length + 1), pad, np.int32)
+    counted = np.zeros((rows, length + 1), bool)
+    for row, rollout in enumerate(group):
+        start, end = len(rollout.prompt), len(rollout.prompt) + len(rollout.sample.ids)
+        ids[row, :end] = [*rollout.prompt, *rollout.sample.ids]
+        counted[row, start:end] = np.asarray(rollout.sample.mask, bool)
+    weights = np.array([r.advantage for r in group], np.float32)[:, None] * np.ones((1, length), np.float32)
+    return {"inputs": ids[:, :-1], "targets": np.where(counted, ids, -1)[:, 1:], "weights": weights}
+
+
+# -----------------------------------------------------------------------------
+# The loop
+
+
+def train(cfg: config.Rl) -> None:
+    """Runs the RL stage to its end, or goes on with it."""
+    if cfg.num_samples < 2:
+        raise UserError(f"--num_samples={cfg.num_samples}: a group needs at least 2 answers to compare")
+    with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
+        if run is None:
+            return
+        task = tasks.load(cfg.task, "train", data_dir=cfg.task_data_dir)
+        held_out = tasks.load(cfg.task, "test", data_dir=cfg.task_data_dir)
+        steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step
+        if steps < 1:
+            raise UserError(f"--examples_per_step={cfg.examples_per_step}: {cfg.task} has only {len(task)} problems")
+        answers = cfg.examples_per_step * cfg.num_samples
+        shape = geometry(answers * run.model.sequence_len, cfg.device_batch_size, run.model.sequence_len, run.model)
+        announce(run, shape, len(task), steps)
+        step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
+        engine = Engine(run.state.params, run.model, run.tokenizer, slots=min(answers, 64), dtype=run.dtype)
+        step, saved_at, timer = run.step, -1, Timer()
+        while True:
+            last = step == steps
+            due = cfg.save_every > 0 and step % cfg.save_every == 0 and step > run.step
+            if (due or last or interruption.signal) and saved_at != step:
+                run.save(step, {"step": step})
+                saved_at = step
+            if interruption.signal:
+                run.saver.wait()
+                print(f"saved at step {step}: the same command goes on from here")
+                raise SystemExit(128 + interruption.signal)
+            engine.set_params(run.state.params)
+            if cfg.eval_every > 0 and (last or step % cfg.eval_every == 0):
+                evaluate(run, engine, held_out, step)
+                timer.lap()
+            if last:
+                break
+            indices = problems_of(step, len(task), cfg.examples_per_step, cfg.seed)
+            group = rollouts(engine, run.tokenizer, task, indices, cfg, _seed(cfg.seed, step))
+            sampled = timer.lap()
+            lr_mult = cfg.init_lr_frac * optim.linear_decay(step / steps)
+            results = update(run, step_fn, group, shape, lr_mult)
+            step += 1
+            log(run, step, steps, group, results, lr_mult, sampled, timer.lap())
+        engine.close()
+        run.finish(step)
+        print(f"rl: done, {step} steps in {metrics.clock(run.totals['seconds'])}")
+
+
+def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
+    """The problems of a step: `count` of a walk through a permutation of `size`, a new one for every epoch."""
+    positions = range(step * count, (step + 1) * count)
+    orders = {e: np.random.default_rng((seed, e)).permutation(size) for e in {p // size for p in positions}}
+    return [int(orders[p // size][p % size]) for p in positions]
+
+
+def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: float) -> dict:
+    """One policy-gradient step on the answers of a step; the state of `run` becomes the new one."""
+    longest = max(len(r.prompt) + len(r.sample.ids) for r in group)
+    length = min(max(64, 1 << (longest - 2).bit_length()), run.model.sequence_len)  # few lengths: each is a compilation
+    batch = as_batch(group, length, run.tokenizer.special("<|assistant_end|>"))
+    run.state, results = step_fn(run.state, shape.shaped(batch, run.mesh), jnp.float32(lr_mult))
+    results = {k: float(v) for k, v in results.items()}
+    if not np.isfinite(results["loss"]):
+        raise UserError(f"the loss is {results['loss']}: lower the learning rates; the last checkpoint is in {run.dir}")
+    run.totals["tokens"] += len(group) * length
+    run.totals["flops"] += len(group) * length * run.model.flops_per_token
+    return results
+
+
+def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
+    cfg = run.cfg
+    print(f"  parameters: {run.model.num_params:,}")
+    print(f"  task: {cfg.task}, {problems:,} problems; a step is {cfg.examples_per_step} of them, "
+          f"{cfg.num_samples} answers each, {shape.rows} rows x {shape.micro} micro-batches x {shape.devices} devices")  # fmt: skip
+    print(f"  steps: {steps}")
+    print("compiling ...", flush=True)
+
+
+def log(run: Run, step: int, steps: int, group: list[Rollout], results: dict, lr_mult, sampled, trained) -> None:
+    """One step: reward, length, how many groups taught nothing, and where the time went."""
+    if step > run.step + 1:  # the first step of a process compiles
+        run.totals["seconds"] += sampled + trained
+    size = run.cfg.num_samples
+    groups = [group[i : i + size] for i in range(0, len(group), size)]
+    length = float(np.mean([len(r.sample.ids) for r in group]))
+    fields = {
+        "loss": results["loss"], "grad_norm": results["grad_norm"], "lr_mult": lr_mult, "dt": sampled + trained,
+        "reward": float(np.mean([r.reward for r in group])), "sequence_length": length,
+        "zero_advantage": float(np.mean([all(r.advantage == 0 for r in g) for g in groups])),
+        "truncated": float(np.mean([r.sample.finish_reason == "length" for r in group])),
+        "sampling_seconds": sampled,
+    }  # fmt: skip
+    run.log("train", step, **fields)
+    left = (steps - step) * run.totals["seconds"] / max(1, step - 1)
+    print(
+        f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} | length {length:.0f} | "
+        f"truncated {fields['truncated']:.1%} | lr x{lr_mult:.4f} | sampling {sampled:.1f} s, training {trained:.1f} s | "
+        f"eta {metrics.clock(left)}",
+        flush=True,
+    )
+
+
+def evaluate(run: Run, engine: Engine, task, step: int) -> None:
+    """pass@k on held-out problems: the share of problems with a right answer among the first k."""
+    cfg = run.cfg
+    count = min(cfg.eval_examples, len(task))
+    problems = [task[i] for i in range(count)]
+    requests = [
+        Request(
+            ids=run.tokenizer.render_for_completion(p, max_tokens=engine.context - cfg.max_new_tokens),
+            max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, n=cfg.eval_samples,
+            seed=_seed(cfg.seed, 1, i),
+        )
+        for i, p in enumerate(problems)
+    ]  # fmt: skip
+    answers = engine.run(requests)
+    right = np.array([
+        [task.evaluate(p, answer_text(run.tokenizer, s)) for s in group]
+        for p, group in zip(problems, answers, strict=True)
+    ])  # fmt: skip
+    passed = {f"pass@{k}": float(right[:, :k].any(1).mean()) for k in range(1, cfg.eval_samples + 1)}
+    run.log("val", step, n=count, **passed)
+    print(f"step {step} | {cfg.task}: " + ", ".join(f"{k} {v:.3f}" for k, v in passed.items() if k in _SHOWN), flush=True)
+
+
+_SHOWN = ("pass@1", "pass@4", "pass@8")

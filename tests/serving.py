@@ -1,0 +1,91 @@
+"""What the tests of the server and of the page share: an engine that says what it is told, and a real HTTP server."""
+
+import contextlib
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import uvicorn
+
+from nanochat_jax.config import ChatWeb, GPTConfig
+from nanochat_jax.engine.engine import Event
+from nanochat_jax.serve.app import create_app
+
+TEXT = [
+    "Why is the sky blue? Because air scatters blue light more than red light.",
+    "What is 37 times 12? It is 444. How many r are in strawberry? There are three.",
+    "The sea is calm tonight, the tide is full, the moon lies fair upon the straits. Grüße, 你好, 🌍!",
+] * 20
+
+
+class ScriptedEngine:
+    """The engine's interface for servers, with the answers given. `script(request)` -> token ids, generated one a step.
+
+    `delay` seconds a step stand for the model's work.
+    """
+
+    def __init__(self, tokenizer, script, slots: int = 2, context: int = 256, delay: float = 0.0):
+        self.tokenizer, self.script, self.slots, self.delay = tokenizer, script, slots, delay
+        self.cfg = GPTConfig(sequence_len=context, vocab_size=tokenizer.vocab_size)
+        self.requests, self.cancelled = {}, []
+        self._waiting, self._left = [], {}
+
+    def add(self, request) -> int:
+        id = len(self.requests)
+        self.requests[id] = request
+        self._waiting.append(id)
+        return id
+
+    def cancel(self, id: int) -> None:
+        self.cancelled.append(id)
+        self._left.pop(id, None)
+        self._waiting = [other for other in self._waiting if other != id]
+
+    def step(self) -> list[Event]:
+        time.sleep(self.delay)
+        while self._waiting and len(self._left) < self.slots:
+            id = self._waiting.pop(0)
+            self._left[id] = list(self.script(self.requests[id]))[: self.requests[id].max_tokens]
+        return [self._next(id) for id in list(self._left)]
+
+    def _next(self, id: int) -> Event:
+        token = self._left[id].pop(0)
+        stop = token == self.tokenizer.special("<|assistant_end|>")
+        reason = "stop" if stop else None if self._left[id] else "length"
+        if reason:
+            del self._left[id]
+        return Event(id, 0, [token], [1], [0.0], reason)
+
+
+def say(tokenizer, *parts) -> list[int]:
+    """Token ids of an answer: text, ("python", expression) and ("python_output", result), up to its end."""
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p[0], "text": p[1]} for p in parts]
+    conversation = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]}
+    ids, _ = tokenizer.render_conversation(conversation)
+    return ids[ids.index(tokenizer.special("<|assistant_start|>")) + 1 :]
+
+
+@contextlib.contextmanager
+def serving(engine, settings: ChatWeb | None = None):
+    """A real server on a free port of the loopback interface: yields its `url` and a way to `stop` it."""
+    app = create_app(engine, settings or ChatWeb(), "nanochat-test-sft")
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the server does not end"
+
+    try:
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.01)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}", stop=stop)
+    finally:
+        stop()
+        listener.close()

@@ -1,0 +1,281 @@
+"""What the engine generates is what the full forward would, alone or in a crowd, with and without tools."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scripted_model import line_ids, scripted
+
+from nanochat_jax import gpt
+from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.engine import cache as kv
+from nanochat_jax.engine.engine import Engine, Request
+from nanochat_jax.tokenizer import Tokenizer
+
+CONTEXT = 160
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["12 * 3 = 36, hello there, what is 7 + 5?"] * 3, 280)
+
+
+@pytest.fixture(scope="module")
+def cfg(tokenizer):
+    return GPTConfig(2, 4, 2, 64, tokenizer.vocab_size, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    """Random weights, output projections included, and an uneven head, so that text is varied but not noise."""
+    fresh = gpt.init(cfg, seed=0)
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([jax.random.normal(k, x.shape) * 0.15 for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def engine(params, cfg, tokenizer):
+    return Engine(params, cfg, tokenizer, slots=3, chunk=4)
+
+
+@pytest.fixture(scope="module")
+def full(cfg):
+    """Log-softmax [t,v] after each token of a sequence, by the full forward; one compiled shape."""
+    forward = jax.jit(lambda params, ids: jax.nn.log_softmax(gpt.forward(params, cfg, ids)[0]))
+
+    def run(params, ids):
+        return np.asarray(forward(params, np.array([[*ids, *[0] * (CONTEXT - len(ids))]])))[: len(ids)]
+
+    return run
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def check_logprobs(sample, request, logits):
+    """`logits` [t,v]: the full forward over prompt and sample."""
+    start = len(request.ids) - 1
+    expected = [logits[start + i, token] for i, token in enumerate(sample.ids)]
+    np.testing.assert_allclose(sample.logprobs, expected, atol=2e-4)
+
+
+# -----------------------------------------------------------------------------
+# The same text as without cache, slots and chunks
+
+
+def test_greedy_text_and_logprobs_equal_the_full_forward(engine, params, full):
+    """Five prompts of different lengths, one of a single token, over three slots: refills in between."""
+    requests = [Request(prompt(n, n), max_tokens=m, temperature=0, stop_ids=())
+                for n, m in [(1, 9), (5, 14), (40, 1), (33, 6), (20, 11)]]  # fmt: skip
+    for request, (sample,) in zip(requests, engine.run(requests), strict=True):
+        ids = list(request.ids)
+        for _ in range(request.max_tokens):
+            ids.append(int(full(params, ids)[-1].argmax()))
+        assert sample.ids == ids[len(request.ids) :]
+        assert sample.mask == [1] * request.max_tokens and sample.finish_reason == "length"
+        check_logprobs(sample, request, full(params, ids))
+
+
+def test_a_long_row_outgrows_its_cache_bucket(engine, params, full):
+    request = Request(prompt(100), max_tokens=1000, temperature=0, stop_ids=())
+    [[sample]] = engine.run([request])
+    # The context holds 160 tokens; one more is generated, from which nothing is computed.
+    assert len(sample.ids) == CONTEXT - 100 + 1 and sample.finish_reason == "length"
+    logits = full(params, [*request.ids, *sample.ids[:-1]])
+    assert sample.ids == logits[99:].argmax(-1).tolist()
+
+
+def test_a_prompt_may_fill_the_context_but_not_more(engine, params, full):
+    [[sample]] = engine.run([Request(prompt(CONTEXT), temperature=0, stop_ids=())])
+    assert sample.ids == [int(full(params, prompt(CONTEXT))[-1].argmax())] and sample.finish_reason == "length"
+    with pytest.raises(UserError, match="161 tokens.*160"):
+        engine.run([Request(prompt(CONTEXT + 1))])
+    assert not engine.busy
+
+
+def test_sampled_text_does_not_depend_on_the_company(engine):
+    """Every request alone, and all of them together, prefilled in a batch and refilled."""
+    requests = [
+        Request(prompt(7, 1), max_tokens=9, seed=1),
+        Request(prompt(9, 2), max_tokens=13, seed=2, temperature=0.7, top_k=5),
+        Request(prompt(3, 3), max_tokens=10, seed=3, top_p=0.6, n=2),
+        Request(prompt(60, 4), max_tokens=7, seed=4, temperature=0),
+        Request(prompt(2, 5), max_tokens=10, seed=5, top_k=20, top_p=0.9),
+    ]
+    alone = [engine.run([request])[0] for request in requests]
+    for together in (engine.run(requests), engine.run(requests[::-1])[::-1]):
+        for mine, theirs in zip(sum(together, []), sum(alone, []), strict=True):
+            assert (mine.ids, mine.finish_reason) == (theirs.ids, theirs.finish_reason)
+            np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
+
+
+def test_samples_of_one_prompt_start_differently(engine):
+    """More samples than slots; they share a prefill but not their first tokens."""
+    request = Request(prompt(6), max_tokens=3, n=8, stop_ids=())
+    [samples] = engine.run([request])
+    assert len(samples) == 8 and len({s.ids[0] for s in samples}) > 3
+    assert [s.ids for s in samples] != [s.ids for s in engine.run([dataclasses.replace(request, seed=7)])[0]]
+
+
+def test_sampled_logprobs_are_those_of_the_full_softmax(engine, params, full):
+    request = Request(prompt(12), max_tokens=20, temperature=0.8, top_k=10, stop_ids=())
+    [[sample]] = engine.run([request])
+    check_logprobs(sample, request, full(params, [*request.ids, *sample.ids]))
+
+
+def test_bfloat16_runs(params, cfg, tokenizer):
+    engine = Engine(params, cfg, tokenizer, slots=1, dtype=jnp.bfloat16, chunk=4)
+    [[sample]] = engine.run([Request(prompt(5), max_tokens=6, stop_ids=())])
+    assert len(sample.ids) == 6
+
+
+# -----------------------------------------------------------------------------
+# Tools and stopping, with a model that follows a script
+
+
+def generate(engine, params, ids, **settings):
+    engine.set_params(params)
+    request = Request(ids, **{"max_tokens": 40, "temperature": 0} | settings)
+    [[sample]] = engine.run([request])
+    return request, sample
+
+
+CALL = ["?", "<|python_start|>", "12*3", "<|python_end|>"]
+END = ["<|output_end|>", "!", "<|assistant_end|>"]
+
+
+@pytest.mark.parametrize("padding", ["", "ab", "abc", "abcd"])
+def test_the_result_is_forced_right_after_the_call(engine, params, cfg, tokenizer, full, padding):
+    """Wherever in a chunk the block ends. What follows sees the forced tokens, as the log-probabilities show."""
+    call = [f"{padding}?", *CALL[1:]]
+    weights = scripted(params, cfg, tokenizer, call, END)
+    request, sample = generate(engine, weights, line_ids(tokenizer, call)[:1])
+    said = line_ids(tokenizer, call)[1:]
+    output = [tokenizer.special("<|output_start|>"), *tokenizer.encode("36"), tokenizer.special("<|output_end|>")]
+    assert sample.ids == said + output + line_ids(tokenizer, END)[1:]
+    assert sample.mask == [1] * len(said) + [0] * len(output) + [1, 1]
+    assert sample.finish_reason == "stop"
+    check_logprobs(sample, request, full(weights, [*request.ids, *sample.ids]))
+
+
+def test_a_result_longer_than_a_chunk_is_forced_whole(engine, params, cfg, tokenizer):
+    call = ["?", "<|python_start|>", "9*817263540", "<|python_end|>"]
+    _, sample = generate(engine, scripted(params, cfg, tokenizer, call, END), [ord("?")])
+    output = [tokenizer.special("<|output_start|>"), *tokenizer.encode("7355371860"), tokenizer.special("<|output_end|>")]
+    assert len(output) > engine.chunk + 1
+    start = len(line_ids(tokenizer, call)) - 1
+    assert sample.ids[start : start + len(output)] == output
+    assert [i for i, m in enumerate(sample.mask) if not m] == list(range(start, start + len(output)))
+
+
+@pytest.mark.parametrize("expression", ["12+", ""])
+def test_a_refused_or_empty_call_forces_nothing(engine, params, cfg, tokenizer, expression):
+    line = ["?", "<|python_start|>", expression, "<|python_end|>", "!", "<|assistant_end|>"]
+    _, sample = generate(engine, scripted(params, cfg, tokenizer, line), [ord("?")])
+    assert sample.ids == line_ids(tokenizer, line)[1:] and sample.mask == [1] * len(sample.ids)
+
+
+def test_without_tools_a_call_is_text(engine, params, cfg, tokenizer):
+    line = [*CALL, "!", "<|assistant_end|>"]
+    _, sample = generate(engine, scripted(params, cfg, tokenizer, line), [ord("?")], tools=False)
+    assert sample.ids == line_ids(tokenizer, line)[1:]
+
+
+def test_forced_tokens_count_toward_max_tokens(engine, params, cfg, tokenizer):
+    weights = scripted(params, cfg, tokenizer, CALL, END)
+    _, sample = generate(engine, weights, [ord("?")], max_tokens=8)
+    assert len(sample.ids) == 8 and sample.mask == [1] * 6 + [0] * 2 and sample.finish_reason == "length"
+
+
+@pytest.mark.parametrize(("stop", "length"), [(None, 4), (["<|bos|>"], 8), (["x", "<|user_end|>"], 2), ([], 12)])
+def test_stop_ids(engine, params, cfg, tokenizer, stop, length):
+    line = ["a", "b", "x", "y", "<|assistant_end|>", "c", "d", "e", "<|bos|>", "f", "g", "h", "i"]
+    ids = None if stop is None else line_ids(tokenizer, stop)
+    _, sample = generate(engine, scripted(params, cfg, tokenizer, line), [ord("a")], stop_ids=ids, max_tokens=12)
+    assert sample.ids == line_ids(tokenizer, line)[1 : 1 + length]
+    assert sample.finish_reason == ("length" if length == 12 else "stop")
+
+
+# -----------------------------------------------------------------------------
+# The ways to call it
+
+
+def test_stream_gives_what_run_gives_in_pieces(engine, params):
+    engine.set_params(params)
+    request = Request(prompt(5), max_tokens=10, n=2, stop_ids=())
+    events = list(engine.stream(request))
+    assert all(event.ids and len(event.ids) <= engine.chunk for event in events)
+    for index, sample in enumerate(engine.run([request])[0]):
+        mine = [event for event in events if event.sample == index]
+        assert len(mine[0].ids) == 1  # the first token is not held back for a chunk
+        assert [i for event in mine for i in event.ids] == sample.ids
+        assert [event.finish_reason for event in mine] == [None] * (len(mine) - 1) + ["length"]
+
+
+def test_closing_a_stream_frees_the_engine(engine):
+    stream = engine.stream(Request(prompt(5), max_tokens=50, stop_ids=()))
+    next(stream)
+    assert engine.running == 1
+    stream.close()
+    assert not engine.busy
+
+
+def test_requests_come_and_go_between_steps(engine):
+    """One is cancelled while it runs, one while it waits, one is added late; the others do not notice."""
+    requests = [Request(prompt(4, i), max_tokens=12, seed=i, stop_ids=()) for i in range(5)]
+    alone = [engine.run([request])[0][0].ids for request in requests]
+    ids = [engine.add(request) for request in requests[:4]]
+    text = {}
+    events = [engine.step() for _ in range(2)]
+    assert engine.running == 3 and engine.waiting == 1
+    engine.cancel(ids[1])
+    assert engine.running == 2
+    engine.cancel(ids[3])
+    assert engine.waiting == 0
+    ids.append(engine.add(requests[4]))
+    while engine.busy:
+        events.append(engine.step())
+    for event in [event for batch in events for event in batch]:
+        text.setdefault(event.request, []).extend(event.ids)
+    assert [text[ids[i]] for i in (0, 2, 4)] == [alone[i] for i in (0, 2, 4)]
+    assert ids[3] not in text and len(text[ids[1]]) < 12
+    engine.cancel(ids[0])  # long finished
+    assert engine.step() == []
+
+
+def test_cancel_drops_the_samples_that_have_not_started(engine):
+    i = engine.add(Request(prompt(4), max_tokens=30, n=7, stop_ids=()))
+    engine.step()
+    assert (engine.running, engine.waiting) == (3, 4)
+    engine.cancel(i)
+    assert not engine.busy
+    assert len(engine.run([Request(prompt(4), max_tokens=2, stop_ids=())])[0][0].ids) == 2
+
+
+def test_progress_counts_samples(engine):
+    seen = []
+    engine.run([Request(prompt(3), max_tokens=2, n=4, stop_ids=())], progress=lambda *counts: seen.append(counts))
+    assert seen[-1] == (4, 4) and seen == sorted(seen)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(ids=[]), "empty"), (dict(ids=[10**6]), "vocabulary"), (dict(ids=[-1]), "vocabulary"),
+    (dict(max_tokens=0), "max_tokens"), (dict(n=0), "n is 0"), (dict(temperature=-1), "temperature"),
+    (dict(temperature=float("nan")), "temperature"), (dict(top_k=-1), "top_k"), (dict(top_p=0), "top_p"),
+    (dict(stop_ids=range(9)), "stop tokens"),
+])  # fmt: skip
+def test_bad_requests_are_refused_and_leave_no_trace(engine, change, message):
+    with pytest.raises(UserError, match=message):
+        engine.run([Request([1]), Request(**{"ids": [1]} | change)])
+    assert not engine.busy
+
+
+def test_buckets_are_few_and_hold_what_they_must():
+    sizes = {kv.bucket(n, 2048) for n in range(2049)}
+    assert sizes == {128, 256, 512, 1024, 2048}
+    assert all(kv.bucket(n, 1500) >= n for n in range(1501)) and kv.bucket(1500, 1500) == 1500
+    assert kv.bucket(1, 100) == 100

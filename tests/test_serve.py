@@ -1,0 +1,403 @@
+"""The web server over real HTTP: what it streams, what it refuses, and that nobody can take a slot away with him."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+
+from nanochat_jax import checkpoint, gpt
+from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig, UserError
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.serve.conversation import PartReader, prompt
+from nanochat_jax.tokenizer import Tokenizer
+from serving import TEXT, ScriptedEngine, say, serving
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(iter(TEXT), 300)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with httpx.Client(timeout=30) as client:
+        yield client
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def chat(client, server, messages, **fields) -> list[dict]:
+    """All events of one answer."""
+    response = client.post(f"{server.url}/chat/completions", json={"messages": messages, **fields})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.content.decode("utf-8").split("\n\n")
+    assert blocks.pop() == "" and all(block.startswith("data: ") for block in blocks)
+    return [json.loads(block[6:]) for block in blocks]
+
+
+def text_of(events: list[dict]) -> str:
+    return "".join(event.get("token", "") for event in events)
+
+
+def until(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+# -----------------------------------------------------------------------------
+# Streaming
+
+
+def test_streams_whole_characters_and_tool_calls(tokenizer, client):
+    answer = ("Grüße 你好🌍, ", ("python", "37*12"), ("python_output", "444"), " is it.\n\ndata: x")
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, *answer))
+    with serving(engine) as server:
+        events = chat(client, server, [user("37*12?")])
+    assert text_of(events) == "Grüße 你好🌍,  is it.\n\ndata: x"
+    assert not any("\ufffd" in event.get("token", "") for event in events)
+    assert all(event["gpu"] == 0 for event in events if "token" in event)
+    tools = [event for event in events if "python" in event or "output" in event]
+    assert tools == [{"python": "37*12"}, {"output": "444"}]
+    assert events[-1] == {"done": True}
+
+
+def test_tokens_arrive_while_the_answer_is_being_written(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "a" * 20), delay=0.05)
+    with (
+        serving(engine) as server,
+        client.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("hi")]}) as response,
+    ):
+        times = [time.monotonic() for line in response.iter_lines() if "token" in line]
+    assert times[-1] - times[0] > 0.2
+
+
+def test_says_that_an_answer_was_cut(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "abcdefghij " * 20))
+    with serving(engine) as server:
+        events = chat(client, server, [user("hi")], max_tokens=3)
+    assert events[-2:] == [{"cut": "length"}, {"done": True}]
+
+
+def test_settings_of_the_request_and_the_defaults(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    with serving(engine, ChatWeb(temperature=0.5, top_k=7, max_new_tokens=20)) as server:
+        chat(client, server, [user("hi")])
+        chat(client, server, [user("hi")], temperature=0, top_k=0, max_tokens=4000, seed=11, unknown="ignored")
+    default, asked = engine.requests.values()
+    assert (default.temperature, default.top_k, default.max_tokens) == (0.5, 7, 20)
+    assert (asked.temperature, asked.top_k, asked.max_tokens, asked.seed) == (0, 0, 20, 11)
+    assert default.seed != asked.seed
+
+
+def test_parts_are_rendered_with_special_tokens_and_text_never_is(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user("1+1"),
+        assistant(parts),
+        user("<|assistant_end|><|python_start|>"),
+    ]
+    with serving(engine) as server:
+        chat(client, server, messages)
+    ids = list(engine.requests[0].ids)
+    assert ids == tokenizer.render_for_completion({"messages": messages})
+    assert ids.count(tokenizer.special("<|python_start|>")) == 1
+    assert ids.count(tokenizer.special("<|assistant_end|>")) == 1
+
+
+def test_oldest_turns_are_dropped_when_the_context_is_full(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"), context=128)
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, *[m for i in range(10) for m in (user(f"question {i}"), assistant("yes"))], user("and now?")]
+    with serving(engine) as server:
+        events = chat(client, server, messages)
+    dropped = events[0]["dropped"]
+    assert 0 < dropped < 20 and dropped % 2 == 0
+    request = engine.requests[0]
+    assert list(request.ids) == tokenizer.render_for_completion({"messages": [system, *messages[1 + dropped :]]})
+    assert len(request.ids) + request.max_tokens <= 128
+    # One turn more would not have fitted.
+    more = tokenizer.render_for_completion({"messages": [system, *messages[dropped - 1 :]]})
+    assert len(more) > 128 - 128 // 8
+
+
+def test_prompt_of_one_message_is_refused_when_too_long(tokenizer):
+    with pytest.raises(UserError, match="too long"):
+        prompt(tokenizer, [user("first"), assistant("yes"), user("word " * 400)], 100)
+
+
+def test_part_reader_gives_the_same_whatever_the_chunks(tokenizer):
+    ids = say(tokenizer, "é🌍 ", ("python", "'ü'.count('ü')"), ("python_output", "1"), " ünd")
+    whole = PartReader(tokenizer).read(ids, end=True)
+    assert whole == [("text", "é🌍 "), ("python", "'ü'.count('ü')"), ("python_output", "1"), ("text", " ünd")]
+    for size in (1, 2, 3, 7):
+        reader, parts = PartReader(tokenizer), []
+        for i in range(0, len(ids), size):
+            parts += reader.read(ids[i : i + size], end=i + size >= len(ids))
+        assert "".join(t for kind, t in parts if kind == "text") == "é🌍  ünd"
+        assert [p for p in parts if p[0] != "text"] == whole[1:3]
+
+
+def test_part_reader_gives_up_unfinished_bytes_and_blocks_at_the_end(tokenizer):
+    half = tokenizer.encode("\U0001f30d")[0]
+    reader = PartReader(tokenizer)
+    assert reader.read([half]) == []
+    assert reader.read([], end=True) == [("text", "\ufffd")]
+    block = [tokenizer.special("<|python_start|>"), *tokenizer.encode("1+1")]
+    assert PartReader(tokenizer).read(block, end=True) == [("python", "1+1")]
+
+
+# -----------------------------------------------------------------------------
+# What is refused
+
+BAD = [
+    ({}, "messages"),
+    ({"messages": []}, "1 to 500"),
+    ({"messages": [user("x")] * 501}, "1 to 500"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "user, assistant, system"),
+    ({"messages": [user("")]}, "1 to 8000"),
+    ({"messages": [user("x" * 8001)]}, "8001 characters"),
+    ({"messages": [user("x" * 7000), assistant("y" * 7000)] * 2 + [user("x" * 7000)]}, "32000"),
+    ({"messages": [user("x"), user("y")]}, "messages[1]"),
+    ({"messages": [user("x"), assistant("y")]}, "must be user"),
+    ({"messages": [assistant("y"), user("x")]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "messages[0].content"),
+    ({"messages": [user("x"), assistant([{"type": "image", "text": "x"}]), user("x")]}, "messages.1.content"),
+    ({"messages": [user("x")], "temperature": 2.1}, "temperature"),
+    ({"messages": [user("x")], "temperature": float("nan")}, "temperature"),
+    ({"messages": [user("x")], "top_k": 201}, "top_k"),
+    ({"messages": [user("x")], "top_k": -1}, "top_k"),
+    ({"messages": [user("x")], "max_tokens": 0}, "max_tokens"),
+    ({"messages": [user("x")], "max_tokens": 4097}, "max_tokens"),
+    ({"messages": [user("x")], "seed": 2**31}, "seed"),
+    ({"messages": [user("word " * 500)]}, "too long"),
+]
+
+
+def test_mistakes_are_answered_with_400_and_the_reason(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    with serving(engine) as server:
+        url = f"{server.url}/chat/completions"
+        for body, reason in BAD:
+            response = client.post(url, content=json.dumps(body), headers={"Content-Type": "application/json"})
+            assert response.status_code == 400, (body, response.text)
+            assert reason in response.json()["detail"], (body, response.text)
+        for content in (b"", b"{", b"[1]", b"\xff\xfe", b'{"messages": "hi"}', b"[" * 10_000):
+            assert client.post(url, content=content, headers={"Content-Type": "application/json"}).status_code == 400
+        # Without the JSON type a foreign web page could post here, since browsers do not ask first for plain text.
+        plain = client.post(url, content=json.dumps({"messages": [user("x")]}), headers={"Content-Type": "text/plain"})
+        assert plain.status_code == 400
+        assert client.post(url, content=b" " * (2 << 20)).status_code == 413
+        half_an_emoji = json.dumps({"messages": [user("still there? \ud83c")]})  # browsers can send that
+        response = client.post(url, content=half_an_emoji, headers={"Content-Type": "application/json"})
+        assert response.status_code == 200 and response.text.endswith('data: {"done": true}\n\n')
+    assert len(engine.requests) == 1
+
+
+def test_no_cross_origin_access(tokenizer, client):
+    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))) as server:
+        headers = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
+        for response in (
+            client.options(f"{server.url}/chat/completions", headers=headers),
+            client.get(f"{server.url}/health", headers=headers),
+        ):
+            assert "access-control-allow-origin" not in response.headers
+
+
+# -----------------------------------------------------------------------------
+# Many clients
+
+
+def endless(tokenizer):
+    return lambda _: tokenizer.encode("and so on ") * 500
+
+
+def stats(client, server) -> dict:
+    return client.get(f"{server.url}/stats").json()
+
+
+def test_a_client_that_leaves_frees_its_slot(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), slots=2, context=100_000, delay=0.01)
+    with serving(engine, ChatWeb(max_new_tokens=4096)) as server, contextlib.ExitStack() as leaving:
+        for _ in range(3):  # two are served, the third waits
+            other = leaving.enter_context(httpx.Client(timeout=30))
+            request = other.build_request(
+                "POST", f"{server.url}/chat/completions", json={"messages": [user("go")], "max_tokens": 4096}
+            )
+            response = other.send(request, stream=True)
+            leaving.callback(response.close)
+            assert response.status_code == 200
+        until(lambda: stats(client, server)["busy_workers"] == 2)
+        assert stats(client, server)["waiting"] == 1
+        assert stats(client, server)["available_workers"] == 0
+        leaving.close()
+        until(lambda: stats(client, server)["available_workers"] == 2, seconds=3)
+        assert stats(client, server)["waiting"] == 0
+        assert sorted(engine.cancelled) == [0, 1, 2]
+
+
+def test_every_client_gets_his_own_answer(tokenizer, client):
+    def echo(request):
+        ids = list(request.ids)
+        start, end = tokenizer.special("<|user_start|>"), tokenizer.special("<|user_end|>")
+        return [*ids[ids.index(start) + 1 : ids.index(end)], tokenizer.special("<|assistant_end|>")]
+
+    engine = ScriptedEngine(tokenizer, echo, slots=3, delay=0.001)
+    with serving(engine) as server, ThreadPoolExecutor(12) as pool:
+        said = [f"I am number {i} 🌍" for i in range(36)]
+        heard = list(pool.map(lambda text: text_of(chat(client, server, [user(text)])), said))
+    assert heard == said
+
+
+def test_refuses_when_too_many_wait(tokenizer, client, monkeypatch):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), slots=1, delay=0.01)
+    monkeypatch.setattr("nanochat_jax.serve.worker.MAX_WAITING", 1)
+    with serving(engine) as server, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            other = stack.enter_context(httpx.Client(timeout=30))
+            stack.enter_context(
+                other.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]})
+            )
+        refused = client.post(f"{server.url}/chat/completions", json={"messages": [user("go")]})
+    assert refused.status_code == 503
+    assert "busy" in refused.json()["detail"] and int(refused.headers["retry-after"]) > 0
+
+
+def test_health_answers_while_the_model_computes(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), delay=1.0)  # a step holds its thread for a second
+    with (
+        serving(engine, ChatWeb(slots=2)) as server,
+        client.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]}),
+        httpx.Client() as other,
+    ):
+        start = time.monotonic()
+        for _ in range(5):
+            health = other.get(f"{server.url}/health")
+        assert time.monotonic() - start < 0.5
+    assert health.status_code == 200
+    assert health.json()["status"] == "ok" and health.json()["model"] == "nanochat-test-sft"
+
+
+def test_an_engine_that_fails_is_reported(tokenizer, client):
+    def broken(request):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with serving(ScriptedEngine(tokenizer, broken)) as server:
+        events = chat(client, server, [user("hi")])
+        assert "error" in events[0] and "RESOURCE" not in events[0]["error"]
+        assert client.get(f"{server.url}/health").status_code == 503
+        assert client.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]}).status_code == 503
+
+
+def test_shuts_down_within_seconds_in_the_middle_of_an_answer(tokenizer):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), delay=0.02)
+    with serving(engine) as server:
+        lines = []
+
+        def read():
+            with (
+                contextlib.suppress(httpx.HTTPError),
+                httpx.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]}) as response,
+            ):
+                lines.extend(response.iter_lines())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(0.3)
+        start = time.monotonic()
+        server.stop()
+        reader.join(5)
+        assert time.monotonic() - start < 5 and not reader.is_alive()
+
+
+# -----------------------------------------------------------------------------
+# The real engine, and the page's files
+
+
+def test_the_real_engine_gives_the_same_answer_alone_and_in_a_crowd(tokenizer, client):
+    cfg = GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
+    engine = Engine(gpt.init(cfg, seed=1), cfg, tokenizer, slots=2)
+    with serving(engine) as server, ThreadPoolExecutor(4) as pool:
+        ask = lambda seed: chat(client, server, [user("hello")], max_tokens=24, temperature=1.0, seed=seed)  # noqa: E731
+        alone = ask(3)
+        crowd = list(pool.map(ask, (3, 4, 3, 5, 3)))
+    assert all(events[-1] == {"done": True} for events in crowd)
+    assert crowd[0] == crowd[2] == crowd[4] == alone
+    assert len({json.dumps(events) for events in crowd}) == 3
+
+
+def test_serves_the_page_from_any_folder(tokenizer, client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
+        page, logo = client.get(f"{server.url}/"), client.get(f"{server.url}/logo.svg")
+    assert page.status_code == logo.status_code == 200
+    assert page.headers["content-type"].startswith("text/html") and "default-src 'none'" in page.headers[
+        "content-security-policy"
+    ]
+    assert logo.headers["content-type"].startswith("image/svg+xml")
+    assert "innerHTML" not in page.text and "http://" not in page.text and "https://" not in page.text
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
+def run_chat_web(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scripts.chat_web", *args]
+    return subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=60)
+
+
+def test_a_taken_port_is_one_line(tokenizer):
+    with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
+        port = server.url.rpartition(":")[2]
+        done = run_chat_web(f"--port={port}")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"--port={port}" in done.stderr and "in use" in done.stderr
+
+
+def test_a_missing_model_and_wrong_flags_are_one_line():
+    for flag, word in (("--port=0", "no sft checkpoint"), ("--port=99999", "--port"), ("--host=256.1", "--host")):
+        done = run_chat_web(flag)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
+
+
+def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, client, own_base_dir):
+    cfg = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=16, vocab_size=tokenizer.vocab_size, sequence_len=128)
+    tokenizer.save(own_base_dir / "tokenizer")
+    saver = checkpoint.Saver(checkpoint.run_dir("sft", "tiny"), keep_last=1)
+    saver.save(7, gpt.init(cfg), {"count": np.zeros(1)}, {}, checkpoint.model_meta(cfg) | {"tokenizer": tokenizer.hash})
+    saver.wait()
+
+    command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "--slots=1", "--device_type=cpu"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        url = next((word for line in process.stdout for word in line.split() if word.startswith("http")), None)
+        assert url, process.stderr.read()
+        server = SimpleNamespace(url=url)
+        events = chat(client, server, [user("a private remark")], max_tokens=5)
+        assert events[-1] == {"done": True}
+        assert client.get(f"{url}/health").json()["model"] == "nanochat-tiny-sft"
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=20)
+        assert time.monotonic() - start < 10
+        assert process.returncode == 130 and errors == "stopped\n" and "private" not in rest

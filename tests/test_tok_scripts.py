@@ -1,0 +1,82 @@
+"""tok_train and tok_eval on a small folder of text."""
+
+import json
+
+import pytest
+
+from nanochat_jax import config, metrics
+from nanochat_jax.tokenizer import Tokenizer
+from scripts import tok_eval, tok_train
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):  # the last one is for validation
+        lines = [json.dumps({"text": f"Text {i} of {name}: the quick brown fox, {i * i} times."}) for i in range(200)]
+        (folder / name).write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+def test_train_once_then_again(corpus, own_base_dir, capsys):
+    cfg = config.TokTrain(data_dir=corpus, vocab_size=300, max_chars=1000, doc_cap=20)
+    tok_train.main(cfg)
+    folder = own_base_dir / "tokenizer"
+    first = Tokenizer.load(folder)
+    assert first.vocab_size == 300
+    record = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+    assert (record["max_chars"], record["doc_cap"], record["hash"]) == (1000, 20, first.hash)
+    (log,) = metrics.read(folder)
+    assert log["documents"] == 51  # the one that passes 1000 characters is the last, each cut to 20
+    assert log["chars"] == 51 * 20
+
+    # The same settings, and then the same without a source: the recorded one is meant.
+    for again in (cfg, config.TokTrain(vocab_size=300, max_chars=1000, doc_cap=20)):
+        capsys.readouterr()
+        tok_train.main(again)
+        assert "already" in capsys.readouterr().out
+    tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=300, max_chars=1000, doc_cap=20, fresh=True))
+    assert Tokenizer.load(folder).hash == first.hash
+    assert not list(own_base_dir.glob("tokenizer-*"))
+
+    # Other settings: the old tokenizer is kept beside the new one.
+    tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=310))
+    assert Tokenizer.load(folder).vocab_size == 310
+    assert Tokenizer.load(own_base_dir / f"tokenizer-{first.hash[:8]}").hash == first.hash
+
+
+def test_a_damaged_tokenizer_is_trained_again(corpus, own_base_dir):
+    cfg = config.TokTrain(data_dir=corpus, vocab_size=300)
+    tok_train.main(cfg)
+    good = Tokenizer.load(own_base_dir / "tokenizer").hash
+    (own_base_dir / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8")
+    tok_train.main(cfg)
+    assert Tokenizer.load(own_base_dir / "tokenizer").hash == good
+
+
+def test_too_little_text_for_the_vocabulary_is_said(corpus, own_base_dir, capsys):
+    tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=50_000))
+    size = Tokenizer.load(own_base_dir / "tokenizer").vocab_size
+    assert f"{size:,} tokens instead of --vocab_size=50000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"vocab_size": 100}, {"max_chars": 0}, {"doc_cap": -1}])
+def test_wrong_settings_are_one_line(corpus, wrong):
+    with pytest.raises(config.UserError, match="must be at least"):
+        tok_train.main(config.TokTrain(data_dir=corpus, **wrong))
+
+
+def test_eval_records_seven_texts(corpus, own_base_dir, capsys, monkeypatch):
+    monkeypatch.setattr(tok_eval, "PEERS", {"GPT-5": "no_such_encoding"})
+    tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=300))
+    tok_eval.main(config.TokEval())
+    assert "GPT-5: skipped" in capsys.readouterr().out
+    records = [r for r in metrics.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
+    assert [r["task"] for r in records] == ["news", "korean", "code", "math", "science", "train", "val"]
+    assert all(0 < r["tokens"] <= r["bytes"] and r["gpt5_tokens"] is None for r in records)
+
+
+def test_eval_without_a_tokenizer():
+    with pytest.raises(config.UserError, match="tok_train"):
+        tok_eval.main(config.TokEval())

@@ -36,7 +36,7 @@ class Rollout:
 def rollouts(engine: Engine, tokenizer, task, indices: list[int], cfg: config.Rl, seed: int) -> list[Rollout]:
     """`num_samples` answers to each of the problems, rewarded and compared within their group."""
     problems = [task[i] for i in indices]
-    room = engine.context - cfg.max_new_tokens
+    room = run.model.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(p, max_tokens=room) for p in problems]
     requests = [
         Request(
@@ -186,7 +186,7 @@ def evaluate(run: Run, engine: Engine, task, step: int) -> None:
     problems = [task[i] for i in range(count)]
     requests = [
         Request(
-            ids=run.tokenizer.render_for_completion(p, max_tokens=engine.context - cfg.max_new_tokens),
+            ids=run.tokenizer.render_for_completion(p, max_tokens=run.model.sequence_len - cfg.max_new_tokens),
             max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, n=cfg.eval_samples,
             seed=_seed(cfg.seed, 1, i),
         )

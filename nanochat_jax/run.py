@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ import optax
 
 from nanochat_jax import checkpoint, config, gpt, metrics, optim, parallel
 from nanochat_jax.config import GPTConfig, Train, UserError
+from nanochat_jax.tokenizer import Tokenizer
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE = {
@@ -46,7 +47,7 @@ class Run:
     cfg: Train
     dir: Path
     model: GPTConfig
-    tokenizer: Any
+    tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     dtype: jnp.dtype
     optimizer: optax.GradientTransformation
@@ -81,11 +82,10 @@ class Run:
 @contextmanager
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | None]:
     """The run `cfg` describes, locked against a second process; None if it is finished. Saves are complete on leaving."""
-    parallel.start(cfg.device_type)
-    source, model, tokenizer = _origin(cfg)
-    tag = cfg.model_tag or config.preset_name() or (source.tag if source else f"d{cfg.depth}")
+    origin = _origin(cfg)
+    tag = cfg.model_tag or config.preset_name() or (origin[0].name if origin else f"d{cfg.depth}")
     folder = checkpoint.run_dir(cfg.stage, tag)
-    identity = {"config_hash": _config_hash(cfg), "parent": _parent(source)}
+    identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
     with checkpoint.exclusive(folder):
         step = _step_to_resume(cfg, folder, identity)
     with checkpoint.exclusive(folder):  # again: resume=never has moved the folder aside
@@ -93,6 +93,13 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             print(f"{cfg.stage}: {folder} is finished (step {step})")
             yield None
             return
+        parallel.start(cfg.device_type)
+        if origin:
+            source = checkpoint.load_model(cfg.source, origin[0].name, origin[1])
+            model, tokenizer = source.config, source.tokenizer
+        else:
+            source, tokenizer = None, Tokenizer.load(config.base_dir() / "tokenizer")
+            model = cfg.gpt_config(tokenizer.vocab_size)
         mesh = parallel.make_mesh()
         dtype, reason = parallel.compute_dtype(cfg.compute_dtype)
         print(f"{cfg.stage}: {folder}")
@@ -115,26 +122,23 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             run.saver.wait()
 
 
-def _origin(cfg: Train):
-    """The model a stage starts from (None for base), the shape it will have, and the tokenizer."""
+def _origin(cfg: Train) -> tuple[Path, int] | None:
+    """Run and step a stage starts from: of this run's own tag where there is one, else the latest. None for base."""
     if cfg.stage == "base":
-        from nanochat_jax.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
-        return None, cfg.gpt_config(tokenizer.vocab_size), tokenizer
+        return None
     tag = cfg.model_tag or config.preset_name()
-    if tag and not checkpoint.steps(checkpoint.run_dir(cfg.source, tag)):
-        tag = ""  # a tag of this run's own: start from the latest of the stage before
-    source = checkpoint.load_model(cfg.source, tag)
-    return source, source.config, source.tokenizer
+    if not checkpoint.steps(checkpoint.run_dir(cfg.source, tag)):
+        tag = ""
+    return checkpoint.find(cfg.source, tag)
 
 
-def _parent(source: checkpoint.Model | None) -> str:
+def _content(cfg: Train, origin: tuple[Path, int] | None) -> str:
     """Names the weights a run starts from, by content."""
-    if source is None:
+    if origin is None:
         return ""
-    manifest = checkpoint.step_dir(source.run_dir, source.step) / checkpoint.MANIFEST
-    return f"{source.name} step {source.step} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]}"
+    run, step = origin
+    manifest = (checkpoint.step_dir(run, step) / checkpoint.MANIFEST).read_bytes()
+    return f"{cfg.source} {run.name} step {step} {hashlib.sha256(manifest).hexdigest()[:16]}"
 
 
 def _config_hash(cfg: Train) -> str:

@@ -67,7 +67,7 @@ class Chat:
         context = self.engine.cfg.sequence_len
         if needed >= context:
             raise config.UserError(f"the message is too long: {needed} tokens, and the model's context holds {context}")
-        needed = min(needed + self.cfg.max_new_tokens, context)
+        needed = min(needed + min(self.cfg.max_new_tokens, context // 4), context)
         dropped = 0
         while self.turns and needed + sum(map(len, self.turns)) > context:
             self.turns.pop(0)
@@ -205,7 +205,7 @@ def converse(chat: Chat) -> None:
         try:
             text = input("\nUser: " if typed else "").strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            print(end="\n" if typed else "")
             return
         if text.lower() in ("quit", "exit"):
             return

@@ -10,7 +10,14 @@ from contextlib import closing
 from nanochat_jax import config
 
 
-def main(cfg: config.ChatWeb):
+CHUNK = 8  # tokens decoded between two looks: small, so that text appears evenly and a client can leave quickly
+LIMITS = {"temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "slots": (1, 1024)}
+
+
+def main(cfg: config.ChatWeb) -> None:
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be from {low} to {high}")
     # The port first: loading a model only to learn that it is taken would be a waste.
     with closing(bind(cfg.host, cfg.port)) as listener:
         try:
@@ -27,11 +34,12 @@ def main(cfg: config.ChatWeb):
         parallel.start(cfg.device_type)
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
         dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
-        engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots, dtype=dtype)
+        engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots, dtype=dtype, chunk=CHUNK)
         # Two tokens for nobody: what has to be compiled is compiled before the first visitor waits for it.
         for _ in engine.stream(Request([model.tokenizer.bos], min(2, cfg.max_new_tokens), cfg.temperature, cfg.top_k)):
             pass
         app = create_app(engine, cfg, model.name, device=jax.devices()[0].device_kind)
+        listener.listen()  # whoever follows the address right away waits for a moment instead of being refused
         print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)
 
         # Answers under way get three seconds to end after Ctrl-C. No access log: who asks is nobody's business.

@@ -1,5 +1,7 @@
 """A model that says what a test wants: under its weights each token is followed by the next of its line."""
 
+import itertools
+
 import jax.numpy as jnp
 
 from nanochat_jax import gpt
@@ -12,7 +14,7 @@ def scripted(params, cfg, tokenizer, *lines):
     head = jnp.zeros_like(params["lm_head"])
     for line in lines:
         ids = line_ids(tokenizer, line)
-        for token, following in zip(ids, ids[1:], strict=False):
+        for token, following in itertools.pairwise(ids):
             head = head.at[following].add(direction[token] * 0.5)
     return params | {"blocks": blocks, "lm_head": head}
 

@@ -1,6 +1,7 @@
 """What the engine generates is what the full forward would, alone or in a crowd, with and without tools."""
 
 import dataclasses
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def test_a_long_row_outgrows_its_cache_bucket(engine, params, full):
 def test_a_prompt_may_fill_the_context_but_not_more(engine, params, full):
     [[sample]] = engine.run([Request(prompt(CONTEXT), temperature=0, stop_ids=())])
     assert sample.ids == [int(full(params, prompt(CONTEXT))[-1].argmax())] and sample.finish_reason == "length"
-    with pytest.raises(UserError, match="161 tokens.*160"):
+    with pytest.raises(UserError, match=r"161 tokens.*160"):
         engine.run([Request(prompt(CONTEXT + 1))])
     assert not engine.busy
 
@@ -108,7 +109,7 @@ def test_sampled_text_does_not_depend_on_the_company(engine):
     ]
     alone = [engine.run([request])[0] for request in requests]
     for together in (engine.run(requests), engine.run(requests[::-1])[::-1]):
-        for mine, theirs in zip(sum(together, []), sum(alone, []), strict=True):
+        for mine, theirs in zip(chain(*together), chain(*alone), strict=True):
             assert (mine.ids, mine.finish_reason) == (theirs.ids, theirs.finish_reason)
             np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
 
@@ -165,7 +166,11 @@ def test_the_result_is_forced_right_after_the_call(engine, params, cfg, tokenize
 def test_a_result_longer_than_a_chunk_is_forced_whole(engine, params, cfg, tokenizer):
     call = ["?", "<|python_start|>", "9*817263540", "<|python_end|>"]
     _, sample = generate(engine, scripted(params, cfg, tokenizer, call, END), [ord("?")])
-    output = [tokenizer.special("<|output_start|>"), *tokenizer.encode("7355371860"), tokenizer.special("<|output_end|>")]
+    output = [
+        tokenizer.special("<|output_start|>"),
+        *tokenizer.encode("7355371860"),
+        tokenizer.special("<|output_end|>"),
+    ]
     assert len(output) > engine.chunk + 1
     start = len(line_ids(tokenizer, call)) - 1
     assert sample.ids[start : start + len(output)] == output

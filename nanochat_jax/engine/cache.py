@@ -46,6 +46,7 @@ def _resize(x: jax.Array, size: int) -> jax.Array:
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), grow, (0, 0, 0), (0, 0, 0)))
 
 
+@functools.partial(jax.jit, donate_argnums=0)
 def insert(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
     """Copies row source[i] of `prefix` to the front of row target[i] of `cache`, for i below `count`.
 

@@ -108,17 +108,12 @@ def _prefill(params, ids, length, *, cfg: GPTConfig, dtype):
     return {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
-def _start(cache, prefix, logits, source, target, count, settings, position, *, plan: sampler.Plan):
-    """Puts `count` samples into their slots: row source[i] of the prefill into slot target[i].
-
-    -> (cache, first tokens, their log-probabilities), the latter two by slot; each sample draws its own first token.
-    """
-    cache = kv.insert(cache, prefix, source, target, count)
-    row_of_slot = jnp.zeros_like(source).at[target].set(source)
-    logits = logits[row_of_slot]
+@functools.partial(jax.jit, static_argnames="plan")
+def _first(logits, row, settings, position, *, plan: sampler.Plan):
+    """First tokens [b] and their log-probabilities: slot i draws its own from row[i] of the prefill's logits [p,v]."""
+    logits = logits[row]
     token = sampler.sample(logits, settings, position, plan)
-    return cache, token, sampler.log_prob(logits, token)
+    return token, sampler.log_prob(logits, token)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "python_end", "plan"), donate_argnames="cache")
@@ -337,26 +332,25 @@ class Engine:
         if self._prefilled is None:
             self._prefilled = self._prefill_next(len(free))
         batch = self._prefilled
-        source, target = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
-        started = []  # slots
-        for index, prompt in enumerate(batch.prompts):
-            while prompt.left and len(started) < len(free):
-                slot = free[len(started)]
-                source[len(started)], target[len(started)] = index, slot
-                self._rows[slot] = self._row(prompt)
-                prompt.started += 1
-                started.append(slot)
+        pairs = [(i, prompt) for i, prompt in enumerate(batch.prompts) for _ in range(prompt.left)]
+        started = {}  # slot -> row of the prefill
+        for slot, (i, prompt) in zip(free, pairs, strict=False):
+            self._rows[slot] = self._row(prompt)
+            prompt.started += 1
+            started[slot] = i
         self._drop_prefilled()
+
         self._fit(batch.size)
+        pad = [0] * (self.slots - len(started))
+        source, target = (np.array([*column, *pad], np.int32) for column in (started.values(), started))
+        self._cache = kv.insert(self._cache, batch.prefix, source, target, np.int32(len(started)))
+
         rows = [row if slot in started else None for slot, row in enumerate(self._rows)]
         settings = self._settings(rows)
         position = np.array([row.length + 1 if row else 0 for row in rows], np.int32)
+        prefilled = np.array([started.get(slot, 0) for slot in range(self.slots)], np.int32)
         plan = sampler.plan(settings, self.cfg.vocab_size)
-        count = np.int32(len(started))
-        self._cache, *first = _start(
-            self._cache, batch.prefix, batch.logits, source, target, count, settings, position, plan=plan
-        )
-        tokens, logprobs = jax.device_get(first)
+        tokens, logprobs = jax.device_get(_first(batch.logits, prefilled, settings, position, plan=plan))
         return [self._record(slot, [int(tokens[slot])], [float(logprobs[slot])], [1]) for slot in started]
 
     def _prefill_next(self, free: int) -> _Prefilled:
@@ -488,5 +482,7 @@ class Engine:
 
 
 def _join(events: list[Event]) -> Sample:
-    ids, mask, logprobs = ([x for event in events for x in getattr(event, name)] for name in ("ids", "mask", "logprobs"))
+    ids, mask, logprobs = (
+        [x for event in events for x in getattr(event, name)] for name in ("ids", "mask", "logprobs")
+    )
     return Sample(ids, mask, logprobs, events[-1].finish_reason)

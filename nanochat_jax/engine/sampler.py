@@ -26,7 +26,7 @@ class Settings(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the compiled sampler must be able to do; static. It never changes what a row draws, only what is computed."""
+    """What the compiled sampler must be able to do; static. It decides what is computed, never what a row draws."""
 
     width: int  # ranked candidates, 0: no row wants top-k or top-p
     noise: bool  # some row samples from the whole vocabulary
@@ -78,7 +78,7 @@ def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width
 
 
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """Log-probability of token [b] under the full softmax of logits [b,v] at temperature 1, whatever was sampled from."""
+    """Log-probability of token [b] under the full softmax of logits [b,v] at temperature 1, however it was chosen."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 

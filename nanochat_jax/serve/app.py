@@ -129,7 +129,7 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
         except UserError as error:
             raise HTTPException(400, str(error)) from None
         except Busy:
-            raise HTTPException(503, "the server is busy; try again in a moment", {"Retry-After": "2"}) from None
+            raise HTTPException(429, "the server is busy; try again in a moment", {"Retry-After": "2"}) from None
         except EngineFailure as error:
             raise HTTPException(503, str(error)) from None
         return AnswerResponse(answer, events(answer, engine.tokenizer, dropped))
@@ -144,8 +144,10 @@ def check(messages: list[Message]) -> None:
     for i, message in enumerate(messages):
         if message.role not in ROLES:
             raise HTTPException(400, f"messages[{i}].role: got {message.role[:40]!r}, allowed are {', '.join(ROLES)}")
-        if not 1 <= message.chars <= MAX_MESSAGE_CHARS:
-            reason = f"has {message.chars} characters, allowed are 1 to {MAX_MESSAGE_CHARS}"
+        # What the model itself has said must be welcome again, however long it was (the specification refuses it).
+        longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
+        if not 1 <= message.chars <= longest:
+            reason = f"has {message.chars} characters, allowed are 1 to {longest}"
             raise HTTPException(400, f"messages[{i}].content: {reason}")
         if not isinstance(message.content, str) and message.role != "assistant":
             raise HTTPException(400, f"messages[{i}].content: only an assistant's content may be a list of parts")

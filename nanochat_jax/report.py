@@ -1,0 +1,451 @@
+"""report.md: what was run, on what, how long it took and how good the result is, from the runs' logs alone.
+
+    python -m nanochat_jax.report reset       remember the start and the machine
+    python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
+
+Of each stage the most recently saved run is taken, or the one of --model_tag. A stage without a run is left out. Plots
+are PNG files beside the report in the base folder and need matplotlib; without it they are skipped.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from nanochat_jax import checkpoint, config, metrics
+from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
+from nanochat_jax.metrics import clock
+
+TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
+COLUMNS = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}
+METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
+CLASSES = {"base": config.Base, "mid": config.Mid, "sft": config.Sft, "rl": config.Rl}
+ALWAYS_SHOWN = ("depth", "max_seq_len", "total_batch_size", "matrix_lr", "embedding_lr", "unembedding_lr", "mixture",
+                "task", "init_lr_frac", "num_epochs", "target_param_data_ratio", "packing", "seed")  # fmt: skip
+NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
+
+
+@dataclass
+class Run:
+    """A stage's run as its folder tells it."""
+
+    stage: str
+    tag: str
+    folder: Path
+    records: list[dict]
+    settings: dict
+    meta: dict  # of its last checkpoint; {} if there is none
+
+    def of(self, kind: str, **wanted) -> list[dict]:
+        """Records of a kind in the order of steps."""
+        found = [r for r in self.records if r["kind"] == kind and all(r.get(k) == v for k, v in wanted.items())]
+        return sorted(found, key=lambda r: r["step"])
+
+    def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a number that is logged."""
+        points = [(r["step"], r[name]) for r in self.of(kind) if isinstance(r.get(name), int | float)]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def scores(self) -> dict[str, dict]:
+        """The latest evaluation of each task; training and scripts may write its name in different cases."""
+        names = {name.lower(): name for name in METRICS}
+        latest: dict[str, dict] = {}
+        for record in sorted(self.of("eval"), key=lambda r: r.get("time") or 0):
+            if isinstance(record.get("score"), int | float) and record.get("task"):
+                latest[names.get(record["task"].lower(), record["task"])] = record
+        return latest
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Time of the first and the last record."""
+        times = [r["time"] for r in self.records if r.get("time")]
+        return (min(times), max(times)) if times else (0.0, 0.0)
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+def find_run(stage: str, tag: str = "") -> Run | None:
+    """The run of a stage: the one called `tag`, or the one saved last; None where there is none."""
+    root = base_dir() / f"{stage}_checkpoints"
+    folders = [p.parent for p in root.glob(f"*/{metrics.LOG}") if not p.parent.name.startswith(".")]
+    folders = [p for p in folders if not tag or p.name == tag]
+    if not folders:
+        return None
+
+    def saved(folder: Path) -> tuple[float, float]:
+        manifests = [p.stat().st_mtime for p in folder.glob(f"step_*/{checkpoint.MANIFEST}")]
+        return max(manifests, default=0.0), (folder / metrics.LOG).stat().st_mtime
+
+    folder = max(folders, key=saved)
+    records = [r for r in metrics.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
+    steps = checkpoint.steps(folder)
+    meta = checkpoint.read_meta(folder, steps[-1]) if steps else {}
+    return Run(stage, folder.name, folder, records, _read_json(folder / "config.json"), meta)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# -----------------------------------------------------------------------------
+# Where it runs
+
+
+def environment() -> dict[str, str]:
+    """The machine and the versions, as they are now."""
+    packages = [f"{name} {_version(name)}" for name in ("jax", "flax", "optax")]
+    try:
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (ValueError, OSError):
+        memory = "unknown"
+    return {
+        "Date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "Code": _git(),
+        "Platform": platform.platform(),
+        "CPU": f"{_cpu()}, {os.cpu_count()} cores",
+        "Memory": memory,
+        "Devices": _devices(),
+        "Versions": f"Python {platform.python_version()}, " + ", ".join(packages),
+        "Base folder": str(base_dir()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> str:
+    # In a process of its own: this one must not take a GPU's memory from a training run.
+    ask = "from nanochat_jax import parallel; print(parallel.describe())"
+    try:
+        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git() -> str:
+    """Commit, branch and whether files differ from it."""
+
+    def ask(*args: str) -> str:
+        command = ["git", "-C", str(config.REPOSITORY), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        dirty = " with local changes" if ask("status", "--porcelain") else ""
+        return f"commit {ask('rev-parse', '--short=12', 'HEAD')} on {ask('rev-parse', '--abbrev-ref', 'HEAD')}{dirty}"
+    except (OSError, subprocess.SubprocessError):
+        return "not a git checkout"
+
+
+def reset() -> Path:
+    """Remembers now as the start, and the machine."""
+    path = base_dir() / "report" / "start.json"
+    _write(path, json.dumps({"time": time.time(), "environment": environment()}, indent=1) + "\n")
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
+    """Writes report.md into the base folder and a copy to `output`. UserError if there is nothing to report on."""
+    runs = {stage: run for stage in STAGES if (run := find_run(stage, tag))}
+    tokenizer = metrics.read(base_dir() / "tokenizer")
+    if not runs and not tokenizer:
+        where = f"a run called {tag!r}" if tag else "a tokenizer or a run"
+        raise UserError(f"nothing to report on: {base_dir()} does not hold {where} yet")
+    folder = base_dir() / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    start = _read_json(folder / "start.json")
+    plots, remark = _plots(runs, folder)
+
+    parts = ["# nanochat report\n", _header(start), "## Summary\n", _summary(runs, start), remark]
+    parts += [_tokenizer(tokenizer)] if tokenizer else []
+    parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
+    text = "\n".join(part for part in parts if part)
+    _write(folder / "report.md", text)
+    # The copy shows the same pictures, by their place relative to it.
+    for plot in plots.values():
+        text = text.replace(f"]({plot})", f"]({Path(os.path.relpath(folder / plot, output.resolve().parent)).as_posix()})")
+    _write(output, text)
+    return folder / "report.md"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _header(start: dict) -> str:
+    now = environment()
+    facts = start.get("environment") or now
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    changed = [f"{k.lower()} {now[k]}" for k in ("Code", "Devices", "Versions") if facts.get(k) != now[k]]
+    lines += [f"- Different when this was written: {'; '.join(changed)}"] if changed else []
+    return "\n".join(lines) + "\n"
+
+
+def _summary(runs: dict[str, Run], start: dict) -> str:
+    scores = {stage: run.scores() for stage, run in runs.items()}
+    # Tasks that are no part of the usual table follow it; CORE's own tasks have a table in their section.
+    others = {t for s in scores.values() for t, r in s.items() if r.get("suite") == "chat" and t not in METRICS}
+    header = [f"{COLUMNS[s]} ({runs[s].tag})" if s in runs else COLUMNS[s] for s in STAGES]
+    rows = [["bits per byte", *(_bpb(runs[s]) if s in runs else "-" for s in STAGES)]]
+    for name in (*METRICS, *sorted(others)):
+        rows.append([name, *(_cell(runs[s], scores[s], name) if s in runs else "-" for s in STAGES)])
+    lines = [_table(["Metric", *header], rows), "Each score with its standard error and the number of problems.\n"]
+    if runs:
+        total, without_rl = _wall_time(runs, start)
+        after = f" ({clock(total)} with reinforcement learning)" if total > without_rl else ""
+        since = "the reset" if start else "the first record"
+        lines.append(f"Total wall-clock time since {since}: {clock(without_rl)}{after}.\n")
+    return "\n".join(lines)
+
+
+def _cell(run: Run, scores: dict[str, dict], name: str) -> str:
+    if name in scores:
+        record = scores[name]
+        error = f" ± {record['stderr']:.4f}" if isinstance(record.get("stderr"), int | float) else ""
+        return f"{record['score']:.4f}{error} (n={record['n']:,})" if record.get("n") else f"{record['score']:.4f}{error}"
+    _, in_training = run.series("core", "core")
+    return f"{in_training[-1]:.4f} (in training)" if name == "CORE" and in_training else "-"
+
+
+def _bpb(run: Run) -> str:
+    scores = run.scores()
+    if "val_bpb" in scores:
+        return f"{scores['val_bpb']['score']:.4f}"
+    _, values = run.series("val", "bpb")
+    return f"{values[-1]:.4f}" if values else "-"
+
+
+def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
+    """Seconds from the start to the last record, of all stages and of those before reinforcement learning."""
+    begin = start.get("time") or min(run.span[0] for run in runs.values())
+    ends = {stage: run.span[1] for stage, run in runs.items()}
+    before_rl = [end for stage, end in ends.items() if stage != "rl"]
+    return max(ends.values()) - begin, max(before_rl, default=begin) - begin
+
+
+def _tokenizer(records: list[dict]) -> str:
+    lines = ["## Tokenizer\n"]
+    for record in (r for r in records if r["kind"] == "tok_train"):
+        shown = ("source", "documents", "chars", "reached_vocab_size", "special_tokens", "token_bytes_min",
+                 "token_bytes_max", "token_bytes_mean", "token_bytes_std")  # fmt: skip
+        lines += [f"- {name.replace('_', ' ')}: {_show(record[name])}" for name in shown if name in record]
+        lines += [f"- time: {clock(record['seconds'])}"] if "seconds" in record else []
+        lines.append("")
+    rows = []
+    for record in (r for r in records if r["kind"] == "tok_eval"):
+        ours = record["tokens"]
+        row = [record["task"], f"{record['bytes']:,}", f"{ours:,}", f"{record['bytes'] / max(ours, 1):.2f}"]
+        for peer in ("gpt2_tokens", "gpt4_tokens"):
+            theirs = record.get(peer)
+            row.append(f"{100 * (theirs - ours) / max(theirs, 1):+.1f}%" if theirs else "-")
+        rows.append(row)
+    if rows:
+        lines.append("Bytes a token (more is better), and how many fewer tokens than the others need:\n")
+        lines.append(_table(["Text", "Bytes", "Tokens", "Bytes/token", "vs GPT-2", "vs GPT-4"], rows))
+    return "\n".join(lines)
+
+
+def _section(run: Run, plot: str | None) -> str:
+    lines = [f"## {TITLES[run.stage]} ({run.tag})\n", *_facts(run), ""]
+    lines += [f"![{TITLES[run.stage]}]({plot})\n"] if plot else []
+    scores = run.scores()
+    core = [[r["task"], f"{r['score']:.4f}", f"{r['stderr']:.4f}", f"{r['n']:,}", f"{r['centered']:+.4f}"]
+            for r in scores.values() if r.get("suite") == "core" and r["task"] != "CORE" and "centered" in r]  # fmt: skip
+    if core:
+        lines.append("CORE by task (centered: 0 is guessing, 1 is perfect):\n")
+        lines.append(_table(["Task", "Accuracy", "Stderr", "n", "Centered"], core))
+    chat = [[r["task"], _cell(run, scores, name), "-" if r.get("truncated") is None else f"{r['truncated']:.1%}",
+             clock(r["seconds"]) if r.get("seconds") else "-"]
+            for name, r in scores.items() if r.get("suite") == "chat"]  # fmt: skip
+    if chat:
+        lines.append("Chat tasks (cut off: answers that hit the limit of tokens):\n")
+        lines.append(_table(["Task", "Score", "Cut off", "Time"], chat))
+    samples = run.of("sample")
+    if samples:
+        last = samples[-1]["step"]
+        lines.append(f"Samples at step {last:,}, greedy:\n")
+        lines += [f"- {_code(r.get('task', ''))} → {_code(r.get('text', ''))}" for r in samples if r["step"] == last]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _facts(run: Run) -> list[str]:
+    """What was set, what it took and what came out, one line each."""
+    facts: dict[str, str] = {}
+    if "model" in run.meta:
+        model = GPTConfig(**run.meta["model"])
+        facts["model"] = (
+            f"{model.num_params:,} parameters, {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads "
+            f"({model.n_kv_head} kv), vocabulary {model.vocab_size:,}, context {model.sequence_len:,}"
+        )
+    facts["parent"] = run.meta.get("parent", "")
+    facts["settings"] = ", ".join(f"{k} {_show(v)}" for k, v in _settings(run).items())
+    train = run.of("train")
+    if train:
+        last = train[-1]
+        facts["steps"] = f"{last['step']:,}"
+        facts["tokens"] = _show(last.get("tokens"))
+        facts["FLOPs"] = f"{last['flops']:.3e}" if last.get("flops") else ""
+        seconds = sum(r["dt"] for r in train if r.get("dt"))
+        facts["time"] = f"{clock(seconds)} in steps, {clock(run.span[1] - run.span[0])} from first to last record"
+        _, losses = run.series("train", "loss")
+        facts["final training loss"] = f"{smooth(losses)[-1]:.4f} (moving average)" if losses else ""
+        _, speeds = run.series("train", "tok_per_s")
+        facts["speed"] = f"{statistics.median(speeds):,.0f} tokens/s (median)" if speeds else ""
+        _, mfu = run.series("train", "mfu")
+        unknown = "n/a (no peak known for this device)" if speeds else ""
+        facts["MFU"] = f"{statistics.median(mfu):.1%} (median)" if mfu else unknown
+        _, rewards = run.series("train", "reward")
+        facts["final reward"] = f"{smooth(rewards)[-1]:.4f} (moving average)" if rewards else ""
+    _, bpb = run.series("val", "bpb")
+    facts["validation bits per byte"] = f"{bpb[-1]:.6f} at the end, {min(bpb):.6f} at best" if bpb else ""
+    passed = run.of("val")[-1] if run.of("val") else {}
+    rates = [f"{k} {v:.4f}" for k, v in passed.items() if k.startswith("pass@") and isinstance(v, float)]
+    facts["validation"] = f"{', '.join(rates)} (n={passed.get('n')})" if rates else ""
+    for split in ("train", "val"):
+        record = run.scores().get(f"{split}_bpb")
+        facts[f"base_loss, {split}"] = f"{record['score']:.6f} bits per byte" if record else ""
+    return [f"- {name}: {value}" for name, value in facts.items() if value not in ("", "-")]
+
+
+def _settings(run: Run) -> dict:
+    """The settings that make this run what it is: the important ones, and all that are not at their default."""
+    defaults = dataclasses.asdict(CLASSES[run.stage]())
+    return {
+        name: value
+        for name, value in run.settings.items()
+        if name not in NEVER_SHOWN and (name in ALWAYS_SHOWN or (name in defaults and value != defaults[name]))
+    }
+
+
+def _show(value) -> str:
+    """A value as a person would write it."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return " + ".join(f"{k} {_show(v)}" for k, v in value.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _code(text: str) -> str:
+    """Text of a model as inline code that cannot break out of its line."""
+    return "`" + repr(text)[1:-1].replace("`", "'") + "`"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+# -----------------------------------------------------------------------------
+# Plots
+
+
+def smooth(values: list[float], factor: float = 0.9) -> list[float]:
+    """Exponential moving average, its start corrected."""
+    result, average, weight = [], 0.0, 0.0
+    for value in values:
+        average, weight = factor * average + (1 - factor) * value, factor * weight + (1 - factor)
+        result.append(average / weight)
+    return result
+
+
+def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
+    """Draws each stage's curves: {stage: file name in `folder`}, and a remark if that is impossible."""
+    try:
+        import matplotlib
+    except ImportError:
+        return {}, "Plots are skipped: matplotlib is not installed (pip install 'nanochat-jax[report]').\n"
+    matplotlib.use("Agg")
+    names = {}
+    for stage, run in runs.items():
+        if len(run.of("train")) > 1:
+            names[stage] = f"{stage}.png"
+            _plot(run, folder / names[stage])
+    return names, ""
+
+
+def _plot(run: Run, path: Path) -> None:
+    """Training on the left, validation on the right: two quantities, so two axes."""
+    import matplotlib.pyplot as plt
+
+    steps, losses = run.series("train", "reward" if run.stage == "rl" else "loss")
+    validation = "pass@1" if run.stage == "rl" else "bpb"
+    at, measured = run.series("val", validation)
+    figure, axes = plt.subplots(1, 1 + bool(at), figsize=(10 if at else 5.5, 3.4), squeeze=False, layout="constrained")
+    left = axes[0, 0]
+    left.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="each step")
+    left.plot(steps, smooth(losses), color="#1f4e79", linewidth=1.8, label="moving average")
+    left.set_title("reward" if run.stage == "rl" else "training loss (nats a token)", loc="left", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    if at:
+        right = axes[0, 1]
+        right.plot(at, measured, color="#b5541c", linewidth=1.8, marker="o", markersize=3.5)
+        name = "validation pass@1" if run.stage == "rl" else "validation bits per byte"
+        right.set_title(f"{name}, last {measured[-1]:.4f}", loc="left", fontsize=10)
+    for axis in axes.flat:
+        axis.set_xlabel("step", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{TITLES[run.stage]} ({run.tag})", fontsize=11, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# -----------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m nanochat_jax.report", description="The report of a run.")
+    parser.add_argument("command", choices=("reset", "generate"))
+    parser.add_argument("-g", "--model_tag", "--model-tag", default="", help="run to report on (default: the latest)")
+    parser.add_argument("--output", type=Path, default=Path("report.md"), help="the copy to write [report.md]")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "reset":
+            print(f"start recorded in {reset()}")
+        else:
+            print(f"written to {generate(args.model_tag, args.output)} and {args.output}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

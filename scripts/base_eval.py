@@ -1,0 +1,78 @@
+"""CORE: 22 in-context learning tasks, mostly for models that are only pretrained.
+
+    python -m scripts.base_eval
+    python -m scripts.base_eval --max_per_task=500
+
+Adds to the log of the run that is judged and writes $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
+"""
+
+import os
+from pathlib import Path
+
+from nanochat_jax import config
+
+
+def main(cfg: config.BaseEval) -> None:
+    from nanochat_jax.evals.bundle import find_bundle
+
+    if cfg.device_batch_size < 1:
+        raise config.UserError(f"--device_batch_size={cfg.device_batch_size}: must be at least 1")
+    bundle = find_bundle(cfg.core_dir)
+    from nanochat_jax import parallel
+
+    parallel.start(cfg.device_type)
+    import time
+
+    import jax
+
+    from nanochat_jax import checkpoint, metrics
+    from nanochat_jax.evals import core
+
+    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
+    first = jax.process_index() == 0
+    start = time.monotonic()
+
+    def tell(task: core.CoreScore) -> None:
+        if first:
+            cut = f", {task.truncated:,} prompts cut to the context" if task.truncated else ""
+            print(
+                f"{task.label:<34}{task.score:.4f} ± {task.stderr:.4f}  centered {task.centered:+.4f}"
+                f"  n={task.n:,}  {task.seconds:.1f} s{cut}",
+                flush=True,
+            )
+            log(task.label, task.score, task.stderr, task.n, task.baseline, task.centered, task.seconds)
+
+    def log(task: str, score, stderr, n, baseline, centered, seconds) -> None:
+        metrics.append(
+            model.run_dir, "eval", model.stage, model.step, task=task, suite="core", score=score, stderr=stderr, n=n,
+            baseline=baseline, centered=centered, seconds=round(seconds, 3), max_per_task=cfg.max_per_task,
+        )  # fmt: skip
+
+    result = core.evaluate(
+        params, model.config, model.tokenizer, bundle, dtype=dtype, batch_size=cfg.device_batch_size,
+        max_per_task=cfg.max_per_task, report=tell,
+    )  # fmt: skip
+    if not first:
+        return
+    log("CORE", result.core, result.stderr, result.n, 0.0, result.core, time.monotonic() - start)
+    print(f"CORE {result.core:.4f} ± {result.stderr:.4f} ({len(result.tasks)} tasks, {result.n:,} items)")
+    path = config.base_dir() / "base_eval" / f"{model.stage}_{model.tag}_{model.step:06d}.csv"
+    write_csv(path, result)
+    print(f"written to {path}")
+
+
+def write_csv(path: Path, result) -> None:
+    """Task, accuracy and centered accuracy in columns that also the eye can follow."""
+    rows = [("Task", "Accuracy", "Centered")]
+    rows += [(task.label, f"{task.score:.6f}", f"{task.centered:.6f}") for task in result.tasks]
+    rows += [("CORE", "", f"{result.core:.6f}")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text("".join(f"{a:<35}, {b:<10}, {c:<10}\n" for a, b, c in rows), encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    config.run(main, config.BaseEval)

@@ -1,0 +1,71 @@
+"""Bits per byte of a model on training and validation text, and seven samples.
+
+    python -m scripts.base_loss
+"""
+
+from nanochat_jax import config
+
+
+def main(cfg: config.BaseLoss) -> None:
+    from nanochat_jax import parallel
+
+    parallel.start(cfg.device_type)
+    import time
+
+    import jax
+
+    from nanochat_jax import checkpoint, dataloader, dataset, metrics
+    from nanochat_jax.evals.batching import num_rows
+    from nanochat_jax.evals.bpb import bits_per_byte
+    from nanochat_jax.evals.progress import Progress
+    from nanochat_jax.train import complete
+
+    for name in ("device_batch_size", "split_tokens"):
+        if getattr(cfg, name) < 1:
+            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
+    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    source = dataset.open(cfg.data, cfg.data_dir)
+    params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
+    rows = num_rows(params, cfg.device_batch_size)
+    first = jax.process_index() == 0
+
+    # The same tokens every time, whatever the batch: the first ones of each split.
+    for split, files in (("train", source.train_files), ("val", source.val_files)):
+        start = time.monotonic()
+        loader = dataloader.val_batches(
+            files, model.tokenizer, rows, model.config.sequence_len, cfg.split_tokens,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        with Progress(f"{split}, batches", -(-cfg.split_tokens // (rows * model.config.sequence_len))) as progress:
+            counted = Counted(loader, progress)
+            bpb = bits_per_byte(params, model.config, counted, model.tokenizer.token_bytes(), dtype)
+        loader.close()
+        if first:
+            print(f"{split} bits per byte: {bpb:.6f} ({counted.tokens:,} tokens of {source.name})", flush=True)
+            metrics.append(
+                model.run_dir, "eval", model.stage, model.step, task=f"{split}_bpb", suite="bpb", score=bpb,
+                stderr=None, n=counted.tokens, baseline=None, seconds=round(time.monotonic() - start, 3),
+            )  # fmt: skip
+
+    for prompt, text in complete(model.params, model.config, model.tokenizer, dtype):
+        if first:
+            print(f"  {prompt}{text!r}")
+            metrics.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
+
+
+class Counted:
+    """The batches of a loader, their counted targets added up on the way."""
+
+    def __init__(self, batches, progress):
+        self.batches, self.progress, self.tokens = batches, progress, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.tokens += int((batch["targets"] >= 0).sum())
+            yield batch
+            self.progress.advance()
+
+
+if __name__ == "__main__":
+    config.run(main, config.BaseLoss)

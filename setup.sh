@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes .venv with the project, the Rust tokenizer and the extras named as arguments in it; sourced by speedrun_jax.sh
+# and tests/run.sh. Done once: as long as nothing it was made from changes, it is found finished.
+#
+#   source setup.sh serve report
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+find_python() {
+    for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer with venv is needed; found $(python3 --version 2>&1 || echo none):" \
+        "install it (e.g. apt-get install python3-venv, or https://docs.astral.sh/uv) or set PYTHON=/path/to/python3"
+}
+
+# The GPU build of JAX for this driver: CUDA 13 needs driver 580, CUDA 12 runs on older ones.
+gpu_extra() {
+    local driver
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1) || return 0
+    [[ "$driver" =~ ^[0-9]+$ ]] || return 0
+    if [ "$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi
+}
+
+make_environment() {
+    local extras python stamp wheels build
+    extras=$(echo "$* $(gpu_extra)" | xargs | tr ' ' ',')
+    stamp=$( (pwd; echo "$extras"; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum)
+    # An environment with more extras than asked for will do.
+    for done in .venv/.made-*; do
+        if [ -f "$done" ] && [ "$(cat "$done")" = "$stamp" ]; then return; fi
+    done
+    command -v cargo >/dev/null || fail "cargo is missing: install Rust from https://rustup.rs (or apt-get install cargo)"
+    echo "== setting up .venv [$extras]: a few minutes, once"
+    if command -v uv >/dev/null; then
+        [ -x .venv/bin/python ] || uv venv --quiet --seed --python '>=3.11' .venv
+        install() { uv pip install --quiet --python .venv/bin/python "$@"; }
+    else
+        if [ ! -x .venv/bin/python ]; then
+            python=$(find_python) || exit 2
+            "$python" -m venv .venv
+        fi
+        install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+    fi
+    # The tokenizer's crate compiles while the Python packages download.
+    wheels=$(mktemp -d)
+    .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$wheels" ./rustbpe &
+    build=$!
+    install -e ".[$extras]" || { kill "$build" 2>/dev/null; fail "installing the Python packages failed: see above, then run this again"; }
+    wait "$build" || fail "building the Rust tokenizer failed: see above; Rust 1.74 or newer is needed (rustup update)"
+    install --force-reinstall --no-deps "$wheels"/*.whl
+    rm -rf "$wheels"
+    echo "$stamp" > ".venv/.made-${extras//,/-}"
+}
+
+make_environment "$@"
+PATH="$PWD/.venv/bin:$PATH"

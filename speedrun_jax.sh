@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# The whole road, top to bottom: from a bare machine to a model one can talk to.
+#
+#   bash speedrun_jax.sh              what this machine can do: d20 on NVIDIA GPUs, cpu without
+#   bash speedrun_jax.sh d26          a preset of configs/ (or CONFIG=path/to/preset.toml bash speedrun_jax.sh)
+#   bash speedrun_jax.sh --rl         with reinforcement learning at the end (always in the cpu preset)
+#   bash speedrun_jax.sh --fresh      start over; what was there is moved aside
+#
+# Kill it anywhere and start it again: it goes on where it was. Everything it makes lies in $NANOCHAT_BASE_DIR
+# (default ~/.cache/nanochat). WANDB_RUN=name logs to wandb as well, where that is installed.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+preset=${CONFIG:-} rl= fresh=
+for argument in "$@"; do
+    case $argument in
+        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        --rl) rl=1 ;;
+        --fresh) fresh=1 ;;
+        -*) echo "error: unknown option $argument (see --help)" >&2; exit 2 ;;
+        *) preset=$argument ;;
+    esac
+done
+
+# Which model: by what this machine has.
+if [ -z "$preset" ]; then
+    if gpus=$(nvidia-smi --list-gpus 2>/dev/null) && [ -n "$gpus" ]; then
+        preset=d20
+        echo "preset d20: this machine has $(echo "$gpus" | wc -l) NVIDIA GPU(s)"
+    else
+        preset=cpu
+        echo "preset cpu: no NVIDIA GPU here (nvidia-smi lists none)"
+    fi
+fi
+if [ ! -f "configs/$preset.toml" ] && [ ! -f "$preset" ]; then
+    echo "error: no preset $preset; there are: $(cd configs && echo *.toml | sed 's/\.toml//g')" >&2
+    exit 2
+fi
+
+# The environment, with what the road needs beyond the core: the web chat and the report's plots.
+source setup.sh serve report
+
+base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
+export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
+tag=$(basename "$preset" .toml)
+marks=$base/road/$tag
+[ "$tag" = cpu ] && rl=1
+
+if [ -n "$fresh" ]; then
+    old=$base/before-$(date +%Y%m%d-%H%M%S)
+    mkdir -p "$old"
+    for made in tokenizer report "road/$tag" {base,mid,sft,rl}_checkpoints/"$tag"; do
+        if [ -e "$base/$made" ]; then mkdir -p "$old/$(dirname "$made")" && mv "$base/$made" "$old/$made"; fi
+    done
+    echo "starting over; what was there is in $old"
+fi
+mkdir -p "$marks"
+
+say() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
+
+# Training knows by itself whether it is done. An evaluation is done when its mark is newer than the checkpoint it judged.
+train() { say "train $1"; python -m scripts.train --stage="$1" --config="$preset"; }
+judge() {
+    local stage=$1 mark=$marks/$2; shift 2
+    local newest
+    newest=$(ls -t "$base/${stage}_checkpoints/$tag"/step_*/manifest.json | head -n 1)
+    if [ "$mark" -nt "$newest" ]; then say "${mark##*/}: done before"; return; fi
+    say "${mark##*/}"
+    python -m "$@" --config="$preset"
+    touch "$mark"
+}
+
+started=$SECONDS
+[ -e "$base/report/start.json" ] || python -m nanochat_jax.report reset
+
+# Text and tokenizer. The GPU presets read FineWeb-Edu: enough of it for the tokenizer first, the rest while that trains.
+if [ "$tag" != cpu ]; then
+    shards=$(sed -n 's/^# shards: //p' "configs/$tag.toml" 2>/dev/null || true)
+    python -m nanochat_jax.dataset --data=fineweb-edu -n 8
+    python -m nanochat_jax.dataset --data=fineweb-edu -n "${shards:-240}" &
+    download=$!
+fi
+say "tokenizer"
+python -m scripts.tok_train --config="$preset"
+if [ ! "$marks/tok_eval" -nt "$base/tokenizer/nanochat.json" ]; then
+    python -m scripts.tok_eval --config="$preset"
+    touch "$marks/tok_eval"
+fi
+if [ -n "${download:-}" ]; then
+    say "waiting for the text"
+    wait "$download"
+fi
+
+# Pretraining: the model learns to predict text.
+train base
+judge base base_loss scripts.base_loss -i base -g "$tag"
+core=${CORE_DIR:-$base/eval_bundle}
+if [ -d "$core" ]; then
+    judge base base_eval scripts.base_eval -i base -g "$tag" --core_dir="$core"
+elif [ "$tag" = cpu ]; then
+    say "CORE skipped: its bundle is not in $core and this preset downloads nothing (CORE_DIR=... if you have it)"
+elif ! judge base base_eval scripts.base_eval -i base -g "$tag"; then
+    say "CORE skipped, see above (CORE_DIR=... if you have its bundle)"
+fi
+
+# Midtraining: the format of conversations, tools and multiple choice.
+train mid
+judge mid chat_eval_mid scripts.chat_eval -i mid -g "$tag"
+
+# Supervised finetuning: to answer, and to stop.
+train sft
+judge sft chat_eval_sft scripts.chat_eval -i sft -g "$tag"
+
+# Reinforcement learning: to be right more often.
+last=sft
+if [ -n "$rl" ]; then
+    train rl
+    judge rl chat_eval_rl scripts.chat_eval -i rl -g "$tag"
+    last=rl
+fi
+
+say "report"
+python -m nanochat_jax.report generate
+
+say "a question"
+question="What is 37 * 12?"
+echo "> $question"
+python -m scripts.chat_cli -i "$last" -g "$tag" -p "$question"
+
+cat <<TXT
+
+== done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s; the report is in report.md. Talk to the model:
+   .venv/bin/python -m scripts.chat_cli -i $last -g $tag
+   .venv/bin/python -m scripts.chat_web -i $last -g $tag
+TXT

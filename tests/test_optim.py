@@ -1,0 +1,83 @@
+"""Muon equals a literal transcription in numpy; the groups and schedules are the specification's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanochat_jax import optim
+
+rng = np.random.default_rng(0)
+
+
+def muon_in_numpy(gradients, momentum, lr=0.02):
+    """The specification's step for one torch weight [out, in], a list of gradients after each other -> updates."""
+    buffer, updates = np.zeros_like(gradients[0]), []
+    for g, mu in zip(gradients, momentum, strict=True):
+        buffer = mu * buffer + (1 - mu) * g
+        x = (1 - mu) * g + mu * buffer
+        tall = x.shape[0] > x.shape[1]
+        x = x.T if tall else x
+        x = x / (np.linalg.norm(x) + 1e-7)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.T if tall else x
+        updates.append(-lr * max(1, x.shape[0] / x.shape[1]) ** 0.5 * x)
+    return updates
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (24, 24)])  # [in, out]
+def test_muon_equals_the_transcription(shape):
+    gradients = [rng.normal(size=(3, *shape)).astype(np.float32) for _ in range(4)]
+    momentum = [float(optim.momentum_warmup(t)) for t in range(4)]
+    muon = optax.chain(optim.scale_by_muon(optim.momentum_warmup), optax.scale(-0.02))
+    params = {"w": jnp.zeros((3, *shape))}
+    state = muon.init(params)
+    expected = [muon_in_numpy([g[layer].T for g in gradients], momentum) for layer in range(3)]
+    for t, g in enumerate(gradients):
+        updates, state = muon.update({"w": jnp.asarray(g)}, state, params)
+        for layer in range(3):
+            np.testing.assert_allclose(updates["w"][layer], expected[layer][t].T, atol=2e-5)
+
+
+def test_merging_equal_shapes_changes_nothing():
+    tree = {n: jnp.asarray(rng.normal(size=(2, *s)), jnp.float32) for n, s in
+            {"wq": (8, 8), "wk": (8, 4), "w_in": (8, 32), "w_out": (32, 8), "wo": (8, 8)}.items()}  # fmt: skip
+    merged, _ = optim.scale_by_muon(0.9).update(tree, optim.scale_by_muon(0.9).init(tree))
+    for name, leaf in tree.items():
+        alone, _ = optim.scale_by_muon(0.9).update({name: leaf}, optim.scale_by_muon(0.9).init({name: leaf}))
+        np.testing.assert_allclose(merged[name], alone[name], atol=1e-5)
+
+
+def test_singular_values_lie_in_the_known_band():
+    x = optim.orthogonalize(jnp.asarray(rng.normal(size=(4, 64, 128)), jnp.float32))
+    values = np.linalg.svd(x, compute_uv=False)
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_groups_have_their_own_rates_and_the_width_factor():
+    params = {"wte": jnp.ones((8, 4)), "lm_head": jnp.ones((8, 4)), "blocks": {"wq": jnp.ones((1, 4, 4))}}
+    tx = optim.make_optimizer(192, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    factor = (192 / 768) ** -0.5
+    np.testing.assert_allclose(updates["wte"], -0.2 * factor, rtol=1e-4)  # Adam's first step is the sign
+    np.testing.assert_allclose(updates["lm_head"], -0.004 * factor, rtol=1e-4)
+
+
+def test_momentum_warms_up_over_300_steps():
+    values = [float(optim.momentum_warmup(t)) for t in (0, 150, 300, 9000)]
+    np.testing.assert_allclose(values, [0.85, 0.90, 0.95, 0.95], rtol=1e-6)
+
+
+def test_schedules_at_their_corners():
+    def trapezoid(t):
+        return optim.trapezoid(t, 100, 0.1, 0.2, 0.1)
+
+    assert [trapezoid(t) for t in (0, 9, 10, 80)] == [0.1, 1.0, 1.0, 1.0]
+    assert trapezoid(90) == pytest.approx(0.55) and trapezoid(100) == pytest.approx(0.1)
+    assert [optim.late_decay(p) for p in (0, 0.79, 1.0, 1.5)] == [1, 1, 0, 0]  # never negative, past the end either
+    assert optim.late_decay(0.9) == pytest.approx(0.5)
+    assert [optim.linear_decay(p) for p in (0, 0.25, 1, 2)] == [1, 0.75, 0, 0]

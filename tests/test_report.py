@@ -1,0 +1,155 @@
+"""The report, from logs like those the stages write."""
+
+import json
+import math
+import re
+import sys
+import time
+
+import pytest
+
+from nanochat_jax import metrics, report
+from nanochat_jax.config import UserError, base_dir
+
+
+def train_log(stage, tag="d4", steps=40, finished=True):
+    """A run's folder with a log and a checkpoint."""
+    run = base_dir() / f"{stage}_checkpoints" / tag
+    metrics.append(run, "config", stage, 0, config={})
+    (run / "config.json").write_text(json.dumps({"tag": tag, "depth": 4, "matrix_lr": 0.5, "num_iterations": 40}))
+    for step in range(1, steps + 1):
+        loss = 6 * math.exp(-step / 15) + 2
+        extra = {"reward": 0.1 + step / 100} if stage == "rl" else {"tok_per_s": 1000.0 + step, "mfu": None}
+        metrics.append(run, "train", stage, step, loss=loss, lr_mult=1.0, dt=0.5, tokens=step * 4096, flops=1e9 * step,
+                       **extra)  # fmt: skip
+        if step % 10 == 0:
+            passed = {"pass@1": step / 100, "pass@8": step / 50, "n": 200}
+            metrics.append(run, "val", stage, step, **(passed if stage == "rl" else {"bpb": loss / 3}))
+    if finished:
+        step_dir = run / f"step_{steps:06d}"
+        step_dir.mkdir(parents=True)
+        model = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "n_embd": 256, "vocab_size": 4096, "sequence_len": 256}
+        (step_dir / "meta.json").write_text(json.dumps({"model": model, "parent": "nanochat-d4-mid step 40"}))
+        (step_dir / "manifest.json").write_text("{}")
+    return run
+
+
+def score(run, stage, task, value, suite="chat", **fields):
+    fields = {"stderr": 0.01, "n": 1319, "baseline": 0.0, "seconds": 12.0} | fields
+    metrics.append(run, "eval", stage, 40, task=task, suite=suite, score=value, **fields)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The machine's devices are asked for in another process, which takes seconds."""
+    monkeypatch.setattr(report, "_devices", lambda: "1 x cpu (cpu)")
+
+
+@pytest.fixture
+def road(quick):
+    """All stages, each evaluated."""
+    tok = base_dir() / "tokenizer"
+    metrics.append(tok, "tok_train", "tok", 0, task="train", source="local", chars=12_345_678, reached_vocab_size=4096,
+                   seconds=61.0)  # fmt: skip
+    metrics.append(tok, "tok_eval", "tok", 0, task="news", bytes=1000, tokens=250, gpt2_tokens=300, gpt4_tokens=None)
+    base = train_log("base")
+    score(base, "base", "copa", 0.6, "core", centered=0.2, n=100)
+    score(base, "base", "CORE", 0.1234, "core", n=50_000)
+    metrics.append(base, "sample", "base", 40, task="The capital of France is", text=" `Paris`\n| <b>")
+    for stage in ("mid", "sft"):
+        run = train_log(stage)
+        for task in ("ARC-Easy", "GSM8K", "SpellingBee", "ChatCORE", "Sums"):
+            score(run, stage, task, 0.25 if stage == "mid" else 0.5, truncated=0.125 if task == "GSM8K" else None)
+    score(train_log("rl"), "rl", "GSM8K", 0.75)
+    return base_dir()
+
+
+def row(text, name):
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_whole_road(road, tmp_path):
+    report.reset()
+    written = report.generate(output=tmp_path / "report.md")
+    text = written.read_text(encoding="utf-8")
+    assert row(text, "CORE") == ["CORE", "0.1234 ± 0.0100 (n=50,000)", "-", "-", "-"]
+    summary = text.split("## Tokenizer")[0]
+    assert row(summary, "GSM8K")[2:] == [f"{x} ± 0.0100 (n=1,319)" for x in ("0.2500", "0.5000", "0.7500")]
+    for name in ("SpellingBee", "ChatCORE", "Sums"):
+        assert row(summary, name)[3].startswith("0.5000")
+    for title in ("Tokenizer", "Pretraining (d4)", "Midtraining (d4)", "Supervised finetuning (d4)"):
+        assert f"## {title}" in text
+    assert "matrix_lr 0.5" in text and "depth 4" in text and "n/a (no peak known" in text and "(median)" in text
+    assert "pass@8 0.8000 (n=200)" in text and "12.5%" in text and "12,345,678" in text and "+16.7%" in text
+    assert "validation bits per byte: " in text and "commit " in text
+    assert re.search(r"Total wall-clock time since the reset: \d+s", text)
+    assert "→ ` 'Paris'\\n| <b>`" in text  # a sample cannot break the page
+
+
+def test_pictures_are_found_from_both_places(road, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = report.generate(output=tmp_path / "elsewhere" / "report.md")
+    for path in (written, tmp_path / "elsewhere" / "report.md"):
+        links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8"))
+        assert len(links) == 4
+        for link in links:
+            assert (path.parent / link).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(road, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.count("Plots are skipped: matplotlib is not installed") == 1 and "![" not in text
+
+
+def test_stages_may_be_missing(quick, tmp_path):
+    with pytest.raises(UserError, match="nothing to report on"):
+        report.generate(output=tmp_path / "report.md")
+    run = train_log("base", steps=1, finished=False)  # just begun
+    metrics.append(run, "core", "base", 1, core=0.05)
+    text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
+    assert row(text, "CORE")[1] == "0.0500 (in training)" and "Midtraining" not in text
+    assert row(text, "GSM8K")[1:] == ["-"] * 4
+    assert "Total wall-clock time since the first record" in text
+
+
+def test_later_records_win(quick, tmp_path):
+    """Of two evaluations the later one counts, also when training wrote the task's name in another case."""
+    run = train_log("sft")
+    score(run, "sft", "mmlu", 0.1, n=1024)
+    score(run, "sft", "MMLU", 0.3, n=14_042)
+    score(run, "sft", "GSM8K", 0.1)
+    score(run, "sft", "GSM8K", 0.2)
+    text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8").split("## Super")[0]
+    assert row(text, "MMLU")[3] == "0.3000 ± 0.0100 (n=14,042)" and row(text, "GSM8K")[3].startswith("0.2000")
+
+
+def test_the_run_saved_last_or_the_one_named(quick, tmp_path):
+    train_log("base", "old")
+    time.sleep(0.05)
+    train_log("base", "new")
+    metrics.append(base_dir() / "base_checkpoints" / "old", "note", "base", 40, text="touched later")
+    assert report.find_run("base").tag == "new"
+    assert report.find_run("base", "old").tag == "old"
+    assert report.find_run("base", "none") is None
+    with pytest.raises(UserError, match="a run called 'none'"):
+        report.generate("none", tmp_path / "report.md")
+
+
+def test_wall_time_without_and_with_rl(road):
+    runs = {stage: report.find_run(stage) for stage in ("base", "sft", "rl")}
+    for run, end in zip(runs.values(), (1000.0, 2000.0, 5000.0), strict=True):
+        for record in run.records:
+            record["time"] = end
+    assert report._wall_time(runs, {"time": 500.0}) == (4500.0, 1500.0)
+    assert report._wall_time(runs, {}) == (4000.0, 1000.0)
+
+
+def test_command_line(quick, tmp_path, capsys):
+    report.main(["reset"])
+    start = json.loads((base_dir() / "report" / "start.json").read_text(encoding="utf-8"))
+    assert start["time"] <= time.time() and "jax" in start["environment"]["Versions"]
+    with pytest.raises(SystemExit) as exit:
+        report.main(["generate", "--output", str(tmp_path / "r.md")])
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: nothing to report on")

@@ -1,0 +1,211 @@
+"""Training: the same run however it is cut, wherever it runs, and whatever interrupts it."""
+
+import json
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from nanochat_jax import checkpoint, gpt, metrics, optim
+from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.run import TrainState
+from nanochat_jax.train import geometry, make_step, train
+
+MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base folder with corpus and tokenizer, shared by the tests of this module; each uses a tag of its own."""
+    base = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        tiny.make_world(base)
+    return base
+
+
+@pytest.fixture(autouse=True)
+def in_world(own_base_dir, world, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+
+
+def losses(run_dir) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in metrics.read(run_dir) if r["kind"] == "train"}
+
+
+def same_weights(a, b, step) -> bool:
+    files = [checkpoint.step_dir(run, step) for run in (a, b)]
+    cfg = GPTConfig(**checkpoint.read_meta(a, step)["model"])
+    abstract = jax.eval_shape(lambda: gpt.init(cfg))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    trees = [checkpoint.restore_params(f.parent, step, abstract) for f in files]
+    return all(map(np.array_equal, *map(jax.tree.leaves, trees)))
+
+
+# -----------------------------------------------------------------------------
+# The step
+
+
+def one_step(micro: int, clip: float = 0.0, weights=None):
+    """Loss, gradient norm and new parameters after one step on 8 rows cut into `micro` micro-batches."""
+    tx = optim.make_optimizer(MODEL.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)
+    params = gpt.init(MODEL, seed=1)
+    ids = jax.random.randint(jax.random.key(0), (8, 17), 0, 100)
+    targets = jnp.where(jnp.arange(8)[:, None] + jnp.arange(16)[None] < 12, ids[:, 1:], -1)  # rows count unequally
+    batch = {"inputs": ids[:, :-1], "targets": targets} | ({} if weights is None else {"weights": weights})
+    batch = {k: v.reshape(micro, -1, 16) for k, v in batch.items()}
+    state, results = make_step(MODEL, tx, jnp.float32, clip)(TrainState(params, tx.init(params)), batch, 1.0)
+    return results, state.params
+
+
+def test_accumulation_equals_one_big_batch():
+    (whole, params), (cut, cut_params) = one_step(1), one_step(4)
+    assert cut["loss"] == pytest.approx(float(whole["loss"]), rel=1e-5)  # weighted by tokens, not a mean of means
+    assert cut["grad_norm"] == pytest.approx(float(whole["grad_norm"]), rel=1e-4)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cut_params), strict=True):
+        assert np.mean(np.abs(a - b) > 1e-3) < 0.01  # Adam's first step is a sign: tiny gradients may flip
+
+
+def test_weights_of_zero_teach_nothing():
+    results, _ = one_step(2, weights=jnp.zeros((8, 16)))
+    assert results["loss"] == 0 and results["grad_norm"] == 0
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(world):
+    assert tiny.run("base", world, model_tag="whole").returncode == 0
+    process = subprocess.Popen(
+        tiny.command("base", model_tag="killed"), cwd=tiny.REPOSITORY, env=tiny.environment(world),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    whole, killed = (checkpoint.run_dir("base", tag) for tag in ("whole", "killed"))
+    deadline = time.time() + 200
+    while not checkpoint.steps(killed) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.steps(killed), "the process ended before its first checkpoint"
+    resumed = tiny.run("base", world, model_tag="killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(killed) == losses(whole)
+    assert same_weights(whole, killed, 8)
+
+
+def test_interrupted_run_saves_and_goes_on(world):
+    process = subprocess.Popen(
+        tiny.command("base", model_tag="stopped", num_iterations=2000, save_every=-1), cwd=tiny.REPOSITORY,
+        env=tiny.environment(world), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = checkpoint.run_dir("base", "stopped")
+    deadline = time.time() + 200
+    while not losses(folder) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 130 and "the same command goes on" in output
+    (saved,) = checkpoint.steps(folder)
+    assert saved == max(losses(folder)) > 0
+
+
+def test_eight_devices_compute_what_one_does(world):
+    for devices in (1, 8):
+        flags = {"model_tag": f"on{devices}", "device_batch_size": 1, "total_batch_size": 512, "num_iterations": 4}
+        result = tiny.run("base", world, devices, **flags)
+        assert result.returncode == 0, result.stderr
+    one, eight = (losses(checkpoint.run_dir("base", f"on{d}")) for d in (1, 8))
+    assert one.keys() == eight.keys()
+    np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=2e-4)
+
+
+def test_finished_run_is_left_alone_and_a_different_one_refused(world, capsys):
+    cfg = tiny.base_config(model_tag="twice", num_iterations=2)
+    train(cfg)
+    before = (checkpoint.run_dir("base", "twice") / metrics.LOG).read_text()
+    train(cfg)
+    assert "finished" in capsys.readouterr().out
+    assert (checkpoint.run_dir("base", "twice") / metrics.LOG).read_text() == before
+    with pytest.raises(UserError, match=r"matrix_lr: 0.02, now 0.03.*--model_tag.*--resume=never"):
+        train(tiny.base_config(model_tag="twice", num_iterations=2, matrix_lr=0.03))
+    train(tiny.base_config(model_tag="twice", num_iterations=2, matrix_lr=0.03, resume="never"))
+    aside = list(checkpoint.run_dir("base", "twice").parent.glob(".twice.*"))
+    assert len(aside) == 1 and checkpoint.steps(aside[0]) == [2]
+
+
+def test_damaged_and_half_written_checkpoints_are_passed_over(world, capsys):
+    cfg = tiny.base_config(model_tag="damaged", num_iterations=4)
+    train(cfg)
+    folder = checkpoint.run_dir("base", "damaged")
+    assert checkpoint.steps(folder) == [2, 4]
+    victim = max((checkpoint.step_dir(folder, 4) / "optimizer").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    victim.write_bytes(content)
+    (folder / "step_000006").mkdir()
+    assert checkpoint.latest(folder) == 2
+    out = capsys.readouterr().out
+    assert "step_000006: half-written" in out and "step_000004: optimizer" in out and "the one before it" in out
+    train(cfg)  # goes on from 2 and repairs 4
+    assert checkpoint.latest(folder) == 4
+
+
+def test_second_process_on_the_same_run_is_refused(world):
+    folder = checkpoint.run_dir("base", "locked")
+    with checkpoint.exclusive(folder):
+        result = tiny.run("base", world, model_tag="locked")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "another process is training" in result.stderr
+
+
+def test_stage_without_its_predecessor_names_the_command(world):
+    result = tiny.run("sft", world, model_tag="orphan")
+    assert result.returncode == 2
+    assert "no mid checkpoint under" in result.stderr and "scripts.train --stage=mid" in result.stderr
+
+
+def test_mid_sft_and_rl_follow_each_other(world):
+    train(tiny.base_config(model_tag="road"))
+    for stage in ("mid", "sft", "rl"):
+        result = tiny.run(stage, world, model_tag="road")
+        assert result.returncode == 0, result.stderr
+        records = metrics.read(checkpoint.run_dir(stage, "road"))
+        assert all(np.isfinite(r["loss"]) for r in records if r["kind"] == "train")
+        model = checkpoint.load_model(stage, "road")
+        assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"total_batch_size": 100}, "--total_batch_size=100 is not a multiple of 64"),
+     ({"device_batch_size": 3}, "--device_batch_size=3 does not divide the 4 rows"),
+     ({"resume": "sometimes"}, "--resume=sometimes: must be auto, never or a step"),
+     ({"num_iterations": -1, "target_param_data_ratio": 0.0}, "raise --num_iterations"),
+     ({"device_type": "abacus"}, "--device_type=abacus: must be cpu, gpu or tpu"),
+     ({"compute_dtype": "float8"}, "--compute_dtype=float8")],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(world, changes, words):
+    with pytest.raises(UserError, match=words):
+        train(tiny.base_config(model_tag="refused", **changes))
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(8, 8), (12, 12), (7, 7)])
+def test_automatic_device_batch_divides(rows, fits):
+    assert geometry(rows * 64, 0, 64, MODEL).rows == fits
+
+
+def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):
+    metrics.append(tmp_path, "train", "base", 1, loss=3.0)
+    metrics.append(tmp_path, "train", "base", 1, loss=2.0, mfu=float("inf"))
+    with open(tmp_path / metrics.LOG, "a", encoding="utf-8") as log:
+        log.write('{"kind": "tra')
+    (record,) = metrics.read(tmp_path)
+    assert record["loss"] == 2.0 and record["mfu"] is None
+    json.loads((tmp_path / metrics.LOG).read_text().splitlines()[1])

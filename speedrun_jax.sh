@@ -74,11 +74,10 @@ judge() {
 started=$SECONDS
 [ -e "$base/report/start.json" ] || python -m nanochat_jax.report reset
 
-# Text and tokenizer. The GPU presets read FineWeb-Edu: enough of it for the tokenizer first, the rest while that trains.
+# Text and tokenizer. Of FineWeb-Edu first what the tokenizer needs, the rest while that trains.
 if [ "$tag" != cpu ]; then
-    shards=$(sed -n 's/^# shards: //p' "configs/$tag.toml" 2>/dev/null || true)
-    python -m nanochat_jax.dataset --data=fineweb-edu -n 8
-    python -m nanochat_jax.dataset --data=fineweb-edu -n "${shards:-240}" &
+    python -m nanochat_jax.dataset --config="$preset" -n 8
+    python -m nanochat_jax.dataset --config="$preset" &
     download=$!
 fi
 say "tokenizer"

@@ -193,7 +193,8 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     _write(folder / "report.md", text)
     # The copy shows the same pictures, by their place relative to it.
     for plot in plots.values():
-        text = text.replace(f"]({plot})", f"]({Path(os.path.relpath(folder / plot, output.resolve().parent)).as_posix()})")
+        there = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
+        text = text.replace(f"]({plot})", f"]({there})")
     _write(output, text)
     return folder / "report.md"
 
@@ -235,7 +236,7 @@ def _cell(run: Run, scores: dict[str, dict], name: str) -> str:
     if name in scores:
         record = scores[name]
         error = f" ± {record['stderr']:.4f}" if isinstance(record.get("stderr"), int | float) else ""
-        return f"{record['score']:.4f}{error} (n={record['n']:,})" if record.get("n") else f"{record['score']:.4f}{error}"
+        return f"{record['score']:.4f}{error}" + (f" (n={record['n']:,})" if record.get("n") else "")
     _, in_training = run.series("core", "core")
     return f"{in_training[-1]:.4f} (in training)" if name == "CORE" and in_training else "-"
 
@@ -282,8 +283,8 @@ def _section(run: Run, plot: str | None) -> str:
     lines = [f"## {TITLES[run.stage]} ({run.tag})\n", *_facts(run), ""]
     lines += [f"![{TITLES[run.stage]}]({plot})\n"] if plot else []
     scores = run.scores()
-    core = [[r["task"], f"{r['score']:.4f}", f"{r['stderr']:.4f}", f"{r['n']:,}", f"{r['centered']:+.4f}"]
-            for r in scores.values() if r.get("suite") == "core" and r["task"] != "CORE" and "centered" in r]  # fmt: skip
+    core = [[name, f"{r['score']:.4f}", f"{r['stderr']:.4f}", f"{r['n']:,}", f"{r['centered']:+.4f}"]
+            for name, r in scores.items() if r.get("suite") == "core" and name != "CORE"]  # fmt: skip
     if core:
         lines.append("CORE by task (centered: 0 is guessing, 1 is perfect):\n")
         lines.append(_table(["Task", "Accuracy", "Stderr", "n", "Centered"], core))

@@ -36,7 +36,7 @@ class Rollout:
 def rollouts(engine: Engine, tokenizer, task, indices: list[int], cfg: config.Rl, seed: int) -> list[Rollout]:
     """`num_samples` answers to each of the problems, rewarded and compared within their group."""
     problems = [task[i] for i in indices]
-    room = run.model.sequence_len - cfg.max_new_tokens
+    room = engine.cfg.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(p, max_tokens=room) for p in problems]
     requests = [
         Request(

@@ -13,11 +13,8 @@ from nanochat_jax import config
 
 
 def main(cfg: config.BaseEval) -> None:
-    from nanochat_jax.evals.bundle import find_bundle
-
     if cfg.device_batch_size < 1:
         raise config.UserError(f"--device_batch_size={cfg.device_batch_size}: must be at least 1")
-    bundle = find_bundle(cfg.core_dir)
     from nanochat_jax import parallel
 
     parallel.start(cfg.device_type)
@@ -30,6 +27,7 @@ def main(cfg: config.BaseEval) -> None:
 
     dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
     first = jax.process_index() == 0
     start = time.monotonic()

@@ -9,7 +9,6 @@ from contextlib import closing
 
 from nanochat_jax import config
 
-
 CHUNK = 8  # tokens decoded between two looks: small, so that text appears evenly and a client can leave quickly
 LIMITS = {"temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "slots": (1, 1024)}
 
@@ -20,6 +19,9 @@ def main(cfg: config.ChatWeb) -> None:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be from {low} to {high}")
     # The port first: loading a model only to learn that it is taken would be a waste.
     with closing(bind(cfg.host, cfg.port)) as listener:
+        from nanochat_jax import parallel
+
+        parallel.start(cfg.device_type)
         try:
             import uvicorn
 
@@ -28,15 +30,14 @@ def main(cfg: config.ChatWeb) -> None:
             raise config.UserError(f"{error.name} is missing: run pip install '.[serve]' in the repository") from None
         import jax
 
-        from nanochat_jax import checkpoint, parallel
+        from nanochat_jax import checkpoint
         from nanochat_jax.engine.engine import Engine, Request
 
-        parallel.start(cfg.device_type)
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
         dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
         engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots, dtype=dtype, chunk=CHUNK)
         # Two tokens for nobody: what has to be compiled is compiled before the first visitor waits for it.
-        for _ in engine.stream(Request([model.tokenizer.bos], min(2, cfg.max_new_tokens), cfg.temperature, cfg.top_k)):
+        for _ in engine.stream(Request([model.tokenizer.bos], 2, cfg.temperature, cfg.top_k)):
             pass
         app = create_app(engine, cfg, model.name, device=jax.devices()[0].device_kind)
         listener.listen()  # whoever follows the address right away waits for a moment instead of being refused

@@ -48,7 +48,8 @@ def plain(params, batches, token_bytes) -> float:
 def test_equals_the_plain_formula(params):
     token_bytes = np.arange(100, dtype=np.int32) % 7  # every seventh token has no bytes
     batches = make_batches()
-    assert bits_per_byte(params, CFG, batches, token_bytes) == pytest.approx(plain(params, batches, token_bytes), rel=1e-5)
+    expected = plain(params, batches, token_bytes)
+    assert bits_per_byte(params, CFG, batches, token_bytes) == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_may_be_batched_in_any_way(params):

@@ -18,7 +18,8 @@ from nanochat_jax.evals import chat
 from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tokenizer import Tokenizer
 
-WORDS = "Multiple Choice question: which one is it? Respond only with the letter of the correct answer. A B C D".split()
+TEXT = "Multiple Choice question: which one is it? Respond only with the letter of the correct answer. A B C D"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="module")

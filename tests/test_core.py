@@ -19,7 +19,8 @@ from nanochat_jax.evals import bundle as bundles
 from nanochat_jax.evals import core
 from nanochat_jax.tokenizer import Tokenizer
 
-WORDS = "the cat sat on a mat and saw one dog run to the big red house by the sea in the sun".split()
+TEXT = "the cat sat on a mat and saw one dog run to the big red house by the sea in the sun"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_language_modeling_can_be_right(tmp_path, model, tokenizer):
         items.append({"context": word, "continuation": text})
     task = bundles.CoreTask("own", "language_modeling", tmp_path / "own.jsonl", 0, "\nA:", 0.0)
     task.path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    kept = [i for i in items if tokenizer.encode("\nA:" + i["continuation"])[: -1] == tokenizer.encode("\nA:")]
+    kept = [i for i in items if tokenizer.encode("\nA:" + i["continuation"])[:-1] == tokenizer.encode("\nA:")]
     score = core.evaluate_task(params, cfg, tokenizer, task)
     assert score.score * 8 >= len(kept) > 0
 
@@ -254,7 +255,7 @@ def test_download_is_atomic_and_pinned(tmp_path, monkeypatch):
     monkeypatch.setattr(bundles, "time", type("Clock", (), {"sleep": staticmethod(lambda s: None)}))
     source = tmp_path / "bundle.zip"
     monkeypatch.setattr(bundles, "URL", source.as_uri())
-    with pytest.raises(UserError, match="unzip it to .*--core_dir"):
+    with pytest.raises(UserError, match=r"unzip it to .*--core_dir"):
         core.find_bundle()
     data = archive(make_bundle(tmp_path / "made", {"one": ("schema", 0, make_items("schema"))}))
     source.write_bytes(data[:-50])  # torn
@@ -275,7 +276,7 @@ def test_download_is_atomic_and_pinned(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(UserError, match="no core.yaml"):
+    with pytest.raises(UserError, match=r"no core\.yaml"):
         core.find_bundle(tmp_path / "nowhere")
     folder = make_bundle(tmp_path / "b", {"one": ("schema", 0, make_items("schema"))})
     (folder / "eval_data" / "some" / "one.jsonl").unlink()
@@ -285,5 +286,5 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="line 1"):
         core.read_tasks(folder)[0].items()
     (folder / "eval_meta_data.csv").unlink()
-    with pytest.raises(UserError, match="eval_meta_data.csv is missing"):
+    with pytest.raises(UserError, match=r"eval_meta_data\.csv is missing"):
         core.find_bundle(folder)

@@ -9,7 +9,6 @@ It is looked for in a folder that was named, then in eval_bundle of the base fol
 
 import contextlib
 import csv
-import gzip
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.tasks.source import find, read_text
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ATTEMPTS = 3
@@ -41,14 +41,12 @@ class CoreTask:
     def items(self) -> list[dict]:
         """All items, in the order of the file. UserError names the line that is none."""
         items = []
-        with gzip.open(self.path, "rt", encoding="utf-8") if self.path.suffix == ".gz" else open(
-            self.path, encoding="utf-8"
-        ) as lines:
+        for number, line in enumerate(read_text(self.path).split("\n"), 1):
+            if not line.strip():
+                continue
             try:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        items.append(_item(json.loads(line), self.kind))
-            except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+                items.append(_item(json.loads(line), self.kind))
+            except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise UserError(f"{self.path}, line {number}: no item of kind {self.kind} ({error!r})") from None
         if not items:
             raise UserError(f"{self.path}: empty")
@@ -102,7 +100,7 @@ def _task(folder: Path, entry: dict, baselines: dict[str, float]) -> CoreTask:
     if label not in baselines:
         raise UserError(f"{folder / 'eval_meta_data.csv'}: no random baseline for {label}")
     plain = folder / "eval_data" / entry["dataset_uri"]
-    path = next((p for p in (plain, plain.with_name(plain.name + ".gz")) if p.is_file()), None)
+    path = find(plain)
     if path is None:
         raise FileNotFoundError(f"no {plain.relative_to(folder)}[.gz]")
     delimiter = entry.get("continuation_delimiter", " ")
@@ -172,5 +170,4 @@ def _fetch(part: Path, folder: Path) -> str:
             reason = str(error) or type(error).__name__
         if attempt < ATTEMPTS:
             time.sleep(attempt)
-    raise UserError(f"no CORE bundle: {URL} cannot be had ({reason}); unzip it to {folder} or name a folder: --core_dir")
-
+    raise UserError(f"no CORE bundle: {URL} cannot be had ({reason}); unzip it to {folder}, or name its --core_dir")

@@ -1,7 +1,5 @@
 """Devices, the mesh over them, and the precision they are good at."""
 
-import os
-
 import numpy as np
 
 from nanochat_jax.config import UserError, base_dir
@@ -18,10 +16,10 @@ def start(device_type: str = "") -> None:
     platforms = {"": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
     if device_type not in platforms:
         raise UserError(f"--device_type={device_type}: must be cpu, gpu or tpu")
-    if platforms[device_type]:
-        os.environ["JAX_PLATFORMS"] = platforms[device_type]
     import jax
 
+    if platforms[device_type]:
+        jax.config.update("jax_platforms", platforms[device_type])
     jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:

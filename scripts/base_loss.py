@@ -1,6 +1,9 @@
 """Bits per byte of a model on training and validation text, and seven samples.
 
     python -m scripts.base_loss
+    python -m scripts.base_loss -g d20 --split_tokens=1e6
+
+Adds to the log of the run that is judged.
 """
 
 from nanochat_jax import config

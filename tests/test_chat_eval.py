@@ -159,6 +159,19 @@ def test_chatcore_needs_all_six_tasks():
         assert tasks.task_class(name).baseline == (0.25 if tasks.task_class(name).eval_type == "categorical" else 0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [([], "-i is missing"), (["-i", "best"], "-i best"), (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
+     (["-i", "sft", "-a", "Identity"], "only for training"), (["-i", "sft", "-a", "Sums"], "no sft checkpoint")],
+)  # fmt: skip
+def test_what_the_script_cannot_do_is_one_line(flags, complaint):
+    command = [sys.executable, "-m", "scripts.chat_eval", *flags]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 # -----------------------------------------------------------------------------
 # Several devices: in a process of its own, since JAX counts its devices once
 

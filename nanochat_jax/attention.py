@@ -10,11 +10,26 @@ import jax.numpy as jnp
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal attention of q [b,t,h,k] to k, v [b,t,n,k] -> [b,t,h,k]; query head i uses kv head i // (h/n).
 
-    cuDNN's flash attention on GPUs in bf16, XLA elsewhere. Causality is a flag, never a mask: a mask tensor would
-    take cuDNN off its fast path. Scale 1/sqrt(head dim).
+    cuDNN's flash attention on GPUs in bf16, where causality is a flag and never a mask: a mask tensor would take cuDNN
+    off its fast path. XLA elsewhere. Scale 1/sqrt(head dim), softmax in float32.
     """
-    flash = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if flash else "xla")
+    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    # In four blocks of queries, each against the keys up to its end: 5/8 of the scores, the rest being masked anyway.
+    # On a CPU forward and backward take about two thirds of the time of one masked square (t = 256).
+    b, t, h, d = q.shape
+    n = k.shape[2]
+    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d) * d**-0.5, 1, 3)  # [b,n,g,t,k], g query heads a kv head
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [b,n,s,k]
+    block = t // 4 if t % 4 == 0 and t >= 128 else t
+    out = []
+    for start in range(0, t, block):
+        end = start + block
+        scores = jnp.einsum("bngtk,bnsk->bngts", q[..., start:end, :], k[:, :, :end], preferred_element_type=jnp.float32)
+        visible = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
+        out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, :end], preferred_element_type=jnp.float32))
+    return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(b, t, h, d).astype(v.dtype)
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> jax.Array:

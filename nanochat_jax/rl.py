@@ -86,6 +86,11 @@ def train(cfg: config.Rl) -> None:
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
         if run is None:
             return
+        if cfg.max_new_tokens >= run.model.sequence_len:
+            raise UserError(
+                f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
+                f"prompts included: try {run.model.sequence_len // 2}"
+            )
         task = tasks.load(cfg.task, "train", data_dir=cfg.task_data_dir)
         held_out = tasks.load(cfg.task, "test", data_dir=cfg.task_data_dir)
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step

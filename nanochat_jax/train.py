@@ -419,7 +419,7 @@ def core_metric(run: Run, step: int) -> None:
         run.state.params, run.model, run.tokenizer, bundle, max_per_task=run.cfg.core_metric_max_per_task,
         dtype=run.dtype,
     )  # fmt: skip
-    run.log("core", step, core=result.core)
+    run.log("core", step, core=result.core, stderr=result.stderr, n=result.n)
     print(f"step {step} | CORE {result.core:.4f}", flush=True)
 
 
@@ -453,5 +453,5 @@ def task_metrics(run: Run, step: int) -> None:
             run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
             dtype=run.dtype,
         )  # fmt: skip
-        run.log("eval", step, task=name, suite="chat", score=score.score, stderr=score.stderr, n=score.n)
-        print(f"step {step} | {name} {score.score:.4f} (n={score.n})", flush=True)
+        run.log("eval", step, task=score.task, suite="chat", score=score.score, stderr=score.stderr, n=score.n)
+        print(f"step {step} | {score.task} {score.score:.4f} ± {score.stderr:.4f} (n={score.n})", flush=True)

@@ -162,7 +162,7 @@ def test_chatcore_needs_all_six_tasks():
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [([], "-i is missing"), (["-i", "best"], "-i best"), (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
-     (["-i", "sft", "-a", "Identity"], "only for training"), (["-i", "sft", "-a", "Sums"], "no sft checkpoint")],
+     (["-i", "sft", "-a", "SmolTalk"], "only for training"), (["-i", "sft", "-a", "Sums"], "no sft checkpoint")],
 )  # fmt: skip
 def test_what_the_script_cannot_do_is_one_line(flags, complaint):
     command = [sys.executable, "-m", "scripts.chat_eval", *flags]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import gpt, hf
+from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import Base, GPTConfig, UserError
 
 CFG = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=100, sequence_len=32)
@@ -94,3 +95,10 @@ def test_impossible_shapes_name_the_flag():
         Base(depth=4, n_kv_head=3).gpt_config(65536)
     with pytest.raises(UserError, match="--depth=0"):
         Base(depth=0).gpt_config(65536)
+
+
+@pytest.mark.parametrize("t", [7, 64, 128, 256])
+def test_attention_in_blocks_equals_jax(t):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, t, h, 8)) for i, h in enumerate((4, 2, 2)))
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(causal_attention(q, k, v), expected, atol=2e-6)

@@ -1,0 +1,87 @@
+"""Settings: what wins over what, and every mistake in one line that names the flag."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from nanochat_jax import config
+from nanochat_jax.config import UserError, parse
+
+PRESETS = sorted(p.stem for p in (tiny.REPOSITORY / "configs").glob("*.toml"))
+SCRIPTS = ["train", "tok_train", "tok_eval", "base_loss", "base_eval", "chat_eval", "chat_cli", "chat_web"]
+
+
+@pytest.fixture
+def preset(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "mine.toml"
+        path.write_text(text, encoding="utf-8")
+        return f"--config={path}"
+
+    return write
+
+
+def test_defaults_preset_command_line_in_this_order(preset):
+    file = preset("depth = 6\nmatrix_lr = 0.01\n[base]\nmatrix_lr = 0.03\nseed = 7\n[mid]\nseed = 8\n")
+    cfg = parse(config.Base, ["--seed=1", file, "--seed", "9"])  # wherever --config stands; the last flag wins
+    assert (cfg.depth, cfg.matrix_lr, cfg.seed, cfg.max_seq_len) == (6, 0.03, 9, 2048)
+    assert parse(config.Mid, [file]).seed == 8 and parse(config.Mid, [file]).matrix_lr == 0.01
+
+
+def test_dashes_underscores_a_lone_double_dash_and_auto():
+    cfg = parse(config.Base, ["--", "--max-seq-len=64", "--total_batch_size", "1e3", "--device-batch-size=auto"])
+    assert (cfg.max_seq_len, cfg.total_batch_size, cfg.device_batch_size) == (64, 1000, 0)
+
+
+def test_mixtures_on_the_command_line():
+    assert parse(config.Sft, ["--mixture=gsm8k=0,identity=30"]).mixture == {"gsm8k": 0, "identity": 30}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_good_for_every_command(name):
+    for cls in config.COMMANDS:
+        parse(cls, [f"--config={name}"])
+    assert config.preset_name(["--seed=1", f"--config=configs/{name}.toml"]) == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--depth=x"], "--depth: 'x' is not an integer"), (["--dept=3"], "--dept"), (["--seed"], "--seed"),
+     (["--matrix_lr=fast"], "--matrix_lr: 'fast' is not a number"), (["--config=nope"], "--config=nope.*cpu, d12"),
+     (["--depth=1.5"], "--depth: '1.5'"), (["--depth=auto"], "--depth: 'auto'")],
+)  # fmt: skip
+def test_wrong_flags_are_named(arguments, words):
+    with pytest.raises(UserError, match=words):
+        parse(config.Base, arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("dept = 3", "dept: unknown setting"), ("[base]\nsource = 'x'", r"\[base\] source: unknown setting"),
+     ("depth = 'four'", "depth = 'four' is not an integer"), ("depth = ", "not valid TOML"),
+     ("depth = true", "depth = True is not an integer")],
+)  # fmt: skip
+def test_wrong_presets_are_named(preset, text, words):
+    with pytest.raises(UserError, match=words):
+        parse(config.Base, [preset(text)])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_there_without_importing_jax(script):
+    stages = [f"--stage={s}" for s in config.STAGES] if script == "train" else [""]
+    for stage in stages:
+        command = [sys.executable, "-X", "importtime", "-m", f"scripts.{script}", *filter(None, [stage]), "--help"]
+        result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0 and "--config PRESET" in result.stdout
+        imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+        assert not imported & {"jax", "flax", "pyarrow", "tiktoken", "fastapi"}
+
+
+@pytest.mark.parametrize("arguments", [["--stage=best"], [], ["--stage=base", "--depth=x"]])
+def test_scripts_complain_in_one_line_with_exit_code_2(arguments):
+    command = [sys.executable, "-m", "scripts.train", *arguments]
+    result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

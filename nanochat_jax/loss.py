@@ -61,12 +61,12 @@ def _forward(x, head, targets, weights, softcap, chunks):
         dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=jnp.float32).astype(x.dtype)
-        dw = dw + jnp.einsum("btv,btd->vd", dz, x, preferred_element_type=jnp.float32)
+        dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)  # as [v,d] it is slow on CPUs
         return dw, ((weights * losses).sum(), dx)
 
     split = [_split(a, chunks) for a in (x, targets, weights)]
-    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape, jnp.float32), split)
-    return losses.sum(), (_join(dx), dw.astype(head.dtype))
+    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], jnp.float32), split)
+    return losses.sum(), (_join(dx), dw.T.astype(head.dtype))
 
 
 def _backward(softcap, chunks, gradients, g):

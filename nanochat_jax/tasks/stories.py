@@ -145,9 +145,11 @@ def _plain(symbol: str, step: str, *train: str) -> Story:
 
 
 PLAIN = {
-    "+": _plain("add", "x+y", "Add {} and {}.", "What do you get if you add {} and {}?"),
-    "-": _plain("subtract", "x-y", "What is {} take away {}?"),
-    "*": _plain("multiply", "x*y", "Multiply {} by {}.", "What is the product of {} and {}?"),
+    "+": _plain("add", "x+y", "Add {} and {}.", "What do you get if you add {} and {}?",
+                "{} is added to {}. What is the result?", "If {} is added to {}, what do you get?"),
+    "-": _plain("subtract", "x-y", "What is {} take away {}?", "Find the difference of {} and {}."),
+    "*": _plain("multiply", "x*y", "Multiply {} by {}.", "What is the product of {} and {}?",
+                "{} is multiplied by {}. What is the result?", "If {} is multiplied by {}, what do you get?"),
     "/": _plain("divide", "x/y", "Divide {} by {}."),
 }
 

@@ -45,7 +45,8 @@ base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
 tag=$(basename "$preset" .toml)
 marks=$base/road/$tag
-[ "$tag" = cpu ] && rl=1
+few=()
+if [ "$tag" = cpu ]; then rl=1 few=(-x 100); fi # a small model learns enough to show in seconds
 
 if [ -n "$fresh" ]; then
     old=$base/before-$(date +%Y%m%d-%H%M%S)
@@ -105,7 +106,7 @@ fi
 
 # Midtraining: the format of conversations, tools and multiple choice.
 train mid
-judge mid chat_eval_mid scripts.chat_eval -i mid -g "$tag"
+judge mid chat_eval_mid scripts.chat_eval -i mid -g "$tag" "${few[@]}"
 
 # Supervised finetuning: to answer, and to stop.
 train sft

@@ -25,35 +25,45 @@ gpu_extra() {
     if [ "$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi
 }
 
+usable() { .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
 make_environment() {
-    local extras python stamp wheels build
-    extras=$(echo "$* $(gpu_extra)" | xargs | tr ' ' ',')
-    stamp=$( (pwd; echo "$extras"; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum)
-    # An environment with more extras than asked for will do.
-    for done in .venv/.made-*; do
-        if [ -f "$done" ] && [ "$(cat "$done")" = "$stamp" ]; then return; fi
-    done
-    command -v cargo >/dev/null || fail "cargo is missing: install Rust from https://rustup.rs (or apt-get install cargo)"
-    echo "== setting up .venv [$extras]: a few minutes, once"
+    local wanted have source wheels build python
+    wanted=$(echo "$* $(gpu_extra)" | xargs)
+    source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum | cut -c1-16)
+    # .venv/.made: the hash of what it was made from, and the extras that are in it.
+    have=$(usable && cat .venv/.made 2>/dev/null || true)
+    if [ "${have%% *}" = "$source" ]; then
+        local missing=
+        for extra in $wanted; do [[ " $have " == *" $extra "* ]] || missing=1; done
+        [ -n "$missing" ] || return 0
+        wanted=$(echo "${have#* } $wanted" | xargs)
+    fi
+    echo "== setting up .venv [$wanted]: a few minutes, once"
     if command -v uv >/dev/null; then
-        [ -x .venv/bin/python ] || uv venv --quiet --seed --python '>=3.11' .venv
+        usable || uv venv --quiet --clear --seed --python '>=3.11' .venv
         install() { uv pip install --quiet --python .venv/bin/python "$@"; }
     else
-        if [ ! -x .venv/bin/python ]; then
+        if ! usable; then
             python=$(find_python) || exit 2
-            "$python" -m venv .venv
+            "$python" -m venv --clear .venv
         fi
         install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
     fi
-    # The tokenizer's crate compiles while the Python packages download.
-    wheels=$(mktemp -d)
-    .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$wheels" ./rustbpe &
-    build=$!
-    install -e ".[$extras]" || { kill "$build" 2>/dev/null; fail "installing the Python packages failed: see above, then run this again"; }
-    wait "$build" || fail "building the Rust tokenizer failed: see above; Rust 1.74 or newer is needed (rustup update)"
-    install --force-reinstall --no-deps "$wheels"/*.whl
-    rm -rf "$wheels"
-    echo "$stamp" > ".venv/.made-${extras//,/-}"
+    if [ "${have%% *}" != "$source" ]; then
+        command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
+        # The tokenizer's crate compiles, in release mode, while the Python packages download.
+        wheels=$(mktemp -d)
+        .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$wheels" ./rustbpe &
+        build=$!
+    fi
+    install -e ".[${wanted// /,}]" || fail "installing the Python packages failed: see above, then run this again"
+    if [ -n "${build:-}" ]; then
+        wait "$build" || fail "building the Rust tokenizer failed: see above; Rust 1.85 or newer is needed (rustup update)"
+        install --force-reinstall --no-deps "$wheels"/*.whl
+        rm -rf "$wheels"
+    fi
+    echo "$source $wanted" > .venv/.made
 }
 
 make_environment "$@"

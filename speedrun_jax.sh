@@ -10,12 +10,12 @@
 # (default ~/.cache/nanochat). WANDB_RUN=name logs to wandb as well, where that is installed.
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+road=$(realpath "${BASH_SOURCE[0]}")
 
 preset=${CONFIG:-} rl= fresh=
 for argument in "$@"; do
     case $argument in
-        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$road"; exit 0 ;;
         --rl) rl=1 ;;
         --fresh) fresh=1 ;;
         -*) echo "error: unknown option $argument (see --help)" >&2; exit 2 ;;
@@ -33,6 +33,10 @@ if [ -z "$preset" ]; then
         echo "preset cpu: no NVIDIA GPU here (nvidia-smi lists none)"
     fi
 fi
+# Paths were meant from where the caller is.
+[ ! -f "$preset" ] || preset=$(realpath "$preset")
+[ -z "${CORE_DIR:-}" ] || CORE_DIR=$(realpath "$CORE_DIR")
+cd "$(dirname "$road")"
 if [ ! -f "configs/$preset.toml" ] && [ ! -f "$preset" ]; then
     echo "error: no preset $preset; there are: $(cd configs && echo *.toml | sed 's/\.toml//g')" >&2
     exit 2
@@ -51,7 +55,7 @@ if [ "$tag" = cpu ]; then rl=1 few=(-x 100); fi # a small model learns enough to
 if [ -n "$fresh" ]; then
     old=$base/before-$(date +%Y%m%d-%H%M%S)
     mkdir -p "$old"
-    for made in tokenizer report "road/$tag" {base,mid,sft,rl}_checkpoints/"$tag"; do
+    for made in report "road/$tag" {base,mid,sft,rl}_checkpoints/"$tag"; do
         if [ -e "$base/$made" ]; then mkdir -p "$old/$(dirname "$made")" && mv "$base/$made" "$old/$made"; fi
     done
     echo "starting over; what was there is in $old"
@@ -68,7 +72,7 @@ judge() {
     newest=$(ls -t "$base/${stage}_checkpoints/$tag"/step_*/manifest.json | head -n 1)
     if [ "$mark" -nt "$newest" ]; then say "${mark##*/}: done before"; return; fi
     say "${mark##*/}"
-    python -m "$@" --config="$preset"
+    python -m "$@" --config="$preset" || return
     touch "$mark"
 }
 
@@ -80,9 +84,10 @@ if [ "$tag" != cpu ]; then
     python -m nanochat_jax.dataset --config="$preset" -n 8
     python -m nanochat_jax.dataset --config="$preset" &
     download=$!
+    trap 'kill "$download" 2>/dev/null || true' EXIT
 fi
 say "tokenizer"
-python -m scripts.tok_train --config="$preset"
+python -m scripts.tok_train --config="$preset" ${fresh:+--fresh}
 if [ ! "$marks/tok_eval" -nt "$base/tokenizer/nanochat.json" ]; then
     python -m scripts.tok_eval --config="$preset"
     touch "$marks/tok_eval"
@@ -90,6 +95,7 @@ fi
 if [ -n "${download:-}" ]; then
     say "waiting for the text"
     wait "$download"
+    trap - EXIT
 fi
 
 # Pretraining: the model learns to predict text.
@@ -99,7 +105,7 @@ core=${CORE_DIR:-$base/eval_bundle}
 if [ -d "$core" ]; then
     judge base base_eval scripts.base_eval -i base -g "$tag" --core_dir="$core"
 elif [ "$tag" = cpu ]; then
-    say "CORE skipped: its bundle is not in $core and this preset downloads nothing (CORE_DIR=... if you have it)"
+    say "CORE skipped: its bundle is not in $core, and this preset does not download it (CORE_DIR=... if you have it)"
 elif ! judge base base_eval scripts.base_eval -i base -g "$tag"; then
     say "CORE skipped, see above (CORE_DIR=... if you have its bundle)"
 fi
@@ -121,7 +127,7 @@ if [ -n "$rl" ]; then
 fi
 
 say "report"
-python -m nanochat_jax.report generate
+python -m nanochat_jax.report generate -g "$tag"
 
 say "a question"
 question="What is 37 * 12?"

@@ -25,7 +25,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     out = []
     for start in range(0, t, block):
         end = start + block
-        scores = jnp.einsum("bngtk,bnsk->bngts", q[..., start:end, :], k[:, :, :end], preferred_element_type=jnp.float32)
+        rows, seen = q[..., start:end, :], k[:, :, :end]
+        scores = jnp.einsum("bngtk,bnsk->bngts", rows, seen, preferred_element_type=jnp.float32)
         visible = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
         weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
         out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, :end], preferred_element_type=jnp.float32))

@@ -59,15 +59,16 @@ class Saver:
         target = step_dir(self.run, step)
         if target.exists():  # torn, damaged or from before a resume: it does not count any more
             shutil.rmtree(target)
+        meta = json.dumps(meta, indent=1)  # now: the caller goes on changing what it holds
         writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
         self._thread = threading.Thread(target=self._finish, args=(writing, target, data, meta), name="checkpoint")
         self._thread.start()
 
-    def _finish(self, writing, target: Path, data: dict, meta: dict) -> None:
+    def _finish(self, writing, target: Path, data: dict, meta: str) -> None:
         try:
             writing.result()
             (target / "data.json").write_text(json.dumps(data), encoding="utf-8")
-            (target / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            (target / "meta.json").write_text(meta, encoding="utf-8")
             _write_manifest(target)
             for old in steps(self.run)[: -self.keep_last]:
                 shutil.rmtree(step_dir(self.run, old))
@@ -177,6 +178,15 @@ def exclusive(run: Path):
         yield
 
 
+def abandon_after(run: Path, step: int) -> None:
+    """Renames the checkpoints after `step`: the run goes on from there, and they are of another future."""
+    for folder in run.glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > step:
+            aside = folder.with_name(f"abandoned_{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            os.replace(folder, aside)
+            print(f"moved {folder.name} to {aside}")
+
+
 def move_aside(run: Path) -> None:
     """Renames a run's folder out of the way; nothing is deleted."""
     if run.exists():
@@ -239,7 +249,6 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> Model:
     import jax
 
     from nanochat_jax import gpt
-    from nanochat_jax.tokenizer import Tokenizer
 
     run, step = find(stage, tag or "", -1 if step is None else step)
     meta = read_meta(run, step)
@@ -254,13 +263,14 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> Model:
 
 
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
-    """The tokenizer, refused if it is not the one the run was trained with."""
+    """The tokenizer the run was trained with: the present one, or an older one that tok_train has moved aside."""
     from nanochat_jax.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    if tokenizer.hash != meta["tokenizer"]:
-        raise UserError(f"{run} was trained with another tokenizer than the one in {base_dir() / 'tokenizer'}")
-    return tokenizer
+    wanted = meta["tokenizer"]
+    for folder in (base_dir() / "tokenizer", base_dir() / f"tokenizer-{wanted[:8]}"):
+        if folder.is_dir() and (tokenizer := Tokenizer.load(folder)).hash == wanted:
+            return tokenizer
+    raise UserError(f"{run} was trained with a tokenizer ({wanted[:8]}) that is not under {base_dir()}")
 
 
 def model_meta(cfg: GPTConfig) -> dict:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STAGES = ("base", "mid", "sft", "rl")
 
 
 class UserError(ValueError):
@@ -119,50 +118,53 @@ class Model:
 class Train:
     """What all training stages share."""
 
+    preset: str = ""  # name of the preset, the default tag of its runs; not a flag
     run: str = setting("", "name of the wandb run (default $WANDB_RUN; empty or 'dummy': no wandb)")
     model_tag: str = setting("", "folder of the run (default: the preset's name, else d<depth>)")
     resume: str = setting("auto", "auto: go on from the last good checkpoint; never: move the old run aside; or a step")
     seed: int = setting(42, "seed of initialisation, data order and sampling")
     device_type: str = setting("", "cpu, gpu or tpu (default: the best there is)")
     compute_dtype: str = setting("", "bfloat16 or float32 (default: bfloat16 on GPUs that have it, float32 elsewhere)")
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
-    packing: str = setting("split", "how rows are made of documents: split (loses nothing), crop or stream")
-    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
-    core_dir: str = setting("", "folder of the CORE bundle (default: eval_bundle in the base folder, else the hub)")
     num_iterations: int = setting(-1, "optimizer steps (-1: derived)")
     device_batch_size: int = setting(0, "auto: rows a device takes at once; lower it when memory runs out")
-    total_batch_size: int = setting(524288, "tokens an optimizer step")
     embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW), times (width/768)^-0.5")
     unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW), times (width/768)^-0.5")
     matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)")
     weight_decay: float = setting(0.0, "decoupled weight decay of the AdamW groups")
     grad_clip: float = setting(0.0, "clip the global gradient norm (0: off)")
-    init_lr_frac: float = setting(1.0, "start all learning rates at this fraction")
-    eval_every: int = setting(250, "steps between evaluations of the validation loss (-1: only at the end)")
-    eval_tokens: int = setting(20 * 524288, "tokens of one validation")
     save_every: int = setting(-1, "steps between checkpoints (-1: only at the end)")
     keep_last: int = setting(2, "checkpoints to keep")
+
+    table: ClassVar[str]
 
     @property
     def stage(self) -> str:
         return self.table
-
-    table: ClassVar[str] = "base"
 
 
 @dataclass(frozen=True)
 class Base(Model, Train):
     """Pretraining on documents."""
 
+    table: ClassVar[str] = "base"
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
+    data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
+    packing: str = setting("split", "how rows are made of documents: split (loses nothing), crop or stream")
+    total_batch_size: int = setting(524288, "tokens an optimizer step")
     target_flops: float = setting(-1.0, "train for this many FLOPs (-1: off)")
     target_param_data_ratio: float = setting(20.0, "train on this many tokens a parameter (the horizon's default)")
     warmup_ratio: float = setting(0.0, "share of the run in which the learning rate rises")
     warmdown_ratio: float = setting(0.2, "share of the run in which the learning rate falls")
     final_lr_frac: float = setting(0.0, "last learning rate as a fraction of the first")
+    eval_every: int = setting(250, "steps between evaluations of the validation loss (-1: only at the end)")
+    eval_tokens: int = setting(20 * 524288, "tokens of one validation")
+    core_dir: str = setting("", "folder of the CORE bundle (default: eval_bundle in the base folder, else the hub)")
     core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
     core_metric_max_per_task: int = setting(500, "examples a CORE task, in training")
     sample_every: int = setting(2000, "steps between samples (-1: never)")
+
+
+MIXTURE = "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)"
 
 
 @dataclass(frozen=True)
@@ -171,14 +173,16 @@ class Mid(Train):
 
     table: ClassVar[str] = "mid"
     source: str = setting("base", "stage whose weights to start from")
+    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
     mixture: dict[str, int] = setting(
         {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
-        "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)",
+        MIXTURE,
     )
-    val_mixture: dict[str, int] = setting(
-        {"smoltalk": 0, "mmlu": 5200, "gsm8k": 420}, "the same for the validation loss"
-    )
+    val_mixture: dict[str, int] = setting({"smoltalk": 0, "mmlu": 5200, "gsm8k": 420}, "the same for validation")
+    total_batch_size: int = setting(524288, "tokens an optimizer step")
+    init_lr_frac: float = setting(1.0, "start all learning rates at this fraction")
     eval_every: int = setting(150, "steps between evaluations of the validation loss (-1: only at the end)")
+    eval_tokens: int = setting(20 * 524288, "tokens of one validation")
 
 
 @dataclass(frozen=True)
@@ -187,17 +191,21 @@ class Sft(Train):
 
     table: ClassVar[str] = "sft"
     source: str = setting("mid", "stage whose weights to start from")
+    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
     mixture: dict[str, int] = setting(
-        {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
-         "spellingbee": 300},
-        "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)",
+        {
+            "arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000,
+            "simplespelling": 300, "spellingbee": 300,
+        },
+        MIXTURE,
     )  # fmt: skip
-    val_mixture: dict[str, int] = setting({"smoltalk": 0}, "the same for the validation loss")
+    val_mixture: dict[str, int] = setting({"smoltalk": 0}, "the same for validation")
     total_batch_size: int = setting(0, "auto: tokens an optimizer step, target_examples_per_step rounded to whole rows")
     target_examples_per_step: int = setting(32, "conversations an optimizer step, on average")
     num_epochs: int = setting(1, "passes over the mixture")
     init_lr_frac: float = setting(0.02, "start all learning rates at this fraction")
     eval_every: int = setting(100, "steps between evaluations of the validation loss (-1: only at the end)")
+    eval_tokens: int = setting(20 * 524288, "tokens of one validation")
     eval_metrics_every: int = setting(200, "steps between evaluations of the tasks below (-1: never)")
     eval_metrics_tasks: str = setting("mmlu|arc-easy", "tasks of that evaluation, joined by |")
     eval_metrics_max_problems: int = setting(1024, "problems a task in that evaluation")
@@ -210,6 +218,7 @@ class Rl(Train):
     table: ClassVar[str] = "rl"
     source: str = setting("sft", "stage whose weights to start from")
     task: str = setting("gsm8k", "task to train on")
+    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
     device_batch_size: int = setting(8, "rows a device takes at once; lower it when memory runs out")
     examples_per_step: int = setting(16, "problems a step")
     num_samples: int = setting(16, "answers a problem")
@@ -222,6 +231,10 @@ class Rl(Train):
     eval_examples: int = setting(400, "problems of that evaluation")
     eval_samples: int = setting(8, "answers a problem in that evaluation")
     save_every: int = setting(60, "steps between checkpoints (-1: only at the end)")
+
+
+TRAINING = {cls.table: cls for cls in (Base, Mid, Sft, Rl)}
+STAGES = tuple(TRAINING)
 
 
 @dataclass(frozen=True)
@@ -352,17 +365,12 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
     args = [_plain(a) for a in (sys.argv[1:] if argv is None else argv) if a != "--"]
     parser = _parser(cls)
     given = vars(parser.parse_args(args))
-    values = _preset(cls, given.pop("config", None))
+    preset = given.pop("config", None)
+    values = _preset(cls, preset)
+    if preset and "preset" in cls.__dataclass_fields__:
+        values["preset"] = find_preset(preset).stem
     values.update({k: v for k, v in given.items() if v is not None})
     return cls(**values)
-
-
-def preset_name(argv: list[str] | None = None) -> str:
-    """Name of the preset on the command line ("cpu" for configs/cpu.toml), or "": the default tag of its runs."""
-    parser = _Parser(add_help=False)
-    parser.add_argument("--config")
-    known, _ = parser.parse_known_args([_plain(a) for a in (sys.argv[1:] if argv is None else argv)])
-    return Path(known.config).stem if known.config else ""
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
@@ -399,6 +407,8 @@ def _parser(cls: type) -> _Parser:
     parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if "help" not in field.metadata:
+            continue
         default = _default(field)
         flags = [f"--{field.name}"]
         if field.name in SHORT and not (field.name == "num_samples" and cls is Rl):
@@ -495,12 +505,15 @@ def _preset(cls: type, name: str | None) -> dict:
 
 
 def _take(cls: type, owners, key: str, value, where: str) -> dict:
-    if not any(key in c.__dataclass_fields__ for c in owners):
+    def knows(c: type) -> bool:
+        return "help" in getattr(c.__dataclass_fields__.get(key), "metadata", ())
+
+    if not any(map(knows, owners)):
         raise UserError(f"{where}: unknown setting")
-    if cls not in owners or key not in cls.__dataclass_fields__:
+    if cls not in owners or not knows(cls):
         return {}
     field, kind = cls.__dataclass_fields__[key], typing.get_type_hints(cls)[key]
     try:
         return {key: _convert(value, kind, auto=field.metadata["help"].startswith("auto"))}
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{where} = {value!r} is not {_WANTED.get(kind, 'a table of name = rows')}") from None

@@ -8,9 +8,9 @@ Axis letters, here and everywhere: b batch, t query time, s key time, d model, h
 f ffn, v vocab, l layer. Layer weights are stacked [l, in, out]: one leaf a kind, so that the optimizer orthogonalises
 them as one batch and a checkpoint has eight leaves.
 
-Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm statistics,
-softmax and logits are float32. The rotary table and rotation stay in float32, unlike in the specification, whose bf16
-tables cost 1e-3 in the logits.
+Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm
+statistics, softmax and logits are float32. The rotary table and rotation stay in float32, unlike in the specification,
+whose bf16 tables cost 1e-3 in the logits.
 """
 
 import functools
@@ -110,7 +110,8 @@ class GPT(nnx.Module):
         cfg, b, t = self.cfg, *ids.shape
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         cos, sin = rotary(start[:, None] + jnp.arange(t)[None], cfg)
-        x = norm(self.wte[...].astype(dtype)[ids], cfg.norm_eps)
+        # Gathered before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.
+        x = norm(self.wte[...][ids].astype(dtype), cfg.norm_eps)
         keys, values = [], []
         # Unrolled over layers: a scan would copy each layer's weights out of the stack and its gradients into it.
         weights = {name: jnp.unstack(getattr(self.blocks, name)[...]) for name in BLOCK_WEIGHTS}

@@ -1,4 +1,4 @@
-"""To and from the layout of Hugging Face transformers' NanoChatForCausalLM."""
+"""From the layout of Hugging Face transformers' NanoChatForCausalLM."""
 
 import json
 from pathlib import Path

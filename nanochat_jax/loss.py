@@ -31,7 +31,7 @@ def cross_entropy(
 
 
 def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
-    """Cross-entropy a token, float32 [b,t]; 0 where targets are negative. Not for differentiation: for bits per byte."""
+    """Cross-entropy a token, float32 [b,t]; 0 where targets are negative. Not for gradients: for bits per byte."""
     w = head.astype(x.dtype)
 
     def one_chunk(_, chunk):

@@ -17,12 +17,20 @@ def append(run_dir: Path, kind: str, stage: str, step: int, **fields) -> None:
     record = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)}
     record |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / LOG, "a", encoding="utf-8") as log:
-        log.write(json.dumps(record, ensure_ascii=False) + "\n")  # one write: lines of two writers do not mix
+    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    with open(run_dir / LOG, "a+b") as log:
+        if log.tell() and _last_byte(log) != b"\n":
+            line = b"\n" + line  # a process ended in the middle of its line: do not add to that
+        log.write(line)  # one write: lines of two writers do not mix
+
+
+def _last_byte(file) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def read(run_dir: Path) -> list[dict]:
-    """The records that hold, in the order of their (last) writing. A torn last line is skipped; no log is no records."""
+    """The records that hold, in the order of their (last) writing. Torn lines are skipped; no log is no records."""
     path = run_dir / LOG
     if not path.exists():
         return []

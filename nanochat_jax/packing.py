@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-# Documents that best fit chooses from. More make tighter rows, and a larger state. (B) uses 1000 and 100.
+# Documents that best fit chooses from. More make tighter rows, and a larger state. nanochat uses 1000 and 100.
 CHOICE = {"split": 256, "crop": 1000, "whole": 100}
 
 
@@ -38,7 +38,7 @@ class BestFit:
 
     - "split": the longest is cut; what is left of it waits on, as a document with a BOS of its own. Nothing is lost.
       A document longer than a row is cut as soon as it is the longest, before it can pile up behind short ones.
-    - "crop": the shortest is cut, and what is left of it is thrown away and counted ((B)'s way).
+    - "crop": the shortest is cut, and what is left of it is thrown away and counted (nanochat's way in 2026).
     - "whole": the rest of the row is padded. Documents must not be longer than a row.
     """
 
@@ -137,8 +137,8 @@ class BestFit:
 
 
 class Stream:
-    """Documents end to end, cut every T tokens ((A)'s way): nothing is lost, but rows begin anywhere. Unlike there, the
-    last target of a row is also the first input of the next, so the rows do not depend on the batch size."""
+    """Documents end to end, cut every T tokens (nanochat's way in 2025): nothing is lost, but rows begin anywhere.
+    Unlike there, the last target of a row is also the first input of the next, so rows do not depend on the batch."""
 
     def __init__(self, width: int, bos: int):
         self.width, self.bos = width, bos

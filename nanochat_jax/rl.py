@@ -97,11 +97,16 @@ def train(cfg: config.Rl) -> None:
         if steps < 1:
             raise UserError(f"--examples_per_step={cfg.examples_per_step}: {cfg.task} has only {len(task)} problems")
         answers = cfg.examples_per_step * cfg.num_samples
+        if answers % jax.device_count():
+            raise UserError(
+                f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples} answers do not divide "
+                f"over {jax.device_count()} devices"
+            )
         shape = geometry(answers * run.model.sequence_len, cfg.device_batch_size, run.model.sequence_len, run.model)
         announce(run, shape, len(task), steps)
         step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=min(answers, 64), dtype=run.dtype)
-        step, saved_at, timer = run.step, -1, Timer()
+        step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         while True:
             last = step == steps
             due = cfg.save_every > 0 and step % cfg.save_every == 0 and step > run.step
@@ -144,7 +149,7 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
     batch = as_batch(group, length, run.tokenizer.special("<|assistant_end|>"))
     run.state, results = step_fn(run.state, shape.shaped(batch, run.mesh), jnp.float32(lr_mult))
     results = {k: float(v) for k, v in results.items()}
-    if not np.isfinite(results["loss"]):
+    if not np.isfinite([results["loss"], results["grad_norm"]]).all():
         raise UserError(f"the loss is {results['loss']}: lower the learning rates; the last checkpoint is in {run.dir}")
     run.totals["tokens"] += len(group) * length
     run.totals["flops"] += len(group) * length * run.model.flops_per_token
@@ -154,8 +159,8 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
 def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
     cfg = run.cfg
     print(f"  parameters: {run.model.num_params:,}")
-    print(f"  task: {cfg.task}, {problems:,} problems; a step is {cfg.examples_per_step} of them, "
-          f"{cfg.num_samples} answers each, {shape.rows} rows x {shape.micro} micro-batches x {shape.devices} devices")  # fmt: skip
+    print(f"  task: {cfg.task}, {problems:,} problems; {cfg.examples_per_step} a step, {cfg.num_samples} answers each")
+    print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.devices} devices")
     print(f"  steps: {steps}")
     print("compiling ...", flush=True)
 
@@ -175,11 +180,12 @@ def log(run: Run, step: int, steps: int, group: list[Rollout], results: dict, lr
         "sampling_seconds": sampled,
     }  # fmt: skip
     run.log("train", step, **fields)
-    left = (steps - step) * run.totals["seconds"] / max(1, step - 1)
+    timed = max(0, step - 1)
+    eta = metrics.clock((steps - step) * run.totals["seconds"] / timed) if timed else "n/a"
     print(
         f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} | length {length:.0f} | "
-        f"truncated {fields['truncated']:.1%} | lr x{lr_mult:.4f} | sampling {sampled:.1f} s, training {trained:.1f} s | "
-        f"eta {metrics.clock(left)}",
+        f"truncated {fields['truncated']:.1%} | lr x{lr_mult:.4f} | sampling {sampled:.1f} s, training {trained:.1f} s"
+        f" | eta {eta}",
         flush=True,
     )
 
@@ -204,7 +210,6 @@ def evaluate(run: Run, engine: Engine, task, step: int) -> None:
     ])  # fmt: skip
     passed = {f"pass@{k}": float(right[:, :k].any(1).mean()) for k in range(1, cfg.eval_samples + 1)}
     run.log("val", step, n=count, **passed)
-    print(f"step {step} | {cfg.task}: " + ", ".join(f"{k} {v:.3f}" for k, v in passed.items() if k in _SHOWN), flush=True)
+    shown = ", ".join(f"{k} {v:.3f}" for k, v in passed.items() if k in ("pass@1", "pass@4", "pass@8"))
+    print(f"step {step} | {cfg.task}: {shown}", flush=True)
 
-
-_SHOWN = ("pass@1", "pass@4", "pass@8")

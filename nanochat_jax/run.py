@@ -31,7 +31,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE = {
-    "run", "model_tag", "resume", "device_type", "device_batch_size", "task_data_dir", "core_dir", "eval_every",
+    "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "core_metric_every", "core_metric_max_per_task", "sample_every",
     "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples", "eval_samples",
 }  # fmt: skip
@@ -81,9 +81,11 @@ class Run:
 
 @contextmanager
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | None]:
-    """The run `cfg` describes, locked against a second process; None if it is finished. Saves are complete on leaving."""
+    """The run `cfg` describes, locked against a second process; None if it is finished. Saves end before it does."""
+    if cfg.keep_last < 1:
+        raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
     origin = _origin(cfg)
-    tag = cfg.model_tag or config.preset_name() or (origin[0].name if origin else f"d{cfg.depth}")
+    tag = cfg.model_tag or cfg.preset or (origin[0].name if origin else f"d{cfg.depth}")
     folder = checkpoint.run_dir(cfg.stage, tag)
     identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
     with checkpoint.exclusive(folder):
@@ -94,12 +96,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             yield None
             return
         parallel.start(cfg.device_type)
-        if origin:
-            source = checkpoint.load_model(cfg.source, origin[0].name, origin[1])
-            model, tokenizer = source.config, source.tokenizer
-        else:
-            source, tokenizer = None, Tokenizer.load(config.base_dir() / "tokenizer")
-            model = cfg.gpt_config(tokenizer.vocab_size)
+        model, tokenizer = _shape_and_tokenizer(cfg, folder, step, origin)
         mesh = parallel.make_mesh()
         dtype, reason = parallel.compute_dtype(cfg.compute_dtype)
         print(f"{cfg.stage}: {folder}")
@@ -108,8 +105,8 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype,
         )  # fmt: skip
-        state, data, totals = _initial_state(cfg, model, source, optimizer, mesh, folder, step)
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(cfg).items()}
+        state, data, totals = _initial_state(cfg, model, origin, optimizer, mesh, folder, step)
+        plain = dataclasses.asdict(cfg)
         (folder / "config.json").write_text(json.dumps(plain | {"tag": tag}, indent=1), encoding="utf-8")
         run = Run(
             cfg, folder, model, tokenizer, mesh, dtype, optimizer, state, checkpoint.Saver(folder, cfg.keep_last),
@@ -123,13 +120,29 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
 
 
 def _origin(cfg: Train) -> tuple[Path, int] | None:
-    """Run and step a stage starts from: of this run's own tag where there is one, else the latest. None for base."""
+    """Run and step a stage starts from: of this run's own tag where there is one, else the preset's, else, without a
+    preset, the latest. None for base."""
     if cfg.stage == "base":
         return None
-    tag = cfg.model_tag or config.preset_name()
-    if not checkpoint.steps(checkpoint.run_dir(cfg.source, tag)):
-        tag = ""
-    return checkpoint.find(cfg.source, tag)
+    if cfg.model_tag and checkpoint.steps(checkpoint.run_dir(cfg.source, cfg.model_tag)):
+        return checkpoint.find(cfg.source, cfg.model_tag)
+    return checkpoint.find(cfg.source, cfg.preset)
+
+
+def _shape_and_tokenizer(cfg: Train, folder: Path, step: int | None, origin) -> tuple[GPTConfig, Tokenizer]:
+    """From the run itself when it goes on, else from the run before; base makes its shape of the settings."""
+    tokenizer_dir = config.base_dir() / "tokenizer"
+    if cfg.stage == "base" and step is None:
+        tokenizer = Tokenizer.load(tokenizer_dir)
+        return cfg.gpt_config(tokenizer.vocab_size), tokenizer
+    run, at = (folder, step) if step is not None else origin
+    meta = checkpoint.read_meta(run, at)
+    if cfg.stage == "base" and Tokenizer.load(tokenizer_dir).hash != meta["tokenizer"]:
+        raise UserError(
+            f"{folder} was trained with another tokenizer than the one in {tokenizer_dir}: "
+            "choose another --model_tag, or move it aside with --resume=never"
+        )
+    return GPTConfig(**meta["model"]), checkpoint.load_tokenizer(meta, run)
 
 
 def _content(cfg: Train, origin: tuple[Path, int] | None) -> str:
@@ -161,7 +174,8 @@ def _step_to_resume(cfg: Train, folder: Path, identity: dict) -> int | None:
         step = int(cfg.resume)
         wrong = checkpoint.damage(checkpoint.step_dir(folder, step))
         if wrong:
-            raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)} is {wrong}")
+            raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
+        checkpoint.abandon_after(folder, step)
     else:
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
     meta = checkpoint.read_meta(folder, step)
@@ -186,26 +200,28 @@ def _finished(folder: Path, step: int) -> bool:
     return any(r["step"] == step for r in notes)
 
 
-def _initial_state(cfg, model, source, optimizer, mesh, folder, step):
+def _initial_state(cfg: Train, model: GPTConfig, origin, optimizer, mesh, folder: Path, step: int | None):
+    """(state, position in the data or None, totals): restored, or from the stage before, or fresh."""
     everywhere = parallel.replicated(mesh)
 
     def fresh():
         params = gpt.init(model, cfg.seed)
         return TrainState(params, optimizer.init(params))
 
-    if step is None and source is None:
-        state = jax.jit(fresh, out_shardings=everywhere)()
+    totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
+    if step is None and origin is None:
         print(f"starting from scratch, seed {cfg.seed}")
-    elif step is None:
-        params = jax.device_put(source.params, everywhere)
-        state = TrainState(params, jax.jit(optimizer.init, out_shardings=everywhere)(params))
-    else:
-        abstract = jax.eval_shape(fresh)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
-        params, opt_state, data, meta = checkpoint.restore(folder, step, target.params, target.opt_state)
-        print(f"resuming at step {step}")
-        return TrainState(params, opt_state), data, meta["totals"]
-    return state, None, {"seconds": 0.0, "tokens": 0, "flops": 0}
+        return jax.jit(fresh, out_shardings=everywhere)(), None, totals
+    abstract = jax.eval_shape(fresh)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
+    if step is None:
+        run, at = origin
+        print(f"starting from {run.relative_to(config.base_dir())}, step {at}")
+        params = checkpoint.restore_params(run, at, target.params)
+        return TrainState(params, jax.jit(optimizer.init, out_shardings=everywhere)(params)), None, totals
+    params, opt_state, data, meta = checkpoint.restore(folder, step, target.params, target.opt_state)
+    print(f"resuming at step {step}")
+    return TrainState(params, opt_state), data, meta["totals"]
 
 
 def versions() -> dict:
@@ -255,3 +271,10 @@ class Timer:
         now = time.perf_counter()
         self.start, elapsed = now, now - self.start
         return elapsed
+
+    def passed(self, seconds: float) -> bool:
+        """Whether that much time has passed; then it starts anew."""
+        if time.perf_counter() - self.start < seconds:
+            return False
+        self.lap()
+        return True

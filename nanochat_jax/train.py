@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from nanochat_jax import config, dataloader, dataset, gpt, metrics, optim, parallel, tasks
-from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.loss import cross_entropy, num_chunks
 from nanochat_jax.run import Interruption, Run, Timer, TrainState, open_run
 
@@ -45,8 +45,10 @@ def make_step(model: GPTConfig, optimizer: optax.GradientTransformation, dtype, 
     def loss_sum(params, batch):
         x = gpt.hidden(params, model, batch["inputs"], dtype)
         head = params["lm_head"][: model.vocab_size]
-        weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
-        return cross_entropy(x, head, batch["targets"], weights, model.softcap, num_chunks(*batch["targets"].shape))
+        rows, time = batch["targets"].shape
+        weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
+        chunks = num_chunks(rows // jax.device_count(), time)  # shapes are global here, memory is a device's
+        return cross_entropy(x, head, batch["targets"], weights, model.softcap, chunks)
 
     def step(state: TrainState, batch: dict, lr_mult: jax.Array):
         params = state.params
@@ -109,7 +111,8 @@ def geometry(total_batch_size: int, device_batch_size: int, seq_len: int, model:
     if rest or rows < 1:
         near = max(1, round(total_batch_size / (seq_len * devices))) * seq_len * devices
         raise UserError(
-            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {devices} devices: try {near}"
+            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {devices} devices: "
+            f"try {near}"
         )
     if device_batch_size == 0:
         limit = rows_that_fit(model, seq_len)
@@ -177,7 +180,7 @@ def base_stage(run: Run) -> Stage:
         validation=lambda: dataloader.val_batches(
             source.val_files, run.tokenizer, shape.rows * shape.devices, model.sequence_len, cfg.eval_tokens,
             packing=cfg.packing, **_process(),
-        ),  # fmt: skip
+        ),
         lr_mult=lambda step, _: optim.trapezoid(
             step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac
         ),
@@ -207,7 +210,7 @@ def chat_stage(run: Run) -> Stage:
         validation=lambda: rows(
             held_out, run.tokenizer, shape.rows * shape.devices, model.sequence_len, epochs=1,
             max_rows=max(1, cfg.eval_tokens // model.sequence_len),
-        ),  # fmt: skip
+        ),
         lr_mult=lambda step, progress: cfg.init_lr_frac * (optim.late_decay if mid else optim.linear_decay)(progress),
         facts={
             "conversations": f"{len(task):,} of {length:.0f} tokens ({', '.join(cfg.mixture)})",
@@ -232,12 +235,16 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         announce(run, stage)
         step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
         log = StepLog(run, stage)
-        step, ended, saved_at, evaluated_at = run.step, False, -1, -1
+        evaluations = evaluations_of(cfg)
+        step, ended = run.step, False
+        saved_at = run.step if run.data is not None else -1
+        evaluated_at = -1
         while True:
             last = ended or step == stage.steps
-            # Save first: whatever goes wrong below, the weights are safe.
-            due = cfg.save_every > 0 and step % cfg.save_every == 0 and step > run.step
-            if (due or last or interruption.signal) and saved_at != step:
+            due = [e for e in evaluations if e.due(step, last)] if evaluated_at != step else []
+            # Save before evaluating: whatever goes wrong below, the weights are safe.
+            to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or any(e.risky for e in due)
+            if (last or interruption.signal or (to_save and step > 0)) and saved_at != step:
                 log.flush()
                 run.save(step, stage.loader.state())
                 saved_at = step
@@ -245,9 +252,10 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")
                 raise SystemExit(128 + interruption.signal)
-            if evaluated_at != step:
-                log.flush() if last else None
-                evaluate(run, stage, step, last)
+            if due:
+                log.flush()
+                for evaluation in due:
+                    evaluation.run(run, stage, step)
                 evaluated_at = step
                 log.timer.lap()
             if last:
@@ -283,6 +291,7 @@ def announce(run: Run, stage: Stage) -> None:
         "parameters": f"{model.num_params:,}",
         "FLOPs a token": f"{model.flops_per_token:.3e}",
         "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}",
+        "mesh": ", ".join(f"{name}={size}" for name, size in run.mesh.shape.items()),
         "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
         **stage.facts,
     }
@@ -323,9 +332,9 @@ class StepLog:
         loss, grad_norm = float(results["loss"]), float(results["grad_norm"])
         dt = self.timer.lap() + waited if self.timed else None
         self.timed = True
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"the loss is {loss} at step {step}: lower the learning rates; "
+                f"the loss is {loss}, its gradient's norm {grad_norm} at step {step}: lower the learning rates; "
                 f"the last good checkpoint is kept in {self.run.dir}"
             )
         tokens = self.stage.geometry.tokens
@@ -345,7 +354,7 @@ class StepLog:
             "train", step, loss=loss, lr_mult=lr_mult, grad_norm=grad_norm, dt=dt, tok_per_s=speed, mfu=mfu,
             loader_wait=waited, counted=int(results["count"]), **known,
         )  # fmt: skip
-        if step in (1, self.stage.steps) or time_to(self._since_print, self.print_every):
+        if step in (1, self.stage.steps) or self._since_print.passed(self.print_every):
             self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress)
 
     def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress) -> None:
@@ -361,40 +370,39 @@ class StepLog:
     def _eta(self, step: int, progress: float) -> str:
         if not self._steps_timed:
             return "n/a"
-        done = max(1, step - self.run.step)
-        left = self.stage.steps - step if self.stage.steps else done * (1 - progress) / max(progress, 1e-6)
+        left = self.stage.steps - step if self.stage.steps else step * (1 - progress) / max(progress, 1e-6)
         return metrics.clock(left * self._seconds_timed / self._steps_timed)
-
-
-def time_to(timer: Timer, seconds: float) -> bool:
-    """True, and the timer starts anew, once `seconds` have passed."""
-    import time
-
-    if time.perf_counter() - timer.start < seconds:
-        return False
-    timer.lap()
-    return True
 
 
 # -----------------------------------------------------------------------------
 # From time to time
 
 
-def evaluate(run: Run, stage: Stage, step: int, last: bool) -> None:
-    """What is due at this step: validation loss, CORE and samples (base), tasks (sft)."""
-    cfg = run.cfg
+@dataclass(frozen=True)
+class Evaluation:
+    """Something to do every so many steps and at the end. `risky` ones (they load data, they generate) are preceded by
+    a checkpoint. every < 1: never, or at the end alone where `at_end`."""
 
-    def due(every: int, at_zero: bool = False) -> bool:
-        return every > 0 and (last or (step % every == 0 and (at_zero or step > 0)))
+    run: Callable[[Run, Stage, int], None]
+    every: int
+    risky: bool = True
+    at_start: bool = False
+    at_end: bool = False
 
-    if last or due(cfg.eval_every, at_zero=True):
-        validate(run, stage, step)
-    if cfg.stage == "base" and due(cfg.core_metric_every):
-        core_metric(run, step)
-    if cfg.stage == "base" and due(cfg.sample_every):
-        sample(run, step)
-    if cfg.stage == "sft" and due(cfg.eval_metrics_every):
-        task_metrics(run, step)
+    def due(self, step: int, last: bool) -> bool:
+        if self.every < 1:
+            return self.at_end and last
+        return last or (step % self.every == 0 and (step > 0 or self.at_start))
+
+
+def evaluations_of(cfg: Train) -> list[Evaluation]:
+    """Validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
+    all_stages = [Evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
+    if cfg.stage == "base":
+        return [*all_stages, Evaluation(core_metric, cfg.core_metric_every), Evaluation(sample, cfg.sample_every)]
+    if cfg.stage == "sft":
+        return [*all_stages, Evaluation(task_metrics, cfg.eval_metrics_every)]
+    return all_stages
 
 
 def validate(run: Run, stage: Stage, step: int) -> None:
@@ -407,7 +415,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
     print(f"step {step} | validation bits per byte {bpb:.6f}", flush=True)
 
 
-def core_metric(run: Run, step: int) -> None:
+def core_metric(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals import core
 
     try:
@@ -423,7 +431,7 @@ def core_metric(run: Run, step: int) -> None:
     print(f"step {step} | CORE {result.core:.4f}", flush=True)
 
 
-def sample(run: Run, step: int) -> None:
+def sample(run: Run, stage: Stage, step: int) -> None:
     """What the model makes of seven prompts, greedily."""
     for prompt, text in complete(run.state.params, run.model, run.tokenizer, run.dtype):
         run.log("sample", step, task=prompt, text=text)
@@ -444,7 +452,7 @@ def complete(params, model: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -
     return [(p, tokenizer.decode(a[0].ids)) for p, a in zip(SAMPLE_PROMPTS, answers, strict=True)]
 
 
-def task_metrics(run: Run, step: int) -> None:
+def task_metrics(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals import chat
 
     for name in run.cfg.eval_metrics_tasks.split("|"):

@@ -12,8 +12,6 @@ import sys
 
 from nanochat_jax import config
 
-STAGES = {"base": config.Base, "mid": config.Mid, "sft": config.Sft, "rl": config.Rl}
-
 
 def main(cfg: config.Train) -> None:
     if cfg.stage == "rl":
@@ -30,14 +28,14 @@ def chosen_stage() -> type[config.Train]:
         if name == "--stage":
             value = value if eq else "".join(sys.argv[i + 1 : i + 2])
             del sys.argv[i : i + (1 if eq else 2)]
-            if value in STAGES:
-                return STAGES[value]
-            print(f"error: --stage={value}: must be one of {', '.join(STAGES)}", file=sys.stderr)
+            if value in config.TRAINING:
+                return config.TRAINING[value]
+            print(f"error: --stage={value}: must be one of {', '.join(config.STAGES)}", file=sys.stderr)
             sys.exit(2)
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         sys.exit(0)
-    print(f"error: --stage is missing: must be one of {', '.join(STAGES)}", file=sys.stderr)
+    print(f"error: --stage is missing: must be one of {', '.join(config.STAGES)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -43,7 +43,7 @@ def test_mixtures_on_the_command_line():
 def test_presets_are_good_for_every_command(name):
     for cls in config.COMMANDS:
         parse(cls, [f"--config={name}"])
-    assert config.preset_name(["--seed=1", f"--config=configs/{name}.toml"]) == name
+    assert parse(config.Sft, ["--seed=1", f"--config=configs/{name}.toml"]).preset == name
 
 
 @pytest.mark.parametrize(

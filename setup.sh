@@ -39,19 +39,19 @@ make_environment() {
         [ -n "$missing" ] || return 0
         wanted=$(echo "${have#* } $wanted" | xargs)
     fi
+    if [ "${have%% *}" != "$source" ]; then
+        command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
+    fi
+    command -v uv >/dev/null || usable || python=$(find_python) || exit 2
     echo "== setting up .venv [$wanted]: a few minutes, once"
     if command -v uv >/dev/null; then
         usable || uv venv --quiet --clear --seed --python '>=3.11' .venv
         install() { uv pip install --quiet --python .venv/bin/python "$@"; }
     else
-        if ! usable; then
-            python=$(find_python) || exit 2
-            "$python" -m venv --clear .venv
-        fi
+        usable || "$python" -m venv --clear .venv
         install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
     fi
     if [ "${have%% *}" != "$source" ]; then
-        command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
         # The tokenizer's crate compiles, in release mode, while the Python packages download.
         wheels=$(mktemp -d)
         .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$wheels" ./rustbpe &

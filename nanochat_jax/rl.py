@@ -91,8 +91,8 @@ def train(cfg: config.Rl) -> None:
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
-        task = tasks.load(cfg.task, "train", data_dir=cfg.task_data_dir)
-        held_out = tasks.load(cfg.task, "test", data_dir=cfg.task_data_dir)
+        task = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "train", cfg.task_data_dir)
+        held_out = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "test", cfg.task_data_dir)
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step
         if steps < 1:
             raise UserError(f"--examples_per_step={cfg.examples_per_step}: {cfg.task} has only {len(task)} problems")

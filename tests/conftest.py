@@ -1,11 +1,14 @@
 """Strict settings for every test, and the way to test data that does not live in the repository."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# On the CPU, unless the tests for a GPU are asked for.
+if "gpu" not in sys.argv:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 

@@ -1,0 +1,45 @@
+"""What only an NVIDIA GPU can show: bash tests/run.sh -m gpu."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import attention, gpt, optim
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.run import TrainState
+from nanochat_jax.train import make_step, rows_that_fit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU"),
+]
+
+
+def test_flash_attention_equals_the_blocks_forward_and_backward(monkeypatch):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 256, h, 128), jnp.bfloat16) for i, h in enumerate((4, 2, 2)))
+
+    def run():
+        return jax.value_and_grad(lambda *a: attention.causal_attention(*a).astype(jnp.float32).var(), (0, 1, 2))(q, k, v)
+
+    flash = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "other")
+    for a, b in zip(jax.tree.leaves(flash), jax.tree.leaves(run()), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=2e-2)
+
+
+def test_bfloat16_training_step_falls_on_random_tokens():
+    cfg = GPTConfig(n_layer=4, n_head=2, n_kv_head=2, n_embd=256, vocab_size=1024, sequence_len=256)
+    tx = optim.make_optimizer(256, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, dtype=jnp.bfloat16)
+    params = gpt.init(cfg)
+    state, step = TrainState(params, tx.init(params)), make_step(cfg, tx, jnp.bfloat16)
+    ids = jax.random.randint(jax.random.key(0), (1, 8, 257), 0, 1024)
+    losses = []
+    for _ in range(20):
+        state, results = step(state, {"inputs": ids[..., :-1], "targets": ids[..., 1:]}, jnp.float32(1))
+        losses.append(float(results["loss"]))
+    assert losses[-1] < losses[0] - 1
+
+
+def test_automatic_batch_is_sensible_for_this_memory():
+    assert 1 <= rows_that_fit(GPTConfig(20, 10, 10, 1280, 65536, 2048), 2048) <= 512

@@ -1,0 +1,62 @@
+"""Rollouts become rows: what is trained on, with which weight, and in which order problems come."""
+
+import numpy as np
+import pytest
+
+from nanochat_jax import rl
+from nanochat_jax.config import Rl
+from nanochat_jax.engine.engine import Sample
+
+PAD = 99
+
+
+def rollout(prompt, ids, mask, reward, advantage):
+    sample = Sample(ids=ids, mask=mask, logprobs=[0.0] * len(ids), finish_reason="stop")
+    return rl.Rollout(prompt, sample, reward, advantage)
+
+
+def test_prompt_forced_tokens_and_padding_are_not_trained_on_and_the_end_is():
+    group = [rollout([1, 2, 3], [10, 11, 12, 13], [1, 0, 0, 1], 1.0, 0.5), rollout([1], [20, 21], [1, 1], 0.0, -0.5)]
+    batch = rl.as_batch(group, 8, PAD)
+    np.testing.assert_array_equal(batch["inputs"][0], [1, 2, 3, 10, 11, 12, 13, PAD])
+    np.testing.assert_array_equal(batch["targets"][0], [-1, -1, 10, -1, -1, 13, -1, -1])  # 13 ends the answer
+    np.testing.assert_array_equal(batch["targets"][1], [20, 21, -1, -1, -1, -1, -1, -1])
+    np.testing.assert_array_equal(batch["weights"][:, 0], [0.5, -0.5])
+
+
+def test_advantages_are_rewards_minus_the_mean_of_the_group():
+    class Task:
+        def __getitem__(self, i):
+            return i
+
+        def reward(self, problem, text):
+            return float(text.startswith(str(problem)))
+
+    class Tokenizer:
+        def render_for_completion(self, problem, max_tokens):
+            return [problem]
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    class Engine:
+        cfg = type("Cfg", (), {"sequence_len": 64})
+
+        def run(self, requests):
+            assert all(r.n == 4 and r.temperature == 1.0 for r in requests)
+            assert len({r.seed for r in requests}) == len(requests)
+            answers = [[Sample([first, 0], [1, 1], [0.0, 0.0], "stop") for first in (7, 7, 7, 5)] for _ in requests]
+            return answers
+
+    cfg = Rl(num_samples=4, max_new_tokens=8)
+    group = rl.rollouts(Engine(), Tokenizer(), Task(), [7, 5, 3], cfg, seed=0)
+    assert [r.reward for r in group] == [1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert [r.advantage for r in group] == [0.25] * 3 + [-0.75] + [-0.25] * 3 + [0.75] + [0.0] * 4
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 4), (3, 8), (5, 5)])
+def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(size, count):
+    walk = [i for step in range(2 * size) for i in rl.problems_of(step, size, count, seed=1)]
+    for epoch in range(len(walk) // size):
+        assert sorted(walk[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert walk != [i for step in range(2 * size) for i in rl.problems_of(step, size, count, seed=2)]

@@ -1,0 +1,150 @@
+"""The road's shell: what is done once, what is done again, and what it says where it cannot go on.
+
+The real speedrun_jax.sh and setup.sh run here over a copy of the tree's shell scripts in which `python` is a stub that
+notes how it was called and leaves the files that the road looks for.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+
+STUB = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in
+    *scripts.train*) stage=$(sed 's/.*--stage=\\([a-z]*\\).*/\\1/' <<< "$*")
+        step=$NANOCHAT_BASE_DIR/${stage}_checkpoints/cpu/step_000001
+        [ -e "$step/manifest.json" ] || { mkdir -p "$step"; echo {} > "$step/manifest.json"; } ;;
+    *tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer"
+        [ -e "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ] || echo {} > "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ;;
+    *"report reset"*) mkdir -p "$NANOCHAT_BASE_DIR/report"; echo {} > "$NANOCHAT_BASE_DIR/report/start.json" ;;
+esac
+[[ -z "${FAIL:-}" || "$*" != *"$FAIL"* ]] || exit 2
+"""
+
+
+@pytest.fixture
+def road(tmp_path):
+    """road(*arguments, **environment) -> (process, the python commands it ran)."""
+    tree = tmp_path / "tree"
+    (tree / "bin").mkdir(parents=True)
+    for name in ("speedrun_jax.sh", "configs"):
+        source = tiny.REPOSITORY / name
+        shutil.copytree(source, tree / name) if source.is_dir() else shutil.copy(source, tree / name)
+    (tree / "setup.sh").write_text('PATH="$PWD/bin:$PATH"\n')
+    (tree / "bin" / "python").write_text(STUB)
+    (tree / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    for stub in (tree / "bin").iterdir():
+        stub.chmod(0o755)
+
+    def run(*arguments: str, **environment: str):
+        calls = tmp_path / "calls"
+        calls.unlink(missing_ok=True)
+        env = os.environ | {
+            "CALLS": str(calls), "NANOCHAT_BASE_DIR": str(tmp_path / "made"), "PATH": f"{tree}/bin:{os.environ['PATH']}",
+        } | environment  # fmt: skip
+        process = subprocess.run(
+            ["bash", str(tree / "speedrun_jax.sh"), *arguments], cwd=tmp_path, env=env, capture_output=True, text=True,
+            timeout=60,
+        )  # fmt: skip
+        return process, calls.read_text().splitlines() if calls.exists() else []
+
+    run.base = tmp_path / "made"
+    return run
+
+
+def stages(calls: list[str]) -> list[str]:
+    return [c.split("--stage=")[1].split()[0] for c in calls if "--stage=" in c]
+
+
+def judged(calls: list[str]) -> list[str]:
+    return [c for c in calls if "chat_eval" in c or "base_loss" in c or "base_eval" in c or "tok_eval" in c]
+
+
+def test_the_whole_road_in_order(road):
+    process, calls = road()
+    assert process.returncode == 0, process.stderr
+    assert "preset cpu: no NVIDIA GPU" in process.stdout and "CORE skipped" in process.stdout
+    assert stages(calls) == ["base", "mid", "sft", "rl"]
+    assert len(judged(calls)) == 5
+    assert "chat_cli" in calls[-1] and "scripts.chat_web" in process.stdout
+
+
+def test_second_time_nothing_is_judged_again(road):
+    road()
+    process, calls = road()
+    assert process.returncode == 0 and judged(calls) == [] and not any("report reset" in c for c in calls)
+
+
+def test_new_checkpoint_is_judged_again(road):
+    road()
+    manifest = road.base / "sft_checkpoints" / "cpu" / "step_000002" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text("{}")
+    later = (road.base / "road" / "cpu" / "chat_eval_sft").stat().st_mtime + 10
+    os.utime(manifest, (later, later))
+    _, calls = road()
+    assert ["-i sft" in c for c in judged(calls)] == [True]
+
+
+def test_failure_ends_the_road_and_is_not_marked_as_done(road):
+    process, calls = road(FAIL="chat_eval -i mid")
+    assert process.returncode == 2 and stages(calls) == ["base", "mid"]
+    process, calls = road()
+    assert process.returncode == 0 and len(judged(calls)) == 3  # mid, sft, rl; what was judged before is not again
+
+
+def test_core_is_run_where_its_bundle_is(road, tmp_path):
+    (tmp_path / "core").mkdir()
+    process, calls = road(CORE_DIR="core")  # relative to where the caller is
+    assert process.returncode == 0
+    assert any("base_eval" in c and f"--core_dir={tmp_path / 'core'}" in c for c in calls)
+
+
+def test_fresh_moves_everything_aside(road):
+    road()
+    process, calls = road("--fresh")
+    assert "starting over" in process.stdout and len(judged(calls)) >= 4
+    (old,) = road.base.glob("before-*")
+    assert (old / "sft_checkpoints" / "cpu" / "step_000001" / "manifest.json").exists()
+    assert any("tok_train" in c and "--fresh" in c for c in calls)
+
+
+@pytest.mark.parametrize("arguments", [["d99"], ["--quick"]])
+def test_unknown_preset_or_option_is_one_line(road, arguments):
+    process, calls = road(*arguments)
+    assert process.returncode == 2 and calls == []
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+
+
+def test_help_from_another_folder(road):
+    process, _ = road("--help")
+    assert process.returncode == 0 and "--fresh" in process.stdout
+
+
+def test_setup_names_what_is_missing(tmp_path):
+    """Without cargo, and without a new enough Python: one line each, and what to install."""
+    tree = tmp_path / "tree"
+    (tree / "bin").mkdir(parents=True)
+    shutil.copy(tiny.REPOSITORY / "setup.sh", tree)
+    for name in ("pyproject.toml", "rustbpe"):
+        source = Path(tiny.REPOSITORY / name)
+        ignore = shutil.ignore_patterns("target")
+        shutil.copytree(source, tree / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tree / name)
+    for tool in ("bash", "cat", "cut", "sha256sum", "xargs", "head", "env", "sed", "mktemp", "rm", "dirname", "echo"):
+        (tree / "bin" / tool).symlink_to(shutil.which(tool))
+
+    def attempt():
+        command = ["bash", "-c", "set -euo pipefail; source setup.sh"]
+        env = {"PATH": str(tree / "bin"), "HOME": str(tmp_path)}
+        return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=120)
+
+    without_cargo = attempt()
+    assert without_cargo.returncode == 2 and "error: cargo is missing: install Rust" in without_cargo.stderr
+    (tree / "bin" / "cargo").symlink_to("/bin/true")
+    without_python = attempt()
+    assert without_python.returncode == 2 and "error: Python 3.11 or newer" in without_python.stderr
+    assert not (tree / ".venv").exists()

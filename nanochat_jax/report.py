@@ -222,7 +222,9 @@ def _summary(runs: dict[str, Run], start: dict) -> str:
     header = [f"{COLUMNS[s]} ({runs[s].tag})" if s in runs else COLUMNS[s] for s in STAGES]
     rows = [["bits per byte", *(_bpb(runs[s]) if s in runs else "-" for s in STAGES)]]
     for name in (*METRICS, *sorted(others)):
-        rows.append([name, *(_cell(runs[s], scores[s], name) if s in runs else "-" for s in STAGES)])
+        cells = [_cell(runs[s], scores[s], name) if s in runs else "-" for s in STAGES]
+        if name in ("CORE", "ChatCORE") or set(cells) != {"-"}:
+            rows.append([name, *cells])
     lines = [_table(["Metric", *header], rows), "Each score with its standard error and the number of problems.\n"]
     if runs:
         total, without_rl = _wall_time(runs, start)

@@ -20,7 +20,8 @@ def test_flash_attention_equals_the_blocks_forward_and_backward(monkeypatch):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 256, h, 128), jnp.bfloat16) for i, h in enumerate((4, 2, 2)))
 
     def run():
-        return jax.value_and_grad(lambda *a: attention.causal_attention(*a).astype(jnp.float32).var(), (0, 1, 2))(q, k, v)
+        spread = lambda *qkv: attention.causal_attention(*qkv).astype(jnp.float32).var()  # noqa: E731
+        return jax.value_and_grad(spread, (0, 1, 2))(q, k, v)
 
     flash = run()
     monkeypatch.setattr(jax, "default_backend", lambda: "other")

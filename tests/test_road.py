@@ -43,9 +43,8 @@ def road(tmp_path):
     def run(*arguments: str, **environment: str):
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
-        env = os.environ | {
-            "CALLS": str(calls), "NANOCHAT_BASE_DIR": str(tmp_path / "made"), "PATH": f"{tree}/bin:{os.environ['PATH']}",
-        } | environment  # fmt: skip
+        path = f"{tree}/bin:{os.environ['PATH']}"
+        env = os.environ | {"CALLS": str(calls), "NANOCHAT_BASE_DIR": str(run.base), "PATH": path} | environment
         process = subprocess.run(
             ["bash", str(tree / "speedrun_jax.sh"), *arguments], cwd=tmp_path, env=env, capture_output=True, text=True,
             timeout=60,

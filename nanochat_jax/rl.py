@@ -158,9 +158,10 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
 
 def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
     cfg = run.cfg
-    print(f"  parameters: {run.model.num_params:,}")
+    print(f"  parameters: {run.model.num_params:,}, FLOPs a token: {run.model.flops_per_token:.3e}")
     print(f"  task: {cfg.task}, {problems:,} problems; {cfg.examples_per_step} a step, {cfg.num_samples} answers each")
-    print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.devices} devices")
+    mesh = ", ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
+    print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.devices} devices (mesh {mesh})")
     print(f"  steps: {steps}")
     print("compiling ...", flush=True)
 

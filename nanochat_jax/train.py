@@ -298,6 +298,7 @@ def announce(run: Run, stage: Stage) -> None:
     if stage.steps:
         facts["total FLOPs"] = f"{stage.steps * g.tokens * model.flops_per_token:.3e}"
     peak = parallel.peak_flops()
+    facts["expected time"] = "n/a: this device's peak is not known; see the eta below"
     if stage.steps and peak:
         seconds = stage.steps * g.tokens * model.flops_per_token / (0.5 * peak)
         facts["expected time"] = f"{metrics.clock(seconds)} at an MFU of 50%"

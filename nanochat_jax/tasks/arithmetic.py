@@ -33,7 +33,12 @@ THINGS = _THINGS.split()
 BOXES = (
     ("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("pack", "packs"), ("jar", "jars"), ("tray", "trays"),
 )  # fmt: skip
-SCENES = ("It is a sunny day.", "It is a cold morning.", "School is over for today.", "Here is a small problem.")
+SCENES = (
+    "It is a sunny day.", "It is a cold morning.", "School is over for today.", "Here is a small problem.",
+    "It is late.", "Read this with care.", "This is an easy one.", "Listen to this story.",
+)  # fmt: skip
+OPENINGS = ("Hi!", "Hello,", "Question:", "A quick question:", "Please help me.", "Now this:", "Next:", "And then?")
+UNRELATED = 0.2  # of the problems begin with words that have nothing to do with them, so that those are read over
 
 
 def held_out(a: int, op: str, b: int) -> bool:
@@ -85,10 +90,10 @@ class Sums(_Arithmetic):
             op = "/"
         story = PLAIN[op] if plain else rng.choice(ONE_STEP[op])
         text = tell(story, self.split, rng)
+        if rng.random() < UNRELATED:
+            text = f"{rng.choice(OPENINGS if plain else SCENES)} {text}"
         if plain:
             text = _carelessly(text, rng)
-        elif rng.random() < 0.1:
-            text = f"{rng.choice(SCENES)} {text}"
         while True:
             a, b = _pair(op, rng)
             # A story counts things: nobody gives away more than there are, and "1 apples" is no English.
@@ -105,7 +110,7 @@ class TwoStep(_Arithmetic):
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
         story = rng.choice(TWO_STEP)
         text = tell(story, self.split, rng)
-        if rng.random() < 0.1:
+        if rng.random() < UNRELATED:
             text = f"{rng.choice(SCENES)} {text}"
         while True:
             numbers = _draw(story, rng)

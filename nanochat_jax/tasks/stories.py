@@ -117,10 +117,10 @@ GRAMMAR: dict[str, tuple[Alternatives, Alternatives]] = {
     "gained": _one("gain"), "lost": _one("lose"),
     "gain_gain": _two("gain", "gain"), "gain_lose": _two("gain", "lose"),
     "lose_gain": _two("lose", "gain"), "lose_lose": _two("lose", "lose"),
-    # Plain questions: ways to write a sum, and ways to ask for it.
-    "add": (("{} + {}", "{} + {}", "{}+{}", "{} plus {}", "the sum of {} and {}"), ("{} added to {}",)),
-    "subtract": (("{} - {}", "{} - {}", "{}-{}", "{} minus {}"), ("the difference {} - {}",)),
-    "multiply": (("{} * {}", "{} * {}", "{}*{}", "{} x {}", "{} times {}"), ("{} multiplied by {}",)),
+    # Plain questions: ways to write a sum; what testing holds out are ways to ask for it.
+    "add": (("{} + {}", "{} + {}", "{}+{}", "{} plus {}", "the sum of {} and {}", "{} added to {}"), ()),
+    "subtract": (("{} - {}", "{} - {}", "{}-{}", "{} minus {}", "the difference {} - {}"), ()),
+    "multiply": (("{} * {}", "{} * {}", "{}*{}", "{} x {}", "{} times {}", "{} multiplied by {}"), ()),
     "divide": (("{} / {}", "{} / {}", "{}/{}", "{} divided by {}"), ()),
 }  # fmt: skip
 
@@ -183,7 +183,8 @@ SUBTRACTIONS = (
     Story(("<start> {m} takes {} of them. <left>",), ("<start> {m} takes away {} of them. <left>",), ("x-y",), "{t}"),
     Story(("{n} has {} {t} and {m} has {} {t}. How many more {t} does {n} have than {m}?",
            "{n} has {} {t}. {m} has {}. How many more does {n} have than {m}?",
-           "{n} has {} {t}. {m} has {} {t}. How many more {t} does {n} have than {m}?"),
+           "{n} has {} {t}. {m} has {} {t}. How many more {t} does {n} have than {m}?",
+           "{n} has {} {t} and {m} has {} {t}. How many more {t} does {n} have?"),
           ("{n} has {} {t}. {m} has {} {t}. How many more {t} does {n} have?",), ("x-y",), "{t}"),
     Story(("{n} has {} dollars and spends {} dollars on a book. <money_left>",
            "{n} has {} dollars. {He} buys a hat for {} dollars. <money_left>"),

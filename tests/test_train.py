@@ -184,8 +184,8 @@ def test_second_process_on_the_same_run_is_refused(world):
     assert result.stderr.count("\n") == 1 and "another process is training" in result.stderr
 
 
-def test_stage_without_its_predecessor_names_the_command(world):
-    result = tiny.run("sft", world, model_tag="orphan")
+def test_stage_without_its_predecessor_names_the_command(tmp_path):
+    result = tiny.run("sft", tmp_path, model_tag="orphan")
     assert result.returncode == 2
     assert "no mid checkpoint under" in result.stderr and "scripts.train --stage=mid" in result.stderr
 

@@ -159,6 +159,9 @@ GRAMMAR: dict[str, Choices] = {
     "multiply": (("{} * {}", "{} * {}", "{}*{}", "{} x {}", "{} times {}", "{} multiplied by {}"), (), ()),
     "divide": (("{} / {}", "{} / {}", "{}/{}", "{} divided by {}"), (), ()),
 }  # fmt: skip
+# Of more than two people: none of them is named.
+_train, _val, _test = (tuple(s for s in ways if "{n}" not in s) for ways in GRAMMAR["together"])
+GRAMMAR["all_together"] = (_train, _val, _test)
 
 
 def _plain(symbol: str, step: str, *train: str) -> Story:

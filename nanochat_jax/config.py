@@ -311,6 +311,7 @@ class ChatEval(Load):
     table: ClassVar[str] = "eval"
     source: str = setting("", "stage: mid, sft or rl (required)")
     task_name: str = setting("", "tasks joined by | (default: all six of ChatCORE)")
+    split: str = setting("test", "test, or val: what settings may be chosen by")
     temperature: float = setting(0.0, "sampling temperature (0: greedy)")
     max_new_tokens: int = setting(512, "longest answer in tokens")
     num_samples: int = setting(1, "answers a problem; one right is a pass")

@@ -92,7 +92,7 @@ def train(cfg: config.Rl) -> None:
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
         task = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "train", cfg.task_data_dir)
-        held_out = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "test", cfg.task_data_dir)
+        held_out = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "val", cfg.task_data_dir)
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step
         if steps < 1:
             raise UserError(f"--examples_per_step={cfg.examples_per_step}: {cfg.task} has only {len(task)} problems")

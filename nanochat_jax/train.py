@@ -192,7 +192,7 @@ def chat_stage(run: Run) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
     cfg, model, mid = run.cfg, run.model, run.cfg.stage == "mid"
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
-    held_out = tasks.mixture(cfg.val_mixture, "test", cfg.task_data_dir)
+    held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     total = cfg.total_batch_size
     if not total:  # finetuning: as many rows as hold that many conversations on average
@@ -457,7 +457,7 @@ def task_metrics(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals import chat
 
     for name in run.cfg.eval_metrics_tasks.split("|"):
-        task = tasks.load(name, "test", data_dir=run.cfg.task_data_dir)
+        task = tasks.load(name, "val", data_dir=run.cfg.task_data_dir)
         score = chat.evaluate(
             run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
             dtype=run.dtype,

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from nanochat_jax import checkpoint, config, metrics
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
+from nanochat_jax.files import read_json, write_text
 from nanochat_jax.metrics import clock
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
@@ -90,15 +91,7 @@ def find_run(stage: str, tag: str = "") -> Run | None:
     records = [r for r in metrics.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
     steps = checkpoint.steps(folder)
     meta = checkpoint.read_meta(folder, steps[-1]) if steps else {}
-    return Run(stage, folder.name, folder, records, _read_json(folder / "config.json"), meta)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return Run(stage, folder.name, folder, records, read_json(folder / "config.json"), meta)
 
 
 # -----------------------------------------------------------------------------
@@ -166,7 +159,7 @@ def _git() -> str:
 def reset() -> Path:
     """Remembers now as the start, and the machine."""
     path = base_dir() / "report" / "start.json"
-    _write(path, json.dumps({"time": time.time(), "environment": environment()}, indent=1) + "\n")
+    write_text(path, json.dumps({"time": time.time(), "environment": environment()}, indent=1) + "\n")
     return path
 
 
@@ -183,27 +176,20 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
         raise UserError(f"nothing to report on: {base_dir()} does not hold {where} yet")
     folder = base_dir() / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    start = _read_json(folder / "start.json")
+    start = read_json(folder / "start.json")
     plots, remark = _plots(runs, folder)
 
     parts = ["# nanochat report\n", _header(start), "## Summary\n", _summary(runs, start), remark]
     parts += [_tokenizer(tokenizer)] if tokenizer else []
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
-    _write(folder / "report.md", text)
+    write_text(folder / "report.md", text)
     # The copy shows the same pictures, by their place relative to it.
     for plot in plots.values():
         there = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
         text = text.replace(f"]({plot})", f"]({there})")
-    _write(output, text)
+    write_text(output, text)
     return folder / "report.md"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _header(start: dict) -> str:

@@ -69,6 +69,11 @@ class Sample:
     logprobs: list[float]
     finish_reason: str
 
+    @property
+    def content(self) -> list[int]:
+        """The ids without the token that ended them."""
+        return self.ids[:-1] if self.finish_reason == "stop" else self.ids
+
 
 # -----------------------------------------------------------------------------
 # On the device

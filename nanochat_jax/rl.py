@@ -19,6 +19,8 @@ from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run
 from nanochat_jax.train import Geometry, geometry, make_step
 
+SLOTS = 64  # answers a device generates at once
+
 # -----------------------------------------------------------------------------
 # Rollouts
 
@@ -100,7 +102,8 @@ def train(cfg: config.Rl) -> None:
         shape = geometry(answers * run.model.sequence_len, cfg.device_batch_size, run.model.sequence_len, run.model)
         announce(run, shape, len(task), steps)
         step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
-        engine = Engine(run.state.params, run.model, run.tokenizer, slots=min(answers, 64), dtype=run.dtype)
+        slots = min(answers, SLOTS * jax.device_count())  # divides by the devices, since the answers do
+        engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         while True:
             last = step == steps

@@ -145,6 +145,21 @@ def test_eight_devices_compute_what_one_does(world):
     np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=2e-4)
 
 
+@pytest.mark.slow
+def test_eight_devices_sample_what_one_does(world, ancestors):
+    """Answers, rewards and the first policy-gradient step; each device decodes its share of the answers."""
+    ancestors("rl")
+    for devices in (1, 8):
+        result = tiny.run("rl", world, devices, model_tag=f"on{devices}", device_batch_size=1, num_iterations=2)
+        assert result.returncode == 0, result.stderr
+    one, eight = (
+        [r for r in metrics.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
+    )
+    for name in ("reward", "sequence_length", "truncated", "zero_advantage"):
+        assert [r[name] for r in one] == [r[name] for r in eight]
+    assert eight[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4, abs=1e-6)
+
+
 def test_finished_run_is_left_alone_and_a_different_one_refused(world, capsys):
     cfg = tiny.base_config(model_tag="twice", num_iterations=2)
     train(cfg)

@@ -3,13 +3,15 @@
     python -m nanochat_jax.report reset       remember the start and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
-Of each stage the most recently saved run is taken, or the one of --model_tag. A stage without a run is left out. Plots
-are PNG files beside the report in the base folder and need matplotlib; without it they are skipped.
+Of each stage the most recently saved run is taken. With --model_tag=TAG both commands mean the runs of that name, and
+work in report/TAG: every run has a start of its own. A stage without a run is left out. Plots are PNG files beside the
+report in the base folder and need matplotlib; without it they are skipped.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,7 +30,6 @@ from nanochat_jax.metrics import clock
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 COLUMNS = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
-CLASSES = {"base": config.Base, "mid": config.Mid, "sft": config.Sft, "rl": config.Rl}
 ALWAYS_SHOWN = ("depth", "max_seq_len", "total_batch_size", "matrix_lr", "embedding_lr", "unembedding_lr", "mixture",
                 "task", "init_lr_frac", "num_epochs", "target_param_data_ratio", "packing", "seed")  # fmt: skip
 NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
@@ -156,11 +157,23 @@ def _git() -> str:
         return "not a git checkout"
 
 
-def reset() -> Path:
-    """Remembers now as the start, and the machine."""
-    path = base_dir() / "report" / "start.json"
-    write_text(path, json.dumps({"time": time.time(), "environment": environment()}, indent=1) + "\n")
+def reset(tag: str = "") -> Path:
+    """Remembers now as the start of the runs called `tag`, and the machine."""
+    path = _folder(tag) / "start.json"
+    write_text(path, json.dumps({"time": round(time.time(), 3), "environment": environment()}, indent=1) + "\n")
     return path
+
+
+def _start(folder: Path, runs: dict[str, Run]) -> dict:
+    """The reset these runs began with; {} if there was none before their first record."""
+    start = read_json(folder / "start.json")
+    first = min((run.span[0] for run in runs.values() if run.span[0]), default=math.inf)
+    return start if start.get("time", 0.0) <= first else {}
+
+
+def _folder(tag: str) -> Path:
+    """Where the report of the runs called `tag` and its start belong."""
+    return base_dir() / "report" / tag
 
 
 # -----------------------------------------------------------------------------
@@ -174,9 +187,9 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     if not runs and not tokenizer:
         where = f"a run called {tag!r}" if tag else "a tokenizer or a run"
         raise UserError(f"nothing to report on: {base_dir()} does not hold {where} yet")
-    folder = base_dir() / "report"
+    folder = _folder(tag)
     folder.mkdir(parents=True, exist_ok=True)
-    start = read_json(folder / "start.json")
+    start = _start(folder, runs)
     plots, remark = _plots(runs, folder)
 
     parts = ["# nanochat report\n", _header(start), "## Summary\n", _summary(runs, start), remark]
@@ -332,7 +345,7 @@ def _facts(run: Run) -> list[str]:
 
 def _settings(run: Run) -> dict:
     """The settings that make this run what it is: the important ones, and all that are not at their default."""
-    defaults = dataclasses.asdict(CLASSES[run.stage]())
+    defaults = dataclasses.asdict(config.TRAINING[run.stage]())
     return {
         name: value
         for name, value in run.settings.items()
@@ -423,12 +436,13 @@ def _plot(run: Run, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nanochat_jax.report", description="The report of a run.")
     parser.add_argument("command", choices=("reset", "generate"))
-    parser.add_argument("-g", "--model_tag", "--model-tag", default="", help="run to report on (default: the latest)")
+    named = "name of the runs (default: of each stage the latest)"
+    parser.add_argument("-g", "--model_tag", "--model-tag", default="", help=named)
     parser.add_argument("--output", type=Path, default=Path("report.md"), help="the copy to write [report.md]")
     args = parser.parse_args(argv)
     try:
         if args.command == "reset":
-            print(f"start recorded in {reset()}")
+            print(f"start recorded in {reset(args.model_tag)}")
         else:
             print(f"written to {generate(args.model_tag, args.output)} and {args.output}")
     except UserError as error:

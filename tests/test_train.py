@@ -14,7 +14,7 @@ import tiny
 from nanochat_jax import checkpoint, gpt, metrics, optim
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.run import TrainState
-from nanochat_jax.train import geometry, make_step, train
+from nanochat_jax.train import geometry, make_step, rows_of_examples, train
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
 
@@ -233,6 +233,25 @@ def test_what_cannot_work_is_refused(world, changes, words):
 @pytest.mark.parametrize(("rows", "fits"), [(8, 8), (12, 12), (7, 7)])
 def test_automatic_device_batch_divides(rows, fits):
     assert geometry(rows * 64, 0, 64, MODEL).rows == fits
+
+
+@pytest.mark.parametrize(
+    ("examples", "length", "devices", "rows"),
+    [(32, 100, 1, 50), (32, 99, 1, 50), (32, 100, 8, 48), (32, 16, 8, 8), (32, 17, 8, 8), (30, 17, 8, 8), (1, 9, 1, 1)],
+)
+def test_batch_of_conversations_divides_and_is_not_larger_than_asked(examples, length, devices, rows):
+    assert rows_of_examples(examples, length, 64, devices) == rows
+    assert rows % devices == 0 and (rows - 1) * 64 < examples * length  # but for the last row being begun
+
+
+@pytest.mark.parametrize(("examples", "length", "devices"), [(8, 16, 8), (32, 13.5, 8), (0, 50.0, 1), (-1, 50.0, 2)])
+def test_batch_too_small_for_the_devices_names_one_that_is_not(examples, length, devices):
+    with pytest.raises(UserError, match=rf"^--target_examples_per_step={examples} .* try \d+$") as error:
+        rows_of_examples(examples, length, 64, devices)
+    enough = int(str(error.value).split()[-1])
+    assert rows_of_examples(enough, length, 64, devices) == devices
+    with pytest.raises(UserError):
+        rows_of_examples(enough - 1, length, 64, devices)
 
 
 def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):

@@ -89,6 +89,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
     folder = checkpoint.run_dir(cfg.stage, tag)
     identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
     with checkpoint.exclusive(folder):
+        checkpoint.clear_unfinished(folder)
         step = _step_to_resume(cfg, folder, identity)
     with checkpoint.exclusive(folder):  # again: resume=never has moved the folder aside
         if step is not None and _finished(folder, step):

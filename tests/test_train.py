@@ -184,11 +184,39 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(world, capsys):
     content[len(content) // 2] ^= 1  # one bit
     victim.write_bytes(content)
     (folder / "step_000006").mkdir()
-    assert checkpoint.latest(folder) == 2
+    assert checkpoint.latest(folder) == 2  # as a reader finds it: whoever trains removes the half-written one
     out = capsys.readouterr().out
     assert "step_000006: half-written" in out and "step_000004: optimizer" in out and "the one before it" in out
     train(cfg)  # goes on from 2 and repairs 4
     assert checkpoint.latest(folder) == 4
+
+
+def test_what_a_process_killed_while_saving_left_is_removed(world):
+    folder = checkpoint.run_dir("base", "torn")
+    command = tiny.command("base", model_tag="torn", num_iterations=2000, save_every=1)
+
+    def unfinished() -> list[str]:
+        return [p.name for p in folder.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
+
+    deadline = time.time() + 200
+    while not unfinished() and time.time() < deadline:  # again, should it have been complete just before the kill
+        process = subprocess.Popen(
+            command, cwd=tiny.REPOSITORY, env=tiny.environment(world), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not (checkpoint.steps(folder) and unfinished()) and process.poll() is None and time.time() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (left,) = unfinished()
+    (folder / "config.json.12345.part").write_text("{")
+    complete = checkpoint.steps(folder)
+    with checkpoint.exclusive(folder):  # while the run belongs to somebody, it is left alone
+        assert tiny.run("base", world, model_tag="torn").returncode == 2
+        assert unfinished() == [left]
+    resumed = tiny.run("base", world, model_tag="torn", num_iterations=2000, save_every=1, resume=complete[-1] + 5000)
+    assert resumed.returncode == 2 and f"{left}: half-written" in resumed.stdout
+    assert not unfinished() and not list(folder.glob("*.part")) and checkpoint.steps(folder) == complete
 
 
 def test_second_process_on_the_same_run_is_refused(world):

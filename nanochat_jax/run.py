@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanochat_jax import checkpoint, config, gpt, metrics, optim, parallel
+from nanochat_jax import checkpoint, config, files, gpt, metrics, optim, parallel
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -89,6 +89,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
     folder = checkpoint.run_dir(cfg.stage, tag)
     identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
     with checkpoint.exclusive(folder):
+        checkpoint.clear_unfinished(folder)
         step = _step_to_resume(cfg, folder, identity)
     with checkpoint.exclusive(folder):  # again: resume=never has moved the folder aside
         if step is not None and _finished(folder, step):
@@ -107,7 +108,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         )  # fmt: skip
         state, data, totals = _initial_state(cfg, model, origin, optimizer, mesh, folder, step)
         plain = dataclasses.asdict(cfg)
-        (folder / "config.json").write_text(json.dumps(plain | {"tag": tag}, indent=1), encoding="utf-8")
+        files.write_text(folder / "config.json", json.dumps(plain | {"tag": tag}, indent=1))
         run = Run(
             cfg, folder, model, tokenizer, mesh, dtype, optimizer, state, checkpoint.Saver(folder, cfg.keep_last),
             metrics.Wandb(cfg.stage, cfg.run, plain), step or 0, data, totals, identity,

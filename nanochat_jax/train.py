@@ -126,6 +126,21 @@ def geometry(total_batch_size: int, device_batch_size: int, seq_len: int, model:
     return Geometry(rows // device_batch_size, device_batch_size, devices, seq_len)
 
 
+def rows_of_examples(examples: int, mean_length: float, seq_len: int, devices: int) -> int:
+    """The rows that hold `examples` conversations of `mean_length` tokens, as far as they divide over the devices.
+
+    Never more: a larger step is a different recipe. UserError where not every device would get a row.
+    """
+    rows = math.ceil(examples * mean_length / seq_len)
+    if rows < devices:
+        enough = math.floor((devices - 1) * seq_len / mean_length) + 1
+        raise UserError(
+            f"--target_examples_per_step={examples} conversations of {mean_length:.0f} tokens fill {max(rows, 0)} of "
+            f"the {devices} rows that {devices} devices need: try {enough}"
+        )
+    return rows // devices * devices
+
+
 def rows_that_fit(model: GPTConfig, seq_len: int) -> int:
     """An estimate of the rows whose activations fit a device beside float32 weights, gradients and optimizer state.
 
@@ -195,9 +210,8 @@ def chat_stage(run: Run) -> Stage:
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     total = cfg.total_batch_size
-    if not total:  # finetuning: as many rows as hold that many conversations on average
-        devices = jax.device_count()
-        rows = math.ceil(cfg.target_examples_per_step * length / model.sequence_len / devices) * devices
+    if not total:  # finetuning alone has no default
+        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len, jax.device_count())
         total = rows * model.sequence_len
     shape = geometry(total, cfg.device_batch_size, model.sequence_len, model)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None

@@ -20,7 +20,7 @@ def main(cfg: config.BaseLoss) -> None:
     from nanochat_jax import checkpoint, dataloader, dataset, metrics
     from nanochat_jax.evals.batching import num_rows
     from nanochat_jax.evals.bpb import bits_per_byte
-    from nanochat_jax.evals.progress import Progress
+    from nanochat_jax.progress import Progress
     from nanochat_jax.train import complete
 
     for name in ("device_batch_size", "split_tokens"):

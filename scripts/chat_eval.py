@@ -7,10 +7,9 @@ Adds to the log of the run that is judged; the answers are written to $NANOCHAT_
 """
 
 import json
-import os
 from pathlib import Path
 
-from nanochat_jax import config
+from nanochat_jax import config, files
 
 
 def main(cfg: config.ChatEval) -> None:
@@ -68,10 +67,7 @@ def main(cfg: config.ChatEval) -> None:
 
 def write_answers(path: Path, answers: list[dict]) -> None:
     """One problem a line, to see what went wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
-    os.replace(part, path)
+    files.write_text(path, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
 
 
 def print_table(title: str, scores: list, total: tuple[float, float] | None) -> None:

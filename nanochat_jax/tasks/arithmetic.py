@@ -13,9 +13,8 @@ from pathlib import Path
 
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.tasks import gsm8k
-from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, Story, tell
+from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, tell, tellable
 from nanochat_jax.tasks.task import Task
-from nanochat_jax.tasks.two_step_stories import TWO_STEP
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
 HOLD_OUT = 10  # one pair of numbers in so many is only for validation, and one only for the test
@@ -64,6 +63,8 @@ class _Arithmetic(Task):
     def __init__(self, split: str, data_dir: str | Path | None = None):
         """`data_dir` is ignored: nothing is read."""
         self.split = split
+        self.one_step = {op: tellable(stories, split) for op, stories in ONE_STEP.items()}
+        self.two_step = tellable(TWO_STEP, split)
 
     def __len__(self) -> int:
         return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
@@ -98,7 +99,7 @@ class Sums(_Arithmetic):
         op = rng.choice("+-*")
         if plain and self.split == "train" and rng.random() < DIVISIONS:
             op = "/"
-        story = PLAIN[op] if plain else rng.choice(ONE_STEP[op])
+        story = PLAIN[op] if plain else rng.choice(self.one_step[op])
         text = tell(story, self.split, rng)
         if rng.random() < UNRELATED:
             text = f"{rng.choice(OPENINGS if plain else SCENES)} {text}"
@@ -118,7 +119,7 @@ class TwoStep(_Arithmetic):
     name = "TwoStep"
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
-        story = rng.choice(TWO_STEP)
+        story = rng.choice(self.two_step)
         text = tell(story, self.split, rng)
         if rng.random() < UNRELATED:
             text = f"{rng.choice(SCENES)} {text}"

@@ -171,7 +171,8 @@ class Meter:
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.stop()
+        if self.bar.live.is_started:  # stopping what never began prints an empty line
+            self.bar.stop()
 
     def chars(self, done: int) -> None:
         rate = done / max(time.monotonic() - self.start, 1e-9)

@@ -229,7 +229,7 @@ class Bench:
     def _merges(self, tool: str, runs: list[dict], ours: list[dict]) -> str:
         """Whether the other learned our tokens in our order, or else how many of them."""
         found, expected = self._tokens(tool), self._tokens("ours")
-        return "yes" if found == expected else f"{len({*found} & {*expected}) / len(expected):.1%} of tokens"
+        return "yes" if found == expected else f"{len({*found} & {*expected}) / len(expected):.2%} of tokens"
 
     @staticmethod
     def _ids(tool: str, runs: list[dict], ours: list[dict]) -> str:

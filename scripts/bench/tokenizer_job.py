@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from array import array
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 SIZES = {"100 B": 100, "1 KB": 1000, "100 KB": 100_000}  # characters of single strings
@@ -177,32 +176,19 @@ class Tiktoken:
     def lists(self, texts):
         return self.encoding.encode_ordinary_batch(texts, num_threads=self.job["threads"])
 
-    def flat(self, texts):
-        """Through its arrays, which is its fastest way."""
-        import numpy as np
-
-        def encode(text):
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
-
-        with ThreadPoolExecutor(self.job["threads"]) as threads:
-            arrays = list(threads.map(encode, texts))
-        return np.concatenate(arrays), offsets_of(arrays)
+    def flat(self, texts):  # its own encode_to_numpy, in threads, was no faster
+        return flattened(self.lists(texts))
 
 
 TOOLS = {"ours": Ours, "rustbpe": Rustbpe, "tokenizers": Tokenizers, "tiktoken": Tiktoken}
 
 
-def offsets_of(lists):
-    import numpy as np
-
-    return np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
-
-
 def flattened(lists):
+    """Lists of ids as one array, with the offsets of the texts, by the fastest of the ways that were tried."""
     import numpy as np
 
-    offsets = offsets_of(lists)
-    return np.fromiter(itertools.chain.from_iterable(lists), np.uint32, offsets[-1]), offsets
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
+    return np.frombuffer(b"".join([array("I", ids) for ids in lists]), np.uint32), offsets
 
 
 # -----------------------------------------------------------------------------

@@ -401,8 +401,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser(cls: type) -> _Parser:
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None
-    parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
+    parser = _Parser(prog=getattr(cls, "prog", prog), description=cls.__doc__, allow_abbrev=False)
+    if cls in COMMANDS:  # presets are for the pipeline, not for benchmarks
+        parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
     types, defaults = typing.get_type_hints(cls), cls()
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:

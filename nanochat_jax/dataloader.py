@@ -138,7 +138,8 @@ class Documents:
         num_groups = self._open(self._nth_file(epoch, file))
         texts = self._row_group(self._shuffled(num_groups, epoch, 1 + file)[row_group]) if num_groups else []
         last = first + TOKENIZE_AT_ONCE
-        docs = self.tokenizer.encode(texts[first:last], prepend=self.bos) if texts else []
+        tokens, offsets = self.tokenizer.encode_batch(texts[first:last], prepend=self.bos)
+        docs = np.split(tokens, offsets[1:-1])
 
         if last >= len(texts):
             row_group, last = row_group + 1, 0

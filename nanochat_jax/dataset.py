@@ -241,21 +241,21 @@ def _open_folder(folder: Path) -> Source:
 
 def _split_files(files: list[Path]) -> tuple[Iterator[str], Iterator[str]]:
     """Training and validation documents of files in any format."""
-    counts = {path: sum(1 for _ in _documents(path)) for path in files}
+    counts = {path: sum(1 for _ in documents(path)) for path in files}
     for path, count in counts.items():
         if not count:
             raise UserError(f"{path}: no documents")
     if len(files) > 1:
-        return (text for path in files[:-1] for text in _documents(path)), _documents(files[-1])
+        return (text for path in files[:-1] for text in documents(path)), documents(files[-1])
     [(path, count)] = counts.items()
     if count < 2:
         raise UserError(f"{path}: one document cannot be both training and validation set; add another file")
     first_val = count - max(1, count // 100)
-    train = (text for i, text in enumerate(_documents(path)) if i < first_val)
-    return train, (text for i, text in enumerate(_documents(path)) if i >= first_val)
+    train = (text for i, text in enumerate(documents(path)) if i < first_val)
+    return train, (text for i, text in enumerate(documents(path)) if i >= first_val)
 
 
-def _documents(path: Path) -> Iterator[str]:
+def documents(path: Path) -> Iterator[str]:
     """Non-empty documents of one file. UserError names the file and line that cannot be read."""
     if path.suffix == ".parquet":
         with parquet(path) as file:

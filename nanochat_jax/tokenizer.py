@@ -1,21 +1,19 @@
 """Byte-level BPE tokenizer with nine special tokens, and conversations as (ids, mask).
 
-The merges are learned by our Rust crate; tiktoken encodes. Ids: the 256 bytes, the merges in the order learned, the
-special tokens. Saved as tokenizer.json (the Hugging Face layout) beside nanochat.json (its version and checksum).
+The merges are learned by our Rust crate. tiktoken encodes single texts; whole batches of documents go through our own
+encoder, which gives the same ids. Ids: the 256 bytes, the merges in the order learned, the special tokens.
 Special tokens come only from names given by the program: text is always encoded as ordinary text.
 """
 
 import codecs
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from nanochat_jax import tokenizer_file
 from nanochat_jax.config import UserError
 
 SPECIAL_TOKENS = (
@@ -35,8 +33,6 @@ SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-FORMAT_VERSION = 1
-
 # tiktoken's regex panics on very long runs of white space, so long texts are left to our own encoder (same ids).
 LONG_TEXT = 1 << 16
 
@@ -50,13 +46,14 @@ PARTS = {
 
 
 def _rustbpe():
-    """Our Rust module. From the repository root an unbuilt crate looks like an empty package of the same name."""
+    """Our Rust module. From the repository root an unbuilt crate looks like an empty package of the same name; PyPI's
+    rustbpe and our own older builds cannot do encode_batch."""
     try:
         import rustbpe
     except ImportError:
         rustbpe = None
-    if not hasattr(getattr(rustbpe, "Tokenizer", None), "from_mergeable_ranks"):  # PyPI's rustbpe lacks that
-        raise UserError("the Rust tokenizer is not built: run pip install ./rustbpe in the repository")
+    if not hasattr(getattr(rustbpe, "Tokenizer", None), "encode_batch"):
+        raise UserError("this version's Rust tokenizer is not built: run pip install ./rustbpe in the repository")
     return rustbpe
 
 
@@ -96,51 +93,31 @@ class Tokenizer:
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
         """Reads what `save` wrote. UserError says which file is missing, damaged or foreign, and why."""
-        directory = Path(directory)
-        ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
-        for path in (ours, theirs):
-            if not path.exists():
-                raise UserError(f"{path} does not exist: train a tokenizer with python -m scripts.tok_train")
-        about = _read_json(ours)
-        if about.get("format") != "nanochat-tokenizer":
-            raise UserError(f"{ours}: format is {about.get('format')!r}, expected 'nanochat-tokenizer'")
-        if about.get("version") != FORMAT_VERSION:
-            raise UserError(f"{ours}: version is {about.get('version')!r}, this program reads {FORMAT_VERSION}")
-        if about.get("sha256") != hashlib.sha256(theirs.read_bytes()).hexdigest():
-            raise UserError(f"{theirs}: its SHA-256 is not the one in {ours.name}; it was changed or damaged")
-        pattern, ranks = _from_hf(_read_json(theirs), theirs)
+        path = Path(directory) / "tokenizer.json"
+        text, ranks = tokenizer_file.read(Path(directory), SPLIT_PATTERN, SPECIAL_TOKENS)
+        module = _rustbpe()
         try:
-            return Tokenizer(_rustbpe().Tokenizer.from_mergeable_ranks(pattern, ranks))
-        except UserError:
-            raise
+            tokenizer = Tokenizer(module.Tokenizer.from_mergeable_ranks(SPLIT_PATTERN, ranks))
         except ValueError as error:
-            raise UserError(f"{theirs}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
+        if tokenizer._json != text:
+            what = tokenizer_file.difference(text, tokenizer._json)
+            raise UserError(f"{path}: {what} differs from what this program writes for the same vocabulary")
+        return tokenizer
 
     def save(self, directory: Path) -> None:
         """Writes tokenizer.json and nanochat.json into `directory`, made if need be."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        about = {
-            "format": "nanochat-tokenizer",
-            "version": FORMAT_VERSION,
-            "vocab_size": self.vocab_size,
-            "special_tokens": self._special,
-            "sha256": self.hash,
-        }
-        _write(directory / "tokenizer.json", self._json)
-        _write(directory / "nanochat.json", json.dumps(about, indent=2) + "\n")
+        tokenizer_file.write(Path(directory), self._json, self.vocab_size, self._special)
 
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 (hex) of the saved tokenizer.json: two tokenizers are the same exactly when it is."""
-        return hashlib.sha256(self._json.encode("utf-8")).hexdigest()
+        return tokenizer_file.sha256(self._json)
 
     @functools.cached_property
     def _json(self) -> str:
-        names = [_to_unicode(token) for token, _ in self._core.get_mergeable_ranks()]
-        merges = [[names[left], names[right]] for left, right in self._core.get_merges()]
-        layout = _hf_layout(self._core.get_pattern(), names, merges, self._special)
-        return json.dumps(layout, ensure_ascii=False, separators=(",", ":")) + "\n"
+        tokens = [token for token, _ in self._core.get_mergeable_ranks()]
+        return tokenizer_file.layout(self._core.get_pattern(), tokens, self._core.get_merges(), self._special)
 
     # -----------------------------------------------------------------------------
     # Text
@@ -172,13 +149,30 @@ class Tokenizer:
             batch[i] = ids
         return [before + ids + after for ids in batch] if before or after else batch
 
+    def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts at once, the same as `encode` gives, from our own encoder on all cores: for data pipelines.
+
+        Returns tokens, uint16[n] where the vocabulary fits and else uint32[n], and offsets int64[len(texts) + 1]: those
+        of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` (an id or a special token's name) begins each.
+        """
+        try:
+            tokens, offsets = self._core.encode_batch(texts)
+        except UnicodeEncodeError:
+            tokens, offsets = self._core.encode_batch([_without_surrogates(text) for text in texts])
+        # The encoder knows no special tokens: the vocabulary may pass 65,536 with them.
+        tokens = tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, copy=False)
+        if prepend is not None:
+            tokens = np.insert(tokens, offsets[:-1], prepend if isinstance(prepend, int) else self.special(prepend))
+            offsets = offsets + np.arange(len(offsets))
+        return tokens, offsets
+
     def _encode(self, text: str) -> list[int]:
         if len(text) <= LONG_TEXT:
             return self._encoding.encode_ordinary(text)
         try:
             return self._core.encode(text)
-        except UnicodeEncodeError:  # lone surrogates become U+FFFD, as in tiktoken
-            return self._core.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except UnicodeEncodeError:
+            return self._core.encode(_without_surrogates(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Bytes that are not UTF-8 become U+FFFD; special tokens their names."""
@@ -266,6 +260,12 @@ class Tokenizer:
         return "|".join(shown)
 
 
+def _without_surrogates(text: str) -> str:
+    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD, and two halves of a character the character: tiktoken's
+    way."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class StreamDecoder:
     """Text of ids that come one at a time; bytes of an unfinished UTF-8 character are held back."""
 
@@ -323,81 +323,3 @@ def _check_content(i: int, message: dict) -> None:
         if not isinstance(part, dict) or part.get("type") not in list(PARTS) or not isinstance(part.get("text"), str):
             wanted = f'{{"type": {"|".join(PARTS)}, "text": str}}'
             raise UserError(f"messages[{i}].content[{j}]: expected {wanted}, got {str(part)[:80]}")
-
-
-# -----------------------------------------------------------------------------
-# The Hugging Face layout
-
-
-@functools.cache
-def _alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where it is a visible character, else one from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (b for b in range(256) if b not in visible)
-    return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
-
-
-def _to_unicode(token: bytes) -> str:
-    return "".join(_alphabet()[b] for b in token)
-
-
-def _hf_layout(pattern: str, names: list[str], merges: list[list[str]], special: dict[str, int]) -> dict:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in special.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": merges,
-        },
-    }
-
-
-def _from_hf(layout: dict, path: Path) -> tuple[str, list[tuple[bytes, int]]]:
-    """Split pattern and (token bytes, rank) pairs of a tokenizer.json. UserError where it is not one of ours."""
-    byte_of = {c: b for b, c in _alphabet().items()}
-    try:
-        pattern = layout["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        vocab, kind = layout["model"]["vocab"], layout["model"]["type"]
-        added = {token["content"]: token["id"] for token in layout["added_tokens"]}
-        ranks = [(bytes(byte_of[c] for c in name), rank) for name, rank in vocab.items() if name not in added]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a byte-level BPE with a split pattern ({error!r})") from error
-    if kind != "BPE":
-        raise UserError(f"{path}: the model is of type {kind!r}, expected 'BPE'")
-    expected = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-    if added != expected:
-        raise UserError(f"{path}: special tokens are {added}, expected {expected}")
-    return pattern, ranks
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # covers both kinds: not UTF-8, not JSON
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)

@@ -1,5 +1,7 @@
 """A tokenizer of words that tests can read: the interface of tokenizer.Tokenizer, as far as data loading needs it."""
 
+import numpy as np
+
 
 class FakeTokenizer:
     """Decimal words become their own number, other words a number by their length; ids below 10 are special."""
@@ -13,6 +15,10 @@ class FakeTokenizer:
             return [self.encode(t, prepend, append) for t in text]
         ids = [int(w) if w.isdecimal() else 10 + len(w) for w in text.split()]
         return ([] if prepend is None else [prepend]) + ids + ([] if append is None else [append])
+
+    def encode_batch(self, texts, prepend=None):
+        ids = [self.encode(text, prepend) for text in texts]
+        return np.array([i for text in ids for i in text], np.uint32), np.cumsum([0, *map(len, ids)])
 
     def render_conversation(self, conversation, max_tokens=2048):
         ids, mask = [self.bos], [0]

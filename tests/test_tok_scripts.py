@@ -1,8 +1,13 @@
 """tok_train and tok_eval on a small folder of text."""
 
+import io
 import json
+import time
+import types
 
 import pytest
+import tiktoken
+from rich.console import Console
 
 from nanochat_jax import config, metrics
 from nanochat_jax.tokenizer import Tokenizer
@@ -30,6 +35,9 @@ def test_train_once_then_again(corpus, own_base_dir, capsys):
     (log,) = metrics.read(folder)
     assert log["documents"] == 51  # the one that passes 1000 characters is the last, each cut to 20
     assert log["chars"] == 51 * 20
+    assert log["peak_memory_bytes"] > 10e6 and log["seconds"] > 0
+    said = capsys.readouterr().out
+    assert "51 documents, 1,020 characters in " in said and "M/s), peak memory " in said and "300 tokens in " in said
 
     # The same settings, and then the same without a source: the recorded one is meant.
     for again in (cfg, config.TokTrain(vocab_size=300, max_chars=1000, doc_cap=20)):
@@ -61,6 +69,32 @@ def test_too_little_text_for_the_vocabulary_is_said(corpus, own_base_dir, capsys
     assert f"{size:,} tokens instead of --vocab_size=50000" in capsys.readouterr().out
 
 
+def test_progress_in_characters_and_merges(monkeypatch, capsys):
+    """Lines where there is no terminal, every ten seconds and not in the first two; a bar where there is one."""
+    now = [100.0]
+    monkeypatch.setattr(tok_train, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with tok_train.Meter(1_000_000_000) as meter:
+        for seconds in (1, 3, 4, 12, 14):
+            now[0] = 100.0 + seconds
+            meter.chars(seconds * 5_000_000)
+        now[0] = 130.0
+        meter.merges(1000, 65271)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "3 s: 15M characters, 5.0M characters/s", "14 s: 70M characters, 5.0M characters/s",
+        "30 s: 1,000 of 65,271 merges",
+    ]  # fmt: skip
+
+    with tok_train.Meter(1_000_000_000) as meter:
+        meter.bar.live.console = Console(file=io.StringIO(), force_terminal=True, width=100)
+        for seconds, report in ((3, lambda: meter.chars(500_000_000)), (4, lambda: meter.merges(1000, 65271))):
+            now[0] = 130.0 + seconds
+            report()
+            meter.bar.refresh()
+    drawn = meter.bar.live.console.file.getvalue()
+    assert "500M characters, 166.7M characters/s" in drawn and "1,000 of 65,271 merges" in drawn and "━" in drawn
+
+
 @pytest.mark.parametrize("wrong", [{"vocab_size": 100}, {"max_chars": 0}, {"doc_cap": -1}])
 def test_wrong_settings_are_one_line(corpus, wrong):
     with pytest.raises(config.UserError, match="must be at least"):
@@ -75,6 +109,37 @@ def test_eval_records_seven_texts(corpus, own_base_dir, capsys, monkeypatch):
     records = [r for r in metrics.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
     assert [r["task"] for r in records] == ["news", "korean", "code", "math", "science", "train", "val"]
     assert all(0 < r["tokens"] <= r["bytes"] and r["gpt5_tokens"] is None for r in records)
+
+
+def test_eval_against_peers_that_are_there(corpus, own_base_dir, capsys, monkeypatch):
+    bytes_only = {bytes([b]): b for b in range(256)}
+    peer = tiktoken.Encoding("peer", pat_str=r"(?s:.+)", mergeable_ranks=bytes_only, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: peer)
+    tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=300))
+    tok_eval.main(config.TokEval())
+    said = capsys.readouterr().out
+    assert "skipped" not in said and "vocabulary: ours 300, GPT-2 256, GPT-4 256" in said
+    records = [r for r in metrics.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
+    for record in records:
+        assert record["gpt2_tokens"] == record["gpt4_tokens"] == record["bytes"]
+        [line] = [line for line in said.splitlines() if line.startswith(record["task"] + " ")]
+        percent = 100 * (record["bytes"] - record["tokens"]) / record["bytes"]
+        assert f"{percent:+.1f}%" in line and f"{record['bytes'] / record['tokens']:.2f}" in line
+
+
+def test_eval_does_not_wait_long_for_peers(corpus, own_base_dir, capsys, monkeypatch):
+    """A network that never answers, and one that is not there."""
+    monkeypatch.setattr(tok_eval, "PEER_SECONDS", 0.2)
+    answers = {"gpt2": lambda: time.sleep(5), "cl100k_base": lambda: 1 / 0}
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: answers[name]())
+    tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=300))
+    start = time.monotonic()
+    tok_eval.main(config.TokEval())
+    assert time.monotonic() - start < 4
+    said = capsys.readouterr().out
+    for label, name in tok_eval.PEERS.items():
+        assert f"{label}: skipped, tiktoken's {name} is neither in its cache nor to be had from the network\n" in said
+    assert "news " in said
 
 
 def test_eval_without_a_tokenizer():

@@ -1,8 +1,12 @@
 """Special tokens, files, conversations and streaming; equal to what other implementations recorded."""
 
+import argparse
+import email.message
 import gzip
 import hashlib
+import inspect
 import json
+import pickle
 import sys
 import types
 
@@ -85,11 +89,84 @@ def test_round_trip_and_both_encoders_agree(tokenizer, text):
     assert tokenizer._core.encode(text) == ids
 
 
+def unbatched(batch):
+    tokens, offsets = batch
+    assert offsets.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(tokens)
+    return [ids.tolist() for ids in np.split(tokens, offsets[1:-1])][: len(offsets) - 1]
+
+
+ADVERSARIAL = {
+    "nothing": "",
+    "one byte": "a",
+    "spaces": " " * 1_000_000,
+    "spaces before a word": " " * 300_000 + "word",
+    "one letter": "a" * 1_000_000,
+    "one wide letter": "字" * 300_000,
+    "newlines": "\r\n" * 300_000,
+    "digits": "1234567890" * 30_000,
+    "punctuation": "!?" * 300_000,
+    "apostrophes": "'s'S're'LL'x" * 20_000,
+    "lone surrogates": "a\ud83d b\ude00 \udfff\ud800",
+    "halves of a character": "\ud83d\ude00 \ud83d",
+    "many lone surrogates": "\ud83d" * 100_000,
+    "combining": "e\u0301" * 1000 + "\u200d\ufe0f" * 1000,
+    "no characters": "\x00\ufffe\uffff\U0010ffff\ufeff",
+    "special tokens": "".join(SPECIAL_TOKENS) * 3,
+}
+
+
+def test_the_data_pipelines_encoder_equals_tiktoken():
+    """On real text and on what breaks encoders. On a million spaces tiktoken panics: there ours is only consistent."""
+    real = [inspect.getsource(module) for module in (argparse, email.message, json.decoder, inspect)]
+    ours = Tokenizer.train(real, 2000)
+    texts = [*real, *ADVERSARIAL.values(), "".join(real)]
+    batch = unbatched(ours.encode_batch(texts))
+    assert len(batch) == len(texts)
+    for text, ids in zip(texts, batch, strict=True):
+        if text != ADVERSARIAL["spaces"]:
+            assert ids == ours._encoding.encode_ordinary(text)
+        assert ids == ours.encode(text)  # some of which it leaves to our encoder
+    assert ours.decode(batch[texts.index(ADVERSARIAL["spaces"])]) == ADVERSARIAL["spaces"]
+    lines = "".join(real).splitlines(keepends=True)
+    assert unbatched(ours.encode_batch(lines)) == ours.encode(lines)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.characters(), max_size=40), max_size=5))
+def test_both_encoders_agree_on_batches(tokenizer, texts):
+    assert unbatched(tokenizer.encode_batch(texts)) == tokenizer.encode(texts)
+    assert unbatched(tokenizer.encode_batch(texts, prepend="<|bos|>")) == tokenizer.encode(texts, prepend="<|bos|>")
+
+
+def test_batches_are_small_numbers_with_an_offset_a_text(tokenizer):
+    tokens, offsets = tokenizer.encode_batch(["hi", "", "h"], prepend="<|bos|>")
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [tokenizer.bos, 104, 105, tokenizer.bos, tokenizer.bos, 104]
+    assert offsets.tolist() == [0, 3, 4, 6]
+    tokens, offsets = tokenizer.encode_batch([], prepend=0)
+    assert (tokens.tolist(), offsets.tolist()) == ([], [0])
+    with pytest.raises(ValueError, match="special token"):
+        tokenizer.encode_batch(["hi"], prepend="bos")
+    with pytest.raises(TypeError):
+        tokenizer.encode_batch([b"hi"])
+
+
+def test_a_vocabulary_that_passes_16_bits_with_its_special_tokens():
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)][: (1 << 16) - 256 - 3]
+    ranks = [(bytes([b]), b) for b in range(256)] + [(pair, 256 + i) for i, pair in enumerate(pairs)]
+    large = Tokenizer(rustbpe.Tokenizer.from_mergeable_ranks(SPLIT_PATTERN, ranks))
+    assert large.vocab_size == (1 << 16) + 6
+    tokens, _ = large.encode_batch(["ab"], prepend="<|output_end|>")
+    assert tokens.dtype == np.uint32
+    assert tokens.tolist() == [large.vocab_size - 1, *large.encode("ab")]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "bos", " a", "<"]), max_size=8).map("".join))
 def test_text_never_becomes_special_tokens(tokenizer, text):
     assert max(tokenizer.encode(text), default=0) < tokenizer.bos
     assert max(tokenizer.encode([text])[0], default=0) < tokenizer.bos
+    assert tokenizer.encode_batch([text])[0].max(initial=0) < tokenizer.bos
     ids, _ = tokenizer.render_conversation(chat(user(text), assistant([{"type": "python", "text": text}])))
     specials = [i for i in ids if i >= tokenizer.bos]
     names = ("bos", "user_start", "user_end", "assistant_start", "python_start", "python_end", "assistant_end")
@@ -152,6 +229,14 @@ def test_streaming_gives_the_text_and_whole_characters_only(tokenizer, text):
     pieces = [stream.push(i) for i in text.encode("utf-8")]  # the first 256 ids are the bytes
     assert "".join(pieces) + stream.flush() == text
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_streaming_of_any_ids_equals_decoding_them_at_once(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    stream = StreamDecoder(tokenizer)
+    assert "".join(stream.push(i) for i in ids) + stream.flush() == tokenizer.decode(ids)
 
 
 def test_streaming_flushes_what_never_became_a_character(tokenizer):
@@ -309,41 +394,129 @@ def _edit(path, change):
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def test_missing_damaged_and_foreign_files_are_named(tokenizer, tmp_path):
-    ours, theirs = tmp_path / "nanochat.json", tmp_path / "tokenizer.json"
-    with pytest.raises(UserError, match=r"nanochat\.json does not exist.*tok_train"):
+def _swap_for_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+OURS_DAMAGED = {
+    "not UTF-8": (lambda p: p.write_bytes(b"\xff\xfe"), "nanochat.json: not JSON"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-9]), "nanochat.json: not JSON"),
+    "empty": (lambda p: p.write_bytes(b""), "nanochat.json: not JSON"),
+    "a pickle": (lambda p: p.write_bytes(pickle.dumps({"format": "nanochat-tokenizer"})), "nanochat.json: not JSON"),
+    "nested": (lambda p: p.write_text("[" * 100_000), "nanochat.json: not JSON"),
+    "a list": (lambda p: p.write_text("[]"), "nanochat.json: expected a JSON object, got list"),
+    "a folder": (_swap_for_folder, "nanochat.json: cannot be read .Is a directory"),
+    "foreign": (lambda p: p.write_text('{"model_type": "gpt2"}'), "format is None, expected 'nanochat-tokenizer'"),
+    "another format": (lambda p: _edit(p, lambda v: v.update(format="other")), "format is 'other'"),
+    "another version": (lambda p: _edit(p, lambda v: v.update(version=99)), "version is 99, this program reads 1"),
+    "no version": (lambda p: _edit(p, lambda v: v.pop("version")), "version is None, this program reads 1"),
+    "no checksum": (lambda p: _edit(p, lambda v: v.pop("sha256")), "its SHA-256 is not the one in nanochat.json"),
+    "no size": (lambda p: _edit(p, lambda v: v.pop("vocab_size")), "vocab_size is None, tokenizer.json says 315"),
+    "another size": (lambda p: _edit(p, lambda v: v.update(vocab_size=9)), "vocab_size is 9, tokenizer.json says 315"),
+    "other special tokens": (lambda p: _edit(p, lambda v: v["special_tokens"].popitem()), "special_tokens is"),
+}
+
+
+@pytest.mark.parametrize("how", OURS_DAMAGED)
+def test_a_damaged_nanochat_json_says_what_is_wrong(tokenizer, tmp_path, how):
+    damage, complaint = OURS_DAMAGED[how]
+    tokenizer.save(tmp_path)
+    damage(tmp_path / "nanochat.json")
+    with pytest.raises(UserError, match=complaint):
         Tokenizer.load(tmp_path)
 
-    def damage(change, complaint):
-        tokenizer.save(tmp_path)
-        change()
-        with pytest.raises(UserError, match=complaint):
+
+def test_missing_and_damaged_files_are_named(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"nanochat\.json does not exist.*tok_train"):
+        Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], b"", pickle.dumps(whole), whole.replace(b"test", b"tset")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"tokenizer\.json: its SHA-256 is not"):
             Tokenizer.load(tmp_path)
+    _swap_for_folder(path)
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read .Is a directory"):
+        Tokenizer.load(tmp_path)
+    path.rmdir()
+    with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
+        Tokenizer.load(tmp_path)
 
-    damage(theirs.unlink, "tokenizer.json does not exist")
-    damage(lambda: ours.write_bytes(b"\xff\xfe"), "nanochat.json: not JSON")
-    damage(lambda: ours.write_text("[]"), "nanochat.json: expected a JSON object")
-    damage(lambda: _edit(ours, lambda v: v.update(format="other")), "format is 'other'")
-    damage(lambda: _edit(ours, lambda v: v.update(version=99)), "version is 99, this program reads 1")
-    damage(lambda: theirs.write_bytes(theirs.read_bytes()[:-100]), "tokenizer.json: its SHA-256 is not")
+
+WORDPIECE = {
+    "model": {"type": "WordPiece", "vocab": {"[UNK]": 0, "a": 1}},
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "added_tokens": [],
+}
 
 
-def test_layouts_that_are_not_ours_are_refused(tokenizer, tmp_path):
-    theirs = tmp_path / "tokenizer.json"
+def _change(where, **new):
+    return lambda value: (where(value) if callable(where) else value[where]).update(new)
 
-    def refuse(change, complaint):
-        tokenizer.save(tmp_path)
-        _edit(theirs, change)
-        digest = hashlib.sha256(theirs.read_bytes()).hexdigest()
-        _edit(tmp_path / "nanochat.json", lambda v: v.update(sha256=digest))
-        with pytest.raises(UserError, match=complaint):
-            Tokenizer.load(tmp_path)
 
-    refuse(lambda v: v.pop("pre_tokenizer"), "not a byte-level BPE")
-    refuse(lambda v: v["model"].update(type="Unigram"), "'Unigram', expected 'BPE'")
-    refuse(lambda v: v["added_tokens"].pop(), "special tokens are")
-    refuse(lambda v: v["model"]["vocab"].update({"中": 0}), "not a byte-level BPE")
-    refuse(lambda v: v["model"]["vocab"].pop("Ġ"), "tokenizer.json: ")
+def _vocab(value):
+    return value["model"]["vocab"]
+
+
+THEIRS_FOREIGN = {
+    "WordPiece": (lambda v: (v.clear(), v.update(WORDPIECE)), "the model is of type 'WordPiece', expected 'BPE'"),
+    "no model": (lambda v: v.pop("model"), "the model is of type None, expected 'BPE'"),
+    "a model of a wrong type": (lambda v: v.update(model=[]), "the model is of type None, expected 'BPE'"),
+    "no split": (lambda v: v.pop("pre_tokenizer"), "not a byte-level BPE with a split pattern"),
+    "no vocabulary": (lambda v: v["model"].pop("vocab"), "not a byte-level BPE .*'vocab'"),
+    "a vocabulary of a wrong type": (_change("model", vocab=[["a", 0]]), "not a byte-level BPE"),
+    "another pattern": (
+        lambda v: v["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\W+"),
+        r"text is split by '.*w\+|.*', in this program by",
+    ),
+    "a special token less": (lambda v: v["added_tokens"].pop(), "special tokens are"),
+    "another special token": (lambda v: v["added_tokens"][0].update(content="<s>"), "special tokens are .*'<s>'"),
+    "no byte letters": (_change(_vocab, 中=0), "token '中' is not written in the alphabet of bytes"),
+    "an id that is text": (_change(_vocab, a="97"), "the id of token 'a' is '97', expected a whole number"),
+    "an id that is a fraction": (_change(_vocab, a=97.0), "the id of token 'a' is 97.0"),
+    "an id below zero": (_change(_vocab, a=-1), "there are 306 tokens, but none has the id 97"),
+    "a gap": (_change(_vocab, zz=5000), "there are 307 tokens, but none has the id 306"),
+    "an id twice": (_change(_vocab, a=98), "there are 306 tokens, but none has the id 97"),
+    "a byte less": (lambda v: _vocab(v).pop("Ġ"), "there are 305 tokens, but none has the id 32"),
+    "no merge makes it": (_change(_vocab, zqzqz=306), "token 306 "),
+    "another merge": (lambda v: v["model"]["merges"].reverse(), "model.merges differs from what this program writes"),
+    "a normalizer": (lambda v: v.update(normalizer={"type": "NFC"}), "normalizer differs from what"),
+    "dropout": (lambda v: v["model"].update(dropout=0.1), "model.dropout differs from what"),
+    "something more": (lambda v: v.update(extra=1), "extra differs from what"),
+    "another order": (lambda v: v.update(version=v.pop("version")), "the order or the spacing differs from what"),
+}
+
+
+@pytest.mark.parametrize("how", THEIRS_FOREIGN)
+def test_a_foreign_tokenizer_json_says_what_is_wrong(tokenizer, tmp_path, how):
+    """Even where nanochat.json carries its checksum."""
+    change, complaint = THEIRS_FOREIGN[how]
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    if how == "no merge makes it":
+        for i, token in enumerate(value["added_tokens"]):
+            token["id"] = 307 + i
+    path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    special = {token["content"]: token["id"] for token in value["added_tokens"]}
+    about = {"sha256": digest, "special_tokens": special, "vocab_size": 307 + 9 if "no merge" in how else 315}
+    _edit(tmp_path / "nanochat.json", lambda v: v.update(about))
+    with pytest.raises(UserError, match=complaint):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parity
+def test_hugging_face_reads_the_file_and_gives_the_same_ids(tokenizer, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (TEXT, " " * 50 + "x", "12345 678", "'s'LL\r\n\n \t x", "字字é\u0301 😀"):
+        assert theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+    assert theirs.token_to_id("<|bos|>") == tokenizer.bos
 
 
 def test_an_unbuilt_crate_is_one_line(monkeypatch):

@@ -1,0 +1,170 @@
+"""The tokenizer on disk: tokenizer.json in the Hugging Face layout, and nanochat.json with its version and checksum.
+
+JSON, never pickle: a file from elsewhere may be wrong, but it cannot run anything. What is read must be, to the byte,
+what this program writes for the vocabulary in it; everything else is refused with a line that says why.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_jax.config import UserError
+
+FORMAT, VERSION = "nanochat-tokenizer", 1
+
+
+def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) -> None:
+    """Writes both files into `directory`, made if need be; `text` is that of tokenizer.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "vocab_size": vocab_size,
+        "special_tokens": special,
+        "sha256": sha256(text),
+    }
+    _write(directory / "tokenizer.json", text)
+    _write(directory / "nanochat.json", json.dumps(about, indent=2) + "\n")
+
+
+def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
+    """The text of tokenizer.json and the (token bytes, id) pairs in it. UserError says which of the two files is
+    missing, damaged or foreign, and why; foreign is also one with another split pattern or other special tokens."""
+    ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
+    for path in (ours, theirs):
+        if not path.exists():
+            raise UserError(f"{path} does not exist: train a tokenizer with python -m scripts.tok_train")
+    about = _parse(_read(ours), ours)
+    if about.get("format") != FORMAT:
+        raise UserError(f"{ours}: format is {about.get('format')!r}, expected {FORMAT!r}")
+    if about.get("version") != VERSION:
+        raise UserError(f"{ours}: version is {about.get('version')!r}, this program reads {VERSION}")
+    data = _read(theirs)
+    if about.get("sha256") != hashlib.sha256(data).hexdigest():
+        raise UserError(f"{theirs}: its SHA-256 is not the one in {ours.name}; it was changed or damaged")
+
+    ranks, special = _vocabulary(_parse(data, theirs), theirs, pattern)
+    wanted = {name: len(ranks) + i for i, name in enumerate(special_names)}
+    if special != wanted:
+        raise UserError(f"{theirs}: special tokens are {special}, expected {wanted}")
+    for key, value in {"vocab_size": len(ranks) + len(special), "special_tokens": special}.items():
+        if about.get(key) != value:
+            raise UserError(f"{ours}: {key} is {about.get(key)!r}, {theirs.name} says {value!r}")
+    return data.decode("utf-8"), ranks
+
+
+def sha256(text: str) -> str:
+    """Of tokenizer.json, as hex."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# The Hugging Face layout
+
+
+def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], special: dict[str, int]) -> str:
+    """The text of tokenizer.json. `tokens` by id, without the special ones; `merges` as pairs of ids."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    names = ["".join(_alphabet()[b] for b in token) for token in tokens]
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in special.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": [[names[left], names[right]] for left, right in merges],
+        },
+    }
+    return json.dumps(whole, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def difference(found: str, expected: str) -> str:
+    """What differs between two texts of tokenizer.json, for a message."""
+    found, expected = json.loads(found), json.loads(expected)
+    for a, b, where in ((found, expected, ""), (found["model"], expected["model"], "model.")):
+        for key in [*b, *(k for k in a if k not in b)]:
+            if key != "model" and (key not in a or key not in b or a[key] != b[key]):
+                return where + key
+    return "the order or the spacing"
+
+
+def _vocabulary(whole: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
+    """(token bytes, id) pairs, every id from 0 on once, and the special tokens of a parsed tokenizer.json."""
+    model = whole.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind != "BPE":
+        raise UserError(f"{path}: the model is of type {kind!r}, expected 'BPE'")
+    try:
+        found = whole["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        special = {token["content"]: token["id"] for token in whole["added_tokens"]}
+        vocab = dict(model["vocab"].items())
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a byte-level BPE with a split pattern ({error!r})") from error
+    if found != pattern:
+        raise UserError(f"{path}: text is split by {found!r}, in this program by {pattern!r}")
+
+    byte_of = {c: b for b, c in _alphabet().items()}
+    ranks = []
+    for name, rank in vocab.items():
+        if type(rank) is not int:
+            raise UserError(f"{path}: the id of token {name!r} is {rank!r}, expected a whole number")
+        if not set(name) <= byte_of.keys():
+            raise UserError(f"{path}: token {name!r} is not written in the alphabet of bytes")
+        ranks.append((bytes(byte_of[c] for c in name), rank))
+    missing = set(range(len(ranks))) - {rank for _, rank in ranks}
+    if missing:
+        raise UserError(f"{path}: there are {len(ranks)} tokens, but none has the id {min(missing)}")
+    return ranks, special
+
+
+@functools.cache
+def _alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself where it is a visible character, else one from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (b for b in range(256) if b not in visible)
+    return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # a folder of that name, no permission
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(data: bytes, path: Path) -> dict:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)

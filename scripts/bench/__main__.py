@@ -1,0 +1,30 @@
+"""Benchmarks, each against what one would use instead.
+
+    python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=PATH
+
+`python -m scripts.bench NAME --help` shows the settings of a benchmark.
+"""
+
+import importlib
+import sys
+
+from nanochat_jax import config
+
+BENCHMARKS = ("tokenizer",)  # each a file beside this one, with Settings and main
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name not in BENCHMARKS:
+        print(f"error: benchmark {name!r}: must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        del sys.argv[1]
+        benchmark = importlib.import_module(f"scripts.bench.{name}")
+        config.run(benchmark.main, benchmark.Settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Benchmarks: what they measure and write, with real second processes, and every mistake in one line."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from nanochat_jax import config
+from nanochat_jax.config import UserError
+from scripts.bench import tokenizer as bench
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """1.6 million characters of made-up words in two files."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(3000)]
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=500)) + f" {i} é.\n"}) for i in range(550)]
+    (folder / "a.jsonl").write_text("\n".join(lines[:300]), encoding="utf-8")
+    (folder / "b.jsonl").write_text("\n".join(lines[300:]), encoding="utf-8")
+    (folder / "notes.md").write_text("not text to train on")
+    return folder
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "scripts.bench", *arguments]
+    return subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """A "Python" that has a tiktoken of its own: it answers jobs as told, and fails at single texts."""
+
+    def make(answers: str) -> str:
+        path = tmp_path / "python"
+        path.write_text(f"#!{sys.executable}\nimport json, sys\njob = json.loads(sys.argv[2])\n{answers}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+FAKE = """
+sys.stdin.read()
+if job["job"] == "probe":
+    print("a greeting", json.dumps({"python": "3.0", "tools": {"tiktoken": "9.9"}}), sep="\\n")
+elif job["job"] == "encode":
+    print(json.dumps({"seconds": 2.0, "again": 1.0, "peak": 5000000, "ids": "others"}))
+else:
+    sys.exit("thread '<unnamed>' panicked")
+"""
+
+
+def test_the_whole_benchmark_against_a_real_second_process(corpus, tmp_path):
+    """tiktoken, in the environment of this Python."""
+    flags = [f"--corpus={corpus}", "--vocab_size=600", "--rounds=1", f"--json={tmp_path / 'out.jsonl'}"]
+    done = run("tokenizer", *flags, f"--peer-python={sys.executable}")
+    assert done.returncode == 0, done.stderr
+    assert "rustbpe: skipped, not in" in done.stderr and "round 1 of 1: single, tiktoken" in done.stderr
+    *shown, last = done.stdout.splitlines()
+    line = json.loads(last)
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == last + "\n"
+    assert line["bench"] == "tokenizer" and set(line["versions"]) == {"ours", "tiktoken"}
+    assert line["cores"] >= 1 and line["cpu"] and "commit" in line["code"] and line["vocab_size"] == 600
+
+    rows = {(row["what"], row["tool"]): row for row in line["results"]}
+    assert len(rows) == len(line["results"]) == 1 + 2 * 9
+    kinds = {what for what, _ in rows}
+    assert {f"encode single texts of {size}" for size in ("100 B", "1 KB", "100 KB")} < kinds
+    for what in kinds - {"train"}:
+        theirs = rows[what, "tiktoken"]
+        assert theirs["mb_per_s"] > 0 and theirs["ours_is"] > 0 and len(theirs["seconds"]) == 1
+        compared = ("flat" in what or "lists" in what) and "again" not in what
+        assert theirs["same"] == ("yes" if compared else "")
+        assert (theirs["peak_mb"] is not None) == compared
+        assert any(what in text for text in shown)
+    train = rows["train", "ours"]
+    assert train["mb_per_s"] == pytest.approx(line["train_bytes"] / train["seconds"][0] / 1e6, rel=1e-3)
+    assert line["train_bytes"] > 2.9 * line["unseen_bytes"]
+
+
+def test_a_peer_that_differs_and_fails_in_part(corpus, fake_python, tmp_path, capsys):
+    settings = bench.Settings(str(corpus), fake_python(FAKE), 600, 2, str(tmp_path / "out.jsonl"))
+    bench.main(settings)
+    said = capsys.readouterr()
+    assert "tiktoken, single: left out, it failed (thread '<unnamed>' panicked)" in said.err
+    assert said.err.count("left out") == 1  # not tried in the second round
+    line = json.loads(said.out.splitlines()[-1])
+    rows = {(row["what"], row["tool"]): row for row in line["results"]}
+    warm = rows["encode into lists, warmed on other text", "tiktoken"]
+    assert (warm["seconds"], warm["peak_mb"], warm["same"]) == ([2.0, 2.0], 5.0, "NO")
+    assert warm["mb_per_s"] == pytest.approx(line["unseen_bytes"] / 2e6, rel=1e-3)
+    assert ("encode single texts of 1 KB", "ours") in rows and ("encode single texts of 1 KB", "tiktoken") not in rows
+    flags = [f"--corpus={corpus}", "--vocab-size=600", "--rounds=1", f"--json={settings.json}"]
+    bench.main(config.parse(bench.Settings, [*flags, f"--peer-python={settings.peer_python}"]))
+    assert len((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_ours_alone(corpus, fake_python, capsys):
+    nothing = fake_python('print(json.dumps({"python": "3.0", "tools": {"ours": "0.2.0"}}))')
+    bench.main(bench.Settings(str(corpus), nothing, 300, 1))
+    said = capsys.readouterr()
+    assert said.err.count("skipped, not in") == 3
+    assert {row["tool"] for row in json.loads(said.out.splitlines()[-1])["results"]} == {"ours"}
+
+
+def test_every_fourth_document_is_unseen(corpus):
+    trained_on, unseen = bench._split(str(corpus))
+    lines = [line for name in ("a", "b") for line in (corpus / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    documents = [json.loads(line)["text"] for line in lines]
+    assert unseen == documents[3::4]
+    assert sorted(trained_on + unseen) == sorted(documents)
+    assert bench._split(str(corpus)) == (trained_on, unseen)
+
+
+def test_memory_is_what_is_taken_meanwhile():
+    program = bench.JOB.read_text(encoding="utf-8").replace('if __name__ == "__main__":', "if False:") + (
+        "\nbefore = bytearray(150_000_000); del before\nmemory = Memory(); memory.reset(); low = memory.peak()\n"
+        "taken = bytearray(60_000_000); del taken\nprint(low, memory.peak())"
+    )
+    done = subprocess.run([sys.executable, "-"], input=program, capture_output=True, text=True, check=True)
+    low, peak = map(int, done.stdout.split())
+    if sys.platform == "linux":
+        assert low < 10_000_000 < 55_000_000 < peak < 70_000_000
+
+
+def _python_that(tmp_path, does):
+    path = tmp_path / "broken"
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_mistakes_are_one_line(corpus, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "few.txt").write_text("A few words.\n")
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    (tmp_path / "blank.txt").write_text("")
+
+    def complains(words, **settings):
+        with pytest.raises(UserError, match=words) as error:
+            bench.main(bench.Settings(**({"corpus": str(corpus), "rounds": 1, "vocab_size": 300} | settings)))
+        assert "\n" not in str(error.value)
+
+    complains("--corpus=: no such file", corpus="")
+    complains("--corpus=.*gone: no such file or folder", corpus=str(tmp_path / "gone"))
+    complains("--corpus=.*empty: no files ending in .parquet", corpus=str(tmp_path / "empty"))
+    complains("few.txt: 13 characters of text are too few, give about 1,200,000", corpus=str(tmp_path / "few.txt"))
+    complains("blank.txt: 0 characters", corpus=str(tmp_path / "blank.txt"))
+    complains(r"bad.jsonl, line 1: expected", corpus=str(tmp_path / "bad.jsonl"))
+    complains("--vocab_size=256: must be at least 257", vocab_size=256)
+    complains("--rounds=0: must be at least 1", rounds=0)
+    complains("--json=.*: its folder does not exist", json=str(tmp_path / "gone" / "out.json"))
+    complains(r"--vocab_size=200000: the corpus runs out of pairs at [\d,]+ tokens", vocab_size=200_000)
+    complains("--peer_python=/gone/python: not a Python that runs .*No such file", peer_python="/gone/python")
+    complains("--peer_python=.*: not a Python that runs .*ermission", peer_python=str(tmp_path))
+    for does, said in (("exit 3", "exit code 3, no output"), ("echo sorry >&2; exit 1", "sorry"), ("echo hello", "")):
+        complains(f"not a Python that runs .{said}", peer_python=_python_that(tmp_path, does))
+
+
+def test_help_and_names():
+    done = run("--help")
+    assert done.returncode == 0 and "scripts.bench tokenizer" in done.stdout
+    command = [sys.executable, "-X", "importtime", "-m", "scripts.bench", "tokenizer", "--help"]
+    done = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m scripts.bench tokenizer")
+    assert "--peer_python" in done.stdout and "--config" not in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"jax", "numpy", "pyarrow", "tiktoken", "rustbpe"}
+    for arguments, words in (([], "must be one of tokenizer"), (["speed"], "benchmark 'speed'"),
+                             (["tokenizer", "--corpus=/gone"], "--corpus=/gone: no such"),
+                             (["tokenizer", "--config=cpu"], "--config=cpu")):  # fmt: skip
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

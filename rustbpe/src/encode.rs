@@ -1,38 +1,27 @@
-//! BPE encoding and decoding with learned merges.
+//! Encoding and decoding with learned merges.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::sync::{Mutex, PoisonError};
 
-use rayon::prelude::*;
-use rustc_hash::FxHashMap;
-
+use crate::cache::{self, Cache};
+use crate::merge::{MergeTable, Pair};
 use crate::split::Splitter;
-use crate::train::Pair;
-
-/// Longer chunks are merged through a heap (n log n): searching for the best pair again and again is quadratic.
-const HEAP_FROM: usize = 96;
-
-const NONE: u32 = u32::MAX;
 
 pub struct Encoder {
     splitter: Splitter,
-    tokens: Vec<Vec<u8>>,
     merges: Vec<Pair>,
-    by_pair: FxHashMap<Pair, u32>,
-    by_bytes: FxHashMap<Vec<u8>, u32>,
+    table: MergeTable,
+    /// The bytes of all tokens, end to end: those of token i are `bytes[starts[i]..starts[i + 1]]`.
+    bytes: Vec<u8>,
+    starts: Vec<usize>,
+    /// Caches nobody uses just now: as many as threads have ever encoded at once.
+    caches: Mutex<Vec<Cache>>,
 }
 
 impl Encoder {
     /// Ids 0..=255 are the bytes, id 256 + i the i-th merge.
-    pub fn new(splitter: Splitter, merges: Vec<Pair>) -> Self {
-        let mut encoder = Self {
-            splitter,
-            tokens: (0..=255).map(|b| vec![b]).collect(),
-            merges: vec![],
-            by_pair: FxHashMap::default(),
-            by_bytes: (0..=255u8).map(|b| (vec![b], b.into())).collect(),
-        };
-        merges.into_iter().for_each(|pair| encoder.push(pair));
+    pub fn new(splitter: Splitter, merges: &[Pair]) -> Self {
+        let mut encoder = Self::of_bytes(splitter, merges.len());
+        merges.iter().for_each(|&pair| encoder.push(pair));
         encoder
     }
 
@@ -42,13 +31,14 @@ impl Encoder {
         if tokens.len() < 256 {
             return Err(format!("{} tokens, expected at least the 256 bytes", tokens.len()));
         }
-        let mut encoder = Self::new(splitter, vec![]);
-        if let Some(id) = (0..256).find(|&id| tokens[id] != encoder.tokens[id]) {
+        let mut encoder = Self::of_bytes(splitter, tokens.len() - 256);
+        if let Some(id) = (0..256).find(|&id| tokens[id] != [id as u8]) {
             return Err(format!("token {id} is {:02x?}, expected the byte {id:02x}", tokens[id]));
         }
+        let mut parts = vec![];
         for (id, bytes) in tokens.iter().enumerate().skip(256) {
-            let mut parts = vec![];
-            encoder.merge_bytes(bytes, &mut parts);
+            parts.clear();
+            encoder.table.merge(bytes, &mut parts);
             match parts[..] {
                 [left, right] => encoder.push((left, right)),
                 _ => return Err(format!("token {id} ({bytes:02x?}) is not the union of two earlier tokens")),
@@ -57,168 +47,157 @@ impl Encoder {
         Ok(encoder)
     }
 
+    fn of_bytes(splitter: Splitter, num_merges: usize) -> Self {
+        Self {
+            splitter,
+            merges: Vec::with_capacity(num_merges),
+            table: MergeTable::new(num_merges),
+            bytes: (0..=255).collect(),
+            starts: (0..=256).collect(),
+            caches: Mutex::default(),
+        }
+    }
+
     fn push(&mut self, pair: Pair) {
-        let id = self.tokens.len() as u32;
-        let bytes = [&self.tokens[pair.0 as usize][..], &self.tokens[pair.1 as usize]].concat();
-        self.by_bytes.insert(bytes.clone(), id);
-        self.by_pair.insert(pair, id);
-        self.tokens.push(bytes);
+        self.table.insert(pair, self.vocab_size() as u32);
+        for id in [pair.0, pair.1] {
+            self.bytes.extend_from_within(self.starts[id as usize]..self.starts[id as usize + 1]);
+        }
+        self.starts.push(self.bytes.len());
         self.merges.push(pair);
     }
 
-    pub fn pattern(&self) -> &str {
-        self.splitter.pattern()
+    pub fn splitter(&self) -> &Splitter {
+        &self.splitter
     }
 
     pub fn merges(&self) -> &[Pair] {
         &self.merges
     }
 
-    /// The bytes of every token, by id.
-    pub fn tokens(&self) -> &[Vec<u8>] {
-        &self.tokens
+    /// 256 bytes and the merges.
+    pub fn vocab_size(&self) -> usize {
+        self.starts.len() - 1
     }
 
+    /// The bytes of every token, by id.
+    pub fn tokens(&self) -> impl Iterator<Item = &[u8]> {
+        self.starts.windows(2).map(|w| &self.bytes[w[0]..w[1]])
+    }
+
+    /// Fails only where the pattern does (see `Splitter::for_each`).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        let mut ids = Vec::with_capacity(text.len() / 3);
-        self.splitter.for_each(text, |chunk| match self.by_bytes.get(chunk) {
-            Some(&id) => ids.push(id),
-            None => self.merge_bytes(chunk, &mut ids),
-        })?;
+        let mut ids = vec![0; Self::room_for(text)];
+        let len = self.with_cache(|cache| self.encode_with(cache, text, &mut ids))?;
+        ids.truncate(len);
         Ok(ids)
     }
 
-    /// One list of ids a text, on all cores.
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, String> {
-        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
+    /// Lends a cache that no other thread uses meanwhile. Caches live as long as the encoder, so that what one call
+    /// has seen speeds up the next.
+    pub fn with_cache<R>(&self, use_it: impl FnOnce(&mut Cache) -> R) -> R {
+        let free = || self.caches.lock().unwrap_or_else(PoisonError::into_inner);
+        let cache = free().pop();
+        let mut cache = cache.unwrap_or_else(|| self.new_cache());
+        let result = use_it(&mut cache);
+        free().push(cache);
+        result
+    }
+
+    /// A cache that knows the vocabulary: a token's bytes become that token, since the merges that made it in some
+    /// word make it wherever its bytes are a chunk.
+    fn new_cache(&self) -> Cache {
+        let mut cache = Cache::new(self.vocab_size());
+        for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= cache::SHORT) {
+            cache.put_if_free(cache::key(token, &(0..token.len())), &[id as u32]);
+        }
+        cache
+    }
+
+    /// How many places `encode_with` needs: one a byte, the most ids there can be, and some, since it writes INLINE
+    /// ids at a time.
+    pub fn room_for(text: &str) -> usize {
+        text.len() + cache::INLINE
+    }
+
+    /// Writes the ids of `text` to the beginning of `out` and returns how many they are.
+    pub fn encode_with(&self, cache: &mut Cache, text: &str, out: &mut [u32]) -> Result<usize, String> {
+        let (bytes, mut at) = (text.as_bytes(), 0);
+        for chunk in self.splitter.chunks(text) {
+            let chunk = chunk?;
+            if chunk.len() <= cache::SHORT {
+                let key = cache::key(bytes, &chunk);
+                if let Some(entry) = cache.get(key) {
+                    out[at..at + cache::INLINE].copy_from_slice(&entry.ids);
+                    at += entry.len as usize;
+                    continue;
+                }
+            }
+            at += self.encode_unknown(cache, &bytes[chunk], &mut out[at..]);
+        }
+        Ok(at)
+    }
+
+    /// The same for a chunk that is not at hand, which is remembered.
+    #[cold]
+    fn encode_unknown(&self, cache: &mut Cache, chunk: &[u8], out: &mut [u32]) -> usize {
+        if let Some(ids) = cache.get_long(chunk) {
+            out[..ids.len()].copy_from_slice(ids);
+            return ids.len();
+        }
+        let mut ids = vec![];
+        self.table.merge(chunk, &mut ids);
+        if chunk.len() <= cache::SHORT && ids.len() <= cache::INLINE {
+            cache.put(cache::key(chunk, &(0..chunk.len())), &ids);
+        } else {
+            cache.put_long(chunk, &ids);
+        }
+        out[..ids.len()].copy_from_slice(&ids);
+        ids.len()
     }
 
     /// Fails, naming the id, on one outside the vocabulary.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, String> {
-        let mut bytes = Vec::with_capacity(ids.len() * 5);
+        let mut bytes = Vec::with_capacity(5 * ids.len());
         for &id in ids {
-            let token = self.tokens.get(id as usize);
-            let size = self.tokens.len();
-            bytes.extend(token.ok_or_else(|| format!("token id {id} is outside the vocabulary (0 to {})", size - 1))?);
+            match self.starts.get(id as usize..).and_then(|starts| starts.first_chunk()) {
+                Some(&[start, end]) => bytes.extend_from_slice(&self.bytes[start..end]),
+                None => return Err(self.outside(&id)),
+            }
         }
         Ok(bytes)
     }
 
-    fn merged(&self, left: u32, right: u32) -> u32 {
-        self.by_pair.get(&(left, right)).copied().unwrap_or(NONE)
-    }
-
-    fn merge_bytes(&self, chunk: &[u8], out: &mut Vec<u32>) {
-        if chunk.len() < HEAP_FROM { self.merge_short(chunk, out) } else { self.merge_long(chunk, out) }
-    }
-
-    /// The pair with the lowest id first, the leftmost of equal ones. Works in the tail of `out`.
-    fn merge_short(&self, chunk: &[u8], out: &mut Vec<u32>) {
-        let start = out.len();
-        out.extend(chunk.iter().map(|&b| u32::from(b)));
-        let mut results = [NONE; HEAP_FROM]; // what the part at this place and the next one would become
-        let mut len = chunk.len();
-        for i in 1..len {
-            results[i - 1] = self.merged(out[start + i - 1], out[start + i]);
-        }
-        while len > 1 {
-            let parts = &mut out[start..start + len];
-            let (at, &id) = results[..len - 1].iter().enumerate().min_by_key(|&(_, id)| id).expect("two parts or more");
-            if id == NONE {
-                break;
-            }
-            parts[at] = id;
-            parts.copy_within(at + 2.., at + 1);
-            results.copy_within(at + 1..len - 1, at);
-            len -= 1;
-            if at > 0 {
-                results[at - 1] = self.merged(parts[at - 1], id);
-            }
-            if at + 1 < len {
-                results[at] = self.merged(id, parts[at + 1]);
-            }
-        }
-        out.truncate(start + len);
-    }
-
-    /// The same order through a heap over a linked list of parts.
-    fn merge_long(&self, chunk: &[u8], out: &mut Vec<u32>) {
-        let len = chunk.len();
-        let mut parts: Vec<u32> = chunk.iter().map(|&b| u32::from(b)).collect();
-        let mut next: Vec<usize> = (1..=len).collect();
-        let mut previous: Vec<usize> = (0..len).map(|i| i.wrapping_sub(1)).collect();
-        let mut heap: BinaryHeap<Reverse<(u32, usize)>> = (1..len)
-            .map(|i| Reverse((self.merged(parts[i - 1], parts[i]), i - 1)))
-            .filter(|entry| entry.0.0 != NONE)
-            .collect();
-        while let Some(Reverse((id, at))) = heap.pop() {
-            // An entry is stale when either part has been merged away; a dead part holds NONE, which no merge has.
-            let right = next[at];
-            if right >= len || self.merged(parts[at], parts[right]) != id {
-                continue;
-            }
-            parts[at] = id;
-            parts[right] = NONE;
-            next[at] = next[right];
-            if next[at] < len {
-                previous[next[at]] = at;
-                let gained = self.merged(id, parts[next[at]]);
-                if gained != NONE {
-                    heap.push(Reverse((gained, at)));
-                }
-            }
-            if at > 0 {
-                let left = previous[at];
-                let gained = self.merged(parts[left], id);
-                if gained != NONE {
-                    heap.push(Reverse((gained, left)));
-                }
-            }
-        }
-        out.extend(parts.into_iter().filter(|&id| id != NONE));
+    /// What is wrong with an id that is not in the vocabulary.
+    pub fn outside(&self, id: &dyn std::fmt::Display) -> String {
+        format!("token id {id} is outside the vocabulary (0 to {})", self.vocab_size() - 1)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::count::ChunkCounts;
+    use crate::parallel::{Plan, all};
     use crate::split::GPT4_PATTERN;
-    use crate::train::{ChunkCounts, learn_merges};
-    use std::convert::Infallible;
+    use crate::train::learn_merges;
+
+    fn splitter() -> Splitter {
+        Splitter::new(GPT4_PATTERN).unwrap()
+    }
 
     fn encoder() -> Encoder {
-        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
         let text = "aaaa aaab abab hello yellow fellow héé hé naïve ".repeat(3) + &"ab".repeat(40) + &"b".repeat(33);
-        let merges = learn_merges(ChunkCounts::of_texts(&splitter, &[text]).unwrap(), 80, |_| Ok::<_, Infallible>(()));
-        Encoder::new(splitter, merges.unwrap())
+        let chunks = ChunkCounts::of_texts(&splitter(), Plan::new(None), all([text])).unwrap();
+        Encoder::new(splitter(), &learn_merges(chunks, 80, |_| Ok::<_, String>(())).unwrap())
     }
 
     #[test]
-    fn both_merge_orders_agree() {
+    fn every_token_is_what_its_bytes_become() {
         let encoder = encoder();
-        let mut state = 3u64;
-        for len in 2..HEAP_FROM {
-            for _ in 0..20 {
-                let draw = |_| {
-                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                    b"aaabbh\xc3\xa9elow"[(state >> 33) as usize % 12]
-                };
-                let chunk: Vec<u8> = (0..len).map(draw).collect();
-                let (mut short, mut long) = (vec![], vec![]);
-                encoder.merge_short(&chunk, &mut short);
-                encoder.merge_long(&chunk, &mut long);
-                assert_eq!(short, long, "{chunk:?}");
-                assert_eq!(encoder.decode(&short).unwrap(), chunk);
-            }
-        }
-    }
-
-    #[test]
-    fn every_token_encodes_to_itself() {
-        let encoder = encoder();
-        for (id, bytes) in encoder.tokens().iter().enumerate() {
+        for (id, bytes) in encoder.tokens().enumerate() {
             let mut ids = vec![];
-            encoder.merge_bytes(bytes, &mut ids);
+            encoder.table.merge(bytes, &mut ids);
             assert_eq!(ids, [id as u32]);
         }
     }
@@ -226,10 +205,8 @@ mod tests {
     #[test]
     fn merges_are_recovered_from_tokens() {
         let encoder = encoder();
-        let splitter = || Splitter::new(GPT4_PATTERN).unwrap();
-        let again = Encoder::from_tokens(splitter(), encoder.tokens()).unwrap();
-        assert_eq!(again.merges(), encoder.merges());
-        let mut tokens = encoder.tokens().to_vec();
+        let mut tokens: Vec<Vec<u8>> = encoder.tokens().map(|token| token.to_vec()).collect();
+        assert_eq!(Encoder::from_tokens(splitter(), &tokens).unwrap().merges(), encoder.merges());
         tokens.swap(0, 1);
         assert!(Encoder::from_tokens(splitter(), &tokens).err().unwrap().contains("token 0 is"));
         tokens.swap(0, 1);
@@ -238,15 +215,36 @@ mod tests {
     }
 
     #[test]
+    fn what_the_cache_has_seen_changes_nothing() {
+        // More distinct chunks than the smallest cache has places, of lengths on both sides of a key's, many of more
+        // ids than an entry holds; zero bytes at their ends.
+        let encoder = encoder();
+        let mut state = 5u64;
+        let mut draw = |n: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % n
+        };
+        let words: Vec<String> =
+            (0..30_000).map(|_| (0..1 + draw(20)).map(|_| b"aabbhelo\0"[draw(9)] as char).collect()).collect();
+        for word in words.iter().chain(&words[..5000]) {
+            let mut merged = vec![];
+            for chunk in encoder.splitter.chunks(word) {
+                encoder.table.merge(&word.as_bytes()[chunk.unwrap()], &mut merged);
+            }
+            assert_eq!(encoder.encode(word).unwrap(), merged, "{word:?}");
+        }
+    }
+
+    #[test]
     fn a_megabyte_of_one_letter_is_no_trouble() {
         let encoder = encoder();
         let text = "a".repeat(1_000_000);
-        let ids = encoder.encode(&text).unwrap();
-        assert_eq!(encoder.decode(&ids).unwrap(), text.as_bytes());
+        assert_eq!(encoder.decode(&encoder.encode(&text).unwrap()).unwrap(), text.as_bytes());
     }
 
     #[test]
     fn ids_outside_the_vocabulary_are_named() {
         assert!(encoder().decode(&[97, 9999]).unwrap_err().contains("9999"));
+        assert!(encoder().decode(&[u32::MAX]).is_err());
     }
 }

@@ -1,85 +1,128 @@
 //! The Python module `rustbpe`: a class `Tokenizer` over the trainer and the encoder, and nothing of its own.
 
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::buffer::{Element, PyBuffer};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyUnicodeEncodeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyIterator, PyString};
+use pyo3::types::{PyBytes, PyString};
 
+use crate::batch::Id;
+use crate::count::ChunkCounts;
 use crate::encode::Encoder;
+use crate::merge::Pair;
+use crate::parallel::{Plan, Sender};
 use crate::split::{GPT4_PATTERN, Splitter};
-use crate::train::{self, ChunkCounts, Pair};
+use crate::train::learn_merges;
 
-/// Text that one round of counting takes at most: bounds memory when documents are large.
-const BUFFER_BYTES: usize = 64 << 20;
+/// Text that is taken from Python before the GIL is let go and threads get it.
+const BUFFER_BYTES: usize = 1 << 18;
+
+/// Encoding a shorter text takes microseconds: letting go of the GIL would cost more than it gives others.
+const KEEP_GIL: usize = 4096;
 
 /// How often a long merge loop looks for Ctrl-C and reports progress.
 const TICK: Duration = Duration::from_millis(100);
 
 /// Byte-level BPE tokenizer: ids 0 to 255 are the bytes, id 256 + i the i-th merge. Untrained, it knows bytes only.
-#[pyclass(module = "rustbpe")]
+/// Any number of threads may use it at once; training puts new merges in place when it is done.
+///
+/// Text is str without lone surrogates: those have no UTF-8, and are a UnicodeEncodeError (a ValueError) wherever text
+/// is taken, naming which text it was.
+#[pyclass(module = "rustbpe", frozen)]
 struct Tokenizer {
-    encoder: Encoder,
+    encoder: RwLock<Arc<Encoder>>,
 }
 
-fn value_error(message: String) -> PyErr {
-    PyValueError::new_err(message)
+/// An error of the algorithm (ValueError) or of Python.
+struct Failure(PyErr);
+
+impl From<String> for Failure {
+    fn from(message: String) -> Self {
+        Self(PyValueError::new_err(message))
+    }
+}
+
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Self(error)
+    }
+}
+
+impl From<Failure> for PyErr {
+    fn from(failure: Failure) -> Self {
+        failure.0
+    }
+}
+
+type Fallible<T> = Result<T, Failure>;
+
+impl Tokenizer {
+    fn of(encoder: Encoder) -> Self {
+        Self { encoder: RwLock::new(Arc::new(encoder)) }
+    }
+
+    fn encoder(&self) -> Arc<Encoder> {
+        self.encoder.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 #[pymethods]
 impl Tokenizer {
     #[new]
-    fn new() -> PyResult<Self> {
-        let splitter = Splitter::new(GPT4_PATTERN).map_err(value_error)?;
-        Ok(Self { encoder: Encoder::new(splitter, vec![]) })
+    fn new() -> Fallible<Self> {
+        Ok(Self::of(Encoder::new(Splitter::new(GPT4_PATTERN)?, &[])))
     }
 
     /// A tokenizer from its split pattern and (token bytes, rank) pairs in any order: the inverse of
     /// get_mergeable_ranks(). ValueError where they are not those of a byte-level BPE.
     #[staticmethod]
-    fn from_mergeable_ranks(py: Python<'_>, pattern: &str, ranks: Vec<(Vec<u8>, usize)>) -> PyResult<Self> {
+    fn from_mergeable_ranks(py: Python<'_>, pattern: &str, ranks: Vec<(Vec<u8>, usize)>) -> Fallible<Self> {
         py.detach(|| {
             let mut tokens = vec![None; ranks.len()];
             for (bytes, rank) in ranks {
                 match tokens.get_mut(rank) {
                     Some(slot @ None) => *slot = Some(bytes),
-                    Some(_) => return Err(format!("rank {rank} occurs twice")),
-                    None => return Err(format!("rank {rank} leaves a gap: there are {} tokens", tokens.len())),
+                    Some(_) => return Err(format!("rank {rank} occurs twice").into()),
+                    None => return Err(format!("rank {rank} leaves a gap: there are {} tokens", tokens.len()).into()),
                 }
             }
             let tokens: Vec<Vec<u8>> = tokens.into_iter().map(|t| t.expect("every rank once")).collect();
-            Ok(Self { encoder: Encoder::from_tokens(Splitter::new(pattern)?, &tokens)? })
+            Ok(Self::of(Encoder::from_tokens(Splitter::new(pattern)?, &tokens)?))
         })
-        .map_err(value_error)
     }
 
     /// Learn the merges of a corpus, an iterable of str, up to a vocabulary of vocab_size (256 bytes included; less if
-    /// the corpus runs out of pairs). Texts are taken buffer_size at a time and counted on all cores without the GIL.
+    /// the corpus runs out of pairs). Texts are taken up to buffer_size at a time and counted on all cores, without the
+    /// GIL, while the next ones are read; only their distinct chunks stay in memory. The default pattern is GPT-4's.
     /// progress(merges done, merges wanted) is called about ten times a second while merging.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
     fn train_from_iterator(
-        &mut self,
+        &self,
         py: Python<'_>,
-        iterator: &Bound<'_, PyAny>,
+        iterator: Py<PyAny>,
         vocab_size: i64,
         buffer_size: i64,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<()> {
-        let num_merges = usize::try_from(vocab_size - 256)
+    ) -> Fallible<()> {
+        let num_merges = usize::try_from(vocab_size.saturating_sub(256))
             .ok()
             .filter(|_| vocab_size <= i64::from(u32::MAX))
-            .ok_or_else(|| value_error(format!("vocab_size is {vocab_size}, expected 256 (the bytes) or more")))?;
-        let buffer_size = usize::try_from(buffer_size)
-            .ok()
-            .filter(|&n| n > 0)
-            .ok_or_else(|| value_error(format!("buffer_size is {buffer_size}, expected 1 or more")))?;
-        let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN)).map_err(value_error)?;
-        let chunks = count_chunks(py, iterator, buffer_size, &splitter)?;
-        let merges = py.detach(|| {
+            .ok_or_else(|| format!("vocab_size is {vocab_size}, expected 256 (the bytes) to {}", u32::MAX))?;
+        let buffer_size = at_least_one("buffer_size", buffer_size)?;
+        let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
+        let encoder = py.detach(|| {
+            let chunks = ChunkCounts::of_texts(&splitter, Plan::new(None), |send| {
+                Python::attach(|py| feed(iterator.bind(py), "the iterator", buffer_size, send))
+            })?;
+            if chunks.is_empty() {
+                return Err("the corpus is empty: the iterator yielded no text".to_string().into());
+            }
             let mut last = Instant::now();
-            train::learn_merges(chunks, num_merges, |done| {
+            let merges = learn_merges(chunks, num_merges, |done| {
                 if last.elapsed() < TICK && done < num_merges {
                     return Ok(());
                 }
@@ -88,95 +131,174 @@ impl Tokenizer {
                     py.check_signals()?;
                     progress.as_ref().map_or(Ok(()), |report| report.call1(py, (done, num_merges)).map(drop))
                 })
-            })
+            });
+            Ok::<_, Failure>(Encoder::new(splitter, &merges?))
         })?;
-        self.encoder = Encoder::new(splitter, merges);
+        *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(encoder);
         Ok(())
     }
 
     /// The size of the vocabulary: 256 bytes and the merges.
     #[getter]
     fn vocab_size(&self) -> usize {
-        self.encoder.tokens().len()
+        self.encoder().vocab_size()
     }
 
     /// The split pattern.
-    fn get_pattern(&self) -> &str {
-        self.encoder.pattern()
+    fn get_pattern(&self) -> String {
+        self.encoder().splitter().pattern().to_string()
     }
 
     /// (token bytes, id) of every token, by id.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, usize)> {
-        let tokens = self.encoder.tokens().iter().enumerate();
-        tokens.map(|(id, bytes)| (PyBytes::new(py, bytes), id)).collect()
+        self.encoder().tokens().enumerate().map(|(id, bytes)| (PyBytes::new(py, bytes), id)).collect()
     }
 
     /// (left id, right id) of every merge, in the order learned.
     fn get_merges(&self) -> Vec<Pair> {
-        self.encoder.merges().to_vec()
+        self.encoder().merges().to_vec()
     }
 
-    /// The ids of a text.
-    fn encode(&self, py: Python<'_>, text: &Bound<'_, PyString>) -> PyResult<Vec<u32>> {
-        let text = PyBackedStr::try_from(text.clone())?;
-        py.detach(|| self.encoder.encode(&text)).map_err(value_error)
+    /// The chunks of a text, which merges never cross.
+    fn split(&self, text: PyBackedStr) -> Fallible<Vec<String>> {
+        let encoder = self.encoder();
+        let chunks = encoder.splitter().chunks(&text).map(|chunk| chunk.map(|range| text[range].to_string()));
+        Ok(chunks.collect::<Result<_, String>>()?)
     }
 
-    /// The ids of each text, on all cores.
-    fn batch_encode(&self, py: Python<'_>, texts: Vec<PyBackedStr>) -> PyResult<Vec<Vec<u32>>> {
-        py.detach(|| self.encoder.encode_batch(&texts)).map_err(value_error)
+    /// The ids of a text, on this thread.
+    fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Fallible<Vec<u32>> {
+        let encoder = self.encoder();
+        let ids = if text.len() < KEEP_GIL { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
+        Ok(ids?)
+    }
+
+    /// The ids of each text, an iterable of str, on all cores.
+    fn batch_encode(&self, py: Python<'_>, texts: Py<PyAny>) -> Fallible<Vec<Vec<u32>>> {
+        let encoder = self.encoder();
+        let plan = Plan::new(None);
+        let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |send| feed_batch(&texts, send)))?;
+        let mut ids = vec![0; encoded.len()];
+        py.detach(|| encoded.write(plan.threads, &mut ids));
+        Ok(encoded.offsets.windows(2).map(|w| ids[w[0] as usize..w[1] as usize].to_vec()).collect())
+    }
+
+    /// The ids of all texts, an iterable of str, end to end: (tokens, offsets), two numpy arrays. Text i has the ids
+    /// tokens[offsets[i]:offsets[i + 1]]. tokens is uint16 up to a vocabulary of 65,536, else uint32; offsets is int64.
+    /// num_threads: at most so many, by default one a core.
+    #[pyo3(signature = (texts, num_threads=None))]
+    fn encode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Py<PyAny>,
+        num_threads: Option<i64>,
+    ) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        let plan = Plan::new(num_threads.map(|n| at_least_one("num_threads", n)).transpose()?);
+        let encoder = self.encoder();
+        if encoder.vocab_size() <= 1 << 16 {
+            encode_flat::<u16>(py, &encoder, &texts, plan, "uint16")
+        } else {
+            encode_flat::<u32>(py, &encoder, &texts, plan, "uint32")
+        }
     }
 
     /// The text of ids; bytes that are not UTF-8 become U+FFFD.
-    fn decode(&self, ids: Vec<u32>) -> PyResult<String> {
-        let bytes = self.encoder.decode(&ids).map_err(value_error)?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    fn decode(&self, ids: &Bound<'_, PyAny>) -> Fallible<String> {
+        Ok(String::from_utf8_lossy(&decode(&self.encoder(), ids)?).into_owned())
     }
 
     /// The bytes of ids.
-    fn decode_bytes<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(PyBytes::new(py, &self.encoder.decode(&ids).map_err(value_error)?))
+    fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'_, PyAny>) -> Fallible<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &decode(&self.encoder(), ids)?))
     }
 }
 
-/// Counts the chunks of all texts, a buffer at a time. The texts are borrowed from Python, not copied.
-fn count_chunks(
-    py: Python<'_>,
-    iterable: &Bound<'_, PyAny>,
-    buffer_size: usize,
-    splitter: &Splitter,
-) -> PyResult<ChunkCounts> {
+fn at_least_one(name: &str, value: i64) -> Fallible<usize> {
+    let usable = usize::try_from(value).ok().filter(|&n| n > 0);
+    usable.ok_or_else(|| format!("{name} is {value}, expected 1 or more").into())
+}
+
+fn encode_flat<'py, I: Id + Element>(
+    py: Python<'py>,
+    encoder: &Encoder,
+    texts: &Py<PyAny>,
+    plan: Plan,
+    dtype: &str,
+) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    let encoded = py.detach(|| encoder.encode_batch::<I, _, Failure>(plan, |send| feed_batch(texts, send)))?;
+    let tokens = new_array(py, encoded.len(), dtype, |out| py.detach(|| encoded.write(plan.threads, out)))?;
+    let offsets = new_array(py, encoded.offsets.len(), "int64", |out| out.copy_from_slice(&encoded.offsets))?;
+    Ok((tokens, offsets))
+}
+
+/// A numpy array, filled through the buffer protocol: the stable ABI has that, and no crate must know numpy's.
+fn new_array<'py, T: Element>(
+    py: Python<'py>,
+    len: usize,
+    dtype: &str,
+    fill: impl FnOnce(&mut [T]),
+) -> PyResult<Bound<'py, PyAny>> {
+    let array = py.import("numpy")?.call_method1("empty", (len, dtype))?;
+    let buffer = PyBuffer::<T>::get(&array)?;
+    let mut place = buffer.as_slice_ptr().expect("a new array is contiguous");
+    // SAFETY: the array is new, so nobody else has it, and `buffer` keeps it in place. T is a plain number, for which
+    // any bits are a value.
+    fill(unsafe { place.as_mut() });
+    Ok(array)
+}
+
+fn feed_batch(texts: &Py<PyAny>, send: &mut Sender<PyBackedStr>) -> Fallible<()> {
+    Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, send))
+}
+
+/// Hands over the texts of an iterable, a buffer at a time. They are borrowed from Python, not copied.
+fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, send: &mut Sender<PyBackedStr>) -> Fallible<()> {
     if iterable.is_instance_of::<PyString>() {
-        return Err(PyTypeError::new_err("expected an iterable of str, got one str: put it in a list"));
+        return Err(PyTypeError::new_err("expected an iterable of str, got one str: put it in a list").into());
     }
-    let mut items = PyIterator::from_object(iterable)?.enumerate().peekable();
-    let mut total = ChunkCounts::default();
-    while items.peek().is_some() {
-        let mut texts: Vec<PyBackedStr> = vec![];
+    let py = iterable.py();
+    let mut items = iterable.try_iter()?.enumerate();
+    loop {
+        let mut texts = vec![];
         let mut bytes = 0;
         while texts.len() < buffer_size && bytes < BUFFER_BYTES {
             let Some((position, item)) = items.next() else { break };
-            let text = borrow_text(position, &item?)?;
+            let text = borrow_text(item?, what, position)?;
             bytes += text.len();
             texts.push(text);
         }
-        let counts = py.detach(|| ChunkCounts::of_texts(splitter, &texts)).map_err(value_error)?;
-        total = py.detach(|| total.plus(counts));
+        if texts.is_empty() {
+            return Ok(());
+        }
+        py.detach(|| texts.into_iter().for_each(&mut *send));
         py.check_signals()?;
     }
-    if total.is_empty() {
-        return Err(value_error("the corpus is empty: the iterator yielded no text".to_string()));
-    }
-    Ok(total)
 }
 
-fn borrow_text(position: usize, item: &Bound<'_, PyAny>) -> PyResult<PyBackedStr> {
-    let text = item.cast::<PyString>().map_err(|_| {
-        let kind = item.get_type().name().map_or("?".to_string(), |name| name.to_string());
-        PyTypeError::new_err(format!("item {position} of the iterator is {kind}, expected str"))
+fn borrow_text(item: Bound<'_, PyAny>, what: &str, position: usize) -> PyResult<PyBackedStr> {
+    let text = item.cast_into::<PyString>().map_err(|error| {
+        let kind = error.into_inner().get_type().name().map_or("?".to_string(), |name| name.to_string());
+        PyTypeError::new_err(format!("item {position} of {what} is {kind}, expected str"))
     })?;
-    PyBackedStr::try_from(text.clone())
-        .map_err(|error| value_error(format!("item {position} of the iterator is not valid Unicode: {error}")))
+    let py = text.py();
+    PyBackedStr::try_from(text).inspect_err(|error| {
+        if error.is_instance_of::<PyUnicodeEncodeError>(py) {
+            let reason = format!("item {position} of {what} is not valid Unicode: a lone surrogate");
+            error.value(py).setattr("reason", reason).expect("the reason may be set");
+        }
+    })
+}
+
+fn decode(encoder: &Encoder, ids: &Bound<'_, PyAny>) -> Fallible<Vec<u8>> {
+    let id_of = |item: PyResult<Bound<'_, PyAny>>| {
+        let item = item?;
+        item.extract::<u32>().map_err(|error| match error.is_instance_of::<PyOverflowError>(item.py()) {
+            true => Failure::from(encoder.outside(&item)),
+            false => error.into(),
+        })
+    };
+    let ids: Vec<u32> = ids.try_iter()?.map(id_of).collect::<Fallible<_>>()?;
+    Ok(encoder.decode(&ids)?)
 }
 
 #[pymodule]

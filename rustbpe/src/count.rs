@@ -1,0 +1,149 @@
+//! How often each distinct chunk of a corpus occurs: all that training needs to know of it.
+
+use rustc_hash::FxHashMap;
+
+use crate::cache::{SHORT, hash, key};
+use crate::parallel::{Piece, Pieces, Plan, Sender, share};
+use crate::split::Splitter;
+
+/// Chunks with their counts. Short chunks are their own keys (see `cache::key`), in a table of open addressing.
+#[derive(Default)]
+pub struct ChunkCounts {
+    /// Key 0 is a free slot. A power of two of slots, at most three quarters full.
+    short: Vec<(u128, i64)>,
+    num_short: usize,
+    long: FxHashMap<Box<[u8]>, i64>,
+}
+
+impl ChunkCounts {
+    /// Counts the chunks of the texts that `produce` hands over, as `plan` says. `produce` goes on while the
+    /// others count; its error ends the work and is returned, and so is a pattern that fails.
+    pub fn of_texts<T: AsRef<str> + Send + Sync, E: From<String>>(
+        splitter: &Splitter,
+        plan: Plan,
+        produce: impl FnOnce(&mut Sender<T>) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let mut pieces = Pieces::new(splitter, plan.piece);
+        let step = |state: &mut Result<Self, String>, piece: Piece<T>| {
+            if let Ok(counts) = state {
+                let counted = piece.texts().try_for_each(|(number, text)| {
+                    counts.add_text(splitter, text).map_err(|error| format!("text {number}: {error}"))
+                });
+                if let Err(error) = counted {
+                    *state = Err(error);
+                }
+            }
+        };
+        let (produced, states): (Result<(), E>, _) = share(
+            plan.threads,
+            || Ok(Self::default()),
+            step,
+            |send| {
+                produce(&mut |text| pieces.add(text, send))?;
+                pieces.flush(send);
+                Ok(())
+            },
+        );
+        produced?;
+        let mut total = Self::default();
+        for counts in states {
+            total = total.plus(counts?);
+        }
+        if total.total_len() + total.len() >= u32::MAX as usize {
+            return Err("the distinct chunks of the corpus are more than 4 GB".to_string().into());
+        }
+        Ok(total)
+    }
+
+    fn add_text(&mut self, splitter: &Splitter, text: &str) -> Result<(), String> {
+        let bytes = text.as_bytes();
+        for chunk in splitter.chunks(text) {
+            let chunk = chunk?;
+            if chunk.len() <= SHORT {
+                self.add_short(key(bytes, &chunk), 1);
+            } else {
+                self.add_long(&bytes[chunk], 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_long(&mut self, chunk: &[u8], count: i64) {
+        match self.long.get_mut(chunk) {
+            Some(total) => *total += count,
+            None => {
+                self.long.insert(chunk.into(), count);
+            }
+        }
+    }
+
+    #[inline]
+    fn add_short(&mut self, key: u128, count: i64) {
+        if 4 * self.num_short >= 3 * self.short.len() {
+            self.grow();
+        }
+        let mask = self.short.len() - 1;
+        let mut at = hash(key) as usize & mask;
+        loop {
+            let slot = &mut self.short[at];
+            if slot.0 == key {
+                slot.1 += count;
+                return;
+            }
+            if slot.0 == 0 {
+                *slot = (key, count);
+                self.num_short += 1;
+                return;
+            }
+            at = (at + 1) & mask;
+        }
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let slots = (2 * self.short.len()).max(1 << 10);
+        let old = std::mem::replace(&mut self.short, vec![(0, 0); slots]);
+        self.num_short = 0;
+        for (key, count) in old.into_iter().filter(|&(key, _)| key != 0) {
+            self.add_short(key, count);
+        }
+    }
+
+    /// The sum of both; the smaller is added to the larger.
+    fn plus(self, other: Self) -> Self {
+        let (mut large, small) = if self.len() >= other.len() { (self, other) } else { (other, self) };
+        for (key, count) in small.short.into_iter().filter(|&(key, _)| key != 0) {
+            large.add_short(key, count);
+        }
+        for (chunk, count) in small.long {
+            *large.long.entry(chunk).or_default() += count;
+        }
+        large
+    }
+
+    /// How many distinct chunks there are.
+    pub fn len(&self) -> usize {
+        self.num_short + self.long.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes of all distinct chunks.
+    pub fn total_len(&self) -> usize {
+        let short: usize = self.short.iter().map(|slot| (slot.0 >> 120) as usize).sum();
+        short + self.long.keys().map(|chunk| chunk.len()).sum::<usize>()
+    }
+
+    /// Calls `visit` with each chunk and its count, in no particular order.
+    pub fn for_each(self, mut visit: impl FnMut(&[u8], i64)) {
+        for (key, count) in self.short.into_iter().filter(|&(key, _)| key != 0) {
+            let bytes = key.to_le_bytes();
+            visit(&bytes[..usize::from(bytes[15])], count);
+        }
+        for (chunk, count) in self.long {
+            visit(&chunk, count);
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Merging a chunk: bytes become tokens by the learned merges, the earliest learned first.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+/// Two neighbouring token ids.
+pub type Pair = (u32, u32);
+
+/// Stands for "no token".
+const NONE: u32 = u32::MAX;
+
+/// Longer chunks are merged through a heap (n log n): searching for the best pair again and again is quadratic.
+const HEAP_FROM: usize = 96;
+
+/// What two neighbouring tokens become. A merge's id is also its rank, since ids are given in the order of learning.
+pub struct MergeTable {
+    /// Open addressing, at most half full; an empty slot holds NONE.
+    slots: Vec<(Pair, u32)>,
+    shift: u32,
+    /// The same for two bytes, by `left * 256 + right`: every chunk begins with those, and a look-up is one load.
+    bytes: Vec<u32>,
+}
+
+impl MergeTable {
+    /// An empty table with room for `capacity` merges.
+    pub fn new(capacity: usize) -> Self {
+        let slots = (2 * capacity).next_power_of_two().max(2);
+        Self { slots: vec![((0, 0), NONE); slots], shift: 64 - slots.ilog2(), bytes: vec![NONE; 1 << 16] }
+    }
+
+    /// `pair` becomes `id`. At most `capacity` times, each time with another pair.
+    pub fn insert(&mut self, pair: Pair, id: u32) {
+        if pair.0 < 256 && pair.1 < 256 {
+            self.bytes[(pair.0 << 8 | pair.1) as usize] = id;
+        }
+        let mut at = self.home(pair);
+        while self.slots[at].1 != NONE {
+            at = (at + 1) & (self.slots.len() - 1);
+        }
+        self.slots[at] = (pair, id);
+    }
+
+    #[inline]
+    fn home(&self, (left, right): Pair) -> usize {
+        ((u64::from(left) << 32 | u64::from(right)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize
+    }
+
+    /// NONE where the two do not merge.
+    #[inline]
+    fn get(&self, left: u32, right: u32) -> u32 {
+        let mut at = self.home((left, right));
+        loop {
+            let (pair, id) = self.slots[at];
+            if pair == (left, right) || id == NONE {
+                return id;
+            }
+            at = (at + 1) & (self.slots.len() - 1);
+        }
+    }
+
+    #[inline]
+    fn get_bytes(&self, left: u8, right: u8) -> u32 {
+        self.bytes[usize::from(left) << 8 | usize::from(right)]
+    }
+
+    /// Appends the ids of one chunk.
+    pub fn merge(&self, chunk: &[u8], out: &mut Vec<u32>) {
+        if chunk.len() < HEAP_FROM { self.merge_short(chunk, out) } else { self.merge_long(chunk, out) }
+    }
+
+    /// The pair with the lowest id first, the leftmost of equal ones.
+    fn merge_short(&self, chunk: &[u8], out: &mut Vec<u32>) {
+        let mut parts = [0; HEAP_FROM];
+        let mut gains = [NONE; HEAP_FROM]; // what the part at this place and the next one would become
+        let mut len = chunk.len();
+        for (part, &byte) in parts.iter_mut().zip(chunk) {
+            *part = u32::from(byte);
+        }
+        for (gain, pair) in gains.iter_mut().zip(chunk.windows(2)) {
+            *gain = self.get_bytes(pair[0], pair[1]);
+        }
+        while len > 1 {
+            let (mut at, mut id) = (0, gains[0]);
+            for (i, &gain) in gains[1..len - 1].iter().enumerate() {
+                if gain < id {
+                    (at, id) = (i + 1, gain);
+                }
+            }
+            if id == NONE {
+                break;
+            }
+            parts[at] = id;
+            parts.copy_within(at + 2..len, at + 1);
+            gains.copy_within(at + 1..len - 1, at);
+            len -= 1;
+            if at > 0 {
+                gains[at - 1] = self.get(parts[at - 1], id);
+            }
+            if at + 1 < len {
+                gains[at] = self.get(id, parts[at + 1]);
+            }
+        }
+        out.extend_from_slice(&parts[..len]);
+    }
+
+    /// The same order through a heap over a linked list of parts.
+    fn merge_long(&self, chunk: &[u8], out: &mut Vec<u32>) {
+        let len = chunk.len();
+        let mut parts: Vec<u32> = chunk.iter().map(|&b| u32::from(b)).collect();
+        let mut next: Vec<usize> = (1..=len).collect();
+        let mut previous: Vec<usize> = (0..len).map(|i| i.wrapping_sub(1)).collect();
+        let mut heap: BinaryHeap<Reverse<(u32, usize)>> = (1..len)
+            .map(|i| Reverse((self.get_bytes(chunk[i - 1], chunk[i]), i - 1)))
+            .filter(|entry| entry.0.0 != NONE)
+            .collect();
+        while let Some(Reverse((id, at))) = heap.pop() {
+            // An entry is stale when either part has been merged away; a dead part holds NONE, which no merge has.
+            let right = next[at];
+            if right >= len || self.get(parts[at], parts[right]) != id {
+                continue;
+            }
+            parts[at] = id;
+            parts[right] = NONE;
+            next[at] = next[right];
+            if next[at] < len {
+                previous[next[at]] = at;
+                let gained = self.get(id, parts[next[at]]);
+                if gained != NONE {
+                    heap.push(Reverse((gained, at)));
+                }
+            }
+            if at > 0 {
+                let left = previous[at];
+                let gained = self.get(parts[left], id);
+                if gained != NONE {
+                    heap.push(Reverse((gained, left)));
+                }
+            }
+        }
+        out.extend(parts.into_iter().filter(|&id| id != NONE));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// "aa", "aaaa", "ab", "abab", "bb", "ll", "el", "ell", "é" and a few that overlap them.
+    fn table() -> MergeTable {
+        let merges =
+            [(97, 97), (256, 256), (97, 98), (258, 258), (98, 98), (108, 108), (101, 108), (262, 108), (0xc3, 0xa9)];
+        let mut table = MergeTable::new(merges.len() + 2);
+        let more = [(260, 258), (264, 256)];
+        merges.into_iter().chain(more).enumerate().for_each(|(i, pair)| table.insert(pair, 256 + i as u32));
+        table
+    }
+
+    #[test]
+    fn both_orders_agree() {
+        let table = table();
+        let mut state = 3u64;
+        for len in 1..HEAP_FROM {
+            for _ in 0..20 {
+                let draw = |_| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    b"aaabbh\xc3\xa9elow"[(state >> 33) as usize % 12]
+                };
+                let chunk: Vec<u8> = (0..len).map(draw).collect();
+                let (mut short, mut long) = (vec![], vec![]);
+                table.merge_short(&chunk, &mut short);
+                table.merge_long(&chunk, &mut long);
+                assert_eq!(short, long, "{chunk:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn earlier_merges_come_first_and_the_leftmost_of_equal_ones() {
+        let merge = |chunk: &[u8]| {
+            let mut out = vec![];
+            table().merge(chunk, &mut out);
+            out
+        };
+        assert_eq!(merge(b"aaa"), [256, 97]);
+        assert_eq!(merge(b"aaaaa"), [257, 97]);
+        assert_eq!(merge(b"ell"), [101, 261]);
+        assert_eq!(merge(b""), [0u32; 0]);
+        assert_eq!(merge(&b"a".repeat(1002)), [vec![257; 250], vec![256]].concat());
+    }
+}

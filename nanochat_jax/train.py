@@ -5,6 +5,7 @@ batch, step, log the step before (so that the device never waits for the host), 
 evaluate and sample. Saving always comes before evaluating, so that no evaluation can cost a run its weights.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanochat_jax import config, dataloader, dataset, gpt, metrics, optim, parallel, tasks
+from nanochat_jax import config, dataloader, dataset, gpt, metrics, optim, parallel, sharding, tasks
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.loss import cross_entropy, num_chunks
 from nanochat_jax.run import Interruption, Run, Timer, TrainState, open_run
+from nanochat_jax.sharding import Layout
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -34,34 +36,55 @@ SAMPLE_PROMPTS = (
 # The step
 
 
-def make_step(model: GPTConfig, optimizer: optax.GradientTransformation, dtype, grad_clip: float = 0.0) -> Callable:
+def make_step(
+    model: GPTConfig, optimizer: optax.GradientTransformation, dtype, grad_clip: float = 0.0,
+    layout: Layout | None = None, execution: gpt.Execution = gpt.PLAIN,
+) -> Callable:  # fmt: skip
     """step(state, batch, lr_mult) -> (state, metrics), jitted, its state donated.
 
     batch: inputs, targets int32 [micro, rows, t] (targets -1: not counted) and optionally weights float32 of the same
     shape, one a target. The loss is the sum over all micro-batches and devices divided by the number of counted
     tokens, so that how a batch is cut changes nothing but rounding; no counted token gives a loss of 0.
+
+    With the optimizer sharded, the gradients of a replica's rows stay with it through all micro-batches (by a vmap over
+    the replicas) and are reduced once, each replica keeping its share; with the weights sharded, once a micro-batch.
     """
+    replicas = sharding.replicas(layout.mesh) if layout else 1
+    apart = replicas > 1 and not layout.full
+    if layout:
+        execution = dataclasses.replace(execution, gather=layout.gather)
 
     def loss_sum(params, batch):
-        x = gpt.hidden(params, model, batch["inputs"], dtype)
-        head = params["lm_head"][: model.vocab_size]
+        x = gpt.hidden(params, model, batch["inputs"], dtype, execution)
+        head = execution.gather("lm_head", params["lm_head"])[: model.vocab_size]
         rows, time = batch["targets"].shape
         weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
-        chunks = num_chunks(rows // jax.device_count(), time)  # shapes are global here, memory is a device's
+        chunks = num_chunks(rows if apart else rows // replicas, time)  # of what one device holds
         return cross_entropy(x, head, batch["targets"], weights, model.softcap, chunks)
+
+    def gradients(params, batch):
+        """(sum of losses, its gradient); over one micro-batch, or as many as the batch has."""
+        gradient_of = jax.value_and_grad(loss_sum)
+        if apart:
+            gradient_of = jax.vmap(gradient_of, in_axes=(None, 0), spmd_axis_name=sharding.ROWS)
+            batch = layout.by_replica(batch)
+        if batch["targets"].shape[0] == 1:
+            return gradient_of(params, jax.tree.map(lambda x: x[0], batch))
+
+        def accumulate(total, micro_batch):
+            return jax.tree.map(jnp.add, total, gradient_of(params, micro_batch)), None
+
+        like = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], batch))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        if apart:
+            zero = layout.own(zero)
+        return jax.lax.scan(accumulate, zero, batch)[0]
 
     def step(state: TrainState, batch: dict, lr_mult: jax.Array):
         params = state.params
-        gradient_of = jax.value_and_grad(loss_sum)
-        if batch["targets"].shape[0] == 1:
-            loss, grads = gradient_of(params, jax.tree.map(lambda x: x[0], batch))
-        else:
-
-            def accumulate(total, micro_batch):
-                return jax.tree.map(jnp.add, total, gradient_of(params, micro_batch)), None
-
-            zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
-            (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
+        loss, grads = gradients(params, batch)
+        if apart:
+            loss, grads = loss.sum(), layout.reduce(grads)
         count = (batch["targets"] >= 0).sum()
         scale = 1.0 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -71,10 +94,25 @@ def make_step(model: GPTConfig, optimizer: optax.GradientTransformation, dtype, 
             # Off by default: the norm does not pass 1 in these runs, and clipping costs about 2% of the speed.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        if layout:
+            updates = layout.constrain(updates, layout.stored(updates))
+            opt_state = layout.constrain(opt_state, layout.cut(opt_state))
         params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
         return TrainState(params, opt_state), {"loss": loss * scale, "grad_norm": grad_norm, "count": count}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def execution(cfg: Train) -> gpt.Execution:
+    """How the stage's settings want the blocks computed."""
+    kept = jax.checkpoint_policies
+    known = {"none": None, "matmuls": kept.dots_with_no_batch_dims_saveable, "full": kept.nothing_saveable}
+    if cfg.remat not in known:
+        raise UserError(f"--remat={cfg.remat}: must be one of {', '.join(known)}")
+    saved = known[cfg.remat]
+    if saved is None and cfg.shard == "full":  # a weight is gathered again for the backward pass
+        saved = kept.save_anything_except_these_names(sharding.GATHERED)
+    return gpt.Execution(cfg.scan_layers, saved)
 
 
 # -----------------------------------------------------------------------------
@@ -101,12 +139,16 @@ class Geometry:
     def shaped(self, batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
         """[rows of this process, t] -> global arrays [micro, rows, t] on the devices."""
         local = {k: v.reshape(self.micro, -1, v.shape[-1]) for k, v in batch.items()}
-        return {k: parallel.put_rows(mesh, v) for k, v in local.items()}
+        return {k: sharding.put_rows(mesh, v) for k, v in local.items()}
 
 
-def geometry(total_batch_size: int, device_batch_size: int, seq_len: int, model: GPTConfig) -> Geometry:
-    """Cuts `total_batch_size` tokens into rows and micro-batches. UserError where it does not divide."""
-    devices = jax.device_count()
+def geometry(
+    total_batch_size: int, device_batch_size: int, seq_len: int, model: GPTConfig, devices: int = 1
+) -> Geometry:
+    """Cuts `total_batch_size` tokens into rows and micro-batches. UserError where it does not divide.
+
+    `devices` is how many take rows of their own.
+    """
     rows, rest = divmod(total_batch_size, seq_len * devices)
     if rest or rows < 1:
         near = max(1, round(total_batch_size / (seq_len * devices))) * seq_len * devices
@@ -233,7 +275,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         if run.data is not None:
             stage.loader.restore(run.data)
         announce(run, stage)
-        step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
+        step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip, run.layout, execution(cfg))
         log = StepLog(run, stage)
         evaluations = evaluations_of(cfg)
         step, ended = run.step, False
@@ -268,7 +310,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             progress = step / stage.steps if stage.steps else _progress(run, stage)
             lr_mult = stage.lr_mult(step, progress)
             waited = log.timer.lap() if log.timed else 0.0
-            arrays = stage.geometry.shaped(batch, run.mesh)
+            arrays = stage.geometry.shaped(batch, run.layout.mesh)
             run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
             step += 1
             log.push(step, results, lr_mult, waited, progress)
@@ -291,7 +333,7 @@ def announce(run: Run, stage: Stage) -> None:
         "parameters": f"{model.num_params:,}",
         "FLOPs a token": f"{model.flops_per_token:.3e}",
         "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}",
-        "mesh": ", ".join(f"{name}={size}" for name, size in run.mesh.shape.items()),
+        "mesh": ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items()),
         "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
         **stage.facts,
     }

@@ -29,7 +29,7 @@ def main(cfg: config.BaseLoss) -> None:
     dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     source = dataset.open(cfg.data, cfg.data_dir)
-    params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
+    params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     rows = num_rows(params, cfg.device_batch_size)
     first = jax.process_index() == 0
 

@@ -34,7 +34,7 @@ def main(cfg: config.ChatEval) -> None:
     loaded = [tasks.load(name, "test", data_dir=cfg.task_data_dir or None) for name in names]
     dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
+    params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
     scores = []
     for task in loaded:

@@ -188,7 +188,7 @@ tokenizer = Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for
 cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
 one = jax.device_put(gpt.init(cfg, seed=3) | {}, jax.devices()[0])
 one = jax.tree.map(lambda x: x + 0.2, one) | {"lm_head": one["lm_head"] * 1000}
-many = jax.device_put(one, parallel.replicated(parallel.make_mesh()))
+many = jax.device_put(one, sharding.replicated(sharding.make_mesh()))
 for params in (one, many):
     quiz = chat.evaluate(params, cfg, tokenizer, Quiz(), batch_size=6)
     begin = chat.evaluate(params, cfg, tokenizer, Begin(), max_new_tokens=3)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import config, metrics, optim, tasks
+from nanochat_jax import config, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run
@@ -102,9 +102,8 @@ def train(cfg: config.Rl) -> None:
                 f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples} answers do not divide "
                 f"over {jax.device_count()} devices"
             )
-        shape = geometry(answers * run.model.sequence_len, cfg.device_batch_size, run.model.sequence_len, run.model,
-            sharding.replicas(run.layout.mesh),
-        )  # fmt: skip
+        seq_len, devices = run.model.sequence_len, sharding.replicas(run.layout.mesh)
+        shape = geometry(answers * seq_len, cfg.device_batch_size, seq_len, run.model, devices)
         announce(run, shape, len(task), steps)
         step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip, run.layout, execution(cfg))
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=min(answers, 64), dtype=run.dtype)

@@ -58,6 +58,12 @@ def put_rows(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, ROWS)), batch)
 
 
+def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
+    """This process's flag as a global array int32 [devices]; positive in sum once any is up."""
+    mine = np.full(len(mesh.local_devices), int(flag), np.int32)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where parameters, gradients and optimizer state lie on a mesh.

@@ -8,6 +8,7 @@ evaluate and sample. Saving always comes before evaluating, so that no evaluatio
 import dataclasses
 import functools
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,9 +43,10 @@ def make_step(
 ) -> Callable:  # fmt: skip
     """step(state, batch, lr_mult) -> (state, metrics), jitted, its state donated.
 
-    batch: inputs, targets int32 [micro, rows, t] (targets -1: not counted) and optionally weights float32 of the same
-    shape, one a target. The loss is the sum over all micro-batches and devices divided by the number of counted
-    tokens, so that how a batch is cut changes nothing but rounding; no counted token gives a loss of 0.
+    batch: inputs, targets int32 [micro, rows, t] (targets -1: not counted), optionally weights float32 of the same
+    shape, one a target, and `stop` int32 [devices], whose sum comes back among the metrics. The loss is the sum over
+    all micro-batches and devices divided by the number of counted tokens, so that how a batch is cut changes nothing
+    but rounding; no counted token gives a loss of 0.
 
     With the optimizer sharded, the gradients of a replica's rows stay with it through all micro-batches (by a vmap over
     the replicas) and are reduced once, each replica keeping its share; with the weights sharded, once a micro-batch.
@@ -82,7 +84,8 @@ def make_step(
 
     def step(state: TrainState, batch: dict, lr_mult: jax.Array):
         params = state.params
-        loss, grads = gradients(params, batch)
+        stop = batch.get("stop")
+        loss, grads = gradients(params, {k: v for k, v in batch.items() if k != "stop"})
         if apart:
             loss, grads = loss.sum(), layout.reduce(grads)
         count = (batch["targets"] >= 0).sum()
@@ -98,7 +101,8 @@ def make_step(
             updates = layout.constrain(updates, layout.stored(updates))
             opt_state = layout.constrain(opt_state, layout.cut(opt_state))
         params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
-        return TrainState(params, opt_state), {"loss": loss * scale, "grad_norm": grad_norm, "count": count}
+        results = {"loss": loss * scale, "grad_norm": grad_norm, "count": count}
+        return TrainState(params, opt_state), results if stop is None else results | {"stop": stop.sum()}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -203,7 +207,8 @@ def _process() -> dict:
 
 def base_stage(run: Run) -> Stage:
     cfg, model = run.cfg, run.model
-    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, model)
+    devices = sharding.replicas(run.layout.mesh)
+    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, model, devices)
     # The horizon: steps if given, else FLOPs if given, else tokens in proportion to the parameters.
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations
@@ -237,11 +242,11 @@ def chat_stage(run: Run) -> Stage:
     held_out = tasks.mixture(cfg.val_mixture, "test", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     total = cfg.total_batch_size
+    devices = sharding.replicas(run.layout.mesh)
     if not total:  # finetuning: as many rows as hold that many conversations on average
-        devices = jax.device_count()
         rows = math.ceil(cfg.target_examples_per_step * length / model.sequence_len / devices) * devices
         total = rows * model.sequence_len
-    shape = geometry(total, cfg.device_batch_size, model.sequence_len, model)
+    shape = geometry(total, cfg.device_batch_size, model.sequence_len, model, devices)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
     rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process())
@@ -286,14 +291,15 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             due = [e for e in evaluations if e.due(step, last)] if evaluated_at != step else []
             # Save before evaluating: whatever goes wrong below, the weights are safe.
             to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or any(e.risky for e in due)
-            if (last or interruption.signal or (to_save and step > 0)) and saved_at != step:
+            stop = interruption.signal if jax.process_count() == 1 else log.stop
+            if (last or stop or (to_save and step > 0)) and saved_at != step:
                 log.flush()
                 run.save(step, stage.loader.state())
                 saved_at = step
-            if interruption.signal:
+            if stop:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")
-                raise SystemExit(128 + interruption.signal)
+                raise SystemExit(128 + stop)
             if due:
                 log.flush()
                 for evaluation in due:
@@ -311,6 +317,8 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             lr_mult = stage.lr_mult(step, progress)
             waited = log.timer.lap() if log.timed else 0.0
             arrays = stage.geometry.shaped(batch, run.layout.mesh)
+            if jax.process_count() > 1:  # all stop after the same step: where its results, with all wishes, are read
+                arrays["stop"] = sharding.put_flag(run.layout.mesh, interruption.signal is not None)
             run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
             step += 1
             log.push(step, results, lr_mult, waited, progress)
@@ -356,6 +364,7 @@ class StepLog:
         self.run, self.stage, self.print_every = run, stage, print_every
         self.timer, self.peak = Timer(), parallel.peak_flops()
         self.timed = False  # the first step of a process compiles: its time says nothing
+        self.stop: int | None = None  # the signal to end with, once any process has had one
         self._pending: tuple | None = None
         self._smooth, self._weight = 0.0, 0.0
         self._since_print = Timer()
@@ -373,6 +382,8 @@ class StepLog:
         step, results, lr_mult, waited, progress, info = self._pending
         self._pending = None
         loss, grad_norm = float(results["loss"]), float(results["grad_norm"])
+        if results.get("stop", 0) > 0:
+            self.stop = signal.SIGTERM
         dt = self.timer.lap() + waited if self.timed else None
         self.timed = True
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -89,7 +89,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
     """Which keys, by position [s], the queries at positions [..., t] see -> bool [..., t, s]."""
-    distance = queries[..., :, None] - keys
+    distance = queries[..., :, None] - jnp.expand_dims(keys, range(queries.ndim))
     return (distance >= 0) & (distance <= window) if window else distance >= 0
 
 

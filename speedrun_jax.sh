@@ -55,7 +55,7 @@ if [ "$tag" = cpu ]; then rl=1 few=(-x 100); fi # a small model learns enough to
 if [ -n "$fresh" ]; then
     old=$base/before-$(date +%Y%m%d-%H%M%S)
     mkdir -p "$old"
-    for made in report "road/$tag" {base,mid,sft,rl}_checkpoints/"$tag"; do
+    for made in "report/$tag" "road/$tag" {base,mid,sft,rl}_checkpoints/"$tag"; do
         if [ -e "$base/$made" ]; then mkdir -p "$old/$(dirname "$made")" && mv "$base/$made" "$old/$made"; fi
     done
     echo "starting over; what was there is in $old"
@@ -77,7 +77,7 @@ judge() {
 }
 
 started=$SECONDS
-[ -e "$base/report/start.json" ] || python -m nanochat_jax.report reset
+[ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
 
 # Text and tokenizer. Of FineWeb-Edu first what the tokenizer needs, the rest while that trains.
 if [ "$tag" != cpu ]; then

@@ -185,6 +185,16 @@ def exclusive(run: Path):
         yield
 
 
+def clear_unfinished(run: Path) -> None:
+    """Removes what a process that was killed while saving has left. Needs the run's lock: so nobody is saving now."""
+    for folder in run.glob("step_*"):  # Orbax's own temporary folders among them
+        if not (folder / MANIFEST).exists():
+            shutil.rmtree(folder)
+            print(f"removed {folder}: half-written")
+    for part in run.glob("*.part"):
+        part.unlink()
+
+
 def abandon_after(run: Path, step: int) -> None:
     """Renames the checkpoints after `step`: the run goes on from there, and they are of another future."""
     for folder in run.glob("step_*"):

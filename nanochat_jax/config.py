@@ -8,6 +8,7 @@ that `--help` and every complaint about a flag are immediate.
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -93,6 +94,9 @@ class GPTConfig:
 
 # -----------------------------------------------------------------------------
 # Settings, one dataclass a command
+
+
+MIXTURE = "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)"
 
 
 def setting(default, help: str):
@@ -184,9 +188,6 @@ class Base(Model, Train):
     sample_every: int = setting(2000, "steps between samples (-1: never)")
 
 
-MIXTURE = "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)"
-
-
 @dataclass(frozen=True)
 class Mid(Train):
     """Midtraining: conversations and tasks in the format of chat, loss on every token."""
@@ -213,14 +214,12 @@ class Sft(Train):
     source: str = setting("mid", "stage whose weights to start from")
     task_data_dir: str = setting("", "folder with task data, used instead of the hub")
     mixture: dict[str, int] = setting(
-        {
-            "arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000,
-            "simplespelling": 300, "spellingbee": 300,
-        },
+        {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
+         "spellingbee": 300},
         MIXTURE,
     )  # fmt: skip
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, "the same for validation")
-    total_batch_size: int = setting(0, "auto: tokens an optimizer step, target_examples_per_step rounded to whole rows")
+    total_batch_size: int = setting(0, "auto: tokens an optimizer step, whole rows for target_examples_per_step")
     target_examples_per_step: int = setting(32, "conversations an optimizer step, on average")
     num_epochs: int = setting(1, "passes over the mixture")
     init_lr_frac: float = setting(0.02, "start all learning rates at this fraction")
@@ -331,6 +330,7 @@ class ChatEval(Load):
     table: ClassVar[str] = "eval"
     source: str = setting("", "stage: mid, sft or rl (required)")
     task_name: str = setting("", "tasks joined by | (default: all six of ChatCORE)")
+    split: str = setting("test", "test, or val: what settings may be chosen by")
     temperature: float = setting(0.0, "sampling temperature (0: greedy)")
     max_new_tokens: int = setting(512, "longest answer in tokens")
     num_samples: int = setting(1, "answers a problem; one right is a pass")
@@ -383,14 +383,12 @@ C = TypeVar("C")
 def parse(cls: type[C], argv: list[str] | None = None) -> C:
     """Builds `cls` from its defaults, the preset named by --config, and the flags. UserError names what is wrong."""
     args = [_plain(a) for a in (sys.argv[1:] if argv is None else argv) if a != "--"]
-    parser = _parser(cls)
-    given = vars(parser.parse_args(args))
+    given = vars(_parser(cls).parse_args(args))
     preset = given.pop("config", None)
     values = _preset(cls, preset)
     if preset and "preset" in cls.__dataclass_fields__:
         values["preset"] = find_preset(preset).stem
-    values.update({k: v for k, v in given.items() if v is not None})
-    return cls(**values)
+    return cls(**values | {k: v for k, v in given.items() if v is not None})
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
@@ -425,11 +423,11 @@ def _parser(cls: type) -> _Parser:
     prog = f"python -m {module.name}" if module else None
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
-    types = typing.get_type_hints(cls)
+    types, defaults = typing.get_type_hints(cls), cls()
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
-        default = _default(field)
+        default = getattr(defaults, field.name)
         flags = [f"--{field.name}"]
         if field.name in SHORT and not (field.name == "num_samples" and cls is Rl):
             flags.insert(0, f"-{SHORT[field.name]}")
@@ -437,58 +435,42 @@ def _parser(cls: type) -> _Parser:
         shown = "" if text.startswith("auto") or default in ("", {}) else f" [{_show(default)}]"
         extra = {"nargs": "?", "const": True} if types[field.name] is bool else {}
         parser.add_argument(
-            *flags, type=_reader(field, types[field.name]), default=None, dest=field.name,
+            *flags, type=functools.partial(_read, field=field, kind=types[field.name]), default=None, dest=field.name,
             metavar=types[field.name].__name__.upper(), help=(text + shown).replace("%", "%%"), **extra,
         )  # fmt: skip
     return parser
-
-
-def _default(field: dataclasses.Field):
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
 def _show(value) -> str:
     return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _reader(field: dataclasses.Field, kind: type) -> Callable[[str], object]:
-    """The function argparse reads the flag's text with; its ValueErrors become one-line complaints."""
-
-    def read(text: str):
-        try:
-            return _convert(text, kind, auto=field.metadata["help"].startswith("auto"))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {_WANTED.get(kind, 'name=rows,name=rows')}") from None
-
-    return read
-
-
 _WANTED = {int: "an integer, like 8", float: "a number, like 0.1", bool: "true or false", str: "a text"}
 
 
+def _read(value, field: dataclasses.Field, kind: type):
+    """`value` (text of a flag, or a TOML value) for `field`. The complaint is argparse's kind, which names the flag."""
+    try:
+        return _convert(value, kind, auto=field.metadata["help"].startswith("auto"))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        wanted = _WANTED.get(kind, "rows by name, like gsm8k=0,identity=30")
+        raise argparse.ArgumentTypeError(f"{value!r} is not {wanted}") from None
+
+
 def _convert(value, kind: type, auto: bool):
-    """`value` (text of a flag, or a TOML value) as `kind`."""
     if kind is bool:
-        if str(value).lower() in ("true", "1", "yes"):
-            return True
-        if str(value).lower() in ("false", "0", "no"):
-            return False
-        raise ValueError(value)
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+        raise TypeError(value)
     if kind is int:
         if auto and value == "auto":
             return 0
         number = float(value)  # 1e9 and 2_000 are integers too
-        if isinstance(value, bool) or not math.isfinite(number) or number != int(number):
+        if not math.isfinite(number) or number != int(number):
             raise ValueError(value)
         return int(str(value)) if str(value).lstrip("-").isdigit() else int(number)
-    if kind is float:
-        if isinstance(value, bool):
-            raise ValueError(value)
-        return float(value)
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(value)
-        return value
+    if kind in (float, str):
+        return kind(value)
     if isinstance(value, str):  # a mixture on the command line
         value = dict(part.split("=") for part in value.split(",") if part)
     return {name: _convert(rows, int, auto=False) for name, rows in value.items()}
@@ -513,27 +495,25 @@ def _preset(cls: type, name: str | None) -> dict:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     tables = {c.table for c in COMMANDS}
-    values = {}
+    common, own = {}, {}
     for key, value in document.items():
         if key in tables and isinstance(value, dict):
-            for inner, v in value.items():
-                values |= _take(cls, [c for c in COMMANDS if c.table == key], inner, v, f"{path}: [{key}] {inner}")
-    common = {k: v for k, v in document.items() if k not in tables}
-    for key, value in common.items():
-        values = _take(cls, COMMANDS, key, value, f"{path}: {key}") | values  # a table's key is nearer
-    return values
+            owners = [c for c in COMMANDS if c.table == key]
+            for name, inner in value.items():
+                own |= _take(cls, owners, name, inner, f"{path}: [{key}] {name}")
+        else:
+            common |= _take(cls, COMMANDS, key, value, f"{path}: {key}")
+    return common | own  # a table's key is nearer
 
 
 def _take(cls: type, owners, key: str, value, where: str) -> dict:
-    def knows(c: type) -> bool:
-        return "help" in getattr(c.__dataclass_fields__.get(key), "metadata", ())
-
-    if not any(map(knows, owners)):
+    """{key: value} if it is a setting of `cls`, {} if only others of `owners` have it."""
+    fields = {c: c.__dataclass_fields__[key] for c in owners if key in c.__dataclass_fields__}
+    if not any("help" in field.metadata for field in fields.values()):
         raise UserError(f"{where}: unknown setting")
-    if cls not in owners or not knows(cls):
+    if cls not in fields:
         return {}
-    field, kind = cls.__dataclass_fields__[key], typing.get_type_hints(cls)[key]
     try:
-        return {key: _convert(value, kind, auto=field.metadata["help"].startswith("auto"))}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{where} = {value!r} is not {_WANTED.get(kind, 'a table of name = rows')}") from None
+        return {key: _read(value, fields[cls], typing.get_type_hints(cls)[key])}
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{where} = {error}") from None

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from nanochat_jax import config, docstrings
 from nanochat_jax.config import UserError
+from nanochat_jax.files import write_text
+from nanochat_jax.progress import Progress
 
 # name: (hub repository, number of its last shard). That last shard is the validation set, whatever else is on disk.
 HUB = {
@@ -363,16 +365,11 @@ def download(source: str, num_files: int = -1, workers: int = 4) -> None:
 
 
 def _fetch_all(source: str, shards: list[int], folder: Path, workers: int) -> list[str]:
-    """Downloads in parallel under a progress bar (plain lines when nobody watches). Returns what went wrong."""
-    from rich import progress
-
-    failures, fetched, start, last_line = [], 0, time.time(), time.time()
-    columns = (progress.TextColumn(source), progress.BarColumn(), progress.MofNCompleteColumn(),
-               progress.TextColumn("{task.fields[rate]:.1f} MB/s"), progress.TimeRemainingColumn())  # fmt: skip
+    """Downloads in parallel. Returns what went wrong."""
+    failures, fetched = [], 0
     pool = ThreadPoolExecutor(workers)
     try:
-        with progress.Progress(*columns, disable=not sys.stdout.isatty()) as bar:
-            task = bar.add_task(source, total=len(shards), rate=0.0)
+        with Progress(f"{source}, shards", len(shards)) as progress:
             futures = {pool.submit(_fetch, source, i, folder): i for i in shards}
             for done, future in enumerate(as_completed(futures), 1):
                 if failure := future.result():
@@ -382,11 +379,7 @@ def _fetch_all(source: str, shards: list[int], folder: Path, workers: int) -> li
                         break
                 else:
                     fetched += (folder / _shard(futures[future])).stat().st_size
-                rate = fetched / 1e6 / (time.time() - start)
-                bar.update(task, completed=done, rate=rate)
-                if bar.disable and time.time() - last_line > 10:
-                    last_line = time.time()
-                    print(f"{source}: {done}/{len(shards)} shards, {rate:.1f} MB/s", flush=True)
+                progress.reach(done, f"{fetched / 1e6 / progress.seconds:.1f} MB/s")
         pool.shutdown()
     except KeyboardInterrupt:
         # Threads inside a transfer cannot be told to stop; partial files are resumed next time, so leave at once.
@@ -424,9 +417,7 @@ def _record_shards(manifest: Path, source: str, count: int) -> None:
     """Remembers how many shards were asked for; a smaller later request takes nothing away."""
     if manifest.exists():
         count = max(count, json.loads(manifest.read_text(encoding="utf-8"))["shards"])
-    tmp = manifest.with_name(f"manifest.json.tmp-{os.getpid()}")
-    tmp.write_text(json.dumps({"source": source, "repo": HUB[source][0], "shards": count}) + "\n", encoding="utf-8")
-    os.replace(tmp, manifest)
+    write_text(manifest, json.dumps({"source": source, "repo": HUB[source][0], "shards": count}) + "\n")
 
 
 def _shard(index: int) -> str:

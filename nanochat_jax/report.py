@@ -3,13 +3,15 @@
     python -m nanochat_jax.report reset       remember the start and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
-Of each stage the most recently saved run is taken, or the one of --model_tag. A stage without a run is left out. Plots
-are PNG files beside the report in the base folder and need matplotlib; without it they are skipped.
+Of each stage the most recently saved run is taken. With --model_tag=TAG both commands mean the runs of that name, and
+work in report/TAG: every run has a start of its own. A stage without a run is left out. Plots are PNG files beside the
+report in the base folder and need matplotlib; without it they are skipped.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,12 +24,12 @@ from pathlib import Path
 
 from nanochat_jax import checkpoint, config, metrics
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
+from nanochat_jax.files import read_json, write_text
 from nanochat_jax.metrics import clock
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 COLUMNS = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
-CLASSES = {"base": config.Base, "mid": config.Mid, "sft": config.Sft, "rl": config.Rl}
 ALWAYS_SHOWN = ("depth", "max_seq_len", "total_batch_size", "matrix_lr", "embedding_lr", "unembedding_lr", "mixture",
                 "task", "init_lr_frac", "num_epochs", "target_param_data_ratio", "packing", "seed")  # fmt: skip
 NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
@@ -90,15 +92,7 @@ def find_run(stage: str, tag: str = "") -> Run | None:
     records = [r for r in metrics.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
     steps = checkpoint.steps(folder)
     meta = checkpoint.read_meta(folder, steps[-1]) if steps else {}
-    return Run(stage, folder.name, folder, records, _read_json(folder / "config.json"), meta)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return Run(stage, folder.name, folder, records, read_json(folder / "config.json"), meta)
 
 
 # -----------------------------------------------------------------------------
@@ -163,11 +157,23 @@ def _git() -> str:
         return "not a git checkout"
 
 
-def reset() -> Path:
-    """Remembers now as the start, and the machine."""
-    path = base_dir() / "report" / "start.json"
-    _write(path, json.dumps({"time": time.time(), "environment": environment()}, indent=1) + "\n")
+def reset(tag: str = "") -> Path:
+    """Remembers now as the start of the runs called `tag`, and the machine."""
+    path = _folder(tag) / "start.json"
+    write_text(path, json.dumps({"time": round(time.time(), 3), "environment": environment()}, indent=1) + "\n")
     return path
+
+
+def _start(folder: Path, runs: dict[str, Run]) -> dict:
+    """The reset these runs began with; {} if there was none before their first record."""
+    start = read_json(folder / "start.json")
+    first = min((run.span[0] for run in runs.values() if run.span[0]), default=math.inf)
+    return start if start.get("time", 0.0) <= first else {}
+
+
+def _folder(tag: str) -> Path:
+    """Where the report of the runs called `tag` and its start belong."""
+    return base_dir() / "report" / tag
 
 
 # -----------------------------------------------------------------------------
@@ -181,29 +187,22 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     if not runs and not tokenizer:
         where = f"a run called {tag!r}" if tag else "a tokenizer or a run"
         raise UserError(f"nothing to report on: {base_dir()} does not hold {where} yet")
-    folder = base_dir() / "report"
+    folder = _folder(tag)
     folder.mkdir(parents=True, exist_ok=True)
-    start = _read_json(folder / "start.json")
+    start = _start(folder, runs)
     plots, remark = _plots(runs, folder)
 
     parts = ["# nanochat report\n", _header(start), "## Summary\n", _summary(runs, start), remark]
     parts += [_tokenizer(tokenizer)] if tokenizer else []
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
-    _write(folder / "report.md", text)
+    write_text(folder / "report.md", text)
     # The copy shows the same pictures, by their place relative to it.
     for plot in plots.values():
         there = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
         text = text.replace(f"]({plot})", f"]({there})")
-    _write(output, text)
+    write_text(output, text)
     return folder / "report.md"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _header(start: dict) -> str:
@@ -346,7 +345,7 @@ def _facts(run: Run) -> list[str]:
 
 def _settings(run: Run) -> dict:
     """The settings that make this run what it is: the important ones, and all that are not at their default."""
-    defaults = dataclasses.asdict(CLASSES[run.stage]())
+    defaults = dataclasses.asdict(config.TRAINING[run.stage]())
     return {
         name: value
         for name, value in run.settings.items()
@@ -437,12 +436,13 @@ def _plot(run: Run, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nanochat_jax.report", description="The report of a run.")
     parser.add_argument("command", choices=("reset", "generate"))
-    parser.add_argument("-g", "--model_tag", "--model-tag", default="", help="run to report on (default: the latest)")
+    named = "name of the runs (default: of each stage the latest)"
+    parser.add_argument("-g", "--model_tag", "--model-tag", default="", help=named)
     parser.add_argument("--output", type=Path, default=Path("report.md"), help="the copy to write [report.md]")
     args = parser.parse_args(argv)
     try:
         if args.command == "reset":
-            print(f"start recorded in {reset()}")
+            print(f"start recorded in {reset(args.model_tag)}")
         else:
             print(f"written to {generate(args.model_tag, args.output)} and {args.output}")
     except UserError as error:

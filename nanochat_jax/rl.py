@@ -19,6 +19,8 @@ from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run
 from nanochat_jax.train import Geometry, execution, geometry, make_step
 
+SLOTS = 64  # answers a device generates at once
+
 # -----------------------------------------------------------------------------
 # Rollouts
 
@@ -47,15 +49,10 @@ def rollouts(engine: Engine, tokenizer, task, indices: list[int], cfg: config.Rl
     ]  # fmt: skip
     result = []
     for problem, prompt, group in zip(problems, prompts, engine.run(requests), strict=True):
-        rewards = [task.reward(problem, answer_text(tokenizer, sample)) for sample in group]
+        rewards = [task.reward(problem, tokenizer.decode(sample.content)) for sample in group]
         mean = sum(rewards) / len(rewards)
         result += [Rollout(prompt, s, r, r - mean) for s, r in zip(group, rewards, strict=True)]
     return result
-
-
-def answer_text(tokenizer, sample: Sample) -> str:
-    """The answer as text, without the token that ended it."""
-    return tokenizer.decode(sample.ids[:-1] if sample.finish_reason == "stop" else sample.ids)
 
 
 def _seed(*parts: int) -> int:
@@ -92,7 +89,7 @@ def train(cfg: config.Rl) -> None:
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
         task = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "train", cfg.task_data_dir)
-        held_out = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "test", cfg.task_data_dir)
+        held_out = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "val", cfg.task_data_dir)
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step
         if steps < 1:
             raise UserError(f"--examples_per_step={cfg.examples_per_step}: {cfg.task} has only {len(task)} problems")
@@ -106,7 +103,8 @@ def train(cfg: config.Rl) -> None:
         shape = geometry(answers * seq_len, cfg.device_batch_size, seq_len, run.model, devices)
         announce(run, shape, len(task), steps)
         step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip, run.layout, execution(cfg))
-        engine = Engine(run.state.params, run.model, run.tokenizer, slots=min(answers, 64), dtype=run.dtype)
+        slots = min(answers, SLOTS * jax.device_count())  # divides by the devices, since the answers do
+        engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         while True:
             last = step == steps
@@ -207,11 +205,10 @@ def evaluate(run: Run, engine: Engine, task, step: int) -> None:
     ]  # fmt: skip
     answers = engine.run(requests)
     right = np.array([
-        [task.evaluate(p, answer_text(run.tokenizer, s)) for s in group]
+        [task.evaluate(p, run.tokenizer.decode(s.content)) for s in group]
         for p, group in zip(problems, answers, strict=True)
     ])  # fmt: skip
     passed = {f"pass@{k}": float(right[:, :k].any(1).mean()) for k in range(1, cfg.eval_samples + 1)}
     run.log("val", step, n=count, **passed)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in passed.items() if k in ("pass@1", "pass@4", "pass@8"))
     print(f"step {step} | {cfg.task}: {shown}", flush=True)
-

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanochat_jax import checkpoint, config, gpt, metrics, optim, parallel, sharding
+from nanochat_jax import checkpoint, config, files, gpt, metrics, optim, parallel, sharding
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.sharding import Layout
 from nanochat_jax.tokenizer import Tokenizer
@@ -112,7 +112,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         plain = dataclasses.asdict(cfg)
         saver = checkpoint.Saver(folder, cfg.keep_last, first=jax.process_index() == 0)
         if jax.process_index() == 0:
-            (folder / "config.json").write_text(json.dumps(plain | {"tag": tag}, indent=1), encoding="utf-8")
+            files.write_text(folder / "config.json", json.dumps(plain | {"tag": tag}, indent=1))
         run = Run(
             cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver,
             metrics.Wandb(cfg.stage, cfg.run, plain), step or 0, data, totals, identity,
@@ -131,6 +131,7 @@ def _plan(cfg: Train) -> tuple[tuple[str, int] | None, str, int | None, dict]:
     folder = checkpoint.run_dir(cfg.stage, tag)
     identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
     with checkpoint.exclusive(folder):  # released, since resume=never moves the folder with the lock in it
+        checkpoint.clear_unfinished(folder)
         step = _step_to_resume(cfg, folder, identity)
     return (str(origin[0]), origin[1]) if origin else None, tag, step, identity
 

@@ -64,6 +64,45 @@ def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine)
 
 
+# -----------------------------------------------------------------------------
+# For decoding and evaluation, which take parameters wherever they live
+
+
+def mesh_of(params):
+    """The mesh the parameters live on; None: they are on one device."""
+    sharding = getattr(params["wte"], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def rows(mesh):
+    """Arrays whose first axis is spread over the data axis. No mesh: None, JAX's word for one device."""
+    return None if mesh is None else NamedSharding(mesh, P(ROWS))
+
+
+def by_rows(function, mesh):
+    """`function(shared, *rows) -> rows`, each device computing its share of the rows without a word to the others.
+
+    The first axis of every array in `rows` and of what is returned is that of the rows. No mesh: `function` itself.
+    """
+    if mesh is None:
+        return function
+    def spread(shared, *arrays):
+        own = P(ROWS)
+        specs = (P(), *[own] * len(arrays))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own)(shared, *arrays)
+
+    return spread
+
+
+def everywhere(arrays, mesh):
+    """Within jit: the arrays whole on every device, so that every process can read them. No mesh: as they are."""
+    return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
+
+
+# -----------------------------------------------------------------------------
+# For training
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where parameters, gradients and optimizer state lie on a mesh.

@@ -172,6 +172,21 @@ def geometry(
     return Geometry(rows // device_batch_size, device_batch_size, devices, seq_len)
 
 
+def rows_of_examples(examples: int, mean_length: float, seq_len: int, devices: int) -> int:
+    """The rows that hold `examples` conversations of `mean_length` tokens, as far as they divide over the devices.
+
+    Never more: a larger step is a different recipe. UserError where not every device would get a row.
+    """
+    rows = math.ceil(examples * mean_length / seq_len)
+    if rows < devices:
+        enough = math.floor((devices - 1) * seq_len / mean_length) + 1
+        raise UserError(
+            f"--target_examples_per_step={examples} conversations of {mean_length:.0f} tokens fill {max(rows, 0)} of "
+            f"the {devices} rows that {devices} devices need: try {enough}"
+        )
+    return rows // devices * devices
+
+
 def rows_that_fit(model: GPTConfig, seq_len: int) -> int:
     """An estimate of the rows whose activations fit a device beside float32 weights, gradients and optimizer state.
 
@@ -239,12 +254,12 @@ def chat_stage(run: Run) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
     cfg, model, mid = run.cfg, run.model, run.cfg.stage == "mid"
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
-    held_out = tasks.mixture(cfg.val_mixture, "test", cfg.task_data_dir)
+    held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     total = cfg.total_batch_size
     devices = sharding.replicas(run.layout.mesh)
-    if not total:  # finetuning: as many rows as hold that many conversations on average
-        rows = math.ceil(cfg.target_examples_per_step * length / model.sequence_len / devices) * devices
+    if not total:  # finetuning alone has no default
+        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len, devices)
         total = rows * model.sequence_len
     shape = geometry(total, cfg.device_batch_size, model.sequence_len, model, devices)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
@@ -510,7 +525,7 @@ def task_metrics(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals import chat
 
     for name in run.cfg.eval_metrics_tasks.split("|"):
-        task = tasks.load(name, "test", data_dir=run.cfg.task_data_dir)
+        task = tasks.load(name, "val", data_dir=run.cfg.task_data_dir)
         score = chat.evaluate(
             run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
             dtype=run.dtype,

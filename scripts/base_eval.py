@@ -6,10 +6,9 @@
 Adds to the log of the run that is judged and writes $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
 """
 
-import os
 from pathlib import Path
 
-from nanochat_jax import config
+from nanochat_jax import config, files
 
 
 def main(cfg: config.BaseEval) -> None:
@@ -22,25 +21,25 @@ def main(cfg: config.BaseEval) -> None:
 
     import jax
 
-    from nanochat_jax import checkpoint, metrics
+    from nanochat_jax import checkpoint, metrics, sharding
     from nanochat_jax.evals import core
 
-    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     first = jax.process_index() == 0
     start = time.monotonic()
 
-    def tell(task: core.CoreScore) -> None:
+    def tell(one: core.CoreScore) -> None:
         if first:
-            cut = f", {task.truncated:,} prompts cut to the context" if task.truncated else ""
+            cut = f", {one.truncated:,} prompts cut to the context" if one.truncated else ""
             print(
-                f"{task.label:<34}{task.score:.4f} ± {task.stderr:.4f}  centered {task.centered:+.4f}"
-                f"  n={task.n:,}  {task.seconds:.1f} s{cut}",
+                f"{one.task:<34}{one.score:.4f} ± {one.stderr:.4f}  centered {one.centered:+.4f}"
+                f"  n={one.n:,}  {one.seconds:.1f} s{cut}",
                 flush=True,
             )
-            log(task.label, task.score, task.stderr, task.n, task.baseline, task.centered, task.seconds)
+            log(one.task, one.score, one.stderr, one.n, one.baseline, one.centered, one.seconds)
 
     def log(task: str, score, stderr, n, baseline, centered, seconds) -> None:
         metrics.append(
@@ -64,12 +63,9 @@ def main(cfg: config.BaseEval) -> None:
 def write_csv(path: Path, result) -> None:
     """Task, accuracy and centered accuracy in columns that also the eye can follow."""
     rows = [("Task", "Accuracy", "Centered")]
-    rows += [(task.label, f"{task.score:.6f}", f"{task.centered:.6f}") for task in result.tasks]
+    rows += [(one.task, f"{one.score:.6f}", f"{one.centered:.6f}") for one in result.tasks]
     rows += [("CORE", "", f"{result.core:.6f}")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text("".join(f"{a:<35}, {b:<10}, {c:<10}\n" for a, b, c in rows), encoding="utf-8")
-    os.replace(part, path)
+    files.write_text(path, "".join(f"{a:<35}, {b:<10}, {c:<10}\n" for a, b, c in rows))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(cfg: config.ChatCli) -> None:
     from nanochat_jax.engine.engine import Engine
 
     parallel.start(cfg.device_type)
-    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    dtype = parallel.precision(cfg.compute_dtype)
     with contextlib.redirect_stdout(sys.stderr):
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     engine = Engine(model.params, model.config, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
@@ -46,96 +46,70 @@ def main(cfg: config.ChatCli) -> None:
 
 
 class Chat:
-    """A conversation as token ids, and the engine that continues it."""
+    """A conversation, and the engine that continues it."""
 
     def __init__(self, engine, cfg: config.ChatCli):
-        self.engine, self.cfg, self.tokenizer = engine, cfg, engine.tokenizer
-        self.turns: list[list[int]] = []  # the user's message and the answer to it, special tokens included
+        self.engine, self.cfg = engine, cfg
+        self.messages: list[dict] = []  # the user's and the answers to them, in turn
 
-    def answer(self, text: str) -> tuple[int, Iterator[int]]:
-        """Number of old turns that had to be dropped, and the tokens of the answer as they come.
+    def answer(self, text: str, stop: threading.Event | None = None) -> tuple[int, Iterator[tuple[str, str]]]:
+        """Number of old messages that had to be dropped, and the parts of the answer (see PartReader) as they come,
+        until it ends or `stop` is set.
 
-        The answer becomes part of the conversation when the iterator ends or is closed. UserError: message too long.
+        Text and answer become part of the conversation when the iterator ends or is closed. UserError: text too long.
         """
+        from nanochat_jax.conversation import prompt
+
         text = text.encode("utf-8", "replace").decode()  # a terminal may hand over half a character
-        message = [*self.tokenizer.encode(text, "<|user_start|>", "<|user_end|>"), self._id("assistant_start")]
-        dropped = self._make_room(1 + len(message))
-        return dropped, self._stream(message)
+        question = {"role": "user", "content": text}
+        context, longest = self.engine.cfg.sequence_len, self.cfg.max_new_tokens
+        ids, dropped = prompt(self.engine.tokenizer, [*self.messages, question], context, longest)
+        del self.messages[:dropped]
+        return dropped, self._stream(question, ids, stop)
 
-    def _make_room(self, needed: int) -> int:
-        """Drops the oldest turns until `needed` tokens and an answer fit into the context; returns how many."""
-        context = self.engine.cfg.sequence_len
-        if needed >= context:
-            raise config.UserError(f"the message is too long: {needed} tokens, and the model's context holds {context}")
-        needed = min(needed + min(self.cfg.max_new_tokens, context // 4), context)
-        dropped = 0
-        while self.turns and needed + sum(map(len, self.turns)) > context:
-            self.turns.pop(0)
-            dropped += 1
-        return dropped
-
-    def _stream(self, message: list[int]) -> Iterator[int]:
+    def _stream(self, question: dict, ids: list[int], stop: threading.Event | None) -> Iterator[tuple[str, str]]:
+        from nanochat_jax.conversation import PartReader, message
         from nanochat_jax.engine.engine import Request
 
         cfg = self.cfg
-        prompt = [self.tokenizer.bos, *(i for turn in self.turns for i in turn), *message]
         request = Request(
-            prompt, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed
+            ids, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed
         )
-        answer = []
+        reader, answer = PartReader(self.engine.tokenizer), []
         try:
             with contextlib.closing(self.engine.stream(request)) as events:
                 for event in events:
-                    for token in event.ids:
-                        answer.append(token)
-                        yield token
+                    if stop and stop.is_set():
+                        break
+                    answer += event.ids
+                    yield from reader.read(event.ids)
+            yield from reader.read((), end=True)
         finally:
-            # However the answer ended (bos, length, Ctrl-C), the model should see it as complete.
-            ends = (self._id("assistant_end"), self.tokenizer.bos)
+            # However the answer ended (by itself, length, Ctrl-C), the model should see it as complete.
             if answer:
-                body = answer[:-1] if answer[-1] in ends else answer
-                self.turns.append([*message, *body, self._id("assistant_end")])
-
-    def _id(self, name: str) -> int:
-        return self.tokenizer.special(f"<|{name}|>")
+                self.messages += [question, message(self.engine.tokenizer, answer)]
 
 
 class Display:
-    """Writes an answer token by token: whole characters only, calculator calls in brackets, no special tokens."""
+    """Writes an answer part by part, a calculator's call and its result in brackets: [37*12 = 444]."""
 
-    def __init__(self, tokenizer, color: bool):
-        from nanochat_jax.tokenizer import SPECIAL_TOKENS, StreamDecoder
-
-        self._tokenizer, self._color = tokenizer, color
-        self._text = StreamDecoder(tokenizer)
-        self._special = {tokenizer.special(name): name.strip("<|>") for name in SPECIAL_TOKENS}
-        self._block: list[int] | None = None  # tokens of the python or output block we are in
+    def __init__(self, color: bool):
+        self._color = color
         self._call: str | None = None  # an expression whose result may follow
 
-    def push(self, token: int) -> None:
-        name = self._special.get(token)
-        if name is None and self._block is not None:
-            self._block.append(token)
-        elif name is None:
-            self._show_call()
-            self._write(self._text.push(token))
-        elif name in ("python_start", "output_start"):
-            self._write(self._text.flush())
-            if name == "python_start":
-                self._show_call()
-            self._block = []
-        elif name == "python_end" and self._block is not None:
-            self._call, self._block = self._tokenizer.decode(self._block), None
-        elif name == "output_end" and self._block is not None:
-            self._show_call(self._tokenizer.decode(self._block))
-            self._block = None
+    def show(self, kind: str, text: str) -> None:
+        if kind == "python_output":
+            self._show_call(text)
+            return
+        self._show_call()
+        if kind == "python":
+            self._call = text
+        else:
+            self._write(text)
 
     def finish(self) -> None:
-        """Shows what was held back, of a character or of a block, and ends the line."""
-        self._write(self._text.flush())
-        result = self._tokenizer.decode(self._block) if self._block else None
-        self._show_call(result)
-        self._block = None
+        """Shows a call without a result, and ends the line."""
+        self._show_call()
         self._write("\n")
 
     def _show_call(self, result: str | None = None) -> None:
@@ -162,16 +136,14 @@ def colored() -> bool:
 
 def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
     """Prints the answer to `text` while it comes, until it ends or `stop` is set."""
-    dropped, tokens = chat.answer(text)
+    dropped, parts = chat.answer(text, stop)
     if dropped:
-        turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+        turns = "turn was" if dropped == 2 else f"{dropped // 2} turns were"  # a message and the answer to it
         print(dim(f"[the context is full: the oldest {turns} dropped]", colored()))
-    display = Display(chat.tokenizer, colored())
-    with contextlib.closing(tokens):
-        for token in tokens:
-            display.push(token)
-            if stop and stop.is_set():
-                break
+    display = Display(colored())
+    with contextlib.closing(parts):
+        for kind, piece in parts:
+            display.show(kind, piece)
     display.finish()
 
 
@@ -210,7 +182,7 @@ def converse(chat: Chat) -> None:
         if text.lower() in ("quit", "exit"):
             return
         if text.lower() == "clear":
-            chat.turns.clear()
+            chat.messages.clear()
             print("Conversation cleared.")
         elif text:
             if typed:

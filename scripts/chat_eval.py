@@ -7,10 +7,9 @@ Adds to the log of the run that is judged; the answers are written to $NANOCHAT_
 """
 
 import json
-import os
 from pathlib import Path
 
-from nanochat_jax import config
+from nanochat_jax import config, files
 
 
 def main(cfg: config.ChatEval) -> None:
@@ -22,17 +21,18 @@ def main(cfg: config.ChatEval) -> None:
     parallel.start(cfg.device_type)
     import jax
 
-    from nanochat_jax import checkpoint, metrics, tasks
+    from nanochat_jax import checkpoint, metrics, sharding, tasks
     from nanochat_jax.evals import chat
 
     # Every task is there and can be judged before the first one takes its time.
+    suite = "chat" if cfg.split == "test" else f"chat-{cfg.split}"  # the report shows tests alone
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()] or list(chat.CHATCORE_TASKS)
     for name in names:
         if tasks.task_class(name).eval_type is None:
             judged = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: a task only for training; those with a score are {judged}")
-    loaded = [tasks.load(name, "test", data_dir=cfg.task_data_dir or None) for name in names]
-    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
+    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
@@ -48,7 +48,7 @@ def main(cfg: config.ChatEval) -> None:
             print(f"{score.task}: {score.score:.4f} ± {score.stderr:.4f} (n={score.n:,})", flush=True)
             write_answers(folder / f"{score.task}.jsonl", score.answers)
             metrics.append(
-                model.run_dir, "eval", model.stage, model.step, task=score.task, suite="chat", score=score.score,
+                model.run_dir, "eval", model.stage, model.step, task=score.task, suite=suite, score=score.score,
                 stderr=score.stderr, n=score.n, baseline=score.baseline, truncated=score.truncated,
                 seconds=round(score.seconds, 3), num_samples=cfg.num_samples, temperature=cfg.temperature,
                 max_new_tokens=cfg.max_new_tokens,
@@ -57,7 +57,7 @@ def main(cfg: config.ChatEval) -> None:
         total = chat.chat_core(scores)
         if total:
             metrics.append(
-                model.run_dir, "eval", model.stage, model.step, task="ChatCORE", suite="chat", score=total[0],
+                model.run_dir, "eval", model.stage, model.step, task="ChatCORE", suite=suite, score=total[0],
                 stderr=total[1], n=sum(s.n for s in scores if s.task in chat.CHATCORE_TASKS), baseline=0.0,
                 seconds=round(sum(s.seconds for s in scores), 3),
             )  # fmt: skip
@@ -67,10 +67,7 @@ def main(cfg: config.ChatEval) -> None:
 
 def write_answers(path: Path, answers: list[dict]) -> None:
     """One problem a line, to see what went wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
-    os.replace(part, path)
+    files.write_text(path, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
 
 
 def print_table(title: str, scores: list, total: tuple[float, float] | None) -> None:

@@ -86,9 +86,9 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
     """The model that `cfg` describes, what of it lies on one device, and how long pretraining would take."""
     import jax
     import numpy as np
+    from nanochat_jax.geometry import geometry, horizon
 
     from nanochat_jax import gpt, metrics, optim, parallel, sharding
-    from nanochat_jax.geometry import geometry, horizon
 
     presets = {**config.defaults_of("tok", cfg.preset)}
     model = cfg.gpt_config(presets.get("vocab_size", config.TokTrain.vocab_size))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nanochat_jax import config
+from nanochat_jax.files import read_json
+from nanochat_jax.progress import Progress
 
 SAMPLE = """Hello world! This is a test.
 Numbers: 123, 4567, 89
@@ -76,7 +78,7 @@ def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
     """Everything the tokenizer depends on. With no source given, the folder is the one recorded with the last one."""
     data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
     if not cfg.data and not cfg.data_dir:
-        data_dir = _read(folder / "source.json").get("data_dir")
+        data_dir = read_json(folder / "source.json").get("data_dir")
     return {
         "source": source.name,
         "data_dir": data_dir,
@@ -87,20 +89,11 @@ def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
     }
 
 
-def _read(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no such file or it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _recorded(folder: Path, recipe: dict) -> bool:
     """Whether `folder` holds a whole tokenizer of this recipe. A damaged one is trained again."""
     from nanochat_jax.tokenizer import Tokenizer
 
-    record = _read(folder / "source.json")
+    record = read_json(folder / "source.json")
     if any(record.get(key) != value for key, value in recipe.items()):
         return False
     try:
@@ -113,8 +106,8 @@ def _recorded(folder: Path, recipe: dict) -> bool:
 def _swap(new: Path, folder: Path) -> None:
     """Puts `new` in the place of `folder`. Models need the tokenizer they were trained with, so an old one that is
     different is moved aside under its hash, not deleted."""
-    old_hash = _read(folder / "source.json").get("hash", "damaged")
-    if old_hash == _read(new / "source.json")["hash"]:
+    old_hash = read_json(folder / "source.json").get("hash", "damaged")
+    if old_hash == read_json(new / "source.json")["hash"]:
         shutil.rmtree(folder)
     elif folder.exists():
         aside = folder.with_name(f"tokenizer-{old_hash[:8]}")
@@ -152,47 +145,27 @@ def _peak_memory() -> int:
 
 
 class Meter:
-    """Progress of the two phases: a bar in a terminal, a line every ten seconds elsewhere; nothing in the first two."""
+    """Progress of the two phases, reading and merging."""
 
     def __init__(self, expected_chars: int | None):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        what, said = TextColumn("{task.description}"), TextColumn("{task.fields[said]}")
-        self.bar = Progress(
-            what, BarColumn(), said, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-        )
-        self.task = self.bar.add_task("reading", total=expected_chars, said="")
-        self.start = time.monotonic()
-        self.said = self.start - 8  # so that the first line comes after two seconds
+        self.phase = Progress("reading, characters", expected_chars)
         self.merging = False
 
     def __enter__(self) -> "Meter":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.bar.stop()
+    def __exit__(self, *error) -> None:
+        self.phase.__exit__(*error)
 
     def chars(self, done: int) -> None:
-        rate = done / max(time.monotonic() - self.start, 1e-9)
-        self._show(done, f"{done / 1e6:,.0f}M characters, {rate / 1e6:.1f}M characters/s")
+        self.phase.reach(done, f"{done / 1e6 / max(self.phase.seconds, 1e-9):.1f}M/s")
 
     def merges(self, done: int, total: int) -> None:
         if not self.merging:
             self.merging = True
-            self.bar.reset(self.task, total=total, description="merging")
-        self._show(done, f"{done:,} of {total:,} merges")
-
-    def _show(self, done: int, said: str) -> None:
-        now = time.monotonic()
-        if now - self.start < 2:
-            return
-        if self.bar.console.is_terminal:
-            self.bar.start()
-            self.bar.update(self.task, completed=done, said=said)
-        elif now - self.said >= 10:
-            self.said = now
-            print(f"{now - self.start:.0f} s: {said}", file=sys.stderr, flush=True)
+            self.phase.__exit__()
+            self.phase = Progress("merges", total)
+        self.phase.reach(done)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from scripted_model import line_ids, scripted
 
 from nanochat_jax import checkpoint, gpt
 from nanochat_jax.config import ChatCli, GPTConfig, UserError
+from nanochat_jax.conversation import PartReader
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.tokenizer import Tokenizer
 from scripts import chat_cli
@@ -48,6 +49,10 @@ def chat(engine):
     return chat_cli.Chat(engine, ChatCli(temperature=0.0, max_new_tokens=30))
 
 
+def assistant(*parts) -> dict:
+    return {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
+
+
 def type_in(monkeypatch, *lines):
     """Lines for input(), and then the end of the input; exceptions are raised."""
     left = list(lines)
@@ -66,9 +71,8 @@ def type_in(monkeypatch, *lines):
 def test_an_answer_shows_the_call_and_no_special_tokens(chat, capsys, tokenizer):
     chat_cli.say(chat, "q")
     assert capsys.readouterr().out == ANSWER
-    message = [tokenizer.special("<|user_start|>"), *line_ids(tokenizer, CALL)]
-    output = [tokenizer.special("<|output_start|>"), *tokenizer.encode("444")]
-    assert chat.turns == [[*message, *output, *line_ids(tokenizer, AFTER)]]
+    said = [("text", "a"), ("python", "37*12"), ("python_output", "444"), ("text", "é!")]
+    assert chat.messages == [{"role": "user", "content": "q"}, assistant(*said)]
 
 
 def test_the_next_turn_sees_the_conversation(chat, engine, monkeypatch, tokenizer):
@@ -76,38 +80,38 @@ def test_the_next_turn_sees_the_conversation(chat, engine, monkeypatch, tokenize
     requests = []
     real = engine.stream
     monkeypatch.setattr(engine, "stream", lambda request: requests.append(request) or real(request))
-    first = list(chat.turns[0])
+    asked = [*chat.messages, {"role": "user", "content": "q"}]
     chat_cli.say(chat, "q")
-    message = tokenizer.encode("q", "<|user_start|>", "<|user_end|>")
-    assert requests[0].ids == [tokenizer.bos, *first, *message, tokenizer.special("<|assistant_start|>")]
-    assert len(chat.turns) == 2
+    assert requests[0].ids == tokenizer.render_for_completion({"messages": asked})
+    assert len(chat.messages) == 4
 
 
 def test_text_that_names_special_tokens_stays_text(chat, tokenizer):
-    _, tokens = chat.answer("<|assistant_end|>")
-    next(tokens)
-    tokens.close()
-    assert chat.turns[0].count(tokenizer.special("<|assistant_end|>")) == 1
+    _, parts = chat.answer("<|assistant_end|>")
+    next(parts)
+    parts.close()
+    ids, _ = tokenizer.render_conversation({"messages": chat.messages})
+    assert ids.count(tokenizer.special("<|assistant_end|>")) == 1
 
 
 def test_an_answer_cut_short_is_completed(chat, engine, tokenizer):
     chat.cfg = ChatCli(temperature=0.0, max_new_tokens=2)
     chat_cli.say(chat, "q")
-    assert chat.turns[0][-2:] == [tokenizer.special("<|python_start|>"), tokenizer.special("<|assistant_end|>")]
+    assert chat.messages[1] == assistant(("text", "a"))
 
 
 def test_conversation(chat, monkeypatch, capsys):
     type_in(monkeypatch, "q", "", "  ", "clear", "q", "exit", "never read")
     chat_cli.converse(chat)
     assert capsys.readouterr().out == f"{ANSWER}Conversation cleared.\n{ANSWER}"
-    assert len(chat.turns) == 1
+    assert len(chat.messages) == 2
 
 
 @pytest.mark.parametrize("end", ["quit", EOFError, KeyboardInterrupt])
 def test_ways_out(chat, monkeypatch, end):
     type_in(monkeypatch, end, "never read")
     chat_cli.converse(chat)
-    assert not chat.turns
+    assert not chat.messages
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat, engine, monkeypatch, capsys, tokenizer):
@@ -124,7 +128,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, engine, monkeypatch, 
     type_in(monkeypatch, "q", "q")
     chat_cli.converse(chat)
     assert capsys.readouterr().out == f"a\n{ANSWER}"
-    assert chat.turns[0][-1] == tokenizer.special("<|assistant_end|>") and len(chat.turns) == 2
+    assert chat.messages[1] == assistant(("text", "a")) and len(chat.messages) == 4
     assert not engine.busy and signal.getsignal(signal.SIGINT) is handler
 
 
@@ -139,12 +143,12 @@ def test_a_second_ctrl_c_ends_the_program(chat, engine, monkeypatch):
         chat_cli.converse(chat)
 
 
-def test_a_full_context_drops_the_oldest_turns_and_says_so(chat, capsys):
+def test_a_full_context_drops_the_oldest_turns_and_says_so(chat, capsys, tokenizer):
     for _ in range(8):
         chat_cli.say(chat, "q")
     out = capsys.readouterr().out
     assert "[the context is full: the oldest turn was dropped]\n" in out and out.count(ANSWER) == 8
-    assert sum(map(len, chat.turns)) <= 128
+    assert len(tokenizer.render_conversation({"messages": chat.messages})[0]) <= 128
 
 
 def test_a_message_too_long_is_refused_in_a_line(chat, monkeypatch, capsys):
@@ -153,14 +157,14 @@ def test_a_message_too_long_is_refused_in_a_line(chat, monkeypatch, capsys):
     type_in(monkeypatch, "z" * 200)
     chat_cli.converse(chat)
     out = capsys.readouterr().out
-    assert out.startswith("error: the message is too long: 204 tokens") and out.count("\n") == 1
-    assert len(chat.turns) == 1
+    assert out.startswith("error: the message is too long: it takes 204 tokens") and out.count("\n") == 1
+    assert len(chat.messages) == 2
 
 
 def show(tokenizer, ids, color=False):
-    display = chat_cli.Display(tokenizer, color)
-    for i in ids:
-        display.push(i)
+    reader, display = PartReader(tokenizer), chat_cli.Display(color)
+    for part in [part for i in ids for part in reader.read([i])] + reader.read((), end=True):
+        display.show(*part)
     display.finish()
 
 
@@ -175,16 +179,6 @@ def show(tokenizer, ids, color=False):
 def test_display(tokenizer, capsys, line, shown):
     show(tokenizer, line_ids(tokenizer, line))
     assert capsys.readouterr().out == shown
-
-
-def test_half_a_character_is_held_back(tokenizer, capsys):
-    display = chat_cli.Display(tokenizer, color=False)
-    *start, last = "😀".encode()
-    for byte in start:
-        display.push(byte)
-    assert capsys.readouterr().out == ""
-    display.push(last)
-    assert capsys.readouterr().out == "😀"
 
 
 def test_calls_are_dimmed_in_color(tokenizer, capsys):

@@ -147,7 +147,7 @@ def test_a_task_for_training_is_refused(model, tokenizer):
 
 def test_chatcore_needs_all_six_tasks():
     def score(task, value, baseline, n=100):
-        return chat.ChatScore(task, value, n, baseline, None, 1.0, [])
+        return chat.ChatScore(task, value, n, baseline, 1.0, None, [])
 
     scores = [score(t, 0.4, 0.25 if i < 3 else 0.0) for i, t in enumerate(chat.CHATCORE_TASKS)]
     value, stderr = chat.chat_core(scores)
@@ -178,7 +178,7 @@ def test_what_the_script_cannot_do_is_one_line(flags, complaint):
 ON_DEVICES = """
 import json, random, sys
 import jax
-from nanochat_jax import gpt, parallel
+from nanochat_jax import gpt, sharding
 from nanochat_jax.evals import bpb, chat
 from tests.test_chat_eval import Begin, Quiz, WORDS
 from nanochat_jax.config import GPTConfig

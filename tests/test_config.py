@@ -37,6 +37,14 @@ def test_dashes_underscores_a_lone_double_dash_and_auto():
 
 def test_mixtures_on_the_command_line():
     assert parse(config.Sft, ["--mixture=gsm8k=0,identity=30"]).mixture == {"gsm8k": 0, "identity": 30}
+    for wrong in ("gsm8k", "gsm8k=x", "gsm8k=1=2"):
+        with pytest.raises(UserError, match=f"--mixture: '{wrong}' is not rows by name, like gsm8k=0,identity=30"):
+            parse(config.Sft, [f"--mixture={wrong}"])
+
+
+def test_switches_are_true_alone_or_as_they_say():
+    for flags, value in (([], False), (["--fresh"], True), (["--fresh=no"], False), (["--fresh", "TRUE"], True)):
+        assert parse(config.TokTrain, flags).fresh is value
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -50,7 +58,7 @@ def test_presets_are_good_for_every_command(name):
     ("arguments", "words"),
     [(["--depth=x"], "--depth: 'x' is not an integer"), (["--dept=3"], "--dept"), (["--seed"], "--seed"),
      (["--matrix_lr=fast"], "--matrix_lr: 'fast' is not a number"), (["--config=nope"], "--config=nope.*cpu, d12"),
-     (["--depth=1.5"], "--depth: '1.5'"), (["--depth=auto"], "--depth: 'auto'")],
+     (["--depth=1.5"], "--depth: '1.5'"), (["--depth=auto"], "--depth: 'auto'"), (["--depth=inf"], "--depth: 'inf'")],
 )  # fmt: skip
 def test_wrong_flags_are_named(arguments, words):
     with pytest.raises(UserError, match=words):
@@ -61,11 +69,15 @@ def test_wrong_flags_are_named(arguments, words):
     ("text", "words"),
     [("dept = 3", "dept: unknown setting"), ("[base]\nsource = 'x'", r"\[base\] source: unknown setting"),
      ("depth = 'four'", "depth = 'four' is not an integer"), ("depth = ", "not valid TOML"),
-     ("depth = true", "depth = True is not an integer")],
+     ("depth = true", "depth = True is not an integer"), ("base = 3", "base: unknown setting"),
+     ("matrix_lr = true", "matrix_lr = True is not a number"), ("data = 3", "data = 3 is not a text"),
+     ("mid.mixture = 3", "mixture = 3 is not rows by name"), ("mixture = {a = 1.5}", "is not rows by name"),
+     ("tok.fresh = 'perhaps'", "fresh = 'perhaps' is not true or false")],
 )  # fmt: skip
 def test_wrong_presets_are_named(preset, text, words):
     with pytest.raises(UserError, match=words):
-        parse(config.Base, [preset(text)])
+        for cls in (config.Base, config.Mid, config.TokTrain):
+            parse(cls, [preset(text)])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -168,7 +168,7 @@ def test_core_is_the_mean_of_the_centered_scores(tmp_path, model, tokenizer):
     tasks = {kind: (kind, 1, make_items(kind)) for kind in bundles.KINDS}
     seen = []
     result = core.evaluate(*model, tokenizer, make_bundle(tmp_path, tasks), max_per_task=5, report=seen.append)
-    assert result.tasks == seen and [t.label for t in seen] == list(tasks) and {t.n for t in seen} == {5}
+    assert result.tasks == seen and [t.task for t in seen] == list(tasks) and {t.n for t in seen} == {5}
     [choice, *others] = result.tasks
     assert choice.centered == pytest.approx((choice.score - 0.25) / 0.75)
     assert result.core == pytest.approx((choice.centered + sum(t.score for t in others)) / 3)

@@ -1,7 +1,12 @@
 """What the engine generates is what the full forward would, alone or in a crowd, with and without tools."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -284,3 +289,52 @@ def test_buckets_are_few_and_hold_what_they_must():
     assert sizes == {128, 256, 512, 1024, 2048}
     assert all(kv.bucket(n, 1500) >= n for n in range(1501)) and kv.bucket(1500, 1500) == 1500
     assert kv.bucket(1, 100) == 100
+
+
+# -----------------------------------------------------------------------------
+# Several devices: in a process of its own, since JAX counts its devices once
+
+ON_DEVICES = """
+import json
+import jax
+from nanochat_jax import gpt, sharding
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.engine.engine import Engine, Request
+from nanochat_jax.tokenizer import Tokenizer
+from scripted_model import scripted
+from test_engine import CALL, END, prompt
+
+tokenizer = Tokenizer.train(["12 * 3 = 36, hello there, what is 7 + 5?"] * 3, 280)
+cfg = GPTConfig(2, 4, 2, 64, tokenizer.vocab_size, 160)
+one = jax.device_put(scripted(gpt.init(cfg, seed=0), cfg, tokenizer, CALL, END), jax.devices()[0])
+mesh = sharding.make_mesh()
+many = jax.device_put(one, sharding.replicated(mesh))
+# More samples than slots, a tool call among them, and prompts whose rows outgrow the first bucket of the cache.
+requests = [
+    Request([*prompt(9), ord("?")], max_tokens=30, temperature=0),
+    Request(prompt(12, 1), max_tokens=20, n=9, seed=1, top_k=50, stop_ids=()),
+    Request(prompt(4, 2), max_tokens=12, n=6, seed=2, stop_ids=()),
+    Request(prompt(120, 3), max_tokens=24, n=3, seed=3, top_p=0.9, temperature=0.8, stop_ids=()),
+]
+for params, slots in ((one, 16), (many, 16), (many, 6)):
+    engine = Engine(params, cfg, tokenizer, slots=slots, chunk=4)
+    answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
+    cache = engine._cache["k"] + engine._cache["v"]
+    spread = all(x.sharding.is_equivalent_to(sharding.rows(mesh), x.ndim) for x in cache)
+    print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
+"""
+
+
+def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES], cwd=root, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, many, undivided = map(json.loads, done.stdout.strip().splitlines()[-3:])
+    assert one == [one[0], False, [16]]
+    assert many == [one[0], True, [2]]  # the cache of 16 slots: two rows on each of 8 devices
+    assert undivided == [one[0], False, [6]]  # 6 slots do not divide, and every device decodes them all
+    assert one[0][0][0][1].count(0) == 3  # the call was answered: <|output_start|> 36 <|output_end|>

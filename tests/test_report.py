@@ -47,7 +47,8 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def road(quick):
-    """All stages, each evaluated."""
+    """All stages, each evaluated, after a reset."""
+    report.reset()
     tok = base_dir() / "tokenizer"
     metrics.append(tok, "tok_train", "tok", 0, task="train", source="local", chars=12_345_678, reached_vocab_size=4096,
                    seconds=61.0)  # fmt: skip
@@ -70,7 +71,6 @@ def row(text, name):
 
 
 def test_the_whole_road(road, tmp_path):
-    report.reset()
     written = report.generate(output=tmp_path / "report.md")
     text = written.read_text(encoding="utf-8")
     assert row(text, "CORE") == ["CORE", "0.1234 ± 0.0100 (n=50,000)", "-", "-", "-"]
@@ -146,10 +146,29 @@ def test_wall_time_without_and_with_rl(road):
     assert report._wall_time(runs, {}) == (4000.0, 1000.0)
 
 
+def test_every_tag_has_its_own_start_and_report(quick, tmp_path):
+    """The time of a run is that of the run reported, whatever else was started before or after it."""
+    starts = {}
+    for tag, ago in (("old", 5000), ("new", 100)):
+        starts[tag] = report.reset(tag)
+        record = json.loads(starts[tag].read_text(encoding="utf-8"))
+        starts[tag].write_text(json.dumps(record | {"time": record["time"] - ago}))
+        train_log("base", tag)
+    for tag, minutes in (("old", "1h23m"), ("new", "1m40s")):
+        written = report.generate(tag, tmp_path / "report.md")
+        assert written.parent == starts[tag].parent == base_dir() / "report" / tag
+        text = written.read_text(encoding="utf-8")
+        assert f"Total wall-clock time since the reset: {minutes}" in text and f"Pretraining ({tag})" in text
+    # A reset that came after the first record is not how the run began.
+    report.reset("old")
+    assert "since the first record" in report.generate("old", tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_command_line(quick, tmp_path, capsys):
-    report.main(["reset"])
-    start = json.loads((base_dir() / "report" / "start.json").read_text(encoding="utf-8"))
-    assert start["time"] <= time.time() and "jax" in start["environment"]["Versions"]
+    for flags, folder in (([], "report"), (["-g", "d4"], "report/d4")):
+        report.main(["reset", *flags])
+        start = json.loads((base_dir() / folder / "start.json").read_text(encoding="utf-8"))
+        assert start["time"] <= time.time() and "jax" in start["environment"]["Versions"]
     with pytest.raises(SystemExit) as exit:
         report.main(["generate", "--output", str(tmp_path / "r.md")])
     assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: nothing to report on")

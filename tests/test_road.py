@@ -20,7 +20,8 @@ case "$*" in
         [ -e "$step/manifest.json" ] || { mkdir -p "$step"; echo {} > "$step/manifest.json"; } ;;
     *tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer"
         [ -e "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ] || echo {} > "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ;;
-    *"report reset"*) mkdir -p "$NANOCHAT_BASE_DIR/report"; echo {} > "$NANOCHAT_BASE_DIR/report/start.json" ;;
+    *"report reset -g cpu"*) mkdir -p "$NANOCHAT_BASE_DIR/report/cpu"
+        echo {} > "$NANOCHAT_BASE_DIR/report/cpu/start.json" ;;
 esac
 [[ -z "${FAIL:-}" || "$*" != *"$FAIL"* ]] || exit 2
 """
@@ -73,7 +74,8 @@ def test_the_whole_road_in_order(road):
 
 
 def test_second_time_nothing_is_judged_again(road):
-    road()
+    _, calls = road()
+    assert sum("report reset -g cpu" in c for c in calls) == 1
     process, calls = road()
     assert process.returncode == 0 and judged(calls) == [] and not any("report reset" in c for c in calls)
 
@@ -87,6 +89,17 @@ def test_new_checkpoint_is_judged_again(road):
     os.utime(manifest, (later, later))
     _, calls = road()
     assert ["-i sft" in c for c in judged(calls)] == [True]
+
+
+def test_another_presets_start_is_not_this_ones(road):
+    start = road.base / "report" / "d20" / "start.json"
+    start.parent.mkdir(parents=True)
+    start.write_text("{}")
+    _, calls = road("cpu")
+    assert any("report reset -g cpu" in c for c in calls) and any("report generate -g cpu" in c for c in calls)
+    road("--fresh", "cpu")
+    (old,) = road.base.glob("before-*")
+    assert start.exists() and [p.name for p in (old / "report").iterdir()] == ["cpu"]
 
 
 def test_failure_ends_the_road_and_is_not_marked_as_done(road):

@@ -1,6 +1,5 @@
 """Tasks: the specification's formats, honest splits, right answers, and clear words where data are missing."""
 
-import gzip
 import http.server
 import json
 import os
@@ -20,9 +19,8 @@ import pytest
 from nanochat_jax import tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.calculator import use_calculator
-from nanochat_jax.tasks import arithmetic, choice, identity, source, spellingbee, stories, words
+from nanochat_jax.tasks import source, spellingbee, words
 from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
-from nanochat_jax.tasks.two_step_stories import TWO_STEP
 
 # -----------------------------------------------------------------------------
 # Formats of the specification
@@ -76,6 +74,15 @@ def test_sizes_of_the_real_data(data_dir):
     assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train stands in
 
 
+def test_val_is_the_test_split_where_there_is_no_other(data_dir):
+    for name in ("gsm8k", "humaneval", "spellingbee", "smoltalk"):
+        val, test = (tasks.load(name, split, data_dir=data_dir) for split in ("val", "test"))
+        assert len(val) == len(test) and val[3] == test[3]
+    for name in ("sums", "twostep", "choice", "identity"):
+        val, test = (tasks.load(name, split) for split in ("val", "test"))
+        assert len(val) == len(test) and val[3] != test[3]
+
+
 def test_categorical_answers_are_one_of_the_letters(data_dir):
     for name, split in (("mmlu", "train"), ("arc-easy", "train"), ("ARC-Challenge", "test"), ("choice", "test")):
         task = tasks.load(name, split, data_dir=data_dir, rows=500)
@@ -125,186 +132,6 @@ def test_mixtures_are_shuffled_once_and_deterministic():
 
 
 # -----------------------------------------------------------------------------
-# Generated arithmetic
-
-
-def text_of(conversation) -> str:
-    return "".join(part["text"] for part in conversation["messages"][1]["content"])
-
-
-@pytest.mark.parametrize("name", ["sums", "twostep"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_generated_answers_are_right(name, split):
-    task = tasks.load(name, split, rows=1000)
-    for conversation in task:
-        question, parts = (message["content"] for message in conversation["messages"])
-        assert not re.search(r"[{}<>]", question), question
-        calls = [part["text"] for part in parts if part["type"] == "python"]
-        outputs = [part["text"] for part in parts if part["type"] == "python_output"]
-        assert len(calls) == {"sums": 1, "twostep": 2}[name]
-        assert [use_calculator(call) for call in calls] == outputs
-        assert extract_answer(parts[-1]["text"]) == outputs[-1]
-        assert task.evaluate(conversation, text_of(conversation)) and not task.evaluate(conversation, "#### 1.5")
-        # Every number of an expression stands in the question, or is the result of the step before.
-        known = re.findall(r"\d+", question) + outputs
-        assert all(number in known for call in calls for number in re.findall(r"\d+", call))
-        assert " " not in "".join(calls)
-
-
-def steps(conversation) -> list[tuple[int, str, int]]:
-    calls = [part["text"] for part in conversation["messages"][1]["content"] if part["type"] == "python"]
-    return [(int(a), op, int(b)) for a, op, b in (re.fullmatch(r"(-?\d+)(\D)(\d+)", call).groups() for call in calls)]
-
-
-def test_numbers_of_the_test_are_not_trained_on():
-    trained, tested = set(), set()
-    for name in ("sums", "twostep"):
-        for conversation in tasks.load(name, "train", rows=6000):
-            trained.update(steps(conversation))
-        for conversation in tasks.load(name, "test"):
-            tested.update(steps(conversation))
-    either_way = {(b, op, a) for a, op, b in trained if op in "+*"}
-    assert len(trained) > 10_000 and len(tested) > 1500
-    assert not tested & (trained | either_way)
-
-
-def all_tellings(text: str):
-    """Every text that training can make of a story's template."""
-    symbol = re.search(r"<(\w+)>", text)
-    if not symbol:
-        yield text
-        return
-    for alternative in stories.GRAMMAR[symbol[1]][0]:
-        yield from all_tellings(text[: symbol.start()] + alternative + text[symbol.end() :])
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        [story for op, story in stories.PLAIN.items() if op != "/"],
-        [story for group in stories.ONE_STEP.values() for story in group],
-        TWO_STEP,
-    ],
-    ids=["plain", "one-step", "two-step"],
-)
-def test_phrasings_of_the_test_are_not_trained_on(told):
-    trained = {text for story in told for template in story.train for text in all_tellings(template)}
-    tested = {stories.tell(story, "test", random.Random(i)) for story in told for i in range(400)}
-    assert len(trained) > 150 and len(tested) > 80 and not trained & tested
-    assert all(stories.tell(story, "train", random.Random(i)) in trained for story in told for i in range(20))
-
-
-def test_people_of_the_test_are_not_trained_on():
-    trained = {word for c in tasks.load("twostep", "train", rows=3000)
-               for word in re.findall(r"\b[A-Z][a-z]+\b", c["messages"][0]["content"])}  # fmt: skip
-    people = set(arithmetic.WOMEN["test"] + arithmetic.MEN["test"])
-    assert not people & trained and set(arithmetic.WOMEN["train"] + arithmetic.MEN["train"]) <= trained
-    asked = " ".join(c["messages"][0]["content"] for c in tasks.load("twostep", "test"))
-    assert all(person in asked for person in people)
-    assert not any(re.search(rf"\b{person}\b", asked) for person in arithmetic.WOMEN["train"] + arithmetic.MEN["train"])
-
-
-def test_sums_cover_what_they_promise():
-    task = tasks.load("sums", "test")
-    assert len({c["messages"][0]["content"] for c in task}) > 900 and len(tasks.load("sums", "train")) == 100_000
-    operators = Counter(steps(c)[0][1] for c in task)
-    assert set(operators) == set("+-*") and min(operators.values()) > 250
-    for a, op, b in (steps(c)[0] for c in task):
-        assert all(2 <= n <= 99 if op == "*" else 0 <= n <= 999 for n in (a, b))
-    words_in = [len(c["messages"][0]["content"].split()) for c in task]
-    assert 350 < sum(n < 12 for n in words_in) < 650  # about half are plain
-    assert any("-" in c["messages"][1]["content"][2]["text"] for c in task)  # negative results
-    assert len({c["messages"][0]["content"] for c in tasks.load("twostep", "test")}) > 900
-
-
-def test_two_step_results_suit_a_story():
-    for conversation in tasks.load("twostep", "train", rows=2000):
-        outputs = [p["text"] for p in conversation["messages"][1]["content"] if p["type"] == "python_output"]
-        assert all(0 < int(output) < 5000 for output in outputs)
-
-
-def test_generated_tasks_are_the_same_everywhere():
-    """Equal in another process with another hash seed."""
-    code = (
-        "import json; from nanochat_jax import tasks; "
-        "print(json.dumps([tasks.load(n, s)[i] for n in ('sums', 'twostep', 'choice', 'identity') "
-        "for s in ('train', 'test') for i in (0, 7)]))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONHASHSEED": "123"}, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    here = [
-        tasks.load(n, s)[i]
-        for n in ("sums", "twostep", "choice", "identity")
-        for s in ("train", "test")
-        for i in (0, 7)
-    ]
-    assert json.loads(run.stdout) == here
-
-
-# -----------------------------------------------------------------------------
-# Generated multiple choice and identity
-
-
-def test_choices_are_right_and_comparisons_disjoint():
-    def comparisons(split, count):
-        found = set()
-        for conversation in tasks.load("choice", split, rows=count):
-            user, letter = (message["content"] for message in conversation["messages"])
-            question = re.match(r"Multiple Choice question: (.*)", user)[1]
-            choices = {match[2]: match[1] for match in re.finditer(r"- (.*)=([A-D])", user)}
-            answer = choices.pop(letter)
-            assert len({answer, *choices.values()}) == 4
-            if "largest" in question:
-                assert int(answer) > max(map(int, choices.values()))
-            if "smallest" in question:
-                assert int(answer) < min(map(int, choices.values()))
-            if initial := re.search(r"letter (\w)\?", question):
-                assert answer[0] == initial[1] and all(word[0] != initial[1] for word in choices.values())
-            found.update((question, answer, other) for other in choices.values())
-        return found
-
-    assert not comparisons("train", 5000) & comparisons("test", 1000)
-    letters = Counter(c["messages"][1]["content"] for c in tasks.load("choice", "test"))
-    assert all(200 < letters[letter] < 300 for letter in choice.LETTERS)
-
-
-def test_kinds_and_opposites_have_one_right_answer():
-    members = [word for words_ in choice.KINDS.values() for word in words_]
-    assert len(members) == len(set(members))
-    both = [word for pair in choice.OPPOSITES for word in pair]
-    assert len(both) == len(set(both))
-
-
-def test_identity_is_written_once_and_can_be_replaced(own_base_dir, tmp_path):
-    task = tasks.load("identity", "train")
-    file = own_base_dir / identity.FILE
-    assert len(task) == 1000 == len(file.read_text(encoding="utf-8").splitlines())
-    for conversation in task:
-        roles = [message["role"] for message in conversation["messages"]]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) and 2 <= len(roles) <= 6
-    mine = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
-    file.write_text(json.dumps(mine) + "\n", encoding="utf-8")
-    assert [c["messages"] for c in tasks.load("identity", "train")] == [mine]
-    (tmp_path / "tasks").mkdir()
-    with gzip.open(tmp_path / "tasks" / f"{identity.FILE}.gz", "wt", encoding="utf-8") as f:
-        f.write(json.dumps(mine) * 1 + "\n" + json.dumps(mine) + "\n")
-    assert len(tasks.load("identity", "train", data_dir=tmp_path / "tasks")) == 2
-
-
-def test_identity_asks_what_it_did_not_teach():
-    test = tasks.load("identity", "test")
-    taught = {m["content"] for c in tasks.load("identity", "train") for m in c["messages"] if m["role"] == "user"}
-    assert len(test) >= 40 and not taught & {c["messages"][-2]["content"] for c in test}
-    for conversation in test:
-        assert test.evaluate(conversation, conversation["messages"][-1]["content"])
-        assert not test.evaluate(conversation, "I do not know.")
-    who = next(c for c in test if c["messages"][0]["content"] == "So who are you?")
-    assert test.evaluate(who, "My name is NanoChat!") and not test.evaluate(who, "My name is ChatGPT.")
-
-
-# -----------------------------------------------------------------------------
 # Spelling
 
 
@@ -318,7 +145,7 @@ def test_spelling_words_are_disjoint_and_answers_right(data_dir):
         word, letter = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", parts[2]["text"]).groups()
         assert f"{word}:{','.join(word)}" in parts[0]["text"] and words.held_out(word)
         assert parts[0]["text"].count(" hit! count=") == word.count(letter)
-        assert test.evaluate(conversation, text_of(conversation))
+        assert test.evaluate(conversation, "".join(part["text"] for part in parts))
         assert word in conversation["messages"][0]["content"] and letter in conversation["messages"][0]["content"]
     spelling = tasks.load("simplespelling", "train", data_dir=data_dir)
     assert len({spelling[i]["messages"][0]["content"] for i in range(1000)}) == 1000
@@ -391,7 +218,7 @@ def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     for name, split, complaint in [
         ("gsm9k", "test", "unknown task 'gsm9k'; there are MMLU, ARC-Easy"),
-        ("gsm8k", "dev", "expected train or test"),
+        ("gsm8k", "dev", "expected train, val or test"),
         ("gsm8k", "train", "empty"),
         ("mmlu", "test", r"mmlu/test\.jsonl"),
         ("humaneval", "train", "no train split"),

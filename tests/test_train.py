@@ -14,7 +14,7 @@ import tiny
 from nanochat_jax import checkpoint, gpt, metrics, optim
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.run import TrainState
-from nanochat_jax.train import geometry, make_step, train
+from nanochat_jax.train import geometry, make_step, rows_of_examples, train
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
 
@@ -145,6 +145,21 @@ def test_eight_devices_compute_what_one_does(world):
     np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=2e-4)
 
 
+@pytest.mark.slow
+def test_eight_devices_sample_what_one_does(world, ancestors):
+    """Answers, rewards and the first policy-gradient step; each device decodes its share of the answers."""
+    ancestors("rl")
+    for devices in (1, 8):
+        result = tiny.run("rl", world, devices, model_tag=f"on{devices}", device_batch_size=1, num_iterations=2)
+        assert result.returncode == 0, result.stderr
+    one, eight = (
+        [r for r in metrics.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
+    )
+    for name in ("reward", "sequence_length", "truncated", "zero_advantage"):
+        assert [r[name] for r in one] == [r[name] for r in eight]
+    assert eight[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4, abs=1e-6)
+
+
 def test_finished_run_is_left_alone_and_a_different_one_refused(world, capsys):
     cfg = tiny.base_config(model_tag="twice", num_iterations=2)
     train(cfg)
@@ -169,11 +184,39 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(world, capsys):
     content[len(content) // 2] ^= 1  # one bit
     victim.write_bytes(content)
     (folder / "step_000006").mkdir()
-    assert checkpoint.latest(folder) == 2
+    assert checkpoint.latest(folder) == 2  # as a reader finds it: whoever trains removes the half-written one
     out = capsys.readouterr().out
     assert "step_000006: half-written" in out and "step_000004: optimizer" in out and "the one before it" in out
     train(cfg)  # goes on from 2 and repairs 4
     assert checkpoint.latest(folder) == 4
+
+
+def test_what_a_process_killed_while_saving_left_is_removed(world):
+    folder = checkpoint.run_dir("base", "torn")
+    command = tiny.command("base", model_tag="torn", num_iterations=2000, save_every=1)
+
+    def unfinished() -> list[str]:
+        return [p.name for p in folder.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
+
+    deadline = time.time() + 200
+    while not unfinished() and time.time() < deadline:  # again, should it have been complete just before the kill
+        process = subprocess.Popen(
+            command, cwd=tiny.REPOSITORY, env=tiny.environment(world), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not (checkpoint.steps(folder) and unfinished()) and process.poll() is None and time.time() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (left,) = unfinished()
+    (folder / "config.json.12345.part").write_text("{")
+    complete = checkpoint.steps(folder)
+    with checkpoint.exclusive(folder):  # while the run belongs to somebody, it is left alone
+        assert tiny.run("base", world, model_tag="torn").returncode == 2
+        assert unfinished() == [left]
+    resumed = tiny.run("base", world, model_tag="torn", num_iterations=2000, save_every=1, resume=complete[-1] + 5000)
+    assert resumed.returncode == 2 and f"{left}: half-written" in resumed.stdout
+    assert not unfinished() and not list(folder.glob("*.part")) and checkpoint.steps(folder) == complete
 
 
 def test_second_process_on_the_same_run_is_refused(world):
@@ -218,6 +261,25 @@ def test_what_cannot_work_is_refused(world, changes, words):
 @pytest.mark.parametrize(("rows", "fits"), [(8, 8), (12, 12), (7, 7)])
 def test_automatic_device_batch_divides(rows, fits):
     assert geometry(rows * 64, 0, 64, MODEL).rows == fits
+
+
+@pytest.mark.parametrize(
+    ("examples", "length", "devices", "rows"),
+    [(32, 100, 1, 50), (32, 99, 1, 50), (32, 100, 8, 48), (32, 16, 8, 8), (32, 17, 8, 8), (30, 17, 8, 8), (1, 9, 1, 1)],
+)
+def test_batch_of_conversations_divides_and_is_not_larger_than_asked(examples, length, devices, rows):
+    assert rows_of_examples(examples, length, 64, devices) == rows
+    assert rows % devices == 0 and (rows - 1) * 64 < examples * length  # but for the last row being begun
+
+
+@pytest.mark.parametrize(("examples", "length", "devices"), [(8, 16, 8), (32, 13.5, 8), (0, 50.0, 1), (-1, 50.0, 2)])
+def test_batch_too_small_for_the_devices_names_one_that_is_not(examples, length, devices):
+    with pytest.raises(UserError, match=rf"^--target_examples_per_step={examples} .* try \d+$") as error:
+        rows_of_examples(examples, length, 64, devices)
+    enough = int(str(error.value).split()[-1])
+    assert rows_of_examples(enough, length, 64, devices) == devices
+    with pytest.raises(UserError):
+        rows_of_examples(enough - 1, length, 64, devices)
 
 
 def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):

@@ -23,10 +23,10 @@ def bucket(length: int, limit: int, smallest: int = SMALLEST) -> int:
     return min(limit, max(smallest, 1 << max(length - 1, 0).bit_length()))
 
 
-def make(cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype) -> KV:
+def make(cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None = None) -> KV:
     """An empty cache of `slots` rows with `size` positions. Zeros, since masked garbage could be NaN."""
     shape = (slots, size, cfg.n_kv_head, cfg.head_dim)
-    return {name: [jnp.zeros(shape, dtype) for _ in range(cfg.n_layer)] for name in ("k", "v")}
+    return {name: [jnp.zeros(shape, dtype, device=sharding) for _ in range(cfg.n_layer)] for name in ("k", "v")}
 
 
 def resize(cache: KV, size: int) -> KV:

@@ -8,6 +8,9 @@ device for the rest of its chunk, so nothing is sampled before the calculator's 
 
 The host owns the schedule (who sits where, how far, what is forced next) and sends it with every chunk; the device
 keeps only the weights and the cache. One thread may use an engine.
+
+Weights that lie on a mesh of several devices spread the slots over its data axis, where their number divides: each
+device keeps the cache of its own slots and decodes them.
 """
 
 import functools
@@ -15,19 +18,18 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt
+from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
-from nanochat_jax.engine import sampler
+from nanochat_jax.engine import programs, sampler
 from nanochat_jax.engine.calculator import use_calculator
+from nanochat_jax.engine.programs import MAX_STOP_IDS, Schedule
 
-MAX_STOP_IDS = 8
 PREFILL_ROWS = 4  # prompts that are prefilled together, where as many of similar length wait
 PREFILL_TOKENS = 2048  # and only up to this many tokens: longer prompts fill the device by themselves
 SMALLEST_PROMPT = 32  # length bucket
@@ -69,82 +71,13 @@ class Sample:
     logprobs: list[float]
     finish_reason: str
 
-
-# -----------------------------------------------------------------------------
-# On the device
-
-
-class Schedule(NamedTuple):
-    """What the host tells the device about the slots for one chunk; arrays [b] unless noted."""
-
-    token: np.ndarray  # the last token of the row, not in the cache yet
-    length: np.ndarray  # tokens before it, all in the cache
-    left: np.ndarray  # tokens the row may still get
-    active: np.ndarray
-    tools: np.ndarray  # whether python_end pauses the row
-    stop: np.ndarray  # [b, MAX_STOP_IDS], padded with -1
-    forced: np.ndarray  # [steps, b] tokens to take instead of sampled ones
-    forced_count: np.ndarray  # how many of them each row has
-
-
-@jax.jit
-def _unstack(params: gpt.Params) -> gpt.Params:
-    """One array a layer instead of a stack, so that a loop need not copy each layer out of it in every step."""
-    return params | {"blocks": {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}}
-
-
-def _stack(params: gpt.Params) -> gpt.Params:
-    """What the model expects. Under jit this costs nothing: XLA takes slices of a concatenation from its operands."""
-    return params | {"blocks": {name: jnp.stack(layers) for name, layers in params["blocks"].items()}}
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _prefill(params, ids, length, *, cfg: GPTConfig, dtype):
-    """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows and next-token logits [p,v]."""
-    rows, size = ids.shape
-    empty = kv.make(cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
-    x, cache = gpt.decode(_stack(params), cfg, ids, empty, dtype)
-    last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
-    return {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def _first(logits, row, settings, position, *, plan: sampler.Plan):
-    """First tokens [b] and their log-probabilities: slot i draws its own from row[i] of the prefill's logits [p,v]."""
-    logits = logits[row]
-    token = sampler.sample(logits, settings, position, plan)
-    return token, sampler.log_prob(logits, token)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "python_end", "plan"), donate_argnames="cache")
-def _decode(params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_end: int, plan: sampler.Plan):
-    """A chunk of decoding -> (cache, tokens [steps,b], log-probabilities [steps,b], how many of them count [b]).
-
-    A row that is not active repeats its last step without growing, which leaves its cache as it is.
-    """
-    steps = schedule.forced.shape[0]
-
-    def step(carry, inputs):
-        cache, token, length, left, active = carry
-        i, forced = inputs
-        x, new = gpt.decode(_stack(params), cfg, token[:, None], cache | {"length": length}, dtype)
-        logits = gpt.head(params, cfg, x[:, 0])
-        sampled = sampler.sample(logits, settings, length + 1, plan)
-        token = jnp.where(active, jnp.where(i < schedule.forced_count, forced, sampled), token)
-        emitted = (token, sampler.log_prob(logits, token), active)
-        length, left = length + active, left - active
-        ends = (token[:, None] == schedule.stop).any(-1) | (left <= 0)
-        pauses = schedule.tools & (token == python_end)
-        active = active & ~ends & ~pauses
-        return ({"k": new["k"], "v": new["v"]}, token, length, left, active), emitted
-
-    carry = (cache, schedule.token, schedule.length, schedule.left, schedule.active)
-    (cache, *_), (tokens, logprobs, counts) = jax.lax.scan(step, carry, (jnp.arange(steps), schedule.forced))
-    return cache, tokens, logprobs, counts.sum(0)
+    @property
+    def content(self) -> list[int]:
+        """The ids without the token that ended them."""
+        return self.ids[:-1] if self.finish_reason == "stop" else self.ids
 
 
 # -----------------------------------------------------------------------------
-# On the host
 
 
 @dataclass(eq=False)
@@ -206,7 +139,9 @@ class Engine:
             name: tokenizer.special(f"<|{name}|>")
             for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end", "bos")
         }
-        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype)
+        mesh = sharding.mesh_of(params)
+        self._mesh = mesh if mesh is not None and mesh.size > 1 and slots % sharding.replicas(mesh) == 0 else None
+        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype, sharding.rows(self._mesh))
         self._rows: list[_Row | None] = [None] * slots
         self._queue: deque[_Prompt] = deque()
         self._prefilled: _Prefilled | None = None
@@ -217,7 +152,10 @@ class Engine:
         """Generates with these weights from now on. The engine must be idle, and float32 arrays may be shared with it:
         donating them elsewhere ends their use here too."""
         assert not self.busy, "set_params with samples under way"
-        self._params = _unstack(gpt.cast(params, self.dtype))
+        params = gpt.cast(params, self.dtype)
+        if mesh := sharding.mesh_of(params):  # whole on every device, once, wherever training keeps them
+            params = jax.device_put(params, sharding.replicated(mesh))
+        self._params = programs.unstack(params)
 
     @property
     def running(self) -> int:
@@ -350,7 +288,8 @@ class Engine:
         position = np.array([row.length + 1 if row else 0 for row in rows], np.int32)
         prefilled = np.array([started.get(slot, 0) for slot in range(self.slots)], np.int32)
         plan = sampler.plan(settings, self.cfg.vocab_size)
-        tokens, logprobs = jax.device_get(_first(batch.logits, prefilled, settings, position, plan=plan))
+        out = programs.first(batch.logits, prefilled, settings, position, plan=plan, mesh=self._mesh)
+        tokens, logprobs = jax.device_get(out)
         return [self._record(slot, [int(tokens[slot])], [float(logprobs[slot])], [1]) for slot in started]
 
     def _prefill_next(self, free: int) -> _Prefilled:
@@ -373,7 +312,7 @@ class Engine:
         for i, prompt in enumerate(prompts):
             lengths[i] = len(prompt.request.ids)
             ids[i, : lengths[i]] = prompt.request.ids
-        prefix, logits = _prefill(self._params, ids, lengths, cfg=self.cfg, dtype=self.dtype)
+        prefix, logits = programs.prefill(self._params, ids, lengths, cfg=self.cfg, dtype=self.dtype)
         return _Prefilled(prefix, logits, length, prompts)
 
     def _drop_prefilled(self) -> None:
@@ -399,10 +338,10 @@ class Engine:
         self._fit()
         settings = self._settings(self._rows)
         schedule = self._schedule()
-        self._cache, *out = _decode(
+        self._cache, out = programs.decode(
             self._params, self._cache, schedule, settings,
             cfg=self.cfg, dtype=self.dtype, python_end=self._special["python_end"],
-            plan=sampler.plan(settings, self.cfg.vocab_size),
+            plan=sampler.plan(settings, self.cfg.vocab_size), mesh=self._mesh,
         )  # fmt: skip
         tokens, logprobs, counts = jax.device_get(out)
         events = []
@@ -414,7 +353,7 @@ class Engine:
             for _ in range(forced):
                 row.forced.popleft()
             mask = [0] * forced + [1] * (count - forced)
-            events.append(self._record(slot, tokens[:count, slot].tolist(), logprobs[:count, slot].tolist(), mask))
+            events.append(self._record(slot, tokens[slot, :count].tolist(), logprobs[slot, :count].tolist(), mask))
         return events
 
     def _fit(self, at_least: int = 0) -> None:
@@ -440,7 +379,7 @@ class Engine:
         zeros = functools.partial(np.zeros, dtype=np.int32)
         schedule = Schedule(
             zeros(b), zeros(b), zeros(b), np.zeros(b, bool), np.zeros(b, bool),
-            np.full((b, MAX_STOP_IDS), -1, np.int32), zeros((self.chunk, b)), zeros(b),
+            np.full((b, MAX_STOP_IDS), -1, np.int32), zeros((b, self.chunk)), zeros(b),
         )  # fmt: skip
         for slot, row in enumerate(self._rows):
             if row is None:
@@ -449,7 +388,7 @@ class Engine:
             schedule.active[slot], schedule.tools[slot] = True, row.request.tools
             schedule.stop[slot, : len(row.stop_ids)] = row.stop_ids
             forced = list(row.forced)[: self.chunk]
-            schedule.forced[: len(forced), slot] = forced
+            schedule.forced[slot, : len(forced)] = forced
             schedule.forced_count[slot] = len(forced)
         return schedule
 

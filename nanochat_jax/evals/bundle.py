@@ -151,7 +151,7 @@ def _fetch(part: Path, folder: Path) -> str:
     """Downloads the archive to `part`; its SHA-256."""
     from urllib.request import urlopen
 
-    from nanochat_jax.evals.progress import Progress
+    from nanochat_jax.progress import Progress
 
     for attempt in range(1, ATTEMPTS + 1):
         digest = hashlib.sha256()

@@ -1,6 +1,6 @@
 """How well a model answers: multiple choice by comparing logits, everything else by generating and judging text.
 
-ChatCORE is the mean over six tasks of (score - baseline) / (1 - baseline). It is comparable only with itself: numbers
+ChatCORE is the mean of six tasks' centered scores. It is comparable only with itself: numbers
 published in October 2025 are over five tasks, before SpellingBee.
 """
 
@@ -19,7 +19,8 @@ from nanochat_jax import gpt
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.evals.batching import fetch, fixed_rows, num_rows, padded, put
-from nanochat_jax.evals.progress import Progress
+from nanochat_jax.evals.score import Score, centered_mean
+from nanochat_jax.progress import Progress
 from nanochat_jax.tasks import Task
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
@@ -28,25 +29,11 @@ MAX_SLOTS = 64  # answers generated at once on a GPU, if its memory holds as man
 
 
 @dataclass(frozen=True)
-class ChatScore:
-    """Share of problems answered right. truncated: share of generated answers that hit the limit of tokens (None for
-    multiple choice). answers: one dict a problem, for looking at."""
+class ChatScore(Score):
+    """Share of a task's problems answered right, and the answers themselves."""
 
-    task: str
-    score: float
-    n: int
-    baseline: float
-    truncated: float | None
-    seconds: float
-    answers: list[dict] = field(repr=False)
-
-    @property
-    def stderr(self) -> float:
-        return math.sqrt(self.score * (1 - self.score) / self.n)
-
-    @property
-    def centered(self) -> float:
-        return (self.score - self.baseline) / (1 - self.baseline)
+    truncated: float | None  # share of generated answers that hit the limit of tokens; None for multiple choice
+    answers: list[dict] = field(repr=False)  # one a problem, for looking at
 
 
 def evaluate(
@@ -86,7 +73,7 @@ def evaluate(
         answers = _judge(tokenizer, task, samples)
         truncated = float(np.mean([s.finish_reason == "length" for group in samples for s in group]))
     score = sum(answer["right"] for answer in answers) / n
-    return ChatScore(task.name, score, n, task.baseline, truncated, time.monotonic() - start, answers)
+    return ChatScore(task.name, score, n, task.baseline, time.monotonic() - start, truncated, answers)
 
 
 def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
@@ -94,9 +81,7 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
     by_name = {score.task: score for score in scores}
     if not by_name.keys() >= set(CHATCORE_TASKS):
         return None
-    chosen = [by_name[name] for name in CHATCORE_TASKS]
-    variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in chosen)
-    return sum(score.centered for score in chosen) / len(chosen), math.sqrt(variance) / len(chosen)
+    return centered_mean([by_name[name] for name in CHATCORE_TASKS])
 
 
 # -----------------------------------------------------------------------------
@@ -229,7 +214,7 @@ def _judge(tokenizer, task: Task, samples: list[list[Sample]]) -> list[dict]:
 
     def one(i: int) -> dict:
         problem = task[i]
-        texts = [tokenizer.decode(s.ids[:-1] if s.finish_reason == "stop" else s.ids) for s in samples[i]]
+        texts = [tokenizer.decode(sample.content) for sample in samples[i]]
         right = any(task.evaluate(problem, text) for text in texts)  # stops at the first
         reasons = [s.finish_reason for s in samples[i]]
         return {"problem": i, "answers": texts, "finish_reasons": reasons, "right": bool(right)}

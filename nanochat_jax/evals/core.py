@@ -12,7 +12,6 @@ others with Random(1234 + i). Numbers of the same model from elsewhere differ wh
 """
 
 import functools
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,8 @@ from nanochat_jax import gpt
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.evals.batching import fetch, fixed_rows, num_rows, padded, put
 from nanochat_jax.evals.bundle import CoreTask, find_bundle, read_tasks
-from nanochat_jax.evals.progress import Progress
+from nanochat_jax.evals.score import Score, centered_mean
+from nanochat_jax.progress import Progress
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]
 
@@ -36,20 +36,10 @@ LOGITS_AT_ONCE = 1 << 26  # float32 elements, 256 MB
 
 
 @dataclass(frozen=True)
-class CoreScore:
-    """Accuracy on one task, its standard error, and what is left of it above guessing."""
+class CoreScore(Score):
+    """Accuracy on one task."""
 
-    label: str
-    score: float
-    stderr: float
-    n: int
-    baseline: float
     truncated: int  # prompts longer than the context, which lost their beginning
-    seconds: float
-
-    @property
-    def centered(self) -> float:
-        return (self.score - self.baseline) / (1 - self.baseline)
 
 
 @dataclass(frozen=True)
@@ -60,12 +50,11 @@ class CoreResult:
 
     @property
     def core(self) -> float:
-        return sum(task.centered for task in self.tasks) / len(self.tasks)
+        return centered_mean(self.tasks)[0]
 
     @property
     def stderr(self) -> float:
-        """From the sampling of items alone; two training runs differ by more (about 0.01 for a d20)."""
-        return math.sqrt(sum((t.stderr / (1 - t.baseline)) ** 2 for t in self.tasks)) / len(self.tasks)
+        return centered_mean(self.tasks)[1]
 
     @property
     def n(self) -> int:
@@ -121,10 +110,8 @@ def evaluate_task(
             judged = (window, spans, scores)
         right += _count_right(task, items, *judged)
         progress.advance(len(judged[0]))
-    accuracy = right / len(items)
-    stderr = math.sqrt(accuracy * (1 - accuracy) / len(items))
     seconds = time.monotonic() - start
-    return CoreScore(task.label, accuracy, stderr, len(items), task.baseline, truncated, seconds)
+    return CoreScore(task.label, right / len(items), len(items), task.baseline, seconds, truncated)
 
 
 # -----------------------------------------------------------------------------

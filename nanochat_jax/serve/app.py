@@ -20,9 +20,9 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from nanochat_jax.config import ChatWeb, UserError
+from nanochat_jax.conversation import PartReader, prompt
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.engine import Request as EngineRequest
-from nanochat_jax.serve.conversation import PartReader, prompt
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, EngineWorker
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -162,8 +162,8 @@ def to_request(body: ChatRequest, engine: Engine, settings: ChatWeb) -> tuple[En
     """The engine's request, and how many of the oldest messages were dropped. UserError if it cannot fit."""
     context = engine.cfg.sequence_len
     max_tokens = min(body.max_tokens or settings.max_new_tokens, settings.max_new_tokens)
-    reserved = min(max_tokens, context // 8)  # a prompt that fills the context leaves no room for an answer
-    ids, dropped = prompt(engine.tokenizer, [message.model_dump() for message in body.messages], context - reserved)
+    messages = [message.model_dump() for message in body.messages]
+    ids, dropped = prompt(engine.tokenizer, messages, context, max_tokens)
     request = EngineRequest(
         ids=ids,
         max_tokens=min(max_tokens, context - len(ids)),

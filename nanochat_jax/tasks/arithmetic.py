@@ -1,9 +1,10 @@
 """Generated arithmetic in GSM8K's form: Sums take one step, TwoStep problems two, each a call of the calculator.
 
-Everything follows from (task, split, index). Three things are held out of training: pairs of numbers (by a hash of
-operands and operator, in every step), names of people, and phrasings (see stories.py). What an answer says before a
-call repeats the question's numbers in the question's order and never a result, so that nothing has to be computed by
-heart; the expression has no spaces, because that is how its numbers split into the same tokens everywhere.
+Everything follows from (task, split, index). Three things are held out of training, some for validation and others for
+the test: pairs of numbers (by a hash of operands and operator, in every step), names of people, and phrasings (see
+stories.py). What an answer says before a call repeats the question's numbers in the question's order and never a
+result, so that nothing has to be computed by heart; the expression has no spaces, because that is how its numbers split
+into the same tokens everywhere.
 """
 
 import random
@@ -16,9 +17,9 @@ from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, Story, tell
 from nanochat_jax.tasks.task import Task
 from nanochat_jax.tasks.two_step_stories import TWO_STEP
 
-TRAIN_ROWS, TEST_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # every tenth pair of numbers is only for testing
-DIVISIONS = 0.1  # of the plain training problems: people ask for them, though the test does not
+TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
+HOLD_OUT = 10  # one pair of numbers in so many is only for validation, and one only for the test
+DIVISIONS = 0.1  # of the plain training problems: people ask for them, though val and test do not
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
     Helen Linda Susan Karen"""
@@ -27,8 +28,16 @@ _MEN = """Tom Ben Sam John Peter Paul Mark David James Jack Max Leo Adam Bob Jim
 _THINGS = """apples pears plums lemons oranges cakes cookies eggs nuts books pens pencils cards coins stamps stickers
     balls toys dolls marbles beads shells stones flowers roses trees cups plates spoons keys buttons boxes candles
     photos letters tickets hats shirts socks blocks"""
-WOMEN = {"train": _WOMEN.split(), "test": ["Clara", "Diana", "Olivia", "Sofia", "Ruth", "Nora", "Ida"]}
-MEN = {"train": _MEN.split(), "test": ["Oscar", "Felix", "Hugo", "Victor", "Simon", "Ryan", "Ivan"]}
+WOMEN = {
+    "train": _WOMEN.split(),
+    "val": ["Clara", "Diana", "Olivia", "Sofia", "Ruth", "Nora", "Ida"],
+    "test": ["Hannah", "Martha", "Irene", "Judith", "Paula", "Tina", "Vera", "Sally"],
+}
+MEN = {
+    "train": _MEN.split(),
+    "val": ["Oscar", "Felix", "Hugo", "Victor", "Simon", "Ryan", "Ivan"],
+    "test": ["Arthur", "Martin", "Eric", "Roger", "Walter", "Toby", "Bruno", "Owen"],
+}
 THINGS = _THINGS.split()
 BOXES = (
     ("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("pack", "packs"), ("jar", "jars"), ("tray", "trays"),
@@ -41,22 +50,23 @@ OPENINGS = ("Hi!", "Hello,", "Question:", "A quick question:", "Please help me."
 UNRELATED = 0.2  # of the problems begin with words that have nothing to do with them, so that those are read over
 
 
-def held_out(a: int, op: str, b: int) -> bool:
-    """Whether this pair of numbers is only for testing. 3+4 goes with 4+3."""
+def split_of(a: int, op: str, b: int) -> str:
+    """The only split in which this pair of numbers occurs: "train", "val" or "test". 3+4 goes with 4+3."""
     if op in "+*" and a > b:
         a, b = b, a
-    return zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT == 0
+    return {0: "val", 1: "test"}.get(zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT, "train")
 
 
 class _Arithmetic(Task):
     eval_type = "generative"
+    has_val = True
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         """`data_dir` is ignored: nothing is read."""
         self.split = split
 
     def __len__(self) -> int:
-        return TRAIN_ROWS if self.split == "train" else TEST_ROWS
+        return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
         """The text with {} for its numbers, the story it tells, and the numbers."""
@@ -98,7 +108,7 @@ class Sums(_Arithmetic):
             a, b = _pair(op, rng)
             # A story counts things: nobody gives away more than there are, and "1 apples" is no English.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
-            if sensible and held_out(a, op, b) == (self.split == "test"):
+            if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]
 
 
@@ -115,7 +125,7 @@ class TwoStep(_Arithmetic):
         while True:
             numbers = _draw(story, rng)
             if all(
-                (op != "-" or a > b) and (op != "*" or a * b < 2000) and held_out(a, op, b) == (self.split == "test")
+                (op != "-" or a > b) and (op != "*" or a * b < 2000) and split_of(a, op, b) == self.split
                 for a, op, b in _carry_out(story.steps, numbers)
             ):
                 return text, story, numbers[: text.count("{}")]

@@ -1,9 +1,9 @@
 """Generated multiple choice in MMLU's form, about what a tiny model can learn from its own text: first letters, sizes,
 kinds of things, opposites, plurals.
 
-Each question asks to prefer one answer to three others. A comparison (kind of question, answer, other) is either for
-training or, every fourth by its hash, for testing; a test question consists of three comparisons that training never
-shows. The facts themselves must be known to be recognised, so the words are shared by both splits.
+Each question asks to prefer one answer to three others. A comparison (kind of question, answer, other) belongs to one
+split, by its hash; a question of val or test consists of three comparisons that training never shows. The facts
+themselves must be known to be recognised, so the words are shared by all splits.
 """
 
 import random
@@ -14,8 +14,8 @@ from pathlib import Path
 from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
-TRAIN_ROWS, TEST_ROWS = 100_000, 1_000
-HOLD_OUT = 4
+TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
+HOLD_OUT = 4  # one comparison in so many is only for validation, and one only for the test
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -55,13 +55,14 @@ class GeneratedMC(Task):
     name = "Choice"
     eval_type = "categorical"
     baseline = 0.25
+    has_val = True
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         """`data_dir` is ignored: nothing is read."""
         self.split = split
 
     def __len__(self) -> int:
-        return TRAIN_ROWS if self.split == "train" else TEST_ROWS
+        return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
 
     def example(self, index: int) -> dict:
         rng = random.Random(f"{self.name} {self.split} {index}")
@@ -80,15 +81,15 @@ class GeneratedMC(Task):
             question, answer, candidates = make(rng)
             others = []
             for other in candidates:  # distinct, in random order
-                if held_out(question, answer, other) == (self.split == "test"):
+                if split_of(question, answer, other) == self.split:
                     others.append(other)
                 if len(others) == len(LETTERS) - 1:
                     return question, answer, others
 
 
-def held_out(question: str, answer: str, other: str) -> bool:
-    """Whether preferring `answer` to `other` here is only for testing."""
-    return zlib.crc32(f"{question}|{answer}|{other}".encode()) % HOLD_OUT == 0
+def split_of(question: str, answer: str, other: str) -> str:
+    """The only split that asks to prefer `answer` to `other` here: "train", "val" or "test"."""
+    return {0: "val", 1: "test"}.get(zlib.crc32(f"{question}|{answer}|{other}".encode()) % HOLD_OUT, "train")
 
 
 def _shuffled(items: list[str], rng: random.Random) -> list[str]:

@@ -1,4 +1,7 @@
-"""From a conversation to a prompt that fits the context, and from the answer's token ids back to readable parts."""
+"""From a conversation to a prompt that fits the context, and from the answer's token ids back to readable parts.
+
+The terminal and the server both come here, so that the same conversation is the same prompt in both.
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -9,12 +12,15 @@ from nanochat_jax.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 _UNLIMITED = 1 << 30  # tokens: nothing is cut on the way to knowing how long a prompt is
 
 
-def prompt(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
-    """Token ids that ask for the next assistant turn, at most `room`, and how many of the oldest messages were dropped.
+def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
+    """Token ids that ask for the next assistant turn, and how many of the oldest messages were dropped to make room.
 
-    `messages` alternate user, assistant, ..., user, after an optional system message, which is never dropped. UserError
-    if they do not, or if the last message alone is too long.
+    Of the `context` tokens an answer of `max_tokens` finds room beside them, or a quarter of the context if it may be
+    longer than that. `messages` alternate user, assistant, ..., user, after an optional system message, which is never
+    dropped. UserError if they do not, or if the last message alone is too long.
     """
+    # A quarter: the longest right answers of the cpu preset take 53 of its 256 tokens.
+    room = context - min(max_tokens, context // 4)
     turns = messages[messages[0]["role"] == "system" :]
     head = messages[: len(messages) - len(turns)]
 
@@ -31,6 +37,12 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[
     if len(ids) > room:
         raise UserError(f"the message is too long: it takes {len(ids)} tokens, and the model has room for {room}")
     return ids, 2 * pairs
+
+
+def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:
+    """The assistant's message that the generated `ids` are, complete or not, for the conversation to go on with."""
+    parts = PartReader(tokenizer).read(ids, end=True)
+    return {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
 
 
 class PartReader:

@@ -1,0 +1,49 @@
+"""What is shown of long work: nothing at first, then a line now and then."""
+
+import pytest
+
+from nanochat_jax import progress
+from nanochat_jax.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands still until a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_line_every_ten_seconds_with_the_time_left(clock, capsys):
+    with Progress("rows", 4000) as work:
+        for _ in range(4):
+            clock[0] += 6
+            work.advance(1000)
+    assert lines(capsys) == ["rows: 2,000/4,000, 12 s left", "rows: 4,000/4,000, 0 s left"]
+
+
+def test_without_a_total_and_with_a_note(clock, capsys):
+    with Progress("characters", None) as work:
+        clock[0] += 11
+        work.reach(5_000_000, f"{5 / work.seconds:.2f}M/s")
+    assert lines(capsys) == ["characters: 5,000,000, 0.45M/s"]
+
+
+def test_short_work_shows_nothing_not_even_on_a_terminal(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("rows", 3) as work:
+        work.advance()
+    assert lines(capsys) == []
+
+
+def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Progress("rows", 3) as work:
+        clock[0] += 3
+        work.advance(2, "fast")
+    assert "rows" in (shown := capsys.readouterr().err) and "2/3, fast" in shown

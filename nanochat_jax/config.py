@@ -96,6 +96,11 @@ class GPTConfig:
 # Settings, one dataclass a command
 
 
+@dataclass(frozen=True)
+class Doctor(Base):
+    """What this machine is and what would be trained on it."""
+
+
 MIXTURE = "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)"
 
 

@@ -17,7 +17,7 @@ from nanochat_jax import config, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run
-from nanochat_jax.train import Geometry, execution, geometry, make_step
+from nanochat_jax.step import Geometry, geometry, step_of
 
 SLOTS = 64  # answers a device generates at once
 
@@ -100,9 +100,9 @@ def train(cfg: config.Rl) -> None:
                 f"over {jax.device_count()} devices"
             )
         seq_len, devices = run.model.sequence_len, sharding.replicas(run.layout.mesh)
-        shape = geometry(answers * seq_len, cfg.device_batch_size, seq_len, run.model, devices)
+        shape = geometry(answers * seq_len, cfg.device_batch_size, seq_len, devices)
         announce(run, shape, len(task), steps)
-        step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip, run.layout, execution(cfg))
+        step_fn = step_of(run)
         slots = min(answers, SLOTS * jax.device_count())  # divides by the devices, since the answers do
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()

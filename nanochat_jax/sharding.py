@@ -55,7 +55,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def put_rows(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     """This process's rows [micro, rows, t] of a batch as a global array, its rows spread over the replicas."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, ROWS)), batch)
+    return jax.make_array_from_process_local_data(rows_of_micro_batches(mesh), batch)
+
+
+def rows_of_micro_batches(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(None, ROWS))
 
 
 def put_flag(mesh: Mesh, flag: bool) -> jax.Array:

@@ -6,6 +6,7 @@
 Takes seconds: nothing is trained, and no memory of a GPU is taken but for trying the attention kernel.
 """
 
+import functools
 import os
 
 from nanochat_jax import config
@@ -86,12 +87,13 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
     """The model that `cfg` describes, what of it lies on one device, and how long pretraining would take."""
     import jax
     import numpy as np
-    from nanochat_jax.geometry import geometry, horizon
 
-    from nanochat_jax import gpt, metrics, optim, parallel, sharding
+    from nanochat_jax import files, gpt, metrics, optim, parallel, sharding
+    from nanochat_jax.step import estimated_memory, geometry, rows_that_fit
+    from nanochat_jax.train import horizon
 
-    presets = {**config.defaults_of("tok", cfg.preset)}
-    model = cfg.gpt_config(presets.get("vocab_size", config.TokTrain.vocab_size))
+    tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
+    model = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
     layout.check(model)
     params = jax.eval_shape(lambda: gpt.init(model))
     tx = optim.make_optimizer(model.n_embd, embedding_lr=0, unembedding_lr=0, matrix_lr=0, dtype=dtype, layout=layout)
@@ -104,19 +106,19 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
         return sum(np.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves) / GIB
 
     weights, state = share(params, layout.stored(params)), share(opt_state, layout.cut(opt_state))
-    shape = geometry(
-        cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, model, sharding.replicas(layout.mesh)
-    )
+    fit = functools.partial(rows_that_fit, model, need=lambda micro, rows: estimated_memory(model, rows))
+    devices = sharding.replicas(layout.mesh)
+    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = horizon(cfg, model, shape.tokens)
     flops = steps * shape.tokens * model.flops_per_token
     peak = parallel.peak_flops()
     line("Preset", cfg.preset or "none (--config=NAME): the defaults")
-    line("Model", f"{model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, {model.num_params:,} parameters")
+    line("Model", f"{model.n_layer} layers, width {model.n_embd}, {model.num_params:,} parameters")
     line("Mesh", ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items()) + f", --shard={layout.shard}")
-    line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state, and as much again of gradients")
+    line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape.micro} x {shape.rows} rows x {shape.devices} x {shape.seq_len}")
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
-    unknown = "unknown: no peak is on record for this device; the training line shows an eta after a few steps"
+    unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
     line("Expected time", f"{metrics.clock(flops / (0.5 * peak))} at an MFU of 50%" if peak else unknown)
 
 

@@ -96,11 +96,6 @@ class GPTConfig:
 # Settings, one dataclass a command
 
 
-@dataclass(frozen=True)
-class Doctor(Base):
-    """What this machine is and what would be trained on it."""
-
-
 MIXTURE = "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)"
 
 
@@ -191,6 +186,11 @@ class Base(Model, Train):
     core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
     core_metric_max_per_task: int = setting(500, "examples a CORE task, in training")
     sample_every: int = setting(2000, "steps between samples (-1: never)")
+
+
+@dataclass(frozen=True)
+class Doctor(Base):
+    """What this machine is and what would be trained on it."""
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ class ChatWeb(Load):
     slots: int = setting(4, "answers generated at once")
 
 
-COMMANDS = (TokTrain, TokEval, Dataset, Base, Mid, Sft, Rl, BaseLoss, BaseEval, ChatEval, ChatCli, ChatWeb)
+COMMANDS = (TokTrain, TokEval, Dataset, Base, Doctor, Mid, Sft, Rl, BaseLoss, BaseEval, ChatEval, ChatCli, ChatWeb)
 SHORT = {
     "source": "i", "task_name": "a", "temperature": "t", "max_new_tokens": "m", "num_samples": "n", "top_k": "k",
     "batch_size": "b", "model_tag": "g", "step": "s", "max_problems": "x", "prompt": "p", "compute_dtype": "d",

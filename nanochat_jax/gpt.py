@@ -125,6 +125,8 @@ class GPT(nnx.Module):
     ) -> tuple[jax.Array, dict | None]:
         """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens in it."""
         cfg, b, t = self.cfg, *ids.shape
+        if t > cfg.sequence_len:
+            raise ValueError(f"{t} tokens in a row, expected at most the context of {cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], cfg)
         # Gathered before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.

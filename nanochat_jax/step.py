@@ -124,8 +124,17 @@ class Geometry:
     def tokens(self) -> int:
         return self.total_rows * self.seq_len
 
-    def shaped(self, batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-        """[rows of this process, t] -> global arrays [micro, rows, t] on the devices."""
+    def shaped(self, batch: dict[str, np.ndarray], mesh, vocab_size: int) -> dict[str, jax.Array]:
+        """[rows of this process, t] -> global arrays [micro, rows, t] on the devices.
+
+        UserError for an id outside the vocabulary, which on the device would silently become another one.
+        """
+        for name in ("inputs", "targets"):
+            if (largest := int(batch[name].max())) >= vocab_size:
+                raise UserError(
+                    f"token id {largest} among the {name} is outside the vocabulary of {vocab_size:,}: "
+                    "the tokenizer is not the one this model was made for"
+                )
         local = {k: v.reshape(self.micro, -1, v.shape[-1]) for k, v in batch.items()}
         return {k: sharding.put_rows(mesh, v) for k, v in local.items()}
 

@@ -302,6 +302,12 @@ def test_out_of_memory_names_the_flag(world):
         explode()
 
 
+def test_ids_outside_the_vocabulary_are_refused():
+    batch = {"inputs": np.zeros((2, 64), np.int32), "targets": np.full((2, 64), 320, np.int32)}
+    with pytest.raises(UserError, match="token id 320 among the targets is outside the vocabulary of 320"):
+        Geometry(1, 2, 1, 64).shaped(batch, None, 320)
+
+
 @pytest.mark.parametrize(
     ("examples", "length", "devices", "rows"),
     [(32, 100, 1, 50), (32, 99, 1, 50), (32, 100, 8, 48), (32, 16, 8, 8), (32, 17, 8, 8), (30, 17, 8, 8), (1, 9, 1, 1)],

@@ -146,7 +146,8 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
     longest = max(len(r.prompt) + len(r.sample.ids) for r in group)
     length = min(max(64, 1 << (longest - 2).bit_length()), run.model.sequence_len)  # few lengths: each is a compilation
     batch = as_batch(group, length, run.tokenizer.special("<|assistant_end|>"))
-    run.state, results = step_fn(run.state, shape.shaped(batch, run.layout.mesh, run.model.vocab_size), jnp.float32(lr_mult))
+    arrays = shape.shaped(batch, run.layout.mesh, run.model.vocab_size)
+    run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
     results = {k: float(v) for k, v in results.items()}
     if not np.isfinite([results["loss"], results["grad_norm"]]).all():
         raise UserError(f"the loss is {results['loss']}: lower the learning rates; the last checkpoint is in {run.dir}")

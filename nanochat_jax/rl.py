@@ -83,6 +83,8 @@ def train(cfg: config.Rl) -> None:
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
         if run is None:
             return
+        if jax.process_count() > 1:
+            raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
         if cfg.max_new_tokens >= run.model.sequence_len:
             raise UserError(
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "

@@ -1,21 +1,74 @@
 """Causal attention: over a whole sequence in training, and against a cache in decoding.
 
-Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim.
+Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim. A window of w lets a query
+see itself and the w keys before it (FlashAttention's convention); 0 means all of them.
 """
 
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax.config import UserError
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+KERNELS = ("cudnn", "xla")
+_chosen = "xla"  # by `choose`, once a process
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """What sums over operands of `dtype` are formed in: float32, or float64 where that is asked for."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def choose(asked: str, dtype: jnp.dtype) -> tuple[str, str]:
+    """The kernel that `causal_attention` uses from now on, and why: `asked`, or cuDNN where it runs, else XLA.
+
+    cuDNN is tried by running it forward and backward on a small input: whether it works depends on the GPU, the driver
+    and the library's version, and a failure in the middle of a compilation says little.
+    """
+    global _chosen
+    if asked not in ("", *KERNELS):
+        raise UserError(f"--attention={asked}: must be one of {', '.join(KERNELS)}")
+    if asked == "xla" or (not asked and jax.default_backend() != "gpu"):
+        _chosen, reason = "xla", "as asked" if asked else "no NVIDIA GPU"
+    elif dtype != jnp.bfloat16:
+        if asked:
+            raise UserError(f"--attention=cudnn needs --compute_dtype=bfloat16, not {jnp.dtype(dtype).name}")
+        _chosen, reason = "xla", "cuDNN has no float32 kernel"
+    else:
+        failure = _try_cudnn(dtype)
+        if failure and asked:
+            raise UserError(f"--attention=cudnn does not run here: {failure}")
+        _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "tried, it runs")
+    return _chosen, reason
+
+
+def _try_cudnn(dtype: jnp.dtype) -> str:
+    """The first line of what goes wrong, empty if nothing does."""
+    x = jnp.ones((1, 128, 1, 64), dtype)
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(lambda q: _cudnn(q, x, x, 0).astype(jnp.float32).sum()))(x))
+    except Exception as error:  # whatever it is, XLA does the work
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ""
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) -> jax.Array:
     """Causal attention of q [b,t,h,k] to k, v [b,t,n,k] -> [b,t,h,k]; query head i uses kv head i // (h/n).
 
-    cuDNN's flash attention on GPUs in bf16, where causality is a flag and never a mask: a mask tensor would take cuDNN
-    off its fast path. XLA elsewhere. Scale 1/sqrt(head dim), softmax in float32.
+    Scale 1/sqrt(head dim), softmax in float32.
     """
-    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    # In four blocks of queries, each against the keys up to its end: 5/8 of the scores, the rest being masked anyway.
+    return (_cudnn if _chosen == "cudnn" else _xla)(q, k, v, window)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+    """Flash attention. Causality and window are flags, never a mask: that would take cuDNN off its fast path."""
+    # From 2^31 elements of q on, cuDNN 9.27 gives wrong gradients without an error.
+    assert q.size < 2**31, f"queries {q.shape} have {q.size} elements, cuDNN's gradients are right below 2^31"
+    local = (window, 0) if window else None
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+    # In four blocks of queries, each against the keys it can see: 5/8 of the scores, the rest being masked anyway.
     # On a CPU forward and backward take about two thirds of the time of one masked square (t = 256).
     b, t, h, d = q.shape
     n = k.shape[2]
@@ -25,26 +78,32 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     out = []
     for start in range(0, t, block):
         end = start + block
-        rows, seen = q[..., start:end, :], k[:, :, :end]
-        scores = jnp.einsum("bngtk,bnsk->bngts", rows, seen, preferred_element_type=jnp.float32)
-        visible = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        first = max(0, start - window) if window else 0
+        rows, seen = q[..., start:end, :], slice(first, end)
+        scores = jnp.einsum("bngtk,bnsk->bngts", rows, k[:, :, seen], preferred_element_type=accumulator(q.dtype))
+        visible = _visible(jnp.arange(start, end), jnp.arange(first, end), window)
         weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
-        out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, :end], preferred_element_type=jnp.float32))
+        out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, seen], preferred_element_type=accumulator(q.dtype)))
     return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(b, t, h, d).astype(v.dtype)
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> jax.Array:
+def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
+    """Which keys, by position [s], the queries at positions [..., t] see -> bool [..., t, s]."""
+    distance = queries[..., :, None] - jnp.expand_dims(keys, range(queries.ndim))
+    return (distance >= 0) & (distance <= window) if window else distance >= 0
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
     """Attention of q [b,t,h,k], whose first token sits at position start [b], to cache rows k, v [b,s,n,k].
 
-    A query at position p sees slots 0..p. Softmax in float32.
+    A query at position p sees slots 0..p, or the last `window` + 1 of them. Softmax in float32.
     """
     b, t, h, d = q.shape
     n = k.shape[2]
     q = q.reshape(b, t, n, h // n, d)
-    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    position = start[:, None] + jnp.arange(t)[None]  # [b,t]
-    visible = jnp.arange(k.shape[1])[None, None, :] <= position[:, :, None]  # [b,t,s]
+    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=accumulator(q.dtype)) * d**-0.5
+    visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[1]), window)  # [b,t,s]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bngts,bsnk->btngk", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bngts,bsnk->btngk", weights, v, preferred_element_type=accumulator(q.dtype))
     return out.reshape(b, t, h, d).astype(v.dtype)

@@ -46,19 +46,24 @@ def step_dir(run: Path, step: int) -> Path:
 class Saver:
     """Writes checkpoints of one run in the background and keeps the last few. One save at a time is under way."""
 
-    def __init__(self, run: Path, keep_last: int):
+    def __init__(self, run: Path, keep_last: int, first: bool = True):
         self.run, self.keep_last = run, keep_last
+        self.first = first  # of several processes; each writes its arrays, the first one the rest
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, params, opt_state, data: dict, meta: dict) -> None:
         """Returns once the arrays are copied from the devices, so that the caller may donate them to the next step."""
+        import jax
+        from jax.experimental import multihost_utils
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
         target = step_dir(self.run, step)
-        if target.exists():  # torn, damaged or from before a resume: it does not count any more
+        if jax.process_index() == 0 and target.exists():  # torn, damaged or from before a resume: it does not count
             shutil.rmtree(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("a checkpoint's folder is clear")
         meta = json.dumps(meta, indent=1)  # now: the caller goes on changing what it holds
         writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
         self._thread = threading.Thread(target=self._finish, args=(writing, target, data, meta), name="checkpoint")
@@ -67,6 +72,8 @@ class Saver:
     def _finish(self, writing, target: Path, data: dict, meta: str) -> None:
         try:
             writing.result()
+            if not self.first:
+                return
             (target / "data.json").write_text(json.dumps(data), encoding="utf-8")
             (target / "meta.json").write_text(meta, encoding="utf-8")
             _write_manifest(target)

@@ -50,6 +50,7 @@ class GPTConfig:
     norm_eps: float = 1.1920929e-07  # torch's default for RMSNorm, the float32 machine epsilon
     rope_theta: float = 10000.0
     softcap: float = 15.0
+    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context, L and the last layer: all of it
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "sequence_len"):
@@ -59,6 +60,15 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} over {self.n_head} heads: the head size must be an even integer")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"window pattern {self.window_pattern!r}: must be letters S and L, like SSSL")
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """For each layer how many earlier tokens a token sees, 0 for all of them."""
+        short = -(-self.sequence_len // 4 // 128) * 128
+        pattern = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
+        return tuple(short if letter == "S" and short < self.sequence_len else 0 for letter in pattern)
 
     @property
     def head_dim(self) -> int:
@@ -79,7 +89,7 @@ class GPTConfig:
     def flops_per_token(self) -> int:
         """Training FLOPs a token, forward and backward; attention counted over the full square, as the field does."""
         matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is gathered, not multiplied
-        return 6 * matmul + 12 * self.n_layer * self.n_embd * self.sequence_len
+        return 6 * matmul + 12 * self.n_embd * sum(window or self.sequence_len for window in self.windows)
 
 
 # -----------------------------------------------------------------------------
@@ -104,6 +114,7 @@ class Model:
     head_dim: int = setting(128, "size of an attention head")
     n_kv_head: int = setting(0, "auto: key/value heads, as many as query heads unless given (GQA)")
     max_seq_len: int = setting(2048, "context length in tokens")
+    window_pattern: str = setting("L", "attention windows, repeated over layers: S a quarter of the context, L all")
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The shape that depth implies. UserError for dimensions that cannot work."""
@@ -115,7 +126,8 @@ class Model:
         kv_heads = self.n_kv_head or heads
         if heads % kv_heads:
             raise UserError(f"--n_kv_head={kv_heads} does not divide the {heads} query heads of depth {self.depth}")
-        return GPTConfig(self.depth, heads, kv_heads, width, vocab_size, self.max_seq_len)
+        return GPTConfig(self.depth, heads, kv_heads, width, vocab_size, self.max_seq_len,
+                         window_pattern=self.window_pattern.upper())
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,14 @@ class Train:
     compute_dtype: str = setting("", "bfloat16 or float32 (default: bfloat16 on GPUs that have it, float32 elsewhere)")
     num_iterations: int = setting(-1, "optimizer steps (-1: derived)")
     device_batch_size: int = setting(0, "auto: rows a device takes at once; lower it when memory runs out")
+    mesh: str = setting("", "devices by axis, as node=2,data=8,model=1 (default: all on data)")
+    shard: str = setting("optimizer", "what the data axis cuts besides the batch: optimizer (ZeRO-1) or full (FSDP)")
+    attention: str = setting("", "cudnn or xla (default: cuDNN where it runs)")
+    remat: str = setting("none", "recompute in the backward pass to save memory: none, matmuls (keep those) or full")
+    coordinator: str = setting("", "host:port of process 0, of a run on several hosts (Slurm, Kubernetes: found alone)")
+    num_processes: int = setting(0, "processes of that run")
+    process_id: int = setting(-1, "which of them this is")
+    scan_layers: bool = setting(False, "compile one block for all layers: starts sooner, runs slower")
     embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW), times (width/768)^-0.5")
     unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW), times (width/768)^-0.5")
     matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)")
@@ -166,6 +186,11 @@ class Base(Model, Train):
     core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
     core_metric_max_per_task: int = setting(500, "examples a CORE task, in training")
     sample_every: int = setting(2000, "steps between samples (-1: never)")
+
+
+@dataclass(frozen=True)
+class Doctor(Base):
+    """What this machine is and what would be trained on it."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +372,7 @@ class ChatWeb(Load):
     slots: int = setting(4, "answers generated at once")
 
 
-COMMANDS = (TokTrain, TokEval, Dataset, Base, Mid, Sft, Rl, BaseLoss, BaseEval, ChatEval, ChatCli, ChatWeb)
+COMMANDS = (TokTrain, TokEval, Dataset, Base, Doctor, Mid, Sft, Rl, BaseLoss, BaseEval, ChatEval, ChatCli, ChatWeb)
 SHORT = {
     "source": "i", "task_name": "a", "temperature": "t", "max_new_tokens": "m", "num_samples": "n", "top_k": "k",
     "batch_size": "b", "model_tag": "g", "step": "s", "max_problems": "x", "prompt": "p", "compute_dtype": "d",

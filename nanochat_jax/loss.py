@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax.attention import accumulator
+
 
 def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
     """Smallest number of chunks that divides `time` and leaves at most `tokens` tokens a chunk, where that can be."""
@@ -43,11 +45,11 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: flo
 
 def _losses(x, w, targets, softcap):
     """Losses [b,t] of one chunk, with what their gradient needs: capped logits, log-sum-exp, one-hot, counted."""
-    z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
+    z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accumulator(x.dtype))
     z = softcap * jnp.tanh(z / softcap)
     lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     counted = targets >= 0
-    right = jax.nn.one_hot(targets, w.shape[0], dtype=jnp.float32)  # all zero for a negative target
+    right = jax.nn.one_hot(targets, w.shape[0], dtype=z.dtype)  # all zero for a negative target
     losses = jnp.where(counted, lse[..., 0] - (z * right).sum(-1), 0.0)
     return losses, z, lse, right, counted
 
@@ -60,12 +62,13 @@ def _forward(x, head, targets, weights, softcap, chunks):
         losses, z, lse, right, counted = _losses(x, w, targets, softcap)
         dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
         dz = dz.astype(x.dtype)
-        dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=jnp.float32).astype(x.dtype)
-        dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)  # as [v,d] it is slow on CPUs
+        dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accumulator(x.dtype)).astype(x.dtype)
+        # As [v,d] it would be slow on CPUs.
+        dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=accumulator(x.dtype))
         return dw, ((weights * losses).sum(), dx)
 
     split = [_split(a, chunks) for a in (x, targets, weights)]
-    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], jnp.float32), split)
+    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accumulator(x.dtype)), split)
     return losses.sum(), (_join(dx), dw.T.astype(head.dtype))
 
 

@@ -11,6 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
+
+from nanochat_jax.attention import accumulator
+from nanochat_jax.sharding import Layout
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients tuned for a steep start; 5 iterations
 
@@ -21,38 +25,55 @@ class MuonState(NamedTuple):
 
 
 def orthogonalize(g: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Singular values of the matrices g [..., in, out] pushed towards 1 (into about 0.7 to 1.2), in g's dtype."""
+    """Singular values of the matrices g [..., in, out] pushed towards 1 (into about 0.7 to 1.2), in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # the Gram matrix on the short side
-    x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True) + 1e-7).astype(dtype)
+    size = jnp.linalg.norm(x.astype(accumulator(dtype)), axis=(-2, -1), keepdims=True)
+    x = x / (size + 1e-7).astype(dtype)
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x if wide else x.mT).astype(g.dtype)
+    return x if wide else x.mT
 
 
 def scale_by_muon(
-    momentum: optax.Schedule | float = 0.95, dtype: jnp.dtype = jnp.float32
+    momentum: optax.Schedule | float = 0.95, dtype: jnp.dtype = jnp.float32, layout: Layout | None = None
 ) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)). For leaves [l, in, out]; no learning rate in it.
 
-    `momentum` may be a schedule of the step; `dtype` is that of the iterations (bfloat16 on GPUs).
+    `momentum` may be a schedule of the step; `dtype` is that of the iterations (bfloat16 on GPUs). With a `layout` the
+    matrices are shared out among its devices: gradients and momentum come cut, each device orthogonalises whole
+    matrices, and the results travel back in `dtype`.
     """
 
     def init(params):
-        return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+        return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params))
 
     def update(grads, state, params=None):
         mu = momentum(state.count) if callable(momentum) else momentum
         buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
         nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, buffers, grads)
-        updates = _by_shape(lambda x: orthogonalize(x, dtype), nesterov)
+        if layout:  # XLA knows no way from two cuts to another one but by way of the whole
+            nesterov = layout.constrain(nesterov, layout.cut(nesterov, ("data",)))
+        updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov)
+        if layout and layout.full:
+            updates = layout.constrain(updates, layout.cut(updates, ("data",)))
         updates = jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
         return updates, MuonState(state.count + 1, buffers)
 
     return optax.GradientTransformation(init, update)
+
+
+def _orthogonalize_all(x: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
+    """x [n, in, out], each device taking its share of the n."""
+    if layout is None or layout.mesh.size == 1:
+        return orthogonalize(x, dtype).astype(x.dtype)
+    y = orthogonalize(layout.spread(x), dtype)
+    if not layout.full:
+        y = layout.constrain(y, P())  # gathered before it is widened: half the bytes
+    return y[: x.shape[0]].astype(x.dtype)
 
 
 def _by_shape(f: Callable, tree):
@@ -81,7 +102,7 @@ def momentum_warmup(step: jax.Array) -> jax.Array:
 
 def make_optimizer(
     width: int, *, embedding_lr: float, unembedding_lr: float, matrix_lr: float, weight_decay: float = 0.0,
-    momentum: optax.Schedule | float = 0.95, dtype: jnp.dtype = jnp.float32,
+    momentum: optax.Schedule | float = 0.95, dtype: jnp.dtype = jnp.float32, layout: Layout | None = None,
 ) -> optax.GradientTransformation:  # fmt: skip
     """The optimizer of every stage. Its updates are linear in the learning rates, so that a schedule is a factor on
     them, applied by the train step.
@@ -96,7 +117,7 @@ def make_optimizer(
     groups = {
         "embedding": adamw(embedding_lr),
         "head": adamw(unembedding_lr),
-        "matrices": optax.chain(scale_by_muon(momentum, dtype), optax.scale(-matrix_lr)),
+        "matrices": optax.chain(scale_by_muon(momentum, dtype, layout), optax.scale(-matrix_lr)),
     }
     labels = {"wte": "embedding", "lm_head": "head", "blocks": "matrices"}
     return optax.partition(groups, lambda params: {name: labels[name] for name in params})

@@ -1,8 +1,19 @@
-"""Devices, the mesh over them, and the precision they are good at."""
+"""Devices, and the precision they are good at."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from nanochat_jax.config import UserError, base_dir
+
+if TYPE_CHECKING:
+    import jax.numpy as jnp
+
+T = TypeVar("T")
 
 # Dense bf16 peaks of one device, FLOP/s, from the vendors' data sheets. Unknown devices have no MFU.
 PEAK_FLOPS = {
@@ -11,8 +22,12 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def start(device_type: str = "") -> None:
-    """Chooses the platform and switches the compile cache on. Call it before anything else touches JAX."""
+def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Chooses the platform, switches the compile cache on, and joins the other processes of a run on several hosts.
+
+    Those find each other through `coordinator` (host:port of process 0), or through what Slurm or Kubernetes tell their
+    tasks. All but process 0 fall silent. Call it before anything else touches JAX.
+    """
     platforms = {"": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
     if device_type not in platforms:
         raise UserError(f"--device_type={device_type}: must be cpu, gpu or tpu")
@@ -22,20 +37,81 @@ def start(device_type: str = "") -> None:
         jax.config.update("jax_platforms", platforms[device_type])
     jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _join(coordinator, num_processes, process_id)
     try:
         jax.devices()
     except RuntimeError as error:
         raise UserError(f"--device_type={device_type}: {str(error).splitlines()[0]}") from None
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+
+
+def _join(coordinator: str, num_processes: int, process_id: int) -> None:
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    if coordinator:
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--coordinator={coordinator} needs --num_processes=N and --process_id=0 to N-1, got "
+                f"{num_processes} and {process_id}"
+            )
+        where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    elif num_processes > 1:
+        raise UserError("--num_processes needs --coordinator=host:port, the address of process 0")
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "JOB_COMPLETION_INDEX" in os.environ:
+        where = {}  # JAX reads the addresses off Slurm's or Kubernetes' environment
+    else:
+        return
+    try:
+        jax.distributed.initialize(**where)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"could not join the other processes: {str(error).splitlines()[0]}") from None
+
+
+def first(decide: Callable[[], T]) -> T:
+    """What `decide` returns on process 0 (anything JSON can hold), told to all; its UserError is raised on all."""
+    import jax
+
+    if jax.process_count() == 1:
+        return decide()
+    from jax.experimental import multihost_utils
+
+    told = np.zeros(4096, np.uint8)
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": decide()}
+        except UserError as error:
+            answer = {"error": str(error)}
+        text = json.dumps(answer).encode()
+        assert len(text) <= told.size, f"{len(text)} bytes to tell, room for {told.size}"
+        told[: len(text)] = np.frombuffer(text, np.uint8)
+    answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(told)).rstrip(b"\0"))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
 
 
 def describe() -> str:
     import jax
 
     devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}"
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}"
 
 
-def compute_dtype(asked: str):
+def precision(compute_dtype: str, attention: str = "") -> "jnp.dtype":
+    """Chooses the dtype of matmul operands and the attention kernel, and prints the choice with its reasons."""
+    from nanochat_jax import attention as kernels
+
+    dtype, why = choose_dtype(compute_dtype)
+    kernel, because = kernels.choose(attention, dtype)
+    print(f"devices: {describe()}; matmuls in {dtype.__name__} ({why}), attention by {kernel} ({because})")
+    return dtype
+
+
+def choose_dtype(asked: str):
     """The dtype of matmul operands, and why it was chosen."""
     import jax
     import jax.numpy as jnp
@@ -67,65 +143,3 @@ def peak_flops() -> float | None:
     kind = jax.devices()[0].device_kind
     names = sorted((n for n in PEAK_FLOPS if n in kind), key=len)
     return PEAK_FLOPS[names[-1]] * jax.device_count() if names else None
-
-
-def make_mesh():
-    """All devices on one axis, "data": each takes its share of the batch, the parameters are on every one."""
-    import jax
-    from jax.sharding import AxisType
-
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
-def replicated(mesh):
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def put_rows(mesh, batch: np.ndarray):
-    """This process's rows [micro, rows, t] of a batch as a global array, its rows spread over the data axis."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(None, "data")), batch)
-
-
-def mesh_of(params):
-    """The mesh the parameters live on; None: they are on one device."""
-    from jax.sharding import NamedSharding
-
-    sharding = getattr(params["wte"], "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
-
-
-def rows(mesh):
-    """Arrays whose first axis is spread over the data axis. No mesh: None, JAX's word for one device."""
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
-
-
-def by_rows(function, mesh):
-    """`function(shared, *rows) -> rows`, each device computing its share of the rows without a word to the others.
-
-    The first axis of every array in `rows` and of what is returned is that of the rows. No mesh: `function` itself.
-    """
-    if mesh is None:
-        return function
-    import jax
-    from jax.sharding import PartitionSpec
-
-    def spread(shared, *arrays):
-        own = PartitionSpec("data")
-        specs = (PartitionSpec(), *[own] * len(arrays))
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own)(shared, *arrays)
-
-    return spread
-
-
-def everywhere(arrays, mesh):
-    """Within jit: the arrays whole on every device, so that every process can read them. No mesh: as they are."""
-    import jax
-
-    return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))

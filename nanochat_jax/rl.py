@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import config, metrics, optim, tasks
+from nanochat_jax import config, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run
-from nanochat_jax.train import Geometry, geometry, make_step
+from nanochat_jax.step import Geometry, geometry, step_of
 
 SLOTS = 64  # answers a device generates at once
 
@@ -83,6 +83,8 @@ def train(cfg: config.Rl) -> None:
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
         if run is None:
             return
+        if jax.process_count() > 1:
+            raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
         if cfg.max_new_tokens >= run.model.sequence_len:
             raise UserError(
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
@@ -99,9 +101,10 @@ def train(cfg: config.Rl) -> None:
                 f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples} answers do not divide "
                 f"over {jax.device_count()} devices"
             )
-        shape = geometry(answers * run.model.sequence_len, cfg.device_batch_size, run.model.sequence_len, run.model)
+        seq_len, devices = run.model.sequence_len, sharding.replicas(run.layout.mesh)
+        shape = geometry(answers * seq_len, cfg.device_batch_size, seq_len, devices)
         announce(run, shape, len(task), steps)
-        step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
+        step_fn = step_of(run)
         slots = min(answers, SLOTS * jax.device_count())  # divides by the devices, since the answers do
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
@@ -145,7 +148,8 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
     longest = max(len(r.prompt) + len(r.sample.ids) for r in group)
     length = min(max(64, 1 << (longest - 2).bit_length()), run.model.sequence_len)  # few lengths: each is a compilation
     batch = as_batch(group, length, run.tokenizer.special("<|assistant_end|>"))
-    run.state, results = step_fn(run.state, shape.shaped(batch, run.mesh), jnp.float32(lr_mult))
+    arrays = shape.shaped(batch, run.layout.mesh, run.model.vocab_size)
+    run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
     results = {k: float(v) for k, v in results.items()}
     if not np.isfinite([results["loss"], results["grad_norm"]]).all():
         raise UserError(f"the loss is {results['loss']}: lower the learning rates; the last checkpoint is in {run.dir}")
@@ -158,7 +162,7 @@ def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
     cfg = run.cfg
     print(f"  parameters: {run.model.num_params:,}, FLOPs a token: {run.model.flops_per_token:.3e}")
     print(f"  task: {cfg.task}, {problems:,} problems; {cfg.examples_per_step} a step, {cfg.num_samples} answers each")
-    mesh = ", ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
+    mesh = ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items())
     print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.devices} devices (mesh {mesh})")
     print(f"  steps: {steps}")
     print("compiling ...", flush=True)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanochat_jax import checkpoint, config, files, gpt, metrics, optim, parallel
+from nanochat_jax import checkpoint, config, files, gpt, metrics, optim, parallel, sharding
 from nanochat_jax.config import GPTConfig, Train, UserError
+from nanochat_jax.sharding import Layout
 from nanochat_jax.tokenizer import Tokenizer
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
@@ -34,6 +35,7 @@ FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "core_metric_every", "core_metric_max_per_task", "sample_every",
     "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples", "eval_samples",
+    "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
 
@@ -48,7 +50,7 @@ class Run:
     dir: Path
     model: GPTConfig
     tokenizer: Tokenizer
-    mesh: jax.sharding.Mesh
+    layout: Layout
     dtype: jnp.dtype
     optimizer: optax.GradientTransformation
     state: TrainState
@@ -60,6 +62,8 @@ class Run:
     identity: dict  # what a continuation must agree with
 
     def log(self, kind: str, step: int, **fields) -> None:
+        if jax.process_index() > 0:
+            return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
         metrics.append(self.dir, kind, self.cfg.stage, step, **totals, **fields)
         shown = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
@@ -84,33 +88,33 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
     """The run `cfg` describes, locked against a second process; None if it is finished. Saves end before it does."""
     if cfg.keep_last < 1:
         raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
-    origin = _origin(cfg)
-    tag = cfg.model_tag or cfg.preset or (origin[0].name if origin else f"d{cfg.depth}")
+    parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
+    # Process 0 decides and holds the lock; several processes see one file system.
+    origin, tag, step, identity = parallel.first(lambda: _plan(cfg))
+    origin = (Path(origin[0]), origin[1]) if origin else None
     folder = checkpoint.run_dir(cfg.stage, tag)
-    identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
-    with checkpoint.exclusive(folder):
-        checkpoint.clear_unfinished(folder)
-        step = _step_to_resume(cfg, folder, identity)
-    with checkpoint.exclusive(folder):  # again: resume=never has moved the folder aside
+    with ExitStack() as held:
+        parallel.first(lambda: held.enter_context(checkpoint.exclusive(folder)))
         if step is not None and _finished(folder, step):
             print(f"{cfg.stage}: {folder} is finished (step {step})")
             yield None
             return
-        parallel.start(cfg.device_type)
         model, tokenizer = _shape_and_tokenizer(cfg, folder, step, origin)
-        mesh = parallel.make_mesh()
-        dtype, reason = parallel.compute_dtype(cfg.compute_dtype)
+        layout = Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
+        layout.check(model)
         print(f"{cfg.stage}: {folder}")
-        print(f"devices: {parallel.describe()}; matmuls in {dtype.__name__}: {reason}")
+        dtype = parallel.precision(cfg.compute_dtype, cfg.attention)
         optimizer = optim.make_optimizer(
             model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
-            weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype,
+            weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
-        state, data, totals = _initial_state(cfg, model, origin, optimizer, mesh, folder, step)
+        state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
         plain = dataclasses.asdict(cfg)
-        files.write_text(folder / "config.json", json.dumps(plain | {"tag": tag}, indent=1))
+        saver = checkpoint.Saver(folder, cfg.keep_last, first=jax.process_index() == 0)
+        if jax.process_index() == 0:
+            files.write_text(folder / "config.json", json.dumps(plain | {"tag": tag}, indent=1))
         run = Run(
-            cfg, folder, model, tokenizer, mesh, dtype, optimizer, state, checkpoint.Saver(folder, cfg.keep_last),
+            cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver,
             metrics.Wandb(cfg.stage, cfg.run, plain), step or 0, data, totals, identity,
         )  # fmt: skip
         run.log("config", run.step, config=plain, versions=versions(), devices=parallel.describe())
@@ -118,6 +122,18 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             yield run
         finally:
             run.saver.wait()
+
+
+def _plan(cfg: Train) -> tuple[tuple[str, int] | None, str, int | None, dict]:
+    """(what the run starts from, its tag, the step it goes on from or None, its identity)."""
+    origin = _origin(cfg)
+    tag = cfg.model_tag or cfg.preset or (origin[0].name if origin else f"d{cfg.depth}")
+    folder = checkpoint.run_dir(cfg.stage, tag)
+    identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
+    with checkpoint.exclusive(folder):  # released, since resume=never moves the folder with the lock in it
+        checkpoint.clear_unfinished(folder)
+        step = _step_to_resume(cfg, folder, identity)
+    return (str(origin[0]), origin[1]) if origin else None, tag, step, identity
 
 
 def _origin(cfg: Train) -> tuple[Path, int] | None:
@@ -201,25 +217,29 @@ def _finished(folder: Path, step: int) -> bool:
     return any(r["step"] == step for r in notes)
 
 
-def _initial_state(cfg: Train, model: GPTConfig, origin, optimizer, mesh, folder: Path, step: int | None):
+def _initial_state(
+    cfg: Train, model: GPTConfig, origin, optimizer, layout: Layout, folder: Path, step: int | None
+):  # fmt: skip
     """(state, position in the data or None, totals): restored, or from the stage before, or fresh."""
-    everywhere = parallel.replicated(mesh)
 
     def fresh():
         params = gpt.init(model, cfg.seed)
         return TrainState(params, optimizer.init(params))
 
+    abstract = jax.eval_shape(fresh)
+    specs = TrainState(layout.stored(abstract.params), layout.cut(abstract.opt_state))
+    places = layout.shardings(specs)
+
     totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
     if step is None and origin is None:
         print(f"starting from scratch, seed {cfg.seed}")
-        return jax.jit(fresh, out_shardings=everywhere)(), None, totals
-    abstract = jax.eval_shape(fresh)
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
+        return jax.jit(fresh, out_shardings=places)(), None, totals
+    target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
     if step is None:
         run, at = origin
         print(f"starting from {run.relative_to(config.base_dir())}, step {at}")
         params = checkpoint.restore_params(run, at, target.params)
-        return TrainState(params, jax.jit(optimizer.init, out_shardings=everywhere)(params)), None, totals
+        return TrainState(params, jax.jit(optimizer.init, out_shardings=places.opt_state)(params)), None, totals
     params, opt_state, data, meta = checkpoint.restore(folder, step, target.params, target.opt_state)
     print(f"resuming at step {step}")
     return TrainState(params, opt_state), data, meta["totals"]

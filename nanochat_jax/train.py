@@ -1,4 +1,4 @@
-"""The train step, and the loop that pretraining, midtraining and finetuning share.
+"""The loop that pretraining, midtraining and finetuning share.
 
 The three stages differ in where rows come from and in how the learning rate falls; the rest is one story: fetch a
 batch, step, log the step before (so that the device never waits for the host), and from time to time save, validate,
@@ -7,18 +7,26 @@ evaluate and sample. Saving always comes before evaluating, so that no evaluatio
 
 import functools
 import math
+import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from nanochat_jax import config, dataloader, dataset, gpt, metrics, optim, parallel, tasks
+from nanochat_jax import config, dataloader, dataset, metrics, optim, parallel, sharding, tasks
 from nanochat_jax.config import GPTConfig, Train, UserError
-from nanochat_jax.loss import cross_entropy, num_chunks
-from nanochat_jax.run import Interruption, Run, Timer, TrainState, open_run
+from nanochat_jax.run import Interruption, Run, Timer, open_run
+from nanochat_jax.step import (
+    Geometry,
+    compiled_memory,
+    geometry,
+    out_of_memory_explained,
+    rows_of_examples,
+    rows_that_fit,
+    step_of,
+)
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -31,131 +39,7 @@ SAMPLE_PROMPTS = (
 )
 
 # -----------------------------------------------------------------------------
-# The step
-
-
-def make_step(model: GPTConfig, optimizer: optax.GradientTransformation, dtype, grad_clip: float = 0.0) -> Callable:
-    """step(state, batch, lr_mult) -> (state, metrics), jitted, its state donated.
-
-    batch: inputs, targets int32 [micro, rows, t] (targets -1: not counted) and optionally weights float32 of the same
-    shape, one a target. The loss is the sum over all micro-batches and devices divided by the number of counted
-    tokens, so that how a batch is cut changes nothing but rounding; no counted token gives a loss of 0.
-    """
-
-    def loss_sum(params, batch):
-        x = gpt.hidden(params, model, batch["inputs"], dtype)
-        head = params["lm_head"][: model.vocab_size]
-        rows, time = batch["targets"].shape
-        weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
-        chunks = num_chunks(rows // jax.device_count(), time)  # shapes are global here, memory is a device's
-        return cross_entropy(x, head, batch["targets"], weights, model.softcap, chunks)
-
-    def step(state: TrainState, batch: dict, lr_mult: jax.Array):
-        params = state.params
-        gradient_of = jax.value_and_grad(loss_sum)
-        if batch["targets"].shape[0] == 1:
-            loss, grads = gradient_of(params, jax.tree.map(lambda x: x[0], batch))
-        else:
-
-            def accumulate(total, micro_batch):
-                return jax.tree.map(jnp.add, total, gradient_of(params, micro_batch)), None
-
-            zero = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
-            (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
-        count = (batch["targets"] >= 0).sum()
-        scale = 1.0 / jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        grad_norm = optax.tree.norm(grads)
-        if grad_clip > 0:
-            # Over the global gradient; the specification clips every rank's own, which depends on how many there are.
-            # Off by default: the norm does not pass 1 in these runs, and clipping costs about 2% of the speed.
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
-        return TrainState(params, opt_state), {"loss": loss * scale, "grad_norm": grad_norm, "count": count}
-
-    return jax.jit(step, donate_argnums=0)
-
-
-# -----------------------------------------------------------------------------
-# How a step's tokens are cut
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A step's rows: `micro` micro-batches of `rows` rows on each of the devices, `seq_len` tokens a row."""
-
-    micro: int
-    rows: int
-    devices: int
-    seq_len: int
-
-    @property
-    def total_rows(self) -> int:
-        return self.micro * self.rows * self.devices
-
-    @property
-    def tokens(self) -> int:
-        return self.total_rows * self.seq_len
-
-    def shaped(self, batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-        """[rows of this process, t] -> global arrays [micro, rows, t] on the devices."""
-        local = {k: v.reshape(self.micro, -1, v.shape[-1]) for k, v in batch.items()}
-        return {k: parallel.put_rows(mesh, v) for k, v in local.items()}
-
-
-def geometry(total_batch_size: int, device_batch_size: int, seq_len: int, model: GPTConfig) -> Geometry:
-    """Cuts `total_batch_size` tokens into rows and micro-batches. UserError where it does not divide."""
-    devices = jax.device_count()
-    rows, rest = divmod(total_batch_size, seq_len * devices)
-    if rest or rows < 1:
-        near = max(1, round(total_batch_size / (seq_len * devices))) * seq_len * devices
-        raise UserError(
-            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {devices} devices: "
-            f"try {near}"
-        )
-    if device_batch_size == 0:
-        limit = rows_that_fit(model, seq_len)
-        device_batch_size = max(r for r in range(1, min(rows, limit) + 1) if rows % r == 0)
-    if device_batch_size < 1 or rows % device_batch_size:
-        raise UserError(
-            f"--device_batch_size={device_batch_size} does not divide the {rows} rows a device "
-            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {devices} devices): "
-            f"try {math.gcd(rows, max(1, device_batch_size))}"
-        )
-    return Geometry(rows // device_batch_size, device_batch_size, devices, seq_len)
-
-
-def rows_of_examples(examples: int, mean_length: float, seq_len: int, devices: int) -> int:
-    """The rows that hold `examples` conversations of `mean_length` tokens, as far as they divide over the devices.
-
-    Never more: a larger step is a different recipe. UserError where not every device would get a row.
-    """
-    rows = math.ceil(examples * mean_length / seq_len)
-    if rows < devices:
-        enough = math.floor((devices - 1) * seq_len / mean_length) + 1
-        raise UserError(
-            f"--target_examples_per_step={examples} conversations of {mean_length:.0f} tokens fill {max(rows, 0)} of "
-            f"the {devices} rows that {devices} devices need: try {enough}"
-        )
-    return rows // devices * devices
-
-
-def rows_that_fit(model: GPTConfig, seq_len: int) -> int:
-    """An estimate of the rows whose activations fit a device beside float32 weights, gradients and optimizer state.
-
-    About 17 activations of the width a layer and token are kept for the backward pass, in two bytes each on a GPU.
-    """
-    stats = jax.devices()[0].memory_stats() if jax.devices()[0].platform != "cpu" else None
-    if not stats:
-        return max(1, 8192 // seq_len)  # a CPU gains nothing from more
-    free = 0.9 * stats["bytes_limit"] - 16 * model.num_params - 12 * 8192 * model.padded_vocab
-    fits = free / (2 * 17 * model.n_layer * model.n_embd * seq_len)
-    return 2 ** int(math.log2(max(1, fits)))
-
-
-# -----------------------------------------------------------------------------
-# Where rows come from
+# Where rows come from, and how many steps
 
 
 @dataclass
@@ -176,16 +60,10 @@ def _process() -> dict:
 
 def base_stage(run: Run) -> Stage:
     cfg, model = run.cfg, run.model
-    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, model)
-    # The horizon: steps if given, else FLOPs if given, else tokens in proportion to the parameters.
-    if cfg.num_iterations > 0:
-        steps = cfg.num_iterations
-    elif cfg.target_flops > 0:
-        steps = round(cfg.target_flops / (model.flops_per_token * shape.tokens))
-    else:
-        steps = int(cfg.target_param_data_ratio * model.num_params) // shape.tokens
-    if steps < 1:
-        raise UserError(f"the horizon comes to {steps} steps of {shape.tokens:,} tokens: raise --num_iterations")
+    devices = sharding.replicas(run.layout.mesh)
+    fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
+    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
+    steps = horizon(cfg, model, shape.tokens)
     source = dataset.open(cfg.data, cfg.data_dir)
     rows = functools.partial(dataloader.base_loader, packing=cfg.packing, seed=cfg.seed, **_process())
     return Stage(
@@ -203,6 +81,19 @@ def base_stage(run: Run) -> Stage:
     )
 
 
+def horizon(cfg: config.Base, model: GPTConfig, tokens: int) -> int:
+    """Steps of `tokens` tokens: as many as given, else FLOPs if given, else tokens in proportion to the parameters."""
+    if cfg.num_iterations > 0:
+        steps = cfg.num_iterations
+    elif cfg.target_flops > 0:
+        steps = round(cfg.target_flops / (model.flops_per_token * tokens))
+    else:
+        steps = int(cfg.target_param_data_ratio * model.num_params) // tokens
+    if steps < 1:
+        raise UserError(f"the horizon comes to {steps} steps of {tokens:,} tokens: raise --num_iterations")
+    return steps
+
+
 def chat_stage(run: Run) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
     cfg, model, mid = run.cfg, run.model, run.cfg.stage == "mid"
@@ -210,10 +101,12 @@ def chat_stage(run: Run) -> Stage:
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     total = cfg.total_batch_size
+    devices = sharding.replicas(run.layout.mesh)
     if not total:  # finetuning alone has no default
-        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len, jax.device_count())
+        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len, devices)
         total = rows * model.sequence_len
-    shape = geometry(total, cfg.device_batch_size, model.sequence_len, model)
+    fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
+    shape = geometry(total, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
     rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process())
@@ -240,32 +133,34 @@ def chat_stage(run: Run) -> Stage:
 def train(cfg: config.Base | config.Mid | config.Sft) -> None:
     """Runs one stage to its end, or goes on with it."""
     momentum = 0.95 if cfg.stage == "sft" else optim.momentum_warmup
-    with open_run(cfg, momentum) as run, Interruption() as interruption:
+    with open_run(cfg, momentum) as run, Interruption() as interruption, ExitStack() as held:
         if run is None:
             return
         stage = base_stage(run) if cfg.stage == "base" else chat_stage(run)
         if run.data is not None:
             stage.loader.restore(run.data)
         announce(run, stage)
-        step_fn = make_step(run.model, run.optimizer, run.dtype, cfg.grad_clip)
+        step_fn = step_of(run)
         log = StepLog(run, stage)
         evaluations = evaluations_of(cfg)
         step, ended = run.step, False
         saved_at = run.step if run.data is not None else -1
         evaluated_at = -1
+        held.enter_context(out_of_memory_explained(stage.geometry))
         while True:
             last = ended or step == stage.steps
             due = [e for e in evaluations if e.due(step, last)] if evaluated_at != step else []
             # Save before evaluating: whatever goes wrong below, the weights are safe.
             to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or any(e.risky for e in due)
-            if (last or interruption.signal or (to_save and step > 0)) and saved_at != step:
+            stop = interruption.signal if jax.process_count() == 1 else log.stop
+            if (last or stop or (to_save and step > 0)) and saved_at != step:
                 log.flush()
                 run.save(step, stage.loader.state())
                 saved_at = step
-            if interruption.signal:
+            if stop:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")
-                raise SystemExit(128 + interruption.signal)
+                raise SystemExit(128 + stop)
             if due:
                 log.flush()
                 for evaluation in due:
@@ -282,7 +177,9 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             progress = step / stage.steps if stage.steps else _progress(run, stage)
             lr_mult = stage.lr_mult(step, progress)
             waited = log.timer.lap() if log.timed else 0.0
-            arrays = stage.geometry.shaped(batch, run.mesh)
+            arrays = stage.geometry.shaped(batch, run.layout.mesh, run.model.vocab_size)
+            if jax.process_count() > 1:  # all stop after the same step: where its results, with all wishes, are read
+                arrays["stop"] = sharding.put_flag(run.layout.mesh, interruption.signal is not None)
             run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
             step += 1
             log.push(step, results, lr_mult, waited, progress)
@@ -305,7 +202,7 @@ def announce(run: Run, stage: Stage) -> None:
         "parameters": f"{model.num_params:,}",
         "FLOPs a token": f"{model.flops_per_token:.3e}",
         "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}",
-        "mesh": ", ".join(f"{name}={size}" for name, size in run.mesh.shape.items()),
+        "mesh": ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items()),
         "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
         **stage.facts,
     }
@@ -328,6 +225,7 @@ class StepLog:
         self.run, self.stage, self.print_every = run, stage, print_every
         self.timer, self.peak = Timer(), parallel.peak_flops()
         self.timed = False  # the first step of a process compiles: its time says nothing
+        self.stop: int | None = None  # the signal to end with, once any process has had one
         self._pending: tuple | None = None
         self._smooth, self._weight = 0.0, 0.0
         self._since_print = Timer()
@@ -345,6 +243,8 @@ class StepLog:
         step, results, lr_mult, waited, progress, info = self._pending
         self._pending = None
         loss, grad_norm = float(results["loss"]), float(results["grad_norm"])
+        if results.get("stop", 0) > 0:
+            self.stop = signal.SIGTERM
         dt = self.timer.lap() + waited if self.timed else None
         self.timed = True
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -21,13 +21,13 @@ def main(cfg: config.BaseEval) -> None:
 
     import jax
 
-    from nanochat_jax import checkpoint, metrics
+    from nanochat_jax import checkpoint, metrics, sharding
     from nanochat_jax.evals import core
 
-    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     bundle = core.find_bundle(cfg.core_dir)
-    params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
+    params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     first = jax.process_index() == 0
     start = time.monotonic()
 

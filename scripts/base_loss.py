@@ -17,7 +17,7 @@ def main(cfg: config.BaseLoss) -> None:
 
     import jax
 
-    from nanochat_jax import checkpoint, dataloader, dataset, metrics
+    from nanochat_jax import checkpoint, dataloader, dataset, metrics, sharding
     from nanochat_jax.evals.batching import num_rows
     from nanochat_jax.evals.bpb import bits_per_byte
     from nanochat_jax.progress import Progress
@@ -26,10 +26,10 @@ def main(cfg: config.BaseLoss) -> None:
     for name in ("device_batch_size", "split_tokens"):
         if getattr(cfg, name) < 1:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
-    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     source = dataset.open(cfg.data, cfg.data_dir)
-    params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
+    params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     rows = num_rows(params, cfg.device_batch_size)
     first = jax.process_index() == 0
 

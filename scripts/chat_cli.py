@@ -34,8 +34,8 @@ def main(cfg: config.ChatCli) -> None:
     from nanochat_jax.engine.engine import Engine
 
     parallel.start(cfg.device_type)
-    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
     with contextlib.redirect_stdout(sys.stderr):
+        dtype = parallel.precision(cfg.compute_dtype)
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     engine = Engine(model.params, model.config, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
     chat = Chat(engine, cfg)

@@ -21,7 +21,7 @@ def main(cfg: config.ChatEval) -> None:
     parallel.start(cfg.device_type)
     import jax
 
-    from nanochat_jax import checkpoint, metrics, tasks
+    from nanochat_jax import checkpoint, metrics, sharding, tasks
     from nanochat_jax.evals import chat
 
     # Every task is there and can be judged before the first one takes its time.
@@ -32,9 +32,9 @@ def main(cfg: config.ChatEval) -> None:
             judged = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: a task only for training; those with a score are {judged}")
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
-    dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    params = jax.device_put(model.params, parallel.replicated(parallel.make_mesh()))
+    params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
     scores = []
     for task in loaded:

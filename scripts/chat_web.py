@@ -34,7 +34,7 @@ def main(cfg: config.ChatWeb) -> None:
         from nanochat_jax.engine.engine import Engine, Request
 
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-        dtype, _ = parallel.compute_dtype(cfg.compute_dtype)
+        dtype = parallel.precision(cfg.compute_dtype)
         engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots, dtype=dtype, chunk=CHUNK)
         # Two tokens for nobody: what has to be compiled is compiled before the first visitor waits for it.
         for _ in engine.stream(Request([model.tokenizer.bos], 2, cfg.temperature, cfg.top_k)):

@@ -178,7 +178,7 @@ def test_what_the_script_cannot_do_is_one_line(flags, complaint):
 ON_DEVICES = """
 import json, random, sys
 import jax
-from nanochat_jax import gpt, parallel
+from nanochat_jax import gpt, sharding
 from nanochat_jax.evals import bpb, chat
 from tests.test_chat_eval import Begin, Quiz, WORDS
 from nanochat_jax.config import GPTConfig
@@ -188,7 +188,7 @@ tokenizer = Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for
 cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
 one = jax.device_put(gpt.init(cfg, seed=3) | {}, jax.devices()[0])
 one = jax.tree.map(lambda x: x + 0.2, one) | {"lm_head": one["lm_head"] * 1000}
-many = jax.device_put(one, parallel.replicated(parallel.make_mesh()))
+many = jax.device_put(one, sharding.replicated(sharding.make_mesh()))
 for params in (one, many):
     quiz = chat.evaluate(params, cfg, tokenizer, Quiz(), batch_size=6)
     begin = chat.evaluate(params, cfg, tokenizer, Begin(), max_new_tokens=3)

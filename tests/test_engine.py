@@ -297,7 +297,7 @@ def test_buckets_are_few_and_hold_what_they_must():
 ON_DEVICES = """
 import json
 import jax
-from nanochat_jax import gpt, parallel
+from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine.engine import Engine, Request
 from nanochat_jax.tokenizer import Tokenizer
@@ -307,8 +307,8 @@ from test_engine import CALL, END, prompt
 tokenizer = Tokenizer.train(["12 * 3 = 36, hello there, what is 7 + 5?"] * 3, 280)
 cfg = GPTConfig(2, 4, 2, 64, tokenizer.vocab_size, 160)
 one = jax.device_put(scripted(gpt.init(cfg, seed=0), cfg, tokenizer, CALL, END), jax.devices()[0])
-mesh = parallel.make_mesh()
-many = jax.device_put(one, parallel.replicated(mesh))
+mesh = sharding.make_mesh()
+many = jax.device_put(one, sharding.replicated(mesh))
 # More samples than slots, a tool call among them, and prompts whose rows outgrow the first bucket of the cache.
 requests = [
     Request([*prompt(9), ord("?")], max_tokens=30, temperature=0),
@@ -320,7 +320,7 @@ for params, slots in ((one, 16), (many, 16), (many, 6)):
     engine = Engine(params, cfg, tokenizer, slots=slots, chunk=4)
     answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
     cache = engine._cache["k"] + engine._cache["v"]
-    spread = all(x.sharding.is_equivalent_to(parallel.rows(mesh), x.ndim) for x in cache)
+    spread = all(x.sharding.is_equivalent_to(sharding.rows(mesh), x.ndim) for x in cache)
     print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
 """
 

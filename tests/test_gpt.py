@@ -1,5 +1,7 @@
 """The model equals other implementations, is causal, and decodes what it computes in full."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,8 +99,96 @@ def test_impossible_shapes_name_the_flag():
         Base(depth=0).gpt_config(65536)
 
 
+@pytest.mark.parametrize("window", [0, 1, 20, 64])
 @pytest.mark.parametrize("t", [7, 64, 128, 256])
-def test_attention_in_blocks_equals_jax(t):
+def test_attention_in_blocks_equals_jax(t, window):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, t, h, 8)) for i, h in enumerate((4, 2, 2)))
-    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    np.testing.assert_allclose(causal_attention(q, k, v), expected, atol=2e-6)
+    local = (window, 0) if window else None
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
+    np.testing.assert_allclose(causal_attention(q, k, v, window), expected, atol=2e-6)
+
+
+def test_more_tokens_than_the_context_are_refused(params):
+    with pytest.raises(ValueError, match="33 tokens in a row, expected at most the context of 32"):
+        gpt.hidden(params, CFG, jnp.zeros((1, 33), jnp.int32))
+
+
+# -----------------------------------------------------------------------------
+# Windows, scanned layers, recomputation
+
+WINDOWED = dataclasses.replace(CFG, n_layer=4, sequence_len=256, window_pattern="SSL")
+
+
+def test_windows_repeat_and_the_last_layer_sees_everything():
+    assert WINDOWED.windows == (128, 128, 0, 0)
+    assert GPTConfig(n_layer=6, window_pattern="SSSL").windows == (512, 512, 512, 0, 512, 0)
+    assert GPTConfig(n_layer=3, sequence_len=64, window_pattern="SSL").windows == (0, 0, 0)  # shorter than a window
+    with pytest.raises(UserError, match="'SXL'"):
+        GPTConfig(window_pattern="SXL")
+
+
+def test_windows_cost_fewer_flops():
+    full, windowed = (GPTConfig(n_layer=4, window_pattern=w) for w in ("L", "SSSL"))
+    assert full.flops_per_token - windowed.flops_per_token == 12 * 768 * 3 * (2048 - 512)
+
+
+@pytest.fixture(scope="module")
+def windowed_params():
+    fresh = gpt.init(WINDOWED, seed=0)
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([jax.random.normal(k, x.shape) * 0.1 for k, x in zip(keys, leaves, strict=True)])
+
+
+def test_a_token_reaches_exactly_its_windows(windowed_params):
+    """Two layers of windows pass on 128 tokens each, so the first layer's output alone is looked at."""
+    one = dataclasses.replace(WINDOWED, n_layer=2, window_pattern="SL")
+    params = windowed_params | {"blocks": {n: w[:2] for n, w in windowed_params["blocks"].items()}}
+    params["blocks"] |= {n: params["blocks"][n].at[1].set(0) for n in ("wo", "w_out")}  # the second layer adds nothing
+    ids = jnp.arange(200)[None] % CFG.vocab_size
+    changed = ids.at[0, 20].add(1)
+    differs = jnp.abs(gpt.hidden(params, one, ids) - gpt.hidden(params, one, changed)).max(-1)[0] > 0
+    assert np.flatnonzero(differs).tolist() == list(range(20, 20 + 128 + 1))
+
+
+def test_cached_decoding_respects_windows(windowed_params):
+    ids = jax.random.randint(jax.random.key(2), (2, 180), 0, CFG.vocab_size)
+    full = gpt.hidden(windowed_params, WINDOWED, ids)
+    shape = (2, 256, WINDOWED.n_kv_head, WINDOWED.head_dim)
+    cache = {n: [jnp.zeros(shape)] * 4 for n in ("k", "v")} | {"length": jnp.zeros(2, jnp.int32)}
+    parts = []
+    for at, n in ((0, 150), (150, 29), (179, 1)):
+        x, cache = gpt.decode(windowed_params, WINDOWED, ids[:, at : at + n], cache)
+        parts.append(x)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=5e-5)
+
+
+@pytest.mark.parametrize("pattern", ["L", "SL", "SSL"])
+def test_scanned_and_recomputed_layers_give_the_same_numbers(windowed_params, pattern):
+    cfg = dataclasses.replace(WINDOWED, window_pattern=pattern)
+    ids = jax.random.randint(jax.random.key(3), (2, 192), 0, CFG.vocab_size)
+
+    def run(execution):
+        f = jax.value_and_grad(lambda p: gpt.hidden(p, cfg, ids, jnp.float32, execution).var())
+        return jax.jit(f)(windowed_params)
+
+    plain = run(gpt.PLAIN)
+    for other in (
+        gpt.Execution(scan=True),
+        gpt.Execution(saved=jax.checkpoint_policies.nothing_saveable),
+        gpt.Execution(scan=True, saved=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    ):
+        for a, b in zip(jax.tree.leaves(run(other)), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputation_saves_memory(windowed_params):
+    ids = jnp.zeros((8, 256), jnp.int32)
+
+    def memory(execution):
+        f = jax.grad(lambda p: gpt.hidden(p, WINDOWED, ids, jnp.float32, execution).var())
+        return jax.jit(f).lower(windowed_params).compile().memory_analysis().temp_size_in_bytes
+
+    full = memory(gpt.Execution(scan=True, saved=jax.checkpoint_policies.nothing_saveable))
+    matmuls = memory(gpt.Execution(scan=True, saved=jax.checkpoint_policies.dots_with_no_batch_dims_saveable))
+    assert full < matmuls < memory(gpt.Execution(scan=True))

@@ -13,8 +13,16 @@ import tiny
 
 from nanochat_jax import checkpoint, gpt, metrics, optim
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.run import TrainState
-from nanochat_jax.train import geometry, make_step, rows_of_examples, train
+from nanochat_jax.run import TrainState, open_run
+from nanochat_jax.step import (
+    Geometry,
+    compiled_memory,
+    make_step,
+    out_of_memory_explained,
+    rows_of_examples,
+    rows_that_fit,
+)
+from nanochat_jax.train import train
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
 
@@ -258,9 +266,46 @@ def test_what_cannot_work_is_refused(world, changes, words):
         train(tiny.base_config(model_tag="refused", **changes))
 
 
-@pytest.mark.parametrize(("rows", "fits"), [(8, 8), (12, 12), (7, 7)])
-def test_automatic_device_batch_divides(rows, fits):
-    assert geometry(rows * 64, 0, 64, MODEL).rows == fits
+@pytest.mark.parametrize(("rows", "fits"), [(8, 4), (12, 4), (7, 1), (3, 3), (1, 1)])
+def test_automatic_device_batch_is_the_largest_divisor_that_fits(rows, fits):
+    tried = []
+
+    def need(micro, n):
+        tried.append(n)
+        assert micro * n == rows
+        return 10**8 + n * 10**6
+
+    assert rows_that_fit(MODEL, rows, need, limit=10**8 + 45 * 10**5) == fits
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_automatic_device_batch_says_what_to_do_when_nothing_fits():
+    with pytest.raises(UserError, match="--remat=full"):
+        rows_that_fit(MODEL, 8, lambda micro, n: 2**30, limit=2**20)
+
+
+def test_memory_of_a_compiled_step_grows_with_its_rows(world):
+    with open_run(tiny.base_config(model_tag="memory"), 0.95) as run:
+        small, large = (compiled_memory(run, 1, n) for n in (1, 8))
+        state = sum(x.nbytes for x in jax.tree.leaves(run.state))
+    assert state < small < large
+
+
+def test_out_of_memory_names_the_flag(world):
+    def explode(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.")
+
+    with (
+        pytest.raises(UserError, match=r"lower --device_batch_size \(now 2\)"),
+        out_of_memory_explained(Geometry(1, 2, 1, 64)),
+    ):
+        explode()
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    batch = {"inputs": np.zeros((2, 64), np.int32), "targets": np.full((2, 64), 320, np.int32)}
+    with pytest.raises(UserError, match="token id 320 among the targets is outside the vocabulary of 320"):
+        Geometry(1, 2, 1, 64).shaped(batch, None, 320)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt, parallel
+from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import programs, sampler
@@ -139,9 +139,9 @@ class Engine:
             name: tokenizer.special(f"<|{name}|>")
             for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end", "bos")
         }
-        mesh = parallel.mesh_of(params)
-        self._mesh = mesh if mesh is not None and mesh.size > 1 and slots % mesh.shape["data"] == 0 else None
-        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype, parallel.rows(self._mesh))
+        mesh = sharding.mesh_of(params)
+        self._mesh = mesh if mesh is not None and mesh.size > 1 and slots % sharding.replicas(mesh) == 0 else None
+        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype, sharding.rows(self._mesh))
         self._rows: list[_Row | None] = [None] * slots
         self._queue: deque[_Prompt] = deque()
         self._prefilled: _Prefilled | None = None
@@ -152,7 +152,10 @@ class Engine:
         """Generates with these weights from now on. The engine must be idle, and float32 arrays may be shared with it:
         donating them elsewhere ends their use here too."""
         assert not self.busy, "set_params with samples under way"
-        self._params = programs.unstack(gpt.cast(params, self.dtype))
+        params = gpt.cast(params, self.dtype)
+        if mesh := sharding.mesh_of(params):  # whole on every device, once, wherever training keeps them
+            params = jax.device_put(params, sharding.replicated(mesh))
+        self._params = programs.unstack(params)
 
     @property
     def running(self) -> int:

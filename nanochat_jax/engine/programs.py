@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt, parallel
+from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import sampler
@@ -63,7 +63,7 @@ def first(logits, row, settings, position, *, plan: sampler.Plan, mesh):
         token = sampler.sample(logits, settings, position, plan)
         return token, sampler.log_prob(logits, token)
 
-    return parallel.everywhere(parallel.by_rows(draw, mesh)(logits, row, settings, position), mesh)
+    return sharding.everywhere(sharding.by_rows(draw, mesh)(logits, row, settings, position), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "python_end", "plan", "mesh"), donate_argnames="cache")
@@ -93,5 +93,5 @@ def decode(params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_e
         (cache, *_), (tokens, logprobs, counts) = jax.lax.scan(step, carry, inputs)
         return cache, (tokens.T, logprobs.T, counts.sum(0))
 
-    cache, out = parallel.by_rows(chunk, mesh)(params, cache, schedule, settings)
-    return cache, parallel.everywhere(out, mesh)
+    cache, out = sharding.by_rows(chunk, mesh)(params, cache, schedule, settings)
+    return cache, sharding.everywhere(out, mesh)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt, parallel
+from nanochat_jax import gpt, sharding
 
 SHORTEST = 32  # tokens; shorter prompts are padded to it
 
@@ -38,25 +38,25 @@ def fixed_rows(values: Sequence, rows: int) -> np.ndarray:
 
 def num_rows(params: gpt.Params, batch_size: int) -> int:
     """`batch_size`, rounded up so that every device gets as many rows."""
-    mesh = parallel.mesh_of(params)
-    share = 1 if mesh is None else mesh.shape["data"]
+    mesh = sharding.mesh_of(params)
+    share = 1 if mesh is None else sharding.replicas(mesh)
     return -(-batch_size // share) * share
 
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
     """Rows that every process holds in full, onto the devices."""
-    sharding = parallel.rows(parallel.mesh_of(params))
-    if sharding is None:
+    place = sharding.rows(sharding.mesh_of(params))
+    if place is None:
         return jnp.asarray(rows)
-    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+    return jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])
 
 
 def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
     """Rows of which every process holds its own, as one array of all of them."""
-    sharding = parallel.rows(parallel.mesh_of(params))
-    if sharding is None or isinstance(rows, jax.Array):
+    place = sharding.rows(sharding.mesh_of(params))
+    if place is None or isinstance(rows, jax.Array):
         return jnp.asarray(rows)
-    return jax.make_array_from_process_local_data(sharding, rows)
+    return jax.make_array_from_process_local_data(place, rows)
 
 
 def fetch(rows: jax.Array) -> np.ndarray:

@@ -30,7 +30,7 @@ def bits_per_byte(
     token_bytes [v]: raw bytes of each token, 0 for special ones. With several processes each brings its own rows, and
     all get the result over all of them.
     """
-    token_bytes = jnp.asarray(token_bytes, jnp.int32)
+    token_bytes = np.asarray(token_bytes, np.int32)  # of the host: every process has it
     sums = []
     for batch in batches:
         inputs, targets = (put_local(params, batch[name]) for name in ("inputs", "targets"))

@@ -1,0 +1,126 @@
+"""What this machine is, whether everything is in place, and what a preset would train here and for how long.
+
+    python -m scripts.doctor
+    python -m scripts.doctor --config=d20 --mesh=node=2,data=8
+
+Takes seconds: nothing is trained, and no memory of a GPU is taken but for trying the attention kernel.
+"""
+
+import functools
+import os
+
+from nanochat_jax import config
+from nanochat_jax.config import UserError
+
+GIB = 2**30
+
+
+def main(cfg: config.Doctor) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may be using the GPU
+    from nanochat_jax import report
+
+    for name, value in report.environment().items():
+        line(name, value)
+    line("Free disk", free_disk())
+    line("Rust tokenizer", rust_tokenizer())
+    line("Hub", hub())
+
+    from nanochat_jax import parallel
+
+    parallel.start(cfg.device_type)
+    from nanochat_jax import sharding
+
+    line("Device memory", device_memory())
+    dtype = parallel.precision(cfg.compute_dtype, cfg.attention)
+    layout = sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
+    plan(cfg, layout, dtype)
+
+
+def line(name: str, value: str) -> None:
+    print(f"{name + ':':<18}{value}", flush=True)
+
+
+def free_disk() -> str:
+    import shutil
+
+    return f"{shutil.disk_usage(config.base_dir()).free / GIB:,.0f} GiB in {config.base_dir()}"
+
+
+def rust_tokenizer() -> str:
+    from nanochat_jax import tokenizer
+
+    try:
+        tokenizer._rustbpe()
+    except UserError as error:
+        return str(error)
+    return "built"
+
+
+def hub() -> str:
+    """Whether the hub that huggingface_hub would ask answers, within three seconds."""
+    import time
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return f"{constants.ENDPOINT}, not asked: HF_HUB_OFFLINE is set"
+    start = time.monotonic()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3):
+            pass
+    except OSError as error:
+        return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): only local text and tasks"
+    return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
+
+
+def device_memory() -> str:
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return "the machine's"
+    return f"{stats['bytes_limit'] / GIB:.1f} GiB each, {stats.get('bytes_in_use', 0) / GIB:.1f} in use"
+
+
+def plan(cfg: config.Doctor, layout, dtype) -> None:
+    """The model that `cfg` describes, what of it lies on one device, and how long pretraining would take."""
+    import jax
+    import numpy as np
+
+    from nanochat_jax import files, gpt, metrics, optim, parallel, sharding
+    from nanochat_jax.step import estimated_memory, geometry, rows_that_fit
+    from nanochat_jax.train import horizon
+
+    tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
+    model = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
+    layout.check(model)
+    params = jax.eval_shape(lambda: gpt.init(model))
+    tx = optim.make_optimizer(model.n_embd, embedding_lr=0, unembedding_lr=0, matrix_lr=0, dtype=dtype, layout=layout)
+    opt_state = jax.eval_shape(tx.init, params)
+
+    def share(tree, specs) -> float:
+        """GiB of it on one device."""
+        places = jax.tree.leaves(layout.shardings(specs))
+        leaves = zip(jax.tree.leaves(tree), places, strict=True)
+        return sum(np.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves) / GIB
+
+    weights, state = share(params, layout.stored(params)), share(opt_state, layout.cut(opt_state))
+    fit = functools.partial(rows_that_fit, model, need=lambda micro, rows: estimated_memory(model, rows))
+    devices = sharding.replicas(layout.mesh)
+    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
+    steps = horizon(cfg, model, shape.tokens)
+    flops = steps * shape.tokens * model.flops_per_token
+    peak = parallel.peak_flops()
+    line("Preset", cfg.preset or "none (--config=NAME): the defaults")
+    line("Model", f"{model.n_layer} layers, width {model.n_embd}, {model.num_params:,} parameters")
+    line("Mesh", ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items()) + f", --shard={layout.shard}")
+    line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
+    line("Batch", f"{shape.tokens:,} tokens = {shape.micro} x {shape.rows} rows x {shape.devices} x {shape.seq_len}")
+    line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
+    unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
+    line("Expected time", f"{metrics.clock(flops / (0.5 * peak))} at an MFU of 50%" if peak else unknown)
+
+
+if __name__ == "__main__":
+    config.run(main, config.Doctor)

@@ -1,0 +1,173 @@
+"""Meshes: the same training on one device and on eight however they are arranged, with the collectives we meant."""
+
+import collections
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from nanochat_jax import gpt, metrics, optim
+from nanochat_jax.config import GPTConfig, Model, UserError
+from nanochat_jax.sharding import Layout, make_mesh
+
+MESHES = ["data=8", "node=2,data=4", "data=4,model=2"]
+SHARDED = [f"{mesh} {shard}" for mesh in MESHES for shard in ("optimizer", "full")]
+OTHERWISE = ["one batch", "scan", "remat", "remat matmuls"]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Results of five steps by case, from a process with eight devices."""
+    out = tmp_path_factory.mktemp("steps")
+    script = Path(__file__).with_name("sharded_steps.py")
+    command = [sys.executable, str(script), str(out), "one device", *OTHERWISE, *SHARDED]
+    environment = tiny.environment(out, devices=8) | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(tiny.REPOSITORY)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert "full rematerialization" not in result.stderr  # XLA found no way from one sharding to another
+    return out
+
+
+@pytest.mark.parametrize("case", OTHERWISE + SHARDED)
+def test_five_steps_are_those_of_one_device(steps, case):
+    # float64: Newton-Schulz in float32 would spread the rounding of the sums' order.
+    one, other = np.load(steps / "one device.npz"), np.load(steps / f"{case}.npz")
+    assert np.ptp(one["results"][:, 0]) > 0.01  # something is learnt
+    for name in one:
+        np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+def collectives(hlo: str) -> dict[bool, collections.Counter]:
+    """Collectives of more than a number, by whether they are inside a loop."""
+    found = {True: collections.Counter(), False: collections.Counter()}
+    inside = True
+    for line in hlo.splitlines():
+        if re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line):
+            inside = not line.startswith("ENTRY")
+        kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+        if match := re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line):
+            arrays = re.findall(r"\w+\[([\d,]+)\]", match[1])
+            found[inside][match[2]] += sum(np.prod([int(n) for n in a.split(",")]) > 1 for a in arrays)
+    return found
+
+
+def test_sharded_optimizer_reduces_once_a_step(steps):
+    found = collectives((steps / "data=8 optimizer.hlo").read_text())
+    assert not +found[True]  # nothing travels between micro-batches
+    assert found[False]["reduce-scatter"] == 8  # one a kind of weight
+    assert found[False]["all-reduce"] == 0
+
+
+def test_full_sharding_gathers_and_reduces_in_every_micro_batch(steps):
+    found = collectives((steps / "data=8 full.hlo").read_text())
+    assert found[True]["all-gather"] > 0
+    assert found[True]["all-reduce"] + found[True]["reduce-scatter"] >= 8
+
+
+@pytest.mark.parametrize("depth", [12, 20, 26, 32])
+@pytest.mark.parametrize("data", [8, 3])
+def test_every_preset_can_be_cut(depth, data):
+    """Muon's state and updates have a place on any number of devices; eight leave nothing whole."""
+    model = Model(depth=depth).gpt_config(65536)
+    mesh = jax.sharding.AbstractMesh((1, data, 1), ("node", "data", "model"))
+    layout = Layout(mesh)
+    params = jax.eval_shape(lambda: gpt.init(model))
+    tx = optim.make_optimizer(model.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, layout=layout)
+    cut = layout.cut(jax.eval_shape(tx.init, params))
+    for spec, leaf in zip(
+        jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, jax.P)), jax.tree.leaves(jax.eval_shape(tx.init, params)),
+        strict=True,
+    ):  # fmt: skip
+        if data == 8 and leaf.ndim:
+            assert "data" in spec, (spec, leaf.shape)
+        for axis, size in zip(spec, leaf.shape, strict=False):
+            assert axis is None or size % mesh.shape[axis] == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [("data=3", "there are 1"), ("rows=2", "node=N"), ("data=zero", "node=N"), ("data", "node=N"), ("model=2", "try")],
+)
+def test_a_mesh_that_does_not_match_the_devices_is_refused(spec, complaint):
+    with pytest.raises(UserError, match=complaint):
+        make_mesh(spec)
+
+
+def test_heads_that_the_model_axis_does_not_divide_are_refused():
+    layout = Layout(jax.sharding.AbstractMesh((1, 2, 4), ("node", "data", "model")))
+    with pytest.raises(UserError, match="a head is not cut: try model=2"):
+        layout.check(GPTConfig(n_layer=2, n_head=6, n_kv_head=2, n_embd=96))
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+
+def start_together(base: Path, processes: int, devices: int, **changes) -> list[subprocess.Popen]:
+    """One run of base in several processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        subprocess.Popen(
+            tiny.command("base", coordinator=where, num_processes=processes, process_id=i, **changes),
+            cwd=tiny.REPOSITORY, env=tiny.environment(base, devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [r["loss"] for r in metrics.read(run) if r["kind"] == "train"]
+
+
+FLAGS = {"total_batch_size": 1024, "device_batch_size": 1, "eval_every": 4}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The base folder with a run of one process on eight devices in it, with the tag "one"."""
+    base = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        tiny.make_world(base)
+    one = tiny.run("base", base, devices=8, model_tag="one", **FLAGS)
+    assert one.returncode == 0, one.stderr
+    return base
+
+
+def test_two_processes_train_as_one(alone):
+    started = start_together(alone, 2, 4, model_tag="two", **FLAGS)
+    (out, problems), (silent, more_problems) = [p.communicate(timeout=300) for p in started]
+    assert [p.returncode for p in started] == [0, 0], problems + more_problems
+    assert "8 x cpu" in out and "in 2 processes" in out and not silent  # only process 0 prints
+    one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_one_process_goes_on_where_two_were_ended(alone):
+    run = alone / "base_checkpoints" / "ended"
+    long = FLAGS | {"model_tag": "ended", "num_iterations": 60, "save_every": -1}
+    started = start_together(alone, 2, 4, **long)
+    deadline = time.monotonic() + 200
+    while len(losses(run)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started[1].terminate()  # one is told, both stop after the same step
+    (out, problems), (_, more_problems) = [p.communicate(timeout=200) for p in started]
+    assert "goes on from here" in out, problems + more_problems
+    assert all(p.returncode != 0 for p in started)
+    rest = tiny.run("base", alone, devices=8, **long)
+    assert rest.returncode == 0, rest.stderr
+    assert "resuming at step" in rest.stdout
+    assert len(losses(run)) == 60
+    whole = tiny.run("base", alone, devices=8, **long | {"model_tag": "whole"})
+    assert whole.returncode == 0, whole.stderr
+    np.testing.assert_allclose(losses(run), losses(run.with_name("whole")), rtol=1e-2)

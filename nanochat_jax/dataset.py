@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import config, docstrings
+from nanochat_jax import commandline, config, docstrings
 from nanochat_jax.config import UserError
 from nanochat_jax.files import write_text
 from nanochat_jax.progress import Progress
@@ -443,4 +443,4 @@ def main(cfg: config.Dataset) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, config.Dataset)
+    commandline.run(main, config.Dataset)

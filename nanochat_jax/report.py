@@ -108,9 +108,9 @@ def environment() -> dict[str, str]:
         memory = "unknown"
     return {
         "Date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "Code": _git(),
+        "Code": code(),
         "Platform": platform.platform(),
-        "CPU": f"{_cpu()}, {os.cpu_count()} cores",
+        "CPU": f"{cpu()}, {os.cpu_count()} cores",
         "Memory": memory,
         "Devices": _devices(),
         "Versions": f"Python {platform.python_version()}, " + ", ".join(packages),
@@ -135,7 +135,7 @@ def _devices() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _cpu() -> str:
+def cpu() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -143,7 +143,7 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _git() -> str:
+def code() -> str:
     """Commit, branch and whether files differ from it."""
 
     def ask(*args: str) -> str:

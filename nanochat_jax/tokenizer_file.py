@@ -7,11 +7,11 @@ what this program writes for the vocabulary in it; everything else is refused wi
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_jax.config import UserError
+from nanochat_jax.files import write_text
 
 FORMAT, VERSION = "nanochat-tokenizer", 1
 
@@ -26,8 +26,8 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
         "special_tokens": special,
         "sha256": sha256(text),
     }
-    _write(directory / "tokenizer.json", text)
-    _write(directory / "nanochat.json", json.dumps(about, indent=2) + "\n")
+    write_text(directory / "tokenizer.json", text)
+    write_text(directory / "nanochat.json", json.dumps(about, indent=2) + "\n")
 
 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
@@ -162,9 +162,3 @@ def _parse(data: bytes, path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)

@@ -8,7 +8,7 @@ Adds to the log of the run that is judged and writes $NANOCHAT_BASE_DIR/base_eva
 
 from pathlib import Path
 
-from nanochat_jax import config, files
+from nanochat_jax import commandline, config, files
 
 
 def main(cfg: config.BaseEval) -> None:
@@ -69,4 +69,4 @@ def write_csv(path: Path, result) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, config.BaseEval)
+    commandline.run(main, config.BaseEval)

@@ -6,7 +6,7 @@
 Adds to the log of the run that is judged.
 """
 
-from nanochat_jax import config
+from nanochat_jax import commandline, config
 
 
 def main(cfg: config.BaseLoss) -> None:
@@ -71,4 +71,4 @@ class Counted:
 
 
 if __name__ == "__main__":
-    config.run(main, config.BaseLoss)
+    commandline.run(main, config.BaseLoss)

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from nanochat_jax import config
+from nanochat_jax import commandline, config
 
 CHUNK = 8  # tokens decoded between two looks: small, so that text appears evenly
 # Text of a model must not move the cursor or recolour the terminal.
@@ -195,4 +195,4 @@ def converse(chat: Chat) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, config.ChatCli)
+    commandline.run(main, config.ChatCli)

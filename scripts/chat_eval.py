@@ -9,7 +9,7 @@ Adds to the log of the run that is judged; the answers are written to $NANOCHAT_
 import json
 from pathlib import Path
 
-from nanochat_jax import config, files
+from nanochat_jax import commandline, config, files
 
 
 def main(cfg: config.ChatEval) -> None:
@@ -90,4 +90,4 @@ def print_table(title: str, scores: list, total: tuple[float, float] | None) -> 
 
 
 if __name__ == "__main__":
-    config.run(main, config.ChatEval)
+    commandline.run(main, config.ChatEval)

@@ -7,7 +7,7 @@ import os
 import socket
 from contextlib import closing
 
-from nanochat_jax import config
+from nanochat_jax import commandline, config
 
 CHUNK = 8  # tokens decoded between two looks: small, so that text appears evenly and a client can leave quickly
 LIMITS = {"temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "slots": (1, 1024)}
@@ -75,4 +75,4 @@ def url(listener: socket.socket) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main, config.ChatWeb)
+    commandline.run(main, config.ChatWeb)

@@ -9,7 +9,7 @@ Takes seconds: nothing is trained, and no memory of a GPU is taken but for tryin
 import functools
 import os
 
-from nanochat_jax import config
+from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
 
 GIB = 2**30
@@ -123,4 +123,4 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, config.Doctor)
+    commandline.run(main, config.Doctor)

@@ -9,7 +9,7 @@ out. Adds a record for each kind of text to log.jsonl in $NANOCHAT_BASE_DIR/toke
 import itertools
 import threading
 
-from nanochat_jax import config
+from nanochat_jax import commandline, config
 
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 PEER_SECONDS = 20  # to load a peer's vocabulary, about 2 MB; without a network that would be tried for minutes
@@ -167,4 +167,4 @@ def _print_table(texts: dict[str, str], counts: dict[str, dict[str, int]]) -> No
 
 
 if __name__ == "__main__":
-    config.run(main, config.TokEval)
+    commandline.run(main, config.TokEval)

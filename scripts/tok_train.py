@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanochat_jax import config
+from nanochat_jax import commandline, config
 from nanochat_jax.files import read_json
 from nanochat_jax.progress import Progress
 
@@ -169,4 +169,4 @@ class Meter:
 
 
 if __name__ == "__main__":
-    config.run(main, config.TokTrain)
+    commandline.run(main, config.TokTrain)

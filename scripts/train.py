@@ -10,7 +10,7 @@
 
 import sys
 
-from nanochat_jax import config
+from nanochat_jax import commandline, config
 
 
 def main(cfg: config.Train) -> None:
@@ -40,4 +40,4 @@ def chosen_stage() -> type[config.Train]:
 
 
 if __name__ == "__main__":
-    config.run(main, chosen_stage())
+    commandline.run(main, chosen_stage())

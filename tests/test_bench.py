@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 
-from nanochat_jax import config
+from nanochat_jax import commandline
 from nanochat_jax.config import UserError
 from scripts.bench import tokenizer as bench
 
@@ -96,7 +96,7 @@ def test_a_peer_that_differs_and_fails_in_part(corpus, fake_python, tmp_path, ca
     assert warm["mb_per_s"] == pytest.approx(line["unseen_bytes"] / 2e6, rel=1e-3)
     assert ("encode single texts of 1 KB", "ours") in rows and ("encode single texts of 1 KB", "tiktoken") not in rows
     flags = [f"--corpus={corpus}", "--vocab-size=600", "--rounds=1", f"--json={settings.json}"]
-    bench.main(config.parse(bench.Settings, [*flags, f"--peer-python={settings.peer_python}"]))
+    bench.main(commandline.parse(bench.Settings, [*flags, f"--peer-python={settings.peer_python}"]))
     assert len((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 

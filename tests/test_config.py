@@ -6,8 +6,9 @@ import sys
 import pytest
 import tiny
 
-from nanochat_jax import config
-from nanochat_jax.config import UserError, parse
+from nanochat_jax import commandline, config
+from nanochat_jax.commandline import parse
+from nanochat_jax.config import UserError
 
 PRESETS = sorted(p.stem for p in (tiny.REPOSITORY / "configs").glob("*.toml"))
 SCRIPTS = ["train", "tok_train", "tok_eval", "base_loss", "base_eval", "chat_eval", "chat_cli", "chat_web"]
@@ -49,7 +50,7 @@ def test_switches_are_true_alone_or_as_they_say():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_good_for_every_command(name):
-    for cls in config.COMMANDS:
+    for cls in commandline.COMMANDS:
         parse(cls, [f"--config={name}"])
     assert parse(config.Sft, ["--seed=1", f"--config=configs/{name}.toml"]).preset == name
 

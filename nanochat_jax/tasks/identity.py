@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.config import base_dir
+from nanochat_jax.files import write_text
 from nanochat_jax.tasks import source
 from nanochat_jax.tasks.customjson import CustomJSON
 from nanochat_jax.tasks.task import Task
@@ -164,7 +165,7 @@ def _trained_on(data_dir: str | Path | None) -> CustomJSON:
     if data_dir and (given := source.find(Path(data_dir) / FILE)):
         path = given
     elif not path.is_file():
-        source.write_text(path, "".join(json.dumps(generate(i)) + "\n" for i in range(CONVERSATIONS)))
+        write_text(path, "".join(json.dumps(generate(i)) + "\n" for i in range(CONVERSATIONS)))
     return CustomJSON(path)
 
 

@@ -8,7 +8,6 @@ seed 42, which is what datasets.shuffle(seed=42) does.
 
 import gzip
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.files import write_text
 from nanochat_jax.tasks.task import Task
 
 REVISION = "refs/convert/parquet"  # the branch that holds the hub's parquet export
@@ -164,11 +164,3 @@ def read_text(path: Path) -> str:
             return f.read()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.files import write_text
 from nanochat_jax.tasks import source
 
 HOLD_OUT = 10  # every tenth word, by its hash, is only for testing
@@ -44,7 +45,7 @@ def _all_words(data_dir: str, base: Path) -> list[str]:
     path = next((found for place in places if (found := source.find(place))), None)
     if path is None:
         path = places[-1]
-        source.write_text(path, "\n".join(_corpus_words(base / "data")) + "\n")
+        write_text(path, "\n".join(_corpus_words(base / "data")) + "\n")
     words = [word for line in source.read_text(path).split("\n") if (word := line.strip())]
     if not words:
         raise UserError(f"{path}: empty")

@@ -8,7 +8,7 @@
 import importlib
 import sys
 
-from nanochat_jax import config
+from nanochat_jax import commandline
 
 BENCHMARKS = ("tokenizer",)  # each a file beside this one, with Settings and main
 
@@ -23,7 +23,7 @@ def main() -> None:
     else:
         del sys.argv[1]
         benchmark = importlib.import_module(f"scripts.bench.{name}")
-        config.run(benchmark.main, benchmark.Settings)
+        commandline.run(benchmark.main, benchmark.Settings)
 
 
 if __name__ == "__main__":

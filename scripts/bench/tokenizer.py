@@ -264,8 +264,8 @@ def _about() -> dict:
     from nanochat_jax import report
 
     python = sys.version.split()[0]
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": report._cpu(), "cores": _cores(), "python": python,
-            "code": report._git()}  # fmt: skip
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": report.cpu(), "cores": _cores(), "python": python,
+            "code": report.code()}  # fmt: skip
 
 
 def _table(rows: list[dict], versions: dict[str, str]) -> str:

@@ -187,7 +187,9 @@ class Layout:
         """Gradients [replicas, ...], a replica's own each -> their sum, every replica holding its share."""
 
         def one(g, spec):
-            g = jax.lax.psum(g[0], "node")
+            g = g[0]
+            if self.mesh.shape["node"] > 1:
+                g = jax.lax.psum(g, "node")
             if "data" not in spec:
                 return jax.lax.psum(g, "data")
             return jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)

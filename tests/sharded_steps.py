@@ -15,7 +15,7 @@ from nanochat_jax import gpt, optim
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.run import TrainState
 from nanochat_jax.sharding import Layout, make_mesh, put_rows
-from nanochat_jax.train import make_step
+from nanochat_jax.step import make_step
 
 MODEL = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, vocab_size=320, sequence_len=64)
 KEEP = jax.checkpoint_policies

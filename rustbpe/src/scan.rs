@@ -1,7 +1,9 @@
 //! The GPT-4 pattern by hand: many times faster than a backtracking regex, and no stack for long runs.
 //!
-//!     '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}+ | \p{N}{1,n} |  ?[^\s\p{L}\p{N}]++[\r\n]* | \s*[\r\n] |
-//!     \s+(?!\S) | \s+
+//! ```text
+//! '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}+ | \p{N}{1,n} |  ?[^\s\p{L}\p{N}]++[\r\n]* | \s*[\r\n] |
+//! \s+(?!\S) | \s+
+//! ```
 //!
 //! Nine chunks of ten are an ASCII word behind at most one other ASCII character, and those are measured sixteen bytes
 //! at a time (`scan_word`). Everything else goes character by character (`chunk_end`), by a table of kinds that is read

@@ -228,7 +228,7 @@ class Rl(Train):
 
     table: ClassVar[str] = "rl"
     source: str = setting("sft", "stage whose weights to start from")
-    task: str = setting("gsm8k", "tasks to train on, in turn, joined by |")
+    mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", "folder with task data, used instead of the hub")
     device_batch_size: int = setting(8, "rows a device takes at once; lower it when memory runs out")
     examples_per_step: int = setting(16, "problems a step")

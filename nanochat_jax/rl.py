@@ -90,11 +90,11 @@ def train(cfg: config.Rl) -> None:
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
-        task = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "train", cfg.task_data_dir)
-        held_out = tasks.mixture(dict.fromkeys(cfg.task.split("|"), 0), "val", cfg.task_data_dir)
+        task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
+        held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step
         if steps < 1:
-            raise UserError(f"--examples_per_step={cfg.examples_per_step}: {cfg.task} has only {len(task)} problems")
+            raise UserError(f"--examples_per_step={cfg.examples_per_step}: {'|'.join(cfg.mixture)} has only {len(task)}")
         answers = cfg.examples_per_step * cfg.num_samples
         if answers % jax.device_count():
             raise UserError(
@@ -161,7 +161,8 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
 def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
     cfg = run.cfg
     print(f"  parameters: {run.model.num_params:,}, FLOPs a token: {run.model.flops_per_token:.3e}")
-    print(f"  task: {cfg.task}, {problems:,} problems; {cfg.examples_per_step} a step, {cfg.num_samples} answers each")
+    names = ", ".join(cfg.mixture)
+    print(f"  task: {names}, {problems:,} problems; {cfg.examples_per_step} a step, {cfg.num_samples} answers each")
     mesh = ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items())
     print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.devices} devices (mesh {mesh})")
     print(f"  steps: {steps}")
@@ -214,4 +215,4 @@ def evaluate(run: Run, engine: Engine, task, step: int) -> None:
     passed = {f"pass@{k}": float(right[:, :k].any(1).mean()) for k in range(1, cfg.eval_samples + 1)}
     run.log("val", step, n=count, **passed)
     shown = ", ".join(f"{k} {v:.3f}" for k, v in passed.items() if k in ("pass@1", "pass@4", "pass@8"))
-    print(f"step {step} | {cfg.task}: {shown}", flush=True)
+    print(f"step {step} | {'|'.join(cfg.mixture)}: {shown}", flush=True)

@@ -24,8 +24,8 @@ def main(cfg: config.BaseEval) -> None:
     from nanochat_jax import checkpoint, metrics, sharding
     from nanochat_jax.evals import core
 
-    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    dtype = parallel.precision(cfg.compute_dtype)
     bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     first = jax.process_index() == 0

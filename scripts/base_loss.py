@@ -26,8 +26,8 @@ def main(cfg: config.BaseLoss) -> None:
     for name in ("device_batch_size", "split_tokens"):
         if getattr(cfg, name) < 1:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
-    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    dtype = parallel.precision(cfg.compute_dtype)
     source = dataset.open(cfg.data, cfg.data_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     rows = num_rows(params, cfg.device_batch_size)

@@ -35,8 +35,8 @@ def main(cfg: config.ChatCli) -> None:
 
     parallel.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):
-        dtype = parallel.precision(cfg.compute_dtype)
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+        dtype = parallel.precision(cfg.compute_dtype)
     engine = Engine(model.params, model.config, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
     chat = Chat(engine, cfg)
     if cfg.prompt:

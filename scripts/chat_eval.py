@@ -32,8 +32,8 @@ def main(cfg: config.ChatEval) -> None:
             judged = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: a task only for training; those with a score are {judged}")
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
-    dtype = parallel.precision(cfg.compute_dtype)
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    dtype = parallel.precision(cfg.compute_dtype)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
     scores = []

@@ -2,15 +2,15 @@
 
 use rustc_hash::FxHashMap;
 
-use crate::cache::{SHORT, hash, key};
+use crate::chunk::Key;
 use crate::parallel::{Piece, Pieces, Plan, Sender, share};
 use crate::split::Splitter;
 
-/// Chunks with their counts. Short chunks are their own keys (see `cache::key`), in a table of open addressing.
+/// Chunks with their counts. Short chunks are their own keys (see `chunk`), in a table of open addressing.
 #[derive(Default)]
 pub struct ChunkCounts {
     /// Key 0 is a free slot. A power of two of slots, at most three quarters full.
-    short: Vec<(u128, i64)>,
+    short: Vec<(Key, i64)>,
     num_short: usize,
     long: FxHashMap<Box<[u8]>, i64>,
 }
@@ -59,10 +59,10 @@ impl ChunkCounts {
         let bytes = text.as_bytes();
         for chunk in splitter.chunks(text) {
             let chunk = chunk?;
-            if chunk.len() <= SHORT {
-                self.add_short(key(bytes, &chunk), 1);
+            if chunk.key.is_short() {
+                self.add_short(chunk.key, 1);
             } else {
-                self.add_long(&bytes[chunk], 1);
+                self.add_long(&bytes[chunk.range()], 1);
             }
         }
         Ok(())
@@ -78,19 +78,19 @@ impl ChunkCounts {
     }
 
     #[inline]
-    fn add_short(&mut self, key: u128, count: i64) {
+    fn add_short(&mut self, key: Key, count: i64) {
         if 4 * self.num_short >= 3 * self.short.len() {
             self.grow();
         }
         let mask = self.short.len() - 1;
-        let mut at = hash(key) as usize & mask;
+        let mut at = key.hash() & mask;
         loop {
             let slot = &mut self.short[at];
             if slot.0 == key {
                 slot.1 += count;
                 return;
             }
-            if slot.0 == 0 {
+            if slot.0 == Key::default() {
                 *slot = (key, count);
                 self.num_short += 1;
                 return;
@@ -102,9 +102,9 @@ impl ChunkCounts {
     #[cold]
     fn grow(&mut self) {
         let slots = (2 * self.short.len()).max(1 << 10);
-        let old = std::mem::replace(&mut self.short, vec![(0, 0); slots]);
+        let old = std::mem::replace(&mut self.short, vec![(Key::default(), 0); slots]);
         self.num_short = 0;
-        for (key, count) in old.into_iter().filter(|&(key, _)| key != 0) {
+        for (key, count) in old.into_iter().filter(|&(key, _)| key != Key::default()) {
             self.add_short(key, count);
         }
     }
@@ -112,7 +112,7 @@ impl ChunkCounts {
     /// The sum of both; the smaller is added to the larger.
     fn plus(self, other: Self) -> Self {
         let (mut large, small) = if self.len() >= other.len() { (self, other) } else { (other, self) };
-        for (key, count) in small.short.into_iter().filter(|&(key, _)| key != 0) {
+        for (key, count) in small.short.into_iter().filter(|&(key, _)| key != Key::default()) {
             large.add_short(key, count);
         }
         for (chunk, count) in small.long {
@@ -132,15 +132,14 @@ impl ChunkCounts {
 
     /// The bytes of all distinct chunks.
     pub fn total_len(&self) -> usize {
-        let short: usize = self.short.iter().map(|slot| (slot.0 >> 120) as usize).sum();
+        let short: usize = self.short.iter().map(|slot| slot.0.chunk_len()).sum();
         short + self.long.keys().map(|chunk| chunk.len()).sum::<usize>()
     }
 
     /// Calls `visit` with each chunk and its count, in no particular order.
     pub fn for_each(self, mut visit: impl FnMut(&[u8], i64)) {
-        for (key, count) in self.short.into_iter().filter(|&(key, _)| key != 0) {
-            let bytes = key.to_le_bytes();
-            visit(&bytes[..usize::from(bytes[15])], count);
+        for (key, count) in self.short.into_iter().filter(|&(key, _)| key != Key::default()) {
+            visit(&key.bytes()[..key.chunk_len()], count);
         }
         for (chunk, count) in self.long {
             visit(&chunk, count);

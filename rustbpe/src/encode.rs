@@ -3,8 +3,12 @@
 use std::sync::{Mutex, PoisonError};
 
 use crate::cache::{self, Cache};
+use crate::chunk::{Chunk, Key, SHORT};
 use crate::merge::{MergeTable, Pair};
 use crate::split::Splitter;
+
+/// How many chunks are split before they are looked up.
+const AHEAD: usize = 32;
 
 pub struct Encoder {
     splitter: Splitter,
@@ -37,9 +41,9 @@ impl Encoder {
         }
         let mut parts = vec![];
         for (id, bytes) in tokens.iter().enumerate().skip(256) {
-            parts.clear();
-            encoder.table.merge(bytes, &mut parts);
-            match parts[..] {
+            parts.resize(bytes.len().max(parts.len()), 0);
+            let len = encoder.table.merge(bytes, &mut parts);
+            match parts[..len] {
                 [left, right] => encoder.push((left, right)),
                 _ => return Err(format!("token {id} ({bytes:02x?}) is not the union of two earlier tokens")),
             }
@@ -107,9 +111,9 @@ impl Encoder {
     /// A cache that knows the vocabulary: a token's bytes become that token, since the merges that made it in some
     /// word make it wherever its bytes are a chunk.
     fn new_cache(&self) -> Cache {
-        let mut cache = Cache::new(self.vocab_size());
-        for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= cache::SHORT) {
-            cache.put_if_free(cache::key(token, &(0..token.len())), &[id as u32]);
+        let mut cache = Cache::default();
+        for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= SHORT) {
+            cache.put_if_free(Key::of(token), &[id as u32]);
         }
         cache
     }
@@ -123,37 +127,46 @@ impl Encoder {
     /// Writes the ids of `text` to the beginning of `out` and returns how many they are.
     pub fn encode_with(&self, cache: &mut Cache, text: &str, out: &mut [u32]) -> Result<usize, String> {
         let (bytes, mut at) = (text.as_bytes(), 0);
-        for chunk in self.splitter.chunks(text) {
-            let chunk = chunk?;
-            if chunk.len() <= cache::SHORT {
-                let key = cache::key(bytes, &chunk);
-                if let Some(entry) = cache.get(key) {
+        let mut chunks = self.splitter.chunks(text);
+        // Some chunks ahead, so that their places in the cache arrive from memory while others are split and looked up.
+        let mut ahead = [Chunk::default(); AHEAD];
+        let mut places = [0; AHEAD];
+        loop {
+            let mut len = 0;
+            while len < AHEAD {
+                let Some(chunk) = chunks.next() else { break };
+                ahead[len] = chunk?;
+                places[len] = cache.place(ahead[len].key);
+                len += 1;
+            }
+            for (chunk, &place) in ahead[..len].iter().zip(&places) {
+                if let Some(entry) = cache.get(place, chunk.key) {
                     out[at..at + cache::INLINE].copy_from_slice(&entry.ids);
                     at += entry.len as usize;
-                    continue;
+                } else {
+                    at += self.encode_unknown(cache, chunk.key, &bytes[chunk.range()], &mut out[at..]);
                 }
             }
-            at += self.encode_unknown(cache, &bytes[chunk], &mut out[at..]);
+            if len < AHEAD {
+                return Ok(at);
+            }
         }
-        Ok(at)
     }
 
     /// The same for a chunk that is not at hand, which is remembered.
     #[cold]
-    fn encode_unknown(&self, cache: &mut Cache, chunk: &[u8], out: &mut [u32]) -> usize {
+    fn encode_unknown(&self, cache: &mut Cache, key: Key, chunk: &[u8], out: &mut [u32]) -> usize {
         if let Some(ids) = cache.get_long(chunk) {
             out[..ids.len()].copy_from_slice(ids);
             return ids.len();
         }
-        let mut ids = vec![];
-        self.table.merge(chunk, &mut ids);
-        if chunk.len() <= cache::SHORT && ids.len() <= cache::INLINE {
-            cache.put(cache::key(chunk, &(0..chunk.len())), &ids);
+        let len = self.table.merge(chunk, out);
+        if key.is_short() && len <= cache::INLINE {
+            cache.put(key, &out[..len]);
         } else {
-            cache.put_long(chunk, &ids);
+            cache.put_long(chunk, &out[..len]);
         }
-        out[..ids.len()].copy_from_slice(&ids);
-        ids.len()
+        len
     }
 
     /// Fails, naming the id, on one outside the vocabulary.
@@ -196,9 +209,9 @@ mod tests {
     fn every_token_is_what_its_bytes_become() {
         let encoder = encoder();
         for (id, bytes) in encoder.tokens().enumerate() {
-            let mut ids = vec![];
-            encoder.table.merge(bytes, &mut ids);
-            assert_eq!(ids, [id as u32]);
+            let mut ids = vec![0; bytes.len()];
+            let len = encoder.table.merge(bytes, &mut ids);
+            assert_eq!(ids[..len], [id as u32]);
         }
     }
 
@@ -227,11 +240,12 @@ mod tests {
         let words: Vec<String> =
             (0..30_000).map(|_| (0..1 + draw(20)).map(|_| b"aabbhelo\0"[draw(9)] as char).collect()).collect();
         for word in words.iter().chain(&words[..5000]) {
-            let mut merged = vec![];
+            let mut merged = vec![0; word.len()];
+            let mut len = 0;
             for chunk in encoder.splitter.chunks(word) {
-                encoder.table.merge(&word.as_bytes()[chunk.unwrap()], &mut merged);
+                len += encoder.table.merge(&word.as_bytes()[chunk.unwrap().range()], &mut merged[len..]);
             }
-            assert_eq!(encoder.encode(word).unwrap(), merged, "{word:?}");
+            assert_eq!(encoder.encode(word).unwrap(), merged[..len], "{word:?}");
         }
     }
 

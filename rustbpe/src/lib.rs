@@ -3,6 +3,7 @@
 
 pub mod batch;
 pub mod cache;
+pub mod chunk;
 pub mod count;
 pub mod encode;
 pub mod merge;

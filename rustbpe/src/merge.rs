@@ -9,8 +9,8 @@ pub type Pair = (u32, u32);
 /// Stands for "no token".
 const NONE: u32 = u32::MAX;
 
-/// Longer chunks are merged through a heap (n log n): searching for the best pair again and again is quadratic.
-const HEAP_FROM: usize = 96;
+/// Chunks longer than this are merged through a heap (n log n): searching for the best pair again and again is quadratic.
+const SHORT: usize = 96;
 
 /// What two neighbouring tokens become. A merge's id is also its rank, since ids are given in the order of learning.
 pub struct MergeTable {
@@ -63,48 +63,54 @@ impl MergeTable {
         self.bytes[usize::from(left) << 8 | usize::from(right)]
     }
 
-    /// Appends the ids of one chunk.
-    pub fn merge(&self, chunk: &[u8], out: &mut Vec<u32>) {
-        if chunk.len() < HEAP_FROM { self.merge_short(chunk, out) } else { self.merge_long(chunk, out) }
+    /// Writes the ids of one chunk to the beginning of `out`, which has a place for every byte; returns their number.
+    pub fn merge(&self, chunk: &[u8], out: &mut [u32]) -> usize {
+        match chunk.len() {
+            0..=16 => self.merge_short::<16>(chunk, out),
+            17..=SHORT => self.merge_short::<SHORT>(chunk, out),
+            _ => self.merge_long(chunk, out),
+        }
     }
 
-    /// The pair with the lowest id first, the leftmost of equal ones.
-    fn merge_short(&self, chunk: &[u8], out: &mut Vec<u32>) {
-        let mut parts = [0; HEAP_FROM];
-        let mut gains = [NONE; HEAP_FROM]; // what the part at this place and the next one would become
+    /// The pair with the lowest id first, the leftmost of equal ones, found by looking at all. At most `N` bytes.
+    fn merge_short<const N: usize>(&self, chunk: &[u8], out: &mut [u32]) -> usize {
+        // What the part at this place and the next one would become.
+        let mut gains = [NONE; N];
         let mut len = chunk.len();
-        for (part, &byte) in parts.iter_mut().zip(chunk) {
+        for (part, &byte) in out.iter_mut().zip(chunk) {
             *part = u32::from(byte);
         }
         for (gain, pair) in gains.iter_mut().zip(chunk.windows(2)) {
             *gain = self.get_bytes(pair[0], pair[1]);
         }
         while len > 1 {
-            let (mut at, mut id) = (0, gains[0]);
-            for (i, &gain) in gains[1..len - 1].iter().enumerate() {
-                if gain < id {
-                    (at, id) = (i + 1, gain);
-                }
-            }
+            // The place in the low bits: one minimum finds both.
+            let lowest = |best: u64, (i, &gain): (usize, &u32)| best.min(u64::from(gain) << 8 | i as u64);
+            let best = gains[..len - 1].iter().enumerate().fold(u64::MAX, lowest);
+            let (at, id) = ((best & 0xff) as usize, (best >> 8) as u32);
             if id == NONE {
                 break;
             }
-            parts[at] = id;
-            parts.copy_within(at + 2..len, at + 1);
-            gains.copy_within(at + 1..len - 1, at);
+            out[at] = id;
             len -= 1;
+            for i in at + 1..len {
+                out[i] = out[i + 1];
+            }
+            for i in at..len - 1 {
+                gains[i] = gains[i + 1];
+            }
             if at > 0 {
-                gains[at - 1] = self.get(parts[at - 1], id);
+                gains[at - 1] = self.get(out[at - 1], id);
             }
             if at + 1 < len {
-                gains[at] = self.get(id, parts[at + 1]);
+                gains[at] = self.get(id, out[at + 1]);
             }
         }
-        out.extend_from_slice(&parts[..len]);
+        len
     }
 
     /// The same order through a heap over a linked list of parts.
-    fn merge_long(&self, chunk: &[u8], out: &mut Vec<u32>) {
+    fn merge_long(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         let len = chunk.len();
         let mut parts: Vec<u32> = chunk.iter().map(|&b| u32::from(b)).collect();
         let mut next: Vec<usize> = (1..=len).collect();
@@ -137,7 +143,8 @@ impl MergeTable {
                 }
             }
         }
-        out.extend(parts.into_iter().filter(|&id| id != NONE));
+        let alive = parts.into_iter().filter(|&id| id != NONE);
+        out.iter_mut().zip(alive).map(|(place, id)| *place = id).count()
     }
 }
 
@@ -159,17 +166,17 @@ mod tests {
     fn both_orders_agree() {
         let table = table();
         let mut state = 3u64;
-        for len in 1..HEAP_FROM {
+        for len in 1..=SHORT {
             for _ in 0..20 {
                 let draw = |_| {
                     state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                     b"aaabbh\xc3\xa9elow"[(state >> 33) as usize % 12]
                 };
                 let chunk: Vec<u8> = (0..len).map(draw).collect();
-                let (mut short, mut long) = (vec![], vec![]);
-                table.merge_short(&chunk, &mut short);
-                table.merge_long(&chunk, &mut long);
-                assert_eq!(short, long, "{chunk:?}");
+                let (mut short, mut long) = (vec![0; len], vec![0; len]);
+                let short_len = table.merge_short::<SHORT>(&chunk, &mut short);
+                let long_len = table.merge_long(&chunk, &mut long);
+                assert_eq!(short[..short_len], long[..long_len], "{chunk:?}");
             }
         }
     }
@@ -177,8 +184,9 @@ mod tests {
     #[test]
     fn earlier_merges_come_first_and_the_leftmost_of_equal_ones() {
         let merge = |chunk: &[u8]| {
-            let mut out = vec![];
-            table().merge(chunk, &mut out);
+            let mut out = vec![0; chunk.len()];
+            let len = table().merge(chunk, &mut out);
+            out.truncate(len);
             out
         };
         assert_eq!(merge(b"aaa"), [256, 97]);

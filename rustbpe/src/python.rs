@@ -162,7 +162,7 @@ impl Tokenizer {
     /// The chunks of a text, which merges never cross.
     fn split(&self, text: PyBackedStr) -> Fallible<Vec<String>> {
         let encoder = self.encoder();
-        let chunks = encoder.splitter().chunks(&text).map(|chunk| chunk.map(|range| text[range].to_string()));
+        let chunks = encoder.splitter().chunks(&text).map(|chunk| chunk.map(|chunk| text[chunk.range()].to_string()));
         Ok(chunks.collect::<Result<_, String>>()?)
     }
 

@@ -6,13 +6,15 @@
 //! ```
 //!
 //! Nine chunks of ten are an ASCII word behind at most one other ASCII character, and those are measured sixteen bytes
-//! at a time (`scan_word`). Everything else goes character by character (`chunk_end`), by a table of kinds that is read
+//! at a time (`scan_short`). Everything else goes character by character (`chunk_end`), by a table of kinds that is read
 //! from the regex engine's own tables, so that the two cannot disagree about Unicode.
 
 use std::ops::Range;
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, HirKind};
+
+use crate::chunk::{Chunk, Key, SHORT};
 
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[repr(u8)]
@@ -44,36 +46,41 @@ fn code_points(class: &str) -> Vec<Range<usize>> {
     set.ranges().iter().map(|r| r.start() as usize..r.end() as usize + 1).collect()
 }
 
-/// The places of the chunks of a text, in order; together they cover it.
+/// The chunks of a text, in order; together they cover it.
 pub struct Scanner<'t> {
     text: &'t [u8],
     at: usize,
     digits: usize,
     guesses: &'static Guesses,
-    kinds: &'static [Kind],
 }
 
 impl<'t> Scanner<'t> {
     /// `digits`: the pattern's n, 1 to 3.
     pub fn new(text: &'t str, digits: usize) -> Self {
-        Self { text: text.as_bytes(), at: 0, digits, guesses: &GUESSES[digits - 1], kinds: &KINDS }
+        Self { text: text.as_bytes(), at: 0, digits, guesses: &GUESSES[digits - 1] }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn next_slowly(&mut self) -> Chunk {
+        let start = self.at;
+        self.at = chunk_end(&KINDS, self.text, start, self.digits);
+        Chunk::new(self.text, start..self.at)
     }
 }
 
 impl Iterator for Scanner<'_> {
-    type Item = Range<usize>;
+    type Item = Chunk;
 
     #[inline(always)]
-    fn next(&mut self) -> Option<Range<usize>> {
-        let start = self.at;
-        if start >= self.text.len() {
-            return None;
+    fn next(&mut self) -> Option<Chunk> {
+        let rest = self.text.get(self.at..)?;
+        if let Some((len, key)) = rest.first_chunk().and_then(|bytes| scan_short(bytes, self.guesses)) {
+            let start = self.at;
+            self.at += len;
+            return Some(Chunk { start, key });
         }
-        self.at = match scan_short(self.text, start, self.guesses) {
-            Some(end) => end,
-            None => chunk_end(self.kinds, self.text, start, self.digits),
-        };
-        Some(start..self.at)
+        (!rest.is_empty()).then(|| self.next_slowly())
     }
 }
 
@@ -95,28 +102,39 @@ pub fn cut_from(text: &str, from: usize) -> usize {
     (from.max(1)..text.len()).find(is_cut).unwrap_or(text.len())
 }
 
-const ONES: u64 = 0x0101_0101_0101_0101;
-const HIGHS: u64 = 0x80 * ONES;
-const HIGHS2: u128 = (HIGHS as u128) << 64 | HIGHS as u128;
-
-/// The high bit of each of eight bytes that is an ASCII letter.
+/// Where the first byte is that is no ASCII letter, `from` that place on; 16 if there is none. Sixteen at once.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn ascii_letters(bytes: u64) -> u64 {
-    let lower = (bytes | (0x20 * ONES)) & !HIGHS;
-    let from_a = lower + (0x80 - u64::from(b'a')) * ONES;
-    let after_z = lower + (0x80 - u64::from(b'z') - 1) * ONES;
-    from_a & !after_z & !bytes & HIGHS
+fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
+    use std::arch::x86_64::{
+        _mm_add_epi8, _mm_cmplt_epi8, _mm_loadu_si128, _mm_movemask_epi8, _mm_or_si128, _mm_set1_epi8,
+    };
+    // SAFETY: it reads the 16 bytes; SSE2 is a part of every x86-64.
+    let letters = unsafe {
+        let lower = _mm_or_si128(_mm_loadu_si128(bytes.as_ptr().cast()), _mm_set1_epi8(0x20));
+        // As signed numbers, a to z are the 26 smallest.
+        let shifted = _mm_add_epi8(lower, _mm_set1_epi8(i8::MIN.wrapping_sub(b'a' as i8)));
+        _mm_movemask_epi8(_mm_cmplt_epi8(shifted, _mm_set1_epi8(i8::MIN + 26)))
+    };
+    (!letters as u32 >> from << from).trailing_zeros() as usize
 }
 
-/// How many bytes from `at` on are ASCII letters, up to 16; None where fewer than 16 bytes are left.
+/// The same with the means of every machine: eight bytes in one number.
+#[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
-fn ascii_run(text: &[u8], at: usize) -> Option<usize> {
-    let block: [u8; 16] = text.get(at..at + 16)?.try_into().ok()?;
-    let block = u128::from_le_bytes(block);
-    let (low, high) = (block as u64, (block >> 64) as u64);
-    let letters = u128::from(ascii_letters(high)) << 64 | u128::from(ascii_letters(low));
-    let others = !letters & HIGHS2;
-    Some(others.trailing_zeros() as usize / 8)
+fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
+    const ONES: u64 = u64::MAX / 0xff;
+    const HIGHS: u64 = 0x80 * ONES;
+    // The high bit of each byte that is no letter. No sum carries into the next byte.
+    let others = |bytes: u64| {
+        let lower = (bytes | (0x20 * ONES)) & !HIGHS;
+        let from_a = lower + (0x80 - u64::from(b'a')) * ONES;
+        let after_z = lower + (0x80 - u64::from(b'z') - 1) * ONES;
+        (!from_a | after_z | bytes) & HIGHS
+    };
+    let block = u128::from_le_bytes(*bytes);
+    let others = u128::from(others((block >> 64) as u64)) << 64 | u128::from(others(block as u64));
+    (others >> (8 * from) << (8 * from)).trailing_zeros() as usize / 8
 }
 
 /// What the first bytes of a chunk are to the pattern.
@@ -156,15 +174,9 @@ const BYTES: [Byte; 256] = {
     bytes
 };
 
-/// A chunk as its first two bytes suggest it.
-#[derive(Clone, Copy)]
-struct Guess {
-    len: u8,
-    /// All ones in a word: the letters behind the first byte count too.
-    letters: u8,
-    /// A bit for each `Byte`: which ones behind the chunk prove the guess right.
-    behind: u8,
-}
+/// A chunk as its first two bytes suggest it, in one number: its length, if it is no word (lowest byte); all ones, if it
+/// is (second); a bit for each `Byte` that proves the guess right behind the chunk (third).
+type Guess = u32;
 
 /// By the first and the second byte. A look-up has no branch to mispredict, and prose has no pattern to predict.
 type Guesses = [[Guess; 8]; 8];
@@ -179,12 +191,12 @@ const fn guesses(digits: usize) -> Guesses {
     const BLANK: u8 = 1 << Space as u8 | 1 << Tab as u8;
     const NEWLINE: u8 = 1 << Newline as u8;
     const SYMBOL: u8 = 1 << Symbol as u8 | 1 << Apostrophe as u8;
-    let mut table = [[Guess { len: 1, letters: 0, behind: 0 }; 8]; 8];
+    let mut table = [[0; 8]; 8];
     let mut i = 0;
     while i < 64 {
         let (first, second) = (ALL[i / 8], ALL[i % 8]);
-        let (len, letters, behind) = match (first, second) {
-            (Letter, _) | (Space | Tab | Symbol, Letter) => (1, 0xff, !(1 << Rest as u8)),
+        let (len, word, behind): (u8, u8, u8) = match (first, second) {
+            (Letter, _) | (Space | Tab | Symbol, Letter) => (0, 0xff, !(1 << Rest as u8)),
             (Digit, Digit) => match digits {
                 1 => (1, 0, 0xff),
                 2 => (2, 0, 0xff),
@@ -201,21 +213,22 @@ const fn guesses(digits: usize) -> Guesses {
             (Newline, Newline) => (2, 0, LETTER | DIGIT | SYMBOL),
             _ => (1, 0, 0),
         };
-        table[i / 8][i % 8] = Guess { len, letters, behind };
+        table[i / 8][i % 8] = len as Guess | (word as Guess) << 8 | (behind as Guess) << 16;
         i += 1;
     }
     table
 }
 
-/// End of a chunk that is an ASCII word of up to 15 bytes, with what opens it, or one or two other bytes. None for other
-/// chunks, and for the last of a text.
+/// A chunk that is an ASCII word of up to 15 bytes, with what opens it, or one or two other bytes: its length and its
+/// key. None for others.
 #[inline(always)]
-fn scan_short(text: &[u8], start: usize, guesses: &Guesses) -> Option<usize> {
-    let run = ascii_run(text, start + 1)?;
-    let kind = |at: usize| BYTES[usize::from(text[at])] as usize;
-    let guess = guesses[kind(start)][kind(start + 1)];
-    let end = start + usize::from(guess.len) + (run & usize::from(guess.letters) & 15);
-    (guess.behind >> kind(end) & 1 == 1 && run < 15).then_some(end)
+fn scan_short(bytes: &[u8; 16], guesses: &Guesses) -> Option<(usize, Key)> {
+    let kind = |at: usize| BYTES[usize::from(bytes[at])] as usize;
+    let guess = guesses[kind(0)][kind(1)];
+    // A word ends before the first byte behind its first that is no letter.
+    let len = (guess & 3) as usize | end_of_letters(bytes, 1) & (guess >> 8 & 31) as usize;
+    let right = guess >> 16 >> kind(len & 15) & 1 == 1;
+    (right && len <= SHORT).then(|| (len, Key::of_block(u128::from_le_bytes(*bytes), len)))
 }
 
 /// Kind and byte length of the character at `at`; (End, 0) past the end. `text` is valid UTF-8, `at` a border in it.
@@ -249,7 +262,9 @@ fn run_end(kinds: &[Kind], text: &[u8], mut at: usize, wanted: Kind) -> usize {
 #[inline(always)]
 fn letters_end(kinds: &[Kind], text: &[u8], mut at: usize) -> usize {
     loop {
-        at += ascii_run(text, at).unwrap_or(0);
+        if let Some(bytes) = text[at..].first_chunk() {
+            at += end_of_letters(bytes, 0);
+        }
         let (kind, len) = kind_at(kinds, text, at);
         if kind != Kind::Letter {
             return at;

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use fancy_regex::{Matches, Regex};
 
+use crate::chunk::Chunk;
 use crate::scan::{self, Scanner};
 
 /// GPT-4's pattern, numbers in groups of up to three digits.
@@ -49,13 +50,13 @@ impl Splitter {
         matches!(self.engine, Engine::Scanner(_))
     }
 
-    /// The places of the chunks of `text` in order. What no alternative of the pattern takes is left out, as in
+    /// The chunks of `text` in order. What no alternative of the pattern takes is left out, as in
     /// tiktoken; GPT-4's takes everything. An error where a regex matches nothing or gives up (its backtracking limit).
     #[inline]
     pub fn chunks<'t>(&'t self, text: &'t str) -> Chunks<'t> {
         match &self.engine {
             Engine::Scanner(digits) => Chunks::Scanner(Scanner::new(text, *digits)),
-            Engine::Regex(regex) => Chunks::Regex(Box::new(regex.find_iter(text))),
+            Engine::Regex(regex) => Chunks::Regex(text, Box::new(regex.find_iter(text))),
         }
     }
 
@@ -78,26 +79,26 @@ impl Splitter {
 
 pub enum Chunks<'t> {
     Scanner(Scanner<'t>),
-    Regex(Box<Matches<'t, 't, str>>),
+    Regex(&'t str, Box<Matches<'t, 't, str>>),
 }
 
 impl Iterator for Chunks<'_> {
-    type Item = Result<Range<usize>, String>;
+    type Item = Result<Chunk, String>;
 
     #[inline(always)]
     fn next(&mut self) -> Option<Self::Item> {
         match self {
             Chunks::Scanner(scanner) => scanner.next().map(Ok),
-            Chunks::Regex(matches) => next_match(matches),
+            Chunks::Regex(text, matches) => next_match(text, matches),
         }
     }
 }
 
 #[inline(never)]
-fn next_match(matches: &mut Matches<str>) -> Option<Result<Range<usize>, String>> {
+fn next_match(text: &str, matches: &mut Matches<str>) -> Option<Result<Chunk, String>> {
     Some(match matches.next()? {
         Ok(found) if found.range().is_empty() => Err(format!("the pattern matches nothing at byte {}", found.start())),
-        Ok(found) => Ok(found.range()),
+        Ok(found) => Ok(Chunk::new(text.as_bytes(), found.range())),
         Err(error) => Err(format!("the pattern fails: {error}")),
     })
 }

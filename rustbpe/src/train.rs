@@ -236,6 +236,7 @@ impl Trainer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chunk::Chunk;
     use crate::parallel::{Plan, all};
     use crate::split::{GPT4_PATTERN, Splitter};
     use std::collections::BTreeMap;
@@ -254,8 +255,8 @@ mod tests {
         let splitter = Splitter::new(GPT4_PATTERN).unwrap();
         let mut words: Vec<Vec<u32>> = vec![];
         for text in texts {
-            let word = |chunk: Result<std::ops::Range<usize>, String>| text.as_bytes()[chunk.unwrap()].to_vec();
-            words.extend(splitter.chunks(text).map(|chunk| word(chunk).into_iter().map(u32::from).collect()));
+            let bytes = |chunk: Chunk| &text.as_bytes()[chunk.range()];
+            words.extend(splitter.chunks(text).map(|c| bytes(c.unwrap()).iter().map(|&b| b.into()).collect()));
         }
         let mut merges = vec![];
         while merges.len() < num_merges {

@@ -17,11 +17,11 @@ fn regex(digits: usize) -> Splitter {
 }
 
 fn scan(text: &str, digits: usize) -> Vec<Range<usize>> {
-    Scanner::new(text, digits).collect()
+    Scanner::new(text, digits).map(|chunk| chunk.range()).collect()
 }
 
 fn assert_equal(regex: &Splitter, digits: usize, text: &str) {
-    let expected: Vec<_> = regex.chunks(text).map(|chunk| chunk.unwrap()).collect();
+    let expected: Vec<_> = regex.chunks(text).map(|chunk| chunk.unwrap().range()).collect();
     let found = scan(text, digits);
     if found != expected {
         let words = |ranges: Vec<Range<usize>>| ranges.into_iter().map(|r| text[r].to_string()).collect::<Vec<_>>();

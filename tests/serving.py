@@ -109,10 +109,15 @@ def command(base: Path, *flags: str):
 
 
 @contextlib.contextmanager
-def serving(engine, settings: ChatWeb | None = None):
-    """A real server on a free port of the loopback interface: yields its `url` and a way to `stop` it."""
+def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0):
+    """A real server on a free port of the loopback interface: yields its `url`, its `port` and a way to `stop` it.
+
+    `send_buffer`: bytes the system may hold for a client that does not read, instead of megabytes.
+    """
     app = create_app(engine, settings or ChatWeb(), "nanochat-test-sft")
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -127,7 +132,8 @@ def serving(engine, settings: ChatWeb | None = None):
         while not server.started:
             assert thread.is_alive() and time.monotonic() < deadline, "the server does not start"
             time.sleep(0.01)
-        yield SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}", stop=stop)
+        port = listener.getsockname()[1]
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, stop=stop)
     finally:
         stop()
         listener.close()

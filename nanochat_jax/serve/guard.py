@@ -8,7 +8,9 @@ from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.metrics import Metrics
 
 MAX_BODY = 1 << 20  # bytes; 32,000 characters, each escaped, are well below it
+MAX_DISCARDED = 16 << 20  # so much of a larger body is read all the same, since who is still sending hears no answer
 BODY_SECONDS = 30  # a client that sends its request by the drop holds a connection no longer than this
+CLOSE = {"Connection": "close"}
 OPEN = ("/", "/logo.svg", "/health")  # what needs no key: the page asks for it
 
 
@@ -48,18 +50,26 @@ class Guard:
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def limited():
-            nonlocal size, more
             if not more:
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
-                    message = await receive()
+                    message = await next_part()
+                    while size > MAX_BODY and more and size <= MAX_DISCARDED:
+                        await next_part()
             except TimeoutError:
-                raise ApiError(408, f"the request did not arrive within {BODY_SECONDS} seconds") from None
+                raise ApiError(
+                    408, f"the request did not arrive within {BODY_SECONDS} seconds", headers=CLOSE
+                ) from None
+            if size > MAX_BODY:
+                raise ApiError(413, f"the request is larger than {MAX_BODY} bytes", headers=CLOSE)
+            return message
+
+        async def next_part():
+            nonlocal size, more
+            message = await receive()
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
-            if size > MAX_BODY:
-                raise ApiError(413, f"the request is larger than {MAX_BODY} bytes")
             return message
 
         return limited

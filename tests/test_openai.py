@@ -4,6 +4,11 @@ import asyncio
 import contextlib
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import jax
@@ -249,6 +254,55 @@ def test_many_at_once_and_a_client_that_cancels(server):
     assert answers == answers[:3] * 4 and busy > 0
     until(lambda: value_of(server, "nanochat_requests_running") == 0, seconds=5)
     assert value_of(server, "nanochat_requests_waiting") == 0
+
+
+@pytest.mark.slow
+def test_no_request_that_the_description_suggests_is_a_server_error(server, tmp_path):
+    program = shutil.which("schemathesis", path=Path(sys.executable).parent)
+    if not program:
+        pytest.skip("no schemathesis: pip install '.[e2e]'")
+    run = [
+        program, "run", f"{server.url}/openapi.json", "--header", f"Authorization: Bearer {KEY}", "--no-color",
+        "--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--max-examples", "100", "--seed", "1",
+    ]  # fmt: skip
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "Tested: 8" in done.stdout and server.process.poll() is None
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_through_completions(server, tokenizer, params, cfg, tmp_path):
+    """LM_EVAL: its program, which is better off in an environment of its own."""
+    program = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
+    if not program:
+        pytest.skip("no lm_eval: LM_EVAL=/path/to/lm_eval")
+    questions = [{"q": "Why is the sky", "c": [" blue", " red light", " sea"], "a": i} for i in (0, 1, 2)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "sky.yaml").write_text(
+        "task: sky\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
+        f"dataset_kwargs:\n  data_files: {tmp_path}/data.jsonl\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{c}}"\ndoc_to_target: "{{a}}"\ntarget_delimiter: ""\n'
+    )
+    tokenizer.save(tmp_path / "tokenizer")
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(fast))
+    where = f"model={MODEL},base_url={server.url}/v1/completions,num_concurrent=2,max_retries=1,tokenized_requests=True"
+    run = [
+        program, "run", "--model", "local-completions", "--tasks", "sky", "--include_path", tmp_path, "--log_samples",
+        "--model_args", f"{where},tokenizer={tmp_path}/tokenizer,max_length={CONTEXT}", "--output_path", tmp_path,
+    ]  # fmt: skip
+    env = os.environ | {"OPENAI_API_KEY": KEY, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    [samples] = tmp_path.rglob("samples_sky*.jsonl")
+    likelihood = jax.jit(lambda ids: jax.nn.log_softmax(gpt.forward(params, cfg, ids)[0]))
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        for choice, [[score, _]] in zip(questions[0]["c"], sample["resps"], strict=True):
+            context, ids = tokenizer.encode(questions[0]["q"]), tokenizer.encode(questions[0]["q"] + choice)
+            after = likelihood(np.array([ids]))
+            expected = sum(after[i - 1, ids[i]] for i in range(len(context), len(ids)))
+            assert math.isclose(float(score), float(expected), abs_tol=1e-3)
 
 
 # -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Literal
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
 from starlette.middleware.cors import CORSMiddleware
 
@@ -134,7 +134,7 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
             "workers": [{"gpu_id": 0, "device": device}] * worker.slots,
         }
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus():
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 

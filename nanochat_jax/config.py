@@ -357,3 +357,9 @@ class ChatWeb(Load):
     port: int = setting(8000, "port to listen on")
     host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: everyone in the network can chat)")
     slots: int = setting(4, "answers generated at once")
+    max_waiting: int = setting(64, "answers that may wait for a slot; whoever comes then is told to try again")
+    timeout: float = setting(600.0, "seconds a request may take, waiting included (0: as long as it takes)")
+    api_key: str = setting("", "key that clients must send (default $NANOCHAT_API_KEY; empty: none is needed)")
+    cors: str = setting("", "web sites that may use the API from a browser: their origins, joined by commas, or *")
+    log_chats: bool = setting(False, "write prompts and answers to the log")
+

@@ -12,28 +12,42 @@ from nanochat_jax.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 _UNLIMITED = 1 << 30  # tokens: nothing is cut on the way to knowing how long a prompt is
 
 
+def render(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids that ask for the assistant's next words: a turn of its own, or the rest of the last message if that is
+    the assistant's. UserError for messages in the wrong order or shape."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        return tokenizer.render_for_completion({"messages": messages}, max_tokens=_UNLIMITED)
+    if isinstance(last["content"], list) and last["content"][-1:] and last["content"][-1]["type"] == "python":
+        # A call without its result is made again: the calculator only answers what is generated.
+        messages = [*messages[:-1], last | {"content": last["content"][:-1]}]
+    ids, _ = tokenizer.render_conversation({"messages": messages}, max_tokens=_UNLIMITED)
+    return ids[:-1]  # without <|assistant_end|>
+
+
 def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
-    """Token ids that ask for the next assistant turn, and how many of the oldest messages were dropped to make room.
+    """Token ids that ask for the assistant's next words (see `render`), and how many of the oldest messages were
+    dropped to make room.
 
     Of the `context` tokens an answer of `max_tokens` finds room beside them, or a quarter of the context if it may be
-    longer than that. `messages` alternate user, assistant, ..., user, after an optional system message, which is never
-    dropped. UserError if they do not, or if the last message alone is too long.
+    longer than that. `messages` alternate user, assistant, ..., after an optional system message, which is never
+    dropped. UserError if they do not, or if what comes last alone is too long.
     """
     # A quarter: the longest right answers of the cpu preset take 53 of its 256 tokens.
     room = context - min(max_tokens, context // 4)
     turns = messages[messages[0]["role"] == "system" :]
     head = messages[: len(messages) - len(turns)]
 
-    def render(pairs: int) -> list[int]:
-        return tokenizer.render_for_completion({"messages": head + turns[2 * pairs :]}, max_tokens=_UNLIMITED)
+    def without(pairs: int) -> list[int]:
+        return render(tokenizer, head + turns[2 * pairs :])
 
-    ids = render(0)
+    ids = without(0)
     if len(ids) <= room:
         return ids, 0
     # Dropping more never makes it longer, so the fewest pairs of messages to drop are found by bisection.
-    most = len(turns) // 2
-    pairs = bisect_left(range(most), True, key=lambda n: len(render(n)) <= room)
-    ids = render(pairs)
+    most = (len(turns) - 1) // 2
+    pairs = bisect_left(range(most), True, key=lambda n: len(without(n)) <= room)
+    ids = without(pairs)
     if len(ids) > room:
         raise UserError(f"the message is too long: it takes {len(ids)} tokens, and the model has room for {room}")
     return ids, 2 * pairs
@@ -64,6 +78,10 @@ class PartReader:
         }
         self._kind = "text"
         self._piece = ""
+
+    def in_text(self, id: int) -> bool:
+        """Whether `id`, if it is the next, belongs to the text rather than to a call or a result."""
+        return self._kind == "text" and id not in self._special
 
     def read(self, ids: Iterable[int], end: bool = False) -> list[tuple[str, str]]:
         """The parts that the next `ids` bring; with `end`, also what is left of an unfinished part or character."""

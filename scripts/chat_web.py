@@ -1,22 +1,34 @@
 """Talk to the model in the browser: python -m scripts.chat_web, then open the address it prints.
 
-The page streams from POST /chat/completions of the same server; everybody on --host and --port shares its --slots.
+The page streams from POST /chat/completions of the same server, programs use OpenAI's API at /v1; everybody on --host
+and --port shares its --slots. SIGTERM lets answers under way end before the server does, Ctrl-C only for a moment.
 """
 
+import dataclasses
+import math
 import os
+import signal
 import socket
+import sys
 from contextlib import closing
 
 from nanochat_jax import commandline, config
 
 CHUNK = 8  # tokens decoded between two looks: small, so that text appears evenly and a client can leave quickly
-LIMITS = {"temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "slots": (1, 1024)}
+DRAIN = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds that answers under way get after a signal
+UNREAD = 60  # seconds after which the connection of a client that has stopped reading is given up
+LIMITS = {
+    "temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "slots": (1, 1024),
+    "max_waiting": (0, 100_000), "timeout": (0, math.inf),
+}  # fmt: skip
 
 
 def main(cfg: config.ChatWeb) -> None:
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(cfg, name) <= high:
-            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be from {low} to {high}")
+            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be {wanted}")
+    cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
     # The port first: loading a model only to learn that it is taken would be a waste.
     with closing(bind(cfg.host, cfg.port)) as listener:
         from nanochat_jax import parallel
@@ -42,10 +54,22 @@ def main(cfg: config.ChatWeb) -> None:
         app = create_app(engine, cfg, model.name, device=jax.devices()[0].device_kind)
         listener.listen()  # whoever follows the address right away waits for a moment instead of being refused
         print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)
+        if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
+            print("whoever reaches this address can use it; --api_key=KEY asks for a key", flush=True)
 
-        # Answers under way get three seconds to end after Ctrl-C. No access log: who asks is nobody's business.
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
-        server.run(sockets=[listener])
+        class Server(uvicorn.Server):
+            """Nobody new is let in after a signal; at the end of the time for it, open answers are ended properly."""
+
+            def handle_exit(self, sig, frame):
+                if not self.should_exit:
+                    self.config.timeout_graceful_shutdown = DRAIN[sig] + 2
+                    app.state.worker.stop_after(DRAIN[sig])
+                super().handle_exit(sig, frame)
+
+        # uvicorn raises the signal again once it is done; having been asked to end is no failure.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # No access log: who asks is nobody's business.
+        Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,6 +82,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise config.UserError(f"--host={host}: no such address; 127.0.0.1 is this machine alone") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server just stopped
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD * 1000)
     try:
         listener.bind(address)
     except OSError as error:

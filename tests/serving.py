@@ -1,14 +1,20 @@
 """What the tests of the server and of the page share: an engine that says what it is told, and a real HTTP server."""
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import uvicorn
 
-from nanochat_jax.config import ChatWeb, GPTConfig
+from nanochat_jax import checkpoint
+from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig
 from nanochat_jax.engine.engine import Event
 from nanochat_jax.serve.app import create_app
 
@@ -31,13 +37,18 @@ class ScriptedEngine:
         self.requests, self.cancelled = {}, []
         self._waiting, self._left = [], {}
 
+    cached = 0
+
+    def check(self, request) -> None:
+        """Anything goes."""
+
     def add(self, request) -> int:
         id = len(self.requests)
         self.requests[id] = request
         self._waiting.append(id)
         return id
 
-    def cancel(self, id: int) -> None:
+    def cancel(self, id: int, sample: int | None = None) -> None:
         self.cancelled.append(id)
         self._left.pop(id, None)
         self._waiting = [other for other in self._waiting if other != id]
@@ -66,11 +77,47 @@ def say(tokenizer, *parts) -> list[int]:
     return ids[ids.index(tokenizer.special("<|assistant_start|>")) + 1 :]
 
 
+def until(condition, seconds: float = 10.0) -> None:
+    """Waits for something to become true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def save_model(base: Path, params, cfg: GPTConfig, tokenizer) -> None:
+    """A checkpoint of stage sft, tag tiny, in $NANOCHAT_BASE_DIR, which must be `base`."""
+    tokenizer.save(base / "tokenizer")
+    saver = checkpoint.Saver(checkpoint.run_dir("sft", "tiny"), keep_last=1)
+    saver.save(7, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(cfg) | {"tokenizer": tokenizer.hash})
+    saver.wait()
+
+
 @contextlib.contextmanager
-def serving(engine, settings: ChatWeb | None = None):
-    """A real server on a free port of the loopback interface: yields its `url` and a way to `stop` it."""
+def command(base: Path, *flags: str):
+    """scripts.chat_web in a process of its own, on a free port: yields its `url` and the `process`."""
+    line = [sys.executable, "-m", "scripts.chat_web", "--port=0", "--device_type=cpu", *flags]
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base)}
+    process = subprocess.Popen(line, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = next((word for line in process.stdout for word in line.split() if word.startswith("http")), None)
+        assert url, process.stderr.read()
+        yield SimpleNamespace(url=url, process=process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0):
+    """A real server on a free port of the loopback interface: yields its `url`, its `port` and a way to `stop` it.
+
+    `send_buffer`: bytes the system may hold for a client that does not read, instead of megabytes.
+    """
     app = create_app(engine, settings or ChatWeb(), "nanochat-test-sft")
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -85,7 +132,8 @@ def serving(engine, settings: ChatWeb | None = None):
         while not server.started:
             assert thread.is_alive() and time.monotonic() < deadline, "the server does not start"
             time.sleep(0.01)
-        yield SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}", stop=stop)
+        port = listener.getsockname()[1]
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, stop=stop)
     finally:
         stop()
         listener.close()

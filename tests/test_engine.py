@@ -133,6 +133,49 @@ def test_sampled_logprobs_are_those_of_the_full_softmax(engine, params, full):
     check_logprobs(sample, request, full(params, [*request.ids, *sample.ids]))
 
 
+def test_a_prompt_is_scored_as_the_full_forward_scores_it(engine, params, full):
+    """With and without an answer after it, in a batch of several and alone; the likeliest tokens beside each."""
+    requests = [
+        Request(prompt(n, n), max_tokens=m, temperature=0, stop_ids=(), score=True, top_logprobs=top)
+        for n, m, top in [(20, 0, 3), (31, 0, 0), (25, 6, 2), (1, 0, 1), (90, 3, 20)]
+    ]
+    ids = [engine.add(request) for request in requests]
+    events = []
+    while engine.busy:
+        events += engine.step()
+    for id, request in zip(ids, requests, strict=True):
+        mine = [event for event in events if event.request == id]
+        sampled = [token for event in mine for token in event.ids]
+        text = [*request.ids, *sampled]
+        logits = full(params, text)
+        assert len(sampled) == request.max_tokens and mine[-1].finish_reason == "length"
+        scores, rest = mine[0].scores, [event.scores for event in mine[1:]]
+        assert scores.logprobs[0] is None and rest == [None] * len(rest)
+        expected = [logits[i, token] for i, token in enumerate(request.ids[1:])]
+        np.testing.assert_allclose(np.array(scores.logprobs[1:], float), expected, atol=2e-4)
+        if not request.top_logprobs:
+            assert all(event.top is None for event in mine)
+            continue
+        top = [*scores.top, *(named for event in mine for named in event.top or ())]
+        assert top.pop(0) is None and len(top) == len(text) - 1
+        for named, after in zip(top, logits, strict=False):
+            assert len(named) == request.top_logprobs
+            np.testing.assert_allclose([p for _, p in named], np.sort(after)[::-1][: len(named)], atol=2e-4)
+            np.testing.assert_allclose([after[token] for token, _ in named], [p for _, p in named], atol=2e-4)
+
+
+def test_one_sample_can_be_cancelled(engine):
+    alone = engine.run([Request(prompt(5), max_tokens=9, n=3, stop_ids=())])[0]
+    i = engine.add(Request(prompt(5), max_tokens=9, n=3, stop_ids=()))
+    events = engine.step()
+    engine.cancel(i, sample=1)
+    assert engine.running == 2 and engine.cached == 10
+    while engine.busy:
+        events += engine.step()
+    text = [[token for event in events if event.sample == s for token in event.ids] for s in range(3)]
+    assert text == [alone[0].ids, alone[1].ids[:1], alone[2].ids]
+
+
 def test_bfloat16_runs(params, cfg, tokenizer):
     engine = Engine(params, cfg, tokenizer, slots=1, dtype=jnp.bfloat16, chunk=4)
     [[sample]] = engine.run([Request(prompt(5), max_tokens=6, stop_ids=())])
@@ -276,7 +319,8 @@ def test_progress_counts_samples(engine):
     (dict(ids=[]), "empty"), (dict(ids=[10**6]), "vocabulary"), (dict(ids=[-1]), "vocabulary"),
     (dict(max_tokens=0), "max_tokens"), (dict(n=0), "n is 0"), (dict(temperature=-1), "temperature"),
     (dict(temperature=float("nan")), "temperature"), (dict(top_k=-1), "top_k"), (dict(top_p=0), "top_p"),
-    (dict(stop_ids=range(9)), "stop tokens"),
+    (dict(stop_ids=range(9)), "stop tokens"), (dict(max_tokens=-1, score=True), "max_tokens"),
+    (dict(top_logprobs=21), "top_logprobs"),
 ])  # fmt: skip
 def test_bad_requests_are_refused_and_leave_no_trace(engine, change, message):
     with pytest.raises(UserError, match=message):

@@ -9,14 +9,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
-from serving import TEXT, ScriptedEngine, say, serving
+from serving import TEXT, ScriptedEngine, command, save_model, say, serving, until
 
-from nanochat_jax import checkpoint, gpt
+from nanochat_jax import gpt
 from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.tokenizer import Tokenizer
@@ -53,13 +52,6 @@ def chat(client, server, messages, **fields) -> list[dict]:
 
 def text_of(events: list[dict]) -> str:
     return "".join(event.get("token", "") for event in events)
-
-
-def until(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 # -----------------------------------------------------------------------------
@@ -140,6 +132,19 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(tokenizer, client):
     assert len(more) > 128 - 128 // 4
 
 
+def test_the_assistants_last_message_is_continued(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, " more"))
+    call = [{"type": "text", "text": "It is "}, {"type": "python", "text": "37*12"}]
+    with serving(engine) as server:
+        assert text_of(chat(client, server, [user("Go on."), assistant("Well,")])) == " more"
+        chat(client, server, [user("37*12?"), assistant([*call, {"type": "python_output", "text": "444"}])])
+        chat(client, server, [user("37*12?"), assistant(call)])
+    ends = ["Well,", "37*12<|python_end|><|output_start|>444<|output_end|>", "It is "]  # a call is made again
+    for request, end in zip(engine.requests.values(), ends, strict=True):
+        assert tokenizer.decode(request.ids).endswith(end)
+        assert tokenizer.decode(request.ids).count("<|assistant_start|>") == 1
+
+
 # -----------------------------------------------------------------------------
 # What is refused
 
@@ -152,10 +157,10 @@ BAD = [
     ({"messages": [user("x" * 8001)]}, "8001 characters"),
     ({"messages": [user("x" * 7000), assistant("y" * 9000)] * 2 + [user("x" * 7000)]}, "32000"),
     ({"messages": [user("x"), user("y")]}, "messages[1]"),
-    ({"messages": [user("x"), assistant("y")]}, "must be user"),
+    ({"messages": [user("x"), {"role": "system", "content": "y"}]}, "must be user or assistant"),
     ({"messages": [assistant("y"), user("x")]}, "messages[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "messages[0].content"),
-    ({"messages": [user("x"), assistant([{"type": "image", "text": "x"}]), user("x")]}, "messages.1.content"),
+    ({"messages": [user("x"), assistant([{"type": "image", "text": "x"}]), user("x")]}, "messages[1].content[0].type"),
     ({"messages": [user("x")], "temperature": 2.1}, "temperature"),
     ({"messages": [user("x")], "temperature": float("nan")}, "temperature"),
     ({"messages": [user("x")], "top_k": 201}, "top_k"),
@@ -187,14 +192,47 @@ def test_mistakes_are_answered_with_400_and_the_reason(tokenizer, client):
     assert len(engine.requests) == 1
 
 
-def test_no_cross_origin_access(tokenizer, client):
-    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))) as server:
-        headers = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
-        for response in (
-            client.options(f"{server.url}/chat/completions", headers=headers),
-            client.get(f"{server.url}/health", headers=headers),
-        ):
-            assert "access-control-allow-origin" not in response.headers
+@pytest.mark.parametrize("cors", ["", "http://friend.example, http://other.example"])
+def test_other_web_sites_have_no_access_unless_told(tokenizer, client, cors):
+    settings = ChatWeb(cors=cors, api_key="secret")
+    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok")), settings) as server:
+        for origin in ("http://elsewhere.example", "http://friend.example"):
+            ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+            for response in (
+                client.options(f"{server.url}/v1/chat/completions", headers={"Origin": origin} | ask),
+                client.get(f"{server.url}/health", headers={"Origin": origin}),
+                client.get(f"{server.url}/v1/models", headers={"Origin": origin, "Authorization": "Bearer secret"}),
+            ):
+                allowed = response.headers.get("access-control-allow-origin")
+                assert allowed == (origin if "friend" in origin and cors else None)
+                assert "access-control-allow-credentials" not in response.headers
+
+
+def test_the_key(tokenizer, client):
+    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok")), ChatWeb(api_key="gehéim")) as server:
+        url = f"{server.url}/chat/completions"
+        wrong = ["", "gehéim", "Basic gehéim", "Bearer", "Bearer gehéi", "Bearer gehéimm"]
+        for given in [{}, *({"Authorization": value.encode()} for value in wrong)]:
+            refused = client.post(url, json={"messages": [user("x")]}, headers=given)
+            assert refused.status_code == 401 and "key" in refused.json()["detail"]
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for given in ("Bearer gehéim", "bearer  gehéim"):
+            answer = client.post(url, json={"messages": [user("x")]}, headers={"Authorization": given.encode()})
+            assert answer.status_code == 200
+        refused = 'nanochat_refused_total{status="401"} 7.0'
+        assert refused in client.get(f"{server.url}/metrics", headers={"Authorization": "Bearer gehéim".encode()}).text
+
+
+def test_conversations_are_logged_only_when_asked(tokenizer, client, caplog):
+    for log_chats in (False, True):
+        engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "a private answer"))
+        with serving(engine, ChatWeb(log_chats=log_chats)) as server:
+            chat(client, server, [user("a private question")])
+            client.post(f"{server.url}/v1/completions", json={"prompt": "a private text", "temperature": "private"})
+        assert ("private" in caplog.text) == log_chats
+    record = json.loads(caplog.messages[-1])
+    assert "a private question" in record["prompt"] and record["end"] == "stop"
+    assert record["answers"] == ["a private answer<|assistant_end|>"]
 
 
 # -----------------------------------------------------------------------------
@@ -242,16 +280,30 @@ def test_every_client_gets_his_own_answer(tokenizer, client):
     assert heard == said
 
 
-def test_refuses_when_too_many_wait(tokenizer, client, monkeypatch):
+def test_tells_the_place_in_the_queue_and_refuses_when_too_many_wait(tokenizer, client):
     engine = ScriptedEngine(tokenizer, endless(tokenizer), slots=1, delay=0.01)
-    monkeypatch.setattr("nanochat_jax.serve.worker.MAX_WAITING", 1)
-    with serving(engine) as server, contextlib.ExitStack() as stack:
-        for _ in range(2):
+    with serving(engine, ChatWeb(max_waiting=2)) as server, contextlib.ExitStack() as stack:
+        streams = []
+        for _ in range(3):
             other = stack.enter_context(httpx.Client(timeout=30))
-            stack.enter_context(other.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]}))
+            ask = other.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]})
+            streams.append(stack.enter_context(ask).iter_lines())
+            line = next(streams[-1])
+            assert line == f'data: {{"waiting": {len(streams) - 1}}}' if streams[1:] else "token" in line
         refused = client.post(f"{server.url}/chat/completions", json={"messages": [user("go")]})
     assert refused.status_code == 429
     assert "busy" in refused.json()["detail"] and int(refused.headers["retry-after"]) > 0
+
+
+def test_time_runs_out_and_frees_the_slot(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), slots=1, delay=0.01)
+    with serving(engine, ChatWeb(timeout=0.4)) as server, ThreadPoolExecutor(2) as pool:
+        start = time.monotonic()
+        answers = list(pool.map(lambda _: chat(client, server, [user("go")]), range(2)))  # one waits all the time
+        assert 0.4 <= time.monotonic() - start < 3
+        assert all(events[-2:] == [{"error": "no complete answer within 0.4 seconds"}, {"done": True}]
+                   for events in answers)  # fmt: skip
+        until(lambda: stats(client, server)["busy_workers"] == 0, seconds=2)
 
 
 def test_health_answers_while_the_model_computes(tokenizer, client):
@@ -309,9 +361,11 @@ def test_the_real_engine_gives_the_same_answer_alone_and_in_a_crowd(tokenizer, c
     cfg = GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
     engine = Engine(gpt.init(cfg, seed=1), cfg, tokenizer, slots=2)
     with serving(engine) as server, ThreadPoolExecutor(4) as pool:
-        ask = lambda seed: chat(client, server, [user("hello")], max_tokens=24, temperature=1.0, seed=seed)  # noqa: E731
+        options = {"max_tokens": 24, "temperature": 1.0}
+        ask = lambda seed: chat(client, server, [user("hello")], seed=seed, **options)  # noqa: E731
         alone = ask(3)
         crowd = list(pool.map(ask, (3, 4, 3, 5, 3)))
+    crowd = [[event for event in events if "waiting" not in event] for events in crowd]
     assert all(events[-1] == {"done": True} for events in crowd)
     assert crowd[0] == crowd[2] == crowd[4] == alone
     assert len({json.dumps(events) for events in crowd}) == 3
@@ -358,25 +412,47 @@ def test_a_missing_model_and_wrong_flags_are_one_line():
 
 
 def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, client, own_base_dir):
-    cfg = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=16, vocab_size=tokenizer.vocab_size, sequence_len=128)
-    tokenizer.save(own_base_dir / "tokenizer")
-    saver = checkpoint.Saver(checkpoint.run_dir("sft", "tiny"), keep_last=1)
-    saver.save(7, gpt.init(cfg), {"count": np.zeros(1)}, {}, checkpoint.model_meta(cfg) | {"tokenizer": tokenizer.hash})
-    saver.wait()
-
-    command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "--slots=1", "--device_type=cpu"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        url = next((word for line in process.stdout for word in line.split() if word.startswith("http")), None)
-        assert url, process.stderr.read()
-        server = SimpleNamespace(url=url)
+    tiny_model(tokenizer, own_base_dir, sequence_len=128)
+    with command(own_base_dir, "--slots=1") as server:
         events = chat(client, server, [user("a private remark")], max_tokens=5)
         assert events[-1] == {"done": True}
-        assert client.get(f"{url}/health").json()["model"] == "nanochat-tiny-sft"
+        assert client.get(f"{server.url}/health").json()["model"] == "nanochat-tiny-sft"
         start = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=20)
+        server.process.send_signal(signal.SIGINT)
+        rest, errors = server.process.communicate(timeout=20)
         assert time.monotonic() - start < 10
-        assert process.returncode == 130 and errors == "stopped\n" and "private" not in rest
-    finally:
-        process.kill()
+        assert server.process.returncode == 130 and errors == "stopped\n" and "private" not in rest
+
+
+def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, client, own_base_dir):
+    tiny_model(tokenizer, own_base_dir, sequence_len=2048)
+    with command(own_base_dir, "--slots=1", "--max_new_tokens=1500", "--temperature=1", "--top_k=0") as server:
+        answers, begun = [], threading.Barrier(3)
+
+        def ask(seed):
+            body = {"prompt": "go", "max_tokens": 1500, "stream": True, "seed": seed}
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+                lines = response.iter_lines()
+                begun.wait(30)
+                answers.append(list(lines)[-2])
+
+        threads = [threading.Thread(target=ask, args=[seed]) for seed in (1, 2)]  # one of them waits for the other
+        for thread in threads:
+            thread.start()
+        begun.wait(30)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            client.get(f"{server.url}/health")
+        for thread in threads:
+            thread.join(60)
+        _, errors = server.process.communicate(timeout=20)
+        assert (server.process.returncode, errors) == (0, "")
+        assert answers == ["data: [DONE]"] * 2
+
+
+def tiny_model(tokenizer, base, sequence_len: int) -> None:
+    cfg = GPTConfig(1, 1, 1, 16, tokenizer.vocab_size, sequence_len)
+    params = gpt.init(cfg)
+    never = [tokenizer.special("<|assistant_end|>"), tokenizer.bos]  # what would end an answer
+    save_model(base, params | {"lm_head": params["lm_head"].at[np.array(never)].set(0)}, cfg, tokenizer)

@@ -48,7 +48,8 @@ def command(stage: str, **changes) -> list[str]:
         flags["eval_metrics_every"] = -1
     if stage == "rl":
         del flags["total_batch_size"], flags["eval_tokens"]
-        flags |= {"mixture": "sums=0", "examples_per_step": 2, "num_samples": 4, "max_new_tokens": 8, "num_iterations": 4}
+        flags |= {"mixture": "sums=0", "examples_per_step": 2, "num_samples": 4, "max_new_tokens": 8}
+        flags["num_iterations"] = 4
     flags |= changes
     return [sys.executable, "-m", "scripts.train", f"--stage={stage}", *(f"--{k}={v}" for k, v in flags.items())]
 

@@ -33,6 +33,7 @@ from nanochat_jax.engine.programs import MAX_STOP_IDS, Schedule
 PREFILL_ROWS = 4  # prompts that are prefilled together, where as many of similar length wait
 PREFILL_TOKENS = 2048  # and only up to this many tokens: longer prompts fill the device by themselves
 SMALLEST_PROMPT = 32  # length bucket
+TOP_LOGPROBS = 20  # the device names as many alternatives as this, or none: two programs, not twenty
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Request:
     """What to generate: `n` samples that continue `ids`."""
 
     ids: Sequence[int]
-    max_tokens: int = 256  # generated tokens at most, forced ones included
+    max_tokens: int = 256  # generated tokens at most, forced ones included; 0 only with `score`
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -48,6 +49,19 @@ class Request:
     stop_ids: Sequence[int] | None = None  # default: <|assistant_end|> and <|bos|>
     n: int = 1
     tools: bool = True  # whether python blocks are answered by the calculator
+    top_logprobs: int = 0  # how many of the likeliest tokens to name beside each token, at most TOP_LOGPROBS
+    score: bool = False  # whether the prompt's tokens get log-probabilities too
+
+
+Likeliest = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How likely each token of a prompt was after those before it; of the first nothing is known."""
+
+    logprobs: list[float | None]
+    top: list[Likeliest | None]  # as many as `top_logprobs` asked for
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class Event:
     mask: list[int]  # 1: sampled, 0: forced
     logprobs: list[float]  # under the full softmax at temperature 1; of forced tokens too
     finish_reason: str | None
+    top: list[Likeliest] | None = None  # beside each token, if `top_logprobs` asked for it
+    scores: Scores | None = None  # with the first event of a sample, if `score` asked for it
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,7 @@ class _Prefilled:
     logits: jax.Array
     size: int
     prompts: list[_Prompt]
+    scores: list[Scores | None]
 
     @property
     def left(self) -> int:
@@ -168,6 +185,11 @@ class Engine:
         return sum(prompt.left for prompt in self._queue) + (self._prefilled.left if self._prefilled else 0)
 
     @property
+    def cached(self) -> int:
+        """Tokens of all samples in the cache, which has room for slots * sequence_len."""
+        return sum(row.length for row in self._rows if row)
+
+    @property
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
@@ -182,7 +204,7 @@ class Engine:
         assert not self.busy, "run with other samples under way"
         requests = list(requests)
         for request in requests:
-            self._check(request)
+            self.check(request)
         ids = [self.add(request) for request in requests]
         parts = {(i, s): [] for i, request in zip(ids, requests, strict=True) for s in range(request.n)}
         done = 0
@@ -214,13 +236,19 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its id. UserError for a request that cannot be served."""
-        self._check(request)
+        self.check(request)
         self._next_id += 1
         self._queue.append(_Prompt(self._next_id, request))
         return self._next_id
 
-    def cancel(self, id: int) -> None:
-        """Forgets a request; its slots are free at once. Unknown and finished ids are ignored."""
+    def cancel(self, id: int, sample: int | None = None) -> None:
+        """Forgets a request; its slots are free at once. Unknown and finished ids are ignored.
+
+        With `sample`, only that sample ends, which must have begun.
+        """
+        if sample is not None:
+            self._rows = [None if row and (row.id, row.sample) == (id, sample) else row for row in self._rows]
+            return
         self._queue = deque(prompt for prompt in self._queue if prompt.id != id)
         if self._prefilled:
             for prompt in self._prefilled.prompts:
@@ -244,8 +272,8 @@ class Engine:
     # -----------------------------------------------------------------------------
     # Starting samples
 
-    def _check(self, request: Request) -> None:
-        """UserError for what cannot be generated."""
+    def check(self, request: Request) -> None:
+        """UserError for what cannot be generated. Any thread may ask."""
         context, vocab = self.cfg.sequence_len, self.cfg.vocab_size
         if len(request.ids) == 0:
             raise UserError("the prompt is empty: it needs at least one token, such as <|bos|>")
@@ -253,9 +281,11 @@ class Engine:
             raise UserError(f"the prompt has {len(request.ids)} tokens: the model's context holds {context}")
         if not all(0 <= i < vocab for i in request.ids):
             raise UserError(f"the prompt holds a token id outside the vocabulary (0 to {vocab - 1})")
-        for name in ("max_tokens", "n"):
-            if getattr(request, name) < 1:
-                raise UserError(f"{name} is {getattr(request, name)}: must be at least 1")
+        for name, least in (("max_tokens", 0 if request.score else 1), ("n", 1)):
+            if getattr(request, name) < least:
+                raise UserError(f"{name} is {getattr(request, name)}: must be at least {least}")
+        if not 0 <= request.top_logprobs <= TOP_LOGPROBS:
+            raise UserError(f"top_logprobs is {request.top_logprobs}: must be from 0 to {TOP_LOGPROBS}")
         if not (math.isfinite(request.temperature) and request.temperature >= 0):
             raise UserError(f"temperature is {request.temperature}: must be 0 (greedy) or a positive number")
         if request.top_k < 0:
@@ -267,8 +297,13 @@ class Engine:
 
     def _admit(self, free: list[int]) -> list[Event]:
         """Starts as many samples of the prefilled prompts as there are free slots; returns their first tokens."""
+        done = []
         if self._prefilled is None:
             self._prefilled = self._prefill_next(len(free))
+            for prompt, scores in zip(self._prefilled.prompts, self._prefilled.scores, strict=True):
+                if prompt.request.max_tokens == 0:  # with its scores everything is said
+                    done += [Event(prompt.id, i, [], [], [], "length", None, scores) for i in range(prompt.left)]
+                    prompt.started = prompt.request.n
         batch = self._prefilled
         pairs = [(i, prompt) for i, prompt in enumerate(batch.prompts) for _ in range(prompt.left)]
         started = {}  # slot -> row of the prefill
@@ -277,6 +312,8 @@ class Engine:
             prompt.started += 1
             started[slot] = i
         self._drop_prefilled()
+        if not started:
+            return done
 
         self._fit(batch.size)
         pad = [0] * (self.slots - len(started))
@@ -288,9 +325,14 @@ class Engine:
         position = np.array([row.length + 1 if row else 0 for row in rows], np.int32)
         prefilled = np.array([started.get(slot, 0) for slot in range(self.slots)], np.int32)
         plan = sampler.plan(settings, self.cfg.vocab_size)
-        out = programs.first(batch.logits, prefilled, settings, position, plan=plan, mesh=self._mesh)
-        tokens, logprobs = jax.device_get(out)
-        return [self._record(slot, [int(tokens[slot])], [float(logprobs[slot])], [1]) for slot in started]
+        out = programs.first(
+            batch.logits, prefilled, settings, position, plan=plan, top=self._top(rows), mesh=self._mesh
+        )
+        tokens, logprobs, *top = (x[:, None] for x in jax.device_get(out))
+        for slot, i in started.items():
+            new = tokens[slot].tolist(), logprobs[slot].tolist(), [1], [x[slot] for x in top]
+            done.append(self._record(slot, *new, batch.scores[i]))
+        return done
 
     def _prefill_next(self, free: int) -> _Prefilled:
         """Runs the first prompt of the queue; together with others of its bucket, if nearly a full batch of them waits.
@@ -298,11 +340,12 @@ class Engine:
         Two batch sizes only, since each is compiled for every length bucket.
         """
 
-        def size(prompt: _Prompt) -> int:
-            return kv.bucket(len(prompt.request.ids), self.cfg.sequence_len, SMALLEST_PROMPT)
+        def kind(prompt: _Prompt) -> tuple[int, bool]:
+            size = kv.bucket(len(prompt.request.ids), self.cfg.sequence_len, SMALLEST_PROMPT)
+            return size, prompt.request.score
 
-        length = size(self._queue[0])
-        alike = [prompt for prompt in self._queue if size(prompt) == length][: min(free, PREFILL_ROWS)]
+        length, score = kind(self._queue[0])
+        alike = [prompt for prompt in self._queue if kind(prompt) == (length, score)][: min(free, PREFILL_ROWS)]
         together = len(alike) >= PREFILL_ROWS - 1 and length * PREFILL_ROWS <= PREFILL_TOKENS
         prompts = alike if together else alike[:1]
         for prompt in prompts:
@@ -312,8 +355,13 @@ class Engine:
         for i, prompt in enumerate(prompts):
             lengths[i] = len(prompt.request.ids)
             ids[i, : lengths[i]] = prompt.request.ids
-        prefix, logits = programs.prefill(self._params, ids, lengths, cfg=self.cfg, dtype=self.dtype)
-        return _Prefilled(prefix, logits, length, prompts)
+        top = min(TOP_LOGPROBS, self.cfg.vocab_size) if score else None
+        prefix, logits, scored = programs.prefill(self._params, ids, lengths, cfg=self.cfg, dtype=self.dtype, top=top)
+        scores = [None] * len(prompts)
+        if score:
+            scored = jax.device_get(scored)
+            scores = [_scores(prompt.request, *(x[i] for x in scored)) for i, prompt in enumerate(prompts)]
+        return _Prefilled(prefix, logits, length, prompts, scores)
 
     def _drop_prefilled(self) -> None:
         """Frees the memory of the prefilled prompts once all their samples are started."""
@@ -341,9 +389,9 @@ class Engine:
         self._cache, out = programs.decode(
             self._params, self._cache, schedule, settings,
             cfg=self.cfg, dtype=self.dtype, python_end=self._special["python_end"],
-            plan=sampler.plan(settings, self.cfg.vocab_size), mesh=self._mesh,
+            plan=sampler.plan(settings, self.cfg.vocab_size), top=self._top(self._rows), mesh=self._mesh,
         )  # fmt: skip
-        tokens, logprobs, counts = jax.device_get(out)
+        tokens, logprobs, counts, *top = jax.device_get(out)
         events = []
         for slot, row in enumerate(self._rows):
             if row is None:
@@ -353,7 +401,8 @@ class Engine:
             for _ in range(forced):
                 row.forced.popleft()
             mask = [0] * forced + [1] * (count - forced)
-            events.append(self._record(slot, tokens[slot, :count].tolist(), logprobs[slot, :count].tolist(), mask))
+            new = tokens[slot, :count].tolist(), logprobs[slot, :count].tolist(), mask, [x[slot, :count] for x in top]
+            events.append(self._record(slot, *new))
         return events
 
     def _fit(self, at_least: int = 0) -> None:
@@ -374,6 +423,11 @@ class Engine:
             top_p=np.array([r.top_p if r else 1 for r in requests], np.float32),
         )
 
+    def _top(self, rows: list[_Row | None]) -> int:
+        """How many of the likeliest tokens the device must name."""
+        asked = any(row.request.top_logprobs for row in rows if row)
+        return min(TOP_LOGPROBS, self.cfg.vocab_size) if asked else 0
+
     def _schedule(self) -> Schedule:
         b = self.slots
         zeros = functools.partial(np.zeros, dtype=np.int32)
@@ -392,7 +446,10 @@ class Engine:
             schedule.forced_count[slot] = len(forced)
         return schedule
 
-    def _record(self, slot: int, ids: list[int], logprobs: list[float], mask: list[int]) -> Event:
+    def _record(
+        self, slot: int, ids: list[int], logprobs: list[float], mask: list[int], top: list[np.ndarray],
+        scores: Scores | None = None,
+    ) -> Event:  # fmt: skip
         """Takes note of a row's new tokens: frees its slot if it is complete, else runs the tool it called."""
         row = self._rows[slot]
         row.token = ids[-1]
@@ -404,7 +461,9 @@ class Engine:
         elif row.request.tools:
             for token in ids:
                 self._follow(row, token)
-        return Event(row.id, row.sample, ids, mask, logprobs, reason)
+        asked = row.request.top_logprobs
+        named = _likeliest(*top, asked) if asked else None
+        return Event(row.id, row.sample, ids, mask, logprobs, reason, named, scores)
 
     def _follow(self, row: _Row, token: int) -> None:
         """The tool state machine: python_start, an expression, python_end -> the result is forced, if there is one."""
@@ -418,6 +477,19 @@ class Engine:
                 row.forced.extend([self._special["output_start"], *answer, self._special["output_end"]])
         elif row.expression is not None:
             row.expression.append(token)
+
+
+def _likeliest(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[Likeliest]:
+    """Rows of tokens and log-probabilities, each [t,top], as lists of pairs."""
+    pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in pairs]
+
+
+def _scores(request: Request, logprobs: np.ndarray, ids: np.ndarray, top: np.ndarray) -> Scores:
+    """Scores of a prompt from what the device says after each of its tokens, the padding behind them included."""
+    known = len(request.ids) - 1
+    named = _likeliest(ids[:known], top[:known], request.top_logprobs)
+    return Scores([None, *logprobs[:known].tolist()], [None, *named])
 
 
 def _join(events: list[Event]) -> Sample:

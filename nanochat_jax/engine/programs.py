@@ -18,6 +18,7 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import sampler
 
 MAX_STOP_IDS = 8
+SCORED = 128  # positions whose logits are in memory at once while a prompt is scored
 
 
 class Schedule(NamedTuple):
@@ -44,31 +45,53 @@ def _stack(params: gpt.Params) -> gpt.Params:
     return params | {"blocks": {name: jnp.stack(layers) for name, layers in params["blocks"].items()}}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def prefill(params, ids, length, *, cfg: GPTConfig, dtype):
-    """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows and next-token logits [p,v]."""
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "top"))
+def prefill(params, ids, length, *, cfg: GPTConfig, dtype, top: int | None = None):
+    """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows, next-token logits [p,v], scores.
+
+    With `top`, scores are the log-probabilities [p,t] of each token's follower, and after each token the `top`
+    likeliest ones and theirs [p,t,top]; otherwise None.
+    """
     rows, size = ids.shape
     empty = kv.make(cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
     x, cache = gpt.decode(_stack(params), cfg, ids, empty, dtype)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
-    return {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
+    prefix, logits = {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
+    if top is None:
+        return prefix, logits, None
+
+    def score(inputs):
+        x, following = inputs
+        logits = gpt.head(params, cfg, x)
+        return sampler.log_prob(logits, following), *sampler.likeliest(logits, top)
+
+    # By position: the logits of a whole prompt at once would take more memory than the model.
+    by_position = jnp.swapaxes(x, 0, 1), jnp.roll(ids, -1, axis=1).T
+    scores = jax.lax.map(score, by_position, batch_size=max(1, SCORED // rows))
+    return prefix, logits, jax.tree.map(lambda scored: jnp.swapaxes(scored, 0, 1), scores)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "mesh"))
-def first(logits, row, settings, position, *, plan: sampler.Plan, mesh):
-    """First tokens [b] and their log-probabilities: slot i draws its own from row[i] of the prefill's logits [p,v]."""
+@functools.partial(jax.jit, static_argnames=("plan", "top", "mesh"))
+def first(logits, row, settings, position, *, plan: sampler.Plan, top: int, mesh):
+    """First tokens [b] and their log-probabilities: slot i draws its own from row[i] of the prefill's logits [p,v].
+    Then the `top` likeliest tokens [b,top] and theirs."""
 
     def draw(logits, row, settings, position):
         logits = logits[row]
         token = sampler.sample(logits, settings, position, plan)
-        return token, sampler.log_prob(logits, token)
+        return token, sampler.log_prob(logits, token), *sampler.likeliest(logits, top)
 
     return sharding.everywhere(sharding.by_rows(draw, mesh)(logits, row, settings, position), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "python_end", "plan", "mesh"), donate_argnames="cache")
-def decode(params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_end: int, plan: sampler.Plan, mesh):
-    """A chunk of decoding -> (cache, (tokens [b,steps], log-probabilities [b,steps], how many of them count [b])).
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "dtype", "python_end", "plan", "top", "mesh"), donate_argnames="cache"
+)
+def decode(
+    params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_end: int, plan: sampler.Plan, top: int, mesh
+):
+    """A chunk of decoding -> (cache, (tokens [b,steps], log-probabilities [b,steps], how many of them count [b],
+    the `top` likeliest tokens [b,steps,top] of each step, their log-probabilities)).
 
     A row that is not active repeats its last step without growing, which leaves its cache as it is.
     """
@@ -81,7 +104,7 @@ def decode(params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_e
             logits = gpt.head(params, cfg, x[:, 0])
             sampled = sampler.sample(logits, settings, length + 1, plan)
             token = jnp.where(active, jnp.where(i < schedule.forced_count, forced, sampled), token)
-            emitted = (token, sampler.log_prob(logits, token), active)
+            emitted = (token, sampler.log_prob(logits, token), active, *sampler.likeliest(logits, top))
             length, left = length + active, left - active
             ends = (token[:, None] == schedule.stop).any(-1) | (left <= 0)
             pauses = schedule.tools & (token == python_end)
@@ -90,8 +113,8 @@ def decode(params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_e
 
         carry = (cache, schedule.token, schedule.length, schedule.left, schedule.active)
         inputs = (jnp.arange(schedule.forced.shape[1]), schedule.forced.T)
-        (cache, *_), (tokens, logprobs, counts) = jax.lax.scan(step, carry, inputs)
-        return cache, (tokens.T, logprobs.T, counts.sum(0))
+        (cache, *_), (tokens, logprobs, counts, *likeliest) = jax.lax.scan(step, carry, inputs)
+        return cache, (tokens.T, logprobs.T, counts.sum(0), *(jnp.swapaxes(x, 0, 1) for x in likeliest))
 
     cache, out = sharding.by_rows(chunk, mesh)(params, cache, schedule, settings)
     return cache, sharding.everywhere(out, mesh)

@@ -83,6 +83,14 @@ def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def likeliest(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
+    """The `top` likeliest tokens [b,top] of logits [b,v] and their log-probabilities; empty arrays for 0."""
+    if not top:
+        return jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), logits.dtype)
+    scores, ids = jax.lax.top_k(logits, top)
+    return ids, scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
 def _key(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
 

@@ -1,28 +1,33 @@
-"""The web server: the page, the stream of an answer, health and statistics.
+"""The web server: the page, the stream of an answer, health and statistics; OpenAI's API is in openai.py.
 
 `POST /chat/completions` answers with server-sent events, one JSON object a `data:` line: {"token": text, "gpu": 0},
-{"python": expression} and {"output": result} for the calculator, {"dropped": n} if the oldest messages did not fit,
-{"cut": "length"} if the answer did not end by itself, {"error": text}, and at the end {"done": true}. Whatever a
-client gets wrong is answered with 400 and {"detail": reason}. Nothing of a conversation is logged.
+{"python": expression} and {"output": result} for the calculator, {"waiting": place} for whom no slot is free yet,
+{"dropped": n} if the oldest messages did not fit, {"cut": "length"} if the answer did not end by itself, {"error":
+text}, and at the end {"done": true}. A conversation whose last message is the assistant's is continued there. Whatever
+a client gets wrong is answered with 400 and {"detail": reason}. Nothing of a conversation is logged unless asked.
 """
 
-import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
+from starlette.middleware.cors import CORSMiddleware
 
 from nanochat_jax.config import ChatWeb, UserError
 from nanochat_jax.conversation import PartReader, prompt
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.engine import Request as EngineRequest
+from nanochat_jax.serve import errors, openai
+from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.guard import Guard
+from nanochat_jax.serve.metrics import CONTENT_TYPE, Metrics
+from nanochat_jax.serve.reply import HEARTBEAT, PATIENCE, Reply, data
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, EngineWorker
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -31,7 +36,6 @@ ROLES = ("user", "assistant", "system")
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000
 MAX_CHARS = 32_000
-MAX_BODY = 1 << 20  # bytes; 32,000 characters, each escaped, are well below it
 
 # The page runs its own inline script and talks to its own server, nothing else.
 PAGE_HEADERS = {
@@ -41,7 +45,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-EVENT_NAMES = {"text": "token", "python": "python", "python_output": "output"}
+EVENT_NAMES = {"python": "python", "python_output": "output"}
 
 
 class Part(BaseModel):
@@ -70,7 +74,9 @@ class ChatRequest(BaseModel):
 
 def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu") -> FastAPI:
     """The application around one engine, which from now on belongs to it. `name` is the model's, for the page."""
-    worker = EngineWorker(engine)
+    metrics = Metrics()
+    worker = EngineWorker(engine, metrics, settings.max_waiting, settings.timeout, settings.log_chats)
+    metrics.watch(worker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -79,9 +85,18 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
         await run_in_threadpool(worker.stop)
 
     # The stock documentation pages load their scripts from elsewhere, so there are none; /openapi.json remains.
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    app = FastAPI(
+        title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=errors.handlers()
+    )
+    app.state.worker = worker
+    app.add_middleware(Guard, api_key=settings.api_key, metrics=metrics)
+    if settings.cors:  # outside of the guard, since browsers ask for permission without the key
+        origins = [origin.strip() for origin in settings.cors.split(",")]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"],
+        )  # fmt: skip
+    app.include_router(openai.routes(engine, worker, settings, name))
 
     @app.get("/", include_in_schema=False)
     async def page():
@@ -119,6 +134,10 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
             "workers": [{"gpu_id": 0, "device": device}] * worker.slots,
         }
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus():
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
     @app.post("/chat/completions")
     async def chat_completions(body: ChatRequest):
         check(body.messages)
@@ -127,12 +146,12 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
             request, dropped = await run_in_threadpool(to_request, body, engine, settings)
             answer = worker.submit(request)
         except UserError as error:
-            raise HTTPException(400, str(error)) from None
+            raise ApiError(400, str(error)) from None
         except Busy:
-            raise HTTPException(429, "the server is busy; try again in a moment", {"Retry-After": "2"}) from None
+            raise ApiError(429, "the server is busy; try again in a moment", headers=openai.RETRY) from None
         except EngineFailure as error:
-            raise HTTPException(503, str(error)) from None
-        return AnswerResponse(answer, events(answer, engine.tokenizer, dropped))
+            raise ApiError(503, str(error)) from None
+        return Reply(answer, events(answer, engine.tokenizer, dropped))
 
     return app
 
@@ -140,22 +159,21 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
 def check(messages: list[Message]) -> None:
     """HTTP 400, naming the reason, for a conversation that cannot be answered."""
     if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise HTTPException(400, f"messages: got {len(messages)}, allowed are 1 to {MAX_MESSAGES}")
+        raise ApiError(400, f"messages: got {len(messages)}, allowed are 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
         if message.role not in ROLES:
-            raise HTTPException(400, f"messages[{i}].role: got {message.role[:40]!r}, allowed are {', '.join(ROLES)}")
+            raise ApiError(400, f"messages[{i}].role: got {message.role[:40]!r}, allowed are {', '.join(ROLES)}")
         # What the model itself has said must be welcome again, however long it was (the specification refuses it).
         longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
         if not 1 <= message.chars <= longest:
             reason = f"has {message.chars} characters, allowed are 1 to {longest}"
-            raise HTTPException(400, f"messages[{i}].content: {reason}")
+            raise ApiError(400, f"messages[{i}].content: {reason}")
         if not isinstance(message.content, str) and message.role != "assistant":
-            raise HTTPException(400, f"messages[{i}].content: only an assistant's content may be a list of parts")
+            raise ApiError(400, f"messages[{i}].content: only an assistant's content may be a list of parts")
     if (total := sum(message.chars for message in messages)) > MAX_CHARS:
-        raise HTTPException(400, f"messages: {total} characters in all, allowed are {MAX_CHARS}")
-
-    if messages[-1].role != "user":
-        raise HTTPException(400, f"messages[{len(messages) - 1}].role: got {messages[-1].role}, the last must be user")
+        raise ApiError(400, f"messages: {total} characters in all, allowed are {MAX_CHARS}")
+    if messages[-1].role == "system":
+        raise ApiError(400, f"messages[{len(messages) - 1}].role: got system, the last must be user or assistant")
 
 
 def to_request(body: ChatRequest, engine: Engine, settings: ChatWeb) -> tuple[EngineRequest, int]:
@@ -177,62 +195,19 @@ def to_request(body: ChatRequest, engine: Engine, settings: ChatWeb) -> tuple[En
 async def events(answer: Answer, tokenizer: Tokenizer, dropped: int) -> AsyncIterator[str]:
     """The lines of the event stream."""
     if dropped:
-        yield line(dropped=dropped)
+        yield data({"dropped": dropped})
+    if answer.place:
+        yield data({"waiting": answer.place})
     reader = PartReader(tokenizer)
     try:
-        async for event in answer:
+        async for event in answer.events(PATIENCE):
+            if event is None:
+                yield HEARTBEAT
+                continue
             for kind, text in reader.read(event.ids, end=event.finish_reason is not None):
-                yield line(token=text, gpu=0) if kind == "text" else line(**{EVENT_NAMES[kind]: text})
+                yield data({"token": text, "gpu": 0} if kind == "text" else {EVENT_NAMES[kind]: text})
             if event.finish_reason not in (None, "stop"):
-                yield line(cut=event.finish_reason)
+                yield data({"cut": event.finish_reason})
     except EngineFailure as error:
-        yield line(error=str(error))
-    yield line(done=True)
-
-
-def line(**fields) -> str:
-    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
-
-
-class AnswerResponse(StreamingResponse):
-    """Streams an answer, and gives its slot back however the stream ends: done, failed, or the client gone."""
-
-    def __init__(self, answer: Answer, lines: AsyncIterator[str]):
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not collect the tokens
-        super().__init__(lines, media_type="text/event-stream", headers=headers)
-        self._answer = answer
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.close()
-
-
-class BodyLimit:
-    """ASGI middleware: 413 for a request body over MAX_BODY, before it is held in memory."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        size = 0
-
-        async def limited():
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
-            return message
-
-        await self.app(scope, limited, send)
-
-
-async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    """FastAPI's 422 with its list of objects becomes 400 with one line: the field and what is wrong with it."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
-    return JSONResponse({"detail": f"{field or 'body'}: {first['msg']}"}, status_code=400)
+        yield data({"error": str(error)})
+    yield data({"done": True})

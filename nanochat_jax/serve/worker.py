@@ -1,19 +1,21 @@
 """The one thread that owns the engine, and the way from the event loop to it and back.
 
 The model computes for milliseconds at a time, and the event loop that talks to the clients must not wait for it. So
-handlers only put a request on a queue and await events; the thread adds requests to the engine between two steps,
-and hands every event back to the loop it came from.
+handlers only put requests on a queue and await events; the thread adds requests to the engine between two steps, and
+hands the events of a step back to the loop, all of them at once.
 """
 
 import asyncio
+import dataclasses
+import json
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 
 from nanochat_jax.engine.engine import Engine, Event, Request
-
-MAX_WAITING = 64  # requests that may wait for a slot; the next one is better off asking again later
+from nanochat_jax.serve.metrics import Metrics
 
 log = logging.getLogger("nanochat_jax.serve")
 
@@ -26,52 +28,96 @@ class EngineFailure(Exception):
     """The request cannot be answered; the text says why, in words a client may see."""
 
 
+class TimedOut(EngineFailure):
+    """The answer took longer than it may."""
+
+
 class Answer:
-    """The answer to one request: an async iterator of the engine's events. Close it to give up its slot."""
+    """The answer to some requests of one client: an async iterator of the engine's events.
 
-    def __init__(self, worker: "EngineWorker", request: Request):
-        self.request = request
+    `request` of an event is an index into `requests`. None among the events: nothing has happened for a while. Close
+    the answer to give up its slots.
+    """
+
+    def __init__(self, worker: "EngineWorker", requests: Sequence[Request], place: int):
+        self.requests = requests
+        self.place = place  # in the queue for a slot, when they came; 0: there was a free one
+        self.samples = sum(request.n for request in requests)
+        self.seconds = worker.seconds
+        self.ids = {}  # the engine's names for the requests -> index; this and the next are the thread's
+        self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
+        self.timing = Timing(time.monotonic())
+        self.said: dict[tuple[int, int], list[int]] = {}  # tokens by request and sample, if they are logged
         self._worker = worker
-        self._loop = asyncio.get_running_loop()
         self._events = asyncio.Queue()
-        self.id: int | None = None  # the engine's name for the request; this and the next are the thread's
-        self.unfinished = request.n  # samples still being generated
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while (event := await self._events.get()) is not None:
+    async def events(self, patience: float) -> AsyncIterator[Event | None]:
+        """The events as they come; None after every `patience` seconds without one.
+
+        EngineFailure if they end early, TimedOut if that is for the time they take.
+        """
+        while True:
+            left = self.timing.submitted + self.seconds - time.monotonic() if self.seconds else patience
+            try:
+                async with asyncio.timeout(max(0, min(patience, left))):
+                    event = await self._events.get()
+            except TimeoutError:
+                if left <= patience and self.seconds:
+                    self.close()
+                    raise TimedOut(f"no complete answer within {self.seconds:g} seconds") from None
+                yield None
+                continue
+            if event is None:
+                return
             if isinstance(event, Exception):
                 raise event
             yield event
+
+    def cancel(self, request: int, sample: int) -> None:
+        """Ends one sample that has begun."""
+        self._worker.cancel(self, request, sample)
 
     def close(self) -> None:
         """Cancels what is left of the answer. Does nothing after its end, so it can always be called."""
         self._worker.cancel(self)
 
-    def deliver(self, event: Event | Exception | None) -> None:
-        """Called by the worker's thread with an event, and at the end with None or the exception to raise."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: the server has shut down, nobody listens
-            log.debug("an event came after the end of the event loop")
+    def put(self, event: Event | Exception | None) -> None:
+        """Called in the event loop with an event, and at the end with None or the exception to raise."""
+        self._events.put_nowait(event)
+
+
+@dataclasses.dataclass
+class Timing:
+    """When things happened to an answer (time.monotonic)."""
+
+    submitted: float
+    first: float | None = None  # token
+    tokens: int = 0
 
 
 class EngineWorker:
     """Runs `engine` in a background thread for any number of clients.
 
-    The engine generates as many answers at once as it has slots; at most MAX_WAITING more requests wait for one.
+    The engine generates as many samples at once as it has slots; while `max_waiting` more wait for one, nobody else
+    is let in. An answer may take `seconds` (0: as long as it takes). With `log_chats` prompts and answers are logged.
     """
 
-    def __init__(self, engine: Engine):
-        self.slots = engine.slots
+    def __init__(self, engine: Engine, metrics: Metrics, max_waiting: int, seconds: float, log_chats: bool = False):
+        self.slots, self.metrics, self.max_waiting, self.seconds = engine.slots, metrics, max_waiting, seconds
+        self.log_chats = log_chats
         self.failure: Exception | None = None
         self._engine = engine
         self._lock = threading.Lock()
         self._live: set[Answer] = set()  # submitted and not over; guarded by the lock, the rest is the thread's
         self._answers: dict[int, Answer] = {}  # what the engine is working on, by its ids
         self._inbox = queue.SimpleQueue()
+        self._outbox: list[tuple[Answer, Event | Exception | None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Called in the event loop that will await the answers."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> None:
@@ -79,40 +125,64 @@ class EngineWorker:
         self._inbox.put(("stop", None))
         self._thread.join(timeout)
 
+    def stop_after(self, seconds: float) -> None:
+        """Ends what is not complete after `seconds`. Whoever calls this lets nobody new in."""
+        timer = threading.Timer(seconds, self._inbox.put, [("stop", None)])
+        timer.daemon = True
+        timer.start()
+
     @property
     def running(self) -> int:
-        """Answers being generated."""
-        return min(len(self._live), self.slots)
+        """Samples being generated."""
+        return min(self._samples(), self.slots)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._live) - self.running
+        """Samples that wait for a slot."""
+        return max(0, self._samples() - self.slots)
 
-    def submit(self, request: Request) -> Answer:
-        """Queues `request` and returns its answer at once. Busy if too many wait; EngineFailure if the engine died."""
-        answer = Answer(self, request)
+    @property
+    def cache_use(self) -> float:
+        """Share of the cache that holds tokens."""
+        return self._engine.cached / (self.slots * self._engine.cfg.sequence_len)
+
+    def _samples(self) -> int:
+        with self._lock:
+            return sum(len(answer.unfinished) for answer in self._live)
+
+    def submit(self, *requests: Request) -> Answer:
+        """Queues `requests` and returns their answer at once. Busy if too many wait; EngineFailure if the engine died.
+
+        The engine must have checked them.
+        """
         with self._lock:
             if self.failure:
                 raise EngineFailure("the model has stopped working; restart the server")
-            if len(self._live) >= self.slots + MAX_WAITING:
+            live = sum(len(answer.unfinished) for answer in self._live)
+            if live >= self.slots + self.max_waiting:
                 raise Busy
+            answer = Answer(self, requests, max(0, live - self.slots + 1))
             self._live.add(answer)
         self._inbox.put(("add", answer))
         return answer
 
-    def cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: Answer, *which: int) -> None:
+        """Ends `answer`, or of it only the sample (request, sample)."""
         with self._lock:
             live = answer in self._live
         if live:
-            self._inbox.put(("cancel", answer))
+            self._inbox.put(("cancel", answer, *which))
+
+    # -----------------------------------------------------------------------------
+    # In the thread
 
     def _run(self) -> None:
         """Messages first, then one step; sleeps on the inbox when there is nothing to generate."""
         try:
             while self._read_inbox():
                 for event in self._engine.step() if self._answers else ():
-                    self._deliver(event)
+                    self._take(event)
+                self._send_outbox()
             self._end_all(EngineFailure("the server is shutting down"))
         except Exception as error:  # an out-of-memory device, a bug: the engine's state is lost with it
             log.exception("the engine failed")
@@ -121,43 +191,85 @@ class EngineWorker:
     def _read_inbox(self) -> bool:
         """Handles every message there is, waiting for one if the engine is idle. False: stop."""
         while not self._answers or not self._inbox.empty():
-            kind, answer = self._inbox.get()
+            kind, *message = self._inbox.get()
             if kind == "stop":
                 return False
             if kind == "add":
-                self._add(answer)
+                self._add(*message)
             else:
-                self._cancel(answer)
+                self._cancel(*message)
+            self._send_outbox()
         return True
 
     def _add(self, answer: Answer) -> None:
-        try:
-            answer.id = self._engine.add(answer.request)
-            self._answers[answer.id] = answer
-        except ValueError as error:  # the engine refuses this request and is well otherwise
-            self._end(answer, EngineFailure(str(error)))
+        for i, request in enumerate(answer.requests):
+            id = self._engine.add(request)
+            answer.ids[id] = i
+            self._answers[id] = answer
 
-    def _cancel(self, answer: Answer) -> None:
-        if answer.id in self._answers:  # otherwise it was over before the message arrived
-            self._engine.cancel(answer.id)
-            self._end(answer)
-
-    def _deliver(self, event: Event) -> None:
-        answer = self._answers[event.request]
-        answer.deliver(event)
-        answer.unfinished -= event.finish_reason is not None
-        if not answer.unfinished:
-            self._end(answer)
-
-    def _end(self, answer: Answer, error: EngineFailure | None = None) -> None:
-        self._answers.pop(answer.id, None)
+    def _cancel(self, answer: Answer, request: int | None = None, sample: int | None = None) -> None:
+        for id, i in answer.ids.items():
+            if request in (None, i) and self._answers.get(id) is answer:  # otherwise it was over before the message
+                self._engine.cancel(id, sample)
+        left = {(i, s) for i, s in answer.unfinished if (i, s) != (request, sample)} if request is not None else set()
         with self._lock:
+            answer.unfinished = left
+        if not left:
+            self._end(answer, "cancelled" if request is None else "stop")
+
+    def _take(self, event: Event) -> None:
+        answer, now = self._answers[event.request], time.monotonic()
+        index, timing = answer.ids[event.request], answer.timing
+        if (index, event.sample) not in answer.unfinished:
+            return
+        if timing.first is None:
+            timing.first = now
+            self.metrics.first_token.observe(now - timing.submitted)
+            self.metrics.prompt_tokens.inc(sum(len(request.ids) for request in answer.requests))
+        timing.tokens += len(event.ids)
+        self.metrics.generated_tokens.inc(len(event.ids))
+        if self.log_chats:
+            answer.said.setdefault((index, event.sample), []).extend(event.ids)
+        self._outbox.append((answer, dataclasses.replace(event, request=index)))
+        if event.finish_reason is not None:
+            with self._lock:
+                answer.unfinished.discard((index, event.sample))
+            if not answer.unfinished:
+                self._end(answer, event.finish_reason)
+
+    def _end(self, answer: Answer, reason: str, error: EngineFailure | None = None) -> None:
+        for id in answer.ids:
+            self._answers.pop(id, None)
+        with self._lock:
+            if answer not in self._live:
+                return
             self._live.discard(answer)
-        answer.deliver(error)
+        self.metrics.ended(answer, reason)
+        if self.log_chats:
+            decode = self._engine.tokenizer.decode
+            for i, request in enumerate(answer.requests):
+                answers = [decode(ids) for (j, _), ids in sorted(answer.said.items()) if i == j]
+                log.warning(json.dumps({"prompt": decode(request.ids), "answers": answers, "end": reason}))
+        self._outbox.append((answer, error))
 
     def _end_all(self, error: EngineFailure, failure: Exception | None = None) -> None:
         with self._lock:
             self.failure = failure or error
-            live, self._live = self._live, set()
+            live = list(self._live)
         for answer in live:
-            answer.deliver(error)
+            self._end(answer, "failed", error)
+        self._send_outbox()
+
+    def _send_outbox(self) -> None:
+        """Wakes the event loop once for everything there is: waking it for each event would take it longer."""
+        sent, self._outbox = self._outbox, []
+
+        def put_all() -> None:
+            for answer, event in sent:
+                answer.put(event)
+
+        if sent:
+            try:
+                self._loop.call_soon_threadsafe(put_all)
+            except RuntimeError:  # the loop is closed: the server has shut down, nobody listens
+                log.debug("events came after the end of the event loop")

@@ -94,7 +94,7 @@ def train(cfg: config.Rl) -> None:
         held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step
         if steps < 1:
-            raise UserError(f"--examples_per_step={cfg.examples_per_step}: {'|'.join(cfg.mixture)} has only {len(task)}")
+            raise UserError(f"--examples_per_step={cfg.examples_per_step}: only {len(task)} problems")
         answers = cfg.examples_per_step * cfg.num_samples
         if answers % jax.device_count():
             raise UserError(

@@ -1,13 +1,10 @@
 """tok_train and tok_eval on a small folder of text."""
 
-import io
 import json
 import time
-import types
 
 import pytest
 import tiktoken
-from rich.console import Console
 
 from nanochat_jax import config, metrics
 from nanochat_jax.tokenizer import Tokenizer
@@ -67,32 +64,6 @@ def test_too_little_text_for_the_vocabulary_is_said(corpus, own_base_dir, capsys
     tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=50_000))
     size = Tokenizer.load(own_base_dir / "tokenizer").vocab_size
     assert f"{size:,} tokens instead of --vocab_size=50000" in capsys.readouterr().out
-
-
-def test_progress_in_characters_and_merges(monkeypatch, capsys):
-    """Lines where there is no terminal, every ten seconds and not in the first two; a bar where there is one."""
-    now = [100.0]
-    monkeypatch.setattr(tok_train, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    with tok_train.Meter(1_000_000_000) as meter:
-        for seconds in (1, 3, 4, 12, 14):
-            now[0] = 100.0 + seconds
-            meter.chars(seconds * 5_000_000)
-        now[0] = 130.0
-        meter.merges(1000, 65271)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "3 s: 15M characters, 5.0M characters/s", "14 s: 70M characters, 5.0M characters/s",
-        "30 s: 1,000 of 65,271 merges",
-    ]  # fmt: skip
-
-    with tok_train.Meter(1_000_000_000) as meter:
-        meter.bar.live.console = Console(file=io.StringIO(), force_terminal=True, width=100)
-        for seconds, report in ((3, lambda: meter.chars(500_000_000)), (4, lambda: meter.merges(1000, 65271))):
-            now[0] = 130.0 + seconds
-            report()
-            meter.bar.refresh()
-    drawn = meter.bar.live.console.file.getvalue()
-    assert "500M characters, 166.7M characters/s" in drawn and "1,000 of 65,271 merges" in drawn and "━" in drawn
 
 
 @pytest.mark.parametrize("wrong", [{"vocab_size": 100}, {"max_chars": 0}, {"doc_cap": -1}])

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.attention import accumulator, cached_attention, causal_attention
@@ -44,11 +45,19 @@ PLAIN = Execution()
 # Pieces
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x [b,t,i] @ w [i,o] -> [b,t,o] in `dtype`, accumulated in float32.
+MATMUL = "matmul"  # what jax.checkpoint knows the results of `dense` by
 
-    With its own VJP because plain autodiff would hand float32 cotangents to the two matmuls of the backward pass,
+
+def dense(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x [b,t,i] @ w [i,o] -> [b,t,o] in `dtype`, accumulated in float32."""
+    return checkpoint_name(_dense(x, w, dtype), MATMUL)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x, w, dtype):
+    """`dense` with its own VJP.
+
+    Plain autodiff would hand float32 cotangents to the two matmuls of the backward pass,
     which then miss the fast bf16 kernels on GPUs and CPUs alike. The weight gradient is float32.
     """
     y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accumulator(dtype))
@@ -56,7 +65,7 @@ def dense(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _dense_forward(x, w, dtype):
-    return dense(x, w, dtype), (x, w)
+    return _dense(x, w, dtype), (x, w)
 
 
 def _dense_backward(dtype, saved, g):
@@ -68,7 +77,7 @@ def _dense_backward(dtype, saved, g):
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 def norm(x: jax.Array, eps: float) -> jax.Array:

@@ -94,7 +94,7 @@ def make_step(
 def execution(cfg: Train) -> gpt.Execution:
     """How the stage's settings want the blocks computed."""
     kept = jax.checkpoint_policies
-    known = {"none": None, "matmuls": kept.dots_with_no_batch_dims_saveable, "full": kept.nothing_saveable}
+    known = {"none": None, "matmuls": kept.save_only_these_names(gpt.MATMUL), "full": kept.nothing_saveable}
     if cfg.remat not in known:
         raise UserError(f"--remat={cfg.remat}: must be one of {', '.join(known)}")
     saved = known[cfg.remat]

@@ -24,7 +24,7 @@ CASES = {
     "one batch": gpt.PLAIN,
     "scan": gpt.Execution(scan=True),
     "remat": gpt.Execution(saved=KEEP.nothing_saveable),
-    "remat matmuls": gpt.Execution(scan=True, saved=KEEP.dots_with_no_batch_dims_saveable),
+    "remat matmuls": gpt.Execution(scan=True, saved=KEEP.save_only_these_names(gpt.MATMUL)),
 }
 
 

@@ -28,7 +28,15 @@ pub struct Entry {
     pub len: u32,
 }
 
-/// Two entries that share a hash: one cache line. The one used first, or put in last, comes first.
+impl Entry {
+    fn new(key: Key, ids: &[u32]) -> Self {
+        let mut entry = Self { key, ids: [0; INLINE], len: ids.len() as u32 };
+        entry.ids[..ids.len()].copy_from_slice(ids);
+        entry
+    }
+}
+
+/// Two entries that share a hash: one cache line. The later one comes first.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Bucket([Entry; 2]);
@@ -68,20 +76,17 @@ impl Cache {
         (entry.key == key).then_some(entry)
     }
 
-    /// Keeps a short chunk of at most INLINE ids; of the two that were in its place, the later one goes.
+    /// Keeps a short chunk of at most INLINE ids; of the two that were in its place, the one behind goes.
     pub fn put(&mut self, key: Key, ids: &[u32]) {
-        let at = key.hash() % BUCKETS;
-        let mut entry = Entry { key, len: ids.len() as u32, ..Entry::default() };
-        entry.ids[..ids.len()].copy_from_slice(ids);
-        let Bucket([first, second]) = &mut self.buckets[at];
-        *second = std::mem::replace(first, entry);
+        let Bucket([first, second]) = &mut self.buckets[key.hash() % BUCKETS];
+        *second = std::mem::replace(first, Entry::new(key, ids));
     }
 
     /// Keeps a short chunk if there is room.
     pub fn put_if_free(&mut self, key: Key, ids: &[u32]) {
-        let at = key.hash() % BUCKETS;
-        if self.buckets[at].0[1].key == Key::default() {
-            self.put(key, ids);
+        let Bucket(ways) = &mut self.buckets[key.hash() % BUCKETS];
+        if let Some(free) = ways.iter_mut().find(|entry| entry.key == Key::default()) {
+            *free = Entry::new(key, ids);
         }
     }
 

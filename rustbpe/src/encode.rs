@@ -89,7 +89,7 @@ impl Encoder {
         self.starts.windows(2).map(|w| &self.bytes[w[0]..w[1]])
     }
 
-    /// Fails only where the pattern does (see `Splitter::for_each`).
+    /// Fails only where the pattern does (see `Splitter::chunks`).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
         let mut ids = vec![0; Self::room_for(text)];
         let len = self.with_cache(|cache| self.encode_with(cache, text, &mut ids))?;

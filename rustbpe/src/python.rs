@@ -7,7 +7,7 @@ use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyUnicodeEncodeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyString};
+use pyo3::types::{PyBytes, PyList, PyString};
 
 use crate::batch::Id;
 use crate::count::ChunkCounts;
@@ -174,13 +174,14 @@ impl Tokenizer {
     }
 
     /// The ids of each text, an iterable of str, on all cores.
-    fn batch_encode(&self, py: Python<'_>, texts: Py<PyAny>) -> Fallible<Vec<Vec<u32>>> {
+    fn batch_encode<'py>(&self, py: Python<'py>, texts: Py<PyAny>) -> Fallible<Vec<Bound<'py, PyList>>> {
         let encoder = self.encoder();
         let plan = Plan::new(None);
         let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |send| feed_batch(&texts, send)))?;
         let mut ids = vec![0; encoded.len()];
         py.detach(|| encoded.write(plan.threads, &mut ids));
-        Ok(encoded.offsets.windows(2).map(|w| ids[w[0] as usize..w[1] as usize].to_vec()).collect())
+        let lists = encoded.offsets.windows(2).map(|w| PyList::new(py, &ids[w[0] as usize..w[1] as usize]));
+        Ok(lists.collect::<PyResult<_>>()?)
     }
 
     /// The ids of all texts, an iterable of str, end to end: (tokens, offsets), two numpy arrays. Text i has the ids

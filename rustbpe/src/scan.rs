@@ -119,13 +119,16 @@ fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
     (!letters as u32 >> from << from).trailing_zeros() as usize
 }
 
-/// The same with the means of every machine: eight bytes in one number.
 #[cfg(not(target_arch = "x86_64"))]
+use portable_end_of_letters as end_of_letters;
+
+/// The same with the means of every machine: eight bytes in one number, and no sum carries into the next byte.
+#[cfg(any(test, not(target_arch = "x86_64")))]
 #[inline(always)]
-fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
+fn portable_end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
     const ONES: u64 = u64::MAX / 0xff;
     const HIGHS: u64 = 0x80 * ONES;
-    // The high bit of each byte that is no letter. No sum carries into the next byte.
+    // The high bit of each byte that is no letter.
     let others = |bytes: u64| {
         let lower = (bytes | (0x20 * ONES)) & !HIGHS;
         let from_a = lower + (0x80 - u64::from(b'a')) * ONES;
@@ -174,8 +177,8 @@ const BYTES: [Byte; 256] = {
     bytes
 };
 
-/// A chunk as its first two bytes suggest it, in one number: its length, if it is no word (lowest byte); all ones, if it
-/// is (second); a bit for each `Byte` that proves the guess right behind the chunk (third).
+/// A chunk as its first two bytes suggest it, in one number: its length, unless it is a word (lowest byte); all ones, if
+/// it is (second); a bit for each `Byte` that proves the guess right where it stands behind the chunk (third).
 type Guess = u32;
 
 /// By the first and the second byte. A look-up has no branch to mispredict, and prose has no pattern to predict.
@@ -184,39 +187,47 @@ type Guesses = [[Guess; 8]; 8];
 static GUESSES: [Guesses; 3] = [guesses(1), guesses(2), guesses(3)];
 
 const fn guesses(digits: usize) -> Guesses {
-    use Byte::*;
-    const ALL: [Byte; 8] = [Letter, Digit, Space, Tab, Newline, Symbol, Apostrophe, Rest];
-    const LETTER: u8 = 1 << Letter as u8;
-    const DIGIT: u8 = 1 << Digit as u8;
-    const BLANK: u8 = 1 << Space as u8 | 1 << Tab as u8;
-    const NEWLINE: u8 = 1 << Newline as u8;
-    const SYMBOL: u8 = 1 << Symbol as u8 | 1 << Apostrophe as u8;
+    const ALL: [Byte; 8] = {
+        use Byte::*;
+        [Letter, Digit, Space, Tab, Newline, Symbol, Apostrophe, Rest]
+    };
     let mut table = [[0; 8]; 8];
     let mut i = 0;
     while i < 64 {
-        let (first, second) = (ALL[i / 8], ALL[i % 8]);
-        let (len, word, behind): (u8, u8, u8) = match (first, second) {
-            (Letter, _) | (Space | Tab | Symbol, Letter) => (0, 0xff, !(1 << Rest as u8)),
-            (Digit, Digit) => match digits {
-                1 => (1, 0, 0xff),
-                2 => (2, 0, 0xff),
-                _ => (1, 0, 0),
-            },
-            (Digit, Rest) => (1, 0, 0),
-            // One that cannot go on: a digit before none, white space before a digit or a symbol, and the like.
-            (Digit, _) | (_, Digit) => (1, 0, 0xff),
-            (Newline, Letter | Symbol | Apostrophe) | (Tab, Symbol | Apostrophe) => (1, 0, 0xff),
-            (Symbol | Apostrophe, Space | Tab) => (1, 0, 0xff),
-            // Symbols, then newlines, as long as there are any.
-            (Space | Symbol | Apostrophe, Symbol | Apostrophe) => (2, 0, LETTER | DIGIT | BLANK),
-            (Symbol | Apostrophe, Newline) => (2, 0, !NEWLINE),
-            (Newline, Newline) => (2, 0, LETTER | DIGIT | SYMBOL),
-            _ => (1, 0, 0),
-        };
-        table[i / 8][i % 8] = len as Guess | (word as Guess) << 8 | (behind as Guess) << 16;
+        table[i / 8][i % 8] = guess(ALL[i / 8], ALL[i % 8], digits);
         i += 1;
     }
     table
+}
+
+const fn guess(first: Byte, second: Byte, digits: usize) -> Guess {
+    use Byte::*;
+    const WORD: Guess = 0xff << 8;
+    const ANY: Guess = 0xff << 16;
+    const fn behind(byte: Byte) -> Guess {
+        0x10000 << byte as Guess
+    }
+    const REST: Guess = behind(Rest);
+    const DIGIT: Guess = behind(Digit);
+    const NEWLINE: Guess = behind(Newline);
+    const SYMBOL: Guess = behind(Symbol) | behind(Apostrophe);
+    const BLANK: Guess = behind(Space) | behind(Tab);
+    match (first, second) {
+        (Letter, _) | (Space | Tab | Symbol, Letter) => WORD | ANY & !REST,
+        (Digit, Digit) if digits == 1 => 1 | ANY,
+        (Digit, Digit) if digits == 2 => 2 | ANY,
+        (Digit, Digit) => 2 | ANY & !(DIGIT | REST),
+        (Digit, Rest) => 0,
+        // What cannot go on: a digit, white space before a digit or a symbol, a symbol before a digit or a space.
+        (Digit, _) | (_, Digit) => 1 | ANY,
+        (Newline, Letter | Symbol | Apostrophe) | (Tab, Symbol | Apostrophe) => 1 | ANY,
+        (Symbol | Apostrophe, Space | Tab) => 1 | ANY,
+        // Symbols, and newlines behind them, go on as long as there are any.
+        (Space | Symbol | Apostrophe, Symbol | Apostrophe) => 2 | ANY & !(SYMBOL | NEWLINE | REST),
+        (Symbol | Apostrophe, Newline) => 2 | ANY & !NEWLINE,
+        (Newline, Newline) => 2 | ANY & !(NEWLINE | BLANK | REST),
+        _ => 0,
+    }
 }
 
 /// A chunk that is an ASCII word of up to 15 bytes, with what opens it, or one or two other bytes: its length and its
@@ -339,5 +350,27 @@ fn whitespace_end(kinds: &[Kind], text: &[u8], start: usize) -> usize {
         }
         last = at;
         at += len;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letters_end_at_the_same_place_by_all_means() {
+        for byte in 0..=255u8 {
+            for at in 0..=16 {
+                let mut bytes = *b"azAZmnMNbyBYpqPQ";
+                if at < 16 {
+                    bytes[at] = byte;
+                }
+                for from in 0..2 {
+                    let expected = (from..16).find(|&i| !bytes[i].is_ascii_alphabetic()).unwrap_or(16);
+                    assert_eq!(end_of_letters(&bytes, from), expected, "{bytes:?} {from}");
+                    assert_eq!(portable_end_of_letters(&bytes, from), expected, "{bytes:?} {from}");
+                }
+            }
+        }
     }
 }

@@ -15,15 +15,18 @@ static REGEXES: LazyLock<Vec<Splitter>> = LazyLock::new(|| {
     (1..=3).map(|digits| Splitter::new(&pattern(digits)).expect("the pattern compiles")).collect()
 });
 
+fn scan(text: &str, digits: usize) -> impl Iterator<Item = Range<usize>> {
+    Scanner::new(text, digits).map(|chunk| chunk.range())
+}
+
 fuzz_target!(|data: &[u8]| {
     // Invalid bytes become U+FFFD, so that every input is a text.
     let text = String::from_utf8_lossy(data);
-    for (i, regex) in REGEXES.iter().enumerate() {
-        let expected: Vec<Range<usize>> = regex.chunks(&text).map(|chunk| chunk.expect("no backtracking")).collect();
-        assert_eq!(Scanner::new(&text, i + 1).collect::<Vec<_>>(), expected);
+    for (digits, regex) in (1..).zip(REGEXES.iter()) {
+        let expected: Vec<_> = regex.chunks(&text).map(|chunk| chunk.expect("no backtracking").range()).collect();
+        assert_eq!(scan(&text, digits).collect::<Vec<_>>(), expected);
         let at = cut_from(&text, text.len() / 2);
-        let (left, right) = (Scanner::new(&text[..at], i + 1), Scanner::new(&text[at..], i + 1));
-        let cut: Vec<Range<usize>> = left.chain(right.map(|r| r.start + at..r.end + at)).collect();
-        assert_eq!(cut, expected);
+        let right = scan(&text[at..], digits).map(|range| range.start + at..range.end + at);
+        assert_eq!(scan(&text[..at], digits).chain(right).collect::<Vec<_>>(), expected);
     }
 });

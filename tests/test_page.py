@@ -16,11 +16,15 @@ from serving import TEXT, ScriptedEngine, say, serving, until
 from nanochat_jax.config import ChatWeb
 from nanochat_jax.tokenizer import Tokenizer
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install '.[e2e]'")
+try:
+    from playwright.sync_api import sync_playwright
+except ModuleNotFoundError:
+    sync_playwright = None
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.skipif(not sync_playwright, reason="no playwright: pip install '.[e2e]'"),
     pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium"),
 ]
 
@@ -49,7 +53,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def chromium():
-    with playwright.sync_playwright() as running:
+    with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -480,6 +484,9 @@ def test_commands(chat):
         "the system prompt is: Be brief.",
         "the system prompt is: Be brief.",
     ]
+    chat.page.fill("#input", "/system off")
+    chat.press("Enter")
+    assert chat.texts(".note")[-1] == "there is no system prompt"
     chat.page.fill("#input", "/clera")
     chat.press("Enter")
     assert "no command" in chat.texts(".note")[-1] and chat.page.input_value("#input") == "/clera"
@@ -487,7 +494,7 @@ def test_commands(chat):
     chat.press("Enter")
     assert "/clear" in chat.texts(".note")[-1]
     chat.ask("hello")
-    assert (last_request(chat).temperature, last_request(chat).top_k) == (0.25, 0) and "Be brief." in chat.sent()
+    assert (last_request(chat).temperature, last_request(chat).top_k) == (0.25, 0) and "Be brief." not in chat.sent()
     chat.page.fill("#input", "/clear")
     chat.press("Enter")
     assert chat.said() == [] and chat.texts(".note") == [] and chat.page.locator("#welcome").is_visible()

@@ -253,7 +253,7 @@ COMMANDS = {
     "/temperature 0.8": "0: the likeliest words; higher is more daring",
     "/topk 50": "how many words there are to choose from, 0 for all",
     "/system You are brief.": "what the model is told before the conversation; off: nothing",
-    "/save FILE": "add the conversation to a file of JSON lines, for the page to import or a model to be trained on",
+    "/save FILE": "add the conversation to a file of JSON lines, which the page imports",
     "/help": "this list",
     "/quit": "end; so does Ctrl-D",
 }
@@ -338,6 +338,7 @@ def history() -> Iterator[None]:
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, i: ([n for n in names if text and n.startswith(text)] + [None])[i])
     readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
     with contextlib.suppress(OSError):  # also of a file that does not exist yet
         readline.read_history_file(path)
     try:

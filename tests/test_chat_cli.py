@@ -342,13 +342,19 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, cfg, tokenizer):
         terminal.type("q\n")
         terminal.wait_for("é!")
         terminal.wait_for("User: ")
+        # What is pasted is one message, however many lines it has.
+        terminal.type("\x1b[200~q\nq\x1b[201~")
+        terminal.wait_for("q")
+        terminal.type("\n")
+        terminal.wait_for("tokens/s]")
+        terminal.wait_for("User: ")
         terminal.type("\x04")
         assert terminal.end() == 0
     finally:
         terminal.process.kill()
     kept = own_base_dir / "chat_history"
     assert kept.stat().st_mode & 0o777 == 0o600 and "half" not in kept.read_text()
-    assert kept.read_text().splitlines()[-5:] == ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "q"]
+    assert kept.read_text().splitlines()[-7:-2] == ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "q"]
 
 
 def test_program_answers_a_saved_model(own_base_dir, params, cfg, tokenizer):

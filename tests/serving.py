@@ -109,13 +109,13 @@ def command(base: Path, *flags: str):
 
 
 @contextlib.contextmanager
-def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0):
-    """A real server on a free port of the loopback interface: yields its `url`, its `port` and a way to `stop` it.
+def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0, port: int = 0):
+    """A real server on the loopback interface, on a free port: yields its `url`, its `port` and a way to `stop` it.
 
     `send_buffer`: bytes the system may hold for a client that does not read, instead of megabytes.
     """
     app = create_app(engine, settings or ChatWeb(), "nanochat-test-sft")
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))

@@ -267,6 +267,7 @@ class Dataset:
     data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert")
     num_files: int = setting(-1, "training shards to download (-1: all); the validation shard always comes along")
     num_workers: int = setting(4, "parallel downloads")
+    verify: bool = setting(False, "hash every shard again, and fetch the damaged ones anew")
 
 
 @dataclass(frozen=True)

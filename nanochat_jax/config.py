@@ -138,6 +138,7 @@ class Train:
     grad_clip: float = setting(0.0, "clip the global gradient norm (0: off)")
     save_every: int = setting(-1, "steps between checkpoints (-1: only at the end)")
     keep_last: int = setting(2, "checkpoints to keep")
+    keep_every: int = setting(-1, "keep those of steps that are multiples of this as well, for good (-1: none)")
 
     table: ClassVar[str]
 

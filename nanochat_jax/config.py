@@ -269,6 +269,7 @@ class Dataset:
     num_files: int = setting(-1, "training shards to download (-1: all); the validation shard always comes along")
     num_workers: int = setting(4, "parallel downloads")
     verify: bool = setting(False, "hash every shard again, and fetch the damaged ones anew")
+    tokenize: bool = setting(False, "tokenize it all once, for training to read: the same batches, less work")
 
 
 @dataclass(frozen=True)

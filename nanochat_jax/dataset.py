@@ -386,6 +386,11 @@ def main(cfg: config.Dataset) -> None:
     source = open(cfg.data, cfg.data_dir or None)
     train, val = len(source.train_files), len(source.val_files)
     print(f"{source.name}: {train} training and {val} validation files in {source.val_files[0].parent}")
+    if cfg.tokenize:
+        from nanochat_jax import tokenized
+        from nanochat_jax.tokenizer import Tokenizer
+
+        tokenized.build(source, Tokenizer.load(config.base_dir() / "tokenizer"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     <base>/data/<source>/manifest.json                how many were asked for
 
 Addresses, tokens, mirrors and offline mode are huggingface_hub's: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. The transfer
-is not: the library (2.4) throws away what it has when it is interrupted, compares sizes but no hashes, and needs 24 s
+is not: the library (2.4) throws away what it has when it is interrupted, compares sizes but no hashes, and needs 23 s
 to notice that nobody answers. The hash is the hub's; where a mirror gives none, it is the first download's.
 """
 

@@ -12,6 +12,7 @@ over, with a line that says so, and the step before it is used.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -44,10 +45,11 @@ def step_dir(run: Path, step: int) -> Path:
 
 
 class Saver:
-    """Writes checkpoints of one run in the background and keeps the last few. One save at a time is under way."""
+    """Writes checkpoints of one run in the background and keeps the last few, and for good those of every
+    `keep_every`-th step (-1: none). One save at a time is under way."""
 
-    def __init__(self, run: Path, keep_last: int, first: bool = True):
-        self.run, self.keep_last = run, keep_last
+    def __init__(self, run: Path, keep_last: int, keep_every: int = -1, first: bool = True):
+        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
         self.first = first  # of several processes; each writes its arrays, the first one the rest
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -65,7 +67,11 @@ class Saver:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("a checkpoint's folder is clear")
         meta = json.dumps(meta, indent=1)  # now: the caller goes on changing what it holds
-        writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
+        try:
+            writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
+        except OSError as error:  # no room even for its folder
+            self._give_up(target, error)
+            return self.wait()
         self._thread = threading.Thread(target=self._finish, args=(writing, target, data, meta), name="checkpoint")
         self._thread.start()
 
@@ -78,9 +84,23 @@ class Saver:
             (target / "meta.json").write_text(meta, encoding="utf-8")
             _write_manifest(target)
             for old in steps(self.run)[: -self.keep_last]:
-                shutil.rmtree(step_dir(self.run, old))
-        except BaseException as error:  # raised in the thread that trains, by wait()
-            self._error = error
+                if self.keep_every < 1 or old % self.keep_every:
+                    (step_dir(self.run, old) / MANIFEST).unlink()  # first: what is left after a kill is incomplete
+                    shutil.rmtree(step_dir(self.run, old))
+        except BaseException as error:
+            self._give_up(target, error)
+
+    def _give_up(self, target: Path, error: BaseException) -> None:
+        """Keeps the error for `wait`, and makes room: what was written of the step is of no use."""
+        self._error = error
+        for folder in self.run.glob(f"{target.name}*"):  # Orbax's own temporary one too
+            if not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def check(self) -> None:
+        """The error of a save that has failed meanwhile, as `wait` raises it; does not wait for one under way."""
+        if self._thread and not self._thread.is_alive():
+            self.wait()
 
     def wait(self) -> None:
         """Until the save under way is complete. Its error, if it had one, as a UserError."""
@@ -91,8 +111,16 @@ class Saver:
             error, self._error = self._error, None
             kept = steps(self.run)
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {last}") from error
+            raise UserError(f"could not save a checkpoint in {self.run} ({self._reason(error)}); {last}") from error
+
+    def _reason(self, error: BaseException) -> str:
+        said = str(error).strip() or type(error).__name__
+        if os.strerror(errno.ENOSPC) not in said and os.strerror(errno.EDQUOT) not in said:
+            return said.splitlines()[0]
+        free = f"{shutil.disk_usage(self.run).free / 1e6:,.0f} MB free"
+        kept = steps(self.run)
+        size = sum(p.stat().st_size for p in step_dir(self.run, kept[-1]).rglob("*")) if kept else 0
+        return f"the disk is full: {free}" + (f", the last one takes {size / 1e6:,.0f} MB" if size else "")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -120,8 +148,9 @@ def steps(run: Path) -> list[int]:
     return sorted(int(p.parent.name.removeprefix("step_")) for p in run.glob(f"step_*/{MANIFEST}"))
 
 
-def damage(folder: Path, items: tuple[str, ...] = ("",)) -> str | None:
-    """What is wrong with a step's folder, None if its files are those that were saved. `items` limits it to a part."""
+def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with a step's folder, None if its files are those that were saved. Those whose names begin with
+    one of `without` are not looked at."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,7 +158,7 @@ def damage(folder: Path, items: tuple[str, ...] = ("",)) -> str | None:
     except ValueError:
         return f"{MANIFEST} is damaged"
     for name, digest in manifest.items():
-        if not name.startswith(items):
+        if name.startswith(without):
             continue
         path = folder / name
         if not path.is_file():
@@ -139,13 +168,13 @@ def damage(folder: Path, items: tuple[str, ...] = ("",)) -> str | None:
     return None
 
 
-def latest(run: Path, items: tuple[str, ...] = ("",)) -> int | None:
+def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
     """The newest step that verifies, None if there is none. Says which ones it passes over and why."""
     torn = [p for p in run.glob("step_*") if not (p / MANIFEST).exists()]
     for path in torn:
         print(f"ignoring {path}: half-written")
     for step in reversed(steps(run)):
-        wrong = damage(step_dir(run, step), items)
+        wrong = damage(step_dir(run, step), without)
         if wrong is None:
             return step
         print(f"ignoring {step_dir(run, step)}: {wrong}; trying the one before it")
@@ -247,15 +276,15 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
         if not saved:
             raise UserError(missing)
         run = max(saved, key=lambda p: p.stat().st_mtime).parents[1]
-    needed = ("params", "meta.json")
+    for_training = ("optimizer/", "data.json")
     if step >= 0:
         if step not in steps(run):
             there = ", ".join(map(str, steps(run))) or "none"
             raise UserError(f"no checkpoint of step {step} in {run}; there are: {there}")
-        if wrong := damage(step_dir(run, step), needed):
+        if wrong := damage(step_dir(run, step), for_training):
             raise UserError(f"{step_dir(run, step)}: {wrong}")
         return run, step
-    found = latest(run, needed)
+    found = latest(run, for_training)
     if found is None:
         raise UserError(missing)
     return run, found

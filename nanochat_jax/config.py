@@ -145,6 +145,7 @@ class Train:
     grad_clip: float = setting(0.0, "clip the global gradient norm (0: off)")
     save_every: int = setting(-1, "steps between checkpoints (-1: only at the end)")
     keep_last: int = setting(2, "checkpoints to keep")
+    keep_every: int = setting(-1, "keep those of steps that are multiples of this as well, for good (-1: none)")
 
     table: ClassVar[str]
 
@@ -279,6 +280,8 @@ class Dataset:
     data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert")
     num_files: int = setting(-1, "training shards to download (-1: all); the validation shard always comes along")
     num_workers: int = setting(4, "parallel downloads")
+    verify: bool = setting(False, "hash every shard again, and fetch the damaged ones anew")
+    tokenize: bool = setting(False, "tokenize it all once, for training to read: the same batches, less work")
 
 
 @dataclass(frozen=True)

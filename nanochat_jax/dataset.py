@@ -5,6 +5,7 @@ sources are downloaded from the Hugging Face hub by `python -m nanochat_jax.data
 made of the documentation installed with Python; any other folder of parquet, jsonl or txt files works too.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -14,21 +15,16 @@ import shutil
 import sys
 import threading
 import time
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import commandline, config, docstrings
+from nanochat_jax import commandline, config, docstrings, hub
 from nanochat_jax.config import UserError
-from nanochat_jax.files import write_text
-from nanochat_jax.progress import Progress
+from nanochat_jax.hub import first_line
 
-# name: (hub repository, number of its last shard). That last shard is the validation set, whatever else is on disk.
-HUB = {
-    "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
-    "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
-}
 # What the local corpus is made of besides the standard library: the core dependencies and what they depend on.
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "scipy", "ml_dtypes", "tensorstore", "tiktoken",
@@ -38,7 +34,8 @@ PACKAGES = (
 ROW_GROUP = 1024  # documents; the unit that is read and tokenized at once
 SHARD_CHARS = 250_000_000  # about 100 MB of zstd
 SHUFFLE_CHARS = 1_000_000_000  # converted text is shuffled in windows of this size, which bounds the memory
-ATTEMPTS = 4
+MAX_CHARS = 1_000_000  # of a document; longer ones are cut, since one is tokenized and packed as a whole
+MEND = "a downloaded file is fetched again by python -m nanochat_jax.dataset --verify"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
@@ -55,9 +52,15 @@ class Source:
         """Documents of "train" or "val" in file order, without end markers. Waits for shards still on their way."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
             wait_for(path)
-            with parquet(path) as file:
-                for i in range(file.num_row_groups):
-                    yield from read_row_group(file, path, i)
+            yield from filter(None, _texts_of(path))
+
+    def val_hash(self) -> str:
+        """SHA-256 of the validation files: scores of runs are comparable where it is the same."""
+        digest = hashlib.sha256()
+        for path in self.val_files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
 
 def open(source: str | None = None, data_dir: str | Path | None = None) -> Source:
@@ -72,9 +75,11 @@ def open(source: str | None = None, data_dir: str | Path | None = None) -> Sourc
     source = source or "local"
     if source == "local":
         return _open_local()
-    if source not in HUB:
-        raise UserError(f"--data={source}: unknown source, expected {', '.join(HUB)} or local (or give --data_dir)")
-    return _open_hub(source)
+    if source not in hub.SOURCES:
+        known = ", ".join(hub.SOURCES)
+        raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
+    train, val = hub.shards_of(source)
+    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same however many shards of it are here
 
 
 # -----------------------------------------------------------------------------
@@ -89,21 +94,53 @@ def parquet(path: Path):
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a readable parquet file ({first_line(error)}); {MEND}") from error
     if "text" not in file.schema_arrow.names:
         raise UserError(f"{path}: no column 'text', it has {', '.join(file.schema_arrow.names) or 'none'}")
     return file
 
 
 def read_row_group(file, path: Path, index: int) -> list[str]:
-    """The non-empty documents of one row group of an open parquet file."""
+    """The documents of one row group of an open parquet file, those that are too long cut into several. "" stands for
+    each one that cannot be used: it is empty, or not UTF-8, which is said on stderr. UserError if nothing can be read.
+    """
     import pyarrow as pa
 
     try:
-        column = file.read_row_group(index, columns=["text"]).column("text").cast(pa.string())
-        return [text for text in column.to_pylist() if text]
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{path}: row group {index} cannot be read ({_first_line(error)})") from error
+        column = file.read_row_group(index, columns=["text"]).column("text")
+        try:
+            texts = column.cast(pa.string()).to_pylist()
+        except (UnicodeDecodeError, pa.ArrowInvalid):
+            texts = [_decoded(data) for data in column.cast(pa.binary()).to_pylist()]
+            bad = sum(text is None for text in texts) - column.null_count
+            print(f"{path}: row group {index}: {bad} of {len(texts)} documents are not UTF-8, skipped", file=sys.stderr)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: row group {index} cannot be read ({first_line(error)}); {MEND}") from error
+    return [piece for text in texts for piece in _pieces(text or "")]
+
+
+def _texts_of(path: Path) -> Iterator[str]:
+    with parquet(path) as file:
+        for i in range(file.num_row_groups):
+            yield from read_row_group(file, path, i)
+
+
+def _decoded(data: bytes | None) -> str | None:
+    try:
+        return data and data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _pieces(text: str) -> list[str]:
+    """The text in pieces of at most MAX_CHARS, cut after a line or a word where there is one. Nothing is left out."""
+    pieces, start = [], 0
+    while len(text) - start > MAX_CHARS:
+        middle, end = start + MAX_CHARS // 2, start + MAX_CHARS
+        cut = text.rfind("\n", middle, end) + 1 or text.rfind(" ", middle, end) + 1 or end
+        pieces.append(text[start:cut])
+        start = cut
+    return [*pieces, text[start:]]
 
 
 def wait_for(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
@@ -120,12 +157,12 @@ def wait_for(path: Path, stop: threading.Event | None = None, patience: float = 
 
 
 def _last_change(folder: Path) -> float:
+    """When something in a folder was written last; a download that only waits touches its lock."""
     times = [0.0]
-    for path in folder.rglob("*"):
-        try:
-            times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # a temporary file that was renamed meanwhile
-            continue
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
+                times.append(entry.stat().st_mtime)
     return max(times)
 
 
@@ -235,52 +272,73 @@ def _open_folder(folder: Path) -> Source:
     if (target / "manifest.json").exists():
         return _open_built(target)
     print(f"converting {len(files)} files of {folder} to parquet (once)", flush=True)
-    train, val = _split_files(files)
-    return _build(target, folder.name, _shuffled(train), val, ROW_GROUP, files=[p.name for p in files])
+    counts = Counter()
+    train, val = _split_files(files, counts)
+    notes = {"files": [p.name for p in files], "met": counts}
+    source = _build(target, folder.name, _shuffled(train), val, ROW_GROUP, **notes)
+    said = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+    print(f"{folder.name}: {said}; {target}", flush=True)
+    return source
 
 
-def _split_files(files: list[Path]) -> tuple[Iterator[str], Iterator[str]]:
-    """Training and validation documents of files in any format."""
-    counts = {path: sum(1 for _ in documents(path)) for path in files}
-    for path, count in counts.items():
-        if not count:
+def _split_files(files: list[Path], counts: Counter) -> tuple[Iterator[str], Iterator[str]]:
+    """Training and validation documents of files in any format; `counts` says what was met."""
+    lengths = {}
+    for path in files:
+        lengths[path] = sum(1 for _ in documents(path, counts))
+        if not lengths[path]:
             raise UserError(f"{path}: no documents")
     if len(files) > 1:
         return (text for path in files[:-1] for text in documents(path)), documents(files[-1])
-    [(path, count)] = counts.items()
-    if count < 2:
+    [(path, length)] = lengths.items()
+    if length < 2:
         raise UserError(f"{path}: one document cannot be both training and validation set; add another file")
-    first_val = count - max(1, count // 100)
+    first_val = length - max(1, length // 100)
     train = (text for i, text in enumerate(documents(path)) if i < first_val)
     return train, (text for i, text in enumerate(documents(path)) if i >= first_val)
 
 
-def documents(path: Path) -> Iterator[str]:
-    """Non-empty documents of one file. UserError names the file and line that cannot be read."""
-    if path.suffix == ".parquet":
-        with parquet(path) as file:
-            for i in range(file.num_row_groups):
-                yield from read_row_group(file, path, i)
-        return
+def documents(path: Path, counts: Counter | None = None) -> Iterator[str]:
+    """Non-empty documents of one file, long ones in pieces. UserError names the file and line that cannot be read;
+    `counts` is told of all others."""
+    counts = Counter() if counts is None else counts
+    for text in _texts_of(path) if path.suffix == ".parquet" else _lines_of(path):
+        counts["documents"] += 1
+        if not text.strip():
+            counts["empty, skipped"] += 1
+            continue
+        if not text.isascii() and (clean := text.encode("utf-8", "ignore").decode("utf-8")) != text:
+            counts["with lone surrogates, which are left out"] += 1
+            text = clean
+        if len(text) > MAX_CHARS:
+            counts[f"longer than {MAX_CHARS:,} characters, cut"] += 1
+        yield from _pieces(text)
+
+
+def _lines_of(path: Path) -> Iterator[str]:
+    """Documents of a file that is not parquet."""
     try:
         if path.suffix == ".txt":
             yield from _paragraphs(path.read_text(encoding="utf-8"))
             return
         opener = gzip.open if path.suffix == ".gz" else Path.open
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
+                try:
+                    line = line.decode("utf-8").lstrip("\ufeff")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not UTF-8 ({error})") from error
                 if line.strip():
-                    text = _json_text(line, f"{path}, line {number}")
-                    if text:
-                        yield text
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+                    yield _json_text(line, where)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _json_text(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from error
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
@@ -316,130 +374,23 @@ def _shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
     yield from window
 
 
-# -----------------------------------------------------------------------------
-# The hub
-
-
-def _open_hub(source: str) -> Source:
-    """What `download` was asked for, arrived or not, so that the order never depends on what has arrived."""
-    folder = config.base_dir() / "data" / source
-    command = f"python -m nanochat_jax.dataset --data {source} -n 8"
-    val = folder / _shard(HUB[source][1])
-    if not val.exists():
-        raise UserError(f"{source}: no validation shard {val}; run {command}")
-    manifest = folder / "manifest.json"
-    if manifest.exists():
-        count = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
-        train = tuple(folder / _shard(i) for i in range(count))
-    else:
-        train = tuple(p for p in sorted(folder.glob("shard_*.parquet")) if p != val)
-    if not train:
-        raise UserError(f"{source}: no training shards in {folder}; run {command}")
-    return Source(source, train, (val,), _fingerprint([val]))  # the same source however many shards of it are here
-
-
-def download(source: str, num_files: int = -1, workers: int = 4) -> None:
-    """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder; what is
-    there already is kept, what was interrupted goes on. UserError if any shard failed. Mirrors, tokens and offline
-    mode are huggingface_hub's: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE."""
-    if source not in HUB:
-        raise UserError(f"--data={source}: unknown source, expected {' or '.join(HUB)}")
-    last = HUB[source][1]
-    if num_files > last or num_files == 0 or num_files < -1 or workers < 1:
-        raise UserError(f"-n {num_files} -w {workers}: expected 1 to {last} shards (-1: all) and at least one worker")
-    count = last if num_files == -1 else num_files
-    folder = config.base_dir() / "data" / source
-    folder.mkdir(parents=True, exist_ok=True)
-
-    # The validation shard comes first and alone: it is needed whatever happens, and where the hub cannot be reached
-    # this says so after one round of retries instead of one for every shard.
-    if failure := _fetch(source, last, folder):
-        raise UserError(f"{HUB[source][0]}: {failure}")
-    _record_shards(folder / "manifest.json", source, count)
-    missing = [i for i in range(count) if not (folder / _shard(i)).exists()]
-    failures = _fetch_all(source, missing, folder, workers)
-    if failures:
-        left = sum(not (folder / _shard(i)).exists() for i in range(count))
-        raise UserError(f"{left} of {count} shards missing, the first because {failures[0]}; run it again to resume")
-    print(f"{source}: {count} training shards and the validation shard in {folder}")
-
-
-def _fetch_all(source: str, shards: list[int], folder: Path, workers: int) -> list[str]:
-    """Downloads in parallel. Returns what went wrong."""
-    failures, fetched = [], 0
-    pool = ThreadPoolExecutor(workers)
-    try:
-        with Progress(f"{source}, shards", len(shards)) as progress:
-            futures = {pool.submit(_fetch, source, i, folder): i for i in shards}
-            for done, future in enumerate(as_completed(futures), 1):
-                if failure := future.result():
-                    failures.append(failure)
-                    if len(failures) >= 2 * workers:  # it is not about single shards: leave the rest for the next run
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        break
-                else:
-                    fetched += (folder / _shard(futures[future])).stat().st_size
-                progress.reach(done, f"{fetched / 1e6 / progress.seconds:.1f} MB/s")
-        pool.shutdown()
-    except KeyboardInterrupt:
-        # Threads inside a transfer cannot be told to stop; partial files are resumed next time, so leave at once.
-        print("stopped; run it again to resume", file=sys.stderr, flush=True)
-        os._exit(130)
-    return failures
-
-
-def _fetch(source: str, index: int, folder: Path) -> str:
-    """Downloads one shard if it is not there. Returns "" or, in one line, why it failed."""
-    from huggingface_hub import errors, hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    if (folder / _shard(index)).exists():
-        return ""
-    disable_progress_bars()  # ours counts shards
-    logging.set_verbosity_error()
-    for attempt in range(ATTEMPTS):
-        try:
-            hf_hub_download(HUB[source][0], _shard(index), repo_type="dataset", local_dir=folder)
-            return ""
-        except Exception as error:  # its own, httpx's, OSError: each ends as a line and an exit code
-            reason = f"{_shard(index)}: {_first_line(error)}"
-            # A hub that cannot be reached has been retried inside for 23 s by now (LocalEntryNotFoundError, which is an
-            # EntryNotFoundError too); a file that does not exist, or offline mode, will not change.
-            final = errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.OfflineModeIsEnabled
-            if isinstance(error, final):
-                return reason
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(2**attempt)
-    return reason
-
-
-def _record_shards(manifest: Path, source: str, count: int) -> None:
-    """Remembers how many shards were asked for; a smaller later request takes nothing away."""
-    if manifest.exists():
-        count = max(count, json.loads(manifest.read_text(encoding="utf-8"))["shards"])
-    write_text(manifest, json.dumps({"source": source, "repo": HUB[source][0], "shards": count}) + "\n")
-
-
-def _shard(index: int) -> str:
-    return f"shard_{index:05d}.parquet"
-
-
 def _fingerprint(files: list[Path], names: Iterable[str] = ()) -> str:
     lines = [f"{p.name}:{p.stat().st_size}" for p in files] + list(names)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def main(cfg: config.Dataset) -> None:
     """Downloads, builds or converts, so that training finds the text ready."""
-    if cfg.data_dir or cfg.data == "local":
-        source = open(cfg.data, cfg.data_dir or None)
-        print(f"{source.name}: {len(source.train_files)} training and {len(source.val_files)} validation files")
-        return
-    download(cfg.data, cfg.num_files, cfg.num_workers)
+    if not cfg.data_dir and cfg.data != "local":
+        hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify)
+    source = open(cfg.data, cfg.data_dir or None)
+    train, val = len(source.train_files), len(source.val_files)
+    print(f"{source.name}: {train} training and {val} validation files in {source.val_files[0].parent}")
+    if cfg.tokenize:
+        from nanochat_jax import tokenized
+        from nanochat_jax.tokenizer import Tokenizer
+
+        tokenized.build(source, Tokenizer.load(config.base_dir() / "tokenizer"))
 
 
 if __name__ == "__main__":

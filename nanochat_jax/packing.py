@@ -49,7 +49,7 @@ class BestFit:
 
     def _load(self, documents: list[np.ndarray], emitted: int, wasted: int):
         self._order = []  # sorted (length, serial number)
-        self._documents = {}
+        self._documents = {}  # serial number -> (begins with a BOS that is not in the array, array)
         self._serial = 0
         self._waiting = 0  # tokens
         self._emitted, self._wasted = emitted, wasted
@@ -59,10 +59,13 @@ class BestFit:
     def add(self, doc: np.ndarray) -> None:
         """Puts a document (int32[n], n >= 1) among those that wait."""
         assert self.packing != "whole" or len(doc) <= self.width, f"{len(doc)} tokens do not fit {self.width}"
-        insort(self._order, (len(doc), self._serial))
-        self._documents[self._serial] = doc
+        self._add(False, doc)
+
+    def _add(self, bos: bool, doc: np.ndarray) -> None:
+        insort(self._order, (bos + len(doc), self._serial))
+        self._documents[self._serial] = bos, doc
         self._serial += 1
-        self._waiting += len(doc)
+        self._waiting += bos + len(doc)
 
     def __len__(self) -> int:
         """Documents not wholly placed."""
@@ -84,10 +87,14 @@ class BestFit:
         """The next row, int32[width]; padded only if "whole" or if too few documents wait to fill it."""
         row, filled = padding(self.width, self.bos), 0
         while filled < self.width and self._order:
-            room = self.width - filled
-            doc = self._pop(room, fresh=not filled)
-            if doc is None:
+            found = self._pop(self.width - filled, fresh=not filled)
+            if found is None:
                 break
+            bos, doc = found
+            if bos:
+                row[filled] = self.bos
+                filled += 1
+            room = self.width - filled
             row[filled : filled + len(doc)] = doc[:room]
             filled += min(room, len(doc))
             if len(doc) > room:
@@ -96,7 +103,7 @@ class BestFit:
         self._wasted += self.width - filled
         return row
 
-    def _pop(self, room: int, fresh: bool) -> np.ndarray | None:
+    def _pop(self, room: int, fresh: bool) -> tuple[bool, np.ndarray] | None:
         """Takes out the document that goes next into `room` positions; the oldest among those of equal length."""
         fitting = bisect_right(self._order, (room, self._serial))
         if self.packing == "split" and (fresh or not fitting):
@@ -114,7 +121,7 @@ class BestFit:
 
     def _leave(self, rest: np.ndarray) -> None:
         if self.packing == "split":
-            self.add(np.concatenate([document([self.bos]), rest]))
+            self._add(True, rest)  # a view: a long document would be copied anew for every row
         else:
             self._wasted += len(rest)
             self._emitted += len(rest)
@@ -122,9 +129,12 @@ class BestFit:
     def state(self) -> dict[str, Any]:
         """Everything the next rows depend on, JSON-able."""
         waiting = [self._documents[serial] for serial in sorted(self._documents)]
+        parts = []
+        for bos, doc in waiting:
+            parts += [document([self.bos]), doc] if bos else [doc]
         return {
-            "lengths": ",".join(str(len(doc)) for doc in waiting),
-            "tokens": _encode(waiting),
+            "lengths": ",".join(str(bos + len(doc)) for bos, doc in waiting),
+            "tokens": _encode(parts),
             "emitted": self._emitted,
             "wasted": self._wasted,
         }
@@ -164,7 +174,7 @@ class Stream:
 
     def row(self) -> np.ndarray:
         """The next row, int32[width]; padded only if too few tokens wait to fill it."""
-        tokens = np.concatenate(self._parts)
+        tokens = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
         row = padding(self.width, self.bos)
         filled = min(self.width, len(tokens))
         row[:filled] = tokens[:filled]

@@ -110,7 +110,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         )  # fmt: skip
         state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
         plain = dataclasses.asdict(cfg)
-        saver = checkpoint.Saver(folder, cfg.keep_last, first=jax.process_index() == 0)
+        saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, first=jax.process_index() == 0)
         if jax.process_index() == 0:
             files.write_text(folder / "config.json", json.dumps(plain | {"tag": tag}, indent=1))
         run = Run(

@@ -127,6 +127,13 @@ def test_grain_agrees_that_the_state_is_exact(method, files):
     grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(documents, method, 4, T))
 
 
+@pytest.mark.parametrize("supervise", ["all", "mask"])
+def test_grain_agrees_about_conversations(supervise):
+    conversations = dataloader.Conversations(Task(30), TOKENIZER, T + 1 if supervise == "mask" else None, 3, 1)
+    method = "whole" if supervise == "mask" else "split"
+    grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(conversations, method, 4, T))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_share_the_batches_of_one(kind, files):
     whole = take(make(kind, files, epochs=2))
@@ -147,6 +154,20 @@ def test_the_state_of_one_process_serves_two(files):
     halves = [take(half, 3) for half in halves]
     for a, b, c in zip(expected, *halves, strict=True):
         np.testing.assert_equal(a, {k: np.concatenate([b[k], c[k]]) for k in a})
+
+
+def test_the_state_of_two_processes_serves_one(files):
+    halves = [make("split", files, process_index=i, process_count=2) for i in range(2)]
+    for half in halves:
+        next(half), next(half)
+    states = [half.state() for half in halves]
+    assert states[0] == states[1]
+    one, reference = make("split", files), make("split", files)
+    one.restore(states[1])
+    next(reference), next(reference)
+    np.testing.assert_equal(take(one, 3), take(reference, 3))
+    for half in halves:
+        half.close()
 
 
 def test_rows_that_processes_cannot_share_are_refused(files):

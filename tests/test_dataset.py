@@ -1,4 +1,4 @@
-"""Where text comes from: converted folders, the local corpus, and downloads from a hub of our own on loopback."""
+"""Where text comes from: folders in several formats, what is wrong with them, and the local corpus."""
 
 import ast
 import gzip
@@ -7,12 +7,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,7 +81,10 @@ BAD = {
     "other.jsonl": (b'{"txt": "hello"}\n', 'other.jsonl, line 1: expected {"text": "..."}'),
     "number.jsonl": (b'{"text": 5}\n', "number.jsonl, line 1"),
     "latin.txt": ("caf\u00e9".encode("latin-1"), "latin.txt: cannot be read"),
-    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl: cannot be read"),
+    "latin.jsonl": (b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "latin.jsonl, line 2: not UTF-8"),
+    "nested.jsonl": (b"[" * 100_000, "nested.jsonl, line 1: not JSON"),
+    "empty.parquet": (b"", "empty.parquet: not a readable parquet file"),
+    "blank.jsonl": (b'{"text": ""}\n{"text": "  \\n"}\n', "blank.jsonl: no documents"),
     "broken.jsonl.gz": (b"\x1f\x8b not gzip", "broken.jsonl.gz: cannot be read"),
     "empty.txt": (b"", "empty.txt: no documents"),
     "empty.jsonl": (b"\n\n", "empty.jsonl: no documents"),
@@ -110,6 +109,101 @@ def test_truncated_gzip_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"cut\.jsonl\.gz: cannot be read"):
         dataset.open(data_dir=tmp_path)
+
+
+def test_a_file_that_is_damaged_inside_is_named_when_it_is_read(tmp_path):
+    texts = [hashlib.sha256(str(i).encode()).hexdigest() * 20 for i in range(400)]
+    for name in "ab":
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=100)
+    path = tmp_path / "a.parquet"
+    content = bytearray(path.read_bytes())
+    where = pq.read_metadata(path).row_group(2).column(0).data_page_offset
+    content[where : where + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    texts = dataset.open(data_dir=tmp_path).texts("train")
+    assert [next(texts) for _ in range(200)], "what comes before it is fine"
+    with pytest.raises(UserError, match=r"a\.parquet: row group 2 cannot be read .*--verify") as caught:
+        next(texts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_without_rows_is_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    write_parquet(tmp_path / "b.parquet", pa.array([], pa.string()))
+    with pytest.raises(UserError, match=r"b\.parquet: no documents"):
+        dataset.open(data_dir=tmp_path)
+
+
+def test_documents_that_are_empty_or_not_utf8_are_skipped_and_named(tmp_path, capsys):
+    bad = pa.array([b"one", b"caf\xe9", b"", None, "f\u00fcnf".encode(), b"\xff"])
+    strings = pa.Array.from_buffers(pa.string(), len(bad), bad.buffers(), bad.null_count)  # as a careless writer does
+    for kind, column in (("binary", bad), ("string", strings)):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{kind}.parquet")
+    (tmp_path / "val").mkdir()
+    source = dataset.open(data_dir=tmp_path)
+    assert list(source.texts("train")) == list(source.texts("val")) == ["one", "f\u00fcnf"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("/")[-1] for line in said] == [
+        f"{kind}.parquet: row group 0: 2 of 6 documents are not UTF-8, skipped" for kind in ("binary", "string")
+    ]
+    with dataset.parquet(source.train_files[0]) as file:
+        texts = dataset.read_row_group(file, source.train_files[0], 0)
+    assert texts == ["one", "", "", "", "f\u00fcnf", ""], "their places are kept, so that they can be counted"
+
+
+def test_a_conversion_counts_what_it_met(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", ["fine", "", "also fine", " ", "x" * 2_500_000, "half an emoji \ud83d"])
+    write_jsonl(tmp_path / "b.jsonl", ["fine"])
+    source = dataset.open(data_dir=tmp_path)
+    assert "7 documents, 2 empty, skipped, 1 longer than 1,000,000 characters, cut" in capsys.readouterr().out
+    notes = json.loads((source.train_files[0].parent / "manifest.json").read_text(encoding="utf-8"))
+    assert notes["met"]["empty, skipped"] == 2
+    assert sorted(map(len, source.texts("train"))) == [4, 9, 14, 500_000, 1_000_000, 1_000_000]
+    assert "half an emoji " in set(source.texts("train"))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "txt", "parquet"])
+def test_a_document_of_50_mb_is_cut_and_nothing_of_it_is_lost(form, tmp_path):
+    lines = [f"line {i} of a very long document, with some words in it" for i in range(850_000)]
+    text = "\n".join(lines)
+    assert len(text) > 50_000_000
+    (tmp_path / "in").mkdir()
+    for name, content in (("a", text), ("b", "validation")):
+        path = tmp_path / "in" / f"{name}.{form}"
+        if form == "txt":
+            path.write_text(content, encoding="utf-8")
+        else:
+            (write_parquet if form == "parquet" else write_jsonl)(path, [content])
+    start = time.monotonic()
+    pieces = list(dataset.open(data_dir=tmp_path / "in").texts("train"))
+    assert max(map(len, pieces)) <= dataset.MAX_CHARS and time.monotonic() - start < 20
+    whole = [line for piece in pieces for line in piece.splitlines()]
+    assert sorted(whole) == sorted(lines), "cut between lines, every line there"
+    if form == "parquet":
+        assert "".join(pieces) == text
+
+
+def test_a_document_without_a_place_to_cut_is_cut_anywhere(tmp_path):
+    for name in "ab":
+        write_parquet(tmp_path / f"{name}.parquet", ["x" * 2_500_000])
+    pieces = list(dataset.open(data_dir=tmp_path).texts("train"))
+    assert [len(p) for p in pieces] == [1_000_000, 1_000_000, 500_000]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    source = dataset.open(data_dir=tmp_path)
+    assert [*source.texts("train"), *source.texts("val")] == ["one", "two"]
+
+
+def test_the_validation_hash_is_that_of_the_validation_text_alone(tmp_path):
+    for name in "abc":
+        write_parquet(tmp_path / f"{name}.parquet", [f"{name}{i}" for i in range(10)])
+    before = dataset.open(data_dir=tmp_path).val_hash()
+    write_parquet(tmp_path / "a.parquet", ["other"])
+    assert dataset.open(data_dir=tmp_path).val_hash() == before
+    write_parquet(tmp_path / "c.parquet", ["other"])
+    assert dataset.open(data_dir=tmp_path).val_hash() != before
 
 
 def test_a_missing_column_is_named(tmp_path):
@@ -224,138 +318,13 @@ add_newdoc("pets", "fish", """
 
 
 # -----------------------------------------------------------------------------
-# The hub
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves a few small shards as the hub does: a HEAD for the metadata, a GET for the bytes, with ranges."""
-
-    daemon_threads = True
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.folder, self.requests, self.broken, self.hiccups = folder, [], set(), 0
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        name = self.path.rsplit("/", 1)[-1].split("?")[0]
-        self.server.requests.append((self.command, name))
-        if body and self.server.hiccups:
-            self.server.hiccups -= 1
-            return self.reply(500, b"")
-        path = self.server.folder / name
-        if name in self.server.broken or "/resolve/" not in self.path or not path.exists():
-            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
-        data = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": "c" * 40, "Accept-Ranges": "bytes"}
-        if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "") if body else ""):
-            start = int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.reply(206, data[start:], headers)
-        self.reply(200, data, headers, body)
-
-    def reply(self, status, data, headers=None, body=True):
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body and self.command != "HEAD":
-            self.wfile.write(data)
-
-
-@pytest.fixture
-def hub(tmp_path):
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    for i in (0, 1, 2, 1822):
-        write_parquet(folder / f"shard_{i:05d}.parquet", [f"document {i} {j}" for j in range(10)])
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def run(*args, endpoint, **env):
-    """huggingface_hub reads its settings at import, so the download runs in a process of its own."""
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", **env}
-    command = [sys.executable, "-m", "nanochat_jax.dataset", *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=config.REPOSITORY)
-
-
-def test_download_then_open(hub):
-    done = run("-n", "3", "-w", "2", "--data", "fineweb-edu", endpoint=hub.url)
-    assert done.returncode == 0, done.stderr
-    source = dataset.open("fineweb-edu")
-    assert [p.name for p in source.train_files] == [f"shard_{i:05d}.parquet" for i in range(3)]
-    assert list(source.texts("train")) == [f"document {i} {j}" for i in range(3) for j in range(10)]
-    assert list(source.texts("val")) == [f"document 1822 {j}" for j in range(10)]
-
-    hub.requests.clear()
-    again = run("-n", "2", endpoint=hub.url)
-    assert again.returncode == 0 and not hub.requests, "what is there is not asked for again"
-    assert dataset.open("fineweb-edu") == source, "a smaller request takes nothing away"
-
-
-def test_a_failed_shard_is_an_exit_code_and_the_rest_arrives(hub):
-    hub.broken = {"shard_00001.parquet"}
-    done = run("-n", "3", endpoint=hub.url)
-    assert done.returncode == 2 and "1 of 3 shards missing, the first because shard_00001.parquet" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    folder = config.base_dir() / "data" / "fineweb-edu"
-    assert (folder / "shard_00002.parquet").exists() and not (folder / "shard_00001.parquet").exists()
-    hub.broken = set()
-    assert run("-n", "3", endpoint=hub.url).returncode == 0
-
-
-def test_a_hiccup_is_retried(hub):
-    hub.hiccups = 1
-    assert run("-n", "1", endpoint=hub.url).returncode == 0
-    assert dataset.open("fineweb-edu").train_files
-
-
-@pytest.mark.slow  # huggingface_hub retries for 23 s
-def test_an_unreachable_hub_is_one_line_and_soon(tmp_path):
-    start = time.time()
-    done = run("-n", "3", endpoint="http://127.0.0.1:9")
-    assert done.returncode == 2 and not done.stdout
-    assert len(done.stderr.strip().splitlines()) == 1 and "fineweb-edu" in done.stderr, done.stderr
-    assert time.time() - start < 60
-
-
-def test_offline_mode_is_honoured(hub):
-    done = run("-n", "3", endpoint=hub.url, HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and not hub.requests
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-
-
-@pytest.mark.parametrize("args", [("-n", "0"), ("-n", "1823"), ("-w", "0"), ("--data", "wikipedia")])
-def test_wrong_values(args):
-    done = run(*args, endpoint="http://127.0.0.1:9")
-    assert done.returncode == 2 and args[1] in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
-def test_opening_what_was_not_downloaded_names_the_command():
-    with pytest.raises(UserError, match=r"run python -m nanochat_jax\.dataset --data climbmix -n 8"):
-        dataset.open("climbmix")
+# Waiting for files
 
 
 def test_a_shard_that_never_arrives_is_an_error(tmp_path):
+    (tmp_path / "old").write_text("")
+    os.utime(tmp_path / "old", (1, 1))
     with pytest.raises(UserError, match="missing, and no download is running"):
         dataset.wait_for(tmp_path / "shard_00000.parquet", patience=0.1)
+    with pytest.raises(UserError, match="missing, and no download is running"):
+        dataset.wait_for(tmp_path / "nowhere" / "shard_00000.parquet")

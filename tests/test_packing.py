@@ -1,6 +1,7 @@
 """Rows from documents: what must never be lost, and what must be counted."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -56,6 +57,28 @@ def test_split_predicts_every_token_once_in_the_context_of_its_own_document(leng
     inside = targets > 0
     previous = batch["inputs"][inside]
     assert ((previous == targets[inside] - 1) | (previous == BOS)).all(), "a token follows its predecessor or a BOS"
+
+
+@settings(deadline=None)
+@given(lengths, widths)
+def test_split_never_joins_two_documents(lengths, width):
+    rows, _ = pack("split", width, numbered(lengths))
+    flat = rows[rows >= 0].tolist()
+    before = {token: flat[i - 1] for i, token in enumerate(flat) if token != BOS}
+    firsts = set(np.cumsum([1, *lengths[:-1]]).tolist())
+    for token, previous in before.items():
+        assert previous == BOS or (previous == token - 1 and token not in firsts)
+
+
+@pytest.mark.parametrize("method", ["split", "stream"])
+def test_a_document_of_millions_of_tokens_is_not_copied_for_every_row(method):
+    box = packer(method, 2049)
+    box.add(packing.document(np.arange(20_000_000)))
+    start = time.perf_counter()
+    for _ in range(1000):
+        row = box.row()
+    assert time.perf_counter() - start < 5  # 80 MB a row would take half a minute
+    assert row[-1] == 1000 * 2048
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ that `--help` and every complaint about a flag are immediate.
 
 import argparse
 import dataclasses
+import errno
 import functools
 import math
 import sys
@@ -50,6 +51,11 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
         main(parse(cls))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}: make room and give the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -5,6 +5,7 @@ the global batch alone: each process packs the whole batch and keeps its own con
 processes, and any number of them may go on from it. Reading, tokenizing and packing run ahead in a thread.
 """
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from typing import Any, ClassVar
 import grain
 import numpy as np
 
-from nanochat_jax import dataset, packing
+from nanochat_jax import dataset, packing, tokenized
 from nanochat_jax.config import UserError
 
 TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
+CHARS_AT_ONCE = 2_000_000  # but not more than this: what waits to be packed is part of the state
 RENDER_AT_ONCE = 16  # conversations
 PREFETCH = 4  # batches
 NO_LIMIT = 1 << 30  # tokens of a conversation that is not to be cut
@@ -72,21 +74,22 @@ def _close(held: list[grain.DatasetIterator], stop: threading.Event) -> None:
 
 def base_loader(
     files: Sequence[Path], tokenizer, rows: int, seq_len: int, *, packing: str = "split", seed: int = 0,
-    epochs: int | None = None, process_index: int = 0, process_count: int = 1,
+    epochs: int | None = None, twins: Path | None = None, process_index: int = 0, process_count: int = 1,
 ) -> Loader:  # fmt: skip
     """Pretraining batches from parquet files: `rows` rows of the global batch, of which this process gets its share.
-    Ends after `epochs` passes, the last batch filled up with rows without targets; None: never."""
-    documents = Documents(files, tokenizer, seed, epochs)
+    Ends after `epochs` passes, the last batch filled up with rows without targets; None: never. Files that have a twin
+    in the folder `twins` (see tokenized.py) are not tokenized again; the batches are the same."""
+    documents = Documents(files, tokenizer, seed, epochs, twins)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
 
 
 def val_batches(
     files: Sequence[Path], tokenizer, rows: int, seq_len: int, num_tokens: int | None, *, packing: str = "split",
-    process_index: int = 0, process_count: int = 1,
+    twins: Path | None = None, process_index: int = 0, process_count: int = 1,
 ) -> Loader:  # fmt: skip
     """The first `num_tokens` tokens (rounded down to rows; at least one; None: all) of the files, the same ones in the
     same rows whatever `rows` is. The last batch is filled up with rows without targets."""
-    documents = Documents(files, tokenizer, None, 1)
+    documents = Documents(files, tokenizer, None, 1, twins)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count, max_rows))
 
@@ -112,6 +115,28 @@ def mean_tokens(task, tokenizer, sample: int = 500) -> float:
     return float(np.mean([len(tokenizer.render_conversation(task[int(i)], max_tokens=NO_LIMIT)[0]) for i in indices]))
 
 
+def epoch_tokens(files: Sequence[Path], tokenizer, twins: Path | None = None, sample: int = 256) -> float:
+    """About how many tokens the files hold: as many a file as in those of the first eight that have a twin, else as the
+    tokens a byte of the first documents times the bytes of eight files that are here. NaN while none is here."""
+    counts = []
+    for path in files[:8]:
+        if twin := tokenized.find(path, twins):
+            counts.append(len(twin.tokens) + len(twin.chars))  # with a BOS a document
+            twin.close()
+    if counts:
+        return float(np.mean(counts)) * len(files)
+    sizes = {path: dataset.text_bytes(path) for path in [path for path in files if path.exists()][:8]}
+    first = next((path for path, groups in sizes.items() if groups), None)
+    if first is None:
+        return math.nan
+    with dataset.parquet(first) as file:
+        texts = dataset.read_row_group(file, first, 0)
+    tokens, _ = tokenizer.encode_batch(texts[:sample], prepend=tokenizer.bos)
+    share = sum(map(len, texts[:sample])) / max(1, sum(map(len, texts)))
+    ratio = len(tokens) / max(1.0, share * sizes[first][0])
+    return ratio * sum(map(sum, sizes.values())) / len(sizes) * len(files)
+
+
 # -----------------------------------------------------------------------------
 # Where documents come from. A cursor says what to read next; `read` gives the documents there and the next cursor.
 
@@ -120,15 +145,18 @@ class Documents:
     """Tokenized documents of parquet files. In the first epoch the files come in their order, since the later ones may
     still be on their way, in later epochs shuffled; the row groups of a file are shuffled always. seed None: never."""
 
-    start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0}
+    start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0, "skipped": 0}
 
-    def __init__(self, files: Sequence[Path], tokenizer, seed: int | None, epochs: int | None):
+    def __init__(
+        self, files: Sequence[Path], tokenizer, seed: int | None, epochs: int | None, twins: Path | None = None
+    ):  # fmt: skip
         assert len(files), "no files to read"
         self.files, self.tokenizer, self.seed, self.epochs = list(files), tokenizer, seed, epochs
+        self.twins = twins
         self.bos = tokenizer.bos
         self.stop = threading.Event()
         self._path, self._file = None, None
-        self._group, self._texts = None, []
+        self._group, self._docs, self._chars = None, [], []
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
         """None at the end. Reads one row group at a time and tokenizes it in pieces."""
@@ -136,19 +164,22 @@ class Documents:
         if epoch == self.epochs:
             return None
         num_groups = self._open(self._nth_file(epoch, file))
-        texts = self._row_group(self._shuffled(num_groups, epoch, 1 + file)[row_group]) if num_groups else []
-        last = first + TOKENIZE_AT_ONCE
-        tokens, offsets = self.tokenizer.encode_batch(texts[first:last], prepend=self.bos)
-        docs = np.split(tokens, offsets[1:-1])
+        if num_groups:
+            self._read(int(self._shuffled(num_groups, epoch, 1 + file)[row_group]))
+        chars = np.cumsum(self._chars[first : first + TOKENIZE_AT_ONCE]) if num_groups else []
+        last = first + max(1, int(np.searchsorted(chars, CHARS_AT_ONCE, side="right")))
+        docs = self._tokens(self._docs[first:last]) if num_groups else []
+        usable = [ids for ids in docs if len(ids) > 1]
+        skipped = cursor.get("skipped", 0) + len(docs) - len(usable)
 
-        if last >= len(texts):
+        if not num_groups or last >= len(self._docs):
             row_group, last = row_group + 1, 0
         if row_group >= num_groups:
             file, row_group = file + 1, 0
         if file == len(self.files):
             epoch, file = epoch + 1, 0
         following = {"epoch": epoch, "file": file, "row_group": row_group, "document": last}
-        return [packing.document(ids) for ids in docs if len(ids) > 1], following
+        return usable, following | {"skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
         """Where a cursor stands."""
@@ -157,7 +188,8 @@ class Documents:
         num_groups = 1 if done else self._open(self._nth_file(epoch, file)) if cursor["row_group"] else 1
         progress = epoch + (file + cursor["row_group"] / max(1, num_groups)) / len(self.files)
         shard = len(self.files) if done else self._nth(epoch, file)
-        return {"epoch": epoch, "shard": shard, "row_group": cursor["row_group"], "progress": progress}
+        place = {"epoch": epoch, "shard": shard, "row_group": cursor["row_group"], "progress": progress}
+        return place | {"skipped": cursor.get("skipped", 0)}
 
     def _nth(self, epoch: int, i: int) -> int:
         return int(self._shuffled(len(self.files), epoch, 0)[i]) if epoch else i
@@ -171,17 +203,32 @@ class Documents:
     def _open(self, path: Path) -> int:
         """Opens a file, waiting for it if it is still on its way; the number of its row groups."""
         if path != self._path:
-            dataset.wait_for(path, self.stop)
+            file = tokenized.find(path, self.twins)
+            if file is None:
+                dataset.wait_for(path, self.stop)
+                file = dataset.parquet(path)
             if self._file is not None:
                 self._file.close()
-            self._path, self._file, self._group = path, dataset.parquet(path), None
+            self._path, self._file, self._group = path, file, None
         return self._file.num_row_groups
 
-    def _row_group(self, index: int) -> list[str]:
-        if index != self._group:
-            self._texts = dataset.read_row_group(self._file, self._path, int(index))
-            self._group = index
-        return self._texts
+    def _read(self, index: int) -> None:
+        """Makes a row group of the open file the one that documents are taken from."""
+        if index == self._group:
+            return
+        if isinstance(self._file, tokenized.Twin):
+            self._docs, self._chars = self._file.read(index)
+        else:
+            self._docs = dataset.read_row_group(self._file, self._path, index)
+            self._chars = [len(text) for text in self._docs]
+        self._group = index
+
+    def _tokens(self, docs: list[str] | list[np.ndarray]) -> list[np.ndarray]:
+        """Texts, or tokens without BOS, as documents."""
+        if isinstance(self._file, tokenized.Twin):
+            return [packing.document(np.concatenate([[self.bos], ids])) for ids in docs]
+        tokens, offsets = self.tokenizer.encode_batch(docs, prepend=self.bos)
+        return [packing.document(ids) for ids in np.split(tokens, offsets[1:-1])]
 
 
 class Conversations:

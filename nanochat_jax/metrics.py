@@ -71,6 +71,14 @@ class Wandb:
             self.run.finish()
 
 
+def short(count: float) -> str:
+    """423456 -> "423K", 6.291e9 -> "6.29B"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.{max(0, 2 - int(math.log10(count / size)))}f}{unit}"
+    return f"{count:.0f}"
+
+
 def clock(seconds: float) -> str:
     """90 -> "1m30s"."""
     seconds = max(0, round(seconds))

@@ -130,6 +130,7 @@ def train(cfg: config.Rl) -> None:
             lr_mult = cfg.init_lr_frac * optim.linear_decay(step / steps)
             results = update(run, step_fn, group, shape, lr_mult)
             step += 1
+            run.saver.check()
             log(run, step, steps, group, results, lr_mult, sampled, timer.lap())
         engine.close()
         run.finish(step)

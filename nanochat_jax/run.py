@@ -9,6 +9,7 @@ A run may start in four ways, tried in this order:
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import platform
 import signal
@@ -33,8 +34,9 @@ from nanochat_jax.tokenizer import Tokenizer
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
-    "eval_tokens", "save_every", "keep_last", "core_metric_every", "core_metric_max_per_task", "sample_every",
-    "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples", "eval_samples",
+    "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
+    "sample_every", "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples",
+    "eval_samples",
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
@@ -256,6 +258,7 @@ def versions() -> dict:
     return {
         "commit": commit + ("+" if dirty.strip() else ""), "python": platform.python_version(),
         "jax": jax.__version__, "numpy": np.__version__,
+        **{name: importlib.metadata.version(name) for name in ("flax", "optax", "orbax-checkpoint", "grain")},
     }  # fmt: skip
 
 

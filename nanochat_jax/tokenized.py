@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -87,6 +87,11 @@ def find(text: Path, folder: Path | None) -> Twin | None:
     return Twin(tokens, index)
 
 
+def made(files: Iterable[Path], folder: Path) -> int:
+    """How many of the files have a twin, be it of this text or not."""
+    return sum(_paths(path, folder)[1].exists() for path in files)
+
+
 def build(source: dataset.Source, tokenizer) -> Path:
     """Makes the twins that are missing, of training and validation files. Returns their folder."""
     folder = folder_of(source, tokenizer)
@@ -112,11 +117,11 @@ def _make(text: Path, folder: Path, tokenizer) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths, chars, groups, checksums = [], [0], [], [0], []
     for texts in _row_groups(text):
-        ids = tokenizer.encode(texts)
-        lengths += map(len, ids)
+        tokens, offsets = tokenizer.encode_batch(texts)
+        lengths += np.diff(offsets).tolist()
         chars += map(len, texts)
         groups.append(len(chars))
-        parts.append(np.concatenate([np.zeros(0, dtype), *(np.asarray(i, dtype) for i in ids)]))
+        parts.append(np.ascontiguousarray(tokens, dtype))
         checksums.append(zlib.crc32(parts[-1]))
     tokens, index = _paths(text, folder)
     index.unlink(missing_ok=True)

@@ -11,11 +11,12 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import config, dataloader, dataset, metrics, optim, parallel, sharding, tasks
+from nanochat_jax import checkpoint, config, dataloader, dataset, metrics, optim, parallel, sharding, tasks, tokenized
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.run import Interruption, Run, Timer, open_run
 from nanochat_jax.step import (
@@ -65,20 +66,55 @@ def base_stage(run: Run) -> Stage:
     shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = horizon(cfg, model, shape.tokens)
     source = dataset.open(cfg.data, cfg.data_dir)
-    rows = functools.partial(dataloader.base_loader, packing=cfg.packing, seed=cfg.seed, **_process())
+    same_text(run, source)
+    how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process()}
     return Stage(
         geometry=shape,
         steps=steps,
-        loader=rows(source.train_files, run.tokenizer, shape.total_rows, model.sequence_len),
+        loader=dataloader.base_loader(
+            source.train_files, run.tokenizer, shape.total_rows, model.sequence_len, seed=cfg.seed, **how
+        ),
         validation=lambda: dataloader.val_batches(
-            source.val_files, run.tokenizer, shape.rows * shape.devices, model.sequence_len, cfg.eval_tokens,
-            packing=cfg.packing, **_process(),
+            source.val_files, run.tokenizer, shape.rows * shape.devices, model.sequence_len, cfg.eval_tokens, **how
         ),
         lr_mult=lambda step, _: optim.trapezoid(
             step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac
         ),
-        facts={"text": source.name, "tokens a parameter": f"{steps * shape.tokens / model.num_params:.2f}"},
+        facts={
+            "text": text_needed(source, steps * shape.tokens, run.tokenizer, how["twins"]),
+            "tokens a parameter": f"{steps * shape.tokens / model.num_params:.2f}",
+        },
     )
+
+
+def same_text(run: Run, source: dataset.Source) -> None:
+    """Records the text with the checkpoints. UserError where it is not that of the checkpoint the run goes on from."""
+    text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
+    if run.data is not None:
+        folder = checkpoint.step_dir(run.dir, run.step)
+        then = checkpoint.read_meta(run.dir, run.step).get("text", text)
+        if changed := ", ".join(key for key in text if text[key] != then.get(key)):
+            raise UserError(
+                f"the text is not that of {folder} (other {changed}): choose another --model_tag, or move the run "
+                "aside with --resume=never"
+            )
+    run.identity["text"] = text
+
+
+def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> str:
+    """How much of a source a run will read."""
+    files = source.train_files
+    there = dataloader.epoch_tokens(files, tokenizer, twins)
+    if math.isnan(there):
+        return f"{source.name}, {len(files)} files, none of them here yet"
+    epochs = tokens / max(1.0, there)
+    shards = min(len(files), math.ceil(epochs * len(files)))
+    said = f"{source.name}, {len(files)} files of about {metrics.short(there / len(files))} tokens"
+    if made := tokenized.made(files, twins):
+        said += f", {made} of them tokenized before"
+    said += f"; this run needs {shards}, {epochs:.2f} epochs"
+    # Up to 4, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
+    return said + (" (more than 4: new text would teach more)" if epochs > 4 else "")
 
 
 def horizon(cfg: config.Base, model: GPTConfig, tokens: int) -> int:
@@ -182,6 +218,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 arrays["stop"] = sharding.put_flag(run.layout.mesh, interruption.signal is not None)
             run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
             step += 1
+            run.saver.check()
             log.push(step, results, lr_mult, waited, progress)
         stage.loader.close()
         run.finish(step)
@@ -264,21 +301,26 @@ class StepLog:
         self._smooth, self._weight = 0.9 * self._smooth + 0.1 * loss, 0.9 * self._weight + 0.1
         speed = tokens / dt if dt else None
         mfu = flops / dt / self.peak if dt and self.peak else None
-        known = {k: info.get(k) for k in ("epoch", "shard", "row_group", "waste")}
+        known = {k: info.get(k) for k in ("epoch", "shard", "row_group", "waste", "skipped", "truncated")}
         self.run.log(
             "train", step, loss=loss, lr_mult=lr_mult, grad_norm=grad_norm, dt=dt, tok_per_s=speed, mfu=mfu,
             loader_wait=waited, counted=int(results["count"]), **known,
         )  # fmt: skip
         if step in (1, self.stage.steps) or self._since_print.passed(self.print_every):
-            self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress)
+            self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info)
 
-    def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress) -> None:
+    def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info) -> None:
+        """One line, of what there is to say: nothing about a full learning rate, no waste, no wait."""
         of = f"/{self.stage.steps}" if self.stage.steps else ""
         parts = [
             f"step {step}{of} ({100 * (step / self.stage.steps if self.stage.steps else progress):.1f}%)",
-            f"loss {self._smooth / self._weight:.4f}", f"grad {grad_norm:.3f}", f"lr x{lr_mult:.3f}",
-            f"{1000 * dt:.0f} ms" if dt else "compiled", f"{speed:,.0f} tok/s" if speed else "",
-            f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"eta {self._eta(step, progress)}",
+            f"loss {self._smooth / self._weight:.4f}", f"grad {grad_norm:.3f}",
+            f"lr x{lr_mult:.3f}" if lr_mult != 1 else "",
+            f"{1000 * dt:.0f} ms" if dt else "compiled", f"{metrics.short(speed)} tok/s" if speed else "",
+            f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"{metrics.short(self.run.totals['tokens'])} tokens", _place(info),
+            f"waste {info['waste']:.1%}" if info["waste"] >= 0.0005 else "",
+            f"skipped {info['skipped']:,}" if info.get("skipped") else "",
+            f"wait {1000 * waited:.0f} ms" if waited > 0.001 else "", f"eta {self._eta(step, progress)}",
         ]  # fmt: skip
         print(" | ".join(p for p in parts if p), flush=True)
 
@@ -287,6 +329,13 @@ class StepLog:
             return "n/a"
         left = self.stage.steps - step if self.stage.steps else step * (1 - progress) / max(progress, 1e-6)
         return metrics.clock(left * self._seconds_timed / self._steps_timed)
+
+
+def _place(info: dict) -> str:
+    """Where the loader reads: the row group, of conversations the epochs alone."""
+    if info.get("shard") is None:
+        return f"epoch {info['progress']:.2f}"
+    return f"epoch {info['epoch']} shard {info['shard']} group {info['row_group']}"
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Settings: what wins over what, and every mistake in one line that names the flag."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -98,3 +100,20 @@ def test_scripts_complain_in_one_line_with_exit_code_2(arguments):
     result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(monkeypatch, capsys):
+    def fails(code):
+        def main(cfg):
+            raise OSError(code, os.strerror(code), "somewhere/file")
+
+        return main
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(SystemExit, match="2"):
+            commandline.run(fails(code), config.BaseLoss)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and os.strerror(code) in said and "somewhere/file" in said and "make room" in said
+    with pytest.raises(PermissionError):
+        commandline.run(fails(errno.EACCES), config.BaseLoss)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_tokenizer import FakeTokenizer
 
-from nanochat_jax import dataloader, packing
+from nanochat_jax import dataloader, dataset, packing, tokenized
 from nanochat_jax.config import REPOSITORY, UserError
 
 TOKENIZER = FakeTokenizer()
@@ -154,6 +154,80 @@ def test_the_state_of_one_process_serves_two(files):
     halves = [take(half, 3) for half in halves]
     for a, b, c in zip(expected, *halves, strict=True):
         np.testing.assert_equal(a, {k: np.concatenate([b[k], c[k]]) for k in a})
+
+
+@pytest.mark.parametrize("method", ["split", "crop", "stream"])
+@pytest.mark.parametrize("chars", [2_000_000, 60])
+def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, monkeypatch):
+    monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", chars)
+    TOKENIZER.hash = "0" * 64
+    source = dataset.Source("texts", tuple(files), (files[1],), "")
+    twins = tokenized.build(source, TOKENIZER)
+    text = make(method, files, seed=3, epochs=2)
+    tokens = make(method, files, seed=3, epochs=2, twins=twins)
+    states = []
+    for batch in text:
+        np.testing.assert_equal(batch, next(tokens))
+        assert text.info == tokens.info and text.state() == tokens.state()
+        states.append(text.state())
+    for i in (1, len(states) // 2):  # from text to tokens, and with one of the files tokenized alone
+        (twins / "a.index.npz").unlink(missing_ok=True)
+        resumed = make(method, files, seed=3, epochs=2, twins=twins)
+        resumed.restore(states[i])
+        expected = make(method, files, seed=3, epochs=2)
+        expected.restore(states[i])
+        np.testing.assert_equal(take(resumed), take(expected))
+    text.close(), tokens.close()
+    tokenized.build(source, TOKENIZER)
+    for path in files:
+        path.unlink()
+    assert len(take(make(method, files, seed=3, epochs=2, twins=twins))) == len(states), "the text is not needed"
+
+
+def test_unusable_documents_are_counted_every_epoch(files):
+    texts = [text for f in files for text in pq.read_table(f)["text"].to_pylist()]
+    empty = sum(not text for text in texts)
+    assert empty
+    loader = make("split", files, epochs=2)
+    skipped = [loader.info["skipped"] for _ in loader]
+    assert skipped == sorted(skipped) and skipped[-1] == 2 * empty
+
+
+def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    """What waits is in the state of every batch."""
+    monkeypatch.setattr(dataset, "MAX_CHARS", 500)
+    monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", 1000)
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table({"text": [" ".join(map(str, range(1000, 21_000)))]}), path)
+    loader = make("split", [path], epochs=1)
+    targets, largest = [], 0
+    for batch in loader:
+        targets.append(batch["targets"])
+        largest = max(largest, len(loader.state()["packer"]["tokens"]))
+    found = np.concatenate(targets)
+    assert sorted(found[found > 0].tolist()) == list(range(1000, 21_000))
+    assert largest < 20_000  # characters of base64; all of it would be 110,000
+
+
+def test_tokens_of_an_epoch_are_estimated(files, corpus):
+    tokens = len(corpus) + 60  # and a BOS a document
+    assert dataloader.epoch_tokens(files, TOKENIZER) == pytest.approx(tokens, rel=0.35)  # longer numbers come later
+    assert dataloader.epoch_tokens(files, TOKENIZER, sample=5) == pytest.approx(tokens, rel=0.5)
+    late = [*files, *(files[0].with_name(f"{i}.parquet") for i in range(8))]
+    assert dataloader.epoch_tokens(late, TOKENIZER) == pytest.approx(5 * tokens, rel=0.35)
+    assert np.isnan(dataloader.epoch_tokens(late[2:], TOKENIZER))
+
+
+def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
+    TOKENIZER.hash = "0" * 64
+    source = dataset.Source("texts", tuple(files), (files[1],), "")
+    twins = tokenized.build(source, TOKENIZER)
+    for path in files:
+        path.unlink()
+    late = files[0].with_name("late.parquet")
+    assert dataloader.epoch_tokens(files, TOKENIZER, twins) == len(corpus) + 60
+    assert dataloader.epoch_tokens([*files, late], TOKENIZER, twins) == 1.5 * (len(corpus) + 60)
+    assert tokenized.made([*files, late], twins) == 2
 
 
 def test_the_state_of_two_processes_serves_one(files):

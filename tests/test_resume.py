@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, config, metrics
+from nanochat_jax import checkpoint, config, dataset, metrics, tokenized
 from nanochat_jax import train as training
-from nanochat_jax.config import STAGES
+from nanochat_jax.config import STAGES, UserError
+from nanochat_jax.tokenizer import Tokenizer
 
 STEPS = {"base": 24, "mid": 24, "sft": 24, "rl": 12}
 CLOCKS = {"time", "dt", "tok_per_s", "mfu", "loader_wait", "sampling_seconds"}  # what no two runs share
@@ -203,6 +205,43 @@ def test_resuming_at_a_chosen_step_abandons_those_after_it(world, whole):
     assert checkpoint.steps(run) == list(range(2, STEPS["base"] + 1, 2))
     training.train(tiny.base_config(resume="6", **cfg))
     assert len(list(run.glob("abandoned_step_*"))) == STEPS["base"] // 2 - 3
+    assert records(run) == records(whole("base"))
+
+
+def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(world, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("\n\n".join(f"the cat sees {i} dogs near a tree" for i in range(3000)))
+    cfg = {"model_tag": "text", "num_iterations": 4, "data_dir": str(folder), "keep_every": 2, "keep_last": 1}
+    training.train(tiny.base_config(**cfg))
+    run = checkpoint.run_dir("base", "text")
+    assert checkpoint.steps(run) == [2, 4]
+    source = dataset.open(data_dir=folder)
+    text = {"source": "texts", "hash": source.hash, "validation": source.val_hash()}
+    meta = checkpoint.read_meta(run, 4)
+    assert meta["text"] == text
+    assert meta["versions"].keys() >= {"commit", "python", "jax", "numpy", "flax", "optax", "orbax-checkpoint", "grain"}
+    said = capsys.readouterr().out
+    assert re.search(r"text: texts, 1 files of about [\d.]+K tokens; this run needs 1, 0\.\d\d epochs$", said, re.M)
+    assert re.search(r"\| 256 tokens \| epoch \d shard 0 group \d \| eta n/a$", said, re.M), said
+
+    (folder / "b.txt").write_text("another validation text")
+    with pytest.raises(UserError, match=r"the text is not that of .*step_000002 \(other hash, validation\)"):
+        training.train(tiny.base_config(resume="2", **cfg))
+
+
+def test_a_run_goes_on_with_tokens_where_it_began_with_text(world, whole, capsys):
+    cfg = {"model_tag": "tokens", "seed": 7, "num_iterations": STEPS["base"], "save_every": 2, "keep_last": 20}
+    training.train(tiny.base_config(**cfg))
+    source, tokenizer = dataset.open(), Tokenizer.load(world / "tokenizer")
+    twins = tokenized.build(source, tokenizer)
+    try:
+        training.train(tiny.base_config(resume="10", **cfg))
+    finally:
+        shutil.rmtree(twins)
+    assert re.search(r"tokens, 1 of them tokenized before; this run needs 1,", capsys.readouterr().out)
+    run = checkpoint.run_dir("base", "tokens")
     assert records(run) == records(whole("base"))
 
 

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from nanochat_jax.step import (
     rows_of_examples,
     rows_that_fit,
 )
-from nanochat_jax.train import train
+from nanochat_jax.train import StepLog, train
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
 
@@ -44,16 +45,6 @@ def in_world(own_base_dir, world, monkeypatch):
 
 def losses(run_dir) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in metrics.read(run_dir) if r["kind"] == "train"}
-
-
-def same_weights(a, b, step) -> bool:
-    files = [checkpoint.step_dir(run, step) for run in (a, b)]
-    cfg = GPTConfig(**checkpoint.read_meta(a, step)["model"])
-    abstract = jax.eval_shape(lambda: gpt.init(cfg))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    trees = [checkpoint.restore_params(f.parent, step, abstract) for f in files]
-    return all(map(np.array_equal, *map(jax.tree.leaves, trees)))
 
 
 # -----------------------------------------------------------------------------
@@ -101,30 +92,6 @@ def ancestors(world):
             assert result.returncode == 0, result.stderr
 
     return upto
-
-
-@pytest.mark.parametrize(
-    "stage", ["base", "sft", pytest.param("mid", marks=pytest.mark.slow), pytest.param("rl", marks=pytest.mark.slow)]
-)
-def test_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(world, ancestors, stage):
-    ancestors(stage)
-    result = tiny.run(stage, world, model_tag="whole")
-    assert result.returncode == 0, result.stderr
-    process = subprocess.Popen(
-        tiny.command(stage, model_tag="killed"), cwd=tiny.REPOSITORY, env=tiny.environment(world),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    whole, killed = (checkpoint.run_dir(stage, tag) for tag in ("whole", "killed"))
-    deadline = time.time() + 200
-    while not checkpoint.steps(killed) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoint.steps(killed), "the process ended before its first checkpoint"
-    resumed = tiny.run(stage, world, model_tag="killed")
-    assert resumed.returncode == 0, resumed.stderr
-    assert losses(killed) == losses(whole)
-    assert same_weights(whole, killed, checkpoint.steps(whole)[-1])
 
 
 def test_interrupted_run_saves_and_goes_on(world):
@@ -325,6 +292,34 @@ def test_batch_too_small_for_the_devices_names_one_that_is_not(examples, length,
     assert rows_of_examples(enough, length, 64, devices) == devices
     with pytest.raises(UserError):
         rows_of_examples(enough - 1, length, 64, devices)
+
+
+def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
+    run, stage = SimpleNamespace(totals={"tokens": 6_291_456_000}), SimpleNamespace(steps=21400)
+    log = StepLog(run, stage)
+    log._smooth, log._weight = 3.1234, 1.0
+    log._steps_timed, log._seconds_timed = 100, 124.0
+    place = {"epoch": 0, "shard": 112, "row_group": 45, "progress": 0.5, "waste": 0.0, "skipped": 0}
+    log._print(12000, 0.123, 1.0, 1.24, 422_813, 0.412, 0.56, 0.0002, place)
+    quiet = capsys.readouterr().out.rstrip("\n")
+    assert quiet == (
+        "step 12000/21400 (56.1%) | loss 3.1234 | grad 0.123 | 1240 ms | 423K tok/s | mfu 41.2% | 6.29B tokens | "
+        "epoch 0 shard 112 group 45 | eta 3h14m"
+    )
+    assert len(quiet) <= 145
+    log._print(12000, 0.123, 0.5, 1.24, 422_813, None, 0.56, 0.034, place | {"waste": 0.012, "skipped": 1234})
+    said = capsys.readouterr().out
+    assert "lr x0.500" in said and "waste 1.2% | skipped 1,234 | wait 34 ms | eta" in said and "mfu n/a" in said
+    log._print(12000, 0.123, 1.0, None, None, None, 0.56, 0.0, {"shard": None, "progress": 0.25, "waste": 0.0004})
+    assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | eta" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0"), (999, "999"), (1000, "1.00K"), (12_345.6, "12.3K"), (423_456, "423K"), (6.291e9, "6.29B")],
+)
+def test_large_numbers_in_three_digits(count, said):
+    assert metrics.short(count) == said
 
 
 def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):

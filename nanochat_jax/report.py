@@ -57,11 +57,12 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """The latest evaluation of each task; training and scripts may write its name in different cases."""
+        """The latest test of each task, whose name training and scripts may write in different cases."""
         names = {name.lower(): name for name in METRICS}
         latest: dict[str, dict] = {}
         for record in sorted(self.of("eval"), key=lambda r: r.get("time") or 0):
-            if isinstance(record.get("score"), int | float) and record.get("task"):
+            of_test = not str(record.get("suite")).endswith("-val")
+            if of_test and isinstance(record.get("score"), int | float) and record.get("task"):
                 latest[names.get(record["task"].lower(), record["task"])] = record
         return latest
 

@@ -125,6 +125,18 @@ def test_later_records_win(quick, tmp_path):
     assert row(text, "MMLU")[3] == "0.3000 ± 0.0100 (n=14,042)" and row(text, "GSM8K")[3].startswith("0.2000")
 
 
+def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):
+    """They are logged beside those of the test, also at the same step, and replace none of them."""
+    run = train_log("sft")
+    score(run, "sft", "Sums", 0.95, n=400)
+    score(run, "sft", "Sums", 0.97, "chat-val", n=400)
+    score(run, "sft", "TwoStep", 0.6, "chat-val", n=400)
+    text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
+    assert row(text.split("## Super")[0], "Sums")[3].startswith("0.9500")
+    assert "0.97" not in text and "TwoStep" not in text
+    assert [r["score"] for r in metrics.read(run) if r.get("task") == "Sums"] == [0.95, 0.97]
+
+
 def test_the_run_saved_last_or_the_one_named(quick, tmp_path):
     train_log("base", "old")
     time.sleep(0.05)

@@ -234,6 +234,7 @@ class Rl(Train):
     device_batch_size: int = setting(8, "rows a device takes at once; lower it when memory runs out")
     examples_per_step: int = setting(16, "problems a step")
     num_samples: int = setting(16, "answers a problem")
+    oversampling: int = setting(1, "try up to so many times the problems, for groups of unequal answers")
     max_new_tokens: int = setting(256, "longest answer in tokens")
     temperature: float = setting(1.0, "sampling temperature")
     top_k: int = setting(50, "sample among the k likeliest tokens (0: all)")

@@ -4,9 +4,12 @@ REINFORCE with a group baseline, nanochat's simplification of GRPO: sample a gro
 reward minus the group's mean as the advantage of every token of an answer, and ascend the advantage-weighted
 log-likelihood, normalised by the number of tokens. On policy, one update a batch: no reference model, no ratio to clip.
 
-Unlike the specification, the token that ends an answer is trained on, so that stopping is learnt as well.
+Unlike the specification, the token that ends an answer is trained on, so that stopping is learnt as well. And a group
+of which all answers are right, or all are wrong, teaches nothing: with --oversampling=K up to K times as many problems
+are sampled, until there are enough groups that do (the dynamic sampling of DAPO, https://arxiv.org/abs/2503.14476).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -55,6 +58,22 @@ def rollouts(engine: Engine, tokenizer, task, indices: list[int], cfg: config.Rl
     return result
 
 
+def informative(draws: Iterable[list[Rollout]], count: int, size: int) -> tuple[list[Rollout], list[Rollout]]:
+    """(what was sampled, the `count` groups of `size` answers to train on): those with unequal rewards come first.
+
+    Sampling ends with the first of `draws` after which there are enough of them.
+    """
+    sampled, unequal, equal = [], [], []
+    for draw in draws:
+        sampled += draw
+        for i in range(0, len(draw), size):
+            group = draw[i : i + size]
+            (unequal if any(r.advantage for r in group) else equal).append(group)
+        if len(unequal) >= count:
+            break
+    return sampled, [rollout for group in (unequal + equal)[:count] for rollout in group]
+
+
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0]) & 0x7FFFFFFF
 
@@ -78,6 +97,8 @@ def as_batch(group: list[Rollout], length: int, pad: int) -> dict[str, np.ndarra
 
 def train(cfg: config.Rl) -> None:
     """Runs the RL stage to its end, or goes on with it."""
+    if cfg.oversampling < 1:
+        raise UserError(f"--oversampling={cfg.oversampling}: must be at least 1")
     if cfg.num_samples < 2:
         raise UserError(f"--num_samples={cfg.num_samples}: a group needs at least 2 answers to compare")
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
@@ -92,7 +113,8 @@ def train(cfg: config.Rl) -> None:
             )
         task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
         held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
-        steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // cfg.examples_per_step
+        walked = cfg.examples_per_step * cfg.oversampling  # a step's part of the walk, all of it drawn or not
+        steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // walked
         if steps < 1:
             raise UserError(f"--examples_per_step={cfg.examples_per_step}: only {len(task)} problems")
         answers = cfg.examples_per_step * cfg.num_samples
@@ -124,14 +146,18 @@ def train(cfg: config.Rl) -> None:
                 timer.lap()
             if last:
                 break
-            indices = problems_of(step, len(task), cfg.examples_per_step, cfg.seed)
-            group = rollouts(engine, run.tokenizer, task, indices, cfg, _seed(cfg.seed, step))
-            sampled = timer.lap()
+            indices = problems_of(step, len(task), walked, cfg.seed)
+            seed, size = _seed(cfg.seed, step), cfg.examples_per_step
+            draws = (
+                rollouts(engine, run.tokenizer, task, indices[i : i + size], cfg, seed) for i in range(0, walked, size)
+            )
+            sampled, chosen = informative(draws, cfg.examples_per_step, cfg.num_samples)
+            sampling = timer.lap()
             lr_mult = cfg.init_lr_frac * optim.linear_decay(step / steps)
-            results = update(run, step_fn, group, shape, lr_mult)
+            results = update(run, step_fn, chosen, shape, lr_mult)
             step += 1
             run.saver.check()
-            log(run, step, steps, group, results, lr_mult, sampled, timer.lap())
+            log(run, step, steps, sampled, results, lr_mult, sampling, timer.lap())
         engine.close()
         run.finish(step)
         print(f"rl: done, {step} steps in {metrics.clock(run.totals['seconds'])}")
@@ -170,26 +196,26 @@ def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
     print("compiling ...", flush=True)
 
 
-def log(run: Run, step: int, steps: int, group: list[Rollout], results: dict, lr_mult, sampled, trained) -> None:
-    """One step: reward, length, how many groups taught nothing, and where the time went."""
+def log(run: Run, step: int, steps: int, sampled: list[Rollout], results: dict, lr_mult, sampling, training) -> None:
+    """One step: of all sampled answers the reward, the length, how many groups taught nothing; where the time went."""
     if step > run.step + 1:  # the first step of a process compiles
-        run.totals["seconds"] += sampled + trained
+        run.totals["seconds"] += sampling + training
     size = run.cfg.num_samples
-    groups = [group[i : i + size] for i in range(0, len(group), size)]
-    length = float(np.mean([len(r.sample.ids) for r in group]))
+    groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
+    length = float(np.mean([len(r.sample.ids) for r in sampled]))
     fields = {
-        "loss": results["loss"], "grad_norm": results["grad_norm"], "lr_mult": lr_mult, "dt": sampled + trained,
-        "reward": float(np.mean([r.reward for r in group])), "sequence_length": length,
+        "loss": results["loss"], "grad_norm": results["grad_norm"], "lr_mult": lr_mult, "dt": sampling + training,
+        "reward": float(np.mean([r.reward for r in sampled])), "sequence_length": length,
         "zero_advantage": float(np.mean([all(r.advantage == 0 for r in g) for g in groups])),
-        "truncated": float(np.mean([r.sample.finish_reason == "length" for r in group])),
-        "sampling_seconds": sampled,
+        "truncated": float(np.mean([r.sample.finish_reason == "length" for r in sampled])),
+        "problems": len(groups), "sampling_seconds": sampling,
     }  # fmt: skip
     run.log("train", step, **fields)
     timed = max(0, step - 1)
     eta = metrics.clock((steps - step) * run.totals["seconds"] / timed) if timed else "n/a"
     print(
-        f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} | length {length:.0f} | "
-        f"truncated {fields['truncated']:.1%} | lr x{lr_mult:.4f} | sampling {sampled:.1f} s, training {trained:.1f} s"
+        f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} of {len(groups)} | length {length:.0f} | "
+        f"truncated {fields['truncated']:.1%} | lr x{lr_mult:.4f} | sampling {sampling:.1f} s, training {training:.1f} s"
         f" | eta {eta}",
         flush=True,
     )

@@ -214,9 +214,9 @@ def log(run: Run, step: int, steps: int, sampled: list[Rollout], results: dict, 
     timed = max(0, step - 1)
     eta = metrics.clock((steps - step) * run.totals["seconds"] / timed) if timed else "n/a"
     print(
-        f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} of {len(groups)} | length {length:.0f} | "
-        f"truncated {fields['truncated']:.1%} | lr x{lr_mult:.4f} | sampling {sampling:.1f} s, training {training:.1f} s"
-        f" | eta {eta}",
+        f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} | problems {len(groups)}, "
+        f"{fields['zero_advantage']:.0%} without advantage | length {length:.0f} | cut off {fields['truncated']:.1%} | "
+        f"lr x{lr_mult:.4f} | sampling {sampling:.1f} s, training {training:.1f} s | eta {eta}",
         flush=True,
     )
 

@@ -111,7 +111,7 @@ def train(cfg: config.Rl) -> None:
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
-        task = tasks.mixture(cfg.mixture, "rl", cfg.task_data_dir)
+        task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
         held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
         walked = cfg.examples_per_step * cfg.oversampling  # a step's part of the walk, all of it drawn or not
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // walked

@@ -74,14 +74,6 @@ def test_sizes_of_the_real_data(data_dir):
     assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train stands in
 
 
-def test_rl_is_the_train_split_where_there_is_no_other(data_dir):
-    for name in ("gsm8k", "spellingbee"):
-        rl, train = (tasks.load(name, split, data_dir=data_dir) for split in ("rl", "train"))
-        assert len(rl) == len(train) and rl[3] == train[3]
-    for name in ("sums", "twostep"):
-        assert tasks.load(name, "rl")[3] != tasks.load(name, "train")[3]
-
-
 def test_val_is_the_test_split_where_there_is_no_other(data_dir):
     for name in ("gsm8k", "humaneval", "spellingbee", "smoltalk"):
         val, test = (tasks.load(name, split, data_dir=data_dir) for split in ("val", "test"))

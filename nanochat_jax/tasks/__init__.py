@@ -41,18 +41,18 @@ def task_class(name: str) -> type[Task]:
 
 
 def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0) -> Task:
-    """One split of a task: "train", "rl" (else train), "val" (else test) or "test"; see Task.
+    """One split of a task: "train", "val" (the test split where the task has no val split) or "test".
 
     data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many (0: all; more than the
     task has: repeated). UserError where the data cannot be had; a task is never silently empty.
     """
-    if split not in ("train", "rl", "val", "test"):
-        raise UserError(f"split {split!r} of {name}: expected train, rl, val or test")
+    if split not in ("train", "val", "test"):
+        raise UserError(f"split {split!r} of {name}: expected train, val or test")
     if rows < 0:
         raise UserError(f"{name}={rows}: the number of rows must be 0 (all) or more")
     cls = task_class(name)
-    if split not in cls.splits:
-        split = {"rl": "train", "val": "test"}[split]
+    if split == "val" and not cls.has_val:
+        split = "test"
     if cls is CustomJSON:
         path = name.partition(":")[2]
         if not path:

@@ -2,11 +2,9 @@
 
 Everything follows from (task, split, index). Three things are held out of training, some for validation and others for
 the test: pairs of numbers (by a hash of operands and operator, in every step), names of people, and phrasings (see
-stories.py). The split rl has the numbers and people of train, and stories in words of its own.
-
-What an answer says before a call repeats the question's numbers in the question's order and never a result, so that
-nothing has to be computed by heart; the expression has no spaces, because that is how its numbers split into the same
-tokens everywhere.
+stories.py). What an answer says before a call repeats the question's numbers in the question's order and never a
+result, so that nothing has to be computed by heart; the expression has no spaces, because that is how its numbers split
+into the same tokens everywhere.
 """
 
 import random
@@ -60,17 +58,16 @@ def split_of(a: int, op: str, b: int) -> str:
 
 class _Arithmetic(Task):
     eval_type = "generative"
-    splits = ("train", "rl", "val", "test")
+    has_val = True
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         """`data_dir` is ignored: nothing is read."""
-        self.split = split  # whose phrasings
-        self.pool = "train" if split == "rl" else split  # whose numbers and people
+        self.split = split
         self.one_step = {op: tellable(stories, split) for op, stories in ONE_STEP.items()}
         self.two_step = tellable(TWO_STEP, split)
 
     def __len__(self) -> int:
-        return TRAIN_ROWS if self.pool == "train" else HELD_OUT_ROWS
+        return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
         """The text with {} for its numbers, the story it tells, and the numbers."""
@@ -79,7 +76,7 @@ class _Arithmetic(Task):
     def example(self, index: int) -> dict:
         rng = random.Random(f"{self.name} {self.split} {index}")
         text, story, numbers = self.problem(rng)
-        words = _cast(self.pool, rng)
+        words = _cast(self.split, rng)
         parts = _solve(story.steps, numbers, story.unit.format(**words))
         return {
             "messages": [
@@ -100,10 +97,10 @@ class Sums(_Arithmetic):
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
         plain = rng.random() < 0.5
         op = rng.choice("+-*")
-        if plain and self.pool == "train" and rng.random() < DIVISIONS:
+        if plain and self.split == "train" and rng.random() < DIVISIONS:
             op = "/"
         story = PLAIN[op] if plain else rng.choice(self.one_step[op])
-        text = tell(story, self.pool if plain else self.split, rng)
+        text = tell(story, self.split, rng)
         if rng.random() < UNRELATED:
             text = f"{rng.choice(OPENINGS if plain else SCENES)} {text}"
         if plain:
@@ -112,7 +109,7 @@ class Sums(_Arithmetic):
             a, b = _pair(op, rng)
             # A story counts things: nobody gives away more than there are, and "1 apples" is no English.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
-            if sensible and split_of(a, op, b) == self.pool:
+            if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]
 
 
@@ -129,7 +126,7 @@ class TwoStep(_Arithmetic):
         while True:
             numbers = _draw(story, rng)
             if all(
-                (op != "-" or a > b) and (op != "*" or a * b < 2000) and split_of(a, op, b) == self.pool
+                (op != "-" or a > b) and (op != "*" or a * b < 2000) and split_of(a, op, b) == self.split
                 for a, op, b in _carry_out(story.steps, numbers)
             ):
                 return text, story, numbers[: text.count("{}")]

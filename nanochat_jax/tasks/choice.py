@@ -55,7 +55,7 @@ class GeneratedMC(Task):
     name = "Choice"
     eval_type = "categorical"
     baseline = 0.25
-    splits = ("train", "val", "test")
+    has_val = True
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         """`data_dir` is ignored: nothing is read."""

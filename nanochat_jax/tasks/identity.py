@@ -144,7 +144,7 @@ ABOUT = (
 class Identity(Task):
     name = "Identity"
     eval_type = "generative"
-    splits = ("train", "val", "test")
+    has_val = True
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         self.conversations: Task | list[dict] = _trained_on(data_dir) if split == "train" else _questions(split)

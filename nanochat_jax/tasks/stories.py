@@ -1,21 +1,16 @@
 """How the generated word problems are told: a small grammar, read from phrasings.txt, which explains its notation.
 
-Every list of alternatives has parts: those that training uses, and those that only reinforcement learning, only
-validation, or only the test adds to them. A problem of these splits contains at least one of its own, so its phrasing
-never occurred in finetuning, and that of validation and test never in training at all. Validation may be looked at
-while a recipe is tuned. The test may not.
+Every list of alternatives has three parts: those that training uses, and those that only validation, or only the test,
+adds to them. A problem of these splits contains at least one of its own, so its phrasing never occurred in training.
+Validation may be looked at while a recipe is tuned. The test may not.
 """
 
 import random
 import re
-import zlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 SYMBOL = re.compile(r"<(\w+)>")
-# Of so many ways to tell a story one is left to reinforcement learning: of what a model has seen in finetuning there is
-# little to learn by trying, and what it then learns serves questions it has not seen.
-LEFT_TO_RL = 5
 
 
 @dataclass(frozen=True)
@@ -23,7 +18,6 @@ class Choices:
     """Ways to say one thing, by split."""
 
     train: tuple[str, ...] = ()
-    rl: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
@@ -37,10 +31,10 @@ class Choices:
         def fill(text: str) -> str:
             return SYMBOL.sub(lambda match: f"<{symbols.get(match[1], match[1])}>", text)
 
-        return Choices(*(tuple(map(fill, ways)) for ways in (self.train, self.rl, self.val, self.test)))
+        return Choices(*(tuple(map(fill, ways)) for ways in (self.train, self.val, self.test)))
 
     def __add__(self, other: "Choices") -> "Choices":
-        return Choices(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return Choices(self.train + other.train, self.val + other.val, self.test + other.test)
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Story:
 
 
 def tell(story: Story, split: str, rng: random.Random) -> str:
-    """The text of `story`, all symbols expanded; but in train some part of it is only for that split."""
+    """The text of `story`, all symbols expanded; in val and test some part of it is only for that split."""
     while True:
         held_out = False
 
@@ -94,19 +88,12 @@ def _sections() -> list[tuple[str, Choices]]:
     text = Path(__file__).with_name("phrasings.txt").read_text(encoding="utf-8")
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("["):
-            sections.append((line[1:-1], {"train": [], "rl": [], "val": [], "test": []}))
+            sections.append((line[1:-1], {"train": [], "val": [], "test": []}))
         elif not line.startswith("#"):
             split, way = re.fullmatch(r"(?:(val|test): )?(.+)", line).groups()
             times, way = re.fullmatch(r"(?:(\d+)\* )?(.+)", way).groups()
-            heading, ways = sections[-1]
-            if split is None and heading.startswith("story ") and ways["train"] and _left_to_rl(way):
-                split = "rl"
-            ways[split or "train"] += [way] * int(times or 1)
+            sections[-1][1][split or "train"] += [way] * int(times or 1)
     return [(heading, Choices(*(tuple(ways) for ways in by_split.values()))) for heading, by_split in sections]
-
-
-def _left_to_rl(way: str) -> bool:
-    return zlib.crc32(way.encode()) % LEFT_TO_RL == 0
 
 
 def _story(heading: str, ways: Choices) -> Story:

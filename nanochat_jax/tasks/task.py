@@ -15,15 +15,15 @@ class Task:
     """Conversations by index. Subclasses give `__len__` and `example`, and `evaluate` if `eval_type` is set.
 
     eval_type: "generative" (sample an answer and judge its text), "categorical" (compare the logits of the
-    conversation's "letters"), or None (only for training). baseline: the score of guessing. splits: beside train and
-    test there may be val, to look at while training and tuning, and rl, to learn from by trying what was not finetuned
-    on. Most data sets come without them: what is asked for as val is then the test split, as rl the train split.
+    conversation's "letters"), or None (only for training). baseline: the score of guessing. has_val: whether there is
+    a val split, to look at while training and tuning, beside train and test. Most data sets come without one; what is
+    asked for as val is then the test split.
     """
 
     name: str = ""
     eval_type: str | None = None
     baseline: float = 0.0
-    splits: tuple[str, ...] = ("train", "test")
+    has_val: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -94,16 +94,16 @@ def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
-    """Attention of q [b,t,h,k], whose first token sits at position start [b], to cache rows k, v [b,s,n,k].
+    """Attention of q [b,t,h,k], whose first token sits at position start [b], to cache rows k, v [b,n,s,k].
 
     A query at position p sees slots 0..p, or the last `window` + 1 of them. Softmax in float32.
     """
     b, t, h, d = q.shape
-    n = k.shape[2]
+    n = k.shape[1]
     q = q.reshape(b, t, n, h // n, d)
-    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=accumulator(q.dtype)) * d**-0.5
-    visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[1]), window)  # [b,t,s]
+    scores = jnp.einsum("btngk,bnsk->bngts", q, k, preferred_element_type=accumulator(q.dtype)) * d**-0.5
+    visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bngts,bsnk->btngk", weights, v, preferred_element_type=accumulator(q.dtype))
+    out = jnp.einsum("bngts,bnsk->btngk", weights, v, preferred_element_type=accumulator(q.dtype))
     return out.reshape(b, t, h, d).astype(v.dtype)

@@ -225,9 +225,9 @@ def _stack(x: jax.Array, stacked: dict, angles: tuple, cfg: GPTConfig, execution
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """cache [b,s,n,k] with new [b,t,n,k] at positions start [b] .. start + t of each row."""
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    return jax.vmap(put)(cache, new.astype(cache.dtype), start)
+    """cache [b,n,s,k] with new [b,t,n,k] at positions start [b] .. start + t of each row."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return jax.vmap(put)(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), start)
 
 
 # -----------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def hidden(
 def decode(params: Params, cfg: GPTConfig, ids: jax.Array, cache: dict, dtype: jnp.dtype = jnp.float32):
     """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], the longer cache).
 
-    cache = {"k": [l arrays [b,s,n,k]], "v": the same, "length": int32 [b]}. The caller keeps length + t <= s.
+    cache = {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}. The caller keeps length + t <= s.
     """
     return bind(params, cfg)(ids, dtype, cache)
 

@@ -1,8 +1,9 @@
 """The key/value cache of the engine: one pair of buffers a layer, one row a slot.
 
-A cache is {"k": [l arrays [b,s,n,k]], "v": the same}. All rows share s, which is always one of a few bucket sizes, so
-that attention covers what is filled rather than the whole context, and few shapes are compiled. Rows need no clearing:
-what lies behind a row's length is masked by attention and overwritten as the row grows.
+A cache is {"k": [l arrays [b,n,s,k]], "v": the same}; a head's keys lie together, because that is how attention reads
+them. All rows share s, which is always one of a few bucket sizes, so that attention covers what is filled rather than
+the whole context, and few shapes are compiled. Rows need no clearing: what lies behind a row's length is masked by
+attention and overwritten as the row grows.
 """
 
 import functools
@@ -25,7 +26,7 @@ def bucket(length: int, limit: int, smallest: int = SMALLEST) -> int:
 
 def make(cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None = None) -> KV:
     """An empty cache of `slots` rows with `size` positions. Zeros, since masked garbage could be NaN."""
-    shape = (slots, size, cfg.n_kv_head, cfg.head_dim)
+    shape = (slots, cfg.n_kv_head, size, cfg.head_dim)
     return {name: [jnp.zeros(shape, dtype, device=sharding) for _ in range(cfg.n_layer)] for name in ("k", "v")}
 
 
@@ -42,8 +43,8 @@ def resize(cache: KV, size: int) -> KV:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _resize(x: jax.Array, size: int) -> jax.Array:
-    grow = (0, size - x.shape[1], 0)  # lax.pad cuts where this is negative
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), grow, (0, 0, 0), (0, 0, 0)))
+    grow = (0, size - x.shape[2], 0)  # lax.pad cuts where this is negative
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), grow, (0, 0, 0)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

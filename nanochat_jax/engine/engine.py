@@ -409,7 +409,7 @@ class Engine:
         """Gives the cache the smallest size that holds all rows to the end of the next chunk."""
         needed = [row.length + min(self.chunk, row.left) for row in self._rows if row]
         size = kv.bucket(max(at_least, *needed), self.cfg.sequence_len)
-        if size != self._cache["k"][0].shape[1]:
+        if size != self._cache["k"][0].shape[2]:
             self._cache = kv.resize(self._cache, size)
 
     def _settings(self, rows: list[_Row | None]) -> sampler.Settings:

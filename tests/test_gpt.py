@@ -52,7 +52,7 @@ def test_gradient_never_reaches_later_tokens(params):
 def test_cached_decoding_equals_the_full_forward(params, cuts):
     ids = jax.random.randint(jax.random.key(2), (3, 12), 0, CFG.vocab_size)
     full = gpt.hidden(params, CFG, ids)
-    shape = (3, 16, CFG.n_kv_head, CFG.head_dim)
+    shape = (3, CFG.n_kv_head, 16, CFG.head_dim)
     cache = {n: [jnp.zeros(shape)] * CFG.n_layer for n in ("k", "v")} | {"length": jnp.zeros(3, jnp.int32)}
     parts, at = [], 0
     for n in cuts:

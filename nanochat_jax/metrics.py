@@ -1,6 +1,6 @@
 """A run's log: log.jsonl in the run's folder is the truth, one JSON object a line; wandb is a view of it.
 
-After a resume a step may be logged twice: the later record of the same (kind, stage, step, suite, task) holds.
+After a resume a step may be logged twice: the later record of the same (kind, stage, step, suite, task, split) holds.
 """
 
 import json
@@ -40,7 +40,7 @@ def read(run_dir: Path) -> list[dict]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the process ended in the middle of a write
-        key = tuple(map(record.get, ("kind", "stage", "step", "suite", "task")))
+        key = tuple(map(record.get, ("kind", "stage", "step", "suite", "task", "split")))
         records.pop(key, None)
         records[key] = record
     return list(records.values())

@@ -57,11 +57,12 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """The latest test of each task, whose name training and scripts may write in different cases."""
+        """The latest test of each task, whose name training and scripts may write in different cases. Scores on
+        validation problems are for choosing settings and are no result."""
         names = {name.lower(): name for name in METRICS}
         latest: dict[str, dict] = {}
         for record in sorted(self.of("eval"), key=lambda r: r.get("time") or 0):
-            of_test = not str(record.get("suite")).endswith("-val")
+            of_test = record.get("split") in (None, "test")  # CORE and bits per byte have no splits of this kind
             if of_test and isinstance(record.get("score"), int | float) and record.get("task"):
                 latest[names.get(record["task"].lower(), record["task"])] = record
         return latest

@@ -1,5 +1,6 @@
 """Scores of chat tasks: equal to those of a plain loop, batched in any way, and honest about errors."""
 
+import dataclasses
 import json
 import os
 import random
@@ -10,13 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from serving import save_model
 
-from nanochat_jax import gpt, tasks
+from nanochat_jax import config, gpt, metrics, tasks
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine, Request
 from nanochat_jax.evals import chat
 from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tokenizer import Tokenizer
+from scripts import chat_eval
 
 TEXT = "Multiple Choice question: which one is it? Respond only with the letter of the correct answer. A B C D"
 WORDS = TEXT.split()
@@ -157,6 +160,25 @@ def test_chatcore_needs_all_six_tasks():
     assert {tasks.task_class(name).name for name in chat.CHATCORE_TASKS} == set(chat.CHATCORE_TASKS)
     for name in chat.CHATCORE_TASKS:
         assert tasks.task_class(name).baseline == (0.25 if tasks.task_class(name).eval_type == "categorical" else 0)
+
+
+def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_dir, model, tokenizer, tmp_path):
+    """A task without a val split gives test problems when asked for val, and its score says so."""
+    words = tmp_path / "data" / "words" / "words_alpha.txt"
+    words.parent.mkdir(parents=True)
+    words.write_text("\n".join(f"word{i}" for i in range(200)))
+    save_model(own_base_dir, *model, tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="Sums|SpellingBee", max_problems=3, max_new_tokens=2,
+                          task_data_dir=str(tmp_path / "data"), device_type="cpu")  # fmt: skip
+    chat_eval.main(cfg)
+    tested = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
+    chat_eval.main(dataclasses.replace(cfg, split="val"))
+    records = [r for r in metrics.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
+    found = sorted((r["task"], r["split"]) for r in records)
+    assert found == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
+    assert {r["suite"] for r in records} == {"chat"}
+    answers = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
+    assert answers.keys() - tested.keys() == {"Sums-val.jsonl"} and answers.items() > tested.items()
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,9 @@ def test_later_records_win(quick, tmp_path):
 def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):
     """They are logged beside those of the test, also at the same step, and replace none of them."""
     run = train_log("sft")
-    score(run, "sft", "Sums", 0.95, n=400)
-    score(run, "sft", "Sums", 0.97, "chat-val", n=400)
-    score(run, "sft", "TwoStep", 0.6, "chat-val", n=400)
+    score(run, "sft", "Sums", 0.95, n=400, split="test")
+    score(run, "sft", "Sums", 0.97, n=400, split="val")
+    score(run, "sft", "TwoStep", 0.6, n=400, split="val")
     text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
     assert row(text.split("## Super")[0], "Sums")[3].startswith("0.9500")
     assert "0.97" not in text and "TwoStep" not in text

@@ -77,10 +77,11 @@ def test_sizes_of_the_real_data(data_dir):
 def test_val_is_the_test_split_where_there_is_no_other(data_dir):
     for name in ("gsm8k", "humaneval", "spellingbee", "smoltalk"):
         val, test = (tasks.load(name, split, data_dir=data_dir) for split in ("val", "test"))
-        assert len(val) == len(test) and val[3] == test[3]
+        assert len(val) == len(test) and val[3] == test[3] and val.split == val[:3].split == "test"
     for name in ("sums", "twostep", "choice", "identity"):
         val, test = (tasks.load(name, split) for split in ("val", "test"))
         assert len(val) == len(test) and val[3] != test[3]
+        assert (val.split, tasks.load(name, "val", rows=5).split, test.split) == ("val", "val", "test")
 
 
 def test_categorical_answers_are_one_of_the_letters(data_dir):

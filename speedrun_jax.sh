@@ -79,9 +79,10 @@ judge() {
 started=$SECONDS
 [ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
 
-# Text and tokenizer. Of FineWeb-Edu first what the tokenizer needs, the rest while that trains.
+# Text and tokenizer. The validation shard and one more tell whether the hub can be reached; the rest comes meanwhile,
+# in order, and the tokenizer waits for those that it is trained on: as many as its settings say.
 if [ "$tag" != cpu ]; then
-    python -m nanochat_jax.dataset --config="$preset" -n 8
+    python -m nanochat_jax.dataset --config="$preset" -n 1
     python -m nanochat_jax.dataset --config="$preset" &
     download=$!
     trap 'kill "$download" 2>/dev/null || true' EXIT

@@ -63,9 +63,10 @@ class Source:
         return digest.hexdigest()
 
 
-def open(source: str | None = None, data_dir: str | Path | None = None) -> Source:
+def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
     """The corpus called `source`, or the one in the folder `data_dir`. With neither, the one the tokenizer was trained
-    on, so that all stages read the same text; before there is a tokenizer, "local"."""
+    on, so that all stages read the same text; before there is a tokenizer, "local". Of a source on the hub the first
+    `num_files` training shards (-1: all that were asked for), which may still be on their way."""
     recorded = config.base_dir() / "tokenizer" / "source.json"
     if not source and not data_dir and recorded.exists():
         record = json.loads(recorded.read_text(encoding="utf-8"))
@@ -78,7 +79,7 @@ def open(source: str | None = None, data_dir: str | Path | None = None) -> Sourc
     if source not in hub.SOURCES:
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
-    train, val = hub.shards_of(source)
+    train, val = hub.shards_of(source, num_files)
     return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same however many shards of it are here
 
 

@@ -48,15 +48,19 @@ def folder_of(source: str) -> Path:
     return config.base_dir() / "data" / source
 
 
-def shards_of(source: str) -> tuple[list[Path], Path]:
+def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     """(training shards, validation shard) that `download` was asked for, arrived or not, so that their order never
-    depends on what has arrived. UserError where nothing was."""
+    depends on what has arrived; with `num_files` as many of them, asked for yet or not. UserError where nothing was."""
     folder, last = folder_of(source), shard(SOURCES[source][1])
+    if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
+        raise UserError(f"--num_files={num_files}: expected 1 to {SOURCES[source][1]} shards of {source} (-1: all)")
     command = f"python -m nanochat_jax.dataset --data {source} -n 8"
     if not (folder / last).exists():
         raise UserError(f"{source}: no validation shard {folder / last}; run {command}")
     count = read_json(folder / "manifest.json").get("shards")
-    if count is None:  # put here by other means
+    if num_files > 0:
+        train = [folder / shard(i) for i in range(num_files)]
+    elif count is None:  # put here by other means
         train = [p for p in sorted(folder.glob("shard_*.parquet")) if p.name != last]
     else:
         train = [folder / shard(i) for i in range(count)]

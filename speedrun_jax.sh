@@ -107,8 +107,14 @@ if [ -d "$core" ]; then
     judge base base_eval scripts.base_eval -i base -g "$tag" --core_dir="$core"
 elif [ "$tag" = cpu ]; then
     say "CORE skipped: its bundle is not in $core, and this preset does not download it (CORE_DIR=... if you have it)"
-elif ! judge base base_eval scripts.base_eval -i base -g "$tag"; then
-    say "CORE skipped, see above (CORE_DIR=... if you have its bundle)"
+else
+    code=0
+    judge base base_eval scripts.base_eval -i base -g "$tag" || code=$?
+    case $code in
+        0) ;;
+        2) say "CORE skipped, see above (CORE_DIR=... if you have its bundle)" ;; # what can be mended outside of here
+        *) exit "$code" ;;
+    esac
 fi
 
 # Midtraining: the format of conversations, tools and multiple choice.

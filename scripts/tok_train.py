@@ -38,6 +38,11 @@ def main(cfg: config.TokTrain) -> None:
     if not cfg.fresh and _recorded(folder, recipe):
         print(f"{folder} was trained with these settings already; --fresh trains it again")
         return
+    aside = sorted(folder.parent.glob(f"{folder.name}-*"))
+    if not cfg.fresh and (before := next((old for old in aside if _recorded(old, recipe)), None)):
+        print(f"{before} was trained with these settings: it takes its place again; --fresh trains it again")
+        _swap(before, folder)
+        return
 
     # Shards may still be on their way; the clock starts when they are here.
     try:

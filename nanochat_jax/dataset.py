@@ -23,6 +23,7 @@ from pathlib import Path
 
 from nanochat_jax import commandline, config, docstrings, hub
 from nanochat_jax.config import UserError
+from nanochat_jax.files import sha256
 from nanochat_jax.hub import first_line
 
 # What the local corpus is made of besides the standard library: the core dependencies and what they depend on.
@@ -52,14 +53,13 @@ class Source:
         """Documents of "train" or "val" in file order, without end markers. Waits for shards still on their way."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
             wait_for(path)
-            yield from filter(None, _texts_of(path))
+            yield from filter(None, texts_of(path))
 
     def val_hash(self) -> str:
         """SHA-256 of the validation files: scores of runs are comparable where it is the same."""
         digest = hashlib.sha256()
         for path in self.val_files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256(path)))
         return digest.hexdigest()
 
 
@@ -128,7 +128,8 @@ def text_bytes(path: Path) -> list[int]:
         return [sum(c.total_uncompressed_size for c in of if c.path_in_schema == "text") for of in columns]
 
 
-def _texts_of(path: Path) -> Iterator[str]:
+def texts_of(path: Path) -> Iterator[str]:
+    """All documents of a parquet file, "" for those that cannot be used."""
     with parquet(path) as file:
         for i in range(file.num_row_groups):
             yield from read_row_group(file, path, i)
@@ -311,7 +312,7 @@ def documents(path: Path, counts: Counter | None = None) -> Iterator[str]:
     """Non-empty documents of one file, long ones in pieces. UserError names the file and line that cannot be read;
     `counts` is told of all others."""
     counts = Counter() if counts is None else counts
-    for text in _texts_of(path) if path.suffix == ".parquet" else _lines_of(path):
+    for text in texts_of(path) if path.suffix == ".parquet" else _lines_of(path):
         counts["documents"] += 1
         if not text.strip():
             counts["empty, skipped"] += 1

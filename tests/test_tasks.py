@@ -158,7 +158,7 @@ def test_words_come_from_the_corpus_and_stay(own_base_dir):
     corpus.mkdir(parents=True)
     rare = "unlikely_name othername.attribute foo_bar x1y Capital http://example.org/path ab verylongwordindeed"
     text = " ".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26)) + " the the " + rare
-    pq.write_table(pa.table({"text": [text] * 3}), corpus / "shard_00000.parquet")
+    pq.write_table(pa.table({"text": [text, None, text, text]}), corpus / "shard_00000.parquet")
     found = words.load("train") + words.load("test")
     assert len(found) == 677 and found[0] == "the" and "wordaa" in found and "name" not in found
     words._all_words.cache_clear()

@@ -29,7 +29,7 @@ from nanochat_jax.hub import first_line
 # What the local corpus is made of besides the standard library: the core dependencies and what they depend on.
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "scipy", "ml_dtypes", "tensorstore", "tiktoken",
-    "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "tyro", "regex", "requests", "urllib3", "httpx",
+    "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "regex", "requests", "urllib3", "httpx",
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 ROW_GROUP = 1024  # documents; the unit that is read and tokenized at once
@@ -384,8 +384,8 @@ def _shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
     yield from window
 
 
-def _fingerprint(files: list[Path], names: Iterable[str] = ()) -> str:
-    lines = [f"{p.name}:{p.stat().st_size}" for p in files] + list(names)
+def _fingerprint(files: list[Path]) -> str:
+    lines = [f"{p.name}:{p.stat().st_size}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -199,10 +199,11 @@ def test_what_the_script_cannot_do_is_one_line(flags, complaint):
 
 ON_DEVICES = """
 import json, random, sys
+sys.path.append("tests")
 import jax
 from nanochat_jax import gpt, sharding
 from nanochat_jax.evals import bpb, chat
-from tests.test_chat_eval import Begin, Quiz, WORDS
+from test_chat_eval import Begin, Quiz, WORDS
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 import numpy as np

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,64 @@ def test_four_devices_give_what_one_gives():
     assert done.returncode == 0, done.stderr[-2000:]
     one, many = map(json.loads, done.stdout.strip().splitlines()[-2:])
     assert one == many and one[0] == 4
+
+
+IN_PROCESSES = """
+import json, random, sys
+sys.path.append("tests")
+import jax
+from nanochat_jax import gpt, parallel, sharding
+from nanochat_jax.evals import batching, chat
+from test_chat_eval import Begin, Quiz, WORDS
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.tokenizer import Tokenizer
+where, count, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+parallel.start("cpu", where, count, process)
+tokenizer = Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(50)], 320)
+cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
+layout = sharding.Layout(sharding.make_mesh(), "full")
+def init():
+    params = jax.tree.map(lambda x: x + 0.2, gpt.init(cfg, seed=3))
+    return params | {"lm_head": (params["lm_head"] - 0.2) * 1000}
+params = jax.jit(init, out_shardings=layout.shardings(layout.stored(jax.eval_shape(init))))()
+asked = []
+class Told(Begin):
+    def __getitem__(self, i):
+        asked.append(i)
+        return super().__getitem__(i)
+begin = chat.evaluate(params, cfg, tokenizer, Told(), max_new_tokens=3)
+one = chat.evaluate(params, cfg, tokenizer, Begin(), max_new_tokens=3, max_problems=1)
+quiz = chat.evaluate(params, cfg, tokenizer, Quiz(), batch_size=6)
+asked = batching.gather([len(set(asked))])
+print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answers]))
+"""
+
+
+def in_processes(count: int, devices: int) -> list:
+    """What process 0 of `count` comes to, each with `devices` devices, the weights cut over all of them."""
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}" if count > 1 else ""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_PROCESSES, where, str(count), str(i)], cwd=root, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * count, "".join(said[-2000:] for _, said in ended)
+    return json.loads(ended[0][0].strip().splitlines()[-1])
+
+
+def test_processes_share_the_problems_and_know_all_answers():
+    alone, *expected = in_processes(1, 1)
+    shared, *found = in_processes(2, 2)
+    assert alone == [12] and shared == [6, 6]
+    assert found == expected

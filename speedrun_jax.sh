@@ -79,9 +79,10 @@ judge() {
 started=$SECONDS
 [ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
 
-# Text and tokenizer. Of FineWeb-Edu first what the tokenizer needs, the rest while that trains.
+# Text and tokenizer. The validation shard and one more tell whether the hub can be reached; the rest comes meanwhile,
+# in order, and the tokenizer waits for those that it is trained on: as many as its settings say.
 if [ "$tag" != cpu ]; then
-    python -m nanochat_jax.dataset --config="$preset" -n 8
+    python -m nanochat_jax.dataset --config="$preset" -n 1
     python -m nanochat_jax.dataset --config="$preset" &
     download=$!
     trap 'kill "$download" 2>/dev/null || true' EXIT
@@ -106,8 +107,14 @@ if [ -d "$core" ]; then
     judge base base_eval scripts.base_eval -i base -g "$tag" --core_dir="$core"
 elif [ "$tag" = cpu ]; then
     say "CORE skipped: its bundle is not in $core, and this preset does not download it (CORE_DIR=... if you have it)"
-elif ! judge base base_eval scripts.base_eval -i base -g "$tag"; then
-    say "CORE skipped, see above (CORE_DIR=... if you have its bundle)"
+else
+    code=0
+    judge base base_eval scripts.base_eval -i base -g "$tag" || code=$?
+    case $code in
+        0) ;;
+        2) say "CORE skipped, see above (CORE_DIR=... if you have its bundle)" ;; # what can be mended outside of here
+        *) exit "$code" ;;
+    esac
 fi
 
 # Midtraining: the format of conversations, tools and multiple choice.

@@ -13,8 +13,6 @@ over, with a line that says so, and the step before it is used.
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanochat_jax import files
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 
 if TYPE_CHECKING:
@@ -124,19 +123,8 @@ class Saver:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    hashes = {str(p.relative_to(folder)): _sha256(p) for p in files}
-    part = folder / (MANIFEST + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        json.dump(hashes, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, folder / MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    hashes = {str(p.relative_to(folder)): files.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.write_text(folder / MANIFEST, json.dumps(hashes, indent=1))
 
 
 # -----------------------------------------------------------------------------
@@ -163,7 +151,7 @@ def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if files.sha256(path) != digest:
             return f"{name} is damaged"
     return None
 
@@ -202,16 +190,9 @@ def restore_params(run: Path, step: int, params):
     return ocp.load_checkpointables(step_dir(run, step).resolve(), {"params": params})["params"]
 
 
-@contextlib.contextmanager
-def exclusive(run: Path):
+def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:
     """Holds the run's lock file: a second process training the same run is refused."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training {run}: end it, or choose another --model_tag") from None
-        yield
+    return files.exclusive(run, f"another process is training {run}: end it, or choose another --model_tag")
 
 
 def clear_unfinished(run: Path) -> None:

@@ -257,6 +257,7 @@ class TokTrain:
     table: ClassVar[str] = "tok"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: local)")
     data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
+    num_files: int = setting(8, "training shards of a source on the hub, from the first (-1: all asked for)")
     max_chars: int = setting(10_000_000_000, "characters to train on")
     doc_cap: int = setting(10_000, "characters a document contributes at most")
     vocab_size: int = setting(65536, "tokens, the nine special ones included")

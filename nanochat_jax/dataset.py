@@ -23,12 +23,13 @@ from pathlib import Path
 
 from nanochat_jax import commandline, config, docstrings, hub
 from nanochat_jax.config import UserError
+from nanochat_jax.files import sha256
 from nanochat_jax.hub import first_line
 
 # What the local corpus is made of besides the standard library: the core dependencies and what they depend on.
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "scipy", "ml_dtypes", "tensorstore", "tiktoken",
-    "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "tyro", "regex", "requests", "urllib3", "httpx",
+    "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "regex", "requests", "urllib3", "httpx",
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 ROW_GROUP = 1024  # documents; the unit that is read and tokenized at once
@@ -52,20 +53,20 @@ class Source:
         """Documents of "train" or "val" in file order, without end markers. Waits for shards still on their way."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
             wait_for(path)
-            yield from filter(None, _texts_of(path))
+            yield from filter(None, texts_of(path))
 
     def val_hash(self) -> str:
         """SHA-256 of the validation files: scores of runs are comparable where it is the same."""
         digest = hashlib.sha256()
         for path in self.val_files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256(path)))
         return digest.hexdigest()
 
 
-def open(source: str | None = None, data_dir: str | Path | None = None) -> Source:
+def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
     """The corpus called `source`, or the one in the folder `data_dir`. With neither, the one the tokenizer was trained
-    on, so that all stages read the same text; before there is a tokenizer, "local"."""
+    on, so that all stages read the same text; before there is a tokenizer, "local". Of a source on the hub the first
+    `num_files` training shards (-1: all that were asked for), which may still be on their way."""
     recorded = config.base_dir() / "tokenizer" / "source.json"
     if not source and not data_dir and recorded.exists():
         record = json.loads(recorded.read_text(encoding="utf-8"))
@@ -78,7 +79,7 @@ def open(source: str | None = None, data_dir: str | Path | None = None) -> Sourc
     if source not in hub.SOURCES:
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
-    train, val = hub.shards_of(source)
+    train, val = hub.shards_of(source, num_files)
     return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same however many shards of it are here
 
 
@@ -127,7 +128,8 @@ def text_bytes(path: Path) -> list[int]:
         return [sum(c.total_uncompressed_size for c in of if c.path_in_schema == "text") for of in columns]
 
 
-def _texts_of(path: Path) -> Iterator[str]:
+def texts_of(path: Path) -> Iterator[str]:
+    """All documents of a parquet file, "" for those that cannot be used."""
     with parquet(path) as file:
         for i in range(file.num_row_groups):
             yield from read_row_group(file, path, i)
@@ -310,7 +312,7 @@ def documents(path: Path, counts: Counter | None = None) -> Iterator[str]:
     """Non-empty documents of one file, long ones in pieces. UserError names the file and line that cannot be read;
     `counts` is told of all others."""
     counts = Counter() if counts is None else counts
-    for text in _texts_of(path) if path.suffix == ".parquet" else _lines_of(path):
+    for text in texts_of(path) if path.suffix == ".parquet" else _lines_of(path):
         counts["documents"] += 1
         if not text.strip():
             counts["empty, skipped"] += 1
@@ -382,8 +384,8 @@ def _shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
     yield from window
 
 
-def _fingerprint(files: list[Path], names: Iterable[str] = ()) -> str:
-    lines = [f"{p.name}:{p.stat().st_size}" for p in files] + list(names)
+def _fingerprint(files: list[Path]) -> str:
+    lines = [f"{p.name}:{p.stat().st_size}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -12,7 +12,6 @@ to notice that nobody answers. The hash is the hub's; where a mirror gives none,
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError
-from nanochat_jax.files import read_json, write_text
+from nanochat_jax.files import exclusive, read_json, sha256, write_text
 from nanochat_jax.progress import Progress
 
 # name: (hub repository, number of its last shard). That last shard is the validation set, whatever else is on disk.
@@ -48,15 +47,19 @@ def folder_of(source: str) -> Path:
     return config.base_dir() / "data" / source
 
 
-def shards_of(source: str) -> tuple[list[Path], Path]:
+def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     """(training shards, validation shard) that `download` was asked for, arrived or not, so that their order never
-    depends on what has arrived. UserError where nothing was."""
+    depends on what has arrived; with `num_files` as many of them, asked for yet or not. UserError where nothing was."""
     folder, last = folder_of(source), shard(SOURCES[source][1])
+    if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
+        raise UserError(f"--num_files={num_files}: expected 1 to {SOURCES[source][1]} shards of {source} (-1: all)")
     command = f"python -m nanochat_jax.dataset --data {source} -n 8"
     if not (folder / last).exists():
         raise UserError(f"{source}: no validation shard {folder / last}; run {command}")
     count = read_json(folder / "manifest.json").get("shards")
-    if count is None:  # put here by other means
+    if num_files > 0:
+        train = [folder / shard(i) for i in range(num_files)]
+    elif count is None:  # put here by other means
         train = [p for p in sorted(folder.glob("shard_*.parquet")) if p.name != last]
     else:
         train = [folder / shard(i) for i in range(count)]
@@ -76,7 +79,9 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
         raise UserError(f"-n {num_files} -w {workers}: expected 1 to {last} shards (-1: all) and at least one worker")
     count = last if num_files == -1 else num_files
     names = [shard(i) for i in range(count)]
-    with _exclusive(folder_of(source)) as folder:
+    folder = folder_of(source)
+    # Two downloads into one folder would write the same partial files.
+    with exclusive(folder, f"another download into {folder} is running: wait for it, or end it"):
         job = Job(repo, folder)
         there = [name for name in [shard(last), *names] if (folder / name).exists()]
         with job.threads(workers) as pool, Progress("verifying, files", len(there)) as progress:
@@ -93,18 +98,6 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             left = sum(not (folder / name).exists() for name in names)
             first = f"{left} of {count} shards missing, the first because {failures[0]}"
             raise UserError(f"{first}; run it again to resume")
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[Path]:
-    """Two downloads into one folder would write the same partial files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another download into {folder} is running: wait for it, or end it") from None
-        yield folder
 
 
 @dataclass
@@ -258,7 +251,7 @@ def _append(job: Job, name: str, url: str, part: Path, size: int | None) -> None
 
 def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
     """Gives a partial file its name if it is whole. `expected` begins with its SHA-256, or is "" if nobody knows it."""
-    length, found = part.stat().st_size, _hash(part)
+    length, found = part.stat().st_size, sha256(part)
     if size is not None and length < size:
         raise ConnectionError(f"got {length:,} of {size:,} bytes")  # the rest may still come
     if size is not None and length > size:
@@ -280,7 +273,7 @@ def _verify(job: Job, name: str, always: bool) -> None:
     pinned = _pinned(path)
     if pinned and not always and path.stat().st_mtime <= _pin(path).stat().st_mtime:
         return
-    found = _hash(path)
+    found = sha256(path)
     problem = _problem(path)  # all there is to go by for a file that was put here by other means
     if pinned and found != pinned:
         problem = f"SHA-256 {found}, expected {pinned}"
@@ -318,11 +311,6 @@ def _pinned(path: Path) -> str:
 def _sha256_of(etag: str | None) -> str:
     """The hub's tag of a large file is its SHA-256; that of other servers may be anything."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seconds(variable: str, default: float) -> float:

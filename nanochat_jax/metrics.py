@@ -1,6 +1,6 @@
 """A run's log: log.jsonl in the run's folder is the truth, one JSON object a line; wandb is a view of it.
 
-After a resume a step may be logged twice: the later record of the same (kind, stage, step, suite, task) holds.
+After a resume a step may be logged twice: of records that agree in KEY the later one holds.
 """
 
 import json
@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 LOG = "log.jsonl"
+# The last three tell scores apart: of fewer problems, of sampled answers.
+KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
 
 def append(run_dir: Path, kind: str, stage: str, step: int, **fields) -> None:
@@ -40,7 +42,7 @@ def read(run_dir: Path) -> list[dict]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the process ended in the middle of a write
-        key = tuple(map(record.get, ("kind", "stage", "step", "suite", "task")))
+        key = tuple(map(record.get, KEY))
         records.pop(key, None)
         records[key] = record
     return list(records.values())

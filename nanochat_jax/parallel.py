@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -141,5 +142,5 @@ def peak_flops() -> float | None:
     import jax
 
     kind = jax.devices()[0].device_kind
-    names = sorted((n for n in PEAK_FLOPS if n in kind), key=len)
+    names = sorted((n for n in PEAK_FLOPS if re.search(rf"\b{n}\b", kind)), key=len)  # an L40 is no L4
     return PEAK_FLOPS[names[-1]] * jax.device_count() if names else None

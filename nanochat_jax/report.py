@@ -44,7 +44,8 @@ class Run:
     folder: Path
     records: list[dict]
     settings: dict
-    meta: dict  # of its last checkpoint; {} if there is none
+    step: int | None  # of its last checkpoint
+    meta: dict  # of that; {} if there is none
 
     def of(self, kind: str, **wanted) -> list[dict]:
         """Records of a kind in the order of steps."""
@@ -57,20 +58,39 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """The latest test of each task, whose name training and scripts may write in different cases."""
-        names = {name.lower(): name for name in METRICS}
-        latest: dict[str, dict] = {}
-        for record in sorted(self.of("eval"), key=lambda r: r.get("time") or 0):
-            of_test = not str(record.get("suite")).endswith("-val")
+        """The score of each task on its test: of the last checkpoint rather than others, of greedy answers rather than
+        sampled ones, then of the most problems, then the latest. Scores on validation problems are no result."""
+
+        def rank(record: dict) -> tuple:
+            plain = not record.get("temperature") and (record.get("num_samples") or 1) == 1
+            return record["step"] == self.step, plain, record.get("n") or 0, record.get("time") or 0
+
+        best: dict[str, dict] = {}
+        for record in sorted(self.of("eval"), key=rank):
+            of_test = record.get("split") in (None, "test")  # CORE and bits per byte have no splits of this kind
             if of_test and isinstance(record.get("score"), int | float) and record.get("task"):
-                latest[names.get(record["task"].lower(), record["task"])] = record
-        return latest
+                best[record["task"]] = record
+        return best
+
+    def unusual(self, record: dict) -> str:
+        """In what a score differs from those of the last checkpoint's greedy answers, "" if in nothing."""
+        step, temperature, samples = record["step"], record.get("temperature"), record.get("num_samples") or 1
+        said = [f"step {step:,}"] if self.step is not None and step != self.step else []
+        said += [f"temperature {temperature:g}"] if temperature else []
+        said += [f"best of {samples}"] if samples > 1 else []
+        return ", ".join(said)
 
     @property
-    def span(self) -> tuple[float, float]:
-        """Time of the first and the last record."""
-        times = [r["time"] for r in self.records if r.get("time")]
-        return (min(times), max(times)) if times else (0.0, 0.0)
+    def began(self) -> float:
+        """Time of the first record; 0.0 where none has a time."""
+        return min((r["time"] for r in self.records if r.get("time")), default=0.0)
+
+    @property
+    def ended(self) -> float:
+        """Time when training was finished, or of its last sign of life."""
+        told = [r for r in self.records if r.get("time")]
+        finished = [r["time"] for r in told if r["kind"] == "note" and r.get("text") == "finished"]
+        return max(finished or [r["time"] for r in told if r["kind"] != "eval"] or [self.began])
 
 
 # -----------------------------------------------------------------------------
@@ -92,8 +112,9 @@ def find_run(stage: str, tag: str = "") -> Run | None:
     folder = max(folders, key=saved)
     records = [r for r in metrics.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
     steps = checkpoint.steps(folder)
-    meta = checkpoint.read_meta(folder, steps[-1]) if steps else {}
-    return Run(stage, folder.name, folder, records, read_json(folder / "config.json"), meta)
+    step = steps[-1] if steps else None
+    meta = checkpoint.read_meta(folder, step) if steps else {}
+    return Run(stage, folder.name, folder, records, read_json(folder / "config.json"), step, meta)
 
 
 # -----------------------------------------------------------------------------
@@ -168,7 +189,7 @@ def reset(tag: str = "") -> Path:
 def _start(folder: Path, runs: dict[str, Run]) -> dict:
     """The reset these runs began with; {} if there was none before their first record."""
     start = read_json(folder / "start.json")
-    first = min((run.span[0] for run in runs.values() if run.span[0]), default=math.inf)
+    first = min((run.began for run in runs.values() if run.began), default=math.inf)
     return start if start.get("time", 0.0) <= first else {}
 
 
@@ -238,25 +259,32 @@ def _cell(run: Run, scores: dict[str, dict], name: str) -> str:
     if name in scores:
         record = scores[name]
         error = f" ± {record['stderr']:.4f}" if isinstance(record.get("stderr"), int | float) else ""
-        return f"{record['score']:.4f}{error}" + (f" (n={record['n']:,})" if record.get("n") else "")
+        notes = [f"n={record['n']:,}" if record.get("n") else "", run.unusual(record)]
+        return f"{record['score']:.4f}{error}" + (f" ({said})" if (said := ", ".join(filter(None, notes))) else "")
     _, in_training = run.series("core", "core")
     return f"{in_training[-1]:.4f} (in training)" if name == "CORE" and in_training else "-"
 
 
 def _bpb(run: Run) -> str:
-    scores = run.scores()
-    if "val_bpb" in scores:
-        return f"{scores['val_bpb']['score']:.4f}"
+    if record := run.scores().get("val_bpb"):
+        return f"{record['score']:.4f}" + (f" ({said})" if (said := run.unusual(record)) else "")
     _, values = run.series("val", "bpb")
     return f"{values[-1]:.4f}" if values else "-"
 
 
 def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
-    """Seconds from the start to the last record, of all stages and of those before reinforcement learning."""
-    begin = start.get("time") or min(run.span[0] for run in runs.values())
-    ends = {stage: run.span[1] for stage, run in runs.items()}
+    """Seconds from the start to the end of all stages and of those before reinforcement learning. A stage ends when
+    its training does, plus the seconds its evaluations took afterwards, however much later they were begun."""
+    begin = start.get("time") or min(run.began for run in runs.values())
+    ends = {stage: run.ended + _evaluation_seconds(run) for stage, run in runs.items()}
     before_rl = [end for stage, end in ends.items() if stage != "rl"]
     return max(ends.values()) - begin, max(before_rl, default=begin) - begin
+
+
+def _evaluation_seconds(run: Run) -> float:
+    """Of the scores that are shown, without those that are made of others."""
+    shown = [r for task, r in run.scores().items() if task not in ("CORE", "ChatCORE")]
+    return sum(r.get("seconds") or 0 for r in shown if (r.get("time") or 0) > run.ended)
 
 
 def _tokenizer(records: list[dict]) -> str:
@@ -323,7 +351,7 @@ def _facts(run: Run) -> list[str]:
         facts["tokens"] = _show(last.get("tokens"))
         facts["FLOPs"] = f"{last['flops']:.3e}" if last.get("flops") else ""
         seconds = sum(r["dt"] for r in train if r.get("dt"))
-        facts["time"] = f"{clock(seconds)} in steps, {clock(run.span[1] - run.span[0])} from first to last record"
+        facts["time"] = f"{clock(seconds)} in steps, {clock(run.ended - run.began)} from its start to its end"
         _, losses = run.series("train", "loss")
         facts["final training loss"] = f"{smooth(losses)[-1]:.4f} (moving average)" if losses else ""
         _, speeds = run.series("train", "tok_per_s")

@@ -9,18 +9,17 @@ the other: a run may go on from text to tokens and back, and a file without a tw
 `python -m nanochat_jax.dataset --tokenize`; worth it where tokenizing cannot keep up with the accelerators.
 """
 
-import contextlib
 import hashlib
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from nanochat_jax import config, dataset
 from nanochat_jax.config import UserError
+from nanochat_jax.files import whole
 from nanochat_jax.hub import first_line
 from nanochat_jax.progress import Progress
 
@@ -127,30 +126,16 @@ def _make(text: Path, folder: Path, tokenizer) -> None:
     index.unlink(missing_ok=True)
     total = sum(lengths)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (total,)}
-    with _whole(tokens) as file:
+    with whole(tokens) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(part)
-    with _whole(index) as file:
+    with whole(index) as file:
         np.savez(
             file, format=FORMAT, text=_fingerprint(text), offsets=np.cumsum(lengths, dtype=np.int64),
             chars=np.asarray(chars, np.uint32), groups=np.asarray(groups, np.int64),
             checksums=np.asarray(checksums, np.uint32),
         )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that has its name once it is whole and on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _row_groups(text: Path) -> Iterator[list[str]]:

@@ -425,6 +425,8 @@ def task_metrics(run: Run, stage: Stage, step: int) -> None:
             run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
             dtype=run.dtype,
         )  # fmt: skip
-        suite = "chat-val" if task.has_val else "chat"
-        run.log("eval", step, task=score.task, suite=suite, score=score.score, stderr=score.stderr, n=score.n)
+        run.log(
+            "eval", step, task=score.task, suite="chat", split=task.split, score=score.score, stderr=score.stderr,
+            n=score.n,
+        )  # fmt: skip
         print(f"step {step} | {score.task} {score.score:.4f} ± {score.stderr:.4f} (n={score.n})", flush=True)

@@ -25,7 +25,6 @@ def main(cfg: config.ChatEval) -> None:
     from nanochat_jax.evals import chat
 
     # Every task is there and can be judged before the first one takes its time.
-    suite = "chat" if cfg.split == "test" else f"chat-{cfg.split}"  # the report shows tests alone
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()] or list(chat.CHATCORE_TASKS)
     for name in names:
         if tasks.task_class(name).eval_type is None:
@@ -46,20 +45,22 @@ def main(cfg: config.ChatEval) -> None:
         scores.append(score)
         if jax.process_index() == 0:
             print(f"{score.task}: {score.score:.4f} ± {score.stderr:.4f} (n={score.n:,})", flush=True)
-            write_answers(folder / f"{score.task}.jsonl", score.answers)
+            name = score.task if task.split == "test" else f"{score.task}-{task.split}"
+            write_answers(folder / f"{name}.jsonl", score.answers)
             metrics.append(
-                model.run_dir, "eval", model.stage, model.step, task=score.task, suite=suite, score=score.score,
-                stderr=score.stderr, n=score.n, baseline=score.baseline, truncated=score.truncated,
+                model.run_dir, "eval", model.stage, model.step, task=score.task, suite="chat", split=task.split,
+                score=score.score, stderr=score.stderr, n=score.n, baseline=score.baseline, truncated=score.truncated,
                 seconds=round(score.seconds, 3), num_samples=cfg.num_samples, temperature=cfg.temperature,
                 max_new_tokens=cfg.max_new_tokens,
             )  # fmt: skip
     if jax.process_index() == 0:
-        total = chat.chat_core(scores)
+        tested = [score for task, score in zip(loaded, scores, strict=True) if task.split == "test"]
+        total = chat.chat_core(tested)
         if total:
             metrics.append(
-                model.run_dir, "eval", model.stage, model.step, task="ChatCORE", suite=suite, score=total[0],
-                stderr=total[1], n=sum(s.n for s in scores if s.task in chat.CHATCORE_TASKS), baseline=0.0,
-                seconds=round(sum(s.seconds for s in scores), 3),
+                model.run_dir, "eval", model.stage, model.step, task="ChatCORE", suite="chat", split="test",
+                score=total[0], stderr=total[1], n=sum(s.n for s in tested if s.task in chat.CHATCORE_TASKS),
+                baseline=0.0, seconds=round(sum(s.seconds for s in tested), 3),
             )  # fmt: skip
         print_table(f"{model.name}, step {model.step}", scores, total)
         print(f"answers in {folder}")

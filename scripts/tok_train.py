@@ -33,11 +33,23 @@ def main(cfg: config.TokTrain) -> None:
         if getattr(cfg, name) < 1:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     folder = config.base_dir() / "tokenizer"
-    source = dataset.open(cfg.data, cfg.data_dir)
+    source = dataset.open(cfg.data, cfg.data_dir, cfg.num_files)
     recipe = _recipe(cfg, source, folder)
     if not cfg.fresh and _recorded(folder, recipe):
         print(f"{folder} was trained with these settings already; --fresh trains it again")
         return
+    aside = sorted(folder.parent.glob(f"{folder.name}-*"))
+    if not cfg.fresh and (before := next((old for old in aside if _recorded(old, recipe)), None)):
+        print(f"{before} was trained with these settings: it takes its place again; --fresh trains it again")
+        _swap(before, folder)
+        return
+
+    # Shards may still be on their way; the clock starts when they are here.
+    try:
+        for path in source.train_files:
+            dataset.wait_for(path)
+    except config.UserError as error:
+        raise config.UserError(f"{error}, or train on fewer shards (--num_files={cfg.num_files})") from None
 
     # One pass over the text counts the distinct words; the merges are then learned from the counts alone.
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {source.name}")
@@ -76,6 +88,8 @@ def main(cfg: config.TokTrain) -> None:
 
 def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
     """Everything the tokenizer depends on. With no source given, the folder is the one recorded with the last one."""
+    from nanochat_jax import hub
+
     data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
     if not cfg.data and not cfg.data_dir:
         data_dir = read_json(folder / "source.json").get("data_dir")
@@ -83,6 +97,7 @@ def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
         "source": source.name,
         "data_dir": data_dir,
         "source_hash": source.hash,
+        "num_files": len(source.train_files) if source.name in hub.SOURCES and not data_dir else None,
         "max_chars": cfg.max_chars,
         "doc_cap": cfg.doc_cap,
         "vocab_size": cfg.vocab_size,

@@ -58,10 +58,10 @@ def test_results_are_written_as_in_the_training_data(expression, result):
     assert use_calculator(expression) == result
 
 
-@pytest.mark.parametrize("word", ["file", "opening", "direct", "input", "evaluate", "executive", "strawberry", "naïve"])
+@pytest.mark.parametrize("word", "file opening direct input evaluate executive strawberry naïve a,b".split())
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_counts_letters_in_any_word(word, quote):
-    for letter in (word[0], word[-1], "z"):
+    for letter in (word[0], word[-1], "z", ","):
         assert use_calculator(f"{quote}{word}{quote}.count({quote}{letter}{quote})") == str(word.count(letter))
 
 

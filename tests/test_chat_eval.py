@@ -1,8 +1,10 @@
 """Scores of chat tasks: equal to those of a plain loop, batched in any way, and honest about errors."""
 
+import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +12,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from serving import save_model
 
-from nanochat_jax import gpt, tasks
+from nanochat_jax import config, gpt, metrics, tasks
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine, Request
 from nanochat_jax.evals import chat
 from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tokenizer import Tokenizer
+from scripts import chat_eval
 
 TEXT = "Multiple Choice question: which one is it? Respond only with the letter of the correct answer. A B C D"
 WORDS = TEXT.split()
@@ -159,6 +163,25 @@ def test_chatcore_needs_all_six_tasks():
         assert tasks.task_class(name).baseline == (0.25 if tasks.task_class(name).eval_type == "categorical" else 0)
 
 
+def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_dir, model, tokenizer, tmp_path):
+    """A task without a val split gives test problems when asked for val, and its score says so."""
+    words = tmp_path / "data" / "words" / "words_alpha.txt"
+    words.parent.mkdir(parents=True)
+    words.write_text("\n".join(f"word{i}" for i in range(200)))
+    save_model(own_base_dir, *model, tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="Sums|SpellingBee", max_problems=3, max_new_tokens=2,
+                          task_data_dir=str(tmp_path / "data"), device_type="cpu")  # fmt: skip
+    chat_eval.main(cfg)
+    tested = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
+    chat_eval.main(dataclasses.replace(cfg, split="val"))
+    records = [r for r in metrics.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
+    found = sorted((r["task"], r["split"]) for r in records)
+    assert found == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
+    assert {r["suite"] for r in records} == {"chat"}
+    answers = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
+    assert answers.keys() - tested.keys() == {"Sums-val.jsonl"} and answers.items() > tested.items()
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [([], "-i is missing"), (["-i", "best"], "-i best"), (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
@@ -177,10 +200,11 @@ def test_what_the_script_cannot_do_is_one_line(flags, complaint):
 
 ON_DEVICES = """
 import json, random, sys
+sys.path.append("tests")
 import jax
 from nanochat_jax import gpt, sharding
 from nanochat_jax.evals import bpb, chat
-from tests.test_chat_eval import Begin, Quiz, WORDS
+from test_chat_eval import Begin, Quiz, WORDS
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 import numpy as np
@@ -208,3 +232,64 @@ def test_four_devices_give_what_one_gives():
     assert done.returncode == 0, done.stderr[-2000:]
     one, many = map(json.loads, done.stdout.strip().splitlines()[-2:])
     assert one == many and one[0] == 4
+
+
+IN_PROCESSES = """
+import json, random, sys
+sys.path.append("tests")
+import jax
+from nanochat_jax import gpt, parallel, sharding
+from nanochat_jax.evals import batching, chat
+from test_chat_eval import Begin, Quiz, WORDS
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.tokenizer import Tokenizer
+where, count, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+parallel.start("cpu", where, count, process)
+tokenizer = Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(50)], 320)
+cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
+layout = sharding.Layout(sharding.make_mesh(), "full")
+def init():
+    params = jax.tree.map(lambda x: x + 0.2, gpt.init(cfg, seed=3))
+    return params | {"lm_head": (params["lm_head"] - 0.2) * 1000}
+params = jax.jit(init, out_shardings=layout.shardings(layout.stored(jax.eval_shape(init))))()
+asked = []
+class Told(Begin):
+    def __getitem__(self, i):
+        asked.append(i)
+        return super().__getitem__(i)
+begin = chat.evaluate(params, cfg, tokenizer, Told(), max_new_tokens=3)
+one = chat.evaluate(params, cfg, tokenizer, Begin(), max_new_tokens=3, max_problems=1)
+quiz = chat.evaluate(params, cfg, tokenizer, Quiz(), batch_size=6)
+asked = batching.gather([len(set(asked))])
+print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answers]))
+"""
+
+
+def in_processes(count: int, devices: int) -> list:
+    """What process 0 of `count` comes to, each with `devices` devices, the weights cut over all of them."""
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}" if count > 1 else ""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_PROCESSES, where, str(count), str(i)], cwd=root, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * count, "".join(said[-2000:] for _, said in ended)
+    return json.loads(ended[0][0].strip().splitlines()[-1])
+
+
+def test_processes_share_the_problems_and_know_all_answers():
+    alone, *expected = in_processes(1, 1)
+    shared, *found = in_processes(2, 2)
+    assert alone == [12] and shared == [6, 6]
+    assert found == expected

@@ -1,5 +1,6 @@
 """Downloads, from a hub of our own on loopback that fails in every way a network does."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax import config, dataset, hub
+from nanochat_jax import config, dataset, hub, metrics
 from nanochat_jax.config import UserError
+from scripts import tok_train
 
 VAL = hub.shard(1822)
 SHARDS = (0, 1, 2, 1822)
@@ -331,6 +333,31 @@ def test_training_text_is_read_while_the_rest_arrives(server):
     arriving.join()
     assert [number for number, _ in seen] == [str(i) for i in range(3) for _ in range(20)]
     assert not seen[0][1] and seen[-1][1], "the first were read before the last had come"
+
+
+def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):
+    """Whatever else has arrived, was asked for, or is still on its way."""
+    cfg = config.TokTrain(data="fineweb-edu", num_files=2, vocab_size=300)
+    hub.download("fineweb-edu", 1)
+    arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 3))
+    arriving.start()
+    tok_train.main(cfg)
+    arriving.join()
+    folder = config.base_dir() / "tokenizer"
+    assert metrics.read(folder)[0]["documents"] == 40
+    assert json.loads((folder / "source.json").read_text())["num_files"] == 2
+    capsys.readouterr()
+    tok_train.main(cfg)
+    assert "already" in capsys.readouterr().out
+    tok_train.main(dataclasses.replace(cfg, num_files=-1))
+    assert metrics.read(folder)[0]["documents"] == 60
+
+    for path in data_folder().iterdir():
+        os.utime(path, (0, 0))
+    with pytest.raises(UserError, match=r"shard_00003.parquet: missing, .*--num_files=4"):
+        tok_train.main(dataclasses.replace(cfg, num_files=4))
+    with pytest.raises(UserError, match="--num_files=0: expected 1 to 1822"):
+        tok_train.main(dataclasses.replace(cfg, num_files=0))
 
 
 # -----------------------------------------------------------------------------

@@ -34,9 +34,9 @@ def train_log(stage, tag="d4", steps=40, finished=True):
     return run
 
 
-def score(run, stage, task, value, suite="chat", **fields):
+def score(run, stage, task, value, suite="chat", step=40, **fields):
     fields = {"stderr": 0.01, "n": 1319, "baseline": 0.0, "seconds": 12.0} | fields
-    metrics.append(run, "eval", stage, 40, task=task, suite=suite, score=value, **fields)
+    metrics.append(run, "eval", stage, step, task=task, suite=suite, score=value, **fields)
 
 
 @pytest.fixture
@@ -114,23 +114,29 @@ def test_stages_may_be_missing(quick, tmp_path):
     assert "Total wall-clock time since the first record" in text
 
 
-def test_later_records_win(quick, tmp_path):
-    """Of two evaluations the later one counts, also when training wrote the task's name in another case."""
+def test_the_reported_score_is_of_the_last_checkpoint_greedy_and_of_the_most_problems(quick, tmp_path):
+    """Whatever was measured after it; of equal ones the later counts. What cannot be had so says what differs."""
     run = train_log("sft")
-    score(run, "sft", "mmlu", 0.1, n=1024)
     score(run, "sft", "MMLU", 0.3, n=14_042)
-    score(run, "sft", "GSM8K", 0.1)
-    score(run, "sft", "GSM8K", 0.2)
+    score(run, "sft", "MMLU", 0.1, n=1024)
+    score(run, "sft", "MMLU", 0.4, n=14_042, temperature=1.0, num_samples=8)
+    score(run, "sft", "MMLU", 0.5, n=14_042, step=30)
+    score(run, "sft", "GSM8K", 0.1, temperature=0.0, num_samples=1)
+    score(run, "sft", "GSM8K", 0.2, temperature=0.0, num_samples=1)
+    score(run, "sft", "HumanEval", 0.6, n=164, temperature=0.8, num_samples=10, step=30)
+    score(run, "sft", "val_bpb", 0.7, "bpb", step=20)
     text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8").split("## Super")[0]
     assert row(text, "MMLU")[3] == "0.3000 ± 0.0100 (n=14,042)" and row(text, "GSM8K")[3].startswith("0.2000")
+    assert row(text, "HumanEval")[3] == "0.6000 ± 0.0100 (n=164, step 30, temperature 0.8, best of 10)"
+    assert row(text, "bits per byte")[3] == "0.7000 (step 20)"
 
 
 def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):
     """They are logged beside those of the test, also at the same step, and replace none of them."""
     run = train_log("sft")
-    score(run, "sft", "Sums", 0.95, n=400)
-    score(run, "sft", "Sums", 0.97, "chat-val", n=400)
-    score(run, "sft", "TwoStep", 0.6, "chat-val", n=400)
+    score(run, "sft", "Sums", 0.95, n=400, split="test")
+    score(run, "sft", "Sums", 0.97, n=400, split="val")
+    score(run, "sft", "TwoStep", 0.6, n=400, split="val")
     text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
     assert row(text.split("## Super")[0], "Sums")[3].startswith("0.9500")
     assert "0.97" not in text and "TwoStep" not in text
@@ -153,9 +159,18 @@ def test_wall_time_without_and_with_rl(road):
     runs = {stage: report.find_run(stage) for stage in ("base", "sft", "rl")}
     for run, end in zip(runs.values(), (1000.0, 2000.0, 5000.0), strict=True):
         for record in run.records:
-            record["time"] = end
+            record |= {"time": end, "seconds": 0}
     assert report._wall_time(runs, {"time": 500.0}) == (4500.0, 1500.0)
     assert report._wall_time(runs, {}) == (4000.0, 1000.0)
+
+
+def test_an_evaluation_a_week_later_adds_its_own_time_alone(road):
+    """Of the tasks; ChatCORE is made of theirs."""
+    runs = {"sft": report.find_run("sft")}
+    for record in runs["sft"].records:
+        record["time"] = 1000.0 + record["step"] + (7 * 86_400 if record["kind"] == "eval" else 0)
+    runs["sft"].records.append({"kind": "note", "stage": "sft", "step": 40, "text": "finished", "time": 1050.0})
+    assert report._wall_time(runs, {"time": 1000.0})[0] == 50 + 4 * 12
 
 
 def test_every_tag_has_its_own_start_and_report(quick, tmp_path):

@@ -15,15 +15,15 @@ import tiny
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 case "$*" in
-    *scripts.train*) stage=$(sed 's/.*--stage=\\([a-z]*\\).*/\\1/' <<< "$*")
-        step=$NANOCHAT_BASE_DIR/${stage}_checkpoints/cpu/step_000001
+    *scripts.train*) stage=$(sed 's/.*--stage=\\([a-z]*\\).*/\\1/' <<< "$*") tag=${!#}
+        step=$NANOCHAT_BASE_DIR/${stage}_checkpoints/${tag#--config=}/step_000001
         [ -e "$step/manifest.json" ] || { mkdir -p "$step"; echo {} > "$step/manifest.json"; } ;;
     *tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer"
         [ -e "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ] || echo {} > "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ;;
     *"report reset -g cpu"*) mkdir -p "$NANOCHAT_BASE_DIR/report/cpu"
         echo {} > "$NANOCHAT_BASE_DIR/report/cpu/start.json" ;;
 esac
-[[ -z "${FAIL:-}" || "$*" != *"$FAIL"* ]] || exit 2
+[[ -z "${FAIL:-}" || "$*" != *"$FAIL"* ]] || exit "${CODE:-2}"
 """
 
 
@@ -114,6 +114,15 @@ def test_core_is_run_where_its_bundle_is(road, tmp_path):
     process, calls = road(CORE_DIR="core")  # relative to where the caller is
     assert process.returncode == 0
     assert any("base_eval" in c and f"--core_dir={tmp_path / 'core'}" in c for c in calls)
+
+
+def test_core_is_skipped_without_its_bundle_and_nothing_else_is(road):
+    process, calls = road("d12", FAIL="base_eval")
+    assert process.returncode == 0 and "CORE skipped, see above" in process.stdout
+    assert stages(calls) == ["base", "mid", "sft"]
+    process, calls = road("d12", FAIL="base_eval", CODE="137")
+    assert process.returncode == 137 and "CORE skipped" not in process.stdout
+    assert stages(calls) == ["base"]
 
 
 def test_fresh_moves_everything_aside(road):

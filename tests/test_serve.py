@@ -16,7 +16,7 @@ import pytest
 from serving import TEXT, ScriptedEngine, command, save_model, say, serving, until
 
 from nanochat_jax import gpt
-from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig
+from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -97,6 +97,23 @@ def test_settings_of_the_request_and_the_defaults(tokenizer, client):
     assert (default.temperature, default.top_k, default.max_tokens) == (0.5, 7, 20)
     assert (asked.temperature, asked.top_k, asked.max_tokens, asked.seed) == (0, 0, 20, 11)
     assert default.seed != asked.seed
+
+
+def test_what_the_engine_cannot_do_ends_nobody_elses_answers(tokenizer, client):
+    class Strict(ScriptedEngine):
+        def check(self, request):
+            if request.temperature < 0:
+                raise UserError(f"temperature is {request.temperature}")
+
+        def add(self, request):
+            self.check(request)
+            return super().add(request)
+
+    engine = Strict(tokenizer, lambda _: say(tokenizer, "ok"))
+    with serving(engine, ChatWeb(temperature=-1.0)) as server:
+        refused = client.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]})
+        assert (refused.status_code, refused.json()) == (400, {"detail": "temperature is -1.0"})
+        assert text_of(chat(client, server, [user("hi")], temperature=1)) == "ok"
 
 
 def test_parts_are_rendered_with_special_tokens_and_text_never_is(tokenizer, client):

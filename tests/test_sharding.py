@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import gpt, metrics, optim
+from nanochat_jax import gpt, metrics, optim, parallel
 from nanochat_jax.config import GPTConfig, Model, UserError
 from nanochat_jax.sharding import Layout, make_mesh
 
@@ -107,6 +108,17 @@ def test_heads_that_the_model_axis_does_not_divide_are_refused():
     layout = Layout(jax.sharding.AbstractMesh((1, 2, 4), ("node", "data", "model")))
     with pytest.raises(UserError, match="a head is not cut: try model=2"):
         layout.check(GPTConfig(n_layer=2, n_head=6, n_kv_head=2, n_embd=96))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA H100 80GB HBM3", 989e12),
+     ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GH200 480GB", 989e12), ("cpu", None)],
+)  # fmt: skip
+def test_a_peak_is_that_of_the_very_device(kind, peak, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert parallel.peak_flops() == peak
 
 
 # -----------------------------------------------------------------------------

@@ -77,10 +77,11 @@ def test_sizes_of_the_real_data(data_dir):
 def test_val_is_the_test_split_where_there_is_no_other(data_dir):
     for name in ("gsm8k", "humaneval", "spellingbee", "smoltalk"):
         val, test = (tasks.load(name, split, data_dir=data_dir) for split in ("val", "test"))
-        assert len(val) == len(test) and val[3] == test[3]
+        assert len(val) == len(test) and val[3] == test[3] and val.split == val[:3].split == "test"
     for name in ("sums", "twostep", "choice", "identity"):
         val, test = (tasks.load(name, split) for split in ("val", "test"))
         assert len(val) == len(test) and val[3] != test[3]
+        assert (val.split, tasks.load(name, "val", rows=5).split, test.split) == ("val", "val", "test")
 
 
 def test_categorical_answers_are_one_of_the_letters(data_dir):
@@ -157,7 +158,7 @@ def test_words_come_from_the_corpus_and_stay(own_base_dir):
     corpus.mkdir(parents=True)
     rare = "unlikely_name othername.attribute foo_bar x1y Capital http://example.org/path ab verylongwordindeed"
     text = " ".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26)) + " the the " + rare
-    pq.write_table(pa.table({"text": [text] * 3}), corpus / "shard_00000.parquet")
+    pq.write_table(pa.table({"text": [text, None, text, text]}), corpus / "shard_00000.parquet")
     found = words.load("train") + words.load("test")
     assert len(found) == 677 and found[0] == "the" and "wordaa" in found and "name" not in found
     words._all_words.cache_clear()

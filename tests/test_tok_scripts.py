@@ -51,6 +51,18 @@ def test_train_once_then_again(corpus, own_base_dir, capsys):
     assert Tokenizer.load(own_base_dir / f"tokenizer-{first.hash[:8]}").hash == first.hash
 
 
+def test_two_recipes_take_turns_without_training_again(corpus, own_base_dir, capsys):
+    folder, hashes, trained = own_base_dir / "tokenizer", set(), 0
+    for size in (300, 310, 300, 310):
+        tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=size))
+        assert Tokenizer.load(folder).vocab_size == size
+        hashes.add(Tokenizer.load(folder).hash[:8])
+        trained += "training a tokenizer" in capsys.readouterr().out
+        aside = {p.name for p in own_base_dir.glob("tokenizer-*")}
+        assert aside == {f"tokenizer-{h}" for h in hashes - {Tokenizer.load(folder).hash[:8]}}
+    assert trained == 2
+
+
 def test_a_damaged_tokenizer_is_trained_again(corpus, own_base_dir):
     cfg = config.TokTrain(data_dir=corpus, vocab_size=300)
     tok_train.main(cfg)

@@ -31,9 +31,9 @@ def use_calculator(expression: str) -> str | None:
     """The result of `expression` as the training data would write it, or None where it is refused or has none."""
     if len(expression) > MAX_CHARS:
         return None
-    expression = expression.replace(",", "").strip()  # 1,000 is a thousand
     if count := _COUNT.fullmatch(expression):
         return str(count[2].count(count[4]))
+    expression = expression.replace(",", "").strip()  # 1,000 is a thousand
     if not _ARITHMETIC.fullmatch(expression):
         return None
     try:

@@ -4,6 +4,7 @@ An evaluation of thousands of prompts thus compiles a handful of programs. What 
 others in its batch: attention is causal, so padding on the right changes nothing before it.
 """
 
+import json
 from collections.abc import Sequence
 
 import jax
@@ -66,3 +67,17 @@ def fetch(rows: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(rows, tiled=True)
+
+
+def gather(values: list) -> list:
+    """What the processes hold, each some values that JSON can hold, in one list: theirs in turn, as `range(process,
+    n, processes)` deals them out."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    told = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(told)))
+    texts = multihost_utils.process_allgather(np.pad(told, (0, sizes.max() - len(told))))
+    parts = [json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt
+from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine, Request, Sample
-from nanochat_jax.evals.batching import fetch, fixed_rows, num_rows, padded, put
+from nanochat_jax.evals.batching import fetch, fixed_rows, gather, num_rows, padded, put
 from nanochat_jax.evals.score import Score, centered_mean
 from nanochat_jax.progress import Progress
 from nanochat_jax.tasks import Task
@@ -69,9 +69,10 @@ def evaluate(
         truncated = None
     else:
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "n": num_samples}
-        samples = _generate(params, cfg, tokenizer, task, n, dtype, slots, seed, settings)
-        answers = _judge(tokenizer, task, samples)
-        truncated = float(np.mean([s.finish_reason == "length" for group in samples for s in group]))
+        own = range(jax.process_index(), n, jax.process_count())  # problems of this process
+        samples = _generate(params, cfg, tokenizer, task, own, dtype, slots, seed, settings)
+        answers = gather(_judge(tokenizer, task, own, samples))
+        truncated = float(np.mean([reason == "length" for a in answers for reason in a["finish_reasons"]]))
     score = sum(answer["right"] for answer in answers) / n
     return ChatScore(task.name, score, n, task.baseline, time.monotonic() - start, truncated, answers)
 
@@ -142,15 +143,19 @@ def _likeliest(params, cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters:
 # Generated answers
 
 
-def _generate(params, cfg: GPTConfig, tokenizer, task, n, dtype, slots, seed, settings) -> list[list[Sample]]:
-    """The samples of each problem, from one engine a device."""
+def _generate(params, cfg, tokenizer, task, own: range, dtype, slots, seed, settings) -> list[list[Sample]]:
+    """The samples of each problem in `own`, from one engine a device."""
+    if mesh := sharding.mesh_of(params):  # whole on every device, wherever training keeps them; all processes do this
+        params = jax.device_put(gpt.cast(params, dtype), sharding.replicated(mesh))
     requests = [
         Request(tokenizer.render_for_completion(task[i], max_tokens=cfg.sequence_len), seed=seed + i, **settings)
-        for i in range(n)
+        for i in own
     ]
-    devices = _devices(params)[:n]
+    if not requests:
+        return []
+    devices = _devices(params)[: len(requests)]
     slots = slots or _slots_that_fit(cfg, dtype)
-    wanted = n * settings["n"]
+    wanted = len(requests) * settings["n"]
     with Progress(task.name, wanted) as progress:
         if len(devices) == 1:
             return _run(params, devices[0], cfg, tokenizer, requests, slots, dtype, progress)
@@ -162,7 +167,7 @@ def _generate(params, cfg: GPTConfig, tokenizer, task, n, dtype, slots, seed, se
                 for i, device in enumerate(devices)
             ]
         results = [part.result() for part in parts]
-    return [results[i % share][i // share] for i in range(n)]
+    return [results[i % share][i // share] for i in range(len(requests))]
 
 
 def _run(params, device, cfg, tokenizer, requests, slots, dtype, progress: Progress) -> list[list[Sample]]:
@@ -185,9 +190,8 @@ def _run(params, device, cfg, tokenizer, requests, slots, dtype, progress: Progr
 
 
 def _on(device, x: jax.Array) -> jax.Array:
-    """The array on one device: the copy that is there, if there is one."""
-    there = [s.data for s in x.addressable_shards if s.device == device and s.data.shape == x.shape]
-    return there[0] if there else jax.device_put(x, device)
+    """The copy of the array that is on a device."""
+    return next(s.data for s in x.addressable_shards if s.device == device)
 
 
 def _devices(params: gpt.Params) -> list:
@@ -209,19 +213,19 @@ def _slots_that_fit(cfg: GPTConfig, dtype) -> int:
     return min(MAX_SLOTS, 2 ** int(math.log2(max(1.0, free / 3 / row))))
 
 
-def _judge(tokenizer, task: Task, samples: list[list[Sample]]) -> list[dict]:
+def _judge(tokenizer, task: Task, own: range, samples: list[list[Sample]]) -> list[dict]:
     """Texts and verdicts. In threads, since judging a program means waiting for it to end."""
 
-    def one(i: int) -> dict:
+    def one(i: int, group: list[Sample]) -> dict:
         problem = task[i]
-        texts = [tokenizer.decode(sample.content) for sample in samples[i]]
+        texts = [tokenizer.decode(sample.content) for sample in group]
         right = any(task.evaluate(problem, text) for text in texts)  # stops at the first
-        reasons = [s.finish_reason for s in samples[i]]
+        reasons = [s.finish_reason for s in group]
         return {"problem": i, "answers": texts, "finish_reasons": reasons, "right": bool(right)}
 
     answers = []
     with Progress(f"{task.name}, judging", len(samples)) as progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for answer in pool.map(one, range(len(samples))):
+        for answer in pool.map(one, own, samples):
             answers.append(answer)
             progress.advance()
     return answers

@@ -151,10 +151,10 @@ class EngineWorker:
             return sum(len(answer.unfinished) for answer in self._live)
 
     def submit(self, *requests: Request) -> Answer:
-        """Queues `requests` and returns their answer at once. Busy if too many wait; EngineFailure if the engine died.
-
-        The engine must have checked them.
-        """
+        """Queues `requests` and returns their answer at once. Busy if too many wait; EngineFailure if the engine died;
+        UserError for what the engine cannot do, which in its own thread would end the service for all."""
+        for request in requests:
+            self._engine.check(request)
         with self._lock:
             if self.failure:
                 raise EngineFailure("the model has stopped working; restart the server")

@@ -60,6 +60,7 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int
         task = CustomJSON(path)
     else:
         task = cls(split, data_dir or None)
+    task.split = split
     return _first(task, rows)
 
 

@@ -17,13 +17,14 @@ class Task:
     eval_type: "generative" (sample an answer and judge its text), "categorical" (compare the logits of the
     conversation's "letters"), or None (only for training). baseline: the score of guessing. has_val: whether there is
     a val split, to look at while training and tuning, beside train and test. Most data sets come without one; what is
-    asked for as val is then the test split.
+    asked for as val is then the test split. split: which one `tasks.load` has given; "" of a task made otherwise.
     """
 
     name: str = ""
     eval_type: str | None = None
     baseline: float = 0.0
     has_val: bool = False
+    split: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -55,6 +56,7 @@ class View(Task):
         self.task = task
         self.indices = indices
         self.name, self.eval_type, self.baseline = task.name, task.eval_type, task.baseline
+        self.split = task.split
 
     def __len__(self) -> int:
         return len(self.indices)

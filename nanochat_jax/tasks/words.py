@@ -7,10 +7,12 @@ change them.
 
 import collections
 import functools
+import itertools
 import re
 import zlib
 from pathlib import Path
 
+from nanochat_jax import dataset
 from nanochat_jax.config import UserError, base_dir
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks import source
@@ -54,17 +56,11 @@ def _all_words(data_dir: str, base: Path) -> list[str]:
 
 def _corpus_words(data: Path) -> list[str]:
     """The frequent words of the pretraining text, most frequent first."""
-    import pyarrow.parquet as pq
-
     shards = sorted(data.glob("*/*.parquet"), key=lambda path: (path.parent.name != "local", path))
     counts, chars = collections.Counter(), 0
-    for shard in shards:
-        for batch in pq.ParquetFile(shard).iter_batches(batch_size=1024, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                counts.update(_WORD.findall(text))
-                chars += len(text)
-            if chars > CORPUS_CHARS:
-                break
+    for text in itertools.chain.from_iterable(map(dataset.texts_of, shards)):
+        counts.update(_WORD.findall(text))
+        chars += len(text)
         if chars > CORPUS_CHARS:
             break
     frequent = [word for word, count in counts.items() if count >= MIN_COUNT]

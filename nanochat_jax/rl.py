@@ -125,6 +125,7 @@ def train(cfg: config.Rl) -> None:
             )
         seq_len, devices = run.model.sequence_len, sharding.replicas(run.layout.mesh)
         shape = geometry(answers * seq_len, cfg.device_batch_size, seq_len, devices)
+        run.begin()
         announce(run, shape, len(task), steps)
         step_fn = step_of(run)
         slots = min(answers, SLOTS * jax.device_count())  # divides by the devices, since the answers do

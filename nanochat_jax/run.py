@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +57,29 @@ class Run:
     optimizer: optax.GradientTransformation
     state: TrainState
     saver: checkpoint.Saver
-    wandb: metrics.Wandb
+    held: ExitStack  # the run's lock
     step: int  # the one to do next
     data: dict | None  # position of the data pipeline, when resumed
     totals: dict  # seconds, tokens and FLOPs spent so far
     identity: dict  # what a continuation must agree with
+    wandb: metrics.Wandb = field(init=False)  # from `begin` on
+
+    def begin(self) -> None:
+        """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
+        plain = dataclasses.asdict(self.cfg)
+        if jax.process_index() == 0:
+            self._make_room()
+            files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
+        self.wandb = metrics.Wandb(self.cfg.stage, self.cfg.run, plain)
+        self.log("config", self.step, config=plain, versions=versions(), devices=parallel.describe())
+
+    def _make_room(self) -> None:
+        """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future."""
+        if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / metrics.LOG).exists()):
+            checkpoint.move_aside(self.dir)
+            self.held.enter_context(checkpoint.exclusive(self.dir))  # the first lock went with the old folder
+        elif self.cfg.resume.isdigit():
+            checkpoint.abandon_after(self.dir, self.step)
 
     def log(self, kind: str, step: int, **fields) -> None:
         if jax.process_index() > 0:
@@ -87,16 +105,18 @@ class Run:
 
 @contextmanager
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | None]:
-    """The run `cfg` describes, locked against a second process; None if it is finished. Saves end before it does."""
+    """The run `cfg` describes, locked against a second process; None if it is finished. Saves end before it does.
+
+    Nothing of an earlier run is touched before `Run.begin`: what is refused until then has changed nothing.
+    """
     if cfg.keep_last < 1:
         raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
     parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    # Process 0 decides and holds the lock; several processes see one file system.
-    origin, tag, step, identity = parallel.first(lambda: _plan(cfg))
-    origin = (Path(origin[0]), origin[1]) if origin else None
-    folder = checkpoint.run_dir(cfg.stage, tag)
     with ExitStack() as held:
-        parallel.first(lambda: held.enter_context(checkpoint.exclusive(folder)))
+        # Process 0 decides and holds the lock; several processes see one file system.
+        origin, tag, step, identity = parallel.first(lambda: _plan(cfg, held))
+        origin = (Path(origin[0]), origin[1]) if origin else None
+        folder = checkpoint.run_dir(cfg.stage, tag)
         if step is not None and _finished(folder, step):
             print(f"{cfg.stage}: {folder} is finished (step {step})")
             yield None
@@ -111,30 +131,26 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
         state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
-        plain = dataclasses.asdict(cfg)
         saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, first=jax.process_index() == 0)
-        if jax.process_index() == 0:
-            files.write_text(folder / "config.json", json.dumps(plain | {"tag": tag}, indent=1))
         run = Run(
-            cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver,
-            metrics.Wandb(cfg.stage, cfg.run, plain), step or 0, data, totals, identity,
+            cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,
+            identity,
         )  # fmt: skip
-        run.log("config", run.step, config=plain, versions=versions(), devices=parallel.describe())
         try:
             yield run
         finally:
             run.saver.wait()
 
 
-def _plan(cfg: Train) -> tuple[tuple[str, int] | None, str, int | None, dict]:
-    """(what the run starts from, its tag, the step it goes on from or None, its identity)."""
+def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, dict]:
+    """(what the run starts from, its tag, the step it goes on from or None, its identity). `held` gets its lock."""
     origin = _origin(cfg)
     tag = cfg.model_tag or cfg.preset or (origin[0].name if origin else f"d{cfg.depth}")
     folder = checkpoint.run_dir(cfg.stage, tag)
     identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
-    with checkpoint.exclusive(folder):  # released, since resume=never moves the folder with the lock in it
-        checkpoint.clear_unfinished(folder)
-        step = _step_to_resume(cfg, folder, identity)
+    held.enter_context(checkpoint.exclusive(folder))
+    checkpoint.clear_unfinished(folder)
+    step = _step_to_resume(cfg, folder, identity)
     return (str(origin[0]), origin[1]) if origin else None, tag, step, identity
 
 
@@ -181,9 +197,6 @@ def _config_hash(cfg: Train) -> str:
 def _step_to_resume(cfg: Train, folder: Path, identity: dict) -> int | None:
     """The step to go on from, None to start. UserError where the run there is another one."""
     if cfg.resume == "never":
-        if checkpoint.steps(folder) or (folder / metrics.LOG).exists():
-            checkpoint.move_aside(folder)
-            folder.mkdir(parents=True)
         return None
     if cfg.resume == "auto":
         step = checkpoint.latest(folder)
@@ -194,7 +207,6 @@ def _step_to_resume(cfg: Train, folder: Path, identity: dict) -> int | None:
         wrong = checkpoint.damage(checkpoint.step_dir(folder, step))
         if wrong:
             raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
-        checkpoint.abandon_after(folder, step)
     else:
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
     meta = checkpoint.read_meta(folder, step)

@@ -175,6 +175,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         stage = base_stage(run) if cfg.stage == "base" else chat_stage(run)
         if run.data is not None:
             stage.loader.restore(run.data)
+        run.begin()
         announce(run, stage)
         step_fn = step_of(run)
         log = StepLog(run, stage)

@@ -1,0 +1,78 @@
+"""How a run starts: a start that is refused changes nothing, one that is not goes on from what is good."""
+
+import dataclasses
+import re
+import shutil
+
+import pytest
+import tiny
+
+from nanochat_jax import checkpoint, dataset, metrics
+from nanochat_jax.config import UserError
+from nanochat_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base folder with corpus, tokenizer and a finished run, `made`, with the steps 2, 4, 6 and 8."""
+    base = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        tiny.make_world(base)
+        train(settings("made"))
+    return base
+
+
+@pytest.fixture(autouse=True)
+def in_world(own_base_dir, world, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+
+
+@pytest.fixture
+def run(world, request):
+    """A copy of that run, with the test's name for a tag."""
+    folder = checkpoint.run_dir("base", re.sub(r"\W+", "-", request.node.name))
+    shutil.copytree(checkpoint.run_dir("base", "made"), folder)
+    return folder
+
+
+def settings(tag, **changes):
+    return tiny.base_config(**({"model_tag": tag, "keep_last": 9} | changes))
+
+
+def contents(run):
+    """Every file of a run and its neighbours of the same name, but the lock."""
+    files = [p for p in run.parent.rglob("*") if p.is_file() and run.name in str(p) and p.name != "lock"]
+    return {p: p.read_bytes() for p in files}
+
+
+# -----------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("resume", "changes"),
+    [("4", {"matrix_lr": 0.03}), ("4", {"mesh": "data=3"}), ("4", {"device_batch_size": 3}),
+     ("never", {"mesh": "data=3"}), ("never", {"device_batch_size": 3}), ("never", {"data": "fineweb-edu"})],
+)  # fmt: skip
+def test_a_refused_start_changes_nothing(run, resume, changes):
+    before = contents(run)
+    with pytest.raises(UserError):
+        train(settings(run.name, resume=resume, **changes))
+    assert contents(run) == before
+
+
+def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
+    other = dataclasses.replace(dataset.open(), hash="another")
+    monkeypatch.setattr(dataset, "open", lambda *args: other)
+    before = contents(run)
+    with pytest.raises(UserError, match="the text is not that of"):
+        train(settings(run.name, resume="4"))
+    assert contents(run) == before
+
+
+def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
+    train(settings(run.name, resume="never", num_iterations=2))
+    (aside,) = run.parent.glob(f".{run.name}.*")
+    assert checkpoint.steps(aside) == [2, 4, 6, 8] and checkpoint.steps(run) == [2]
+    assert [r["step"] for r in metrics.read(run) if r["kind"] == "train"] == [1, 2]

@@ -74,12 +74,13 @@ class Run:
         self.log("config", self.step, config=plain, versions=versions(), devices=parallel.describe())
 
     def _make_room(self) -> None:
-        """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future."""
+        """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future,
+        and damaged ones, which would be taken for the last few to be kept."""
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / metrics.LOG).exists()):
             checkpoint.move_aside(self.dir)
             self.held.enter_context(checkpoint.exclusive(self.dir))  # the first lock went with the old folder
-        elif self.cfg.resume.isdigit():
-            checkpoint.abandon_after(self.dir, self.step)
+        else:
+            checkpoint.abandon_after(self.dir, self.step if self.data is not None else -1)
 
     def log(self, kind: str, step: int, **fields) -> None:
         if jax.process_index() > 0:

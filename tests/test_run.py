@@ -76,3 +76,18 @@ def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
     (aside,) = run.parent.glob(f".{run.name}.*")
     assert checkpoint.steps(aside) == [2, 4, 6, 8] and checkpoint.steps(run) == [2]
     assert [r["step"] for r in metrics.read(run) if r["kind"] == "train"] == [1, 2]
+
+
+# -----------------------------------------------------------------------------
+# What is damaged, what is missing
+
+
+@pytest.mark.parametrize("good", [4, None])
+def test_damaged_steps_are_moved_aside_and_cost_no_good_one(run, good):
+    damaged = [step for step in (2, 4, 6, 8) if not good or step > good]
+    for step in damaged:
+        (checkpoint.step_dir(run, step) / "data.json").write_text("{}")
+    train(settings(run.name, keep_last=1, save_every=2, num_iterations=8))
+    assert checkpoint.steps(run) == [8] and checkpoint.latest(run) == 8
+    aside = sorted(p.name.split(".")[0] for p in run.glob("abandoned_*"))
+    assert aside == [f"abandoned_step_{step:06d}" for step in damaged]

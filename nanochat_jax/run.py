@@ -148,10 +148,12 @@ def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int
     origin = _origin(cfg)
     tag = cfg.model_tag or cfg.preset or (origin[0].name if origin else f"d{cfg.depth}")
     folder = checkpoint.run_dir(cfg.stage, tag)
-    identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
+    identity = {"parent": _content(cfg, origin)}
     held.enter_context(checkpoint.exclusive(folder))
     checkpoint.clear_unfinished(folder)
-    step = _step_to_resume(cfg, folder, identity)
+    step = _step_to_resume(cfg, folder)
+    if step is not None:
+        _same_run(cfg, folder, checkpoint.read_meta(folder, step), identity["parent"])
     return (str(origin[0]), origin[1]) if origin else None, tag, step, identity
 
 
@@ -190,41 +192,39 @@ def _content(cfg: Train, origin: tuple[Path, int] | None) -> str:
     return f"{cfg.source} {run.name} step {step} {hashlib.sha256(manifest).hexdigest()[:16]}"
 
 
-def _config_hash(cfg: Train) -> str:
-    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _step_to_resume(cfg: Train, folder: Path, identity: dict) -> int | None:
-    """The step to go on from, None to start. UserError where the run there is another one."""
+def _step_to_resume(cfg: Train, folder: Path) -> int | None:
+    """The step to go on from, None to start."""
     if cfg.resume == "never":
         return None
     if cfg.resume == "auto":
-        step = checkpoint.latest(folder)
-        if step is None:
-            return None
-    elif cfg.resume.isdigit():
-        step = int(cfg.resume)
-        wrong = checkpoint.damage(checkpoint.step_dir(folder, step))
-        if wrong:
-            raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
-    else:
+        return checkpoint.latest(folder)
+    if not cfg.resume.isdigit():
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
-    meta = checkpoint.read_meta(folder, step)
-    for key, what in (("config_hash", "other settings"), ("parent", "other weights")):
-        if meta[key] != identity[key]:
-            raise UserError(
-                f"{folder} holds a run started from {what}{_difference(cfg, meta) if key == 'config_hash' else ''}: "
-                "choose another --model_tag, or move it aside with --resume=never"
-            )
+    step = int(cfg.resume)
+    if wrong := checkpoint.damage(checkpoint.step_dir(folder, step)):
+        raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
     return step
 
 
-def _difference(cfg: Train, meta: dict) -> str:
-    """Which settings differ, for the error message."""
-    now, then = dataclasses.asdict(cfg), meta["config"]
-    names = [k for k in now if k not in FREE and now[k] != then.get(k)]
-    return " (" + ", ".join(f"{k}: {then.get(k)!r}, now {now[k]!r}" for k in names[:4]) + ")"
+def _same_run(cfg: Train, folder: Path, meta: dict, parent: str) -> None:
+    """UserError where the run in `folder` is not the one that is asked for."""
+    other = "weights" if meta["parent"] != parent else ""
+    if changed := _changed_settings(cfg, meta["config"]):
+        other = f"settings ({', '.join(changed[:4])})"
+    if other:
+        raise UserError(
+            f"{folder} holds a run started from other {other}: "
+            "choose another --model_tag, or move it aside with --resume=never"
+        )
+
+
+def _changed_settings(cfg: Train, then: dict) -> list[str]:
+    """What matters and is not as it was. A setting younger than the run had its default; one that is gone is named."""
+    now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
+    if gone := sorted(then.keys() - now.keys()):
+        print(f"settings of this run that there are no more, and that are ignored: {', '.join(gone)}")
+    names = [k for k in now if k not in FREE and now[k] != then.get(k, default[k])]
+    return [f"{k}: {then.get(k, default[k])!r}, now {now[k]!r}" for k in names]
 
 
 def _finished(folder: Path, step: int) -> bool:

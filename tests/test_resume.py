@@ -85,7 +85,7 @@ def content(run, step):
     assert checkpoint.damage(folder) is None
     arrays = ocp.load_checkpointables(folder)
     meta = checkpoint.read_meta(run, step)
-    plain = {k: meta[k] for k in ("step", "stage", "model", "tokenizer", "config_hash", "parent")}
+    plain = {k: meta[k] for k in ("step", "stage", "model", "tokenizer", "parent")}
     plain |= {k: meta["totals"][k] for k in ("tokens", "flops")}
     return arrays, plain, (folder / "data.json").read_text()
 

@@ -1,6 +1,7 @@
 """How a run starts: a start that is refused changes nothing, one that is not goes on from what is good."""
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -76,6 +77,38 @@ def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
     (aside,) = run.parent.glob(f".{run.name}.*")
     assert checkpoint.steps(aside) == [2, 4, 6, 8] and checkpoint.steps(run) == [2]
     assert [r["step"] for r in metrics.read(run) if r["kind"] == "train"] == [1, 2]
+
+
+# -----------------------------------------------------------------------------
+# Settings that came, changed or went since a run was saved
+
+
+def with_config(run, step, change):
+    """Makes the checkpoint of a step one of other settings."""
+    folder = checkpoint.step_dir(run, step)
+    meta = checkpoint.read_meta(run, step)
+    change(meta["config"])
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._write_manifest(folder)
+
+
+@pytest.mark.parametrize("last", [8, 4])
+def test_a_setting_that_is_new_or_gone_stops_no_run(run, last, capsys):
+    def older(config):
+        del config["window_pattern"], config["weight_decay"]
+        config["moon_phase"] = 3
+
+    for step in (6, 8):
+        if step > last:
+            shutil.rmtree(checkpoint.step_dir(run, step))
+    with_config(run, last, older)
+    train(settings(run.name))
+    said = capsys.readouterr().out
+    assert ("is finished (step 8)" if last == 8 else "resuming at step 4") in said
+    assert "ignored: moon_phase" in said
+    with pytest.raises(UserError, match=r"settings \(weight_decay: 0.0, now 0.1\)"):
+        train(settings(run.name, resume=str(last), weight_decay=0.1))
 
 
 # -----------------------------------------------------------------------------

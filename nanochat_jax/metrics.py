@@ -1,6 +1,8 @@
 """A run's log: log.jsonl in the run's folder is the truth, one JSON object a line; wandb is a view of it.
 
-After a resume a step may be logged twice: the later record of the same (kind, stage, step, suite, task) holds.
+After a resume a step may be logged twice: the later record of the same (kind, stage, step, suite, task) holds. And a
+run that goes on from an earlier step leaves a future behind: a start, of which the record of kind "config" tells, ends
+what was logged of its stage's later steps, scores and the note that it was finished included.
 """
 
 import json
@@ -41,6 +43,9 @@ def read(run_dir: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue  # the process ended in the middle of a write
         key = tuple(map(record.get, ("kind", "stage", "step", "suite", "task")))
+        if record.get("kind") == "config":
+            _, stage, step, *_ = key
+            records = {k: r for k, r in records.items() if r.get("stage") != stage or r["step"] <= step}
         records.pop(key, None)
         records[key] = record
     return list(records.values())

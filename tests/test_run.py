@@ -112,6 +112,19 @@ def test_a_setting_that_is_new_or_gone_stops_no_run(run, last, capsys):
 
 
 # -----------------------------------------------------------------------------
+# The future a run leaves behind
+
+
+def test_what_was_logged_of_abandoned_steps_is_gone(run):
+    metrics.append(run, "eval", "base", 8, suite="core", task="hellaswag", score=0.5)
+    train(settings(run.name, resume="4", num_iterations=8, eval_every=3))
+    records = metrics.read(run)
+    assert not [r for r in records if r["kind"] == "eval"]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [r["step"] for r in records if r["kind"] == "val"] == [6, 8]  # 8 once, 3 was not due the first time
+
+
+# -----------------------------------------------------------------------------
 # What is damaged, what is missing
 
 

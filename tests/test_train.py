@@ -330,3 +330,16 @@ def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):
     (record,) = metrics.read(tmp_path)
     assert record["loss"] == 2.0 and record["mfu"] is None
     json.loads((tmp_path / metrics.LOG).read_text().splitlines()[1])
+
+
+def test_a_start_ends_what_was_logged_of_later_steps(tmp_path):
+    for step in (0, 2, 4):
+        metrics.append(tmp_path, "val", "base", step, bpb=step)
+    metrics.append(tmp_path, "eval", "base", 4, suite="chat", task="Sums", score=1.0)
+    metrics.append(tmp_path, "note", "base", 4, text="finished")
+    metrics.append(tmp_path, "val", "mid", 4, bpb=9)
+    metrics.append(tmp_path, "config", "base", 2, config={})
+    metrics.append(tmp_path, "val", "base", 3, bpb=3)
+    assert [(r["kind"], r["stage"], r["step"]) for r in metrics.read(tmp_path)] == [
+        ("val", "base", 0), ("val", "base", 2), ("val", "mid", 4), ("config", "base", 2), ("val", "base", 3),
+    ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 A run may start in four ways, tried in this order:
 1. it is finished: said, and nothing is done;
-2. it has a good checkpoint made with the same settings from the same parent: it goes on, exactly;
+2. it has a good checkpoint made with the same settings from the same parent, which may be gone: it goes on, exactly;
 3. mid, sft and rl: from the weights of the stage before;
 4. base: from scratch.
 """
@@ -144,17 +144,19 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
 
 
 def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, dict]:
-    """(what the run starts from, its tag, the step it goes on from or None, its identity). `held` gets its lock."""
-    origin = _origin(cfg)
-    tag = cfg.model_tag or cfg.preset or (origin[0].name if origin else f"d{cfg.depth}")
+    """(what a fresh start begins with, the run's tag, the step it goes on from or None, its identity). `held` gets the
+    run's lock."""
+    tag = cfg.model_tag or cfg.preset or (f"d{cfg.depth}" if cfg.stage == "base" else _origin(cfg)[0].name)
     folder = checkpoint.run_dir(cfg.stage, tag)
-    identity = {"parent": _content(cfg, origin)}
     held.enter_context(checkpoint.exclusive(folder))
     checkpoint.clear_unfinished(folder)
     step = _step_to_resume(cfg, folder)
     if step is not None:
-        _same_run(cfg, folder, checkpoint.read_meta(folder, step), identity["parent"])
-    return (str(origin[0]), origin[1]) if origin else None, tag, step, identity
+        meta = checkpoint.read_meta(folder, step)
+        _same_run(cfg, folder, meta)
+        return None, tag, step, {"parent": meta["parent"]}
+    origin = _origin(cfg)
+    return (str(origin[0]), origin[1]) if origin else None, tag, None, {"parent": _content(cfg, origin)}
 
 
 def _origin(cfg: Train) -> tuple[Path, int] | None:
@@ -206,9 +208,9 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     return step
 
 
-def _same_run(cfg: Train, folder: Path, meta: dict, parent: str) -> None:
+def _same_run(cfg: Train, folder: Path, meta: dict) -> None:
     """UserError where the run in `folder` is not the one that is asked for."""
-    other = "weights" if meta["parent"] != parent else ""
+    other = "weights" if _starts_elsewhere(cfg, meta["parent"]) else ""
     if changed := _changed_settings(cfg, meta["config"]):
         other = f"settings ({', '.join(changed[:4])})"
     if other:
@@ -216,6 +218,14 @@ def _same_run(cfg: Train, folder: Path, meta: dict, parent: str) -> None:
             f"{folder} holds a run started from other {other}: "
             "choose another --model_tag, or move it aside with --resume=never"
         )
+
+
+def _starts_elsewhere(cfg: Train, parent: str) -> bool:
+    """Whether a fresh start would begin with other weights. Where there are none any more, a run needs only its own."""
+    try:
+        return _content(cfg, _origin(cfg)) != parent
+    except UserError:
+        return False
 
 
 def _changed_settings(cfg: Train, then: dict) -> list[str]:

@@ -137,3 +137,22 @@ def test_damaged_steps_are_moved_aside_and_cost_no_good_one(run, good):
     assert checkpoint.steps(run) == [8] and checkpoint.latest(run) == 8
     aside = sorted(p.name.split(".")[0] for p in run.glob("abandoned_*"))
     assert aside == [f"abandoned_step_{step:06d}" for step in damaged]
+
+
+def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
+    for stage, steps in (("base", 2), ("mid", 4)):
+        assert (ended := tiny.run(stage, world, model_tag="child", num_iterations=steps)).returncode == 0, ended.stderr
+    base, mid = (checkpoint.run_dir(stage, "child") for stage in ("base", "mid"))
+    shutil.rmtree(checkpoint.step_dir(mid, 4))
+    parent = checkpoint.read_meta(mid, 2)["parent"]
+    aside = base.parent.with_name("elsewhere")
+    base.parent.rename(aside)
+    try:
+        gone = tiny.run("mid", world, model_tag="child", num_iterations=4)
+        assert gone.returncode == 0 and "resuming at step 2" in gone.stdout, gone.stderr
+        assert checkpoint.read_meta(mid, 4)["parent"] == parent
+        assert "no base checkpoint" in tiny.run("mid", world, model_tag="orphan").stderr
+    finally:
+        aside.rename(base.parent)
+    (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained anew
+    assert "started from other weights" in tiny.run("mid", world, model_tag="child", num_iterations=4).stderr

@@ -23,6 +23,7 @@ from nanochat_jax.step import (
     Geometry,
     compiled_memory,
     geometry,
+    geometry_of_rows,
     out_of_memory_explained,
     rows_of_examples,
     rows_that_fit,
@@ -136,20 +137,22 @@ def chat_stage(run: Run) -> Stage:
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
-    total = cfg.total_batch_size
-    devices = sharding.replicas(run.layout.mesh)
-    if not total:  # finetuning alone has no default
-        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len, devices)
-        total = rows * model.sequence_len
     fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
-    shape = geometry(total, cfg.device_batch_size, model.sequence_len, devices, fit)
+    how = (cfg.device_batch_size, model.sequence_len, sharding.replicas(run.layout.mesh), fit)
+    if cfg.total_batch_size:
+        shape = geometry(cfg.total_batch_size, *how)
+    else:  # finetuning alone has no default
+        shape = geometry_of_rows(rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len), *how)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
     rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process())
     return Stage(
         geometry=shape,
         steps=steps,
-        loader=rows(task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed),
+        loader=rows(
+            task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed,
+            padding=shape.padding,
+        ),
         validation=lambda: rows(
             held_out, run.tokenizer, shape.rows * shape.devices, model.sequence_len, epochs=1,
             max_rows=max(1, cfg.eval_tokens // model.sequence_len),
@@ -239,7 +242,8 @@ def announce(run: Run, stage: Stage) -> None:
         f"vocabulary {model.vocab_size:,}, context {model.sequence_len}",
         "parameters": f"{model.num_params:,}",
         "FLOPs a token": f"{model.flops_per_token:.3e}",
-        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}",
+        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}"
+        + (f", less {g.padding} empty rows" if g.padding else ""),
         "mesh": ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items()),
         "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
         **stage.facts,

@@ -112,18 +112,21 @@ def train(cfg: config.Rl) -> None:
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
+        shape = cut(cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model.sequence_len)
+        for name in cfg.mixture:
+            if tasks.task_class(name).eval_type != "generative":
+                raise UserError(f"--mixture: {name} has no answers that can be generated and judged: try gsm8k=0")
         task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
         held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
         walked = cfg.examples_per_step * cfg.oversampling  # a step's part of the walk, all of it drawn or not
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // walked
         if steps < 1:
             raise UserError(f"--examples_per_step={cfg.examples_per_step}: only {len(task)} problems")
-        answers = cfg.examples_per_step * cfg.num_samples
-        shape = cut(cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model.sequence_len)
         run.begin()
         announce(run, shape, len(task), steps)
         step_fn = step_of(run)
-        slots = min(answers, SLOTS * jax.device_count())  # divides by the devices, since the answers do
+        # Divides by the devices, since the answers do.
+        slots = min(cfg.examples_per_step * cfg.num_samples, SLOTS * jax.device_count())
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         while True:

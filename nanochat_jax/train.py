@@ -178,11 +178,11 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         stage = base_stage(run) if cfg.stage == "base" else chat_stage(run)
         if run.data is not None:
             stage.loader.restore(run.data)
+        evaluations = evaluations_of(cfg)
         run.begin()
         announce(run, stage)
         step_fn = step_of(run)
         log = StepLog(run, stage)
-        evaluations = evaluations_of(cfg)
         step, ended = run.step, False
         saved_at = run.step if run.data is not None else -1
         evaluated_at = -1
@@ -369,9 +369,19 @@ def evaluations_of(cfg: Train) -> list[Evaluation]:
     all_stages = [Evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
     if cfg.stage == "base":
         return [*all_stages, Evaluation(core_metric, cfg.core_metric_every), Evaluation(sample, cfg.sample_every)]
-    if cfg.stage == "sft":
-        return [*all_stages, Evaluation(task_metrics, cfg.eval_metrics_every)]
+    if cfg.stage == "sft" and cfg.eval_metrics_every > 0:
+        judge = functools.partial(task_metrics, judged=judged_tasks(cfg))
+        return [*all_stages, Evaluation(judge, cfg.eval_metrics_every)]
     return all_stages
+
+
+def judged_tasks(cfg: config.Sft) -> list[tasks.Task]:
+    """The tasks of --eval_metrics_tasks, loaded before the first step: what is wrong with them is said then."""
+    loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
+    for task in loaded:
+        if task.eval_type is None:
+            raise UserError(f"--eval_metrics_tasks: {task.name} is only for training, its answers cannot be judged")
+    return loaded
 
 
 def validate(run: Run, stage: Stage, step: int) -> None:
@@ -421,11 +431,10 @@ def complete(params, model: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -
     return [(p, tokenizer.decode(a[0].ids)) for p, a in zip(SAMPLE_PROMPTS, answers, strict=True)]
 
 
-def task_metrics(run: Run, stage: Stage, step: int) -> None:
+def task_metrics(run: Run, stage: Stage, step: int, judged: list[tasks.Task]) -> None:
     from nanochat_jax.evals import chat
 
-    for name in run.cfg.eval_metrics_tasks.split("|"):
-        task = tasks.load(name, "val", data_dir=run.cfg.task_data_dir)
+    for task in judged:
         score = chat.evaluate(
             run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
             dtype=run.dtype,

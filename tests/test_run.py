@@ -72,6 +72,19 @@ def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes", "words"),
+    [("rl", {"mixture": "sums=10,identity=10"}, "--mixture: identity has no answers that can be generated and judged"),
+     ("rl", {"examples_per_step": 0}, "--examples_per_step=0"),
+     ("sft", {"eval_metrics_every": 200, "eval_metrics_tasks": "sums|identity"}, "Identity is only for training"),
+     ("sft", {"eval_metrics_every": 200, "eval_metrics_tasks": "sums|mmul"}, "unknown task 'mmul'")],
+)  # fmt: skip
+def test_tasks_are_looked_at_before_the_first_step(world, stage, changes, words):
+    result = tiny.run(stage, world, model_tag="early", source="base", **changes)
+    assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not (checkpoint.run_dir(stage, "early") / metrics.LOG).exists()
+
+
 def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
     train(settings(run.name, resume="never", num_iterations=2))
     (aside,) = run.parent.glob(f".{run.name}.*")

@@ -185,11 +185,11 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         log = StepLog(run, stage)
         step, ended = run.step, False
         saved_at = run.step if run.data is not None else -1
-        evaluated_at = -1
+        evaluated_at: dict[Evaluation, int] = {}
         held.enter_context(out_of_memory_explained(stage.geometry))
         while True:
             last = ended or step == stage.steps
-            due = [e for e in evaluations if e.due(step, last)] if evaluated_at != step else []
+            due = [e for e in evaluations if evaluated_at.get(e) != step and e.due(step, last)]
             # Save before evaluating: whatever goes wrong below, the weights are safe.
             to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or any(e.risky for e in due)
             stop = interruption.signal if jax.process_count() == 1 else log.stop
@@ -205,7 +205,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 log.flush()
                 for evaluation in due:
                     evaluation.run(run, stage, step)
-                evaluated_at = step
+                    evaluated_at[evaluation] = step
                 log.timer.lap()
             if last:
                 break

@@ -95,6 +95,19 @@ def ancestors(world):
     return upto
 
 
+def test_data_that_end_skip_no_last_evaluation(world, ancestors):
+    """That a step is the last one is known only once there is no more, when others have run at it already."""
+    ancestors("sft")
+    flags = {"num_iterations": -1, "eval_every": 1, "eval_metrics_every": 1000, "eval_metrics_tasks": "sums"}
+    flags |= {"mixture": "sums=40", "eval_metrics_max_problems": 2, "save_every": -1}
+    result = tiny.run("sft", world, model_tag="ends", source="mid", **flags)
+    assert result.returncode == 0, result.stderr
+    records = metrics.read(checkpoint.run_dir("sft", "ends"))
+    last = max(r["step"] for r in records if r["kind"] == "train")
+    assert [r["step"] for r in records if r["kind"] == "val"] == list(range(last + 1))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [last]
+
+
 def test_interrupted_run_saves_and_goes_on(world):
     process = subprocess.Popen(
         tiny.command("base", model_tag="stopped", num_iterations=2000, save_every=-1), cwd=tiny.REPOSITORY,

@@ -135,6 +135,7 @@ def train(cfg: config.Rl) -> None:
             if (due or last or interruption.signal) and saved_at != step:
                 run.save(step, {"step": step})
                 saved_at = step
+                timer.lap()
             if interruption.signal:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")

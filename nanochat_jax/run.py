@@ -95,8 +95,9 @@ class Run:
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
             "config": dataclasses.asdict(self.cfg), "versions": versions(), **self.identity,
         }  # fmt: skip
+        timer = Timer()
         self.saver.save(step, self.state.params, self.state.opt_state, data, meta)
-        self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name)
+        self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name, save_seconds=timer.lap())
 
     def finish(self, step: int) -> None:
         self.saver.wait()

@@ -197,6 +197,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 log.flush()
                 run.save(step, stage.loader.state())
                 saved_at = step
+                log.timer.lap()  # saving is no part of the next step
             if stop:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")

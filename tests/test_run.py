@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 
 import pytest
 import tiny
@@ -169,3 +170,22 @@ def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
         aside.rename(base.parent)
     (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained anew
     assert "started from other weights" in tiny.run("mid", world, model_tag="child", num_iterations=4).stderr
+
+
+# -----------------------------------------------------------------------------
+# Time
+
+
+def test_saving_is_no_part_of_a_step(world, monkeypatch):
+    save = checkpoint.Saver.save
+
+    def slowly(self, *args):
+        time.sleep(1.5)
+        save(self, *args)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", slowly)
+    train(settings("slow", num_iterations=3, save_every=2))
+    records = metrics.read(checkpoint.run_dir("base", "slow"))
+    assert all(r["save_seconds"] >= 1.5 for r in records if r["kind"] == "checkpoint")
+    (third,) = (r for r in records if r["kind"] == "train" and r["step"] == 3)
+    assert third["loader_wait"] < 1.5 and third["dt"] < 1.5

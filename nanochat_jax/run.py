@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Run:
     data: dict | None  # position of the data pipeline, when resumed
     totals: dict  # seconds, tokens and FLOPs spent so far
     identity: dict  # what a continuation must agree with
-    wandb: metrics.Wandb = field(init=False)  # from `begin` on
+    wandb: metrics.Wandb | None = None  # of process 0, from `begin` on
 
     def begin(self) -> None:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
@@ -70,7 +70,7 @@ class Run:
         if jax.process_index() == 0:
             self._make_room()
             files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
-        self.wandb = metrics.Wandb(self.cfg.stage, self.cfg.run, plain)
+            self.wandb = metrics.Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
         self.log("config", self.step, config=plain, versions=versions(), devices=parallel.describe())
 
     def _make_room(self) -> None:
@@ -102,7 +102,8 @@ class Run:
     def finish(self, step: int) -> None:
         self.saver.wait()
         self.log("note", step, text="finished")
-        self.wandb.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
 @contextmanager

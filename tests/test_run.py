@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import tiny
 
 from nanochat_jax import checkpoint, dataset, metrics
 from nanochat_jax.config import UserError
+from nanochat_jax.run import open_run
 from nanochat_jax.train import train
 
 
@@ -170,6 +172,50 @@ def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
         aside.rename(base.parent)
     (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained anew
     assert "started from other weights" in tiny.run("mid", world, model_tag="child", num_iterations=4).stderr
+
+
+# -----------------------------------------------------------------------------
+# wandb
+
+
+class FakeWandb:
+    """As much of wandb as a run uses; `runs` are those that were begun or gone on with."""
+
+    def __init__(self):
+        self.runs, self.finished = [], 0
+
+    def init(self, *, id, **kwargs):
+        self.id = id or f"made-up-{len(self.runs)}"
+        self.runs.append({"id": self.id, "logged": []} | kwargs)
+        return self
+
+    def log(self, fields):
+        self.runs[-1]["logged"].append(fields)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_a_run_that_goes_on_is_one_run_on_wandb(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for _ in range(2):
+        train(settings(run.name, resume="6", run="shown"))
+    train(settings(run.name, resume="6", run="dummy"))
+    first, second = fake.runs
+    assert first["id"] == second["id"] and fake.finished == 2
+    assert first["resume"] == "allow" and first["name"] == "shown" and first["project"] == "nanochat"
+    assert [r["step"] for r in first["logged"] if "train/loss" in r] == [7, 8]
+    train(settings(run.name, resume="never", run="shown", num_iterations=1))
+    assert fake.runs[-1]["id"] != first["id"], "a new run"
+
+
+def test_processes_after_the_first_have_no_run_on_wandb(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    with open_run(settings("silent", run="shown"), 0.95) as run:
+        monkeypatch.setattr("jax.process_index", lambda: 1)
+        run.begin()
+        run.finish(0)
+    assert not fake.runs
 
 
 # -----------------------------------------------------------------------------

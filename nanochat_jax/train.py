@@ -5,6 +5,7 @@ batch, step, log the step before (so that the device never waits for the host), 
 evaluate and sample. Saving always comes before evaluating, so that no evaluation can cost a run its weights.
 """
 
+import dataclasses
 import functools
 import math
 import signal
@@ -66,8 +67,7 @@ def base_stage(run: Run) -> Stage:
     fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
     shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = horizon(cfg, model, shape.tokens)
-    source = dataset.open(cfg.data, cfg.data_dir)
-    same_text(run, source)
+    source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
     how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process()}
     return Stage(
         geometry=shape,
@@ -88,9 +88,11 @@ def base_stage(run: Run) -> Stage:
     )
 
 
-def same_text(run: Run, source: dataset.Source) -> None:
-    """Records the text with the checkpoints. UserError where it is not that of the checkpoint the run goes on from."""
+def same_text(run: Run, source: dataset.Source) -> dataset.Source:
+    """The text to read, which is recorded with the checkpoints: the files a run began with, since in later epochs their
+    order depends on how many there are. UserError where it is not that of the checkpoint the run goes on from."""
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
+    count = len(source.train_files)
     if run.data is not None:
         folder = checkpoint.step_dir(run.dir, run.step)
         then = checkpoint.read_meta(run.dir, run.step).get("text", text)
@@ -99,7 +101,14 @@ def same_text(run: Run, source: dataset.Source) -> None:
                 f"the text is not that of {folder} (other {changed}): choose another --model_tag, or move the run "
                 "aside with --resume=never"
             )
-    run.identity["text"] = text
+        count = then.get("files", count)
+        if count > len(source.train_files):
+            raise UserError(
+                f"{folder} is of {count} files of {source.name}, there are {len(source.train_files)}: get all of them "
+                f"with python -m nanochat_jax.dataset --data={source.name} -n {count}"
+            )
+    run.identity["text"] = text | {"files": count}
+    return dataclasses.replace(source, train_files=source.train_files[:count])
 
 
 def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> str:

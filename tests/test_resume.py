@@ -218,7 +218,7 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     run = checkpoint.run_dir("base", "text")
     assert checkpoint.steps(run) == [2, 4]
     source = dataset.open(data_dir=folder)
-    text = {"source": "texts", "hash": source.hash, "validation": source.val_hash()}
+    text = {"source": "texts", "hash": source.hash, "validation": source.val_hash(), "files": 1}
     meta = checkpoint.read_meta(run, 4)
     assert meta["text"] == text
     assert meta["versions"].keys() >= {"commit", "python", "jax", "numpy", "flax", "optax", "orbax-checkpoint", "grain"}

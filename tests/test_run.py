@@ -7,6 +7,8 @@ import shutil
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
@@ -172,6 +174,36 @@ def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
         aside.rename(base.parent)
     (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained anew
     assert "started from other weights" in tiny.run("mid", world, model_tag="child", num_iterations=4).stderr
+
+
+# -----------------------------------------------------------------------------
+# Text that arrives meanwhile
+
+
+def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
+    """In the second epoch the order of the files depends on their number."""
+    whole = dataset.open()
+    parts = []
+    for i in range(5):
+        texts = list(whole.texts("train"))[i * 4 : i * 4 + 4]
+        parts.append(tmp_path / f"part_{i}.parquet")
+        pq.write_table(pa.table({"text": texts}), parts[-1])
+
+    def run(tag, files, **changes):
+        source = dataclasses.replace(whole, train_files=tuple(parts[:files]))
+        monkeypatch.setattr(dataset, "open", lambda *args: source)
+        train(settings(tag, num_iterations=20, save_every=10, keep_last=9, **changes))
+        folder = checkpoint.run_dir("base", tag)
+        assert checkpoint.read_meta(folder, 20)["text"]["files"] == 3
+        records = [r for r in metrics.read(folder) if r["kind"] == "train"]
+        return {r["step"]: (r["loss"], r["shard"], r["epoch"]) for r in records}
+
+    expected = run("few", 3)
+    assert max(epoch for *_, epoch in expected.values()) > 1
+    run("more", 3)
+    assert run("more", 5, resume="10") == expected
+    with pytest.raises(UserError, match=r"is of 3 files of texts, there are 2: .* -n 3$"):
+        run("more", 2, resume="10")
 
 
 # -----------------------------------------------------------------------------

@@ -79,12 +79,16 @@ def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stage", "changes", "words"),
-    [("rl", {"mixture": "sums=10,identity=10"}, "--mixture: identity has no answers that can be generated and judged"),
+    [("rl", {"mixture": "sums=10,smoltalk=0"}, "--mixture: smoltalk has no answers that can be generated and judged"),
      ("rl", {"examples_per_step": 0}, "--examples_per_step=0"),
-     ("sft", {"eval_metrics_every": 200, "eval_metrics_tasks": "sums|identity"}, "Identity is only for training"),
-     ("sft", {"eval_metrics_every": 200, "eval_metrics_tasks": "sums|mmul"}, "unknown task 'mmul'")],
+     ("sft", {"eval_metrics_tasks": "sums|customjson:{base}/chats.jsonl"}, "CustomJSON is only for training"),
+     ("sft", {"eval_metrics_tasks": "sums|mmul"}, "unknown task 'mmul'")],
 )  # fmt: skip
 def test_tasks_are_looked_at_before_the_first_step(world, stage, changes, words):
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+    (world / "chats.jsonl").write_text(json.dumps(messages) + "\n")
+    if stage == "sft":
+        changes = {"eval_metrics_every": 200, "eval_metrics_tasks": changes["eval_metrics_tasks"].format(base=world)}
     result = tiny.run(stage, world, model_tag="early", source="base", **changes)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert not (checkpoint.run_dir(stage, "early") / metrics.LOG).exists()

@@ -304,7 +304,7 @@ class BaseLoss(Load):
     source: str = setting("base", "stage: base, mid, sft or rl")
     device_batch_size: int = setting(32, "rows at once")
     split_tokens: int = setting(20 * 524288, "tokens of each split")
-    data: str = setting("", "text source (default: the tokenizer's)")
+    data: str = setting("", "text source (default: that of the run)")
     data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
 
 

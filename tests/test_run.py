@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, dataset, metrics
+from nanochat_jax import checkpoint, config, dataloader, dataset, metrics
 from nanochat_jax.config import UserError
+from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.run import open_run
 from nanochat_jax.train import train
+from scripts import base_loss
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,25 @@ def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
     assert run("more", 5, resume="10") == expected
     with pytest.raises(UserError, match=r"is of 3 files of texts, there are 2: .* -n 3$"):
         run("more", 2, resume="10")
+
+
+def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
+    with_config(run, 8, lambda config: config.update(packing="crop"))
+    (tmp_path / "a.txt").write_text("\n\n".join(f"the cat sees {i} dogs near a tree" for i in range(900)))
+    shutil.copy(tmp_path / "a.txt", tmp_path / "b.txt")
+
+    def measured(**changes):
+        base_loss.main(config.BaseLoss(model_tag=run.name, split_tokens=64 * 40, device_batch_size=4, **changes))
+        return re.search(r"val bits per byte: ([\d.]+) .* tokens of (\w+)", said := capsys.readouterr().out), said
+
+    found, said = measured()
+    source, model = dataset.open(), checkpoint.load_model("base", run.name)
+    batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
+    expected = bits_per_byte(model.params, model.config, batches, model.tokenizer.token_bytes())
+    batches.close()
+    assert float(found[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in said
+    found, said = measured(data_dir=str(tmp_path))
+    assert "(other source, hash, validation)" in said and found[2] in tmp_path.name
 
 
 # -----------------------------------------------------------------------------

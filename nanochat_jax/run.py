@@ -67,11 +67,13 @@ class Run:
     def begin(self) -> None:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
         plain = dataclasses.asdict(self.cfg)
-        if jax.process_index() == 0:
-            self._make_room()
-            files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
-            self.wandb = metrics.Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
+        parallel.first(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=versions(), devices=parallel.describe())
+
+    def _prepare(self, plain: dict) -> None:
+        self._make_room()
+        files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
+        self.wandb = metrics.Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
         """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future,

@@ -408,7 +408,7 @@ def core_metric(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals import core
 
     try:
-        bundle = core.find_bundle(run.cfg.core_dir)
+        bundle = Path(parallel.first(lambda: str(core.find_bundle(run.cfg.core_dir))))
     except UserError as error:
         print(f"step {step} | CORE skipped: {error}")
         return

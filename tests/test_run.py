@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import socket
+import subprocess
 import sys
 import time
 
@@ -15,7 +17,6 @@ import tiny
 from nanochat_jax import checkpoint, config, dataloader, dataset, metrics
 from nanochat_jax.config import UserError
 from nanochat_jax.evals.bpb import bits_per_byte
-from nanochat_jax.run import open_run
 from nanochat_jax.train import train
 from scripts import base_loss
 
@@ -266,13 +267,45 @@ def test_a_run_that_goes_on_is_one_run_on_wandb(run, monkeypatch):
     assert fake.runs[-1]["id"] != first["id"], "a new run"
 
 
-def test_processes_after_the_first_have_no_run_on_wandb(world, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
-    with open_run(settings("silent", run="shown"), 0.95) as run:
-        monkeypatch.setattr("jax.process_index", lambda: 1)
-        run.begin()
-        run.finish(0)
-    assert not fake.runs
+# -----------------------------------------------------------------------------
+# Several processes
+
+TWO = """
+import sys
+from nanochat_jax import parallel
+from nanochat_jax.config import UserError
+me = int(sys.argv[2])
+parallel.start("cpu", sys.argv[1], 2, me)
+say = lambda text: print(text, file=sys.stderr)
+assert parallel.first(lambda: "x" * 10_000 if me == 0 else None) == "x" * 10_000
+for error in (UserError("mend it"), OSError("no such thing")):
+    def fail():
+        assert me == 0, "decided on another process"
+        raise error
+    try:
+        parallel.first(fail)
+    except Exception as met:
+        say(f"{type(met).__name__}: {met}")
+"""
+
+
+def test_what_process_0_cannot_do_ends_all_of_them(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, where, str(i)], cwd=tiny.REPOSITORY, env=tiny.environment(tmp_path),
+            stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [[line for line in p.communicate(timeout=120)[1].splitlines() if "Error" in line] for p in started]
+    assert [p.returncode for p in started] == [0, 0], said
+    assert said == [
+        ["UserError: mend it", "OSError: no such thing"],
+        ["UserError: process 0: mend it", "RuntimeError: process 0: no such thing"],
+    ]
 
 
 # -----------------------------------------------------------------------------

@@ -82,12 +82,17 @@ class Saver:
             (target / "data.json").write_text(json.dumps(data), encoding="utf-8")
             (target / "meta.json").write_text(meta, encoding="utf-8")
             _write_manifest(target)
-            for old in steps(self.run)[: -self.keep_last]:
-                if self.keep_every < 1 or old % self.keep_every:
-                    (step_dir(self.run, old) / MANIFEST).unlink()  # first: what is left after a kill is incomplete
-                    shutil.rmtree(step_dir(self.run, old))
+            self._prune(int(target.name.removeprefix("step_")))
         except BaseException as error:
             self._give_up(target, error)
+
+    def _prune(self, saved: int) -> None:
+        """Removes steps before the one just saved, as far as they are not to be kept."""
+        earlier = [step for step in steps(self.run) if step < saved]
+        for old in earlier[: len(earlier) + 1 - self.keep_last]:
+            if self.keep_every < 1 or old % self.keep_every:
+                (step_dir(self.run, old) / MANIFEST).unlink()  # first: what is left after a kill is incomplete
+                shutil.rmtree(step_dir(self.run, old))
 
     def _give_up(self, target: Path, error: BaseException) -> None:
         """Keeps the error for `wait`, and makes room: what was written of the step is of no use."""

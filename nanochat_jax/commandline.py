@@ -92,7 +92,8 @@ def _parser(cls: type) -> _Parser:
         if field.name in SHORT and not (field.name == "num_samples" and cls is config.Rl):
             flags.insert(0, f"-{SHORT[field.name]}")
         text = field.metadata["help"]
-        shown = "" if text.startswith("auto") or default in ("", {}) else f" [{_show(default)}]"
+        auto = field.metadata["auto"] and not default
+        shown = " [auto]" if auto else "" if default in ("", {}) else f" [{_show(default)}]"
         extra = {"nargs": "?", "const": True} if types[field.name] is bool else {}
         parser.add_argument(
             *flags, type=functools.partial(_read, field=field, kind=types[field.name]), default=None, dest=field.name,
@@ -111,7 +112,7 @@ _WANTED = {int: "an integer, like 8", float: "a number, like 0.1", bool: "true o
 def _read(value, field: dataclasses.Field, kind: type):
     """`value` (text of a flag, or a TOML value) for `field`. The complaint is argparse's kind, which names the flag."""
     try:
-        return _convert(value, kind, auto=field.metadata["help"].startswith("auto"))
+        return _convert(value, kind, auto=field.metadata["auto"])
     except (ValueError, TypeError, LookupError, AttributeError):
         wanted = _WANTED.get(kind, "rows by name, like gsm8k=0,identity=30")
         raise argparse.ArgumentTypeError(f"{value!r} is not {wanted}") from None

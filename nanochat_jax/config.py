@@ -86,10 +86,10 @@ class GPTConfig:
 MIXTURE = "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)"
 
 
-def setting(default, help: str):
-    """A field with its line of `--help`. Integers whose help begins with "auto" also accept the word, stored as 0."""
+def setting(default, help: str, auto: bool = False):
+    """A field with its line of `--help`. An integer that may be `auto` also accepts the word, stored as 0."""
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": help})
+    return dataclasses.field(**factory, metadata={"help": help, "auto": auto})
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Model:
     depth: int = setting(20, "layers; the one dial: width, heads and horizon follow from it")
     aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim")
     head_dim: int = setting(128, "size of an attention head")
-    n_kv_head: int = setting(0, "auto: key/value heads, as many as query heads unless given (GQA)")
+    n_kv_head: int = setting(0, "key/value heads, as many as query heads unless given (GQA)", auto=True)
     max_seq_len: int = setting(2048, "context length in tokens")
     window_pattern: str = setting("L", "attention windows, repeated over layers: S a quarter of the context, L all")
 
@@ -129,7 +129,7 @@ class Train:
     device_type: str = setting("", "cpu, gpu or tpu (default: the best there is)")
     compute_dtype: str = setting("", "bfloat16 or float32 (default: bfloat16 on GPUs that have it, float32 elsewhere)")
     num_iterations: int = setting(-1, "optimizer steps (-1: derived)")
-    device_batch_size: int = setting(0, "auto: rows a device takes at once; lower it when memory runs out")
+    device_batch_size: int = setting(0, "rows a device takes at once; lower it when memory runs out", auto=True)
     mesh: str = setting("", "devices by axis, as node=2,data=8,model=1 (default: all on data)")
     shard: str = setting("optimizer", "what the data axis cuts besides the batch: optimizer (ZeRO-1) or full (FSDP)")
     attention: str = setting("", "cudnn or xla (default: cuDNN where it runs)")
@@ -212,7 +212,7 @@ class Sft(Train):
         MIXTURE,
     )  # fmt: skip
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, "the same for validation")
-    total_batch_size: int = setting(0, "auto: tokens an optimizer step, whole rows for target_examples_per_step")
+    total_batch_size: int = setting(0, "tokens an optimizer step, whole rows for target_examples_per_step", auto=True)
     target_examples_per_step: int = setting(32, "conversations an optimizer step, on average")
     num_epochs: int = setting(1, "passes over the mixture")
     init_lr_frac: float = setting(0.02, "start all learning rates at this fraction")
@@ -305,7 +305,7 @@ class BaseLoss(Load):
     source: str = setting("base", "stage: base, mid, sft or rl")
     device_batch_size: int = setting(32, "rows at once")
     split_tokens: int = setting(20 * 524288, "tokens of each split")
-    data: str = setting("", "text source (default: the tokenizer's)")
+    data: str = setting("", "text source (default: that of the run)")
     data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
 
 
@@ -333,7 +333,7 @@ class ChatEval(Load):
     num_samples: int = setting(1, "answers a problem; one right is a pass")
     top_k: int = setting(50, "sample among the k likeliest tokens (0: all)")
     batch_size: int = setting(8, "rows at once in categorical tasks")
-    slots: int = setting(0, "auto: answers generated at once")
+    slots: int = setting(0, "answers generated at once", auto=True)
     max_problems: int = setting(-1, "problems a task (-1: all)")
     seed: int = setting(42, "seed of sampling")
     task_data_dir: str = setting("", "folder with task data, used instead of the hub")

@@ -96,15 +96,16 @@ def val_batches(
 
 def chat_loader(
     task, tokenizer, rows: int, seq_len: int, *, supervise: str = "all", epochs: int | None = None, seed: int = 0,
-    max_rows: int | None = None, process_index: int = 0, process_count: int = 1,
+    max_rows: int | None = None, padding: int = 0, process_index: int = 0, process_count: int = 1,
 ) -> Loader:  # fmt: skip
     """Batches of conversations, shuffled anew each epoch. supervise="all" (midtraining): split packing, loss on every
     token. "mask" (finetuning): conversations whole, cut only if longer than a row, loss on the assistant's tokens; a
-    conversation without any is skipped. `info` counts those `truncated` and `skipped`. `max_rows` ends it early."""
+    conversation without any is skipped. `info` counts those `truncated` and `skipped`. `max_rows` ends it early.
+    `padding` rows without targets follow the `rows` of every batch, for devices that those do not divide over."""
     assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
     conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
     method = "whole" if supervise == "mask" else "split"
-    return Loader(Batches(conversations, method, rows, seq_len, process_index, process_count, max_rows))
+    return Loader(Batches(conversations, method, rows, seq_len, process_index, process_count, max_rows, padding))
 
 
 def mean_tokens(task, tokenizer, sample: int = 500) -> float:
@@ -287,16 +288,18 @@ class Batches(grain.IterDataset):
 
     def __init__(
         self, documents: Documents | Conversations, method: str, rows: int, seq_len: int, process_index: int = 0,
-        process_count: int = 1, max_rows: int | None = None,
+        process_count: int = 1, max_rows: int | None = None, padding: int = 0,
     ):  # fmt: skip
         super().__init__()
         if method not in ("stream", *packing.CHOICE):
             raise UserError(f"--packing={method}: expected split, crop or stream")
-        if rows < 1 or rows % process_count:
-            raise UserError(f"a batch of {rows} rows cannot be shared by {process_count} processes: use a multiple")
-        share = rows // process_count
+        padded = rows + padding
+        if rows < 1 or padded % process_count:
+            raise UserError(f"a batch of {padded} rows cannot be shared by {process_count} processes: use a multiple")
+        share = padded // process_count
         self.mine = slice(process_index * share, (process_index + 1) * share)
         self.documents, self.method, self.rows, self.max_rows = documents, method, rows, max_rows
+        self.padded = padded
         self.width = seq_len + 1
         self.stop = documents.stop
 
@@ -325,7 +328,7 @@ class BatchIterator(grain.DatasetIterator):
         if not rows:
             raise StopIteration
         empty = packing.padding(self._of.width, self._of.documents.bos)
-        rows += [empty] * (self._of.rows - len(rows))
+        rows += [empty] * (self._of.padded - len(rows))
         info = self._of.documents.info(self._cursor, len(self._packer))
         return packing.as_batch(np.stack(rows[self._of.mine])) | {"info": info | {"waste": self._packer.waste}}
 

@@ -1,6 +1,8 @@
 """A run's log: log.jsonl in the run's folder is the truth, one JSON object a line; wandb is a view of it.
 
-After a resume a step may be logged twice: of records that agree in KEY the later one holds.
+After a resume a step may be logged twice: of records that agree in KEY the later one holds. And a run that goes on from
+an earlier step leaves a future behind: a start, of which the record of kind "config" tells, ends what was logged of its
+stage's later steps, scores and the note that it was finished included.
 """
 
 import json
@@ -9,9 +11,12 @@ import os
 import time
 from pathlib import Path
 
+from nanochat_jax import files
+
 LOG = "log.jsonl"
 # The last three tell scores apart: of fewer problems, of sampled answers.
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
+WANDB_ID = "wandb_id"
 
 
 def append(run_dir: Path, kind: str, stage: str, step: int, **fields) -> None:
@@ -43,15 +48,19 @@ def read(run_dir: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue  # the process ended in the middle of a write
         key = tuple(map(record.get, KEY))
+        if record.get("kind") == "config":
+            stage, step = record["stage"], record["step"]
+            records = {k: r for k, r in records.items() if r.get("stage") != stage or r["step"] <= step}
         records.pop(key, None)
         records[key] = record
     return list(records.values())
 
 
 class Wandb:
-    """A run on wandb, where one is asked for and wandb is installed; otherwise nothing."""
+    """A run on wandb, where one is asked for and wandb is installed; otherwise nothing. Its id is kept in the run's
+    folder, so that a run that goes on is one run there too. For process 0 alone."""
 
-    def __init__(self, stage: str, name: str, config: dict):
+    def __init__(self, run_dir: Path, stage: str, name: str, config: dict):
         self.run = None
         name = name or os.environ.get("WANDB_RUN", "")
         if name in ("", "dummy"):
@@ -62,7 +71,13 @@ class Wandb:
             print(f"wandb is not installed: run {name!r} is logged to {LOG} alone (pip install wandb)")
             return
         project = "nanochat" if stage == "base" else f"nanochat-{stage}"
-        self.run = wandb.init(project=project, name=name, config=config)
+        kept = run_dir / WANDB_ID
+        known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+        # Settings that change nothing may differ after a resume, hence allow_val_change.
+        self.run = wandb.init(
+            project=project, name=name, id=known, resume="allow", config=config, allow_val_change=True
+        )
+        files.write_text(kept, self.run.id)
 
     def log(self, step: int, **fields) -> None:
         if self.run:

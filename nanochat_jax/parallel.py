@@ -72,26 +72,33 @@ def _join(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def first(decide: Callable[[], T]) -> T:
-    """What `decide` returns on process 0 (anything JSON can hold), told to all; its UserError is raised on all."""
+    """What `decide` returns on process 0 (anything JSON can hold), told to all. An error it raises there ends all of
+    them, or the others would wait for ever: a UserError as such, any other as what it is on process 0 alone."""
     import jax
 
     if jax.process_count() == 1:
         return decide()
-    from jax.experimental import multihost_utils
-
-    told = np.zeros(4096, np.uint8)
+    answer, failed = {}, None
     if jax.process_index() == 0:
         try:
             answer = {"value": decide()}
-        except UserError as error:
-            answer = {"error": str(error)}
-        text = json.dumps(answer).encode()
-        assert len(text) <= told.size, f"{len(text)} bytes to tell, room for {told.size}"
-        told[: len(text)] = np.frombuffer(text, np.uint8)
-    answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(told)).rstrip(b"\0"))
+        except Exception as error:
+            answer, failed = {"error": str(error), "mendable": isinstance(error, UserError)}, error
+    answer = json.loads(_told(json.dumps(answer).encode()))
+    if failed is not None:
+        raise failed
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise (UserError if answer["mendable"] else RuntimeError)(f"process 0: {answer['error']}")
     return answer["value"]
+
+
+def _told(text: bytes) -> bytes:
+    """The text of process 0, on all: its length first, since the others must have as much room."""
+    from jax.experimental import multihost_utils
+
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    mine = np.frombuffer(text.ljust(size)[:size], np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8))
 
 
 def describe() -> str:

@@ -9,6 +9,7 @@ of which all answers are right, or all are wrong, teaches nothing: with --oversa
 are sampled, until there are enough groups that do (the dynamic sampling of DAPO, https://arxiv.org/abs/2503.14476).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from nanochat_jax import config, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run
-from nanochat_jax.step import Geometry, geometry, step_of
+from nanochat_jax.step import Geometry, step_of
 
 SLOTS = 64  # answers a device generates at once
 
@@ -111,23 +112,21 @@ def train(cfg: config.Rl) -> None:
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
+        shape = cut(cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model.sequence_len)
+        for name in cfg.mixture:
+            if tasks.task_class(name).eval_type != "generative":
+                raise UserError(f"--mixture: {name} has no answers that can be generated and judged: try gsm8k=0")
         task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
         held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
         walked = cfg.examples_per_step * cfg.oversampling  # a step's part of the walk, all of it drawn or not
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // walked
         if steps < 1:
             raise UserError(f"--examples_per_step={cfg.examples_per_step}: only {len(task)} problems")
-        answers = cfg.examples_per_step * cfg.num_samples
-        if answers % jax.device_count():
-            raise UserError(
-                f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples} answers do not divide "
-                f"over {jax.device_count()} devices"
-            )
-        seq_len, devices = run.model.sequence_len, sharding.replicas(run.layout.mesh)
-        shape = geometry(answers * seq_len, cfg.device_batch_size, seq_len, devices)
+        run.begin()
         announce(run, shape, len(task), steps)
         step_fn = step_of(run)
-        slots = min(answers, SLOTS * jax.device_count())  # divides by the devices, since the answers do
+        # Divides by the devices, since the answers do.
+        slots = min(cfg.examples_per_step * cfg.num_samples, SLOTS * jax.device_count())
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         while True:
@@ -136,6 +135,7 @@ def train(cfg: config.Rl) -> None:
             if (due or last or interruption.signal) and saved_at != step:
                 run.save(step, {"step": step})
                 saved_at = step
+                timer.lap()
             if interruption.signal:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")
@@ -161,6 +161,22 @@ def train(cfg: config.Rl) -> None:
         engine.close()
         run.finish(step)
         print(f"rl: done, {step} steps in {metrics.clock(run.totals['seconds'])}")
+
+
+def cut(cfg: config.Rl, devices: int, replicas: int, seq_len: int) -> Geometry:
+    """The answers of a step as rows. UserError where they do not divide over the devices, of which `replicas` take rows
+    of their own, or into micro-batches."""
+    answers = cfg.examples_per_step * cfg.num_samples
+    flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
+    if answers < 1 or answers % devices:
+        raise UserError(f"{flags} answers do not divide over {devices} devices")
+    share, rows = answers // replicas, cfg.device_batch_size
+    if rows < 1 or share % rows:
+        raise UserError(
+            f"--device_batch_size={rows} does not divide the {share} answers a device ({flags} / {replicas} devices): "
+            f"try {math.gcd(share, max(1, rows))}"
+        )
+    return Geometry(share // rows, rows, replicas, seq_len)
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 A run may start in four ways, tried in this order:
 1. it is finished: said, and nothing is done;
-2. it has a good checkpoint made with the same settings from the same parent: it goes on, exactly;
+2. it has a good checkpoint made with the same settings from the same parent, which may be gone: it goes on, exactly;
 3. mid, sft and rl: from the weights of the stage before;
 4. base: from scratch.
 """
@@ -57,11 +57,32 @@ class Run:
     optimizer: optax.GradientTransformation
     state: TrainState
     saver: checkpoint.Saver
-    wandb: metrics.Wandb
+    held: ExitStack  # the run's lock
     step: int  # the one to do next
     data: dict | None  # position of the data pipeline, when resumed
     totals: dict  # seconds, tokens and FLOPs spent so far
     identity: dict  # what a continuation must agree with
+    wandb: metrics.Wandb | None = None  # of process 0, from `begin` on
+
+    def begin(self) -> None:
+        """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
+        plain = dataclasses.asdict(self.cfg)
+        parallel.first(lambda: self._prepare(plain))
+        self.log("config", self.step, config=plain, versions=versions(), devices=parallel.describe())
+
+    def _prepare(self, plain: dict) -> None:
+        self._make_room()
+        files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
+        self.wandb = metrics.Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
+
+    def _make_room(self) -> None:
+        """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future,
+        and damaged ones, which would be taken for the last few to be kept."""
+        if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / metrics.LOG).exists()):
+            checkpoint.move_aside(self.dir)
+            self.held.enter_context(checkpoint.exclusive(self.dir))  # the first lock went with the old folder
+        else:
+            checkpoint.abandon_after(self.dir, self.step if self.data is not None else -1)
 
     def log(self, kind: str, step: int, **fields) -> None:
         if jax.process_index() > 0:
@@ -76,27 +97,31 @@ class Run:
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
             "config": dataclasses.asdict(self.cfg), "versions": versions(), **self.identity,
         }  # fmt: skip
+        timer = Timer()
         self.saver.save(step, self.state.params, self.state.opt_state, data, meta)
-        self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name)
+        self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name, save_seconds=timer.lap())
 
     def finish(self, step: int) -> None:
         self.saver.wait()
         self.log("note", step, text="finished")
-        self.wandb.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
 @contextmanager
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | None]:
-    """The run `cfg` describes, locked against a second process; None if it is finished. Saves end before it does."""
+    """The run `cfg` describes, locked against a second process; None if it is finished. Saves end before it does.
+
+    Nothing of an earlier run is touched before `Run.begin`: what is refused until then has changed nothing.
+    """
     if cfg.keep_last < 1:
         raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
     parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    # Process 0 decides and holds the lock; several processes see one file system.
-    origin, tag, step, identity = parallel.first(lambda: _plan(cfg))
-    origin = (Path(origin[0]), origin[1]) if origin else None
-    folder = checkpoint.run_dir(cfg.stage, tag)
     with ExitStack() as held:
-        parallel.first(lambda: held.enter_context(checkpoint.exclusive(folder)))
+        # Process 0 decides and holds the lock; several processes see one file system.
+        origin, tag, step, identity = parallel.first(lambda: _plan(cfg, held))
+        origin = (Path(origin[0]), origin[1]) if origin else None
+        folder = checkpoint.run_dir(cfg.stage, tag)
         if step is not None and _finished(folder, step):
             print(f"{cfg.stage}: {folder} is finished (step {step})")
             yield None
@@ -111,31 +136,31 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
         state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
-        plain = dataclasses.asdict(cfg)
         saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, first=jax.process_index() == 0)
-        if jax.process_index() == 0:
-            files.write_text(folder / "config.json", json.dumps(plain | {"tag": tag}, indent=1))
         run = Run(
-            cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver,
-            metrics.Wandb(cfg.stage, cfg.run, plain), step or 0, data, totals, identity,
+            cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,
+            identity,
         )  # fmt: skip
-        run.log("config", run.step, config=plain, versions=versions(), devices=parallel.describe())
         try:
             yield run
         finally:
             run.saver.wait()
 
 
-def _plan(cfg: Train) -> tuple[tuple[str, int] | None, str, int | None, dict]:
-    """(what the run starts from, its tag, the step it goes on from or None, its identity)."""
-    origin = _origin(cfg)
-    tag = cfg.model_tag or cfg.preset or (origin[0].name if origin else f"d{cfg.depth}")
+def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, dict]:
+    """(what a fresh start begins with, the run's tag, the step it goes on from or None, its identity). `held` gets the
+    run's lock."""
+    tag = cfg.model_tag or cfg.preset or (f"d{cfg.depth}" if cfg.stage == "base" else _origin(cfg)[0].name)
     folder = checkpoint.run_dir(cfg.stage, tag)
-    identity = {"config_hash": _config_hash(cfg), "parent": _content(cfg, origin)}
-    with checkpoint.exclusive(folder):  # released, since resume=never moves the folder with the lock in it
-        checkpoint.clear_unfinished(folder)
-        step = _step_to_resume(cfg, folder, identity)
-    return (str(origin[0]), origin[1]) if origin else None, tag, step, identity
+    held.enter_context(checkpoint.exclusive(folder))
+    checkpoint.clear_unfinished(folder)
+    step = _step_to_resume(cfg, folder)
+    if step is not None:
+        meta = checkpoint.read_meta(folder, step)
+        _same_run(cfg, folder, meta)
+        return None, tag, step, {"parent": meta["parent"]}
+    origin = _origin(cfg)
+    return (str(origin[0]), origin[1]) if origin else None, tag, None, {"parent": _content(cfg, origin)}
 
 
 def _origin(cfg: Train) -> tuple[Path, int] | None:
@@ -173,45 +198,47 @@ def _content(cfg: Train, origin: tuple[Path, int] | None) -> str:
     return f"{cfg.source} {run.name} step {step} {hashlib.sha256(manifest).hexdigest()[:16]}"
 
 
-def _config_hash(cfg: Train) -> str:
-    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _step_to_resume(cfg: Train, folder: Path, identity: dict) -> int | None:
-    """The step to go on from, None to start. UserError where the run there is another one."""
+def _step_to_resume(cfg: Train, folder: Path) -> int | None:
+    """The step to go on from, None to start."""
     if cfg.resume == "never":
-        if checkpoint.steps(folder) or (folder / metrics.LOG).exists():
-            checkpoint.move_aside(folder)
-            folder.mkdir(parents=True)
         return None
     if cfg.resume == "auto":
-        step = checkpoint.latest(folder)
-        if step is None:
-            return None
-    elif cfg.resume.isdigit():
-        step = int(cfg.resume)
-        wrong = checkpoint.damage(checkpoint.step_dir(folder, step))
-        if wrong:
-            raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
-        checkpoint.abandon_after(folder, step)
-    else:
+        return checkpoint.latest(folder)
+    if not cfg.resume.isdigit():
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
-    meta = checkpoint.read_meta(folder, step)
-    for key, what in (("config_hash", "other settings"), ("parent", "other weights")):
-        if meta[key] != identity[key]:
-            raise UserError(
-                f"{folder} holds a run started from {what}{_difference(cfg, meta) if key == 'config_hash' else ''}: "
-                "choose another --model_tag, or move it aside with --resume=never"
-            )
+    step = int(cfg.resume)
+    if wrong := checkpoint.damage(checkpoint.step_dir(folder, step)):
+        raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
     return step
 
 
-def _difference(cfg: Train, meta: dict) -> str:
-    """Which settings differ, for the error message."""
-    now, then = dataclasses.asdict(cfg), meta["config"]
-    names = [k for k in now if k not in FREE and now[k] != then.get(k)]
-    return " (" + ", ".join(f"{k}: {then.get(k)!r}, now {now[k]!r}" for k in names[:4]) + ")"
+def _same_run(cfg: Train, folder: Path, meta: dict) -> None:
+    """UserError where the run in `folder` is not the one that is asked for."""
+    other = "weights" if _starts_elsewhere(cfg, meta["parent"]) else ""
+    if changed := _changed_settings(cfg, meta["config"]):
+        other = f"settings ({', '.join(changed[:4])})"
+    if other:
+        raise UserError(
+            f"{folder} holds a run started from other {other}: "
+            "choose another --model_tag, or move it aside with --resume=never"
+        )
+
+
+def _starts_elsewhere(cfg: Train, parent: str) -> bool:
+    """Whether a fresh start would begin with other weights. Where there are none any more, a run needs only its own."""
+    try:
+        return _content(cfg, _origin(cfg)) != parent
+    except UserError:
+        return False
+
+
+def _changed_settings(cfg: Train, then: dict) -> list[str]:
+    """What matters and is not as it was. A setting younger than the run had its default; one that is gone is named."""
+    now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
+    if gone := sorted(then.keys() - now.keys()):
+        print(f"settings of this run that there are no more, and that are ignored: {', '.join(gone)}")
+    names = [k for k in now if k not in FREE and now[k] != then.get(k, default[k])]
+    return [f"{k}: {then.get(k, default[k])!r}, now {now[k]!r}" for k in names]
 
 
 def _finished(folder: Path, step: int) -> bool:

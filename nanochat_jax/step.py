@@ -109,16 +109,19 @@ def execution(cfg: Train) -> gpt.Execution:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A step's rows: `micro` micro-batches of `rows` rows on each of the devices, `seq_len` tokens a row."""
+    """A step's rows: `micro` micro-batches of `rows` rows on each of the devices, `seq_len` tokens a row. The last
+    `padding` of all rows are without targets."""
 
     micro: int
     rows: int
     devices: int
     seq_len: int
+    padding: int = 0
 
     @property
     def total_rows(self) -> int:
-        return self.micro * self.rows * self.devices
+        """Those with something in them."""
+        return self.micro * self.rows * self.devices - self.padding
 
     @property
     def tokens(self) -> int:
@@ -166,19 +169,27 @@ def geometry(
     return Geometry(rows // device_batch_size, device_batch_size, devices, seq_len)
 
 
-def rows_of_examples(examples: int, mean_length: float, seq_len: int, devices: int) -> int:
-    """The rows that hold `examples` conversations of `mean_length` tokens, as far as they divide over the devices.
+def geometry_of_rows(
+    total_rows: int, device_batch_size: int, seq_len: int, devices: int, fit: Callable[[int], int]
+) -> Geometry:
+    """Cuts as many rows over any number of devices: what does not divide is made up with padding.
 
-    Never more: a larger step is a different recipe. UserError where not every device would get a row.
+    `device_batch_size` and `fit` as in `geometry`, but that of a step with fewer rows a device takes those at once.
     """
-    rows = math.ceil(examples * mean_length / seq_len)
-    if rows < devices:
-        enough = math.floor((devices - 1) * seq_len / mean_length) + 1
-        raise UserError(
-            f"--target_examples_per_step={examples} conversations of {mean_length:.0f} tokens fill {max(rows, 0)} of "
-            f"the {devices} rows that {devices} devices need: try {enough}"
-        )
-    return rows // devices * devices
+    if device_batch_size < 0:
+        raise UserError(f"--device_batch_size={device_batch_size}: must be at least 1, or auto")
+    share = -(-total_rows // devices)
+    rows = min(device_batch_size, share) or fit(share)
+    micro = -(-share // rows)
+    return Geometry(micro, rows, devices, seq_len, padding=micro * rows * devices - total_rows)
+
+
+def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
+    """The rows that hold `examples` conversations of `mean_length` tokens: no matter how many devices there are, since
+    another step is another recipe."""
+    if examples < 1:
+        raise UserError(f"--target_examples_per_step={examples}: must be at least 1")
+    return math.ceil(examples * mean_length / seq_len)
 
 
 # -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ batch, step, log the step before (so that the device never waits for the host), 
 evaluate and sample. Saving always comes before evaluating, so that no evaluation can cost a run its weights.
 """
 
+import dataclasses
 import functools
 import math
 import signal
@@ -23,6 +24,7 @@ from nanochat_jax.step import (
     Geometry,
     compiled_memory,
     geometry,
+    geometry_of_rows,
     out_of_memory_explained,
     rows_of_examples,
     rows_that_fit,
@@ -65,8 +67,7 @@ def base_stage(run: Run) -> Stage:
     fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
     shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = horizon(cfg, model, shape.tokens)
-    source = dataset.open(cfg.data, cfg.data_dir)
-    same_text(run, source)
+    source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
     how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process()}
     return Stage(
         geometry=shape,
@@ -87,9 +88,11 @@ def base_stage(run: Run) -> Stage:
     )
 
 
-def same_text(run: Run, source: dataset.Source) -> None:
-    """Records the text with the checkpoints. UserError where it is not that of the checkpoint the run goes on from."""
+def same_text(run: Run, source: dataset.Source) -> dataset.Source:
+    """The text to read, which is recorded with the checkpoints: the files a run began with, since in later epochs their
+    order depends on how many there are. UserError where it is not that of the checkpoint the run goes on from."""
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
+    count = len(source.train_files)
     if run.data is not None:
         folder = checkpoint.step_dir(run.dir, run.step)
         then = checkpoint.read_meta(run.dir, run.step).get("text", text)
@@ -98,7 +101,14 @@ def same_text(run: Run, source: dataset.Source) -> None:
                 f"the text is not that of {folder} (other {changed}): choose another --model_tag, or move the run "
                 "aside with --resume=never"
             )
-    run.identity["text"] = text
+        count = then.get("files", count)
+        if count > len(source.train_files):
+            raise UserError(
+                f"{folder} is of {count} files of {source.name}, there are {len(source.train_files)}: get all of them "
+                f"with python -m nanochat_jax.dataset --data={source.name} -n {count}"
+            )
+    run.identity["text"] = text | {"files": count}
+    return dataclasses.replace(source, train_files=source.train_files[:count])
 
 
 def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> str:
@@ -136,20 +146,22 @@ def chat_stage(run: Run) -> Stage:
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
-    total = cfg.total_batch_size
-    devices = sharding.replicas(run.layout.mesh)
-    if not total:  # finetuning alone has no default
-        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len, devices)
-        total = rows * model.sequence_len
     fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
-    shape = geometry(total, cfg.device_batch_size, model.sequence_len, devices, fit)
+    how = (cfg.device_batch_size, model.sequence_len, sharding.replicas(run.layout.mesh), fit)
+    if cfg.total_batch_size:
+        shape = geometry(cfg.total_batch_size, *how)
+    else:  # finetuning alone has no default
+        shape = geometry_of_rows(rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len), *how)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
     rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process())
     return Stage(
         geometry=shape,
         steps=steps,
-        loader=rows(task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed),
+        loader=rows(
+            task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed,
+            padding=shape.padding,
+        ),
         validation=lambda: rows(
             held_out, run.tokenizer, shape.rows * shape.devices, model.sequence_len, epochs=1,
             max_rows=max(1, cfg.eval_tokens // model.sequence_len),
@@ -175,17 +187,18 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         stage = base_stage(run) if cfg.stage == "base" else chat_stage(run)
         if run.data is not None:
             stage.loader.restore(run.data)
+        evaluations = evaluations_of(cfg)
+        run.begin()
         announce(run, stage)
         step_fn = step_of(run)
         log = StepLog(run, stage)
-        evaluations = evaluations_of(cfg)
         step, ended = run.step, False
         saved_at = run.step if run.data is not None else -1
-        evaluated_at = -1
+        evaluated_at: dict[Evaluation, int] = {}
         held.enter_context(out_of_memory_explained(stage.geometry))
         while True:
             last = ended or step == stage.steps
-            due = [e for e in evaluations if e.due(step, last)] if evaluated_at != step else []
+            due = [e for e in evaluations if evaluated_at.get(e) != step and e.due(step, last)]
             # Save before evaluating: whatever goes wrong below, the weights are safe.
             to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or any(e.risky for e in due)
             stop = interruption.signal if jax.process_count() == 1 else log.stop
@@ -193,6 +206,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 log.flush()
                 run.save(step, stage.loader.state())
                 saved_at = step
+                log.timer.lap()  # saving is no part of the next step
             if stop:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")
@@ -201,7 +215,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 log.flush()
                 for evaluation in due:
                     evaluation.run(run, stage, step)
-                evaluated_at = step
+                    evaluated_at[evaluation] = step
                 log.timer.lap()
             if last:
                 break
@@ -238,7 +252,8 @@ def announce(run: Run, stage: Stage) -> None:
         f"vocabulary {model.vocab_size:,}, context {model.sequence_len}",
         "parameters": f"{model.num_params:,}",
         "FLOPs a token": f"{model.flops_per_token:.3e}",
-        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}",
+        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}"
+        + (f", less {g.padding} empty rows" if g.padding else ""),
         "mesh": ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items()),
         "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
         **stage.facts,
@@ -364,9 +379,19 @@ def evaluations_of(cfg: Train) -> list[Evaluation]:
     all_stages = [Evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
     if cfg.stage == "base":
         return [*all_stages, Evaluation(core_metric, cfg.core_metric_every), Evaluation(sample, cfg.sample_every)]
-    if cfg.stage == "sft":
-        return [*all_stages, Evaluation(task_metrics, cfg.eval_metrics_every)]
+    if cfg.stage == "sft" and cfg.eval_metrics_every > 0:
+        judge = functools.partial(task_metrics, judged=judged_tasks(cfg))
+        return [*all_stages, Evaluation(judge, cfg.eval_metrics_every)]
     return all_stages
+
+
+def judged_tasks(cfg: config.Sft) -> list[tasks.Task]:
+    """The tasks of --eval_metrics_tasks, loaded before the first step: what is wrong with them is said then."""
+    loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
+    for task in loaded:
+        if task.eval_type is None:
+            raise UserError(f"--eval_metrics_tasks: {task.name} is only for training, its answers cannot be judged")
+    return loaded
 
 
 def validate(run: Run, stage: Stage, step: int) -> None:
@@ -383,7 +408,7 @@ def core_metric(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals import core
 
     try:
-        bundle = core.find_bundle(run.cfg.core_dir)
+        bundle = Path(parallel.first(lambda: str(core.find_bundle(run.cfg.core_dir))))
     except UserError as error:
         print(f"step {step} | CORE skipped: {error}")
         return
@@ -416,11 +441,10 @@ def complete(params, model: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -
     return [(p, tokenizer.decode(a[0].ids)) for p, a in zip(SAMPLE_PROMPTS, answers, strict=True)]
 
 
-def task_metrics(run: Run, stage: Stage, step: int) -> None:
+def task_metrics(run: Run, stage: Stage, step: int, judged: list[tasks.Task]) -> None:
     from nanochat_jax.evals import chat
 
-    for name in run.cfg.eval_metrics_tasks.split("|"):
-        task = tasks.load(name, "val", data_dir=run.cfg.task_data_dir)
+    for task in judged:
         score = chat.evaluate(
             run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
             dtype=run.dtype,

@@ -3,7 +3,7 @@
     python -m scripts.base_loss
     python -m scripts.base_loss -g d20 --split_tokens=1e6
 
-Adds to the log of the run that is judged.
+Adds to the log of the run that is judged. Text and packing are those the run was trained with, unless others are named.
 """
 
 from nanochat_jax import commandline, config
@@ -17,7 +17,7 @@ def main(cfg: config.BaseLoss) -> None:
 
     import jax
 
-    from nanochat_jax import checkpoint, dataloader, dataset, metrics, sharding
+    from nanochat_jax import checkpoint, dataloader, metrics, sharding
     from nanochat_jax.evals.batching import num_rows
     from nanochat_jax.evals.bpb import bits_per_byte
     from nanochat_jax.progress import Progress
@@ -28,7 +28,8 @@ def main(cfg: config.BaseLoss) -> None:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     dtype = parallel.precision(cfg.compute_dtype)
-    source = dataset.open(cfg.data, cfg.data_dir)
+    source = text_of(model.meta, cfg)
+    packing = model.meta["config"].get("packing", "split")
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     rows = num_rows(params, cfg.device_batch_size)
     first = jax.process_index() == 0
@@ -37,7 +38,7 @@ def main(cfg: config.BaseLoss) -> None:
     for split, files in (("train", source.train_files), ("val", source.val_files)):
         start = time.monotonic()
         loader = dataloader.val_batches(
-            files, model.tokenizer, rows, model.config.sequence_len, cfg.split_tokens,
+            files, model.tokenizer, rows, model.config.sequence_len, cfg.split_tokens, packing=packing,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         with Progress(f"{split}, batches", -(-cfg.split_tokens // (rows * model.config.sequence_len))) as progress:
@@ -55,6 +56,23 @@ def main(cfg: config.BaseLoss) -> None:
         if first:
             print(f"  {prompt}{text!r}")
             metrics.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
+
+
+def text_of(meta: dict, cfg: config.BaseLoss):
+    """The text that is asked for, else that of the checkpoint. Says so where it is not what the run was trained on."""
+    from nanochat_jax import dataset, hub
+
+    trained, settings = meta.get("text", {}), meta["config"]
+    if cfg.data or cfg.data_dir:
+        source = dataset.open(cfg.data, cfg.data_dir)
+    elif trained.get("source") in ("local", *hub.SOURCES) and not settings.get("data_dir"):
+        source = dataset.open(trained["source"])
+    else:  # a folder, which the run named or has from the tokenizer
+        source = dataset.open(settings.get("data"), settings.get("data_dir"))
+    here = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
+    if changed := ", ".join(key for key in here if here[key] != trained.get(key, here[key])):
+        print(f"not the text the run was trained on (other {changed}): compare with care")
+    return source
 
 
 class Counted:

@@ -105,6 +105,14 @@ def test_the_last_and_every_so_many_steps_are_kept(run):
     assert checkpoint.steps(run) == [12]
 
 
+def test_the_step_just_saved_stays_whatever_comes_after_it(run):
+    save(checkpoint.Saver(run, keep_last=2), 6, 8)
+    save(checkpoint.Saver(run, keep_last=1), 4)
+    assert checkpoint.steps(run) == [4, 6, 8]
+    save(checkpoint.Saver(run, keep_last=1), 5)
+    assert checkpoint.steps(run) == [5, 6, 8]
+
+
 def test_a_step_that_is_being_removed_does_not_look_complete(run, monkeypatch):
     saver = checkpoint.Saver(run, keep_last=1)
     save(saver, 1)

@@ -1,5 +1,6 @@
 """Settings: what wins over what, and every mistake in one line that names the flag."""
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -36,6 +37,24 @@ def test_defaults_preset_command_line_in_this_order(preset):
 def test_dashes_underscores_a_lone_double_dash_and_auto():
     cfg = parse(config.Base, ["--", "--max-seq-len=64", "--total_batch_size", "1e3", "--device-batch-size=auto"])
     assert (cfg.max_seq_len, cfg.total_batch_size, cfg.device_batch_size) == (64, 1000, 0)
+
+
+def test_the_word_auto_is_for_settings_that_say_so_whatever_their_help_is(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        table = "base"
+        rows: int = config.setting(0, "rows at once", auto=True)
+        cars: int = config.setting(3, "automobiles")
+
+    assert parse(Settings, ["--rows=auto"]).rows == 0
+    with pytest.raises(UserError, match="--cars: 'auto' is not an integer"):
+        parse(Settings, ["--cars=auto"])
+    with pytest.raises(UserError, match="--device_batch_size: 'auto' is not an integer"):
+        parse(config.Rl, ["--device_batch_size=auto"])
+    with pytest.raises(SystemExit):
+        parse(Settings, ["--help"])
+    said = capsys.readouterr().out
+    assert "rows at once [auto]" in said and "automobiles [3]" in said
 
 
 def test_mixtures_on_the_command_line():

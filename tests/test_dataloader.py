@@ -313,6 +313,22 @@ def test_sft_rows_hold_whole_conversations_with_the_mask_of_the_renderer():
     assert not rendered, "every conversation once"
 
 
+def test_padding_follows_the_same_rows():
+    def batches(**kwargs):
+        return take(dataloader.chat_loader(Task(50), TOKENIZER, 5, T, supervise="mask", epochs=1, **kwargs))
+
+    plain, padded = batches(), batches(padding=3)
+    assert len(plain) == len(padded)
+    for a, b in zip(plain, padded, strict=True):
+        assert b["inputs"].shape == (8, T)
+        for name in ("inputs", "targets"):
+            np.testing.assert_array_equal(b[name][:5], a[name])
+        assert (b["targets"][5:] == -1).all()
+    halves = [batches(padding=3, process_index=i, process_count=2) for i in range(2)]
+    for whole, *parts in zip(padded, *halves, strict=True):
+        np.testing.assert_array_equal(whole["targets"], np.concatenate([p["targets"] for p in parts]))
+
+
 def test_mid_supervises_every_token_and_cuts_nothing():
     task = Task(20, answer=lambda i: 3 * T)  # longer than a row
     targets = flat(take(dataloader.chat_loader(task, TOKENIZER, 4, T, supervise="all", epochs=1)), "targets")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import rl
-from nanochat_jax.config import Rl
+from nanochat_jax.config import Rl, UserError
 from nanochat_jax.engine.engine import Sample
 
 PAD = 99
@@ -86,3 +86,22 @@ def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(si
     for epoch in range(len(walk) // size):
         assert sorted(walk[epoch * size : (epoch + 1) * size]) == list(range(size))
     assert walk != [i for step in range(2 * size) for i in rl.problems_of(step, size, count, seed=2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"device_batch_size": 0}, "--device_batch_size=0 does not divide the 4 answers a device .* try 1"),
+     ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 devices.*: try 2"),
+     ({"num_samples": 3, "examples_per_step": 1}, "--examples_per_step=1 x --num_samples=3 answers do not divide"),
+     ({"examples_per_step": 0}, "--examples_per_step=0 x --num_samples=4 answers do not divide over 2 devices")],
+)  # fmt: skip
+def test_answers_that_cannot_be_cut_name_the_flags_of_this_stage(changes, words):
+    cfg = Rl(**{"examples_per_step": 2, "num_samples": 4, "device_batch_size": 4} | changes)
+    with pytest.raises(UserError, match=words) as caught:
+        rl.cut(cfg, 2, 2, 64)
+    assert "total_batch_size" not in str(caught.value)
+
+
+def test_answers_are_cut_into_micro_batches():
+    shape = rl.cut(Rl(examples_per_step=4, num_samples=4, device_batch_size=2), 4, 2, 64)
+    assert (shape.micro, shape.rows, shape.devices, shape.padding) == (4, 2, 2, 0)

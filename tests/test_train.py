@@ -18,6 +18,7 @@ from nanochat_jax.run import TrainState, open_run
 from nanochat_jax.step import (
     Geometry,
     compiled_memory,
+    geometry_of_rows,
     make_step,
     out_of_memory_explained,
     rows_of_examples,
@@ -92,6 +93,19 @@ def ancestors(world):
             assert result.returncode == 0, result.stderr
 
     return upto
+
+
+def test_data_that_end_skip_no_last_evaluation(world, ancestors):
+    """That a step is the last one is known only once there is no more, when others have run at it already."""
+    ancestors("sft")
+    flags = {"num_iterations": -1, "eval_every": 1, "eval_metrics_every": 1000, "eval_metrics_tasks": "sums"}
+    flags |= {"mixture": "sums=40", "eval_metrics_max_problems": 2, "save_every": -1}
+    result = tiny.run("sft", world, model_tag="ends", source="mid", **flags)
+    assert result.returncode == 0, result.stderr
+    records = metrics.read(checkpoint.run_dir("sft", "ends"))
+    last = max(r["step"] for r in records if r["kind"] == "train")
+    assert [r["step"] for r in records if r["kind"] == "val"] == list(range(last + 1))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [last]
 
 
 def test_interrupted_run_saves_and_goes_on(world):
@@ -275,23 +289,38 @@ def test_ids_outside_the_vocabulary_are_refused():
         Geometry(1, 2, 1, 64).shaped(batch, None, 320)
 
 
-@pytest.mark.parametrize(
-    ("examples", "length", "devices", "rows"),
-    [(32, 100, 1, 50), (32, 99, 1, 50), (32, 100, 8, 48), (32, 16, 8, 8), (32, 17, 8, 8), (30, 17, 8, 8), (1, 9, 1, 1)],
-)
-def test_batch_of_conversations_divides_and_is_not_larger_than_asked(examples, length, devices, rows):
-    assert rows_of_examples(examples, length, 64, devices) == rows
-    assert rows % devices == 0 and (rows - 1) * 64 < examples * length  # but for the last row being begun
+def test_rows_of_conversations_are_no_more_than_asked():
+    for examples, length, rows in ((32, 100, 50), (32, 99, 50), (32, 16, 8), (30, 17, 8), (1, 9, 1)):
+        assert rows_of_examples(examples, length, 64) == rows
+    for examples in (0, -1):
+        with pytest.raises(UserError, match=rf"^--target_examples_per_step={examples}: must be at least 1"):
+            rows_of_examples(examples, 50.0, 64)
 
 
-@pytest.mark.parametrize(("examples", "length", "devices"), [(8, 16, 8), (32, 13.5, 8), (0, 50.0, 1), (-1, 50.0, 2)])
-def test_batch_too_small_for_the_devices_names_one_that_is_not(examples, length, devices):
-    with pytest.raises(UserError, match=rf"^--target_examples_per_step={examples} .* try \d+$") as error:
-        rows_of_examples(examples, length, 64, devices)
-    enough = int(str(error.value).split()[-1])
-    assert rows_of_examples(enough, length, 64, devices) == devices
-    with pytest.raises(UserError):
-        rows_of_examples(enough - 1, length, 64, devices)
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 50])
+@pytest.mark.parametrize("devices", [1, 8, 16])
+@pytest.mark.parametrize("at_once", [0, 1, 4])
+def test_as_many_rows_are_cut_over_any_number_of_devices(rows, devices, at_once):
+    shape = geometry_of_rows(rows, at_once, 64, devices, fit=lambda share: 1)
+    assert shape.total_rows == rows and shape.tokens == 64 * rows
+    assert shape.padding < devices * shape.rows and shape.rows <= max(1, at_once)
+    if devices == 1 and not at_once:
+        assert shape.padding == 0
+
+
+@pytest.mark.slow
+def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
+    ancestors("sft")
+    for devices in (1, 8):
+        changes = {"total_batch_size": 0, "target_examples_per_step": 6, "num_epochs": 1, "num_iterations": -1}
+        result = tiny.run("sft", world, devices, model_tag=f"on{devices}", **changes)
+        assert result.returncode == 0, result.stderr
+    one, eight = (
+        [r for r in metrics.read(checkpoint.run_dir("sft", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
+    )
+    assert [r["counted"] for r in one] == [r["counted"] for r in eight] and len(one) > 10
+    np.testing.assert_allclose([r["loss"] for r in eight], [r["loss"] for r in one], rtol=2e-4)
+    assert one[-1]["tokens"] == eight[-1]["tokens"]
 
 
 def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
@@ -330,3 +359,16 @@ def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):
     (record,) = metrics.read(tmp_path)
     assert record["loss"] == 2.0 and record["mfu"] is None
     json.loads((tmp_path / metrics.LOG).read_text().splitlines()[1])
+
+
+def test_a_start_ends_what_was_logged_of_later_steps(tmp_path):
+    for step in (0, 2, 4):
+        metrics.append(tmp_path, "val", "base", step, bpb=step)
+    metrics.append(tmp_path, "eval", "base", 4, suite="chat", task="Sums", score=1.0)
+    metrics.append(tmp_path, "note", "base", 4, text="finished")
+    metrics.append(tmp_path, "val", "mid", 4, bpb=9)
+    metrics.append(tmp_path, "config", "base", 2, config={})
+    metrics.append(tmp_path, "val", "base", 3, bpb=3)
+    assert [(r["kind"], r["stage"], r["step"]) for r in metrics.read(tmp_path)] == [
+        ("val", "base", 0), ("val", "base", 2), ("val", "mid", 4), ("config", "base", 2), ("val", "base", 3),
+    ]  # fmt: skip

@@ -89,7 +89,7 @@ class Saver:
     def _prune(self, saved: int) -> None:
         """Removes steps before the one just saved, as far as they are not to be kept."""
         earlier = [step for step in steps(self.run) if step < saved]
-        for old in earlier[: len(earlier) + 1 - self.keep_last]:
+        for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
                 (step_dir(self.run, old) / MANIFEST).unlink()  # first: what is left after a kill is incomplete
                 shutil.rmtree(step_dir(self.run, old))

@@ -154,7 +154,7 @@ def test_a_token_reaches_exactly_its_windows(windowed_params):
 def test_cached_decoding_respects_windows(windowed_params):
     ids = jax.random.randint(jax.random.key(2), (2, 180), 0, CFG.vocab_size)
     full = gpt.hidden(windowed_params, WINDOWED, ids)
-    shape = (2, 256, WINDOWED.n_kv_head, WINDOWED.head_dim)
+    shape = (2, WINDOWED.n_kv_head, 256, WINDOWED.head_dim)
     cache = {n: [jnp.zeros(shape)] * 4 for n in ("k", "v")} | {"length": jnp.zeros(2, jnp.int32)}
     parts = []
     for at, n in ((0, 150), (150, 29), (179, 1)):

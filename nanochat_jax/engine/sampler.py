@@ -48,27 +48,25 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 
     Temperature, then top-k, then top-p over what top-k left, renormalised (the order transformers uses).
     """
+    token = jnp.argmax(logits, axis=-1)
     if not (plan.width or plan.noise):
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return token.astype(jnp.int32)
     keys = jax.vmap(_key)(settings.seed, settings.sample, position)
-    temperature = jnp.maximum(settings.temperature, COLDEST)[:, None]
+    scaled = logits / jnp.maximum(settings.temperature, COLDEST)[:, None]
     filtered = (settings.top_k > 0) | (settings.top_p < 1)
     warm = settings.temperature > 0
-    if plan.width:
-        scores, ids = jax.lax.top_k(logits, plan.width)
-        drawn = _sample_ranked(scores / temperature, ids, settings, keys)
-        token = jnp.where(warm & filtered, drawn, ids[:, 0])  # equal ones come in the order of argmax
-    else:
-        token = jnp.argmax(logits, axis=-1)
     if plan.noise:
-        drawn = jnp.argmax(logits / temperature + _gumbel(keys, logits.shape[-1]), axis=-1)
+        drawn = jnp.argmax(scaled + _gumbel(keys, logits.shape[-1]), axis=-1)
         token = jnp.where(warm & ~filtered, drawn, token)
+    if plan.width:
+        drawn = _sample_ranked(scaled, settings, keys, plan.width)
+        token = jnp.where(warm & filtered, drawn, token)
     return token.astype(jnp.int32)
 
 
-def _sample_ranked(scores: jax.Array, ids: jax.Array, settings: Settings, keys: jax.Array) -> jax.Array:
-    """Samples among those of the likeliest tokens `ids` [b,width] of each row that top-k and top-p leave."""
-    width = ids.shape[-1]
+def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
+    """Samples among the `width` likeliest tokens of each row that top-k and top-p leave."""
+    scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)

@@ -13,6 +13,7 @@ over, with a line that says so, and the step before it is used.
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -214,17 +215,22 @@ def abandon_after(run: Path, step: int) -> None:
     """Renames the checkpoints after `step`: the run goes on from there, and they are of another future."""
     for folder in run.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
-            aside = folder.with_name(f"abandoned_{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            os.replace(folder, aside)
-            print(f"moved {folder.name} to {aside}")
+            print(f"moved {folder.name} to {_set_aside(folder, f'abandoned_{folder.name}')}")
 
 
 def move_aside(run: Path) -> None:
     """Renames a run's folder out of the way; nothing is deleted."""
     if run.exists():
-        aside = run.with_name(f".{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        os.replace(run, aside)
-        print(f"moved the old run to {aside}")
+        print(f"moved the old run to {_set_aside(run, f'.{run.name}')}")
+
+
+def _set_aside(folder: Path, name: str) -> Path:
+    """Renames a folder to `name` and the time, and a number where that has been taken within the same second."""
+    stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.replace(folder, aside)
+    return aside
 
 
 # -----------------------------------------------------------------------------

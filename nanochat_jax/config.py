@@ -113,8 +113,9 @@ class Model:
         kv_heads = self.n_kv_head or heads
         if heads % kv_heads:
             raise UserError(f"--n_kv_head={kv_heads} does not divide the {heads} query heads of depth {self.depth}")
-        return GPTConfig(self.depth, heads, kv_heads, width, vocab_size, self.max_seq_len,
-                         window_pattern=self.window_pattern.upper())
+        return GPTConfig(
+            self.depth, heads, kv_heads, width, vocab_size, self.max_seq_len, window_pattern=self.window_pattern.upper()
+        )
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,9 @@ class Rl(Train):
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", "folder with task data, used instead of the hub")
     device_batch_size: int = setting(8, "rows a device takes at once; lower it when memory runs out")
-    examples_per_step: int = setting(16, "problems a step")
+    examples_per_step: int = setting(16, "problems a step trains on")
     num_samples: int = setting(16, "answers a problem")
-    oversampling: int = setting(1, "try up to so many times the problems, for groups of unequal answers")
+    oversampling: int = setting(1, "try so many times the problems, to train on those whose answers differ in reward")
     max_new_tokens: int = setting(256, "longest answer in tokens")
     temperature: float = setting(1.0, "sampling temperature")
     top_k: int = setting(50, "sample among the k likeliest tokens (0: all)")
@@ -367,4 +368,3 @@ class ChatWeb(Load):
     api_key: str = setting("", "key that clients must send (default $NANOCHAT_API_KEY; empty: none is needed)")
     cors: str = setting("", "web sites that may use the API from a browser: their origins, joined by commas, or *")
     log_chats: bool = setting(False, "write prompts and answers to the log")
-

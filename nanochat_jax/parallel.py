@@ -36,7 +36,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
-    jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     _join(coordinator, num_processes, process_id)
     try:

@@ -10,7 +10,6 @@ are sampled, until there are enough groups that do (the dynamic sampling of DAPO
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -19,11 +18,13 @@ import numpy as np
 
 from nanochat_jax import config, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
+from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run
 from nanochat_jax.step import Geometry, step_of
 
 SLOTS = 64  # answers a device generates at once
+SHORTEST = 64  # tokens; rows of shorter answers are padded to it
 
 # -----------------------------------------------------------------------------
 # Rollouts
@@ -59,20 +60,12 @@ def rollouts(engine: Engine, tokenizer, task, indices: list[int], cfg: config.Rl
     return result
 
 
-def informative(draws: Iterable[list[Rollout]], count: int, size: int) -> tuple[list[Rollout], list[Rollout]]:
-    """(what was sampled, the `count` groups of `size` answers to train on): those with unequal rewards come first.
-
-    Sampling ends with the first of `draws` after which there are enough of them.
-    """
-    sampled, unequal, equal = [], [], []
-    for draw in draws:
-        sampled += draw
-        for i in range(0, len(draw), size):
-            group = draw[i : i + size]
-            (unequal if any(r.advantage for r in group) else equal).append(group)
-        if len(unequal) >= count:
-            break
-    return sampled, [rollout for group in (unequal + equal)[:count] for rollout in group]
+def informative(sampled: list[Rollout], count: int, size: int) -> list[Rollout]:
+    """The `count` groups of `size` answers to train on: those with unequal rewards come first (DAPO's dynamic sampling,
+    arXiv:2503.14476). Of the others every advantage is 0."""
+    groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
+    groups.sort(key=lambda group: not any(r.advantage for r in group))  # stable: otherwise as they were drawn
+    return [rollout for group in groups[:count] for rollout in group]
 
 
 def _seed(*parts: int) -> int:
@@ -118,17 +111,21 @@ def train(cfg: config.Rl) -> None:
                 raise UserError(f"--mixture: {name} has no answers that can be generated and judged: try gsm8k=0")
         task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
         held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
-        walked = cfg.examples_per_step * cfg.oversampling  # a step's part of the walk, all of it drawn or not
-        steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // walked
+        drawn = cfg.examples_per_step * cfg.oversampling  # problems a step
+        steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // drawn
         if steps < 1:
-            raise UserError(f"--examples_per_step={cfg.examples_per_step}: only {len(task)} problems")
+            raise UserError(
+                f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling}: "
+                f"only {len(task)} problems"
+            )
         run.begin()
         announce(run, shape, len(task), steps)
         step_fn = step_of(run)
         # Divides by the devices, since the answers do.
-        slots = min(cfg.examples_per_step * cfg.num_samples, SLOTS * jax.device_count())
+        slots = min(drawn * cfg.num_samples, SLOTS * jax.device_count())
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
+        pace = []  # seconds a step, without the first of this process: it compiles
         while True:
             last = step == steps
             due = cfg.save_every > 0 and step % cfg.save_every == 0 and step > run.step
@@ -146,18 +143,20 @@ def train(cfg: config.Rl) -> None:
                 timer.lap()
             if last:
                 break
-            indices = problems_of(step, len(task), walked, cfg.seed)
-            seed, size = _seed(cfg.seed, step), cfg.examples_per_step
-            draws = (
-                rollouts(engine, run.tokenizer, task, indices[i : i + size], cfg, seed) for i in range(0, walked, size)
-            )
-            sampled, chosen = informative(draws, cfg.examples_per_step, cfg.num_samples)
+            indices = problems_of(step, len(task), drawn, cfg.seed)
+            sampled = rollouts(engine, run.tokenizer, task, indices, cfg, _seed(cfg.seed, step))
+            chosen = informative(sampled, cfg.examples_per_step, cfg.num_samples)
             sampling = timer.lap()
             lr_mult = cfg.init_lr_frac * optim.linear_decay(step / steps)
             results = update(run, step_fn, chosen, shape, lr_mult)
             step += 1
             run.saver.check()
-            log(run, step, steps, sampled, results, lr_mult, sampling, timer.lap())
+            training = timer.lap()
+            if step > run.step + 1:
+                pace.append(sampling + training)
+                run.totals["seconds"] += pace[-1]
+            eta = metrics.clock((steps - step) * float(np.mean(pace))) if pace else "n/a"
+            log(run, step, steps, sampled, results, lr_mult, sampling, training, eta)
         engine.close()
         run.finish(step)
         print(f"rl: done, {step} steps in {metrics.clock(run.totals['seconds'])}")
@@ -189,7 +188,7 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
 def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: float) -> dict:
     """One policy-gradient step on the answers of a step; the state of `run` becomes the new one."""
     longest = max(len(r.prompt) + len(r.sample.ids) for r in group)
-    length = min(max(64, 1 << (longest - 2).bit_length()), run.model.sequence_len)  # few lengths: each is a compilation
+    length = bucket(longest - 1, run.model.sequence_len, SHORTEST)  # few lengths: each is a compilation
     batch = as_batch(group, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = shape.shaped(batch, run.layout.mesh, run.model.vocab_size)
     run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
@@ -205,17 +204,21 @@ def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
     cfg = run.cfg
     print(f"  parameters: {run.model.num_params:,}, FLOPs a token: {run.model.flops_per_token:.3e}")
     names = ", ".join(cfg.mixture)
-    print(f"  task: {names}, {problems:,} problems; {cfg.examples_per_step} a step, {cfg.num_samples} answers each")
+    drawn = cfg.examples_per_step * cfg.oversampling
+    print(
+        f"  task: {names}, {problems:,} problems; {drawn} a step, {cfg.num_samples} answers each, "
+        f"{cfg.examples_per_step} to train on"
+    )
     mesh = ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items())
     print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.devices} devices (mesh {mesh})")
     print(f"  steps: {steps}")
     print("compiling ...", flush=True)
 
 
-def log(run: Run, step: int, steps: int, sampled: list[Rollout], results: dict, lr_mult, sampling, training) -> None:
+def log(
+    run: Run, step: int, steps: int, sampled: list[Rollout], results: dict, lr_mult, sampling, training, eta: str
+) -> None:
     """One step: of all sampled answers the reward, the length, how many groups taught nothing; where the time went."""
-    if step > run.step + 1:  # the first step of a process compiles
-        run.totals["seconds"] += sampling + training
     size = run.cfg.num_samples
     groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
     length = float(np.mean([len(r.sample.ids) for r in sampled]))
@@ -224,15 +227,14 @@ def log(run: Run, step: int, steps: int, sampled: list[Rollout], results: dict, 
         "reward": float(np.mean([r.reward for r in sampled])), "sequence_length": length,
         "zero_advantage": float(np.mean([all(r.advantage == 0 for r in g) for g in groups])),
         "truncated": float(np.mean([r.sample.finish_reason == "length" for r in sampled])),
-        "problems": len(groups), "sampling_seconds": sampling,
+        "sampling_seconds": sampling,
     }  # fmt: skip
     run.log("train", step, **fields)
-    timed = max(0, step - 1)
-    eta = metrics.clock((steps - step) * run.totals["seconds"] / timed) if timed else "n/a"
     print(
-        f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} | problems {len(groups)}, "
-        f"{fields['zero_advantage']:.0%} without advantage | length {length:.0f} | cut off {fields['truncated']:.1%} | "
-        f"lr x{lr_mult:.4f} | sampling {sampling:.1f} s, training {training:.1f} s | eta {eta}",
+        f"step {step}/{steps} ({100 * step / steps:.1f}%) | reward {fields['reward']:.3f} | "
+        f"{fields['zero_advantage']:.0%} of problems without advantage | length {length:.0f} | "
+        f"cut off {fields['truncated']:.1%} | lr x{lr_mult:.4f} | "
+        f"sampling {sampling:.1f} s, training {training:.1f} s | eta {eta}",
         flush=True,
     )
 

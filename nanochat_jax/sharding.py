@@ -90,6 +90,7 @@ def by_rows(function, mesh):
     """
     if mesh is None:
         return function
+
     def spread(shared, *arrays):
         own = P(ROWS)
         specs = (P(), *[own] * len(arrays))

@@ -78,9 +78,7 @@ def base_stage(run: Run) -> Stage:
         validation=lambda: dataloader.val_batches(
             source.val_files, run.tokenizer, shape.rows * shape.devices, model.sequence_len, cfg.eval_tokens, **how
         ),
-        lr_mult=lambda step, _: optim.trapezoid(
-            step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac
-        ),
+        lr_mult=lambda step, _: optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac),
         facts={
             "text": text_needed(source, steps * shape.tokens, run.tokenizer, how["twins"]),
             "tokens a parameter": f"{steps * shape.tokens / model.num_params:.2f}",
@@ -171,7 +169,7 @@ def chat_stage(run: Run) -> Stage:
             "conversations": f"{len(task):,} of {length:.0f} tokens ({', '.join(cfg.mixture)})",
             "steps an epoch, about": f"{len(task) * length / shape.tokens:,.0f}",
         },
-    )
+    )  # fmt: skip
 
 
 # -----------------------------------------------------------------------------

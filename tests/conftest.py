@@ -1,7 +1,10 @@
 """Strict settings for every test, and the way to test data that does not live in the repository."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,13 @@ import pytest
 # On the CPU, unless the tests for a GPU are asked for.
 if "gpu" not in sys.argv:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# What one test, or a process it starts, has compiled is there for the others: half of the time goes into compiling.
+# With pytest-xdist the workers come here with the controller's folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 

@@ -5,14 +5,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source setup.sh dev
-(cd rustbpe && cargo test --quiet)
+(cd rustbpe && cargo test --quiet && cargo clippy --quiet --all-targets -- -D warnings && cargo fmt --check)
 ruff check .
+ruff format --check --quiet .
 
 chosen=("$@")
 [[ " $* " == *" -m "* ]] || chosen=(-m "not slow and not parity and not browser and not gpu" "$@")
 log=$(mktemp)
 status=0
-python -m pytest "${chosen[@]}" 2>&1 | tee "$log" || status=$?
+python -m pytest -n auto --maxprocesses 4 --dist loadfile "${chosen[@]}" 2>&1 | tee "$log" || status=$?
 
 # With the test data there, nothing may be skipped for want of them; other reasons are told by pytest and are no error.
 data=${NANOCHAT_TEST_DATA:-../shared}

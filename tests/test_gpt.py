@@ -41,6 +41,7 @@ def test_logits_and_greedy_text_equal_transformers(golden_dir, name):
 
 def test_gradient_never_reaches_later_tokens(params):
     ids = jnp.arange(10)[None]
+
     def logit_at_5(embedded):  # perturb the embeddings of the input tokens
         return gpt.forward(params | {"wte": embedded}, CFG, ids)[0, 5].sum()
 

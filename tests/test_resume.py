@@ -27,9 +27,7 @@ CLOCKS = {"time", "dt", "tok_per_s", "mfu", "loader_wait", "sampling_seconds"}  
 def world(tmp_path_factory):
     """A base folder with corpus and tokenizer. Runs whose tag is `whole` are never interrupted."""
     base = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        tiny.make_world(base)
+    tiny.make_world(base)
     (base / "whole.toml").write_text("seed = 7\n")  # a preset, since a stage starts from the run of its preset
     return base
 
@@ -276,9 +274,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(world, whole):
 EIGHT_ROWS = {"model_tag": "on8", "device_batch_size": 1, "total_batch_size": 512, "num_iterations": 8, "keep_last": 9}
 
 
-@pytest.mark.parametrize(
-    ("devices", "mesh"), [(1, {}), (2, {}), pytest.param(8, {"mesh": "data=4,model=2"}, id="4x2")]
-)
+@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (2, {}), pytest.param(8, {"mesh": "data=4,model=2"}, id="4x2")])
 def test_saved_on_eight_devices_resumed_on_others(devices, mesh, world):
     eight, output = checkpoint.run_dir("base", "on8"), world / "on8.txt"
     if not eight.exists():

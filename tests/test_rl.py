@@ -59,25 +59,11 @@ def group(first, *rewards):
     return [rollout([first], [i], [1], r, r - mean) for i, r in enumerate(rewards)]
 
 
-def test_sampling_goes_on_until_enough_groups_can_teach_something():
-    drawn = []
-
-    def draws():
-        for draw in ([group(1, 1, 1), group(2, 0, 1)], [group(3, 1, 0), group(4, 0, 0)], [group(5, 0, 1)]):
-            drawn.append(draw)
-            yield [rollout for each in draw for rollout in each]
-
-    sampled, chosen = rl.informative(draws(), count=2, size=2)
-    assert len(drawn) == 2, "the third was not needed"
-    assert [r.prompt[0] for r in sampled] == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert [r.prompt[0] for r in chosen] == [2, 2, 3, 3]
-
-
-def test_a_step_is_filled_up_with_groups_that_teach_nothing_if_there_are_no_others():
-    draws = [group(1, 1, 1) + group(2, 0, 1) + group(3, 0, 0)]
-    sampled, chosen = rl.informative(draws, count=2, size=2)
-    assert len(sampled) == 6
-    assert [r.prompt[0] for r in chosen] == [2, 2, 1, 1]
+def test_what_can_teach_something_is_trained_on_first_and_filled_up_with_the_rest():
+    sampled = group(1, 1, 1) + group(2, 0, 1) + group(3, 0, 0) + group(4, 1, 0)
+    for count, expected in (1, [2]), (2, [2, 4]), (3, [2, 4, 1]):
+        chosen = rl.informative(sampled, count, size=2)
+        assert [r.prompt[0] for r in chosen] == [e for e in expected for _ in range(2)]
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 4), (3, 8), (5, 5)])

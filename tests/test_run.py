@@ -25,9 +25,9 @@ from scripts import base_loss
 def world(tmp_path_factory):
     """A base folder with corpus, tokenizer and a finished run, `made`, with the steps 2, 4, 6 and 8."""
     base = tmp_path_factory.mktemp("world")
+    tiny.make_world(base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        tiny.make_world(base)
         train(settings("made"))
     return base
 
@@ -138,6 +138,20 @@ def test_a_setting_that_is_new_or_gone_stops_no_run(run, last, capsys):
 
 # -----------------------------------------------------------------------------
 # The future a run leaves behind
+
+
+def test_runs_and_steps_set_aside_within_a_second_are_all_kept(tmp_path):
+    for i in range(3):
+        for folder in (run := tmp_path / "run", run / "step_000004"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "note").write_text(str(i))
+        checkpoint.abandon_after(run, 3)
+    kept = [path.read_text() for path in run.glob("abandoned_step_000004.*/note")]
+    assert sorted(kept) == ["0", "1", "2"]
+    for _ in range(3):
+        checkpoint.move_aside(run)
+        run.mkdir()
+    assert len(list(tmp_path.glob(".run.*"))) == 3
 
 
 def test_what_was_logged_of_abandoned_steps_is_gone(run):

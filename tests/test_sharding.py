@@ -151,9 +151,7 @@ FLAGS = {"total_batch_size": 1024, "device_batch_size": 1, "eval_every": 4}
 def alone(tmp_path_factory):
     """The base folder with a run of one process on eight devices in it, with the tag "one"."""
     base = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        tiny.make_world(base)
+    tiny.make_world(base)
     one = tiny.run("base", base, devices=8, model_tag="one", **FLAGS)
     assert one.returncode == 0, one.stderr
     return base

@@ -33,9 +33,7 @@ MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, s
 def world(tmp_path_factory):
     """A base folder with corpus and tokenizer, shared by the tests of this module; each uses a tag of its own."""
     base = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        tiny.make_world(base)
+    tiny.make_world(base)
     return base
 
 
@@ -141,9 +139,7 @@ def test_eight_devices_sample_what_one_does(world, ancestors):
     for devices in (1, 8):
         result = tiny.run("rl", world, devices, model_tag=f"on{devices}", device_batch_size=1, num_iterations=2)
         assert result.returncode == 0, result.stderr
-    one, eight = (
-        [r for r in metrics.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
-    )
+    one, eight = ([r for r in metrics.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8))
     for name in ("reward", "sequence_length", "truncated", "zero_advantage"):
         assert [r[name] for r in one] == [r[name] for r in eight]
     assert eight[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4, abs=1e-6)

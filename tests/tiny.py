@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nanochat_jax import config, dataset
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -23,14 +25,16 @@ STAGE_FLAGS = {
 
 
 def make_world(base: Path) -> None:
-    """A corpus of made-up sentences and a tokenizer of 320 tokens in the base folder `base`."""
+    """A corpus of made-up sentences and a tokenizer of 320 tokens; `base` is the base folder while they are made."""
     rng = random.Random(0)
     words = "the a small large red cat dog tree house sees likes finds near under with and then 12 7 305".split()
     folder = base / "texts"
     folder.mkdir(parents=True)
     documents = [" ".join(rng.choices(words, k=rng.randint(5, 120))) for _ in range(400)]
     (folder / "made.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
-    source = dataset.open(data_dir=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        source = dataset.open(data_dir=folder)
     Tokenizer.train(source.texts("train"), 320).save(base / "tokenizer")
     (base / "tokenizer" / "source.json").write_text(json.dumps({"source": "", "data_dir": str(folder)}))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import gpt, sharding
+from nanochat_jax.engine.cache import bucket
 
 SHORTEST = 32  # tokens; shorter prompts are padded to it
 
@@ -19,7 +20,7 @@ SHORTEST = 32  # tokens; shorter prompts are padded to it
 def padded_length(length: int, limit: int) -> int:
     """The smallest power of two that holds `length` tokens, at least SHORTEST and at most `limit`."""
     assert 0 < length <= limit, f"{length} tokens in a context of {limit}"
-    return min(limit, max(SHORTEST, 1 << (length - 1).bit_length()))
+    return bucket(length, limit, SHORTEST)
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:

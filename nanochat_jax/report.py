@@ -13,16 +13,13 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, metrics
+from nanochat_jax import checkpoint, config, machine, metrics
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 from nanochat_jax.files import read_json, write_text
 from nanochat_jax.metrics import clock
@@ -118,71 +115,13 @@ def find_run(stage: str, tag: str = "") -> Run | None:
 
 
 # -----------------------------------------------------------------------------
-# Where it runs
-
-
-def environment() -> dict[str, str]:
-    """The machine and the versions, as they are now."""
-    packages = [f"{name} {_version(name)}" for name in ("jax", "flax", "optax")]
-    try:
-        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (ValueError, OSError):
-        memory = "unknown"
-    return {
-        "Date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "Code": code(),
-        "Platform": platform.platform(),
-        "CPU": f"{cpu()}, {os.cpu_count()} cores",
-        "Memory": memory,
-        "Devices": _devices(),
-        "Versions": f"Python {platform.python_version()}, " + ", ".join(packages),
-        "Base folder": str(base_dir()),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _devices() -> str:
-    # In a process of its own: this one must not take a GPU's memory from a training run.
-    ask = "from nanochat_jax import parallel; print(parallel.describe())"
-    try:
-        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def code() -> str:
-    """Commit, branch and whether files differ from it."""
-
-    def ask(*args: str) -> str:
-        command = ["git", "-C", str(config.REPOSITORY), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        dirty = " with local changes" if ask("status", "--porcelain") else ""
-        return f"commit {ask('rev-parse', '--short=12', 'HEAD')} on {ask('rev-parse', '--abbrev-ref', 'HEAD')}{dirty}"
-    except (OSError, subprocess.SubprocessError):
-        return "not a git checkout"
+# The start
 
 
 def reset(tag: str = "") -> Path:
     """Remembers now as the start of the runs called `tag`, and the machine."""
     path = _folder(tag) / "start.json"
-    write_text(path, json.dumps({"time": round(time.time(), 3), "environment": environment()}, indent=1) + "\n")
+    write_text(path, json.dumps({"time": round(time.time(), 3), "environment": machine.environment()}, indent=1) + "\n")
     return path
 
 
@@ -228,7 +167,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
 
 
 def _header(start: dict) -> str:
-    now = environment()
+    now = machine.environment()
     facts = start.get("environment") or now
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     changed = [f"{k.lower()} {now[k]}" for k in ("Code", "Devices", "Versions") if facts.get(k) != now[k]]

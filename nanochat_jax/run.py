@@ -9,11 +9,8 @@ A run may start in four ways, tried in this order:
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import platform
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,10 +20,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from nanochat_jax import checkpoint, config, files, gpt, metrics, optim, parallel, sharding
+from nanochat_jax import checkpoint, config, files, gpt, machine, metrics, optim, parallel, sharding
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.sharding import Layout
 from nanochat_jax.tokenizer import Tokenizer
@@ -68,7 +64,7 @@ class Run:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
         plain = dataclasses.asdict(self.cfg)
         parallel.first(lambda: self._prepare(plain))
-        self.log("config", self.step, config=plain, versions=versions(), devices=parallel.describe())
+        self.log("config", self.step, config=plain, versions=machine.versions(), devices=parallel.describe())
 
     def _prepare(self, plain: dict) -> None:
         self._make_room()
@@ -95,7 +91,7 @@ class Run:
     def save(self, step: int, data: dict) -> None:
         meta = checkpoint.model_meta(self.model) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
-            "config": dataclasses.asdict(self.cfg), "versions": versions(), **self.identity,
+            "config": dataclasses.asdict(self.cfg), "versions": machine.versions(), **self.identity,
         }  # fmt: skip
         timer = Timer()
         self.saver.save(step, self.state.params, self.state.opt_state, data, meta)
@@ -272,21 +268,6 @@ def _initial_state(
     params, opt_state, data, meta = checkpoint.restore(folder, step, target.params, target.opt_state)
     print(f"resuming at step {step}")
     return TrainState(params, opt_state), data, meta["totals"]
-
-
-def versions() -> dict:
-    """What produced a checkpoint."""
-    try:
-        git = ["git", "-C", str(config.REPOSITORY)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        commit, dirty = "", ""
-    return {
-        "commit": commit + ("+" if dirty.strip() else ""), "python": platform.python_version(),
-        "jax": jax.__version__, "numpy": np.__version__,
-        **{name: importlib.metadata.version(name) for name in ("flax", "optax", "orbax-checkpoint", "grain")},
-    }  # fmt: skip
 
 
 class Interruption:

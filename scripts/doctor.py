@@ -17,9 +17,9 @@ GIB = 2**30
 
 def main(cfg: config.Doctor) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may be using the GPU
-    from nanochat_jax import report
+    from nanochat_jax import machine
 
-    for name, value in report.environment().items():
+    for name, value in machine.environment().items():
         line(name, value)
     line("Free disk", free_disk())
     line("Rust tokenizer", rust_tokenizer())

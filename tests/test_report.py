@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nanochat_jax import metrics, report
+from nanochat_jax import machine, metrics, report
 from nanochat_jax.config import UserError, base_dir
 
 
@@ -42,7 +42,7 @@ def score(run, stage, task, value, suite="chat", step=40, **fields):
 @pytest.fixture
 def quick(monkeypatch):
     """The machine's devices are asked for in another process, which takes seconds."""
-    monkeypatch.setattr(report, "_devices", lambda: "1 x cpu (cpu)")
+    monkeypatch.setattr(machine, "_devices", lambda: "1 x cpu (cpu)")
 
 
 @pytest.fixture

@@ -261,11 +261,11 @@ def _cores() -> int:
 
 def _about() -> dict:
     """Where and when it was measured."""
-    from nanochat_jax import report
+    from nanochat_jax import machine
 
     python = sys.version.split()[0]
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": report.cpu(), "cores": _cores(), "python": python,
-            "code": report.code()}  # fmt: skip
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": machine.cpu(), "cores": _cores(), "python": python,
+            "code": machine.code()}  # fmt: skip
 
 
 def _table(rows: list[dict], versions: dict[str, str]) -> str:

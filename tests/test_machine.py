@@ -1,0 +1,29 @@
+"""What is told of the machine."""
+
+import re
+import subprocess
+
+from nanochat_jax import config, machine
+
+
+def git(folder, *args):
+    name = ("-c", "user.name=x", "-c", "user.email=x@x")
+    subprocess.run(["git", "-C", str(folder), *name, *args], check=True, capture_output=True)
+
+
+def test_the_commit_is_told_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert machine.code() == "not a git checkout" and machine.versions()["commit"] == ""
+    git(tmp_path, "init", "-b", "trunk")
+    git(tmp_path, "commit", "--allow-empty", "-m", "x")
+    assert re.fullmatch("commit [0-9a-f]{12} on trunk", machine.code())
+    assert re.fullmatch("[0-9a-f]{40}", machine.versions()["commit"])
+    (tmp_path / "new").touch()
+    assert machine.code().endswith(" on trunk with local changes") and machine.versions()["commit"].endswith("+")
+
+
+def test_a_package_that_is_missing_is_no_error(monkeypatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("numpy", "no-such-package"))
+    told = machine.versions()
+    assert re.match(r"\d+\.\d+", told["numpy"]) and told["no-such-package"] == "not installed"

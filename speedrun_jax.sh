@@ -34,18 +34,20 @@ if [ -z "$preset" ]; then
     fi
 fi
 # Paths were meant from where the caller is.
+base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
+base=$(realpath -m "${base/#\~/$HOME}")
 [ ! -f "$preset" ] || preset=$(realpath "$preset")
 [ -z "${CORE_DIR:-}" ] || CORE_DIR=$(realpath "$CORE_DIR")
 cd "$(dirname "$road")"
-if [ ! -f "configs/$preset.toml" ] && [ ! -f "$preset" ]; then
-    echo "error: no preset $preset; there are: $(cd configs && echo *.toml | sed 's/\.toml//g')" >&2
+if [ ! -f "configs/$preset.toml" ] && { [ ! -f "$preset" ] || [[ "$preset" != *.toml ]]; }; then
+    echo "error: no preset $preset, nor a file of that name that ends in .toml; there are:" \
+        "$(cd configs && echo *.toml | sed 's/\.toml//g')" >&2
     exit 2
 fi
 
 # The environment, with what the road needs beyond the core: the web chat and the report's plots.
 source setup.sh serve report
 
-base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
 tag=$(basename "$preset" .toml)
 marks=$base/road/$tag
@@ -78,6 +80,9 @@ judge() {
 
 started=$SECONDS
 [ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
+
+# What would be trained here: a batch that this machine cannot take is better said before the download than after.
+[ "$tag" = cpu ] || python -m scripts.doctor --config="$preset"
 
 # Text and tokenizer. The validation shard and one more tell whether the hub can be reached; the rest comes meanwhile,
 # in order, and the tokenizer waits for those that it is trained on: as many as its settings say.

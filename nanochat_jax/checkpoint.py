@@ -288,7 +288,9 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> Model:
 
     from nanochat_jax import gpt
 
-    run, step = find(stage, tag or "", -1 if step is None else step)
+    if jax.process_count() > 1:
+        raise UserError("a model is evaluated and talked to in one process, on all devices of one host: start one task")
+    run, step = find(stage, tag, step)
     meta = read_meta(run, step)
     cfg = GPTConfig(**meta["model"])
     tokenizer = load_tokenizer(meta, run)

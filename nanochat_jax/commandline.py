@@ -114,7 +114,7 @@ def _read(value, field: dataclasses.Field, kind: type):
     try:
         return _convert(value, kind, auto=field.metadata["auto"])
     except (ValueError, TypeError, LookupError, AttributeError):
-        wanted = _WANTED.get(kind, "rows by name, like gsm8k=0,identity=30")
+        wanted = _WANTED.get(kind, "rows by name, each once, like gsm8k=0,identity=30")
         raise argparse.ArgumentTypeError(f"{value!r} is not {wanted}") from None
 
 
@@ -133,7 +133,10 @@ def _convert(value, kind: type, auto: bool):
     if kind in (float, str):
         return kind(value)
     if isinstance(value, str):  # a mixture on the command line
-        value = dict(part.split("=") for part in value.split(",") if part)
+        pairs = [part.split("=") for part in value.split(",") if part]
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise ValueError(value)
     return {name: _convert(rows, int, auto=False) for name, rows in value.items()}
 
 

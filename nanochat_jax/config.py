@@ -304,7 +304,7 @@ class BaseLoss(Load):
 
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage: base, mid, sft or rl")
-    device_batch_size: int = setting(32, "rows at once")
+    device_batch_size: int = setting(32, "rows a device takes at once")
     split_tokens: int = setting(20 * 524288, "tokens of each split")
     data: str = setting("", "text source (default: that of the run)")
     data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
@@ -317,7 +317,7 @@ class BaseEval(Load):
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage: base, mid, sft or rl")
     max_per_task: int = setting(-1, "examples a task (-1: all)")
-    device_batch_size: int = setting(32, "rows at once")
+    device_batch_size: int = setting(32, "rows a device takes at once")
     core_dir: str = setting("", "folder of the CORE bundle (default: eval_bundle in the base folder, else the hub)")
 
 
@@ -333,8 +333,8 @@ class ChatEval(Load):
     max_new_tokens: int = setting(512, "longest answer in tokens")
     num_samples: int = setting(1, "answers a problem; one right is a pass")
     top_k: int = setting(50, "sample among the k likeliest tokens (0: all)")
-    batch_size: int = setting(8, "rows at once in categorical tasks")
-    slots: int = setting(0, "answers generated at once", auto=True)
+    batch_size: int = setting(8, "rows a device takes at once in categorical tasks")
+    slots: int = setting(0, "answers a device generates at once", auto=True)
     max_problems: int = setting(-1, "problems a task (-1: all)")
     seed: int = setting(42, "seed of sampling")
     task_data_dir: str = setting("", "folder with task data, used instead of the hub")

@@ -1,5 +1,6 @@
 """What a run runs on and with: the machine, the packages' versions, the code's commit. Told, never decided by."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -12,8 +13,12 @@ from nanochat_jax import config
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """The commit, with a + where files differ from it (empty without git), Python's version and those of PACKAGES."""
+    """The commit, with a + where files differ from it (empty without git), Python's version and those of PACKAGES.
+
+    As they are when first asked for, that is at the start of a run: the files may change while it goes on.
+    """
     commit = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 

@@ -42,7 +42,7 @@ def read(run_dir: Path) -> list[dict]:
     if not path.exists():
         return []
     records: dict[tuple, dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would split within texts, at U+2028
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

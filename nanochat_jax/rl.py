@@ -5,8 +5,8 @@ reward minus the group's mean as the advantage of every token of an answer, and 
 log-likelihood, normalised by the number of tokens. On policy, one update a batch: no reference model, no ratio to clip.
 
 Unlike the specification, the token that ends an answer is trained on, so that stopping is learnt as well. And a group
-of which all answers are right, or all are wrong, teaches nothing: with --oversampling=K up to K times as many problems
-are sampled, until there are enough groups that do (the dynamic sampling of DAPO, https://arxiv.org/abs/2503.14476).
+of which all answers are right, or all are wrong, teaches nothing: with --oversampling=K answers to K times as many
+problems are sampled, and the groups that do teach something are trained on first.
 """
 
 import math
@@ -20,11 +20,12 @@ from nanochat_jax import config, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine, Request, Sample
-from nanochat_jax.run import Interruption, Run, Timer, open_run
+from nanochat_jax.run import Interruption, Run, Timer, open_run, same_tasks
 from nanochat_jax.step import Geometry, step_of
 
 SLOTS = 64  # answers a device generates at once
 SHORTEST = 64  # tokens; rows of shorter answers are padded to it
+SHORTEST_PROMPT = 4  # tokens: the special ones alone
 
 # -----------------------------------------------------------------------------
 # Rollouts
@@ -91,16 +92,13 @@ def as_batch(group: list[Rollout], length: int, pad: int) -> dict[str, np.ndarra
 
 def train(cfg: config.Rl) -> None:
     """Runs the RL stage to its end, or goes on with it."""
-    if cfg.oversampling < 1:
-        raise UserError(f"--oversampling={cfg.oversampling}: must be at least 1")
-    if cfg.num_samples < 2:
-        raise UserError(f"--num_samples={cfg.num_samples}: a group needs at least 2 answers to compare")
+    check(cfg)
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
         if run is None:
             return
         if jax.process_count() > 1:
             raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
-        if cfg.max_new_tokens >= run.model.sequence_len:
+        if cfg.max_new_tokens > run.model.sequence_len - SHORTEST_PROMPT:
             raise UserError(
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
                 f"prompts included: try {run.model.sequence_len // 2}"
@@ -113,21 +111,22 @@ def train(cfg: config.Rl) -> None:
         held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
         drawn = cfg.examples_per_step * cfg.oversampling  # problems a step
         steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // drawn
-        if steps < 1:
+        if drawn > len(task):  # a problem drawn twice would be answered twice in the same words
             raise UserError(
-                f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling}: "
-                f"only {len(task)} problems"
+                f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} problems a step: "
+                f"there are only {len(task)}"
             )
+        same_tasks(run, task)
+        step_fn = step_of(run)
         run.begin()
         announce(run, shape, len(task), steps)
-        step_fn = step_of(run)
         # Divides by the devices, since the answers do.
         slots = min(drawn * cfg.num_samples, SLOTS * jax.device_count())
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         pace = []  # seconds a step, without the first of this process: it compiles
         while True:
-            last = step == steps
+            last = step >= steps
             due = cfg.save_every > 0 and step % cfg.save_every == 0 and step > run.step
             if (due or last or interruption.signal) and saved_at != step:
                 run.save(step, {"step": step})
@@ -162,12 +161,25 @@ def train(cfg: config.Rl) -> None:
         print(f"rl: done, {step} steps in {metrics.clock(run.totals['seconds'])}")
 
 
+def check(cfg: config.Rl) -> None:
+    """UserError for numbers that no run can have."""
+    least = {
+        "examples_per_step": 1, "num_samples": 2, "oversampling": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0,
+        "eval_examples": 1, "eval_samples": 1,
+    }  # fmt: skip
+    for name, limit in least.items():
+        value = getattr(cfg, name)
+        if not (math.isfinite(value) and value >= limit):
+            why = " (answers are compared with those to the same problem)" if name == "num_samples" else ""
+            raise UserError(f"--{name}={value}: must be at least {limit}{why}")
+
+
 def cut(cfg: config.Rl, devices: int, replicas: int, seq_len: int) -> Geometry:
     """The answers of a step as rows. UserError where they do not divide over the devices, of which `replicas` take rows
     of their own, or into micro-batches."""
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
-    if answers < 1 or answers % devices:
+    if answers % devices:
         raise UserError(f"{flags} answers do not divide over {devices} devices")
     share, rows = answers // replicas, cfg.device_batch_size
     if rows < 1 or share % rows:
@@ -210,7 +222,7 @@ def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
         f"{cfg.examples_per_step} to train on"
     )
     mesh = ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items())
-    print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.devices} devices (mesh {mesh})")
+    print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.replicas} replicas (mesh {mesh})")
     print(f"  steps: {steps}")
     print("compiling ...", flush=True)
 
@@ -223,7 +235,8 @@ def log(
     groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
     length = float(np.mean([len(r.sample.ids) for r in sampled]))
     fields = {
-        "loss": results["loss"], "grad_norm": results["grad_norm"], "lr_mult": lr_mult, "dt": sampling + training,
+        "loss": results["loss"], "grad_norm": results["grad_norm"], "lr_mult": lr_mult,
+        "dt": sampling + training if step > run.step + 1 else None,  # the first step of a process compiles
         "reward": float(np.mean([r.reward for r in sampled])), "sequence_length": length,
         "zero_advantage": float(np.mean([all(r.advantage == 0 for r in g) for g in groups])),
         "truncated": float(np.mean([r.sample.finish_reason == "length" for r in sampled])),

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax import checkpoint, config, files, gpt, machine, metrics, optim, parallel, sharding
+from nanochat_jax import checkpoint, config, files, gpt, machine, metrics, optim, parallel, sharding, tasks
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.sharding import Layout
 from nanochat_jax.tokenizer import Tokenizer
@@ -240,6 +240,21 @@ def _changed_settings(cfg: Train, then: dict) -> list[str]:
 def _finished(folder: Path, step: int) -> bool:
     notes = [r for r in metrics.read(folder) if r["kind"] == "note" and r.get("text") == "finished"]
     return any(r["step"] == step for r in notes)
+
+
+def same_tasks(run: Run, task: tasks.Mixture) -> None:
+    """Records with the checkpoints what conversations are learnt from: names and rows in their order, which shuffles
+    them, and a hash of samples of them. UserError where the run goes on from a checkpoint of others."""
+    learnt = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
+    if run.data is not None:
+        then = checkpoint.read_meta(run.dir, run.step).get("tasks", learnt)
+        if then != learnt:
+            what = "mixture" if then["rows"] != learnt["rows"] else "content"
+            raise UserError(
+                f"the conversations are not those of {checkpoint.step_dir(run.dir, run.step)} (other {what}): choose "
+                "another --model_tag, or move the run aside with --resume=never"
+            )
+    run.identity["tasks"] = learnt
 
 
 def _initial_state(

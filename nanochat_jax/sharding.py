@@ -36,10 +36,11 @@ def make_mesh(spec: str = "") -> Mesh:
             raise UserError(f"--mesh={spec}: {part.strip()!r} is not one of node=N, data=N, model=N")
         sizes[name] = int(size)
     if math.prod(sizes.values()) != devices:
-        rest = max(1, devices // (sizes["node"] * sizes["model"]))
+        node = math.gcd(sizes["node"], devices)
+        model = math.gcd(sizes["model"], devices // node)
         raise UserError(
             f"--mesh={spec} is {math.prod(sizes.values())} devices, there are {devices}: "
-            f"try node={sizes['node']},data={rest},model={sizes['model']}"
+            f"try node={node},data={devices // (node * model)},model={model}"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 

@@ -109,19 +109,19 @@ def execution(cfg: Train) -> gpt.Execution:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A step's rows: `micro` micro-batches of `rows` rows on each of the devices, `seq_len` tokens a row. The last
-    `padding` of all rows are without targets."""
+    """A step's rows: `micro` micro-batches of `rows` rows on each of the replicas (devices, or groups of them along
+    the model axis), `seq_len` tokens a row. The last `padding` of all rows are without targets."""
 
     micro: int
     rows: int
-    devices: int
+    replicas: int
     seq_len: int
     padding: int = 0
 
     @property
     def total_rows(self) -> int:
         """Those with something in them."""
-        return self.micro * self.rows * self.devices - self.padding
+        return self.micro * self.rows * self.replicas - self.padding
 
     @property
     def tokens(self) -> int:

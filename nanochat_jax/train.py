@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from nanochat_jax import checkpoint, config, dataloader, dataset, metrics, optim, parallel, sharding, tasks, tokenized
 from nanochat_jax.config import GPTConfig, Train, UserError
-from nanochat_jax.run import Interruption, Run, Timer, open_run
+from nanochat_jax.run import Interruption, Run, Timer, open_run, same_tasks
 from nanochat_jax.step import (
     Geometry,
     compiled_memory,
@@ -76,7 +76,7 @@ def base_stage(run: Run) -> Stage:
             source.train_files, run.tokenizer, shape.total_rows, model.sequence_len, seed=cfg.seed, **how
         ),
         validation=lambda: dataloader.val_batches(
-            source.val_files, run.tokenizer, shape.rows * shape.devices, model.sequence_len, cfg.eval_tokens, **how
+            source.val_files, run.tokenizer, shape.rows * shape.replicas, model.sequence_len, cfg.eval_tokens, **how
         ),
         lr_mult=lambda step, _: optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac),
         facts={
@@ -142,6 +142,7 @@ def chat_stage(run: Run) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
     cfg, model, mid = run.cfg, run.model, run.cfg.stage == "mid"
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
+    same_tasks(run, task)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
@@ -161,7 +162,7 @@ def chat_stage(run: Run) -> Stage:
             padding=shape.padding,
         ),
         validation=lambda: rows(
-            held_out, run.tokenizer, shape.rows * shape.devices, model.sequence_len, epochs=1,
+            held_out, run.tokenizer, shape.rows * shape.replicas, model.sequence_len, epochs=1,
             max_rows=max(1, cfg.eval_tokens // model.sequence_len),
         ),
         lr_mult=lambda step, progress: cfg.init_lr_frac * (optim.late_decay if mid else optim.linear_decay)(progress),
@@ -186,9 +187,9 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         if run.data is not None:
             stage.loader.restore(run.data)
         evaluations = evaluations_of(cfg)
+        step_fn = step_of(run)
         run.begin()
         announce(run, stage)
-        step_fn = step_of(run)
         log = StepLog(run, stage)
         step, ended = run.step, False
         saved_at = run.step if run.data is not None else -1
@@ -250,7 +251,7 @@ def announce(run: Run, stage: Stage) -> None:
         f"vocabulary {model.vocab_size:,}, context {model.sequence_len}",
         "parameters": f"{model.num_params:,}",
         "FLOPs a token": f"{model.flops_per_token:.3e}",
-        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.devices} devices x {g.seq_len}"
+        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.replicas} replicas x {g.seq_len}"
         + (f", less {g.padding} empty rows" if g.padding else ""),
         "mesh": ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items()),
         "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
@@ -295,7 +296,8 @@ class StepLog:
         loss, grad_norm = float(results["loss"]), float(results["grad_norm"])
         if results.get("stop", 0) > 0:
             self.stop = signal.SIGTERM
-        dt = self.timer.lap() + waited if self.timed else None
+        elapsed = self.timer.lap() + waited
+        dt = elapsed if self.timed else None
         self.timed = True
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(

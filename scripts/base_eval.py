@@ -28,18 +28,16 @@ def main(cfg: config.BaseEval) -> None:
     dtype = parallel.precision(cfg.compute_dtype)
     bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
-    first = jax.process_index() == 0
     start = time.monotonic()
 
     def tell(one: core.CoreScore) -> None:
-        if first:
-            cut = f", {one.truncated:,} prompts cut to the context" if one.truncated else ""
-            print(
-                f"{one.task:<34}{one.score:.4f} ± {one.stderr:.4f}  centered {one.centered:+.4f}"
-                f"  n={one.n:,}  {one.seconds:.1f} s{cut}",
-                flush=True,
-            )
-            log(one.task, one.score, one.stderr, one.n, one.baseline, one.centered, one.seconds)
+        cut = f", {one.truncated:,} prompts cut to the context" if one.truncated else ""
+        print(
+            f"{one.task:<34}{one.score:.4f} ± {one.stderr:.4f}  centered {one.centered:+.4f}"
+            f"  n={one.n:,}  {one.seconds:.1f} s{cut}",
+            flush=True,
+        )
+        log(one.task, one.score, one.stderr, one.n, one.baseline, one.centered, one.seconds)
 
     def log(task: str, score, stderr, n, baseline, centered, seconds) -> None:
         metrics.append(
@@ -51,8 +49,6 @@ def main(cfg: config.BaseEval) -> None:
         params, model.config, model.tokenizer, bundle, dtype=dtype, batch_size=cfg.device_batch_size,
         max_per_task=cfg.max_per_task, report=tell,
     )  # fmt: skip
-    if not first:
-        return
     log("CORE", result.core, result.stderr, result.n, 0.0, result.core, time.monotonic() - start)
     print(f"CORE {result.core:.4f} ± {result.stderr:.4f} ({len(result.tasks)} tasks, {result.n:,} items)")
     path = config.base_dir() / "base_eval" / f"{model.stage}_{model.tag}_{model.step:06d}.csv"

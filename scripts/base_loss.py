@@ -32,30 +32,26 @@ def main(cfg: config.BaseLoss) -> None:
     packing = model.meta["config"].get("packing", "split")
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     rows = num_rows(params, cfg.device_batch_size)
-    first = jax.process_index() == 0
 
     # The same tokens every time, whatever the batch: the first ones of each split.
     for split, files in (("train", source.train_files), ("val", source.val_files)):
         start = time.monotonic()
         loader = dataloader.val_batches(
-            files, model.tokenizer, rows, model.config.sequence_len, cfg.split_tokens, packing=packing,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+            files, model.tokenizer, rows, model.config.sequence_len, cfg.split_tokens, packing=packing
+        )
         with Progress(f"{split}, batches", -(-cfg.split_tokens // (rows * model.config.sequence_len))) as progress:
             counted = Counted(loader, progress)
             bpb = bits_per_byte(params, model.config, counted, model.tokenizer.token_bytes(), dtype)
         loader.close()
-        if first:
-            print(f"{split} bits per byte: {bpb:.6f} ({counted.tokens:,} tokens of {source.name})", flush=True)
-            metrics.append(
-                model.run_dir, "eval", model.stage, model.step, task=f"{split}_bpb", suite="bpb", score=bpb,
-                stderr=None, n=counted.tokens, baseline=None, seconds=round(time.monotonic() - start, 3),
-            )  # fmt: skip
+        print(f"{split} bits per byte: {bpb:.6f} ({counted.tokens:,} tokens of {source.name})", flush=True)
+        metrics.append(
+            model.run_dir, "eval", model.stage, model.step, task=f"{split}_bpb", suite="bpb", score=bpb, stderr=None,
+            n=counted.tokens, baseline=None, seconds=round(time.monotonic() - start, 3),
+        )  # fmt: skip
 
     for prompt, text in complete(model.params, model.config, model.tokenizer, dtype):
-        if first:
-            print(f"  {prompt}{text!r}")
-            metrics.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
+        print(f"  {prompt}{text!r}")
+        metrics.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
 
 
 def text_of(meta: dict, cfg: config.BaseLoss):

@@ -43,27 +43,26 @@ def main(cfg: config.ChatEval) -> None:
             max_new_tokens=cfg.max_new_tokens, slots=cfg.slots, seed=cfg.seed,
         )  # fmt: skip
         scores.append(score)
-        if jax.process_index() == 0:
-            print(f"{score.task}: {score.score:.4f} ± {score.stderr:.4f} (n={score.n:,})", flush=True)
-            name = score.task if task.split == "test" else f"{score.task}-{task.split}"
-            write_answers(folder / f"{name}.jsonl", score.answers)
-            metrics.append(
-                model.run_dir, "eval", model.stage, model.step, task=score.task, suite="chat", split=task.split,
-                score=score.score, stderr=score.stderr, n=score.n, baseline=score.baseline, truncated=score.truncated,
-                seconds=round(score.seconds, 3), num_samples=cfg.num_samples, temperature=cfg.temperature,
-                max_new_tokens=cfg.max_new_tokens,
-            )  # fmt: skip
-    if jax.process_index() == 0:
-        tested = [score for task, score in zip(loaded, scores, strict=True) if task.split == "test"]
-        total = chat.chat_core(tested)
-        if total:
-            metrics.append(
-                model.run_dir, "eval", model.stage, model.step, task="ChatCORE", suite="chat", split="test",
-                score=total[0], stderr=total[1], n=sum(s.n for s in tested if s.task in chat.CHATCORE_TASKS),
-                baseline=0.0, seconds=round(sum(s.seconds for s in tested), 3),
-            )  # fmt: skip
-        print_table(f"{model.name}, step {model.step}", scores, total)
-        print(f"answers in {folder}")
+        print(f"{score.task}: {score.score:.4f} ± {score.stderr:.4f} (n={score.n:,})", flush=True)
+        name = score.task if task.split == "test" else f"{score.task}-{task.split}"
+        write_answers(folder / f"{name}.jsonl", score.answers)
+        metrics.append(
+            model.run_dir, "eval", model.stage, model.step, task=score.task, suite="chat", split=task.split,
+            score=score.score, stderr=score.stderr, n=score.n, baseline=score.baseline, truncated=score.truncated,
+            seconds=round(score.seconds, 3), num_samples=cfg.num_samples, temperature=cfg.temperature,
+            max_new_tokens=cfg.max_new_tokens,
+        )  # fmt: skip
+    tested = [score for task, score in zip(loaded, scores, strict=True) if task.split == "test"]
+    total = chat.chat_core(tested)
+    if total:
+        metrics.append(
+            model.run_dir, "eval", model.stage, model.step, task="ChatCORE", suite="chat", split="test",
+            score=total[0], stderr=total[1], n=sum(s.n for s in tested if s.task in chat.CHATCORE_TASKS),
+            baseline=0.0, seconds=round(sum(s.seconds for s in tested), 3), num_samples=cfg.num_samples,
+            temperature=cfg.temperature,
+        )  # fmt: skip
+    print_table(f"{model.name}, step {model.step}", scores, total)
+    print(f"answers in {folder}")
 
 
 def write_answers(path: Path, answers: list[dict]) -> None:

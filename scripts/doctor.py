@@ -6,7 +6,6 @@
 Takes seconds: nothing is trained, and no memory of a GPU is taken but for trying the attention kernel.
 """
 
-import functools
 import os
 
 from nanochat_jax import commandline, config
@@ -106,7 +105,15 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
         return sum(np.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves) / GIB
 
     weights, state = share(params, layout.stored(params)), share(opt_state, layout.cut(opt_state))
-    fit = functools.partial(rows_that_fit, model, need=lambda micro, rows: estimated_memory(model, rows))
+
+    def fit(rows: int) -> int:
+        """Training compiles to know; here it is estimated, without what --shard and --remat save."""
+        try:
+            return rows_that_fit(model, rows, need=lambda micro, rows: estimated_memory(model, rows))
+        except UserError as error:
+            line("Memory", f"roughly estimated, {error}")
+            return 1
+
     devices = sharding.replicas(layout.mesh)
     shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = horizon(cfg, model, shape.tokens)
@@ -116,7 +123,10 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
     line("Model", f"{model.n_layer} layers, width {model.n_embd}, {model.num_params:,} parameters")
     line("Mesh", ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items()) + f", --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
-    line("Batch", f"{shape.tokens:,} tokens = {shape.micro} x {shape.rows} rows x {shape.devices} x {shape.seq_len}")
+    line(
+        "Batch",
+        f"{shape.tokens:,} tokens = {shape.micro} x {shape.rows} rows x {shape.replicas} replicas x {shape.seq_len}",
+    )
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
     unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
     line("Expected time", f"{metrics.clock(flops / (0.5 * peak))} at an MFU of 50%" if peak else unknown)

@@ -12,19 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import gpt, optim
-from nanochat_jax.config import GPTConfig
+from nanochat_jax.config import Base, GPTConfig
 from nanochat_jax.run import TrainState
 from nanochat_jax.sharding import Layout, make_mesh, put_rows
-from nanochat_jax.step import make_step
+from nanochat_jax.step import execution, make_step
 
 MODEL = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, vocab_size=320, sequence_len=64)
-KEEP = jax.checkpoint_policies
 CASES = {
-    "one device": gpt.PLAIN,
-    "one batch": gpt.PLAIN,
-    "scan": gpt.Execution(scan=True),
-    "remat": gpt.Execution(saved=KEEP.nothing_saveable),
-    "remat matmuls": gpt.Execution(scan=True, saved=KEEP.save_only_these_names(gpt.MATMUL)),
+    "one device": Base(),
+    "one batch": Base(),
+    "scan": Base(scan_layers=True),
+    "remat": Base(remat="full"),
+    "remat matmuls": Base(scan_layers=True, remat="matmuls"),
 }
 
 
@@ -36,13 +35,14 @@ def batches() -> list[dict[str, np.ndarray]]:
 
 
 def run(case: str, out: Path) -> None:
-    execution = CASES.get(case, gpt.PLAIN)
-    layout = None if case in CASES else Layout(make_mesh(case.split()[0]), case.split()[1])
+    mesh, shard = ("", "optimizer") if case in CASES else case.split()
+    layout = None if case in CASES else Layout(make_mesh(mesh), shard)
+    how = execution(CASES.get(case, Base(shard=shard)))
     tx = optim.make_optimizer(
         MODEL.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, momentum=optim.momentum_warmup,
         dtype=jnp.float64, layout=layout,
     )  # fmt: skip
-    step = make_step(MODEL, tx, jnp.float64, layout=layout, execution=execution)
+    step = make_step(MODEL, tx, jnp.float64, layout=layout, execution=how)
     # Away from the zeros of the initialisation, so that every weight has a gradient.
     noise = lambda p: p.astype(jnp.float64) + 0.02 * jax.random.normal(jax.random.key(3), p.shape, jnp.float64)  # noqa: E731
     params = jax.tree.map(noise, gpt.init(MODEL, seed=1))

@@ -182,6 +182,17 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
     assert answers.keys() - tested.keys() == {"Sums-val.jsonl"} and answers.items() > tested.items()
 
 
+def test_a_sampled_chatcore_does_not_replace_the_greedy_one(own_base_dir, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "CHATCORE_TASKS", ("Sums",))
+    save_model(own_base_dir, *model, tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="Sums", max_problems=3, max_new_tokens=2, device_type="cpu")
+    chat_eval.main(cfg)
+    chat_eval.main(dataclasses.replace(cfg, temperature=1.0, num_samples=2))
+    records = metrics.read(own_base_dir / "sft_checkpoints" / "tiny")
+    kept = sorted((r["task"], r["temperature"], r["num_samples"]) for r in records if r["kind"] == "eval")
+    assert kept == [("ChatCORE", 0.0, 1), ("ChatCORE", 1.0, 2), ("Sums", 0.0, 1), ("Sums", 1.0, 2)]
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [([], "-i is missing"), (["-i", "best"], "-i best"), (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),

@@ -60,7 +60,7 @@ def test_the_word_auto_is_for_settings_that_say_so_whatever_their_help_is(capsys
 def test_mixtures_on_the_command_line():
     assert parse(config.Sft, ["--mixture=gsm8k=0,identity=30"]).mixture == {"gsm8k": 0, "identity": 30}
     for wrong in ("gsm8k", "gsm8k=x", "gsm8k=1=2"):
-        with pytest.raises(UserError, match=f"--mixture: '{wrong}' is not rows by name, like gsm8k=0,identity=30"):
+        with pytest.raises(UserError, match=f"--mixture: '{wrong}' is not rows by name, each once, like gsm8k=0,"):
             parse(config.Sft, [f"--mixture={wrong}"])
 
 

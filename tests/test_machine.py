@@ -3,7 +3,15 @@
 import re
 import subprocess
 
+import pytest
+
 from nanochat_jax import config, machine
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    yield machine.versions.cache_clear()
+    machine.versions.cache_clear()
 
 
 def git(folder, *args):
@@ -15,12 +23,16 @@ def test_the_commit_is_told_and_whether_files_differ_from_it(tmp_path, monkeypat
     monkeypatch.setattr(config, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert machine.code() == "not a git checkout" and machine.versions()["commit"] == ""
+    machine.versions.cache_clear()
     git(tmp_path, "init", "-b", "trunk")
     git(tmp_path, "commit", "--allow-empty", "-m", "x")
     assert re.fullmatch("commit [0-9a-f]{12} on trunk", machine.code())
     assert re.fullmatch("[0-9a-f]{40}", machine.versions()["commit"])
     (tmp_path / "new").touch()
-    assert machine.code().endswith(" on trunk with local changes") and machine.versions()["commit"].endswith("+")
+    assert machine.code().endswith(" on trunk with local changes")
+    assert not machine.versions()["commit"].endswith("+"), "they came after the start"
+    machine.versions.cache_clear()
+    assert machine.versions()["commit"].endswith("+")
 
 
 def test_a_package_that_is_missing_is_no_error(monkeypatch):

@@ -1,5 +1,7 @@
 """Rollouts become rows: what is trained on, with which weight, and in which order problems come."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -78,8 +80,7 @@ def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(si
     ("changes", "words"),
     [({"device_batch_size": 0}, "--device_batch_size=0 does not divide the 4 answers a device .* try 1"),
      ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 devices.*: try 2"),
-     ({"num_samples": 3, "examples_per_step": 1}, "--examples_per_step=1 x --num_samples=3 answers do not divide"),
-     ({"examples_per_step": 0}, "--examples_per_step=0 x --num_samples=4 answers do not divide over 2 devices")],
+     ({"num_samples": 3, "examples_per_step": 1}, "--examples_per_step=1 x --num_samples=3 answers do not divide")],
 )  # fmt: skip
 def test_answers_that_cannot_be_cut_name_the_flags_of_this_stage(changes, words):
     cfg = Rl(**{"examples_per_step": 2, "num_samples": 4, "device_batch_size": 4} | changes)
@@ -88,6 +89,16 @@ def test_answers_that_cannot_be_cut_name_the_flags_of_this_stage(changes, words)
     assert "total_batch_size" not in str(caught.value)
 
 
+@pytest.mark.parametrize("changes", [{"examples_per_step": 0}, {"num_samples": 1}, {"oversampling": 0}, {"top_k": -1},
+                                     {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan},
+                                     {"eval_examples": 0}, {"eval_samples": 0}])  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused_by_their_flag(changes):
+    rl.check(Rl())
+    (name,) = changes
+    with pytest.raises(UserError, match=f"--{name}=.*: must be at least"):
+        rl.check(Rl(**changes))
+
+
 def test_answers_are_cut_into_micro_batches():
     shape = rl.cut(Rl(examples_per_step=4, num_samples=4, device_batch_size=2), 4, 2, 64)
-    assert (shape.micro, shape.rows, shape.devices, shape.padding) == (4, 2, 2, 0)
+    assert (shape.micro, shape.rows, shape.replicas, shape.padding) == (4, 2, 2, 0)

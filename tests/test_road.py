@@ -134,8 +134,25 @@ def test_fresh_moves_everything_aside(road):
     assert any("tok_train" in c and "--fresh" in c for c in calls)
 
 
-@pytest.mark.parametrize("arguments", [["d99"], ["--quick"]])
-def test_unknown_preset_or_option_is_one_line(road, arguments):
+@pytest.mark.parametrize(("given", "meant"), [("~/mine", "{home}/mine"), ("made here", "{cwd}/made here")])
+def test_the_base_folder_is_the_callers(road, tmp_path, given, meant):
+    (tmp_path / "home").mkdir()
+    where = Path(meant.format(home=tmp_path / "home", cwd=tmp_path))
+    for _ in range(2):
+        process, calls = road(NANOCHAT_BASE_DIR=given, HOME=str(tmp_path / "home"))
+        assert process.returncode == 0, process.stderr
+        assert (where / "sft_checkpoints" / "cpu" / "step_000001" / "manifest.json").exists()
+    assert not any("report reset" in c for c in calls), "not the first time"
+
+
+def test_what_does_not_fit_a_gpu_machine_is_said_before_the_download(road):
+    process, calls = road("d20", FAIL="scripts.doctor")
+    assert process.returncode == 2 and not any("dataset" in c for c in calls)
+
+
+@pytest.mark.parametrize("arguments", [["d99"], ["--quick"], ["mine.conf"]])
+def test_unknown_preset_or_option_is_one_line(road, tmp_path, arguments):
+    (tmp_path / "mine.conf").write_text("depth = 4\n")
     process, calls = road(*arguments)
     assert process.returncode == 2 and calls == []
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1

@@ -62,7 +62,8 @@ def contents(run):
 @pytest.mark.parametrize(
     ("resume", "changes"),
     [("4", {"matrix_lr": 0.03}), ("4", {"mesh": "data=3"}), ("4", {"device_batch_size": 3}),
-     ("never", {"mesh": "data=3"}), ("never", {"device_batch_size": 3}), ("never", {"data": "fineweb-edu"})],
+     ("never", {"mesh": "data=3"}), ("never", {"device_batch_size": 3}), ("never", {"data": "fineweb-edu"}),
+     ("never", {"remat": "ful"})],
 )  # fmt: skip
 def test_a_refused_start_changes_nothing(run, resume, changes):
     before = contents(run)
@@ -78,6 +79,33 @@ def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
     with pytest.raises(UserError, match="the text is not that of"):
         train(settings(run.name, resume="4"))
     assert contents(run) == before
+
+
+def test_a_run_of_other_conversations_changes_nothing(world):
+    """In another order, though the settings compare equal; or with other content."""
+    ours = world / "ours.jsonl"
+    ours.write_text("".join(chat(f"Question {i}") for i in range(9)))
+    mixture = f"sums=20,customjson:{ours}=9"
+    flags = {"model_tag": "talk", "source": "base", "num_iterations": 4}
+    first = tiny.run("mid", world, mixture=mixture, **flags)
+    assert first.returncode == 0, first.stderr
+    run = checkpoint.run_dir("mid", "talk")
+    before = contents(run)
+
+    def refused(mixture: str, words: str) -> None:
+        again = tiny.run("mid", world, mixture=mixture, resume="2", **flags)
+        assert again.returncode == 2 and again.stderr.count("\n") == 1 and words in again.stderr, again.stderr
+        assert contents(run) == before
+
+    refused(f"customjson:{ours}=9,sums=20", "the conversations are not those of")
+    refused(f"sums=21,customjson:{ours}=9", "a run started from other settings (mixture: ")
+    ours.write_text(ours.read_text().replace("Question 3", "Question ?"))
+    refused(mixture, "(other content)")
+
+
+def chat(question: str) -> str:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "So it is."}]
+    return json.dumps(messages) + "\n"
 
 
 @pytest.mark.parametrize(

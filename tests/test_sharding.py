@@ -1,6 +1,7 @@
 """Meshes: the same training on one device and on eight however they are arranged, with the collectives we meant."""
 
 import collections
+import math
 import re
 import socket
 import subprocess
@@ -102,6 +103,16 @@ def test_every_preset_can_be_cut(depth, data):
 def test_a_mesh_that_does_not_match_the_devices_is_refused(spec, complaint):
     with pytest.raises(UserError, match=complaint):
         make_mesh(spec)
+
+
+@pytest.mark.parametrize("devices", [1, 6, 8])
+@pytest.mark.parametrize("spec", ["data=7", "node=3", "model=3", "node=4,model=4", "node=2,data=2,model=16"])
+def test_the_mesh_that_is_suggested_has_as_many_devices_as_there_are(devices, spec, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    with pytest.raises(UserError) as refused:
+        make_mesh(spec)
+    suggested = str(refused.value).partition(": try ")[2]
+    assert math.prod(int(part.partition("=")[2]) for part in suggested.split(",")) == devices
 
 
 def test_heads_that_the_model_axis_does_not_divide_are_refused():

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from nanochat_jax import checkpoint, gpt, metrics, optim
+from nanochat_jax import train as train_module
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.run import TrainState, open_run
 from nanochat_jax.step import (
@@ -50,9 +52,9 @@ def losses(run_dir) -> dict[int, float]:
 # The step
 
 
-def one_step(micro: int, clip: float = 0.0, weights=None):
+def one_step(micro: int, clip: float = 0.0, weights=None, tx=None):
     """Loss, gradient norm and new parameters after one step on 8 rows cut into `micro` micro-batches."""
-    tx = optim.make_optimizer(MODEL.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)
+    tx = tx or optim.make_optimizer(MODEL.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)
     params = gpt.init(MODEL, seed=1)
     ids = jax.random.randint(jax.random.key(0), (8, 17), 0, 100)
     targets = jnp.where(jnp.arange(8)[:, None] + jnp.arange(16)[None] < 12, ids[:, 1:], -1)  # rows count unequally
@@ -73,6 +75,20 @@ def test_accumulation_equals_one_big_batch():
 def test_weights_of_zero_teach_nothing():
     results, _ = one_step(2, weights=jnp.zeros((8, 16)))
     assert results["loss"] == 0 and results["grad_norm"] == 0
+
+
+def test_clipping_bounds_the_norm_of_the_whole_gradient():
+    start = gpt.init(MODEL, seed=1)
+
+    def moved(clip: float) -> tuple[float, float]:
+        """(Norm of the gradient, length of a step of plain gradient descent)."""
+        results, params = one_step(2, clip, tx=optax.sgd(1.0))
+        return float(results["grad_norm"]), float(optax.tree.norm(jax.tree.map(jnp.subtract, params, start)))
+
+    norm, whole = moved(0.0)
+    assert whole == pytest.approx(norm, rel=1e-4)
+    assert moved(norm / 3) == pytest.approx((norm, norm / 3), rel=1e-4)
+    assert moved(norm * 3) == pytest.approx((norm, norm), rel=1e-4)
 
 
 # -----------------------------------------------------------------------------
@@ -221,12 +237,39 @@ def test_stage_without_its_predecessor_names_the_command(tmp_path):
 def test_mid_sft_and_rl_follow_each_other(world):
     train(tiny.base_config(model_tag="road"))
     for stage in ("mid", "sft", "rl"):
-        result = tiny.run(stage, world, model_tag="road")
+        more = {"eval_every": 2, "eval_examples": 3, "eval_samples": 2, "oversampling": 2} if stage == "rl" else {}
+        result = tiny.run(stage, world, model_tag="road", **more)
         assert result.returncode == 0, result.stderr
         records = metrics.read(checkpoint.run_dir(stage, "road"))
         assert all(np.isfinite(r["loss"]) for r in records if r["kind"] == "train")
         model = checkpoint.load_model(stage, "road")
         assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
+    judged = [r for r in records if r["kind"] == "val"]
+    assert [r["step"] for r in judged] == [0, 2, 4] and all(0 <= r["pass@1"] <= r["pass@2"] <= 1 for r in judged)
+    assert [r["dt"] is None for r in records if r["kind"] == "train"] == [True, False, False, False]
+    assert "4 a step, 4 answers each, 2 to train on" in result.stdout
+
+
+def test_compiling_is_no_part_of_any_step(world, monkeypatch):
+    """The first step of a process takes as long as it takes to compile; no other one, nor its wait, has that in it."""
+    made = train_module.step_of
+
+    def slow(run):
+        step, calls = made(run), []
+
+        def compiled(*args):
+            if not calls:
+                time.sleep(3)
+            calls.append(1)
+            return step(*args)
+
+        return compiled
+
+    monkeypatch.setattr(train_module, "step_of", slow)
+    train(tiny.base_config(model_tag="compiles", num_iterations=5, save_every=-1))
+    records = [r for r in metrics.read(checkpoint.run_dir("base", "compiles")) if r["kind"] == "train"]
+    assert [r["dt"] is None for r in records] == [True] + [False] * 4
+    assert max(r["loader_wait"] for r in records) < 2 and max(r["dt"] for r in records[1:]) < 2
 
 
 @pytest.mark.parametrize(

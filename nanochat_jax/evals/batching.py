@@ -39,10 +39,10 @@ def fixed_rows(values: Sequence, rows: int) -> np.ndarray:
 
 
 def num_rows(params: gpt.Params, batch_size: int) -> int:
-    """`batch_size`, rounded up so that every device gets as many rows."""
+    """The rows of all devices, of which each takes `batch_size` at once."""
     mesh = sharding.mesh_of(params)
     share = 1 if mesh is None else sharding.replicas(mesh)
-    return -(-batch_size // share) * share
+    return batch_size * share
 
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:

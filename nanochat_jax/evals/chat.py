@@ -54,8 +54,8 @@ def evaluate(
 ) -> ChatScore:
     """The model's score on (the first `max_problems` of) a task. UserError for a task that cannot be judged.
 
-    batch_size: prompts at once in multiple choice. The others are for generated answers: with `num_samples` a problem,
-    one right answer is a pass; slots: answers at once on a device (0: as many as fit).
+    batch_size: prompts a device takes at once in multiple choice. The others are for generated answers: with
+    `num_samples` a problem, one right answer is a pass; slots: answers at once on a device (0: as many as fit).
     """
     if task.eval_type not in ("categorical", "generative"):
         raise UserError(f"{task.name}: a task only for training, its answers cannot be judged")

@@ -74,7 +74,8 @@ def evaluate(
 ) -> CoreResult:
     """CORE of a model on the bundle in the folder `bundle` (see `find_bundle`).
 
-    batch_size: prompts at once. max_per_task: items a task (-1: all). `report` is called with each task's score.
+    batch_size: prompts a device takes at once. max_per_task: items a task (-1: all). `report` is called with each
+    task's score.
     """
     tasks, scores = read_tasks(bundle), []
     for i, task in enumerate(tasks, 1):

@@ -25,10 +25,9 @@ from nanochat_jax.files import read_json, write_text
 from nanochat_jax.metrics import clock
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
-COLUMNS = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
 ALWAYS_SHOWN = ("depth", "max_seq_len", "total_batch_size", "matrix_lr", "embedding_lr", "unembedding_lr", "mixture",
-                "task", "init_lr_frac", "num_epochs", "target_param_data_ratio", "packing", "seed")  # fmt: skip
+                "init_lr_frac", "num_epochs", "target_param_data_ratio", "packing", "seed")  # fmt: skip
 NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
 
 
@@ -179,7 +178,7 @@ def _summary(runs: dict[str, Run], start: dict) -> str:
     scores = {stage: run.scores() for stage, run in runs.items()}
     # Tasks that are no part of the usual table follow it; CORE's own tasks have a table in their section.
     others = {t for s in scores.values() for t, r in s.items() if r.get("suite") == "chat" and t not in METRICS}
-    header = [f"{COLUMNS[s]} ({runs[s].tag})" if s in runs else COLUMNS[s] for s in STAGES]
+    header = [f"{s.upper()} ({runs[s].tag})" if s in runs else s.upper() for s in STAGES]
     rows = [["bits per byte", *(_bpb(runs[s]) if s in runs else "-" for s in STAGES)]]
     for name in (*METRICS, *sorted(others)):
         cells = [_cell(runs[s], scores[s], name) if s in runs else "-" for s in STAGES]

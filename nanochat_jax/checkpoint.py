@@ -23,13 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_jax import files
+from nanochat_jax import files, parallel
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 
 if TYPE_CHECKING:
     from nanochat_jax.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+UNDER_WAY, COMPLETE, FAILED = range(3)  # how far a process is with its part of a save
 
 
 def run_dir(stage: str, tag: str) -> Path:
@@ -46,32 +47,33 @@ def step_dir(run: Path, step: int) -> Path:
 
 class Saver:
     """Writes checkpoints of one run in the background and keeps the last few, and for good those of every
-    `keep_every`-th step (-1: none). One save at a time is under way."""
+    `keep_every`-th step (-1: none). One save at a time is under way.
 
-    def __init__(self, run: Path, keep_last: int, keep_every: int = -1, first: bool = True):
+    Of several processes each writes its arrays, the first one the rest. All call `save` and `wait` at the same point:
+    there a save that has failed on one of them ends all. Until then only that one knows: `failed` is to be told.
+    """
+
+    def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process: int = 0, processes: int = 1):
         self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
-        self.first = first  # of several processes; each writes its arrays, the first one the rest
+        self.first, self.together = process == 0, processes > 1
         self._thread: threading.Thread | None = None
+        self._target: Path | None = None  # the folder it writes
         self._error: BaseException | None = None
 
     def save(self, step: int, params, opt_state, data: dict, meta: dict) -> None:
         """Returns once the arrays are copied from the devices, so that the caller may donate them to the next step."""
-        import jax
-        from jax.experimental import multihost_utils
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
-        target = step_dir(self.run, step)
-        if jax.process_index() == 0 and target.exists():  # torn, damaged or from before a resume: it does not count
-            shutil.rmtree(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("a checkpoint's folder is clear")
+        target = self._target = step_dir(self.run, step)
+        # What is there is torn, damaged or from before a resume: it does not count.
+        parallel.first(lambda: shutil.rmtree(target) if target.exists() else None)
         meta = json.dumps(meta, indent=1)  # now: the caller goes on changing what it holds
         try:
             writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
         except OSError as error:  # no room even for its folder
-            self._give_up(target, error)
-            return self.wait()
+            self._give_up(error)
+            return self.check()
         self._thread = threading.Thread(target=self._finish, args=(writing, target, data, meta), name="checkpoint")
         self._thread.start()
 
@@ -85,7 +87,7 @@ class Saver:
             _write_manifest(target)
             self._prune(int(target.name.removeprefix("step_")))
         except BaseException as error:
-            self._give_up(target, error)
+            self._give_up(error)
 
     def _prune(self, saved: int) -> None:
         """Removes steps before the one just saved, as far as they are not to be kept."""
@@ -95,28 +97,69 @@ class Saver:
                 (step_dir(self.run, old) / MANIFEST).unlink()  # first: what is left after a kill is incomplete
                 shutil.rmtree(step_dir(self.run, old))
 
-    def _give_up(self, target: Path, error: BaseException) -> None:
-        """Keeps the error for `wait`, and makes room: what was written of the step is of no use."""
+    def _give_up(self, error: BaseException) -> None:
+        """Keeps the error for `wait`, and makes room, unless other processes may be writing there."""
         self._error = error
-        for folder in self.run.glob(f"{target.name}*"):  # Orbax's own temporary one too
+        if not self.together:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Removes what was written of a step: it is of no use."""
+        for folder in self.run.glob(f"{self._target.name}*"):  # Orbax's own temporary one too
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed on this process, and nobody has been told."""
+        return self._error is not None
+
     def check(self) -> None:
-        """The error of a save that has failed meanwhile, as `wait` raises it; does not wait for one under way."""
-        if self._thread and not self._thread.is_alive():
-            self.wait()
+        """The error of a save that has failed meanwhile, as `wait` raises it; does not wait for one under way. Of
+        several processes none may go alone: there it does nothing."""
+        if not self.together and not (self._thread and self._thread.is_alive()):
+            self.join()
 
     def wait(self) -> None:
-        """Until the save under way is complete. Its error, if it had one, as a UserError."""
+        """Until the save under way is complete, on all processes. Where it has failed, a UserError on each of them."""
+        if self.together:
+            self._wait_together()
+        self.join()
+
+    def join(self) -> None:
+        """Until this process has done its part of the save under way. Its error, if it had one, as a UserError."""
         if self._thread:
             self._thread.join()
             self._thread = None
         if self._error:
             error, self._error = self._error, None
-            kept = steps(self.run)
-            last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
-            raise UserError(f"could not save a checkpoint in {self.run} ({self._reason(error)}); {last}") from error
+            reason = self._reason(error)
+            raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last()}") from error
+
+    def _wait_together(self) -> None:
+        while UNDER_WAY in (states := parallel.gather(self._state())) and FAILED not in states:
+            if self._thread:
+                self._thread.join(0.1)
+        if FAILED not in states:
+            return
+        error = self._error
+        parallel.leave()  # the thread may be waiting, for up to 20 minutes, for what another process should have done
+        if self._thread:
+            self._thread.join()
+        self._thread, self._error = None, error
+        if self.first:
+            self._make_room()
+        if error is None:
+            raise UserError(f"another process could not save a checkpoint in {self.run}; {self._last()}")
+
+    def _state(self) -> int:
+        if self._thread and self._thread.is_alive():
+            return UNDER_WAY
+        return FAILED if self._error else COMPLETE
+
+    def _last(self) -> str:
+        kept = steps(self.run)
+        return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
     def _reason(self, error: BaseException) -> str:
         said = str(error).strip() or type(error).__name__

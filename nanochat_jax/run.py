@@ -132,7 +132,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
         state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
-        saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, first=jax.process_index() == 0)
+        saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count())
         run = Run(
             cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,
             identity,
@@ -140,7 +140,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         try:
             yield run
         finally:
-            run.saver.wait()
+            run.saver.join()  # not `wait`: the other processes need not be here
 
 
 def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, dict]:

@@ -228,7 +228,8 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             waited = log.timer.lap() if log.timed else 0.0
             arrays = stage.geometry.shaped(batch, run.layout.mesh, run.model.vocab_size)
             if jax.process_count() > 1:  # all stop after the same step: where its results, with all wishes, are read
-                arrays["stop"] = sharding.put_flag(run.layout.mesh, interruption.signal is not None)
+                wish = interruption.signal is not None or run.saver.failed
+                arrays["stop"] = sharding.put_flag(run.layout.mesh, wish)
             run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
             step += 1
             run.saver.check()

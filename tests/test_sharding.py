@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import gpt, metrics, optim, parallel
+from nanochat_jax import checkpoint, gpt, metrics, optim, parallel
 from nanochat_jax.config import GPTConfig, Model, UserError
 from nanochat_jax.sharding import Layout, make_mesh
 
@@ -196,3 +197,27 @@ def test_one_process_goes_on_where_two_were_ended(alone):
     whole = tiny.run("base", alone, devices=8, **long | {"model_tag": "whole"})
     assert whole.returncode == 0, whole.stderr
     np.testing.assert_allclose(losses(run), losses(run.with_name("whole")), rtol=1e-2)
+
+
+def test_a_save_that_fails_on_one_process_ends_both(alone):
+    """First process 1's, then, when the run goes on, process 0's."""
+    run = alone / "base_checkpoints" / "failing"
+    long = FLAGS | {"model_tag": "failing", "num_iterations": 2000, "save_every": 4, "eval_every": -1}
+    for failing in (1, 0):
+        before, started = checkpoint.steps(run), start_together(alone, 2, 4, **long)
+        deadline = time.monotonic() + 200
+        while checkpoint.steps(run) == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # As a full disk, but for one of them: no file of its can grow beyond this, which only the arrays' do.
+        resource.prlimit(started[failing].pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+        told = [p.communicate(timeout=100) for p in started]
+        last = checkpoint.latest(run)
+        assert last == max(checkpoint.steps(run)) and last + 4 <= len(losses(run)) <= last + 8
+        lines = [problems.strip().splitlines() for _, problems in told]
+        ends = f"; the last good checkpoint is step {last}"
+        assert lines[failing][-1].startswith(f"error: could not save a checkpoint in {run} (")
+        assert lines[failing][-1].endswith(ends) and "File too large" in lines[failing][-1]
+        assert lines[1 - failing][-1] == f"error: another process could not save a checkpoint in {run}" + ends
+        assert [p.returncode for p in started] == [2, 2]
+        assert not [p for p in run.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
+    assert "resuming at step" in told[0][0]

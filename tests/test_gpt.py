@@ -89,6 +89,7 @@ def test_parameter_count_is_that_of_the_arrays():
 
 @pytest.mark.parametrize("depth", range(1, 33))
 def test_every_depth_gives_whole_heads(depth):
+    """Item 15 of upstream's bugs: odd ones too."""
     cfg = Base(depth=depth).gpt_config(65536)
     assert cfg.head_dim == 128 and cfg.n_embd == cfg.n_head * 128 >= depth * 64
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, gpt, metrics, optim
+from nanochat_jax import checkpoint, commandline, config, gpt, metrics, optim, parallel
 from nanochat_jax import train as train_module
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.run import TrainState, open_run
@@ -120,6 +120,17 @@ def test_data_that_end_skip_no_last_evaluation(world, ancestors):
     last = max(r["step"] for r in records if r["kind"] == "train")
     assert [r["step"] for r in records if r["kind"] == "val"] == list(range(last + 1))
     assert [r["step"] for r in records if r["kind"] == "eval"] == [last]
+
+
+def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
+    """Item 24 of upstream's bugs. In another process strings hash otherwise, and sets have another order."""
+    ancestors("sft")
+    for stage, kind in (("base", config.Base), ("mid", config.Mid)):
+        train(commandline.parse(kind, tiny.command(stage, model_tag="again")[4:]))
+        one, other = (losses(checkpoint.run_dir(stage, tag)) for tag in ("parent", "again"))
+        assert one == other and len(one) == 8, "bit for bit"
+    train(tiny.base_config(model_tag="another", num_iterations=2, seed=43))
+    assert losses(checkpoint.run_dir("base", "another"))[2] != losses(checkpoint.run_dir("base", "again"))[2]
 
 
 def test_interrupted_run_saves_and_goes_on(world):
@@ -270,6 +281,25 @@ def test_compiling_is_no_part_of_any_step(world, monkeypatch):
     records = [r for r in metrics.read(checkpoint.run_dir("base", "compiles")) if r["kind"] == "train"]
     assert [r["dt"] is None for r in records] == [True] + [False] * 4
     assert max(r["loader_wait"] for r in records) < 2 and max(r["dt"] for r in records[1:]) < 2
+
+
+def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
+    """Item 5 of upstream's bugs (#175)."""
+    made = train_module.step_of
+
+    def slow(run):
+        step = made(run)
+        return lambda *args: time.sleep(0.1) or step(*args)
+
+    monkeypatch.setattr(train_module, "step_of", slow)
+    monkeypatch.setattr(parallel, "peak_flops", lambda: 1e9)
+    train(tiny.base_config(model_tag="speed", num_iterations=5, save_every=-1))  # 2 micro-batches of 2 rows of 64
+    records = [r for r in metrics.read(checkpoint.run_dir("base", "speed")) if r["kind"] == "train"]
+    assert [(r["counted"], r["tokens"]) for r in records] == [(256, 256 * step) for step in range(1, 6)]
+    for record in records[1:-1]:  # the first one compiles, the last one waits for no other
+        assert record["dt"] > 0.1
+        assert record["tok_per_s"] == pytest.approx(256 / record["dt"])
+        assert record["mfu"] == pytest.approx(records[0]["flops"] / record["dt"] / 1e9)
 
 
 @pytest.mark.parametrize(

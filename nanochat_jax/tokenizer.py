@@ -7,6 +7,7 @@ Special tokens come only from names given by the program: text is always encoded
 
 import codecs
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -128,6 +129,18 @@ class Tokenizer:
             raise ValueError(f"{name!r} is no special token, expected one of {', '.join(SPECIAL_TOKENS)}")
         return self._special[name]
 
+    def _id(self, token: int | str) -> int:
+        """An id, or that of a special token's name."""
+        return self.special(token) if isinstance(token, str) else self._known([token])[0]
+
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        """Ids as int, whatever kind of whole number they were; ValueError for one outside the vocabulary."""
+        ids = list(map(operator.index, ids))
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is outside the vocabulary (0 to {self.vocab_size - 1})")
+        return ids
+
     def encode(
         self,
         text: str | list[str],
@@ -136,8 +149,8 @@ class Tokenizer:
         num_threads: int = 8,
     ) -> list[int] | list[list[int]]:
         """Ids of a text, or a list of ids for each of many. `prepend` and `append`: an id or a special token's name."""
-        before = [] if prepend is None else [prepend if isinstance(prepend, int) else self.special(prepend)]
-        after = [] if append is None else [append if isinstance(append, int) else self.special(append)]
+        before = [] if prepend is None else [self._id(prepend)]
+        after = [] if append is None else [self._id(append)]
         if isinstance(text, str):
             return before + self._encode(text) + after
         if not isinstance(text, list):
@@ -155,6 +168,8 @@ class Tokenizer:
         Returns tokens, uint16[n] where the vocabulary fits and else uint32[n], and offsets int64[len(texts) + 1]: those
         of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` (an id or a special token's name) begins each.
         """
+        if not isinstance(texts, list):
+            raise TypeError(f"encode_batch takes a list of str, got {type(texts).__name__}")
         try:
             tokens, offsets = self._core.encode_batch(texts)
         except UnicodeEncodeError:
@@ -162,7 +177,7 @@ class Tokenizer:
         # The encoder knows no special tokens: the vocabulary may pass 65,536 with them.
         tokens = tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, copy=False)
         if prepend is not None:
-            tokens = np.insert(tokens, offsets[:-1], prepend if isinstance(prepend, int) else self.special(prepend))
+            tokens = np.insert(tokens, offsets[:-1], self._id(prepend))
             offsets = offsets + np.arange(len(offsets))
         return tokens, offsets
 
@@ -180,11 +195,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of ids. ValueError for an id outside the vocabulary."""
-        ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is outside the vocabulary (0 to {self.vocab_size - 1})")
-        return self._encoding.decode_bytes(ids)
+        return self._encoding.decode_bytes(self._known(ids))
 
     def token_bytes(self) -> np.ndarray:
         """int32[vocab_size]: length in bytes of each token, 0 for special ones. Raw bytes: decoding a token that is

@@ -106,6 +106,13 @@ def test_equals_what_others_learn_and_answer(case):
     assert [again.encode(text) for text in PEERS["encoded_texts"]] == case["encoded"]
 
 
+@pytest.mark.parametrize("case", PEERS["cases"], ids=lambda case: case["name"])
+def test_the_slow_twin_learns_and_answers_the_same(case):
+    merges = slow_bpe.train(case["texts"], 256 + len(case["rustbpe"]), case["pattern"])
+    assert trained(case["texts"], 256 + len(case["rustbpe"]), pattern=case["pattern"]).get_merges() == merges
+    assert [slow_bpe.encode(text, merges, case["pattern"]) for text in PEERS["encoded_texts"]] == case["encoded"]
+
+
 @pytest.mark.golden
 def test_recorded_merges(golden_dir, data_dir):
     golden = json.loads((golden_dir / "bpe.json").read_text(encoding="utf-8"))
@@ -113,6 +120,11 @@ def test_recorded_merges(golden_dir, data_dir):
         texts = [json.loads(line)["text"] for line in file]
     ours = trained(iter(texts), len(golden["ranks"]), pattern=golden["pattern"])
     assert [[token.hex(), rank] for token, rank in ours.get_mergeable_ranks()] == golden["ranks"]
+    # The twin takes its time: the first merges of the corpus, and the recorded texts with all of them.
+    merges, pattern = ours.get_merges(), golden["pattern"]
+    assert slow_bpe.train(texts, 256 + 20, pattern) == merges[:20]
+    for case in json.loads((golden_dir / "encode.json").read_text(encoding="utf-8")):
+        assert ours.encode(case["text"]) == slow_bpe.encode(case["text"], merges, pattern) == case["ids"]
 
 
 def test_buffer_size_and_kind_of_iterable_do_not_matter():
@@ -247,8 +259,8 @@ def test_a_million_characters_of_one_kind(english, unit):
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("vocab_size", [255, 0, -5, -(2**63)])
-def test_vocab_size_below_the_bytes(vocab_size):
+@pytest.mark.parametrize("vocab_size", [255, 0, -5, -(2**63), -(2**70), 2**32, 2**63, 2**70])
+def test_vocab_size_below_the_bytes_or_past_all_ids(vocab_size):
     with pytest.raises(ValueError, match=f"vocab_size is {vocab_size}.*256"):
         trained(["a"], vocab_size)
 
@@ -287,33 +299,60 @@ def test_batches_of_what_is_not_text(english):
     for num_threads in (0, -1):
         with pytest.raises(ValueError, match=f"num_threads is {num_threads}, expected 1 or more"):
             english.encode_batch(["a"], num_threads=num_threads)
+    assert flat(english, ["a"] * 3, num_threads=2**62) == flat(english, ["a"] * 3, num_threads=2**70) == [[97]] * 3
     with pytest.raises(TypeError):
         english.encode(b"bytes")
 
 
-def test_errors_of_the_iterator_come_through_and_leave_the_tokenizer_as_it_was(english):
+@pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt, SystemExit])
+def test_errors_of_callers_come_through_and_leave_the_tokenizer_as_it_was(error):
+    def fail(*_):
+        raise error("on fire")
+
     def texts():
-        yield "some text"
-        raise OSError("disk on fire")
+        yield "some text " * 100_000
+        fail()
 
     tokenizer = trained(["abab"], 300)
     before = tokenizer.get_merges()
-    with pytest.raises(OSError, match="on fire"):
-        tokenizer.train_from_iterator(texts(), 300)
+    for call in (
+        lambda: tokenizer.train_from_iterator(texts(), 300),
+        lambda: tokenizer.train_from_iterator(["some text"], 257, progress=fail),
+        lambda: tokenizer.encode_batch(texts()),
+        lambda: tokenizer.batch_encode(texts()),
+    ):
+        with pytest.raises(error, match="on fire"):
+            call()
     assert tokenizer.get_merges() == before
 
 
 def test_unusable_settings_are_value_errors():
-    with pytest.raises(ValueError, match="empty"):
-        trained([], 300)
+    for texts, pattern in (([], None), (["", ""], None), (["some text"], r"\d")):
+        with pytest.raises(ValueError, match="the corpus is empty"):
+            trained(texts, 300, pattern=pattern)
     with pytest.raises(ValueError, match="does not compile"):
         trained(["a"], 300, pattern="(")
     with pytest.raises(ValueError, match="match nothing"):
         trained(["a"], 300, pattern="x*")
     with pytest.raises(ValueError, match=r"text 1: the pattern matches nothing at byte 2"):
         trained(["bbb", "b ab"], 300, pattern=r"b|(?=a)")
-    with pytest.raises(ValueError, match="buffer_size"):
-        trained(["a"], 300, buffer_size=0)
+    for buffer_size in (0, -(2**70)):
+        with pytest.raises(ValueError, match="buffer_size"):
+            trained(["a"], 300, buffer_size=buffer_size)
+    for wrong in ({"vocab_size": 300.0}, {"vocab_size": "300"}, {"buffer_size": 1.5}, {"pattern": b"a"}):
+        with pytest.raises(TypeError):
+            trained(["a"], **{"vocab_size": 300} | wrong)
+    assert trained(["ab"], np.int64(257), buffer_size=2**70).vocab_size == 257
+
+
+def test_a_pattern_that_fails_ends_endless_text():
+    texts = itertools.repeat("some text")
+    with pytest.raises(ValueError, match=r"text \d+: the pattern matches nothing at byte"):
+        trained(texts, 300, pattern=r"a|\b")
+    tokenizer = rustbpe.Tokenizer.from_mergeable_ranks(r"a|\b", [(bytes([b]), b) for b in range(256)])
+    for encode in (tokenizer.batch_encode, tokenizer.encode_batch):
+        with pytest.raises(ValueError, match=r"text \d+: the pattern matches nothing at byte"):
+            encode(texts)
 
 
 def test_ids_outside_the_vocabulary(english):
@@ -341,6 +380,16 @@ def test_foreign_ranks_are_refused(english):
         make(SPLIT_PATTERN, [*ranks[:-1], (b"zz", 3)])
     with pytest.raises(ValueError, match=r"token 256 .* not the union"):
         make(SPLIT_PATTERN, [*ranks[:256], (b"zzzzz", 256)])
+    with pytest.raises(ValueError, match=r"token 257 .* not the union"):
+        make(SPLIT_PATTERN, [*ranks[:256], (b"ab", 256), (b"ab", 257)])
+    for rank in (-1, 2**70):
+        with pytest.raises(ValueError, match="a number that is no byte and no rank"):
+            make(SPLIT_PATTERN, [*ranks, (b"zz", rank)])
+    with pytest.raises(ValueError, match="a number that is no byte and no rank"):
+        make(SPLIT_PATTERN, [([256], 0)])
+    for wrong in ([("a", 0)], [(b"a", 0.0)], [b"a"], None):
+        with pytest.raises(TypeError):
+            make(SPLIT_PATTERN, wrong)
 
 
 def test_progress_reaches_the_end():
@@ -349,12 +398,21 @@ def test_progress_reaches_the_end():
     assert seen[-1] == (14, 14)
 
 
-@pytest.mark.parametrize("phase", ["reading", "merging"])
+ENDLESS = {
+    "waiting for text": "slow()",
+    "reading text": "iter(lambda: 'some text ' * 1000, None)",
+    "reading empty text": "iter(str, None)",
+    "merging": "words()",  # so many distinct ones that merging takes long after the short reading
+}
+
+
+@pytest.mark.parametrize("phase", ENDLESS)
 def test_ctrl_c_stops_training(phase):
-    # Endless text, or so many distinct words that merging takes long after the short reading.
-    texts = "iter(lambda: 'some text ' * 1000, None)" if phase == "reading" else "words()"
     program = f"""
-import random, rustbpe
+import random, rustbpe, time
+def slow():
+    yield "some text"
+    time.sleep(1000)
 def words():
     random.seed(0)
     for _ in range(300):
@@ -362,11 +420,11 @@ def words():
     print("read", flush=True)
 tokenizer = rustbpe.Tokenizer()
 print("start", flush=True)
-tokenizer.train_from_iterator({texts}, 2**31)
+tokenizer.train_from_iterator({ENDLESS[phase]}, 2**31)
 """
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
-    for _ in range(1 if phase == "reading" else 2):
+    for _ in range(2 if phase == "merging" else 1):
         process.stdout.readline()
     time.sleep(0.5)
     assert process.poll() is None

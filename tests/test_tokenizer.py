@@ -149,6 +149,9 @@ def test_batches_are_small_numbers_with_an_offset_a_text(tokenizer):
         tokenizer.encode_batch(["hi"], prepend="bos")
     with pytest.raises(TypeError):
         tokenizer.encode_batch([b"hi"])
+    # It may have to read them twice (for lone surrogates), which an iterator does not allow.
+    with pytest.raises(TypeError, match="takes a list of str, got generator"):
+        tokenizer.encode_batch(text for text in ["hi", "\ud83d"])
 
 
 def test_a_vocabulary_that_passes_16_bits_with_its_special_tokens():
@@ -190,6 +193,21 @@ def test_prepend_and_append(tokenizer):
         tokenizer.encode("test", prepend="bos")
     with pytest.raises(TypeError, match="str or a list"):
         tokenizer.encode(b"test")
+
+
+def test_ids_may_be_any_kind_of_whole_number(tokenizer):
+    plain = tokenizer.encode("test")
+    assert tokenizer.encode("test", prepend=np.int64(tokenizer.bos), append=np.uint16(7)) == [tokenizer.bos, *plain, 7]
+    assert tokenizer.encode_batch(["test"], prepend=np.int32(7))[0].tolist() == [7, *plain]
+    every_other = np.repeat(np.array(plain, np.int32), 2)[::2]
+    assert tokenizer.decode(every_other) == "test" == tokenizer.decode(iter(plain))
+    for wrong in ([97.6], "12", ["7"], np.array([97.0]), np.array([[97]]), None):
+        with pytest.raises(TypeError):
+            tokenizer.decode(wrong)
+    for i in (tokenizer.vocab_size, -1, 2**70):
+        for use in (tokenizer.encode, lambda text, i: tokenizer.encode_batch([text], i)):
+            with pytest.raises(ValueError, match=f"token id {i} is outside the vocabulary"):
+                use("test", i)
 
 
 @pytest.mark.parametrize("unit", [" ", "a", "\n", "é", "\u3000"])
@@ -251,6 +269,8 @@ def test_training_refuses_what_cannot_be_a_vocabulary():
         Tokenizer.train(["text"], 264)
     with pytest.raises(UserError, match="empty"):
         Tokenizer.train([], 300)
+    with pytest.raises(UserError, match=f"cannot train a tokenizer: vocab_size is {10**30 - 9}, expected 256"):
+        Tokenizer.train(["text"], 10**30)
     assert Tokenizer.train(["ab"], 1000).vocab_size == 256 + 1 + 9
 
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::encode::Encoder;
-use crate::parallel::{Piece, Pieces, Plan, Sender, share};
+use crate::parallel::{Piece, Pieces, Plan, Taker, share};
 
 /// An integer type for token ids that is wide enough for the vocabulary.
 pub trait Id: Copy + Default + Send + Sync {
@@ -41,11 +41,11 @@ struct Output<I, T> {
 
 impl Encoder {
     /// Encodes the texts that `produce` hands over as `plan` says. `produce` goes on while the others
-    /// work; its error ends the work and is returned, and so is a pattern that fails.
+    /// work; its error ends the work and is returned, and so is a pattern that fails: no more texts are wanted.
     pub fn encode_batch<I: Id, T: AsRef<str> + Send + Sync, E: From<String>>(
         &self,
         plan: Plan,
-        produce: impl FnOnce(&mut Sender<T>) -> Result<(), E>,
+        produce: impl FnOnce(&mut Taker<T>) -> Result<(), E>,
     ) -> Result<Encoded<I, T>, E> {
         let mut pieces = Pieces::new(self.splitter(), plan.piece);
         let failed = AtomicBool::new(false);
@@ -58,7 +58,10 @@ impl Encoder {
             output.pieces.push((piece, output.ids.len()));
         };
         let (produced, states): (Result<(), E>, _) = share(plan.threads, start, step, |send| {
-            produce(&mut |text| pieces.add(text, send))?;
+            produce(&mut |text| {
+                pieces.add(text, send);
+                !failed.load(Relaxed)
+            })?;
             pieces.flush(send);
             Ok(())
         });
@@ -158,7 +161,7 @@ mod tests {
             for seed in 0..40 {
                 let texts = random_texts(seed);
                 let each: Vec<Vec<u32>> = texts.iter().map(|text| encoder.encode(text).unwrap()).collect();
-                for (threads, piece) in [(1, 1), (1, 1 << 17), (2, 3), (3, 1), (5, 20), (2, 1 << 17)] {
+                for (threads, piece) in [(1, 1), (1, 1 << 17), (2, 3), (3, 1), (5, 20), (2, 300), (2, 1 << 17)] {
                     let encoded = encoder.encode_batch::<u16, _, _>(Plan { threads, piece }, all(&texts)).unwrap();
                     let mut ids = vec![0; encoded.len()];
                     encoded.write(threads, &mut ids);
@@ -175,6 +178,9 @@ mod tests {
         let encoder = Encoder::new(Splitter::new(r"a|\b").unwrap(), &[]);
         let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), all(["aaa", "b"]));
         assert!(result.err().unwrap().starts_with("text 1: "));
+        // Without end: that the pattern has failed must reach whoever produces.
+        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), all(std::iter::repeat("b")));
+        assert!(result.err().unwrap().starts_with("text "));
         let result = encoder.encode_batch::<u16, &str, String>(Plan::new(Some(3)), |_| Err("stop".to_string()));
         assert_eq!(result.err().unwrap(), "stop");
     }

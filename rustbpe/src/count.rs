@@ -1,9 +1,11 @@
 //! How often each distinct chunk of a corpus occurs: all that training needs to know of it.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use rustc_hash::FxHashMap;
 
 use crate::chunk::Key;
-use crate::parallel::{Piece, Pieces, Plan, Sender, share};
+use crate::parallel::{Piece, Pieces, Plan, Taker, share};
 use crate::split::Splitter;
 
 /// Chunks with their counts. Short chunks are their own keys (see `chunk`), in a table of open addressing.
@@ -17,13 +19,14 @@ pub struct ChunkCounts {
 
 impl ChunkCounts {
     /// Counts the chunks of the texts that `produce` hands over, as `plan` says. `produce` goes on while the
-    /// others count; its error ends the work and is returned, and so is a pattern that fails.
+    /// others count; its error ends the work and is returned, and so is a pattern that fails: no more texts are wanted.
     pub fn of_texts<T: AsRef<str> + Send + Sync, E: From<String>>(
         splitter: &Splitter,
         plan: Plan,
-        produce: impl FnOnce(&mut Sender<T>) -> Result<(), E>,
+        produce: impl FnOnce(&mut Taker<T>) -> Result<(), E>,
     ) -> Result<Self, E> {
         let mut pieces = Pieces::new(splitter, plan.piece);
+        let failed = AtomicBool::new(false);
         let step = |state: &mut Result<Self, String>, piece: Piece<T>| {
             if let Ok(counts) = state {
                 let counted = piece.texts().try_for_each(|(number, text)| {
@@ -31,6 +34,7 @@ impl ChunkCounts {
                 });
                 if let Err(error) = counted {
                     *state = Err(error);
+                    failed.store(true, Relaxed);
                 }
             }
         };
@@ -39,7 +43,10 @@ impl ChunkCounts {
             || Ok(Self::default()),
             step,
             |send| {
-                produce(&mut |text| pieces.add(text, send))?;
+                produce(&mut |text| {
+                    pieces.add(text, send);
+                    !failed.load(Relaxed)
+                })?;
                 pieces.flush(send);
                 Ok(())
             },

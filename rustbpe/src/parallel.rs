@@ -12,6 +12,12 @@ use crate::split::Splitter;
 /// As many threads as the machine has cores for this process.
 static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
 
+/// More help nobody, whatever a caller asks for.
+const MOST_THREADS: usize = 1024;
+
+/// What a text weighs beside its bytes, so that a piece of empty ones ends too.
+pub const TEXT_BYTES: usize = 64;
+
 /// How work is shared out.
 #[derive(Clone, Copy)]
 pub struct Plan {
@@ -25,17 +31,20 @@ impl Plan {
     /// One thread a core where `threads` is None. A piece is a fraction of a millisecond's work, and small enough to
     /// lie in a core's cache with its ids.
     pub fn new(threads: Option<usize>) -> Self {
-        Self { threads: threads.unwrap_or(*CORES), piece: 1 << 17 }
+        Self { threads: threads.unwrap_or(*CORES).min(MOST_THREADS), piece: 1 << 17 }
     }
 }
 
 /// Takes items one by one and hands them to threads.
 pub type Sender<'s, Item> = dyn FnMut(Item) + Send + 's;
 
-/// A producer (see `share`) of what an iterator yields.
-pub fn all<Item>(items: impl IntoIterator<Item = Item>) -> impl FnOnce(&mut Sender<Item>) -> Result<(), String> {
-    |send| {
-        items.into_iter().for_each(send);
+/// Takes texts one by one; false: no more are wanted, for something has failed.
+pub type Taker<'s, T> = dyn FnMut(T) -> bool + Send + 's;
+
+/// Hands over what an iterator yields.
+pub fn all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut Taker<T>) -> Result<(), String> {
+    |take| {
+        texts.into_iter().all(take);
         Ok(())
     }
 }
@@ -136,7 +145,7 @@ impl<'s, T: AsRef<str> + Send + Sync> Pieces<'s, T> {
             return;
         }
         self.texts.push(text);
-        self.bytes += len;
+        self.bytes += len + TEXT_BYTES;
         self.len += 1;
         if self.bytes >= self.piece_bytes {
             self.flush(send);
@@ -156,6 +165,18 @@ impl<'s, T: AsRef<str> + Send + Sync> Pieces<'s, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::split::GPT4_PATTERN;
+
+    #[test]
+    fn pieces_of_empty_texts_end_too() {
+        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
+        let mut pieces = Pieces::new(&splitter, 1 << 17);
+        let mut sent = vec![];
+        let mut send = |piece: Piece<&str>| sent.push(piece.texts().count());
+        (0..10_000).for_each(|_| pieces.add("", &mut send));
+        pieces.flush(&mut send);
+        assert!(sent.len() > 4 && sent.iter().sum::<usize>() == 10_000);
+    }
 
     #[test]
     fn every_item_is_done_once_on_at_most_so_many_threads() {

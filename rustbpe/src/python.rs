@@ -13,7 +13,7 @@ use crate::batch::Id;
 use crate::count::ChunkCounts;
 use crate::encode::Encoder;
 use crate::merge::Pair;
-use crate::parallel::{Plan, Sender};
+use crate::parallel::{Plan, TEXT_BYTES, Taker};
 use crate::split::{GPT4_PATTERN, Splitter};
 use crate::train::learn_merges;
 
@@ -79,7 +79,11 @@ impl Tokenizer {
     /// A tokenizer from its split pattern and (token bytes, rank) pairs in any order: the inverse of
     /// get_mergeable_ranks(). ValueError where they are not those of a byte-level BPE.
     #[staticmethod]
-    fn from_mergeable_ranks(py: Python<'_>, pattern: &str, ranks: Vec<(Vec<u8>, usize)>) -> Fallible<Self> {
+    fn from_mergeable_ranks(py: Python<'_>, pattern: &str, ranks: &Bound<'_, PyAny>) -> Fallible<Self> {
+        let ranks: Vec<(Vec<u8>, usize)> = ranks.extract().map_err(|error| match out_of_range(py, &error) {
+            true => PyValueError::new_err(format!("the ranks hold a number that is no byte and no rank ({error})")),
+            false => error,
+        })?;
         py.detach(|| {
             let mut tokens = vec![None; ranks.len()];
             for (bytes, rank) in ranks {
@@ -103,23 +107,25 @@ impl Tokenizer {
         &self,
         py: Python<'_>,
         iterator: Py<PyAny>,
-        vocab_size: i64,
-        buffer_size: i64,
+        vocab_size: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = nearest)] buffer_size: i64,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
     ) -> Fallible<()> {
-        let num_merges = usize::try_from(vocab_size.saturating_sub(256))
+        let num_merges = u32::try_from(nearest(vocab_size)?)
             .ok()
-            .filter(|_| vocab_size <= i64::from(u32::MAX))
-            .ok_or_else(|| format!("vocab_size is {vocab_size}, expected 256 (the bytes) to {}", u32::MAX))?;
+            .and_then(|size| size.checked_sub(256))
+            .ok_or_else(|| format!("vocab_size is {vocab_size}, expected 256 (the bytes) to {}", u32::MAX))?
+            as usize;
         let buffer_size = at_least_one("buffer_size", buffer_size)?;
         let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
         let encoder = py.detach(|| {
-            let chunks = ChunkCounts::of_texts(&splitter, Plan::new(None), |send| {
-                Python::attach(|py| feed(iterator.bind(py), "the iterator", buffer_size, send))
+            let chunks = ChunkCounts::of_texts(&splitter, Plan::new(None), |take| {
+                Python::attach(|py| feed(iterator.bind(py), "the iterator", buffer_size, take))
             })?;
             if chunks.is_empty() {
-                return Err("the corpus is empty: the iterator yielded no text".to_string().into());
+                let what = "the corpus is empty: the iterator yielded no text, or none that the pattern matches";
+                return Err(what.to_string().into());
             }
             let mut last = Instant::now();
             let merges = learn_merges(chunks, num_merges, |done| {
@@ -166,7 +172,7 @@ impl Tokenizer {
         Ok(chunks.collect::<Result<_, String>>()?)
     }
 
-    /// The ids of a text, on this thread.
+    /// The ids of a text, on this thread. What the pattern does not match is left out; GPT-4's matches everything.
     fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Fallible<Vec<u32>> {
         let encoder = self.encoder();
         let ids = if text.len() < KEEP_GIL { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
@@ -177,7 +183,7 @@ impl Tokenizer {
     fn batch_encode<'py>(&self, py: Python<'py>, texts: Py<PyAny>) -> Fallible<Vec<Bound<'py, PyList>>> {
         let encoder = self.encoder();
         let plan = Plan::new(None);
-        let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |send| feed_batch(&texts, send)))?;
+        let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |take| feed_batch(&texts, take)))?;
         let mut ids = vec![0; encoded.len()];
         py.detach(|| encoded.write(plan.threads, &mut ids));
         let lists = encoded.offsets.windows(2).map(|w| PyList::new(py, &ids[w[0] as usize..w[1] as usize]));
@@ -192,9 +198,10 @@ impl Tokenizer {
         &self,
         py: Python<'py>,
         texts: Py<PyAny>,
-        num_threads: Option<i64>,
+        num_threads: Option<Bound<'py, PyAny>>,
     ) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let plan = Plan::new(num_threads.map(|n| at_least_one("num_threads", n)).transpose()?);
+        let num_threads = num_threads.map(|n| at_least_one("num_threads", nearest(&n)?)).transpose()?;
+        let plan = Plan::new(num_threads);
         let encoder = self.encoder();
         if encoder.vocab_size() <= 1 << 16 {
             encode_flat::<u16>(py, &encoder, &texts, plan, "uint16")
@@ -214,6 +221,18 @@ impl Tokenizer {
     }
 }
 
+/// A whole number, or the nearest that 64 bits hold: all that are larger are as good or as bad.
+fn nearest(value: &Bound<'_, PyAny>) -> PyResult<i64> {
+    match value.extract() {
+        Err(error) if out_of_range(value.py(), &error) => Ok(if value.lt(0)? { i64::MIN } else { i64::MAX }),
+        extracted => extracted,
+    }
+}
+
+fn out_of_range(py: Python<'_>, error: &PyErr) -> bool {
+    error.is_instance_of::<PyOverflowError>(py)
+}
+
 fn at_least_one(name: &str, value: i64) -> Fallible<usize> {
     let usable = usize::try_from(value).ok().filter(|&n| n > 0);
     usable.ok_or_else(|| format!("{name} is {value}, expected 1 or more").into())
@@ -226,7 +245,7 @@ fn encode_flat<'py, I: Id + Element>(
     plan: Plan,
     dtype: &str,
 ) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-    let encoded = py.detach(|| encoder.encode_batch::<I, _, Failure>(plan, |send| feed_batch(texts, send)))?;
+    let encoded = py.detach(|| encoder.encode_batch::<I, _, Failure>(plan, |take| feed_batch(texts, take)))?;
     let tokens = new_array(py, encoded.len(), dtype, |out| py.detach(|| encoded.write(plan.threads, out)))?;
     let offsets = new_array(py, encoded.offsets.len(), "int64", |out| out.copy_from_slice(&encoded.offsets))?;
     Ok((tokens, offsets))
@@ -248,12 +267,12 @@ fn new_array<'py, T: Element>(
     Ok(array)
 }
 
-fn feed_batch(texts: &Py<PyAny>, send: &mut Sender<PyBackedStr>) -> Fallible<()> {
-    Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, send))
+fn feed_batch(texts: &Py<PyAny>, take: &mut Taker<PyBackedStr>) -> Fallible<()> {
+    Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, take))
 }
 
 /// Hands over the texts of an iterable, a buffer at a time. They are borrowed from Python, not copied.
-fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, send: &mut Sender<PyBackedStr>) -> Fallible<()> {
+fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, take: &mut Taker<PyBackedStr>) -> Fallible<()> {
     if iterable.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err("expected an iterable of str, got one str: put it in a list").into());
     }
@@ -265,14 +284,14 @@ fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, send: &mut 
         while texts.len() < buffer_size && bytes < BUFFER_BYTES {
             let Some((position, item)) = items.next() else { break };
             let text = borrow_text(item?, what, position)?;
-            bytes += text.len();
+            bytes += text.len() + TEXT_BYTES;
             texts.push(text);
         }
-        if texts.is_empty() {
+        let more = !texts.is_empty() && py.detach(|| texts.into_iter().all(&mut *take));
+        py.check_signals()?;
+        if !more {
             return Ok(());
         }
-        py.detach(|| texts.into_iter().for_each(&mut *send));
-        py.check_signals()?;
     }
 }
 
@@ -293,7 +312,7 @@ fn borrow_text(item: Bound<'_, PyAny>, what: &str, position: usize) -> PyResult<
 fn decode(encoder: &Encoder, ids: &Bound<'_, PyAny>) -> Fallible<Vec<u8>> {
     let id_of = |item: PyResult<Bound<'_, PyAny>>| {
         let item = item?;
-        item.extract::<u32>().map_err(|error| match error.is_instance_of::<PyOverflowError>(item.py()) {
+        item.extract::<u32>().map_err(|error| match out_of_range(item.py(), &error) {
             true => Failure::from(encoder.outside(&item)),
             false => error.into(),
         })

@@ -301,7 +301,7 @@ mod tests {
         let expected = learn(&texts, 60);
         let whole = [texts.concat()];
         let expected_whole = learn(&whole, 60);
-        for (threads, piece) in [(1, 1 << 17), (2, 10), (5, 1), (3, 100)] {
+        for (threads, piece) in [(1, 1 << 17), (2, 10), (5, 1), (3, 500)] {
             let learn = |texts| learn_merges(count(texts, Plan { threads, piece }), 60, |_| Ok::<_, Infallible>(()));
             assert_eq!(learn(&texts), Ok(expected.clone()));
             assert_eq!(learn(&whole), Ok(expected_whole.clone()));

@@ -16,7 +16,11 @@ class UserError(ValueError):
 def base_dir() -> Path:
     """$NANOCHAT_BASE_DIR (default ~/.cache/nanochat), created: everything the project writes lies below it."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{path} cannot be made ({error.strerror})"
+        raise UserError(f"{reason}: set NANOCHAT_BASE_DIR to a folder that can be written") from None
     return path
 
 

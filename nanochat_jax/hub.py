@@ -91,7 +91,7 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
         # The validation shard comes first and alone: it is needed whatever happens, and where the hub cannot be
         # reached this says so once and soon.
         if failures := _fetch_all(job, [shard(last)], f"{source}, validation shard, MB", 1):
-            raise UserError(f"{repo}: {failures[0]}")
+            raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
         asked = max(count, read_json(folder / "manifest.json").get("shards", 0))  # asking for less takes nothing away
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": asked}) + "\n")
         if failures := _fetch_all(job, names, f"{source}, MB", workers):

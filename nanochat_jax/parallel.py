@@ -42,8 +42,9 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     _join(coordinator, num_processes, process_id)
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise UserError(f"--device_type={device_type}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX's build knows no such platform
+        reason = str(error).splitlines()[0] if str(error) else "this build of JAX finds no such device"
+        raise UserError(f"--device_type={device_type}: {reason}") from None
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 

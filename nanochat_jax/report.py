@@ -144,7 +144,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     """Writes report.md into the base folder and a copy to `output`. UserError if there is nothing to report on."""
     runs = {stage: run for stage in STAGES if (run := find_run(stage, tag))}
     tokenizer = metrics.read(base_dir() / "tokenizer")
-    if not runs and not tokenizer:
+    if not runs and (tag or not tokenizer):
         where = f"a run called {tag!r}" if tag else "a tokenizer or a run"
         raise UserError(f"nothing to report on: {base_dir()} does not hold {where} yet")
     folder = _folder(tag)

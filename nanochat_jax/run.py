@@ -112,6 +112,8 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
     """
     if cfg.keep_last < 1:
         raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
+    if cfg.num_iterations < 1 and cfg.num_iterations != -1:
+        raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to leave it to the data")
     parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with ExitStack() as held:
         # Process 0 decides and holds the lock; several processes see one file system.

@@ -308,6 +308,7 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
      ({"device_batch_size": 3}, "--device_batch_size=3 does not divide the 4 rows"),
      ({"resume": "sometimes"}, "--resume=sometimes: must be auto, never or a step"),
      ({"num_iterations": -1, "target_param_data_ratio": 0.0}, "raise --num_iterations"),
+     ({"num_iterations": -5}, "--num_iterations=-5: must be at least 1, or -1"),
      ({"device_type": "abacus"}, "--device_type=abacus: must be cpu, gpu or tpu"),
      ({"compute_dtype": "float8"}, "--compute_dtype=float8")],
 )  # fmt: skip

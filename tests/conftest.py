@@ -3,11 +3,16 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+# Started in the background of a script, this process and all it starts would ignore Ctrl-C, which is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On the CPU, unless the tests for a GPU are asked for.
 if "gpu" not in sys.argv:

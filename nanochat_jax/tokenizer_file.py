@@ -102,7 +102,7 @@ def difference(found: str, expected: str) -> str:
     for a, b, where in ((found, expected, ""), (found["model"], expected["model"], "model.")):
         for key in [*b, *(k for k in a if k not in b)]:
             if key != "model" and (key not in a or key not in b or a[key] != b[key]):
-                return where + key
+                return where + (key if key in b else repr(key))  # a strange one may hold anything
     return "the order or the spacing"
 
 

@@ -162,6 +162,8 @@ class Tokenizer:
             batch[i] = ids
         return [before + ids + after for ids in batch] if before or after else batch
 
+    __call__ = encode
+
     def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts at once, the same as `encode` gives, from our own encoder on all cores: for data pipelines.
 

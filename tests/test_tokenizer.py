@@ -200,6 +200,7 @@ def test_prepend_and_append(tokenizer):
     plain = tokenizer.encode("test")
     assert tokenizer.encode("test", prepend="<|bos|>", append=7) == [tokenizer.bos, *plain, 7]
     assert tokenizer.encode(["test", ""], prepend=0) == [[0, *plain], [0]]
+    assert tokenizer("test", prepend=0) == [0, *plain]
     with pytest.raises(ValueError, match="special token"):
         tokenizer.encode("test", prepend="bos")
     with pytest.raises(TypeError, match="str or a list"):

@@ -24,9 +24,9 @@ ruff format --check --quiet .
 
 chosen=("$@")
 [[ " $* " == *" -m "* ]] || chosen=(-m "not slow and not parity and not browser and not gpu" "$@")
-# Four at a time even on two cores: much of the time is waiting, for processes that start, stop and are killed.
 log=$(mktemp)
 status=0
+# Four at a time even on two cores: much of the time is waiting, for processes that start, stop and are killed.
 python -m pytest -n 4 --dist loadfile "${chosen[@]}" 2>&1 | tee "$log" || status=$?
 
 # With the test data there, nothing may be skipped for want of them; other reasons are told by pytest and are no error.

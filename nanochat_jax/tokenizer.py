@@ -155,6 +155,9 @@ class Tokenizer:
             return before + self._encode(text) + after
         if not isinstance(text, list):
             raise TypeError(f"encode takes a str or a list of str, got {type(text).__name__}")
+        for i, t in enumerate(text):
+            if not isinstance(t, str):
+                raise TypeError(f"item {i} of the batch is {type(t).__name__}, expected str")
         batch = [[] if len(t) <= LONG_TEXT else self._encode(t) for t in text]
         short = [i for i, t in enumerate(text) if len(t) <= LONG_TEXT]
         found = self._encoding.encode_ordinary_batch([text[i] for i in short], num_threads=num_threads)

@@ -205,6 +205,9 @@ def test_prepend_and_append(tokenizer):
         tokenizer.encode("test", prepend="bos")
     with pytest.raises(TypeError, match="str or a list"):
         tokenizer.encode(b"test")
+    for encode in (tokenizer.encode, tokenizer.encode_batch):
+        with pytest.raises(TypeError, match="item 1 of the batch is int, expected str"):
+            encode(["test", 3])
 
 
 def test_ids_may_be_any_kind_of_whole_number(tokenizer):

@@ -78,7 +78,6 @@ judge() {
     touch "$mark"
 }
 
-started=$SECONDS
 [ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
 
 # What would be trained here: a batch that this machine cannot take is better said before the download than after.
@@ -148,7 +147,7 @@ python -m scripts.chat_cli -i "$last" -g "$tag" -p "$question"
 
 cat <<TXT
 
-== done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s; the report is in report.md. Talk to the model:
+== done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the report is in report.md. Talk to the model:
    .venv/bin/python -m scripts.chat_cli -i $last -g $tag
    .venv/bin/python -m scripts.chat_web -i $last -g $tag
 TXT

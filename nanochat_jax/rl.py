@@ -22,10 +22,10 @@ from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine, Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run, same_tasks
 from nanochat_jax.step import Geometry, step_of
+from nanochat_jax.tokenizer import SHORTEST_PROMPT
 
 SLOTS = 64  # answers a device generates at once
 SHORTEST = 64  # tokens; rows of shorter answers are padded to it
-SHORTEST_PROMPT = 4  # tokens: the special ones alone
 
 # -----------------------------------------------------------------------------
 # Rollouts
@@ -119,7 +119,7 @@ def train(cfg: config.Rl) -> None:
         same_tasks(run, task)
         step_fn = step_of(run)
         run.begin()
-        announce(run, shape, len(task), steps)
+        announce(run, shape, len(task), drawn, steps)
         # Divides by the devices, since the answers do.
         slots = min(drawn * cfg.num_samples, SLOTS * jax.device_count())
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
@@ -212,11 +212,10 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
     return results
 
 
-def announce(run: Run, shape: Geometry, problems: int, steps: int) -> None:
+def announce(run: Run, shape: Geometry, problems: int, drawn: int, steps: int) -> None:
     cfg = run.cfg
     print(f"  parameters: {run.model.num_params:,}, FLOPs a token: {run.model.flops_per_token:.3e}")
     names = ", ".join(cfg.mixture)
-    drawn = cfg.examples_per_step * cfg.oversampling
     print(
         f"  task: {names}, {problems:,} problems; {drawn} a step, {cfg.num_samples} answers each, "
         f"{cfg.examples_per_step} to train on"

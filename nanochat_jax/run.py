@@ -36,6 +36,9 @@ FREE = {
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
+# What to do about a run that is another one than is asked for.
+INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
+
 
 class TrainState(NamedTuple):
     params: gpt.Params
@@ -113,7 +116,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
     if cfg.keep_last < 1:
         raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
     if cfg.num_iterations < 1 and cfg.num_iterations != -1:
-        raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to leave it to the data")
+        raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to have them derived")
     parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with ExitStack() as held:
         # Process 0 decides and holds the lock; several processes see one file system.
@@ -180,10 +183,7 @@ def _shape_and_tokenizer(cfg: Train, folder: Path, step: int | None, origin) -> 
     run, at = (folder, step) if step is not None else origin
     meta = checkpoint.read_meta(run, at)
     if cfg.stage == "base" and Tokenizer.load(tokenizer_dir).hash != meta["tokenizer"]:
-        raise UserError(
-            f"{folder} was trained with another tokenizer than the one in {tokenizer_dir}: "
-            "choose another --model_tag, or move it aside with --resume=never"
-        )
+        raise UserError(f"{folder} was trained with another tokenizer than the one in {tokenizer_dir}: {INSTEAD}")
     return GPTConfig(**meta["model"]), checkpoint.load_tokenizer(meta, run)
 
 
@@ -216,10 +216,7 @@ def _same_run(cfg: Train, folder: Path, meta: dict) -> None:
     if changed := _changed_settings(cfg, meta["config"]):
         other = f"settings ({', '.join(changed[:4])})"
     if other:
-        raise UserError(
-            f"{folder} holds a run started from other {other}: "
-            "choose another --model_tag, or move it aside with --resume=never"
-        )
+        raise UserError(f"{folder} holds a run started from other {other}: {INSTEAD}")
 
 
 def _starts_elsewhere(cfg: Train, parent: str) -> bool:
@@ -252,10 +249,8 @@ def same_tasks(run: Run, task: tasks.Mixture) -> None:
         then = checkpoint.read_meta(run.dir, run.step).get("tasks", learnt)
         if then != learnt:
             what = "mixture" if then["rows"] != learnt["rows"] else "content"
-            raise UserError(
-                f"the conversations are not those of {checkpoint.step_dir(run.dir, run.step)} (other {what}): choose "
-                "another --model_tag, or move the run aside with --resume=never"
-            )
+            folder = checkpoint.step_dir(run.dir, run.step)
+            raise UserError(f"the conversations are not those of {folder} (other {what}): {INSTEAD}")
     run.identity["tasks"] = learnt
 
 

@@ -37,6 +37,8 @@ SPLIT_PATTERN = (
 # tiktoken's regex panics on very long runs of white space, so long texts are left to our own encoder (same ids).
 LONG_TEXT = 1 << 16
 
+SHORTEST_PROMPT = 4  # tokens: <|bos|>, a user's message without text, <|assistant_start|>
+
 # What may stand between special tokens of an assistant message: (before, after, supervised). The model learns to call
 # the calculator, not to predict what it answers.
 PARTS = {
@@ -231,8 +233,9 @@ class Tokenizer:
         What is too long loses its oldest turns (the system message stays), and a last message that is too long by
         itself loses its beginning. The specification cuts the end instead, and with it the question and <|user_end|>.
         """
-        if max_tokens < 4:
-            raise ValueError(f"max_tokens is {max_tokens}, expected at least 4, the special tokens of a prompt")
+        if max_tokens < SHORTEST_PROMPT:
+            least = f"{SHORTEST_PROMPT}, the special tokens of a prompt"
+            raise ValueError(f"max_tokens is {max_tokens}, expected at least {least}")
         system, messages = _check(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]

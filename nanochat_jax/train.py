@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from nanochat_jax import checkpoint, config, dataloader, dataset, metrics, optim, parallel, sharding, tasks, tokenized
 from nanochat_jax.config import GPTConfig, Train, UserError
-from nanochat_jax.run import Interruption, Run, Timer, open_run, same_tasks
+from nanochat_jax.run import INSTEAD, Interruption, Run, Timer, open_run, same_tasks
 from nanochat_jax.step import (
     Geometry,
     compiled_memory,
@@ -95,10 +95,7 @@ def same_text(run: Run, source: dataset.Source) -> dataset.Source:
         folder = checkpoint.step_dir(run.dir, run.step)
         then = checkpoint.read_meta(run.dir, run.step).get("text", text)
         if changed := ", ".join(key for key in text if text[key] != then.get(key)):
-            raise UserError(
-                f"the text is not that of {folder} (other {changed}): choose another --model_tag, or move the run "
-                "aside with --resume=never"
-            )
+            raise UserError(f"the text is not that of {folder} (other {changed}): {INSTEAD}")
         count = then.get("files", count)
         if count > len(source.train_files):
             raise UserError(

@@ -27,6 +27,21 @@ def preset(tmp_path):
     return write
 
 
+def test_a_base_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(UserError, match=r"below cannot be made \(Not a directory\): set NANOCHAT_BASE_DIR to"):
+        config.base_dir()
+
+
+def test_a_python_without_the_packages_is_told_from_the_right_one():
+    command = [sys.executable, "-S", "-m", "scripts.train"]  # -S: without what is installed
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tiny.REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "has no jax: source .venv/bin/activate" in done.stderr
+
+
 def test_defaults_preset_command_line_in_this_order(preset):
     file = preset("depth = 6\nmatrix_lr = 0.01\n[base]\nmatrix_lr = 0.03\nseed = 7\n[mid]\nseed = 8\n")
     cfg = parse(config.Base, ["--seed=1", file, "--seed", "9"])  # wherever --config stands; the last flag wins

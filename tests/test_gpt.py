@@ -165,7 +165,7 @@ def test_cached_decoding_respects_windows(windowed_params):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=5e-5)
 
 
-@pytest.mark.parametrize("pattern", ["L", "SSL"])
+@pytest.mark.parametrize("pattern", ["L", "SL", "SSL"])
 def test_scanned_and_recomputed_layers_give_the_same_numbers(windowed_params, pattern):
     cfg = dataclasses.replace(WINDOWED, window_pattern=pattern)
     ids = jax.random.randint(jax.random.key(3), (2, 192), 0, CFG.vocab_size)

@@ -10,7 +10,8 @@ from nanochat_jax import config, machine
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    yield machine.versions.cache_clear()
+    machine.versions.cache_clear()
+    yield
     machine.versions.cache_clear()
 
 

@@ -103,6 +103,13 @@ def test_without_matplotlib(road, tmp_path, monkeypatch):
     assert text.count("Plots are skipped: matplotlib is not installed") == 1 and "![" not in text
 
 
+def test_a_run_that_is_not_there_leaves_the_last_report_alone(road, tmp_path):
+    (tmp_path / "report.md").write_text("of another run")
+    with pytest.raises(UserError, match=r"nothing to report on: .* does not hold a run called 'nope'"):
+        report.generate("nope", output=tmp_path / "report.md")
+    assert (tmp_path / "report.md").read_text() == "of another run"
+
+
 def test_stages_may_be_missing(quick, tmp_path):
     with pytest.raises(UserError, match="nothing to report on"):
         report.generate(output=tmp_path / "report.md")

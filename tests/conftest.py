@@ -14,9 +14,10 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# On the CPU, unless the tests for a GPU are asked for.
+# On the CPU, unless the tests for a GPU are asked for; there compiled in haste, since most programs run but once.
 if "gpu" not in sys.argv:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What one test, or a process it starts, has compiled is there for the others: half of the time goes into compiling.
 # With pytest-xdist the workers come here with the controller's folder.

@@ -35,8 +35,9 @@ def make_batches(count=3, b=4, t=24):
 
 def plain(params, batches, token_bytes) -> float:
     nats = size = 0.0
+    log_probabilities = jax.jit(lambda p, ids: jax.nn.log_softmax(gpt.forward(p, CFG, ids)))
     for batch in batches:
-        logp = np.asarray(jax.nn.log_softmax(gpt.forward(params, CFG, jnp.asarray(batch["inputs"]))), np.float64)
+        logp = np.asarray(log_probabilities(params, batch["inputs"]), np.float64)
         for row, targets in zip(logp, batch["targets"], strict=True):
             for position, target in enumerate(targets):
                 if target >= 0 and token_bytes[target] > 0:

@@ -1,6 +1,7 @@
 """The model equals other implementations, is causal, and decodes what it computes in full."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import Base, GPTConfig, UserError
 
 CFG = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=100, sequence_len=32)
+
+# Compiled as a whole: operation by operation takes several times as long.
+hidden = jax.jit(gpt.hidden, static_argnums=(1, 3, 4))
+decode = jax.jit(gpt.decode, static_argnums=1)
+forward = jax.jit(gpt.forward, static_argnums=(1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,7 @@ def test_logits_and_greedy_text_equal_transformers(golden_dir, name):
     params, cfg = hf.load(golden_dir / name)
     expected = np.load(golden_dir / name / "expected.npz")
     tokens, logits, greedy = (expected[k] for k in ("tokens", "logits", "greedy"))
-    ours = jax.jit(lambda p, x: gpt.forward(p, cfg, x))(params, tokens)
+    ours = forward(params, cfg, tokens)
     np.testing.assert_allclose(ours, logits, atol=1e-4)
     ids = np.array(greedy)
     ids[:, 8:] = 0
@@ -45,19 +51,19 @@ def test_gradient_never_reaches_later_tokens(params):
     def logit_at_5(embedded):  # perturb the embeddings of the input tokens
         return gpt.forward(params | {"wte": embedded}, CFG, ids)[0, 5].sum()
 
-    by_token = jnp.abs(jax.grad(logit_at_5)(params["wte"])).sum(-1)[:10]
+    by_token = jnp.abs(jax.jit(jax.grad(logit_at_5))(params["wte"])).sum(-1)[:10]
     assert (by_token[:6] > 0).all() and (by_token[6:] == 0).all()
 
 
 @pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [4, 1, 1, 6]])
 def test_cached_decoding_equals_the_full_forward(params, cuts):
     ids = jax.random.randint(jax.random.key(2), (3, 12), 0, CFG.vocab_size)
-    full = gpt.hidden(params, CFG, ids)
+    full = hidden(params, CFG, ids)
     shape = (3, CFG.n_kv_head, 16, CFG.head_dim)
     cache = {n: [jnp.zeros(shape)] * CFG.n_layer for n in ("k", "v")} | {"length": jnp.zeros(3, jnp.int32)}
     parts, at = [], 0
     for n in cuts:
-        x, cache = gpt.decode(params, CFG, ids[:, at : at + n], cache)
+        x, cache = decode(params, CFG, ids[:, at : at + n], cache)
         parts.append(x)
         at += n
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=2e-5)
@@ -65,10 +71,10 @@ def test_cached_decoding_equals_the_full_forward(params, cuts):
 
 def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(params):
     ids = jnp.arange(20)[None]
-    low = gpt.forward(params, CFG, ids, jnp.bfloat16)
+    low = forward(params, CFG, ids, jnp.bfloat16)
     assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, gpt.forward(params, CFG, ids), atol=0.15)
-    gradients = jax.grad(lambda p: gpt.forward(p, CFG, ids, jnp.bfloat16).var())(params)
+    np.testing.assert_allclose(low, forward(params, CFG, ids), atol=0.15)
+    gradients = jax.jit(jax.grad(lambda p: gpt.forward(p, CFG, ids, jnp.bfloat16).var()))(params)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradients))
 
 
@@ -106,8 +112,10 @@ def test_impossible_shapes_name_the_flag():
 def test_attention_in_blocks_equals_jax(t, window):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, t, h, 8)) for i, h in enumerate((4, 2, 2)))
     local = (window, 0) if window else None
-    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
-    np.testing.assert_allclose(causal_attention(q, k, v, window), expected, atol=2e-6)
+    theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local)
+    expected = jax.jit(theirs)(q, k, v)
+    ours = jax.jit(causal_attention, static_argnums=3)(q, k, v, window)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
 def test_more_tokens_than_the_context_are_refused(params):
@@ -149,18 +157,18 @@ def test_a_token_reaches_exactly_its_windows(windowed_params):
     params["blocks"] |= {n: params["blocks"][n].at[1].set(0) for n in ("wo", "w_out")}  # the second layer adds nothing
     ids = jnp.arange(200)[None] % CFG.vocab_size
     changed = ids.at[0, 20].add(1)
-    differs = jnp.abs(gpt.hidden(params, one, ids) - gpt.hidden(params, one, changed)).max(-1)[0] > 0
+    differs = jnp.abs(hidden(params, one, ids) - hidden(params, one, changed)).max(-1)[0] > 0
     assert np.flatnonzero(differs).tolist() == list(range(20, 20 + 128 + 1))
 
 
 def test_cached_decoding_respects_windows(windowed_params):
     ids = jax.random.randint(jax.random.key(2), (2, 180), 0, CFG.vocab_size)
-    full = gpt.hidden(windowed_params, WINDOWED, ids)
+    full = hidden(windowed_params, WINDOWED, ids)
     shape = (2, WINDOWED.n_kv_head, 256, WINDOWED.head_dim)
     cache = {n: [jnp.zeros(shape)] * 4 for n in ("k", "v")} | {"length": jnp.zeros(2, jnp.int32)}
     parts = []
     for at, n in ((0, 150), (150, 29), (179, 1)):
-        x, cache = gpt.decode(windowed_params, WINDOWED, ids[:, at : at + n], cache)
+        x, cache = decode(windowed_params, WINDOWED, ids[:, at : at + n], cache)
         parts.append(x)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=5e-5)
 

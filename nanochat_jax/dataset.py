@@ -29,7 +29,7 @@ from nanochat_jax.hub import first_line
 # What the local corpus is made of besides the standard library: the core dependencies and what they depend on.
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "scipy", "ml_dtypes", "tensorstore", "tiktoken",
-    "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "regex", "requests", "urllib3", "httpx",
+    "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "regex", "requests", "urllib3",
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 ROW_GROUP = 1024  # documents; the unit that is read and tokenized at once

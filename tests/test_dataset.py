@@ -3,6 +3,7 @@
 import ast
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import sysconfig
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -250,7 +252,8 @@ def small_installation(tmp_path, monkeypatch):
     real, small = Path(sysconfig.get_paths()["stdlib"]), tmp_path / "stdlib"
     for name in ("json", "email", "pydoc_data"):
         shutil.copytree(real / name, small / name)
-    monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(small)})
+    paths = SimpleNamespace(get_paths=lambda: {"stdlib": str(small)})
+    monkeypatch.setattr(docstrings, "sysconfig", paths)
     monkeypatch.setattr(dataset, "PACKAGES", ("optax", "not_installed_anywhere"))
     return small
 
@@ -279,6 +282,20 @@ def test_validation_text_is_not_in_the_training_text(small_installation):
 
     train, val = paragraphs("train"), paragraphs("val")
     assert len(set(train)) == len(train) and not set(train) & set(val) and val
+
+
+def test_extras_do_not_change_the_local_corpus():
+    """Its packages are those that every installation of the project brings along."""
+    wanted, core = ["nanochat-jax"], set()
+    while wanted:
+        name = wanted.pop().lower().replace("_", "-")
+        if name not in core:
+            core.add(name)
+            lines = [line.partition(";") for line in importlib.metadata.requires(name) or ()]
+            wanted += [re.match(r"[\w.-]+", line)[0] for line, _, marker in lines if not marker]
+    provides = importlib.metadata.packages_distributions()
+    for package in dataset.PACKAGES:
+        assert core & {name.lower().replace("_", "-") for name in provides[package]}, package
 
 
 def test_docstrings_of_a_module(tmp_path):

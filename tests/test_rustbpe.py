@@ -404,6 +404,10 @@ def test_unusable_settings_are_value_errors():
         trained(["a"], 300, pattern="x*")
     with pytest.raises(ValueError, match=r"text 1: the pattern matches nothing at byte 2"):
         trained(["bbb", "b ab"], 300, pattern=r"b|(?=a)")
+    overlapping = rustbpe.Tokenizer.from_mergeable_ranks(r"x(?<=\Kabx)|.", [(bytes([b]), b) for b in range(256)])
+    for use in (overlapping.encode, overlapping.split, lambda text: overlapping.encode_batch([text])):
+        with pytest.raises(ValueError, match="the pattern reaches back behind byte 2"):
+            use("abx" * 100)
     for buffer_size in (0, -(2**70)):
         with pytest.raises(ValueError, match="buffer_size"):
             trained(["a"], 300, buffer_size=buffer_size)

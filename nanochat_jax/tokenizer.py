@@ -157,6 +157,8 @@ class Tokenizer:
             return before + self._encode(text) + after
         if not isinstance(text, list):
             raise TypeError(f"encode takes a str or a list of str, got {type(text).__name__}")
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}, expected 1 or more")
         for i, t in enumerate(text):
             if not isinstance(t, str):
                 raise TypeError(f"item {i} of the batch is {type(t).__name__}, expected str")
@@ -219,6 +221,8 @@ class Tokenizer:
         Supervised is what the assistant must learn to say: its text, its calculator calls and <|assistant_end|>; not
         what starts its turn, nor what the calculator answers. UserError for messages in the wrong order or shape.
         """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more")
         system, messages = _check(conversation)
         ids, mask = [self.bos], [0]
         for i, message in enumerate(messages):

@@ -1,6 +1,7 @@
 """The Rust crate: equal to a slow twin and to recorded merges, and polite about bad input."""
 
 import gzip
+import inspect
 import itertools
 import json
 import signal
@@ -127,6 +128,24 @@ def test_recorded_merges(golden_dir, data_dir):
         assert ours.encode(case["text"]) == slow_bpe.encode(case["text"], merges, pattern) == case["ids"]
 
 
+def test_stands_in_for_the_package_of_pypi():
+    # rustbpe 0.1.0: the same names and places of arguments; what is ours comes behind.
+    signatures = {
+        "train_from_iterator": "(self, /, iterator, vocab_size, buffer_size=8192, pattern=None",
+        "encode": "(self, /, text",
+        "batch_encode": "(self, /, texts",
+        "decode": "(self, /, ids",
+        "get_mergeable_ranks": "(self, /",
+        "get_pattern": "(self, /",
+    }
+    for name, begins in signatures.items():
+        assert str(inspect.signature(getattr(rustbpe.Tokenizer, name))).startswith(begins)
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(["abab"]), 257, 1, r"\w+")
+    assert (tokenizer.vocab_size, tokenizer.get_pattern()) == (257, r"\w+")
+    assert [bytes(token) for token, _ in tokenizer.get_mergeable_ranks()][256:] == [b"ab"]
+
+
 def test_buffer_size_and_kind_of_iterable_do_not_matter():
     texts = [f"text number {i} of {i * i}" for i in range(100)]
     merges = trained(texts, 400).get_merges()
@@ -244,6 +263,55 @@ print("done")
     assert result.stdout == "done\n", result.stderr
 
 
+def test_training_keeps_no_text_in_memory():
+    program = """
+import resource, rustbpe, sys
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+text = "".join(f"word {i % 97} and more, don't stop. " for i in range(2000))
+def train(num):
+    rustbpe.Tokenizer().train_from_iterator((text + str(i % 10) for i in range(num)), 300)
+    return peak()
+few = train(20)
+print(train(1200) - few, 1200 * len(text))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    more, text = map(int, result.stdout.split())
+    assert text > 60e6 and more < text / 4
+
+
+@pytest.mark.parametrize("work", ["train_from_iterator", "encode", "encode_batch", "batch_encode"])
+def test_other_threads_run_meanwhile(work):
+    # One text, and a pattern without a scanner, so that it takes a while on any machine: all that could let them run is
+    # letting go of the GIL while it is counted or encoded.
+    pattern, text = r"\w+|\W", "some words, and 12 more. " * 100_000
+    tokenizer = trained(["a word, and another"], 260, pattern=pattern)
+    call = {
+        "train_from_iterator": lambda: tokenizer.train_from_iterator([text], 257, pattern=pattern),
+        "encode": lambda: tokenizer.encode(text),
+        "encode_batch": lambda: tokenizer.encode_batch([text]),
+        "batch_encode": lambda: tokenizer.batch_encode([text]),
+    }[work]
+    ready, stop, seen = threading.Event(), threading.Event(), []
+
+    def look():
+        while not stop.is_set():
+            seen.append(time.perf_counter())
+            ready.set()
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    ready.wait()
+    start = time.perf_counter()
+    call()
+    end = time.perf_counter()
+    stop.set()
+    thread.join()
+    assert sum(start < moment < end for moment in seen) >= 5
+
+
 def test_ranks_round_trip_in_any_order(english):
     again = rustbpe.Tokenizer.from_mergeable_ranks(english.get_pattern(), english.get_mergeable_ranks()[::-1])
     assert again.get_merges() == english.get_merges()
@@ -336,6 +404,10 @@ def test_unusable_settings_are_value_errors():
         trained(["a"], 300, pattern="x*")
     with pytest.raises(ValueError, match=r"text 1: the pattern matches nothing at byte 2"):
         trained(["bbb", "b ab"], 300, pattern=r"b|(?=a)")
+    overlapping = rustbpe.Tokenizer.from_mergeable_ranks(r"x(?<=\Kabx)|.", [(bytes([b]), b) for b in range(256)])
+    for use in (overlapping.encode, overlapping.split, lambda text: overlapping.encode_batch([text])):
+        with pytest.raises(ValueError, match="the pattern reaches back behind byte 2"):
+            use("abx" * 100)
     for buffer_size in (0, -(2**70)):
         with pytest.raises(ValueError, match="buffer_size"):
             trained(["a"], 300, buffer_size=buffer_size)

@@ -205,6 +205,8 @@ def test_prepend_and_append(tokenizer):
         tokenizer.encode("test", prepend="bos")
     with pytest.raises(TypeError, match="str or a list"):
         tokenizer.encode(b"test")
+    with pytest.raises(ValueError, match="num_threads is 0, expected 1 or more"):
+        tokenizer.encode(["test"], num_threads=0)
     for encode in (tokenizer.encode, tokenizer.encode_batch):
         with pytest.raises(TypeError, match="item 1 of the batch is int, expected str"):
             encode(["test", 3])
@@ -335,6 +337,9 @@ def test_rendering_is_cut_on_the_right(tokenizer):
     conversation = chat(user("a long question " * 20), assistant("an answer"))
     ids, mask = tokenizer.render_conversation(conversation)
     assert tokenizer.render_conversation(conversation, 10) == (ids[:10], mask[:10])
+    for max_tokens in (0, -1):
+        with pytest.raises(ValueError, match=f"max_tokens is {max_tokens}, expected 1 or more"):
+            tokenizer.render_conversation(conversation, max_tokens)
 
 
 def test_completion_prompt_with_and_without_a_final_answer(tokenizer):

@@ -51,12 +51,13 @@ impl Splitter {
     }
 
     /// The chunks of `text` in order. What no alternative of the pattern takes is left out, as in
-    /// tiktoken; GPT-4's takes everything. An error where a regex matches nothing or gives up (its backtracking limit).
+    /// tiktoken; GPT-4's takes everything. An error where a regex matches nothing, reaches back into the chunk before
+    /// (which a `\K` in a look-behind can) or gives up (its backtracking limit).
     #[inline]
     pub fn chunks<'t>(&'t self, text: &'t str) -> Chunks<'t> {
         match &self.engine {
             Engine::Scanner(digits) => Chunks::Scanner(Scanner::new(text, *digits)),
-            Engine::Regex(regex) => Chunks::Regex(text, Box::new(regex.find_iter(text))),
+            Engine::Regex(regex) => Chunks::Regex { text, matches: Box::new(regex.find_iter(text)), end: 0 },
         }
     }
 
@@ -79,7 +80,12 @@ impl Splitter {
 
 pub enum Chunks<'t> {
     Scanner(Scanner<'t>),
-    Regex(&'t str, Box<Matches<'t, 't, str>>),
+    /// `end`: that of the chunk before.
+    Regex {
+        text: &'t str,
+        matches: Box<Matches<'t, 't, str>>,
+        end: usize,
+    },
 }
 
 impl Iterator for Chunks<'_> {
@@ -89,16 +95,21 @@ impl Iterator for Chunks<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         match self {
             Chunks::Scanner(scanner) => scanner.next().map(Ok),
-            Chunks::Regex(text, matches) => next_match(text, matches),
+            Chunks::Regex { text, matches, end } => next_match(text, matches, end),
         }
     }
 }
 
 #[inline(never)]
-fn next_match(text: &str, matches: &mut Matches<str>) -> Option<Result<Chunk, String>> {
+fn next_match(text: &str, matches: &mut Matches<str>, end: &mut usize) -> Option<Result<Chunk, String>> {
     Some(match matches.next()? {
         Ok(found) if found.range().is_empty() => Err(format!("the pattern matches nothing at byte {}", found.start())),
-        Ok(found) => Ok(Chunk::new(text.as_bytes(), found.range())),
+        // Whoever takes the chunks has room for each byte once.
+        Ok(found) if found.start() < *end => Err(format!("the pattern reaches back behind byte {end}")),
+        Ok(found) => {
+            *end = found.end();
+            Ok(Chunk::new(text.as_bytes(), found.range()))
+        }
         Err(error) => Err(format!("the pattern fails: {error}")),
     })
 }

@@ -198,4 +198,7 @@ fn unusable_patterns_are_refused() {
     // Whether it can match nothing shows only in a text.
     let splitter = Splitter::new(r"a|\b").unwrap();
     assert!(splitter.chunks("ab").any(|chunk| chunk.is_err_and(|error| error.contains("nothing at byte"))));
+    // What overlaps would be more ids than bytes.
+    let splitter = Splitter::new(r"x(?<=\Kabx)|.").unwrap();
+    assert!(splitter.chunks("abx").any(|chunk| chunk.is_err_and(|error| error.contains("back behind byte 2"))));
 }

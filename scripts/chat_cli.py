@@ -229,7 +229,7 @@ def converse(chat: Chat) -> None:
                 print(end="\n" if typed else "")
                 return
             interrupted = True
-            note("\n[what was typed is dropped; Ctrl-C again ends]")
+            note("\n[nothing is sent; Ctrl-C again ends]")
             continue
         except EOFError:
             print(end="\n" if typed else "")

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("page")  # its fixtures are a plugin of two test files, which import it first
-
 # Started in the background of a script, this process and all it starts would ignore Ctrl-C, which is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +27,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
+
+pytest.register_assert_rewrite("page")  # its fixtures are a plugin of two test files, which import it first
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -13,6 +13,7 @@ Weights that lie on a mesh of several devices spread the slots over its data axi
 device keeps the cache of its own slots and decodes them.
 """
 
+import dataclasses
 import functools
 import math
 from collections import deque
@@ -173,6 +174,20 @@ class Engine:
         if mesh := sharding.mesh_of(params):  # whole on every device, once, wherever training keeps them
             params = jax.device_put(params, sharding.replicated(mesh))
         self._params = programs.unstack(params)
+
+    def warm(self, like: Request) -> None:
+        """Compiles what requests sampled like this one need, at every length of prompt and cache, by generating two
+        tokens at each. The engine must be idle."""
+        size = SMALLEST_PROMPT
+        while True:
+            size = min(size, self.cfg.sequence_len)
+            one = dataclasses.replace(like, ids=[0] * size, max_tokens=2, n=1, stop_ids=())
+            self.run([one])
+            if size * PREFILL_ROWS <= PREFILL_TOKENS:
+                self.run([one] * PREFILL_ROWS)
+            if size == self.cfg.sequence_len:
+                return
+            size *= 2
 
     @property
     def running(self) -> int:

@@ -33,6 +33,9 @@ from nanochat_jax.engine.programs import MAX_STOP_IDS, Schedule
 
 PREFILL_ROWS = 4  # prompts that are prefilled together, where as many of similar length wait
 PREFILL_TOKENS = 2048  # and only up to this many tokens: longer prompts fill the device by themselves
+PREFILL_CHUNK = (
+    512  # tokens of a longer prompt at a time; between two such pieces the samples under way get their chunk
+)
 SMALLEST_PROMPT = 32  # length bucket
 TOP_LOGPROBS = 20  # the device names as many alternatives as this, or none: two programs, not twenty
 
@@ -112,13 +115,14 @@ class _Prompt:
 
 @dataclass
 class _Prefilled:
-    """Prompts whose keys and values are computed: prompts[i] is row i."""
+    """Prompts whose keys and values are computed: prompts[i] is row i. Of a long one the first `done` tokens are."""
 
     prefix: kv.KV
-    logits: jax.Array
+    logits: jax.Array | None  # None: there is more to do
     size: int
     prompts: list[_Prompt]
     scores: list[Scores | None]
+    done: int = 0
 
     @property
     def left(self) -> int:
@@ -183,7 +187,7 @@ class Engine:
             size = min(size, self.cfg.sequence_len)
             one = dataclasses.replace(like, ids=[0] * size, max_tokens=2, n=1, stop_ids=())
             self.run([one])
-            if size * PREFILL_ROWS <= PREFILL_TOKENS:
+            if size * PREFILL_ROWS <= PREFILL_TOKENS and self.slots >= PREFILL_ROWS - 1:
                 self.run([one] * PREFILL_ROWS)
             if size == self.cfg.sequence_len:
                 return
@@ -273,9 +277,10 @@ class Engine:
         self._rows = [None if row and row.id == id else row for row in self._rows]
 
     def step(self) -> list[Event]:
-        """Starts waiting samples if a slot is free, else decodes a chunk. Returns what there is to tell."""
+        """Starts waiting samples if a slot is free, else decodes a chunk; does both while a long prompt is prefilled.
+        Returns what there is to tell."""
         free = [slot for slot, row in enumerate(self._rows) if row is None]
-        if free and self.waiting:
+        if free and self.waiting and self._prefill(len(free)):
             return self._admit(free)
         return self._advance() if self.running else []
 
@@ -312,14 +317,11 @@ class Engine:
 
     def _admit(self, free: list[int]) -> list[Event]:
         """Starts as many samples of the prefilled prompts as there are free slots; returns their first tokens."""
-        done = []
-        if self._prefilled is None:
-            self._prefilled = self._prefill_next(len(free))
-            for prompt, scores in zip(self._prefilled.prompts, self._prefilled.scores, strict=True):
-                if prompt.request.max_tokens == 0:  # with its scores everything is said
-                    done += [Event(prompt.id, i, [], [], [], "length", None, scores) for i in range(prompt.left)]
-                    prompt.started = prompt.request.n
-        batch = self._prefilled
+        done, batch = [], self._prefilled
+        for prompt, scores in zip(batch.prompts, batch.scores, strict=True):
+            if prompt.request.max_tokens == 0:  # with its scores everything is said
+                done += [Event(prompt.id, i, [], [], [], "length", None, scores) for i in range(prompt.left)]
+                prompt.started = prompt.request.n
         pairs = [(i, prompt) for i, prompt in enumerate(batch.prompts) for _ in range(prompt.left)]
         started = {}  # slot -> row of the prefill
         for slot, (i, prompt) in zip(free, pairs, strict=False):
@@ -349,8 +351,29 @@ class Engine:
             done.append(self._record(slot, *new, batch.scores[i]))
         return done
 
+    def _prefill(self, free: int) -> bool:
+        """Does a piece of the next prompts' prefill, and says whether that was all of it."""
+        if self._prefilled is None:
+            self._prefilled = self._prefill_next(free)
+        batch = self._prefilled
+        if batch.logits is None:
+            ids = batch.prompts[0].request.ids
+            start = min(batch.done, batch.size - PREFILL_CHUNK)  # the last piece may begin within the one before it
+            piece = ids[start : start + PREFILL_CHUNK]
+            padded = np.zeros((1, PREFILL_CHUNK), np.int32)
+            padded[0, : len(piece)] = piece
+            batch.prefix, logits = programs.extend(
+                self._params, padded, np.array([len(piece)], np.int32), batch.prefix, np.array([start], np.int32),
+                cfg=self.cfg, dtype=self.dtype,
+            )  # fmt: skip
+            batch.done = start + PREFILL_CHUNK
+            if batch.done >= len(ids):
+                batch.logits = logits
+        return batch.logits is not None
+
     def _prefill_next(self, free: int) -> _Prefilled:
         """Runs the first prompt of the queue; together with others of its bucket, if nearly a full batch of them waits.
+        Of a long one only the empty rows are made.
 
         Two batch sizes only, since each is compiled for every length bucket.
         """
@@ -360,6 +383,8 @@ class Engine:
             return size, prompt.request.score
 
         length, score = kind(self._queue[0])
+        if length > PREFILL_CHUNK and not score:
+            return _Prefilled(kv.make(self.cfg, 1, length, self.dtype), None, length, [self._queue.popleft()], [None])
         alike = [prompt for prompt in self._queue if kind(prompt) == (length, score)][: min(free, PREFILL_ROWS)]
         together = len(alike) >= PREFILL_ROWS - 1 and length * PREFILL_ROWS <= PREFILL_TOKENS
         prompts = alike if together else alike[:1]

@@ -22,6 +22,13 @@ PEAK_FLOPS = {
     "GB200": 2500e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
+# Memory, bytes/s of one device, from the same sheets.
+PEAK_BANDWIDTH = {
+    "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "H200": 4.8e12, "GH200": 4.0e12, "B200": 8e12,
+    "GB200": 8e12, "A100-SXM4-80GB": 2.039e12, "A100 80GB": 1.935e12, "A100": 1.555e12, "L40S": 864e9, "L4": 300e9,
+    "RTX 4090": 1.008e12, "RTX 3090": 936e9,
+}  # fmt: skip
+
 
 def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Chooses the platform, switches the compile cache on, and joins the other processes of a run on several hosts.
@@ -164,6 +171,18 @@ def peak_flops() -> float | None:
     """Peak FLOP/s of all devices together in bf16, None where unknown."""
     import jax
 
+    one = _of_device(PEAK_FLOPS)
+    return one and one * jax.device_count()
+
+
+def peak_bandwidth() -> float | None:
+    """Peak bytes/s of one device's memory, None where unknown."""
+    return _of_device(PEAK_BANDWIDTH)
+
+
+def _of_device(figures: dict[str, float]) -> float | None:
+    import jax
+
     kind = jax.devices()[0].device_kind
-    names = sorted((n for n in PEAK_FLOPS if re.search(rf"\b{n}\b", kind)), key=len)  # an L40 is no L4
-    return PEAK_FLOPS[names[-1]] * jax.device_count() if names else None
+    names = sorted((n for n in figures if re.search(rf"\b{n}\b", kind)), key=len)  # an L40 is no L4
+    return figures[names[-1]] if names else None

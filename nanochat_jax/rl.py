@@ -19,7 +19,8 @@ import numpy as np
 from nanochat_jax import config, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
-from nanochat_jax.engine.engine import Engine, Request, Sample
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request, Sample
 from nanochat_jax.run import Interruption, Run, Timer, open_run, same_tasks
 from nanochat_jax.step import Geometry, step_of
 from nanochat_jax.tokenizer import SHORTEST_PROMPT

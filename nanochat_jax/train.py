@@ -427,7 +427,8 @@ def sample(run: Run, stage: Stage, step: int) -> None:
 
 def complete(params, model: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -> list[tuple[str, str]]:
     """Greedy continuations of SAMPLE_PROMPTS, as (prompt, continuation)."""
-    from nanochat_jax.engine.engine import Engine, Request
+    from nanochat_jax.engine.engine import Engine
+    from nanochat_jax.engine.request import Request
 
     engine = Engine(params, model, tokenizer, slots=len(SAMPLE_PROMPTS), dtype=dtype)
     requests = [

@@ -32,7 +32,8 @@ def main(cfg: config.ChatCli) -> None:
 
     # What the loader says goes to stderr: stdout is the conversation, for whoever reads it through a pipe.
     from nanochat_jax import checkpoint, parallel
-    from nanochat_jax.engine.engine import Engine, Request
+    from nanochat_jax.engine.engine import Engine
+    from nanochat_jax.engine.request import Request
 
     parallel.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):
@@ -95,7 +96,7 @@ class Chat:
 
     def _stream(self, question: dict, ids: list[int], stop: threading.Event | None) -> Iterator[tuple[str, str]]:
         from nanochat_jax.conversation import PartReader, message
-        from nanochat_jax.engine.engine import Request
+        from nanochat_jax.engine.request import Request
 
         cfg = self.cfg
         request = Request(
@@ -229,7 +230,7 @@ def converse(chat: Chat) -> None:
                 print(end="\n" if typed else "")
                 return
             interrupted = True
-            note("\n[what was typed is dropped; Ctrl-C again ends]")
+            note("\n[nothing is sent; Ctrl-C again ends]")
             continue
         except EOFError:
             print(end="\n" if typed else "")

@@ -28,6 +28,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 
+pytest.register_assert_rewrite("page")  # its fixtures are a plugin of two test files, which import it first
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TEST_DATA = Path(os.environ.get("NANOCHAT_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared")

@@ -15,7 +15,7 @@ import uvicorn
 
 from nanochat_jax import checkpoint
 from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig
-from nanochat_jax.engine.engine import Event
+from nanochat_jax.engine.request import Event
 from nanochat_jax.serve.app import create_app
 
 TEXT = [

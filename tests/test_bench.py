@@ -10,6 +10,7 @@ import tiny
 
 from nanochat_jax import commandline
 from nanochat_jax.config import UserError
+from scripts.bench import decode, serve
 from scripts.bench import tokenizer as bench
 
 
@@ -171,9 +172,123 @@ def test_help_and_names():
     assert "--peer_python" in done.stdout and "--config" not in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & {"jax", "numpy", "pyarrow", "tiktoken", "rustbpe"}
-    for arguments, words in (([], "must be one of tokenizer"), (["speed"], "benchmark 'speed'"),
+    for arguments, words in (([], "must be one of tokenizer, decode, serve"), (["speed"], "benchmark 'speed'"),
                              (["tokenizer", "--corpus=/gone"], "--corpus=/gone: no such"),
                              (["tokenizer", "--config=cpu"], "--config=cpu")):  # fmt: skip
         done = run(*arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
+# decode
+
+FAKE_HF = """
+sys.stdin.read()
+if job["job"] == "probe":
+    print(json.dumps({"python": "3.0", "version": "transformers 9.9, torch 9.9"}))
+elif job["dtype"] == "bfloat16":
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory")
+else:
+    assert job["job"] == "hf" and job["shape"]["n_layer"] == 1 and (job["prompt"], job["new"]) == (8, 6)
+    print(json.dumps({"first": 100.0, "seconds": 150.0}))
+"""
+TINY = {"device_type": "cpu", "depth": 1, "vocab_size": 320, "prompt": 8, "new": 6, "batches": "2", "chunk": 4}
+
+
+def test_decode_beside_a_peer_that_fails_in_part(fake_python, tmp_path, capsys):
+    more = {"dtypes": "float32,bfloat16", "rounds": 1, "peer": "hf", "peer_python": fake_python(FAKE_HF)}
+    decode.main(decode.Settings(**TINY, **more, json=str(tmp_path / "out.jsonl")))
+    said = capsys.readouterr()
+    assert "hf, batch 2, bfloat16: left out, it failed (torch.OutOfMemoryError: CUDA out of memory)" in said.err
+    line = json.loads(said.out.splitlines()[-1])
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8")) == line
+    assert line["bench"] == "decode" and line["versions"]["hf"] == "transformers 9.9, torch 9.9"
+    rows = {(row["tool"], row["dtype"]): row for row in line["results"]}
+    assert len(rows) == len(line["results"]) == 3
+    theirs, ours = rows["hf", "float32"], [rows["ours", dtype] for dtype in ("float32", "bfloat16")]
+    assert (theirs["first_token_s"], theirs["token_s"], theirs["tokens_per_s"]) == (100, 10, 0.2)
+    assert [row["best"] for row in ours].count(True) == 1 and theirs["best"]
+    assert theirs["ours_is"] == pytest.approx(max(row["tokens_per_s"] for row in ours) / 0.2, rel=1e-3)
+    for row in ours:
+        (first, seconds), *_ = row["runs"]
+        assert 0 < first < seconds and row["token_s"] == pytest.approx((seconds - first) / 5, rel=1e-2)
+        # One layer of width 128, the head, and the cache of two rows, 11 tokens each on average.
+        needed = (12 * 128**2 + 320 * 128 + 2 * 128 * 2 * 11) * (4 if row["dtype"] == "float32" else 2)
+        assert row["gb_per_s"] == pytest.approx(needed / row["token_s"] / 1e9, abs=2e-3)
+        assert row["bandwidth"] is None  # that of a CPU is unknown
+    assert "| n/a |" in " ".join(said.out.split())
+
+
+def test_the_share_of_the_bandwidth_and_the_best_dtype():
+    cfg = decode.Settings(new=11)
+    runs = [{"first": 1.0, "seconds": 1.0 + s, "bytes": 4e9} for s in (0.1, 0.2, 0.5)]
+    slow = decode._row((8, "ours", "float32"), runs, cfg, 1e12)
+    assert (slow["token_s"], slow["tokens_per_s"], slow["bandwidth"], slow["gb_per_s"]) == (0.02, 400, 0.2, 200)
+    fast = decode._row((8, "ours", "bfloat16"), runs[:1], cfg, None)
+    other = decode._row((8, "hf", "float32"), [{"first": 1.0, "seconds": 2.0}], cfg, 1e12)
+    decode._compare([slow, fast, other])
+    assert [row["best"] for row in (slow, fast, other)] == [False, True, True]
+    assert [row["ours_is"] for row in (slow, fast, other)] == [None, None, 10] and other["bandwidth"] is None
+
+
+def test_decode_skips_a_peer_that_is_not_there_and_knows_its_defaults(fake_python, capsys, monkeypatch):
+    missing = 'print(json.dumps({"python": "3.0", "missing": "ModuleNotFoundError: No module named \'torch\'"}))'
+    device = {"device": "X1", "platform": "gpu", "bandwidth": 1e12, "version": "9"}
+    asked, real = [], decode.measuring.run
+
+    def run(python, script, job, ours=False):
+        if job["job"] in ("probe", "device"):
+            return device if job["job"] == "device" else real(python, script, job)
+        asked.append((job["batch"], job["dtype"], job["shape"]["n_layer"], job["prompt"], job["new"]))
+        return {"first": 1.0, "seconds": 2.0, "bytes": 1e9}
+
+    monkeypatch.setattr(decode.measuring, "run", run)
+    decode.main(decode.Settings(rounds=1, peer="hf", peer_python=fake_python(missing)))
+    assert capsys.readouterr().err.count("hf: skipped") == 1
+    assert asked == [(batch, "bfloat16", 20, 1792, 256) for batch in (1, 8, 32, 128)]
+    asked.clear()
+    device["platform"] = "cpu"
+    decode.main(decode.Settings(rounds=1))
+    assert asked == [(b, dtype, 4, 256, 256) for b in (1, 8, 32) for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"new": 1}, "--new=1: must be at least 2"), ({"prompt": -1}, "--prompt=-1"), ({"chunk": 0}, "--chunk=0"),
+    ({"batches": "1,x"}, "--batches=1,x: must be positive"), ({"batches": "0"}, "--batches=0"),
+    ({"dtypes": "int8"}, "--dtypes=int8: must be float32 or bfloat16"), ({"peer": "vllm"}, "--peer=vllm: must be hf"),
+    ({"peer_python": "/x"}, "--peer_python needs --peer=hf"), ({"json": "/gone/x"}, "--json=/gone/x: its folder"),
+])  # fmt: skip
+def test_decodes_mistakes_are_one_line(change, words):
+    with pytest.raises(UserError, match=words):
+        decode.main(decode.Settings(**change))
+
+
+# -----------------------------------------------------------------------------
+# serve
+
+
+def test_serve_measures_a_real_server(tmp_path, capsys):
+    preset = tmp_path / "tiny.toml"
+    preset.write_text("depth = 1\naspect_ratio = 16\nhead_dim = 16\nmax_seq_len = 64\n[tok]\nvocab_size = 320\n")
+    sizes = {"clients": 3, "requests": 2, "prompt": 5, "new": 12, "rounds": 1}
+    serve.main(serve.Settings(str(preset), **sizes, device_type="cpu"))
+    shown, line = capsys.readouterr().out.rsplit("\n\n", 1)
+    line = json.loads(line)
+    assert line["bench"] == "serve" and {name: line[name] for name in sizes} == sizes
+    assert line["runs"][0][1] == line["engine_runs"][0][1] == 3 * 2 * 12  # no answer ended early
+    assert line["share"] == pytest.approx(line["server_tokens_per_s"] / line["engine_tokens_per_s"], rel=1e-2)
+    assert 0 < line["first_token_p50_s"] <= line["first_token_p95_s"] <= line["runs"][0][0]
+    assert "share of the engine's (the goal is 80%)" in shown and "95th percentile" in shown
+
+
+def test_serves_percentiles_and_mistakes(tmp_path):
+    run = {"seconds": 2.0, "tokens": 300, "first": [i / 100 for i in range(100)]}
+    result = serve._result([run], [run | {"seconds": 1.0}])
+    assert (result["server_tokens_per_s"], result["share"]) == (150, 0.5)
+    assert (result["first_token_p50_s"], result["first_token_p95_s"]) == (0.5, 0.95)
+    for change, words in (({"clients": 0}, "--clients=0: must"), ({"preset": "gone"}, "--preset=gone: no such preset"),
+                          ({"new": 200, "prompt": 100}, "the context of cpu holds 256 tokens"),
+                          ({"json": str(tmp_path / "a" / "b")}, "its folder does not exist")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            serve.main(serve.Settings(**change))

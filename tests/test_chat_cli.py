@@ -333,7 +333,7 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, cfg, tokenizer):
         terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: q
         terminal.wait_for("é!")
         terminal.wait_for("User: ")
-        # Ctrl-C drops what is typed and not the program; twice ends it.
+        # Ctrl-C drops what may be typed and not the program; twice ends it.
         terminal.type("half a tho")
         terminal.wait_for("half a tho")
         time.sleep(0.5)  # CPython's input() misses a signal between the echo of a letter and its waiting for the next

@@ -16,7 +16,8 @@ from serving import save_model
 
 from nanochat_jax import config, gpt, metrics, tasks
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.engine.engine import Engine, Request
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request
 from nanochat_jax.evals import chat
 from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tokenizer import Tokenizer

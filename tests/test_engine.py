@@ -17,7 +17,9 @@ from scripted_model import line_ids, scripted
 from nanochat_jax import gpt
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
-from nanochat_jax.engine.engine import Engine, Request
+from nanochat_jax.engine import programs
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request
 from nanochat_jax.tokenizer import Tokenizer
 
 CONTEXT = 160
@@ -100,6 +102,33 @@ def test_a_prompt_may_fill_the_context_but_not_more(engine, params, full):
     assert sample.ids == [int(full(params, prompt(CONTEXT))[-1].argmax())] and sample.finish_reason == "length"
     with pytest.raises(UserError, match=r"161 tokens.*160"):
         engine.run([Request(prompt(CONTEXT + 1))])
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("length", [65, 96, 127, 159, CONTEXT])
+def test_a_long_prompt_is_prefilled_in_pieces_while_others_go_on(engine, params, full, length, monkeypatch):
+    """Pieces of 64 in rows of 128 or 160 positions, of which the last piece of the latter overlaps the one before."""
+    monkeypatch.setattr("nanochat_jax.engine.engine.PREFILL_CHUNK", 64)
+    short, long = (Request(prompt(n, n), max_tokens=20, temperature=0, stop_ids=()) for n in (5, length))
+    [[expected]] = engine.run([short])
+    [[alone]] = engine.run([long])
+    text = [*long.ids, *alone.ids[:-1]]
+    assert alone.ids == full(params, text)[length - 1 :].argmax(-1).tolist()
+    first = engine.add(short)
+    events = engine.step()
+    second = engine.add(long)
+    pieces = -(-length // 64)
+    for _ in range(pieces - 1):
+        new = engine.step()
+        assert [event.request for event in new] == [first] and engine.waiting == 1  # the short one gets its chunk
+        events += new
+    while engine.busy:
+        events += engine.step()
+    heard = {id: [token for event in events if event.request == id for token in event.ids] for id in (first, second)}
+    assert heard == {first: expected.ids, second: alone.ids}
+    cancelled = engine.add(long)
+    engine.step()
+    engine.cancel(cancelled)
     assert not engine.busy
 
 
@@ -328,6 +357,17 @@ def test_bad_requests_are_refused_and_leave_no_trace(engine, change, message):
     assert not engine.busy
 
 
+def test_a_warm_engine_compiles_nothing_for_requests_of_its_kind(params, cfg, tokenizer):
+    """Prompts of all lengths, alone and several at once, to the end of the context."""
+    engine = Engine(params, cfg, tokenizer, slots=5, chunk=4)
+    engine.warm(Request([0], temperature=0.8, top_k=50))
+    compiled = [programs.prefill, programs.extend, programs.first, programs.decode]
+    before = [program._cache_size() for program in compiled]
+    for lengths in ([1], [33], [70, 80, 90, 100], [3] * 6, [129, 20], [CONTEXT]):
+        engine.run([Request(prompt(n, n), temperature=0.8, top_k=50, max_tokens=80, stop_ids=()) for n in lengths])
+    assert [program._cache_size() for program in compiled] == before
+
+
 def test_buckets_are_few_and_hold_what_they_must():
     sizes = {kv.bucket(n, 2048) for n in range(2049)}
     assert sizes == {128, 256, 512, 1024, 2048}
@@ -343,7 +383,8 @@ import json
 import jax
 from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.engine.engine import Engine, Request
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request
 from nanochat_jax.tokenizer import Tokenizer
 from scripted_model import scripted
 from test_engine import CALL, END, prompt

@@ -447,6 +447,17 @@ def test_mistakes_are_named_in_openais_shape(tokenizer):
         for method, path, status in (("GET", "nothing", 404), ("GET", "completions", 405), ("POST", "models", 405)):
             answer = http.request(method, path)
             assert answer.status_code == status and answer.json()["error"]["message"]
+        for method, url in (("GET", "/nope"), ("POST", "/completions"), ("GET", "/v1/nothing")):
+            answer = http.request(method, str(client.base_url.copy_with(raw_path=url.encode())))
+            error = answer.json()["error"]
+            assert answer.status_code == 404 and error["type"] == "not_found_error"
+            assert repr(url) in error["message"] and "/v1" in error["message"]
+        body = json.dumps({"messages": [user("x")]})
+        for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/jsonish"}):
+            error = http.post("chat/completions", content=body, headers=headers).json()["error"]
+            assert error["code"] == "invalid_content_type" and "Content-Type: application/json" in error["message"]
+        kind = {"Content-Type": "application/json; charset=utf-8"}
+        assert http.post("chat/completions", content="{", headers=kind).json()["error"]["code"] == "invalid_json"
         # Neutral values of what is not supported, unknown fields, and null are no mistakes.
         fine = {"presence_penalty": 0, "tools": None, "response_format": {"type": "text"}, "user": "me", "stop": None,
                 "stream_options": None, "logit_bias": {}, "best_of": 1, "n": None, "seed": -1, "top_p": 0}  # fmt: skip

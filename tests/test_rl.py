@@ -7,7 +7,7 @@ import pytest
 
 from nanochat_jax import rl
 from nanochat_jax.config import Rl, UserError
-from nanochat_jax.engine.engine import Sample
+from nanochat_jax.engine.request import Sample
 
 PAD = 99
 

@@ -13,10 +13,11 @@ Weights that lie on a mesh of several devices spread the slots over its data axi
 device keeps the cache of its own slots and decodes them.
 """
 
+import dataclasses
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -29,71 +30,15 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import programs, sampler
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.engine.programs import MAX_STOP_IDS, Schedule
+from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Likeliest, Request, Sample, Scores
 
 PREFILL_ROWS = 4  # prompts that are prefilled together, where as many of similar length wait
 PREFILL_TOKENS = 2048  # and only up to this many tokens: longer prompts fill the device by themselves
+PREFILL_CHUNK = 512  # tokens of a longer prompt at a time; samples under way get their chunk in between
 SMALLEST_PROMPT = 32  # length bucket
-TOP_LOGPROBS = 20  # the device names as many alternatives as this, or none: two programs, not twenty
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate: `n` samples that continue `ids`."""
-
-    ids: Sequence[int]
-    max_tokens: int = 256  # generated tokens at most, forced ones included; 0 only with `score`
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    seed: int = 42
-    stop_ids: Sequence[int] | None = None  # default: <|assistant_end|> and <|bos|>
-    n: int = 1
-    tools: bool = True  # whether python blocks are answered by the calculator
-    top_logprobs: int = 0  # how many of the likeliest tokens to name beside each token, at most TOP_LOGPROBS
-    score: bool = False  # whether the prompt's tokens get log-probabilities too
-
-
-Likeliest = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How likely each token of a prompt was after those before it; of the first nothing is known."""
-
-    logprobs: list[float | None]
-    top: list[Likeliest | None]  # as many as `top_logprobs` asked for
-
-
-@dataclass(frozen=True)
-class Event:
-    """New tokens of one sample. `finish_reason` is None but for the last event of a sample: "stop" or "length"."""
-
-    request: int  # the id that `Engine.add` gave
-    sample: int
-    ids: list[int]
-    mask: list[int]  # 1: sampled, 0: forced
-    logprobs: list[float]  # under the full softmax at temperature 1; of forced tokens too
-    finish_reason: str | None
-    top: list[Likeliest] | None = None  # beside each token, if `top_logprobs` asked for it
-    scores: Scores | None = None  # with the first event of a sample, if `score` asked for it
-
-
-@dataclass(frozen=True)
-class Sample:
-    """All generated tokens of one sample; with finish_reason "stop" the last one is the stop token."""
-
-    ids: list[int]
-    mask: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-    @property
-    def content(self) -> list[int]:
-        """The ids without the token that ended them."""
-        return self.ids[:-1] if self.finish_reason == "stop" else self.ids
-
 
 # -----------------------------------------------------------------------------
+# What the host knows
 
 
 @dataclass(eq=False)
@@ -111,13 +56,14 @@ class _Prompt:
 
 @dataclass
 class _Prefilled:
-    """Prompts whose keys and values are computed: prompts[i] is row i."""
+    """Prompts whose keys and values are computed: prompts[i] is row i. Of a long one the first `done` tokens are."""
 
     prefix: kv.KV
-    logits: jax.Array
+    logits: jax.Array | None  # None: there is more to do
     size: int
     prompts: list[_Prompt]
     scores: list[Scores | None]
+    done: int = 0
 
     @property
     def left(self) -> int:
@@ -173,6 +119,20 @@ class Engine:
         if mesh := sharding.mesh_of(params):  # whole on every device, once, wherever training keeps them
             params = jax.device_put(params, sharding.replicated(mesh))
         self._params = programs.unstack(params)
+
+    def warm(self, like: Request) -> None:
+        """Compiles what requests sampled like this one need, at every length of prompt and cache, by generating two
+        tokens at each. The engine must be idle."""
+        size = SMALLEST_PROMPT
+        while True:
+            size = min(size, self.cfg.sequence_len)
+            one = dataclasses.replace(like, ids=[0] * size, max_tokens=2, n=1, stop_ids=())
+            self.run([one])
+            if size * PREFILL_ROWS <= PREFILL_TOKENS and self.slots >= PREFILL_ROWS - 1:
+                self.run([one] * PREFILL_ROWS)
+            if size == self.cfg.sequence_len:
+                return
+            size *= 2
 
     @property
     def running(self) -> int:
@@ -258,9 +218,10 @@ class Engine:
         self._rows = [None if row and row.id == id else row for row in self._rows]
 
     def step(self) -> list[Event]:
-        """Starts waiting samples if a slot is free, else decodes a chunk. Returns what there is to tell."""
+        """Starts waiting samples if a slot is free, else decodes a chunk; does both while a long prompt is prefilled.
+        Returns what there is to tell."""
         free = [slot for slot, row in enumerate(self._rows) if row is None]
-        if free and self.waiting:
+        if free and self.waiting and self._prefill(len(free)):
             return self._admit(free)
         return self._advance() if self.running else []
 
@@ -297,14 +258,11 @@ class Engine:
 
     def _admit(self, free: list[int]) -> list[Event]:
         """Starts as many samples of the prefilled prompts as there are free slots; returns their first tokens."""
-        done = []
-        if self._prefilled is None:
-            self._prefilled = self._prefill_next(len(free))
-            for prompt, scores in zip(self._prefilled.prompts, self._prefilled.scores, strict=True):
-                if prompt.request.max_tokens == 0:  # with its scores everything is said
-                    done += [Event(prompt.id, i, [], [], [], "length", None, scores) for i in range(prompt.left)]
-                    prompt.started = prompt.request.n
-        batch = self._prefilled
+        done, batch = [], self._prefilled
+        for prompt, scores in zip(batch.prompts, batch.scores, strict=True):
+            if prompt.request.max_tokens == 0:  # with its scores everything is said
+                done += [Event(prompt.id, i, [], [], [], "length", None, scores) for i in range(prompt.left)]
+                prompt.started = prompt.request.n
         pairs = [(i, prompt) for i, prompt in enumerate(batch.prompts) for _ in range(prompt.left)]
         started = {}  # slot -> row of the prefill
         for slot, (i, prompt) in zip(free, pairs, strict=False):
@@ -334,8 +292,29 @@ class Engine:
             done.append(self._record(slot, *new, batch.scores[i]))
         return done
 
+    def _prefill(self, free: int) -> bool:
+        """Does a piece of the next prompts' prefill, and says whether that was all of it."""
+        if self._prefilled is None:
+            self._prefilled = self._prefill_next(free)
+        batch = self._prefilled
+        if batch.logits is None:
+            ids = batch.prompts[0].request.ids
+            start = min(batch.done, batch.size - PREFILL_CHUNK)  # the last piece may begin within the one before it
+            piece = ids[start : start + PREFILL_CHUNK]
+            padded = np.zeros((1, PREFILL_CHUNK), np.int32)
+            padded[0, : len(piece)] = piece
+            batch.prefix, logits = programs.extend(
+                self._params, padded, np.array([len(piece)], np.int32), batch.prefix, np.array([start], np.int32),
+                cfg=self.cfg, dtype=self.dtype,
+            )  # fmt: skip
+            batch.done = start + PREFILL_CHUNK
+            if batch.done >= len(ids):
+                batch.logits = logits
+        return batch.logits is not None
+
     def _prefill_next(self, free: int) -> _Prefilled:
         """Runs the first prompt of the queue; together with others of its bucket, if nearly a full batch of them waits.
+        Of a long one only the empty rows are made.
 
         Two batch sizes only, since each is compiled for every length bucket.
         """
@@ -345,6 +324,8 @@ class Engine:
             return size, prompt.request.score
 
         length, score = kind(self._queue[0])
+        if length > PREFILL_CHUNK and not score:
+            return _Prefilled(kv.make(self.cfg, 1, length, self.dtype), None, length, [self._queue.popleft()], [None])
         alike = [prompt for prompt in self._queue if kind(prompt) == (length, score)][: min(free, PREFILL_ROWS)]
         together = len(alike) >= PREFILL_ROWS - 1 and length * PREFILL_ROWS <= PREFILL_TOKENS
         prompts = alike if together else alike[:1]

@@ -54,9 +54,7 @@ def prefill(params, ids, length, *, cfg: GPTConfig, dtype, top: int | None = Non
     """
     rows, size = ids.shape
     empty = kv.make(cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
-    x, cache = gpt.decode(_stack(params), cfg, ids, empty, dtype)
-    last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
-    prefix, logits = {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
+    x, prefix, logits = _append(params, ids, length, empty, cfg, dtype)
     if top is None:
         return prefix, logits, None
 
@@ -69,6 +67,21 @@ def prefill(params, ids, length, *, cfg: GPTConfig, dtype, top: int | None = Non
     by_position = jnp.swapaxes(x, 0, 1), jnp.roll(ids, -1, axis=1).T
     scores = jax.lax.map(score, by_position, batch_size=max(1, SCORED // rows))
     return prefix, logits, jax.tree.map(lambda scored: jnp.swapaxes(scored, 0, 1), scores)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnames="prefix")
+def extend(params, ids, length, prefix, start, *, cfg: GPTConfig, dtype):
+    """A piece of long prompts: `length` [p] of ids [p,t], padded on the right, go to position `start` [p] of the cache
+    rows `prefix` -> the rows, next-token logits [p,v]. The caller keeps start + t within the rows."""
+    _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, cfg, dtype)
+    return prefix, logits
+
+
+def _append(params, ids, length, cache, cfg: GPTConfig, dtype):
+    """ids [p,t], of which `length` [p] count, behind those in `cache` -> hidden states [p,t,d], rows, logits [p,v]."""
+    x, cache = gpt.decode(_stack(params), cfg, ids, cache, dtype)
+    last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
+    return x, {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "top", "mesh"))

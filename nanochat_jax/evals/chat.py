@@ -17,7 +17,8 @@ import numpy as np
 
 from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.engine.engine import Engine, Request, Sample
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request, Sample
 from nanochat_jax.evals.batching import fetch, fixed_rows, gather, num_rows, padded, put
 from nanochat_jax.evals.score import Score, centered_mean
 from nanochat_jax.progress import Progress

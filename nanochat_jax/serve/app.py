@@ -24,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from nanochat_jax.config import ChatWeb, UserError
 from nanochat_jax.conversation import PartReader, prompt
 from nanochat_jax.engine.engine import Engine
-from nanochat_jax.engine.engine import Request as EngineRequest
+from nanochat_jax.engine.request import Request as EngineRequest
 from nanochat_jax.serve import errors, openai
 from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.guard import Guard

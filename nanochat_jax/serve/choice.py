@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat_jax.conversation import PartReader
-from nanochat_jax.engine.engine import Event, Likeliest, Scores
+from nanochat_jax.engine.request import Event, Likeliest, Scores
 from nanochat_jax.tokenizer import StreamDecoder, Tokenizer
 
 

@@ -1,4 +1,6 @@
-"""How the server says no: a line that names the field, under /v1/ in OpenAI's shape, elsewhere as {"detail": line}."""
+"""How the server says no: a line that names the field. The specification's own paths answer with {"detail": line}, all
+others in OpenAI's shape, paths that do not exist included: who asks for one has likely mistaken the API's address.
+"""
 
 import re
 
@@ -8,7 +10,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # else by hundred
+_OWN = ("/", "/logo.svg", "/chat/completions", "/health", "/stats", "/metrics", "/openapi.json")
 _TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # pydantic names the member of a union it tried
+_JSON_TYPE = re.compile(r"\s*application/([^;]+\+)?json\s*(;|$)", re.IGNORECASE)
+NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"
 
 
 class ApiError(HTTPException):
@@ -29,7 +34,7 @@ def describe(error: HTTPException) -> dict:
 
 def response(path: str, error: HTTPException) -> JSONResponse:
     """The answer to a request for `path` that ends with `error`."""
-    body = {"error": describe(error)} if path.startswith("/v1/") else {"detail": plain(error.detail)}
+    body = {"detail": plain(error.detail)} if path in _OWN else {"error": describe(error)}
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -42,10 +47,15 @@ def handlers() -> dict:
     """For FastAPI: every way in which a request can fail."""
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return response(request.url.path, error)
+        path = request.url.path
+        if error.status_code == 404 and not isinstance(error, ApiError):  # no route has said so, there is none
+            error = ApiError(404, f"there is no {path[:80]!r} here: the API is under /v1, /openapi.json describes it")
+        return response(path, error)
 
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return response(request.url.path, from_validation(error))
+        is_json = _JSON_TYPE.match(request.headers.get("content-type", ""))
+        refusal = from_validation(error) if is_json else ApiError(400, NOT_JSON, code="invalid_content_type")
+        return response(request.url.path, refusal)
 
     async def bug(request: Request, error: Exception) -> JSONResponse:
         return response(request.url.path, ApiError(500, "the server has made a mistake; its log says which"))

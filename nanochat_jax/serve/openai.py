@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from nanochat_jax.config import ChatWeb, UserError
 from nanochat_jax.conversation import render
-from nanochat_jax.engine.engine import TOP_LOGPROBS, Engine, Event, Request
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Request
 from nanochat_jax.serve import errors
 from nanochat_jax.serve.choice import Choice, Token, chat_logprobs, completion_logprobs, prompt_tokens
 from nanochat_jax.serve.errors import ApiError

@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from nanochat_jax.engine.engine import Engine, Event, Request
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Event, Request
 from nanochat_jax.serve.metrics import Metrics
 
 log = logging.getLogger("nanochat_jax.serve")

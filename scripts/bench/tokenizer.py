@@ -8,9 +8,7 @@ cache has seen. All encode with the vocabulary that ours learned. Each measureme
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,11 +17,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from nanochat_jax.config import UserError, setting
+from scripts.bench import measuring
 
 UNSEEN = 4  # one document of this many
 UNSEEN_CHARS = 300_000  # at least, for the three sizes of single texts
 JOB = Path(__file__).with_name("tokenizer_job.py")
-JOB_SECONDS = 3600
 PEERS = ("rustbpe", "tokenizers", "tiktoken")
 JOBS = {
     "train": {"job": "train"},
@@ -51,8 +49,7 @@ def main(cfg: Settings) -> None:
     for name, least in (("vocab_size", 257), ("rounds", 1)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
-    if cfg.json and not Path(cfg.json).absolute().parent.is_dir():
-        raise UserError(f"--json={cfg.json}: its folder does not exist")
+    measuring.check_json(cfg.json)
     trained_on, unseen = _split(cfg.corpus)
     pythons, versions = _tools(cfg.peer_python)
 
@@ -66,16 +63,13 @@ def main(cfg: Settings) -> None:
         rows = bench.rows()
 
     sizes = {"train_bytes": bench.bytes["train"], "unseen_bytes": bench.bytes["unseen"]}
-    about = _about() | {"corpus": Path(cfg.corpus).name, **sizes, "vocab_size": cfg.vocab_size, "rounds": cfg.rounds}
+    asked = {"corpus": Path(cfg.corpus).name, **sizes, "vocab_size": cfg.vocab_size, "rounds": cfg.rounds}
+    about = measuring.about() | asked
     print(f"{about['cpu']}, {about['cores']} cores; Python {about['python']}; {about['code']}")
     print(f"medians of {cfg.rounds}; vocabulary {cfg.vocab_size:,}; trained on {sizes['train_bytes'] / 1e6:.1f} MB,")
     print(f"which also warm the encoders; encoded {sizes['unseen_bytes'] / 1e6:.1f} MB of other documents\n")
     print(_table(rows, versions))
-    line = json.dumps({"bench": "tokenizer", **about, "versions": versions, "results": rows})
-    print(f"\n{line}")
-    if cfg.json:
-        with open(cfg.json, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    measuring.report({"bench": "tokenizer", **about, "versions": versions, "results": rows}, cfg.json)
 
 
 def _split(corpus: str) -> tuple[list[str], list[str]]:
@@ -103,46 +97,19 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
 
 def _tools(peer_python: str) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The Python of each tool, ours first, and their versions."""
-    here = _run(sys.executable, {"job": "probe"})
+    here = measuring.run(sys.executable, JOB, {"job": "probe"})
     if "ours" not in here["tools"]:
         raise UserError("this version's Rust tokenizer is not built: run pip install ./rustbpe in the repository")
     pythons, versions = {"ours": sys.executable}, {"ours": here["tools"]["ours"]}
     there = here
     if peer_python:
-        try:
-            there = _run(peer_python, {"job": "probe"})
-        except (OSError, JobFailed) as error:
-            raise UserError(f"--peer_python={peer_python}: not a Python that runs ({error})") from error
+        there = measuring.probe(peer_python, JOB)
     for tool in PEERS:
         if tool in there["tools"]:
             pythons[tool], versions[tool] = peer_python or sys.executable, there["tools"][tool]
         else:
             print(f"{tool}: skipped, not in {peer_python or 'this environment; see --peer_python'}", file=sys.stderr)
     return pythons, versions
-
-
-class JobFailed(Exception):
-    """A measurement that ended without a result; the message is the last line it wrote."""
-
-
-def _run(python: str, job: dict) -> dict:
-    """What a job prints. Away from the repository, whose folder rustbpe/ looks like a package of that name."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
-    if python != sys.executable:
-        environment.pop("PYTHONPATH", None)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                [python, "-", json.dumps(job)], input=JOB.read_text(encoding="utf-8"), cwd=folder, env=environment,
-                capture_output=True, text=True, encoding="utf-8", timeout=JOB_SECONDS,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise JobFailed(f"no result within {JOB_SECONDS} s") from None
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no output"]
-        raise JobFailed(said[-1][:200]) from None
 
 
 class Bench:
@@ -159,7 +126,7 @@ class Bench:
             "vocabulary": str(folder / "ours.json"),  # that of all encoders
             "pattern": SPLIT_PATTERN,
             "vocab_size": cfg.vocab_size,
-            "threads": _cores(),
+            "threads": measuring.cores(),
         }
         self.found: dict[tuple[str, str], list[dict]] = {}
         self.failed = set()
@@ -171,8 +138,8 @@ class Bench:
         start = time.monotonic()
         try:
             job = self.job | job | {"tool": tool, "trained": str(self.folder / f"{tool}.json")}
-            self.found.setdefault((name, tool), []).append(_run(self.pythons[tool], job))
-        except JobFailed as error:
+            self.found.setdefault((name, tool), []).append(measuring.run(self.pythons[tool], JOB, job))
+        except measuring.JobFailed as error:
             if tool == "ours":
                 raise UserError(f"{name} failed: {error}") from error
             self.failed.add((name, tool))
@@ -251,21 +218,8 @@ def _store(path: Path, texts: list[str]) -> int:
     return total
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # -----------------------------------------------------------------------------
 # Showing
-
-
-def _about() -> dict:
-    """Where and when it was measured."""
-    from nanochat_jax import machine
-
-    python = sys.version.split()[0]
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": machine.cpu(), "cores": _cores(), "python": python,
-            "code": machine.code()}  # fmt: skip
 
 
 def _table(rows: list[dict], versions: dict[str, str]) -> str:
@@ -276,11 +230,4 @@ def _table(rows: list[dict], versions: dict[str, str]) -> str:
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}"
         ratio, same = ("", "") if row["tool"] == "ours" else (f"{row['ours_is']:.2f}x", row["same"])
         cells.append([what, f"{row['tool']} {versions[row['tool']]}", f"{row['mb_per_s']:,.1f}", peak, ratio, same])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = (True, True, False, False, False, True)
-    lines = []
-    for line in cells:
-        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
-        lines.append(f"| {' | '.join(padded)} |")
-    rule = ["-" * (w + 1) + ("-" if to_left else ":") for w, to_left in zip(widths, left, strict=True)]
-    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+    return measuring.table(cells, (True, True, False, False, False, True))

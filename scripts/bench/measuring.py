@@ -1,0 +1,92 @@
+"""What all benchmarks do: measurements in processes of their own, and how they are shown."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_jax.config import REPOSITORY, UserError
+
+JOB_SECONDS = 3600
+
+
+class JobFailed(Exception):
+    """A measurement that ended without a result; the message is the last line it wrote."""
+
+
+def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
+    """What `script` prints as its last line, a JSON object, for `job`. JobFailed if it does not.
+
+    Away from the repository, whose folder rustbpe/ looks like a package of that name; with `ours` the script may import
+    this project all the same. Another Python gets the script on its standard input and none of our environment.
+    """
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)
+    elif ours:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [python, "-", json.dumps(job)], input=script.read_text(encoding="utf-8"), cwd=folder, env=environment,
+                capture_output=True, text=True, encoding="utf-8", timeout=JOB_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise JobFailed(f"no result within {JOB_SECONDS} s") from None
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no output"]
+        raise JobFailed(said[-1][:200]) from None
+
+
+def probe(python: str, script: Path) -> dict:
+    """What a peer's environment has. UserError if `python` is none."""
+    try:
+        return run(python, script, {"job": "probe"})
+    except (OSError, JobFailed) as error:
+        raise UserError(f"--peer_python={python}: not a Python that runs ({error})") from error
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def about() -> dict:
+    """Where and when it was measured."""
+    from nanochat_jax import machine
+
+    python = sys.version.split()[0]
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": machine.cpu(), "cores": cores(), "python": python,
+            "code": machine.code()}  # fmt: skip
+
+
+def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
+    """Markdown that can be read as it is; the first row is the head, columns are aligned left or right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = ["-" * (w + 1) + ("-" if to_left else ":") for w, to_left in zip(widths, left, strict=True)]
+    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+
+
+def check_json(path: str) -> None:
+    """UserError where the line of JSON could not be written at the end."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--json={path}: its folder does not exist")
+
+
+def report(line: dict, path: str) -> None:
+    """Prints the line of JSON, and adds it to the file at `path` if there is one."""
+    text = json.dumps(line)
+    print(f"\n{text}")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")

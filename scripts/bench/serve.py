@@ -1,0 +1,228 @@
+"""The server under load: many clients at once on one device, against what the engine does by itself.
+
+    python -m scripts.bench serve
+
+A model of the preset's shape with random weights is served by scripts.chat_web, a process of its own, on the loopback
+interface. Every client sends one request after the other to /v1/completions and reads the stream, one event for each
+chunk; all of them live in this process, on the same cores. The engine then does the same requests alone, with as many
+slots and the same chunk. Both do one request for each client before the clock runs, so that nothing is compiled
+meanwhile.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from nanochat_jax import commandline, config
+from nanochat_jax.config import REPOSITORY, UserError, setting
+from scripts.bench import measuring
+
+JOB = Path(__file__).with_name("serve_job.py")
+SAMPLING = {"temperature": 0.8, "top_k": 50}  # the server's defaults
+GOAL = 0.8  # of the engine's own throughput
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Many clients of a real server, against the engine alone."""
+
+    prog: ClassVar[str] = "python -m scripts.bench serve"
+    preset: str = setting("cpu", "preset whose model is served, with random weights")
+    clients: int = setting(64, "clients at once, and slots of the server")
+    requests: int = setting(4, "requests of each client, one after the other")
+    prompt: int = setting(64, "tokens of each prompt")
+    new: int = setting(128, "tokens generated after each, at least 2")
+    rounds: int = setting(3, "measurements; their median counts")
+    device_type: str = setting("", "cpu or gpu (default: the best there is)")
+    json: str = setting("", "file to add the line of JSON to")
+
+
+def main(cfg: Settings) -> None:
+    shape = _shape(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        with _base_dir(base):
+            made = _job(cfg, {"job": "make", "shape": dataclasses.asdict(shape)})
+            requests = _requests(cfg)
+            served, alone = [], []
+            for i in range(cfg.rounds):
+                served.append(_serve(cfg, base, requests))
+                alone.append(_job(cfg, {"job": "engine", "requests": requests, "clients": cfg.clients}))
+                print(f"round {i + 1} of {cfg.rounds}", file=sys.stderr, flush=True)
+
+    result = _result(served, alone)
+    about = measuring.about() | {"device": made["device"]} | {
+        name: getattr(cfg, name) for name in ("preset", "clients", "requests", "prompt", "new", "rounds")
+    }  # fmt: skip
+    print(f"{about['device']}; {about['cpu']}, {about['cores']} cores; Python {about['python']}; {about['code']}")
+    print(f"shape of the preset {cfg.preset} ({made['params'] / 1e6:,.1f}M parameters), random weights;")
+    print(
+        f"{cfg.clients} clients and slots, {cfg.requests} requests each: prompts of {cfg.prompt} tokens, {cfg.new} new;"
+    )
+    print(f"medians of {cfg.rounds}\n")
+    print(_table(result))
+    measuring.report({"bench": "serve", **about, **result}, cfg.json)
+
+
+def _shape(cfg: Settings) -> config.GPTConfig:
+    """The preset's model. UserError for settings that cannot be."""
+    for name, least in (("clients", 1), ("requests", 1), ("prompt", 1), ("new", 2), ("rounds", 1)):
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    measuring.check_json(cfg.json)
+    try:
+        path = commandline.find_preset(cfg.preset)
+    except UserError as error:
+        raise UserError(str(error).replace("--config", "--preset", 1)) from None
+    flags = [f"--config={path}"]
+    vocab_size = commandline.parse(config.TokTrain, flags).vocab_size
+    shape = commandline.parse(config.Base, flags).gpt_config(vocab_size)
+    if cfg.prompt + cfg.new > shape.sequence_len:
+        raise UserError(
+            f"--prompt={cfg.prompt} and --new={cfg.new}: the context of {cfg.preset} holds {shape.sequence_len} tokens"
+        )
+    return shape
+
+
+def _requests(cfg: Settings) -> list[dict]:
+    """All requests, those of client i at i, i + clients and so on. Prompts are bytes at random."""
+    rng = random.Random(0)
+    return [
+        {"prompt": rng.choices(range(256), k=cfg.prompt), "max_tokens": cfg.new, "seed": seed} | SAMPLING
+        for seed in range(cfg.clients * cfg.requests)
+    ]
+
+
+@contextlib.contextmanager
+def _base_dir(base: Path) -> Iterator[None]:
+    """Within it, jobs and servers keep their files in `base`."""
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    try:
+        yield
+    finally:
+        os.environ.pop("NANOCHAT_BASE_DIR")
+        if before is not None:
+            os.environ["NANOCHAT_BASE_DIR"] = before
+
+
+def _job(cfg: Settings, job: dict) -> dict:
+    try:
+        return measuring.run(sys.executable, JOB, job | {"device_type": cfg.device_type}, ours=True)
+    except measuring.JobFailed as error:
+        raise UserError(f"{job['job']} failed: {error}") from error
+
+
+# -----------------------------------------------------------------------------
+# The clients
+
+
+def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
+    """Seconds and tokens of all clients, and for each request the time to its first token."""
+    line = [sys.executable, "-m", "scripts.chat_web", "--port=0", "-g", "bench", f"--slots={cfg.clients}",
+            f"--max_waiting={cfg.clients}", f"--max_new_tokens={cfg.new}", "--timeout=0",
+            f"--device_type={cfg.device_type}"]  # fmt: skip
+    log = base / "server.log"
+    with open(log, "w", encoding="utf-8") as errors:
+        process = subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
+        address = next((word for line in process.stdout for word in line.split() if word.startswith("http://")), None)
+        if not address:
+            raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip().splitlines()[-1:]}")
+        port = int(address.rpartition(":")[2])
+        asyncio.run(_clients(port, requests[: cfg.clients], cfg.clients))
+        return asyncio.run(_clients(port, requests, cfg.clients))
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+async def _clients(port: int, requests: list[dict], clients: int) -> dict:
+    async def client(mine: list[dict]) -> list[dict]:
+        return [await _ask(port, request) for request in mine]
+
+    start = time.perf_counter()
+    answers = await asyncio.gather(*(client(requests[i::clients]) for i in range(clients)))
+    seconds = time.perf_counter() - start
+    answers = [answer for mine in answers for answer in mine]
+    return {"seconds": seconds, "tokens": sum(a["tokens"] for a in answers), "first": [a["first"] for a in answers]}
+
+
+async def _ask(port: int, request: dict) -> dict:
+    """One answer, read to its end: tokens, and seconds from before the connection to the first of them."""
+    body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    start, first, tokens = time.perf_counter(), None, None
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        status = (await reader.readline()).decode()
+        if status.split()[1:2] != ["200"]:
+            raise UserError(f"the server answered {status.strip() or 'nothing'}")
+        while line := await reader.readline():
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if first is None:
+                first = time.perf_counter() - start
+            if "error" in event:
+                raise UserError(f"the server answered: {event['error']['message']}")
+            if event["usage"]:
+                tokens = event["usage"]["completion_tokens"]
+    finally:
+        writer.close()
+    if tokens is None:
+        raise UserError("an answer broke off")
+    return {"first": first, "tokens": tokens}
+
+
+# -----------------------------------------------------------------------------
+# Showing
+
+
+def _result(served: list[dict], alone: list[dict]) -> dict:
+    """Throughputs, their ratio, and how long the first token takes, over the requests of all rounds."""
+    speed = statistics.median(run["tokens"] / run["seconds"] for run in served)
+    own = statistics.median(run["tokens"] / run["seconds"] for run in alone)
+    first = sorted(seconds for run in served for seconds in run["first"])
+
+    def percentile(p: int) -> float:
+        return first[min(len(first) - 1, p * len(first) // 100)]
+
+    return {
+        "server_tokens_per_s": round(speed, 2),
+        "engine_tokens_per_s": round(own, 2),
+        "share": round(speed / own, 4),
+        "goal": GOAL,
+        "first_token_p50_s": round(percentile(50), 6),
+        "first_token_p95_s": round(percentile(95), 6),
+        "runs": [[round(run["seconds"], 6), run["tokens"]] for run in served],
+        "engine_runs": [[round(run["seconds"], 6), run["tokens"]] for run in alone],
+    }
+
+
+def _table(result: dict) -> str:
+    return measuring.table([
+        ["", ""],
+        ["the server, tokens/s", f"{result['server_tokens_per_s']:,.0f}"],
+        ["the engine alone, tokens/s", f"{result['engine_tokens_per_s']:,.0f}"],
+        [f"share of the engine's (the goal is {GOAL:.0%})", f"{result['share']:.1%}"],
+        ["time to first token, median", f"{result['first_token_p50_s'] * 1e3:,.0f} ms"],
+        ["time to first token, 95th percentile", f"{result['first_token_p95_s'] * 1e3:,.0f} ms"],
+    ], (True, False))  # fmt: skip

@@ -1,0 +1,65 @@
+"""What `python -m scripts.bench serve` does with JAX, each in a process of its own: make the model, and generate the
+same work with the engine alone. The job comes as JSON in the only argument; prints one line of JSON.
+"""
+
+import json
+import random
+import string
+import sys
+import time
+
+import jax
+import numpy as np
+
+from nanochat_jax import checkpoint, gpt, parallel
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request
+from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from scripts.chat_web import CHUNK
+
+STAGE, TAG = "sft", "bench"
+SCALE = 0.2  # of the random weights: uneven enough for varied text
+
+
+def make(job: dict) -> dict:
+    """A checkpoint of random weights, with a tokenizer of made-up words, in the base folder."""
+    rng, size = random.Random(0), job["shape"]["vocab_size"]
+    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 10))) for _ in range(size)]
+    texts = (" ".join(rng.choices(words, k=200)) for _ in range(size // 20 + 10))
+    tokenizer = Tokenizer.train(texts, size)
+    cfg = GPTConfig(**job["shape"] | {"vocab_size": tokenizer.vocab_size})
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(cfg)))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
+    # Logits of 0 are never among the likeliest: no answer ends early, and none calls the calculator.
+    params["lm_head"] = params["lm_head"].at[tokenizer.vocab_size - len(SPECIAL_TOKENS) :].set(0)
+    tokenizer.save(checkpoint.run_dir(STAGE, TAG).parent.parent / "tokenizer")
+    saver = checkpoint.Saver(checkpoint.run_dir(STAGE, TAG), keep_last=1)
+    saver.save(1, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(cfg) | {"tokenizer": tokenizer.hash})
+    saver.wait()
+    return {"vocab_size": tokenizer.vocab_size, "params": cfg.num_params, "device": jax.devices()[0].device_kind}
+
+
+def engine(job: dict) -> dict:
+    """Seconds and tokens of the engine for all requests, as many slots as clients, after a round of warming."""
+    model = checkpoint.load_model(STAGE, TAG)
+    dtype = parallel.precision("")
+    engine = Engine(model.params, model.config, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)
+    requests = [
+        Request(
+            request["prompt"], request["max_tokens"], request["temperature"], request["top_k"], seed=request["seed"]
+        )
+        for request in job["requests"]
+    ]
+    engine.run(requests[: job["clients"]])
+    start = time.perf_counter()
+    answers = engine.run(requests)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "tokens": sum(len(sample.ids) for group in answers for sample in group)}
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    parallel.start(job["device_type"])
+    print(json.dumps({"make": make, "engine": engine}[job["job"]](job)))

@@ -1,6 +1,7 @@
 """Benchmarks, each against what one would use instead.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=PATH
+    python -m scripts.bench data --data_dir=FOLDER
 
 `python -m scripts.bench NAME --help` shows the settings of a benchmark.
 """
@@ -10,7 +11,7 @@ import sys
 
 from nanochat_jax import commandline
 
-BENCHMARKS = ("tokenizer",)  # each a file beside this one, with Settings and main
+BENCHMARKS = ("tokenizer", "data")  # each a file beside this one, with Settings and main
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from nanochat_jax.config import UserError, setting
+from scripts.bench import showing
 
 UNSEEN = 4  # one document of this many
 UNSEEN_CHARS = 300_000  # at least, for the three sizes of single texts
@@ -66,7 +67,8 @@ def main(cfg: Settings) -> None:
         rows = bench.rows()
 
     sizes = {"train_bytes": bench.bytes["train"], "unseen_bytes": bench.bytes["unseen"]}
-    about = _about() | {"corpus": Path(cfg.corpus).name, **sizes, "vocab_size": cfg.vocab_size, "rounds": cfg.rounds}
+    asked = {"corpus": Path(cfg.corpus).name, **sizes, "vocab_size": cfg.vocab_size, "rounds": cfg.rounds}
+    about = showing.about() | asked
     print(f"{about['cpu']}, {about['cores']} cores; Python {about['python']}; {about['code']}")
     print(f"medians of {cfg.rounds}; vocabulary {cfg.vocab_size:,}; trained on {sizes['train_bytes'] / 1e6:.1f} MB,")
     print(f"which also warm the encoders; encoded {sizes['unseen_bytes'] / 1e6:.1f} MB of other documents\n")
@@ -159,7 +161,7 @@ class Bench:
             "vocabulary": str(folder / "ours.json"),  # that of all encoders
             "pattern": SPLIT_PATTERN,
             "vocab_size": cfg.vocab_size,
-            "threads": _cores(),
+            "threads": showing.cores(),
         }
         self.found: dict[tuple[str, str], list[dict]] = {}
         self.failed = set()
@@ -251,36 +253,15 @@ def _store(path: Path, texts: list[str]) -> int:
     return total
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # -----------------------------------------------------------------------------
 # Showing
 
 
-def _about() -> dict:
-    """Where and when it was measured."""
-    from nanochat_jax import machine
-
-    python = sys.version.split()[0]
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": machine.cpu(), "cores": _cores(), "python": python,
-            "code": machine.code()}  # fmt: skip
-
-
 def _table(rows: list[dict], versions: dict[str, str]) -> str:
-    """Markdown that can be read as it is."""
     cells, last = [["", "", "MB/s", "peak MB", "ours is", "same result"]], ""
     for row in rows:
         what, last = row["what"] if row["what"] != last else "", row["what"]
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}"
         ratio, same = ("", "") if row["tool"] == "ours" else (f"{row['ours_is']:.2f}x", row["same"])
         cells.append([what, f"{row['tool']} {versions[row['tool']]}", f"{row['mb_per_s']:,.1f}", peak, ratio, same])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = (True, True, False, False, False, True)
-    lines = []
-    for line in cells:
-        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
-        lines.append(f"| {' | '.join(padded)} |")
-    rule = ["-" * (w + 1) + ("-" if to_left else ":") for w, to_left in zip(widths, left, strict=True)]
-    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+    return showing.table(cells, (True, True, False, False, False, True))

@@ -196,7 +196,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             last = ended or step == stage.steps
             due = [e for e in evaluations if evaluated_at.get(e) != step and e.due(step, last)]
             # Save before evaluating: whatever goes wrong below, the weights are safe.
-            to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or any(e.risky for e in due)
+            to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or due
             stop = interruption.signal if jax.process_count() == 1 else log.stop
             if (last or stop or (to_save and step > 0)) and saved_at != step:
                 log.flush()
@@ -323,7 +323,7 @@ class StepLog:
             self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info)
 
     def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info) -> None:
-        """One line, of what there is to say: nothing about a full learning rate, no waste, no wait."""
+        """One line; nothing is said of a full learning rate and of what is not known."""
         of = f"/{self.stage.steps}" if self.stage.steps else ""
         parts = [
             f"step {step}{of} ({100 * (step / self.stage.steps if self.stage.steps else progress):.1f}%)",
@@ -331,9 +331,9 @@ class StepLog:
             f"lr x{lr_mult:.3f}" if lr_mult != 1 else "",
             f"{1000 * dt:.0f} ms" if dt else "compiled", f"{metrics.short(speed)} tok/s" if speed else "",
             f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"{metrics.short(self.run.totals['tokens'])} tokens", _place(info),
-            f"waste {info['waste']:.1%}" if info["waste"] >= 0.0005 else "",
+            f"waste {info['waste']:.1%}",
             f"skipped {info['skipped']:,}" if info.get("skipped") else "",
-            f"wait {1000 * waited:.0f} ms" if waited > 0.001 else "", f"eta {self._eta(step, progress)}",
+            f"wait {1000 * waited:.0f} ms", f"eta {self._eta(step, progress)}",
         ]  # fmt: skip
         print(" | ".join(p for p in parts if p), flush=True)
 
@@ -357,12 +357,11 @@ def _place(info: dict) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Something to do every so many steps and at the end. `risky` ones (they load data, they generate) are preceded by
-    a checkpoint. every < 1: never, or at the end alone where `at_end`."""
+    """Something to do every so many steps and at the end, after a checkpoint. every < 1: never, or, where `at_end`, at
+    the end alone."""
 
     run: Callable[[Run, Stage, int], None]
     every: int
-    risky: bool = True
     at_start: bool = False
     at_end: bool = False
 
@@ -374,7 +373,7 @@ class Evaluation:
 
 def evaluations_of(cfg: Train) -> list[Evaluation]:
     """Validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
-    all_stages = [Evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
+    all_stages = [Evaluation(validate, cfg.eval_every, at_start=True, at_end=True)]
     if cfg.stage == "base":
         return [*all_stages, Evaluation(core_metric, cfg.core_metric_every), Evaluation(sample, cfg.sample_every)]
     if cfg.stage == "sft" and cfg.eval_metrics_every > 0:

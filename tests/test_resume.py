@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, dataset, metrics, tokenized
+from nanochat_jax import checkpoint, commandline, config, dataset, metrics, rl, tokenized
 from nanochat_jax import train as training
 from nanochat_jax.config import STAGES, UserError
 from nanochat_jax.tokenizer import Tokenizer
@@ -178,22 +178,42 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(asked, world, whole
     assert records(run) == records(whole("base"))
 
 
-def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
-    def sample(run, stage, step):
-        raise RuntimeError("an evaluation that fails")
+@pytest.mark.parametrize(("name", "every"), [("sample", "sample_every"), ("validate", "eval_every")])
+def test_a_failing_evaluation_costs_nothing(name, every, world, whole, monkeypatch):
+    def fails_after(good):
+        def evaluate(run, stage, step):
+            if step > good:
+                raise RuntimeError("an evaluation that fails")
 
-    cfg = tiny.base_config(model_tag="evaluated", num_iterations=STEPS["base"], seed=7, save_every=-1, sample_every=5)
-    monkeypatch.setattr(training, "sample", sample)
-    run = checkpoint.run_dir("base", "evaluated")
+        return evaluate
+
+    cfg = tiny.base_config(model_tag=name, num_iterations=STEPS["base"], seed=7, save_every=-1, **{every: 5})
+    run = checkpoint.run_dir("base", name)
     for step in (5, 10):
+        monkeypatch.setattr(training, name, fails_after(step - 5))
         with pytest.raises(RuntimeError, match="an evaluation that fails"):
             training.train(cfg)
         assert checkpoint.latest(run) == logged(run) == step
-        monkeypatch.setattr(training, "sample", lambda run, stage, step: step == 5 or sample(run, stage, step))
     monkeypatch.undo()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
     training.train(cfg)
     assert records(run) == records(whole("base"))
+
+
+def test_a_failing_evaluation_of_answers_costs_nothing(world, whole, monkeypatch):
+    def evaluate(run, engine, task, step):
+        if step:
+            raise RuntimeError("an evaluation that fails")
+
+    whole("sft")
+    monkeypatch.setattr(rl, "evaluate", evaluate)
+    changes = {"model_tag": "judged", "save_every": 2, "eval_every": 3}
+    argv = tiny.command("rl", **flags(world, "rl", **changes))
+    cfg = commandline.parse(config.Rl, argv[argv.index("--stage=rl") + 1 :])
+    with pytest.raises(RuntimeError, match="an evaluation that fails"):
+        rl.train(cfg)
+    run = checkpoint.run_dir("rl", "judged")
+    assert checkpoint.steps(run) == [2, 3] and logged(run) == 3
 
 
 def test_resuming_at_a_chosen_step_abandons_those_after_it(world, whole):

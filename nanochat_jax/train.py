@@ -10,7 +10,7 @@ import functools
 import math
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -189,6 +189,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         announce(run, stage)
         log = StepLog(run, stage)
         step, ended = run.step, False
+        place = stage.loader.state()  # after the last batch that was trained on
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
         held.enter_context(out_of_memory_explained(stage.geometry))
@@ -200,7 +201,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             stop = interruption.signal if jax.process_count() == 1 else log.stop
             if (last or stop or (to_save and step > 0)) and saved_at != step:
                 log.flush()
-                run.save(step, stage.loader.state())
+                run.save(step, place)
                 saved_at = step
                 log.timer.lap()  # saving is no part of the next step
             if stop:
@@ -215,11 +216,20 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 log.timer.lap()
             if last:
                 break
+            # A shard may be long in coming. Of several processes none may stop alone.
+            waiting = interruption.at_once() if jax.process_count() == 1 else nullcontext()
             try:
-                batch = next(stage.loader)
+                with waiting:
+                    batch = next(stage.loader)
+                    arrived = stage.loader.state()
             except StopIteration:
                 ended = True
                 continue
+            except InterruptedError:
+                if interruption.signal is None:
+                    raise
+                continue
+            place = arrived
             progress = step / stage.steps if stage.steps else _progress(run, stage)
             lr_mult = stage.lr_mult(step, progress)
             waited = log.timer.lap() if log.timed else 0.0

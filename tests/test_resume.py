@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, metrics, rl, tokenized
+from nanochat_jax import checkpoint, commandline, config, dataloader, dataset, metrics, rl, tokenized
 from nanochat_jax import train as training
 from nanochat_jax.config import STAGES, UserError
 from nanochat_jax.tokenizer import Tokenizer
@@ -175,6 +176,37 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(asked, world, whole
     (step,) = checkpoint.steps(run)
     assert step == logged(run) >= 5, "not a step is lost"
     assert lives.run("base", world, output, **flags(world, "base", model_tag=tag)) == 0
+    assert records(run) == records(whole("base"))
+
+
+def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch):
+    """A shard may be an hour on its way, and whoever sends SIGTERM waits half a minute."""
+    real = dataloader.BatchIterator.__next__
+
+    def stalls(self):
+        if self._rows >= 6 * 4:
+            self._of.stop.wait(100)
+            raise InterruptedError("stopped waiting for a shard")
+        return real(self)
+
+    def stop():
+        while logged(run) < 5:
+            time.sleep(0.01)
+        time.sleep(0.5)  # the loop has asked for a batch that does not come
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg = tiny.base_config(model_tag="starved", num_iterations=STEPS["base"], seed=7, save_every=-1)
+    run = checkpoint.run_dir("base", "starved")
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", stalls)
+    killer = threading.Thread(target=stop, daemon=True)
+    killer.start()
+    with pytest.raises(SystemExit) as ended:
+        training.train(cfg)
+    killer.join()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert checkpoint.steps(run) == [logged(run)] == [6]
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", real)
+    training.train(cfg)
     assert records(run) == records(whole("base"))
 
 

@@ -37,6 +37,7 @@ SHARD_CHARS = 250_000_000  # about 100 MB of zstd
 SHUFFLE_CHARS = 1_000_000_000  # converted text is shuffled in windows of this size, which bounds the memory
 MAX_CHARS = 1_000_000  # of a document; longer ones are cut, since one is tokenized and packed as a whole
 MEND = "a downloaded file is fetched again by python -m nanochat_jax.dataset --verify"
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
@@ -88,7 +89,7 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
 
 
 def parquet(path: Path):
-    """An open pyarrow ParquetFile with a column `text`. UserError names the file that is broken or has none."""
+    """A pyarrow ParquetFile with a column `text` of strings. UserError names the file that is broken or has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -98,6 +99,10 @@ def parquet(path: Path):
         raise UserError(f"{path}: not a readable parquet file ({first_line(error)}); {MEND}") from error
     if "text" not in file.schema_arrow.names:
         raise UserError(f"{path}: no column 'text', it has {', '.join(file.schema_arrow.names) or 'none'}")
+    kind = file.schema_arrow.field("text").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(kind) not in TEXT_TYPES:
+        raise UserError(f"{path}: the column 'text' holds {kind}, expected string")
     return file
 
 

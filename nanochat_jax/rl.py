@@ -128,8 +128,10 @@ def train(cfg: config.Rl) -> None:
         pace = []  # seconds a step, without the first of this process: it compiles
         while True:
             last = step >= steps
-            due = cfg.save_every > 0 and step % cfg.save_every == 0 and step > run.step
-            if (due or last or interruption.signal) and saved_at != step:
+            judged = cfg.eval_every > 0 and (last or step % cfg.eval_every == 0)
+            # Save before evaluating: whatever goes wrong below, the weights are safe.
+            due = judged or (cfg.save_every > 0 and step % cfg.save_every == 0)
+            if ((due and step > run.step) or last or interruption.signal) and saved_at != step:
                 run.save(step, {"step": step})
                 saved_at = step
                 timer.lap()
@@ -138,7 +140,7 @@ def train(cfg: config.Rl) -> None:
                 print(f"saved at step {step}: the same command goes on from here")
                 raise SystemExit(128 + interruption.signal)
             engine.set_params(run.state.params)
-            if cfg.eval_every > 0 and (last or step % cfg.eval_every == 0):
+            if judged:
                 evaluate(run, engine, held_out, step)
                 timer.lap()
             if last:

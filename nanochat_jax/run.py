@@ -289,6 +289,18 @@ class Interruption:
     def __init__(self):
         self.signal: int | None = None
         self._old: dict = {}
+        self._waiting = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While the loop waits for what may take long to come: the wish is an InterruptedError there."""
+        self._waiting = True
+        try:
+            if self.signal:
+                raise InterruptedError
+            yield
+        finally:
+            self._waiting = False
 
     def __enter__(self) -> "Interruption":
         self._old = {s: signal.signal(s, self._wish) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -303,6 +315,9 @@ class Interruption:
             raise KeyboardInterrupt
         self.signal = signum
         print("\nstopping after this step; the state will be saved (Ctrl-C again: at once)", flush=True)
+        if self._waiting:
+            self._waiting = False
+            raise InterruptedError
 
 
 class Timer:

@@ -91,9 +91,10 @@ def made(files: Iterable[Path], folder: Path) -> int:
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
-def build(source: dataset.Source, tokenizer) -> Path:
-    """Makes the twins that are missing, of training and validation files. Returns their folder."""
-    folder = folder_of(source, tokenizer)
+def build(source: dataset.Source, tokenizer, folder: Path | None = None) -> Path:
+    """Makes the twins that are missing, of training and validation files. Returns their folder: the one where training
+    looks for them, unless another is given."""
+    folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     files = [*source.val_files, *source.train_files]
     count = 0

@@ -10,7 +10,7 @@ import functools
 import math
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -189,6 +189,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         announce(run, stage)
         log = StepLog(run, stage)
         step, ended = run.step, False
+        place = stage.loader.state()  # after the last batch that was trained on
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
         held.enter_context(out_of_memory_explained(stage.geometry))
@@ -200,7 +201,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             stop = interruption.signal if jax.process_count() == 1 else log.stop
             if (last or stop or (to_save and step > 0)) and saved_at != step:
                 log.flush()
-                run.save(step, stage.loader.state())
+                run.save(step, place)
                 saved_at = step
                 log.timer.lap()  # saving is no part of the next step
             if stop:
@@ -215,11 +216,20 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 log.timer.lap()
             if last:
                 break
+            # A shard may be long in coming. Of several processes none may stop alone.
+            waiting = interruption.at_once() if jax.process_count() == 1 else nullcontext()
             try:
-                batch = next(stage.loader)
+                with waiting:
+                    batch = next(stage.loader)
+                    arrived = stage.loader.state()
             except StopIteration:
                 ended = True
                 continue
+            except InterruptedError:
+                if interruption.signal is None:
+                    raise
+                continue
+            place = arrived
             progress = step / stage.steps if stage.steps else _progress(run, stage)
             lr_mult = stage.lr_mult(step, progress)
             waited = log.timer.lap() if log.timed else 0.0
@@ -323,7 +333,7 @@ class StepLog:
             self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info)
 
     def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info) -> None:
-        """One line, of what there is to say: nothing about a full learning rate, no waste, no wait."""
+        """One line; nothing is said of a full learning rate and of what is not known."""
         of = f"/{self.stage.steps}" if self.stage.steps else ""
         parts = [
             f"step {step}{of} ({100 * (step / self.stage.steps if self.stage.steps else progress):.1f}%)",
@@ -331,9 +341,9 @@ class StepLog:
             f"lr x{lr_mult:.3f}" if lr_mult != 1 else "",
             f"{1000 * dt:.0f} ms" if dt else "compiled", f"{metrics.short(speed)} tok/s" if speed else "",
             f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"{metrics.short(self.run.totals['tokens'])} tokens", _place(info),
-            f"waste {info['waste']:.1%}" if info["waste"] >= 0.0005 else "",
+            f"waste {info['waste']:.1%}",
             f"skipped {info['skipped']:,}" if info.get("skipped") else "",
-            f"wait {1000 * waited:.0f} ms" if waited > 0.001 else "", f"eta {self._eta(step, progress)}",
+            f"wait {1000 * waited:.0f} ms", f"eta {self._eta(step, progress)}",
         ]  # fmt: skip
         print(" | ".join(p for p in parts if p), flush=True)
 
@@ -358,7 +368,8 @@ def _place(info: dict) -> str:
 @dataclass(frozen=True)
 class Evaluation:
     """Something to do every so many steps and at the end. `risky` ones (they load data, they generate) are preceded by
-    a checkpoint. every < 1: never, or at the end alone where `at_end`."""
+    a checkpoint; what is not has been done before the first step. every < 1: never, or at the end alone where `at_end`.
+    """
 
     run: Callable[[Run, Stage, int], None]
     every: int

@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 import subprocess
 import sys
 
@@ -163,6 +164,70 @@ def test_mistakes_are_one_line(corpus, tmp_path):
         complains(f"not a Python that runs .{said}", peer_python=_python_that(tmp_path, does))
 
 
+# -----------------------------------------------------------------------------
+# Data
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base folder with a little text and its tokenizer."""
+    base = tmp_path_factory.mktemp("base")
+    tiny.make_world(base)
+    return base
+
+
+def test_the_loader_is_measured_from_text_and_from_tokens(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+    before = sorted(world.rglob("*"))
+    flags = ["--total_batch_size=1024", "--max-seq-len=64", f"--json={tmp_path / 'out.jsonl'}"]
+    done = run("data", *flags, "--steps=8", "--rounds=2")
+    assert done.returncode == 0, done.stderr
+    assert "round 2 of 2: from tokens, 8,192 tokens in " in done.stderr
+    assert sorted(world.rglob("*")) == before, "its tokens are gone again: training would read them"
+    *shown, last = done.stdout.splitlines()
+    line = json.loads(last)
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == last + "\n"
+    assert (line["bench"], line["packing"], line["vocab_size"], line["files"]) == ("data", "split", 320, 1)
+    assert [row["from"] for row in line["results"]] == ["text", "tokens"]
+    for row in line["results"]:
+        assert (row["batches"], row["tokens"], len(row["seconds"])) == (8, 8192, 2)
+        speeds = [row["tokens"] / seconds for seconds in row["seconds"]]
+        assert row["tokens_per_s"] == pytest.approx(statistics.median(speeds), rel=1e-3) and row["cores_busy"] > 0
+        one, eight = row["against"].values()
+        assert one == pytest.approx(row["tokens_per_s"] / 520_000, abs=1e-3)
+        assert eight == pytest.approx(one / 8, abs=1e-3)
+        assert any(f"{row['tokens_per_s']:,}" in text and f"{one:.2f}x" in text for text in shown)
+
+    done = run("data", *flags, "--steps=1000", "--rounds=1", "--packing=stream")
+    assert done.returncode == 0, done.stderr
+    whole, kept = (json.loads(done.stdout.splitlines()[-1])["results"][0][k] for k in ("batches", "tokens"))
+    assert 8 < whole < 100 and (whole - 1) * 1024 < kept <= whole * 1024, "no row without text counts"
+
+
+def test_mistakes_about_data_are_one_line(world, own_base_dir, monkeypatch):
+    from scripts.bench import data
+
+    def complains(words, **settings):
+        with pytest.raises(UserError, match=words) as error:
+            data.main(data.Settings(**({"total_batch_size": 1024, "max_seq_len": 64, "rounds": 1} | settings)))
+        assert "\n" not in str(error.value)
+
+    complains("scripts.tok_train")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+    for name in ("total_batch_size", "max_seq_len", "steps", "rounds"):
+        complains(f"--{name}=0: must be at least 1", **{name: 0})
+    complains("--total_batch_size=1000: must be a multiple of --max_seq_len=64", total_batch_size=1000)
+    complains("--packing=best: expected split, crop or stream", packing="best")
+    complains("--data=wikipedia: unknown source", data="wikipedia")
+    complains("--data_dir=/gone: no such folder", data_dir="/gone")
+    complains("--json=.*: its folder does not exist", json="/gone/out.json")
+    complains("texts: too little text for 3 batches of 65,536 tokens: give more, or", total_batch_size=65536)
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
 def test_help_and_names():
     done = run("--help")
     assert done.returncode == 0 and "scripts.bench tokenizer" in done.stdout
@@ -172,7 +237,9 @@ def test_help_and_names():
     assert "--peer_python" in done.stdout and "--config" not in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & {"jax", "numpy", "pyarrow", "tiktoken", "rustbpe"}
-    for arguments, words in (([], "must be one of tokenizer, decode, serve"), (["speed"], "benchmark 'speed'"),
+    done = run("data", "--help")
+    assert done.returncode == 0 and "--max_seq_len" in done.stdout
+    for arguments, words in (([], "must be one of tokenizer, data, decode, serve"), (["speed"], "benchmark 'speed'"),
                              (["tokenizer", "--corpus=/gone"], "--corpus=/gone: no such"),
                              (["tokenizer", "--config=cpu"], "--config=cpu")):  # fmt: skip
         done = run(*arguments)

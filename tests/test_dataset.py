@@ -215,6 +215,18 @@ def test_a_missing_column_is_named(tmp_path):
         dataset.open(data_dir=tmp_path)
 
 
+def test_a_column_that_is_no_text_is_named(tmp_path):
+    """pyarrow would make text of numbers."""
+    for name in "ab":
+        pq.write_table(pa.table({"text": [1, 2]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: the column 'text' holds int64, expected string"):
+        dataset.open(data_dir=tmp_path)
+    for name, kind in (("a", pa.large_string()), ("b", pa.dictionary(pa.int32(), pa.string()))):
+        write_parquet(tmp_path / f"{name}.parquet", pa.array(["x", "y"]).cast(kind))
+    source = dataset.open(data_dir=tmp_path)
+    assert list(source.texts("train")) == list(source.texts("val")) == ["x", "y"]
+
+
 def test_folders_that_cannot_work(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         dataset.open(data_dir=tmp_path / "nowhere")

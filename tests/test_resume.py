@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, dataset, metrics, tokenized
+from nanochat_jax import checkpoint, commandline, config, dataloader, dataset, metrics, rl, tokenized
 from nanochat_jax import train as training
 from nanochat_jax.config import STAGES, UserError
 from nanochat_jax.tokenizer import Tokenizer
@@ -178,22 +179,72 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(asked, world, whole
     assert records(run) == records(whole("base"))
 
 
+def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch):
+    """A shard may be an hour on its way, and whoever sends SIGTERM waits half a minute."""
+    real = dataloader.BatchIterator.__next__
+
+    def stalls(self):
+        if self._rows >= 6 * 4:
+            self._of.stop.wait(100)
+            raise InterruptedError("stopped waiting for a shard")
+        return real(self)
+
+    def stop():
+        while logged(run) < 5:
+            time.sleep(0.01)
+        time.sleep(0.5)  # the loop has asked for a batch that does not come
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg = tiny.base_config(model_tag="starved", num_iterations=STEPS["base"], seed=7, save_every=-1)
+    run = checkpoint.run_dir("base", "starved")
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", stalls)
+    killer = threading.Thread(target=stop, daemon=True)
+    killer.start()
+    with pytest.raises(SystemExit) as ended:
+        training.train(cfg)
+    killer.join()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert checkpoint.steps(run) == [logged(run)] == [6]
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", real)
+    training.train(cfg)
+    assert records(run) == records(whole("base"))
+
+
 def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
-    def sample(run, stage, step):
-        raise RuntimeError("an evaluation that fails")
+    def fails_after(good):
+        def sample(run, stage, step):
+            if step > good:
+                raise RuntimeError("an evaluation that fails")
+
+        return sample
 
     cfg = tiny.base_config(model_tag="evaluated", num_iterations=STEPS["base"], seed=7, save_every=-1, sample_every=5)
-    monkeypatch.setattr(training, "sample", sample)
     run = checkpoint.run_dir("base", "evaluated")
     for step in (5, 10):
+        monkeypatch.setattr(training, "sample", fails_after(step - 5))
         with pytest.raises(RuntimeError, match="an evaluation that fails"):
             training.train(cfg)
         assert checkpoint.latest(run) == logged(run) == step
-        monkeypatch.setattr(training, "sample", lambda run, stage, step: step == 5 or sample(run, stage, step))
     monkeypatch.undo()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
     training.train(cfg)
     assert records(run) == records(whole("base"))
+
+
+def test_a_failing_evaluation_of_answers_costs_nothing(world, whole, monkeypatch):
+    def evaluate(run, engine, task, step):
+        if step:
+            raise RuntimeError("an evaluation that fails")
+
+    whole("sft")
+    monkeypatch.setattr(rl, "evaluate", evaluate)
+    changes = {"model_tag": "judged", "save_every": 2, "eval_every": 3}
+    argv = tiny.command("rl", **flags(world, "rl", **changes))
+    cfg = commandline.parse(config.Rl, argv[argv.index("--stage=rl") + 1 :])
+    with pytest.raises(RuntimeError, match="an evaluation that fails"):
+        rl.train(cfg)
+    run = checkpoint.run_dir("rl", "judged")
+    assert checkpoint.steps(run) == [2, 3] and logged(run) == 3
 
 
 def test_resuming_at_a_chosen_step_abandons_those_after_it(world, whole):

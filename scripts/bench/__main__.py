@@ -1,6 +1,7 @@
 """Benchmarks, each against what one would use instead.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=PATH
+    python -m scripts.bench data --data_dir=FOLDER
     python -m scripts.bench decode --peer=hf --peer_python=PATH
     python -m scripts.bench serve
 
@@ -12,7 +13,7 @@ import sys
 
 from nanochat_jax import commandline
 
-BENCHMARKS = ("tokenizer", "decode", "serve")  # each a file beside this one, with Settings and main
+BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # each a file beside this one, with Settings and main
 
 
 def main() -> None:

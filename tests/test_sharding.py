@@ -64,7 +64,7 @@ def test_five_steps_are_those_of_one_device(steps, case):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_muon_shares_out_as_many_layers_as_there_are(steps, depth):
-    """26 layers make batches of 52 and 78 matrices, which eight devices do not divide."""
+    """26 layers make batches of 52 matrices, which eight devices do not divide."""
     found = np.load(steps / f"muon {depth}.npz")
     names = [name.removeprefix("all/") for name in found if name.startswith("all/")]
     assert len(names) == 12 and all(len(found[f"all/{name}"]) == depth for name in names)
@@ -175,12 +175,17 @@ def free_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start_together(base: Path, processes: int, devices: int, **changes) -> list[subprocess.Popen]:
-    """One run of base in several processes on this machine."""
+def start_together(base: Path, processes: int, devices: int, code: str = "", **changes) -> list[subprocess.Popen]:
+    """One run of base in several processes on this machine; `code` instead of `-m scripts.train`."""
     where = free_address()
+
+    def command(i: int) -> list[str]:
+        python, *module = tiny.command("base", coordinator=where, num_processes=processes, process_id=i, **changes)
+        return [python, "-c", code, *module[2:]] if code else [python, *module]
+
     return [
         subprocess.Popen(
-            tiny.command("base", coordinator=where, num_processes=processes, process_id=i, **changes),
+            command(i),
             cwd=tiny.REPOSITORY, env=tiny.environment(base, devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,
         )
@@ -233,6 +238,33 @@ def test_one_process_goes_on_where_two_were_ended(alone):
     whole = tiny.run("base", alone, devices=8, **long | {"model_tag": "whole"})
     assert whole.returncode == 0, whole.stderr
     np.testing.assert_allclose(losses(run), losses(run.with_name("whole")), rtol=1e-2)
+
+
+FAULT = """
+import sys, jax
+from nanochat_jax import commandline, step
+from nanochat_jax.config import UserError
+from scripts import train
+shaped, calls = step.Geometry.shaped, []
+def fail(*args):
+    calls.append(1)
+    if len(calls) == 4 and jax.process_index() == {failing}:
+        raise {error}("made up")
+    return shaped(*args)
+step.Geometry.shaped = fail
+commandline.run(train.main, train.chosen_stage())
+"""
+
+
+@pytest.mark.parametrize(("failing", "error"), [(1, "UserError"), (0, "OSError")])
+def test_an_error_of_one_process_ends_both(alone, failing, error):
+    fault = FAULT.format(failing=failing, error=error)
+    started = start_together(alone, 2, 4, fault, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+    told = [p.communicate(timeout=150)[1] for p in started]  # far less than JAX's five minutes
+    assert all(p.returncode != 0 for p in started), told
+    assert f"{'error' if error == 'UserError' else error}: made up" in told[failing]
+    if failing == 1:  # without process 0, where JAX's coordination is, the other one may be ended by JAX
+        assert told[0].strip().endswith("error: another process of this run has ended: see what it says")
 
 
 def test_a_save_that_fails_on_one_process_ends_both(alone):

@@ -160,13 +160,14 @@ def test_interrupted_run_saves_and_goes_on(world):
 
 
 def test_eight_devices_compute_what_one_does(world):
-    for devices in (1, 8):
-        flags = {"model_tag": f"on{devices}", "device_batch_size": 1, "total_batch_size": 512, "num_iterations": 4}
-        result = tiny.run("base", world, devices, **flags)
+    for tag, devices, mesh in (("on1", 1, ""), ("on8", 8, ""), ("on4x2", 8, "data=4,model=2")):
+        flags = {"device_batch_size": 1, "total_batch_size": 512, "num_iterations": 4, "mesh": mesh}
+        result = tiny.run("base", world, devices, model_tag=tag, **flags)
         assert result.returncode == 0, result.stderr
-    one, eight = (losses(checkpoint.run_dir("base", f"on{d}")) for d in (1, 8))
-    assert one.keys() == eight.keys()
-    np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=2e-4)
+    one, *others = (losses(checkpoint.run_dir("base", tag)) for tag in ("on1", "on8", "on4x2"))
+    for other in others:
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=2e-4)
 
 
 @pytest.mark.slow

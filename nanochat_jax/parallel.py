@@ -133,31 +133,33 @@ def together() -> Iterator[None]:
         import jax
 
         if jax.process_count() > 1:
-            _exit_alone()
-            cut_off = re.search("gloo|nccl|peer|heartbeat", str(error), re.IGNORECASE)
-            if cut_off and isinstance(error, jax.errors.JaxRuntimeError):
+            lost = re.search("gloo|nccl|peer|heartbeat", str(error), re.IGNORECASE)
+            if lost and isinstance(error, jax.errors.JaxRuntimeError):
+                atexit.register(_exit_now)  # to wait for the lost one would be fatal
                 raise UserError("another process of this run has ended: see what it says") from error
+            _leave_with_the_others()
         raise
 
 
-def _exit_alone() -> None:
-    """Takes leave of the other processes if they do so within a few seconds, as with an error they all have. Else this
-    process will exit without: its connections close, and what waits at their other ends gets an error."""
+def _leave_with_the_others() -> None:
+    """Takes leave of the other processes if they do so too within a few seconds, as with an error they all have. Else
+    this process will exit without: its connections close, and what waits at their other ends gets an error."""
 
     def try_to_leave() -> None:
         with contextlib.suppress(Exception):
             leave()
 
-    def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
-
     leaving = threading.Thread(target=try_to_leave, daemon=True)
     leaving.start()
     leaving.join(PATIENCE)
     if leaving.is_alive():
-        atexit.register(end)  # goes before JAX's own
+        atexit.register(_exit_now)  # goes before JAX's own handler
+
+
+def _exit_now() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def describe() -> str:

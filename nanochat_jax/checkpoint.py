@@ -227,6 +227,7 @@ def restore(run: Path, step: int, params, opt_state):
     from orbax.checkpoint import v1 as ocp
 
     folder = step_dir(run, step)
+    _same_shapes(folder, params=params, optimizer=opt_state)
     items = ocp.load_checkpointables(folder.resolve(), {"params": params, "optimizer": opt_state})
     data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     return items["params"], items["optimizer"], data, read_meta(run, step)
@@ -236,7 +237,31 @@ def restore_params(run: Path, step: int, params):
     """The parameters alone, like the tree given (arrays or ShapeDtypeStructs with shardings)."""
     from orbax.checkpoint import v1 as ocp
 
+    _same_shapes(step_dir(run, step), params=params)
     return ocp.load_checkpointables(step_dir(run, step).resolve(), {"params": params})["params"]
+
+
+def _same_shapes(folder: Path, **wanted) -> None:
+    """UserError where the arrays of a checkpoint are not those of the trees; Orbax's own complaint is pages long."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    def shapes(tree) -> dict[str, tuple]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+        # By names alone: Orbax gives back dicts where there were named tuples.
+        return {"/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf.shape
+                for path, leaf in leaves}  # fmt: skip
+
+    found = ocp.checkpointables_metadata(folder.resolve()).metadata
+    for item, tree in wanted.items():
+        there, here = shapes(found[item]), shapes(tree)
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                told = [str(shape[name]) if name in shape else "missing" for shape in (there, here)]
+                raise UserError(
+                    f"{folder} is of a model of another shape: {item}/{name} is {told[0]} there and {told[1]} here; "
+                    "choose another --model_tag"
+                )
 
 
 def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:

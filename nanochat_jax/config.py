@@ -112,6 +112,8 @@ class Model:
         for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        if self.head_dim % 2:
+            raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
         width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # up, so that odd depths work
         heads = width // self.head_dim
         kv_heads = self.n_kv_head or heads

@@ -1,10 +1,13 @@
 """Devices, and the precision they are good at."""
 
+import atexit
+import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
 
 T = TypeVar("T")
+PATIENCE = 10  # seconds that a process with an error waits for the others to end as well
 
 # Dense bf16 peaks of one device, FLOP/s, from the vendors' data sheets. Unknown devices have no MFU.
 PEAK_FLOPS = {
@@ -122,6 +126,47 @@ def leave() -> None:
     import jax
 
     jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Within it an error of one process alone ends the others too: without, it would wait five minutes for them to
+    exit, and they for its part of the next step. One that has lost another says so in a UserError."""
+    try:
+        yield
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        import jax
+
+        if jax.process_count() > 1:
+            lost = re.search("gloo|nccl|peer|heartbeat", str(error), re.IGNORECASE)
+            if lost and isinstance(error, jax.errors.JaxRuntimeError):
+                atexit.register(_exit_now)  # to wait for the lost one would be fatal
+                raise UserError("another process of this run has ended: see what it says") from error
+            _leave_with_the_others()
+        raise
+
+
+def _leave_with_the_others() -> None:
+    """Takes leave of the other processes if they do so too within a few seconds, as with an error they all have. Else
+    this process will exit without: its connections close, and what waits at their other ends gets an error."""
+
+    def try_to_leave() -> None:
+        with contextlib.suppress(Exception):
+            leave()
+
+    leaving = threading.Thread(target=try_to_leave, daemon=True)
+    leaving.start()
+    leaving.join(PATIENCE)
+    if leaving.is_alive():
+        atexit.register(_exit_now)  # goes before JAX's own handler
+
+
+def _exit_now() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def describe() -> str:

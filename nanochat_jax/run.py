@@ -118,7 +118,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
     if cfg.num_iterations < 1 and cfg.num_iterations != -1:
         raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to have them derived")
     parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    with ExitStack() as held:
+    with parallel.together(), ExitStack() as held:
         # Process 0 decides and holds the lock; several processes see one file system.
         origin, tag, step, identity = parallel.first(lambda: _plan(cfg, held))
         origin = (Path(origin[0]), origin[1]) if origin else None

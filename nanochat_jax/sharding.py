@@ -27,13 +27,16 @@ def make_mesh(spec: str = "") -> Mesh:
     Empty: all on data.
     """
     devices = jax.device_count()
-    sizes = dict.fromkeys(AXES, 1)
+    sizes, given = dict.fromkeys(AXES, 1), set()
     if not spec:
         sizes["data"] = devices
     for part in filter(None, spec.split(",")):
         name, _, size = (word.strip() for word in part.partition("="))
         if name not in AXES or not size.isdigit() or int(size) < 1:
             raise UserError(f"--mesh={spec}: {part.strip()!r} is not one of node=N, data=N, model=N")
+        if name in given:
+            raise UserError(f"--mesh={spec}: {name} is there twice")
+        given.add(name)
         sizes[name] = int(size)
     if math.prod(sizes.values()) != devices:
         node = math.gcd(sizes["node"], devices)

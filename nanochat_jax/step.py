@@ -132,10 +132,11 @@ class Geometry:
 
         UserError for an id outside the vocabulary, which on the device would silently become another one.
         """
-        for name in ("inputs", "targets"):
-            if (largest := int(batch[name].max())) >= vocab_size:
+        for name, least in (("inputs", 0), ("targets", -1)):  # a target of -1 is not counted
+            ids = batch[name]
+            if (id := int(ids.max())) >= vocab_size or (id := int(ids.min())) < least:
                 raise UserError(
-                    f"token id {largest} among the {name} is outside the vocabulary of {vocab_size:,}: "
+                    f"token id {id} among the {name} is outside the vocabulary of {vocab_size:,}: "
                     "the tokenizer is not the one this model was made for"
                 )
         local = {k: v.reshape(self.micro, -1, v.shape[-1]) for k, v in batch.items()}

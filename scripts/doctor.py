@@ -57,6 +57,7 @@ def rust_tokenizer() -> str:
 
 def hub() -> str:
     """Whether the hub that huggingface_hub would ask answers, within three seconds."""
+    import http.client
     import time
     import urllib.request
 
@@ -68,7 +69,7 @@ def hub() -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3):
             pass
-    except OSError as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the last where the address is none
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): only local text and tasks"
     return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv where that is needed and runs the tests. Arguments go to pytest: bash tests/run.sh -k tokenizer
-# Left out unless chosen with -m: slow, parity (Hugging Face's tokenizers), browser (Chromium), gpu.
+# Left out unless chosen with -m: slow, parity (Hugging Face's libraries: source setup.sh dev parity), browser (Chromium), gpu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

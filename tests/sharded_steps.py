@@ -1,17 +1,20 @@
 """Five training steps in float64 on a mesh of 8 devices, for test_sharding.py: python sharded_steps.py OUT CASE...
 
-A case is "MESH SHARD" or a word of CASES. Writes OUT/<case>.npz (losses, gradient norms, parameters) and OUT/<case>.hlo
-(the compiled step).
+A case is "MESH SHARD" or a word of CASES; "muon DEPTH" instead orthogonalises as many layers. Writes OUT/<case>.npz
+(losses, gradient norms, parameters, optimizer state) and OUT/<case>.hlo (the compiled step). With PROCESS=I/N@HOST:PORT
+in the environment it is one of several processes, of which the first writes "<case> in N.npz".
 """
 
+import os
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from nanochat_jax import gpt, optim
+from nanochat_jax import gpt, optim, parallel
 from nanochat_jax.config import Base, GPTConfig
 from nanochat_jax.run import TrainState
 from nanochat_jax.sharding import Layout, make_mesh, put_rows
@@ -34,6 +37,30 @@ def batches() -> list[dict[str, np.ndarray]]:
     return [{"inputs": x[..., :-1], "targets": np.where(uncounted, -1, x[..., 1:])} for x in ids]
 
 
+def own_rows(x: np.ndarray) -> np.ndarray:
+    """This process's share of a batch [micro, rows, t]."""
+    return np.split(x, jax.process_count(), axis=1)[jax.process_index()]
+
+
+def whole(x) -> np.ndarray:
+    """An array as every process sees it."""
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x)
+
+
+def muon(depth: int, out: Path) -> None:
+    """Update and momentum of `depth` layers on all devices, and on one."""
+    shapes = {"wq": (8, 16), "wk": (8, 8), "wv": (8, 8), "wo": (16, 8), "w_in": (8, 32), "w_out": (32, 8)}
+    rng = np.random.default_rng(0)
+    grads = {"blocks": {name: rng.normal(size=(depth, *shape)) for name, shape in shapes.items()}}
+    layout, results = Layout(make_mesh()), {}
+    for case, where in (("all", layout), ("one", None)):
+        tx = optim.scale_by_muon(0.9, jnp.float64, where)
+        updates, state = jax.jit(tx.update)(grads, tx.init(grads))
+        results |= {f"{case}/{n}": u for n, u in updates["blocks"].items()}
+        results |= {f"{case}/{n} momentum": m for n, m in state.momentum["blocks"].items()}
+    np.savez(out / f"muon {depth}.npz", **results)
+
+
 def run(case: str, out: Path) -> None:
     mesh, shard = ("", "optimizer") if case in CASES else case.split()
     layout = None if case in CASES else Layout(make_mesh(mesh), shard)
@@ -54,15 +81,24 @@ def run(case: str, out: Path) -> None:
     for batch in batches():
         if case == "one batch":
             batch = {k: v.reshape(1, -1, v.shape[-1]) for k, v in batch.items()}
-        batch = {k: put_rows(layout.mesh, v) if layout else jnp.asarray(v) for k, v in batch.items()}
-        if not results:
+        batch = {k: put_rows(layout.mesh, own_rows(v)) if layout else jnp.asarray(v) for k, v in batch.items()}
+        if not results and jax.process_count() == 1:
             (out / f"{case}.hlo").write_text(step.lower(state, batch, 1.0).compile().as_text())
         state, metrics = step(state, batch, 1.0)
-        results.append([metrics["loss"], metrics["grad_norm"]])
-    leaves = {"/".join(k.key for k in path): p for path, p in jax.tree_util.tree_leaves_with_path(state.params)}
-    np.savez(out / f"{case}.npz", results=np.array(results), **leaves)
+        results.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    # Muon's and Adam's momenta are sums of the gradients of all steps.
+    leaves = {jax.tree_util.keystr(path): whole(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    if jax.process_index() == 0:
+        name = case if jax.process_count() == 1 else f"{case} in {jax.process_count()}"
+        np.savez(out / f"{name}.npz", results=np.array(results), **leaves)
 
 
 if __name__ == "__main__":
+    if process := os.environ.get("PROCESS"):
+        which, _, where = process.partition("@")
+        parallel.start("cpu", where, int(which.split("/")[1]), int(which.split("/")[0]))
     for name in sys.argv[2:]:
-        run(name, Path(sys.argv[1]))
+        if name.startswith("muon "):
+            muon(int(name.removeprefix("muon ")), Path(sys.argv[1]))
+        else:
+            run(name, Path(sys.argv[1]))

@@ -98,6 +98,23 @@ def test_restoring_casts(run):
     assert equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state(3)[0]))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda p: p | {"wte": p["wte"][:10]}, r"params/wte is \(1000,\) there and \(10,\) here"),
+     (lambda p: p | {"blocks": p["blocks"] | {"wk": p["wte"]}}, r"params/blocks/wk is missing there"),
+     (lambda p: {"wte": p["wte"]}, r"params/blocks/wq is \(2, 3\) there and missing here")],
+)  # fmt: skip
+def test_arrays_of_another_shape_are_one_line(two_steps, change, words):
+    params, opt_state = state(0)
+    for restore in (
+        lambda: checkpoint.restore(two_steps, 2, like(change(params)), like(opt_state)),
+        lambda: checkpoint.restore_params(two_steps, 2, like(change(params))),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            restore()
+        assert "\n" not in str(refused.value)
+
+
 def test_the_last_and_every_so_many_steps_are_kept(run):
     save(checkpoint.Saver(run, keep_last=2, keep_every=4), *range(1, 12))
     assert checkpoint.steps(run) == [4, 8, 10, 11]

@@ -1,15 +1,28 @@
 """What the doctor says of a machine and a preset."""
 
+import http.server
 import re
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import tiny
+from huggingface_hub import constants
+
+from scripts import doctor as script
+
+# With a last line about the most memory it had, in MiB.
+DOCTOR = """
+import resource, runpy
+runpy.run_module("scripts.doctor", run_name="__main__")
+print("Peak:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
 
 
 def doctor(base, devices, *flags):
-    command = [sys.executable, "-m", "scripts.doctor", *flags]
+    command = [sys.executable, "-c", DOCTOR, *flags]
     env = tiny.environment(base, devices) | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=tiny.REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
 
@@ -22,6 +35,36 @@ def test_a_preset_on_eight_devices(own_base_dir):
     assert told["Batch"].startswith("524,288 tokens = ") and "x 8 replicas x 2048" in told["Batch"]
     assert told["On one device"].startswith("0.26 GiB of weights"), "an eighth of 561M parameters in 4 bytes"
     assert "21,400 steps, 11,219,763,200 tokens" in told["Pretraining"]
+    assert told["Devices"].startswith("8 x cpu") or told["Devices"].startswith("1 x cpu"), told["Devices"]
+    assert re.search(r"Python 3\.\d+.*jax .*flax .*optax ", told["Versions"]) and "GiB" in told["Memory"]
+    assert {"Platform", "CPU", "Device memory", "Free disk", "Rust tokenizer"} <= told.keys()
+    assert "HF_HUB_OFFLINE" in told["Hub"]
+    assert re.search(r"matmuls in \w+ \(.*\), attention by xla \(no NVIDIA GPU\)", done.stdout)
+    assert int(told["Peak"]) < 1500, "MiB, where weights and optimizer state would be 6,000"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_whether_the_hub_answers_is_told(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert re.fullmatch(r"http://127.0.0.1:\d+ answers in \d+ ms", script.hub())
+        server.shutdown()
+    with socket.socket() as taken:  # nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        for wrong in (f"http://127.0.0.1:{taken.getsockname()[1]}", "no-address"):
+            monkeypatch.setattr(constants, "ENDPOINT", wrong)
+            assert re.fullmatch(rf"{wrong} does not answer \(.+\): only local text and tasks", script.hub())
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(params):
 @pytest.mark.parametrize(
     ("depth", "count", "flops"),
     [(4, 36_700_160, 1.447e8), (12, 185_597_952, 1.038e9), (20, 560_988_160, 3.491758e9),
-     (26, 1_081_999_360, 6.900941e9), (32, 1_879_048_192, 1.207960e10)],
+     (26, 1_081_999_360, 6.900941e9), (30, 1_578_762_240, 1.01332e10), (32, 1_879_048_192, 1.207960e10),
+     (34, 2_217_082_880, 1.42651e10)],
 )  # fmt: skip
 def test_size_and_cost_of_the_published_depths(depth, count, flops):
     cfg = Base(depth=depth).gpt_config(65536)
@@ -105,6 +106,40 @@ def test_impossible_shapes_name_the_flag():
         Base(depth=4, n_kv_head=3).gpt_config(65536)
     with pytest.raises(UserError, match="--depth=0"):
         Base(depth=0).gpt_config(65536)
+    with pytest.raises(UserError, match="--head_dim=33: must be even"):
+        Base(head_dim=33).gpt_config(65536)
+
+
+def test_the_shape_is_made_of_the_settings():
+    settings = Base(depth=3, aspect_ratio=40, head_dim=32, n_kv_head=2, max_seq_len=1024, window_pattern="sl")
+    cfg = settings.gpt_config(1000)
+    assert (cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.head_dim) == (3, 128, 4, 2, 32)
+    assert (cfg.sequence_len, cfg.windows, cfg.vocab_size, cfg.padded_vocab) == (1024, (256, 0, 0), 1000, 1024)
+
+
+def test_initialisation_a_tensor():
+    cfg = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=256, vocab_size=1000, sequence_len=32)
+    fresh = gpt.init(cfg, seed=0)
+    assert float(fresh["wte"].std()) == pytest.approx(1.0, rel=0.01)
+    assert float(fresh["lm_head"].std()) == pytest.approx(0.001, rel=0.01)
+    for name in ("wq", "wk", "wv", "w_in"):  # uniform, of standard deviation 1/sqrt(width)
+        w = fresh["blocks"][name]
+        assert float(w.std()) == pytest.approx(1 / 16, rel=0.02) and float(jnp.abs(w).max()) <= 3**0.5 / 16
+        assert float(jnp.abs(w).max()) == pytest.approx(3**0.5 / 16, rel=0.01)
+    assert not fresh["blocks"]["wo"].any() and not fresh["blocks"]["w_out"].any()
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fresh))
+    same, other = gpt.init(cfg, seed=0), gpt.init(cfg, seed=1)
+    np.testing.assert_array_equal(same["wte"], fresh["wte"])
+    assert (other["wte"] != fresh["wte"]).any()
+
+
+def test_padding_of_the_vocabulary_changes_nothing(params):
+    ids = jnp.arange(10)[None]
+    padded = params | {n: params[n].at[CFG.vocab_size :].set(jnp.inf) for n in ("wte", "lm_head")}
+    assert params["lm_head"].shape == (128, 64)
+    logits = forward(padded, CFG, ids)
+    assert logits.shape == (1, 10, 100)
+    np.testing.assert_array_equal(logits, forward(params, CFG, ids))
 
 
 @pytest.mark.parametrize("window", [0, 1, 20, 64])

@@ -65,6 +65,51 @@ def test_groups_have_their_own_rates_and_the_width_factor():
     factor = (192 / 768) ** -0.5
     np.testing.assert_allclose(updates["wte"], -0.2 * factor, rtol=1e-4)  # Adam's first step is the sign
     np.testing.assert_allclose(updates["lm_head"], -0.004 * factor, rtol=1e-4)
+    muon, _ = optim.scale_by_muon().update(grads["blocks"], optim.scale_by_muon().init(params["blocks"]))
+    np.testing.assert_allclose(updates["blocks"]["wq"], -0.02 * muon["wq"], rtol=1e-4)  # whatever the width
+
+
+def adamw_in_numpy(p, gradients, lr, weight_decay, b1=0.8, b2=0.95, eps=1e-10):
+    """The specification's steps, a list of gradients after each other -> the parameter after them."""
+    m = v = np.zeros_like(p)
+    for t, g in enumerate(gradients, start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        p = p - lr * weight_decay * p - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    return p
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_equals_the_transcription(weight_decay):
+    start = rng.normal(size=(8, 4)).astype(np.float32)
+    gradients = [rng.normal(size=(8, 4)).astype(np.float32) for _ in range(4)]
+    rates = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02}
+    tx = optim.make_optimizer(4 * 768, **rates, weight_decay=weight_decay)
+    params = {"wte": jnp.asarray(start), "lm_head": jnp.asarray(start)}
+    state = tx.init(params)
+    for g in gradients:
+        updates, state = tx.update({name: jnp.asarray(g) for name in params}, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, lr in (("wte", 0.1), ("lm_head", 0.002)):  # halved by the width
+        np.testing.assert_allclose(params[name], adamw_in_numpy(start, gradients, lr, weight_decay), atol=1e-5)
+
+
+def test_muon_composes_with_other_transformations():
+    """Clipped, decayed, on a schedule, masked, every second step, under jit."""
+    params = {"w": jnp.ones((2, 4, 8)), "bias": jnp.ones(8)}
+    chain = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.masked(optim.scale_by_muon(0.9), {"w": True, "bias": False}),
+        optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(optax.linear_schedule(0.5, 0.0, 10)),
+    )  # fmt: skip
+    tx = optax.MultiSteps(chain, every_k_schedule=2)
+    g = {"w": jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32), "bias": jnp.zeros(8)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    nothing, state = update(g, state, params)
+    assert not any(x.any() for x in jax.tree.leaves(nothing))
+    updates, state = update(g, state, params)
+    size = np.linalg.norm(np.asarray(g["w"]).ravel())
+    muon, _ = optim.scale_by_muon(0.9).update({"w": g["w"] / size}, optim.scale_by_muon(0.9).init({"w": g["w"]}))
+    np.testing.assert_allclose(updates["w"], -0.5 * (muon["w"] + 0.1), atol=1e-4)
+    np.testing.assert_allclose(updates["bias"], -0.5 * 0.1, atol=1e-6)
 
 
 def test_momentum_warms_up_over_300_steps():

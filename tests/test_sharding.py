@@ -24,6 +24,8 @@ SHARDED = [
     "data=8 optimizer", "data=8 full", "node=2,data=4 optimizer", "data=4,model=2 optimizer", "data=4,model=2 full",
 ]  # fmt: skip
 OTHERWISE = ["one batch", "scan", "remat", "remat matmuls"]
+DEPTHS = [12, 20, 26, 32]
+TOGETHER = "node=2,data=4 optimizer"  # what two processes do as well
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +33,43 @@ def steps(tmp_path_factory):
     """Results of five steps by case, from a process with eight devices."""
     out = tmp_path_factory.mktemp("steps")
     script = Path(__file__).with_name("sharded_steps.py")
-    command = [sys.executable, str(script), str(out), "one device", *OTHERWISE, *SHARDED]
+    command = [sys.executable, str(script), str(out)]
     environment = tiny.environment(out, devices=8) | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(tiny.REPOSITORY)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    cases = ["one device", *OTHERWISE, *SHARDED, *(f"muon {depth}" for depth in DEPTHS)]
+    result = subprocess.run([*command, *cases], env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     assert "full rematerialization" not in result.stderr  # XLA found no way from one sharding to another
+    where = free_address()
+    halves = [
+        subprocess.Popen(
+            [*command, TOGETHER], stderr=subprocess.PIPE, text=True,
+            env=environment | tiny.environment(out, devices=4) | {"PROCESS": f"{i}/2@{where}"},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    problems = [p.communicate(timeout=300)[1] for p in halves]
+    assert [p.returncode for p in halves] == [0, 0], "".join(problems)
     return out
 
 
-@pytest.mark.parametrize("case", OTHERWISE + SHARDED)
+@pytest.mark.parametrize("case", [*OTHERWISE, *SHARDED, f"{TOGETHER} in 2"])
 def test_five_steps_are_those_of_one_device(steps, case):
     # float64: Newton-Schulz in float32 would spread the rounding of the sums' order.
     one, other = np.load(steps / "one device.npz"), np.load(steps / f"{case}.npz")
     assert np.ptp(one["results"][:, 0]) > 0.01  # something is learnt
+    assert {name.split("[")[0].split(".")[1] for name in one if name != "results"} == {"params", "opt_state"}
     for name in one:
         np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_muon_shares_out_as_many_layers_as_there_are(steps, depth):
+    """26 layers make batches of 52 matrices, which eight devices do not divide."""
+    found = np.load(steps / f"muon {depth}.npz")
+    names = [name.removeprefix("all/") for name in found if name.startswith("all/")]
+    assert len(names) == 12 and all(len(found[f"all/{name}"]) == depth for name in names)
+    for name in names:
+        np.testing.assert_allclose(found[f"all/{name}"], found[f"one/{name}"], rtol=0, atol=1e-9, err_msg=name)
 
 
 def collectives(hlo: str) -> dict[bool, collections.Counter]:
@@ -72,12 +96,13 @@ def test_sharded_optimizer_reduces_once_a_step(steps):
 def test_full_sharding_gathers_and_reduces_in_every_micro_batch(steps):
     found = collectives((steps / "data=8 full.hlo").read_text())
     weights = 3 * 6 + 2  # six a layer, embedding and head
-    assert found[True]["all-reduce"] + found[True]["reduce-scatter"] >= weights
+    assert found[True]["all-reduce"] + found[True]["reduce-scatter"] == weights
+    assert found[False]["all-reduce"] + found[False]["reduce-scatter"] == 0
     # On a CPU XLA gathers them once for all micro-batches, on a GPU in each.
     assert found[True]["all-gather"] + found[False]["all-gather"] >= weights
 
 
-@pytest.mark.parametrize("depth", [12, 20, 26, 32])
+@pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("data", [8, 3])
 def test_every_preset_can_be_cut(depth, data):
     """Muon's state and updates have a place on any number of devices; eight leave nothing whole."""
@@ -99,7 +124,14 @@ def test_every_preset_can_be_cut(depth, data):
 
 @pytest.mark.parametrize(
     ("spec", "complaint"),
-    [("data=3", "there are 1"), ("rows=2", "node=N"), ("data=zero", "node=N"), ("data", "node=N"), ("model=2", "try")],
+    [
+        ("data=3", "there are 1"),
+        ("data=1,data=1", "data is there twice"),
+        ("rows=2", "node=N"),
+        ("data=zero", "node=N"),
+        ("data", "node=N"),
+        ("model=2", "try"),
+    ],
 )
 def test_a_mesh_that_does_not_match_the_devices_is_refused(spec, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -137,14 +169,23 @@ def test_a_peak_is_that_of_the_very_device(kind, peak, monkeypatch):
 # Several processes
 
 
-def start_together(base: Path, processes: int, devices: int, **changes) -> list[subprocess.Popen]:
-    """One run of base in several processes on this machine."""
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_together(base: Path, processes: int, devices: int, code: str = "", **changes) -> list[subprocess.Popen]:
+    """One run of base in several processes on this machine; `code` instead of `-m scripts.train`."""
+    where = free_address()
+
+    def command(i: int) -> list[str]:
+        python, *module = tiny.command("base", coordinator=where, num_processes=processes, process_id=i, **changes)
+        return [python, "-c", code, *module[2:]] if code else [python, *module]
+
     return [
         subprocess.Popen(
-            tiny.command("base", coordinator=where, num_processes=processes, process_id=i, **changes),
+            command(i),
             cwd=tiny.REPOSITORY, env=tiny.environment(base, devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,
         )
@@ -197,6 +238,32 @@ def test_one_process_goes_on_where_two_were_ended(alone):
     whole = tiny.run("base", alone, devices=8, **long | {"model_tag": "whole"})
     assert whole.returncode == 0, whole.stderr
     np.testing.assert_allclose(losses(run), losses(run.with_name("whole")), rtol=1e-2)
+
+
+FAULT = """
+import sys, jax
+from nanochat_jax import commandline, step
+from nanochat_jax.config import UserError
+from scripts import train
+shaped, calls = step.Geometry.shaped, []
+def fail(*args):
+    calls.append(1)
+    if len(calls) == 4 and jax.process_index() == {failing}:
+        raise {error}("made up")
+    return shaped(*args)
+step.Geometry.shaped = fail
+commandline.run(train.main, train.chosen_stage())
+"""
+
+
+@pytest.mark.parametrize(("failing", "error"), [(1, "UserError"), (0, "OSError")])
+def test_an_error_of_one_process_ends_both(alone, failing, error):
+    """The other one says that it has lost one, unless JAX aborts it first."""
+    fault = FAULT.format(failing=failing, error=error)
+    started = start_together(alone, 2, 4, fault, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+    told = [p.communicate(timeout=150)[1] for p in started]  # far less than JAX's five minutes
+    assert all(p.returncode != 0 for p in started), told
+    assert f"{'error' if error == 'UserError' else error}: made up" in told[failing]
 
 
 def test_a_save_that_fails_on_one_process_ends_both(alone):

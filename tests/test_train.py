@@ -77,6 +77,16 @@ def test_weights_of_zero_teach_nothing():
     assert results["loss"] == 0 and results["grad_norm"] == 0
 
 
+def test_a_step_without_counted_targets_changes_nothing():
+    """Item 6 of upstream's bugs, in a whole step."""
+    tx = optim.make_optimizer(MODEL.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)
+    before = gpt.init(MODEL, seed=1)
+    batch = {"inputs": jnp.zeros((2, 4, 16), jnp.int32), "targets": jnp.full((2, 4, 16), -1)}
+    state, results = make_step(MODEL, tx, jnp.float32)(TrainState(gpt.init(MODEL, seed=1), tx.init(before)), batch, 1.0)
+    assert results["loss"] == results["grad_norm"] == results["count"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
 def test_clipping_bounds_the_norm_of_the_whole_gradient():
     start = gpt.init(MODEL, seed=1)
 
@@ -150,13 +160,14 @@ def test_interrupted_run_saves_and_goes_on(world):
 
 
 def test_eight_devices_compute_what_one_does(world):
-    for devices in (1, 8):
-        flags = {"model_tag": f"on{devices}", "device_batch_size": 1, "total_batch_size": 512, "num_iterations": 4}
-        result = tiny.run("base", world, devices, **flags)
+    for tag, devices, mesh in (("on1", 1, ""), ("on8", 8, ""), ("on4x2", 8, "data=4,model=2")):
+        flags = {"device_batch_size": 1, "total_batch_size": 512, "num_iterations": 4, "mesh": mesh}
+        result = tiny.run("base", world, devices, model_tag=tag, **flags)
         assert result.returncode == 0, result.stderr
-    one, eight = (losses(checkpoint.run_dir("base", f"on{d}")) for d in (1, 8))
-    assert one.keys() == eight.keys()
-    np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=2e-4)
+    one, *others = (losses(checkpoint.run_dir("base", tag)) for tag in ("on1", "on8", "on4x2"))
+    for other in others:
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=2e-4)
 
 
 @pytest.mark.slow
@@ -357,6 +368,10 @@ def test_ids_outside_the_vocabulary_are_refused():
     batch = {"inputs": np.zeros((2, 64), np.int32), "targets": np.full((2, 64), 320, np.int32)}
     with pytest.raises(UserError, match="token id 320 among the targets is outside the vocabulary of 320"):
         Geometry(1, 2, 1, 64).shaped(batch, None, 320)
+    for changed, words in (({"inputs": -1}, "id -1 among the inputs"), ({"targets": -2}, "id -2 among the targets")):
+        batch = {name: np.full((2, 64), changed.get(name, 0), np.int32) for name in ("inputs", "targets")}
+        with pytest.raises(UserError, match=words):
+            Geometry(1, 2, 1, 64).shaped(batch, None, 320)
 
 
 def test_rows_of_conversations_are_no_more_than_asked():

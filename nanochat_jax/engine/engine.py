@@ -120,19 +120,24 @@ class Engine:
             params = jax.device_put(params, sharding.replicated(mesh))
         self._params = programs.unstack(params)
 
-    def warm(self, like: Request) -> None:
-        """Compiles what requests sampled like this one need, at every length of prompt and cache, by generating two
-        tokens at each. The engine must be idle."""
-        size = SMALLEST_PROMPT
-        while True:
-            size = min(size, self.cfg.sequence_len)
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths of prompt and cache that programs are compiled for."""
+        sizes, limit = [SMALLEST_PROMPT], self.cfg.sequence_len
+        while sizes[-1] < limit:
+            sizes.append(2 * sizes[-1])
+        return [min(size, limit) for size in sizes]
+
+    def warm(self, like: Request, progress: Callable[[], object] | None = None) -> None:
+        """Compiles what requests sampled like this one need, by generating two tokens after a prompt of each of the
+        `lengths`; `progress()` is called after each. The engine must be idle."""
+        for size in self.lengths:
             one = dataclasses.replace(like, ids=[0] * size, max_tokens=2, n=1, stop_ids=())
             self.run([one])
             if size * PREFILL_ROWS <= PREFILL_TOKENS and self.slots >= PREFILL_ROWS - 1:
                 self.run([one] * PREFILL_ROWS)
-            if size == self.cfg.sequence_len:
-                return
-            size *= 2
+            if progress:
+                progress()
 
     @property
     def running(self) -> int:

@@ -263,6 +263,7 @@ else:
 TINY = {"device_type": "cpu", "depth": 1, "vocab_size": 320, "prompt": 8, "new": 6, "batches": "2", "chunk": 4}
 
 
+@pytest.mark.slow
 def test_decode_beside_a_peer_that_fails_in_part(fake_python, tmp_path, capsys):
     more = {"dtypes": "float32,bfloat16", "rounds": 1, "peer": "hf", "peer_python": fake_python(FAKE_HF)}
     decode.main(decode.Settings(**TINY, **more, json=str(tmp_path / "out.jsonl")))
@@ -335,6 +336,7 @@ def test_decodes_mistakes_are_one_line(change, words):
 # serve
 
 
+@pytest.mark.slow
 def test_serve_measures_a_real_server(tmp_path, capsys):
     preset = tmp_path / "tiny.toml"
     preset.write_text("depth = 1\naspect_ratio = 16\nhead_dim = 16\nmax_seq_len = 64\n[tok]\nvocab_size = 320\n")

@@ -271,7 +271,8 @@ def _open_folder(folder: Path) -> Source:
     """A folder of the user's. Its last file is the validation set, or the last 1% of the documents of a single file.
     Several parquet files are read where they are; anything else is converted and shuffled once."""
     if not folder.is_dir():
-        raise UserError(f"--data_dir={folder}: no such folder")
+        wrong = "a file: name the folder it is in" if folder.exists() else "no such folder"
+        raise UserError(f"--data_dir={folder}: {wrong}")
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
     if not files:
         raise UserError(f"--data_dir={folder}: no files ending in {', '.join(SUFFIXES)}")

@@ -44,7 +44,10 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
         raise UserError(f"{ours}: version is {about.get('version')!r}, this program reads {VERSION}")
     data = _read(theirs)
     if about.get("sha256") != hashlib.sha256(data).hexdigest():
-        raise UserError(f"{theirs}: its SHA-256 is not the one in {ours.name}; it was changed or damaged")
+        raise UserError(
+            f"{theirs}: its SHA-256 is not the one in {ours.name}; it was changed or damaged: "
+            "run tok_train again with the settings it was made with"
+        )
 
     ranks, special = _vocabulary(_parse(data, theirs), theirs, pattern)
     wanted = {name: len(ranks) + i for i, name in enumerate(special_names)}

@@ -45,15 +45,13 @@ def main(cfg: config.ChatWeb) -> None:
         from nanochat_jax import checkpoint
         from nanochat_jax.engine.engine import Engine
         from nanochat_jax.engine.request import Request
-        from nanochat_jax.progress import Progress
 
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
         dtype = parallel.precision(cfg.compute_dtype)
         engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots, dtype=dtype, chunk=CHUNK)
-        # Before the first visitor waits for it, with everybody else. The next start finds it in the compile cache.
-        likely = Request([model.tokenizer.bos], temperature=cfg.temperature, top_k=cfg.top_k)
-        with Progress("compiling for every length of prompt, once", len(engine.lengths)) as progress:
-            engine.warm(likely, progress.advance)
+        # Two tokens for nobody: most of what has to be compiled is compiled before the first visitor waits for it.
+        for _ in engine.stream(Request([model.tokenizer.bos], 2, cfg.temperature, cfg.top_k)):
+            pass
         app = create_app(engine, cfg, model.name, device=jax.devices()[0].device_kind)
         listener.listen()  # whoever follows the address right away waits for a moment instead of being refused
         print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)

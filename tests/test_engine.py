@@ -17,7 +17,6 @@ from scripted_model import line_ids, scripted
 from nanochat_jax import gpt
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
-from nanochat_jax.engine import programs
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
 from nanochat_jax.tokenizer import Tokenizer
@@ -355,17 +354,6 @@ def test_bad_requests_are_refused_and_leave_no_trace(engine, change, message):
     with pytest.raises(UserError, match=message):
         engine.run([Request([1]), Request(**{"ids": [1]} | change)])
     assert not engine.busy
-
-
-def test_a_warm_engine_compiles_nothing_for_requests_of_its_kind(params, cfg, tokenizer):
-    """Prompts of all lengths, alone and several at once, to the end of the context."""
-    engine = Engine(params, cfg, tokenizer, slots=5, chunk=4)
-    engine.warm(Request([0], temperature=0.8, top_k=50))
-    compiled = [programs.prefill, programs.extend, programs.first, programs.decode]
-    before = [program._cache_size() for program in compiled]
-    for lengths in ([1], [33], [70, 80, 90, 100], [3] * 6, [129, 20], [CONTEXT]):
-        engine.run([Request(prompt(n, n), temperature=0.8, top_k=50, max_tokens=80, stop_ids=()) for n in lengths])
-    assert [program._cache_size() for program in compiled] == before
 
 
 def test_buckets_are_few_and_hold_what_they_must():

@@ -465,8 +465,7 @@ def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, client, own
         for thread in threads:
             thread.join(60)
         _, errors = server.process.communicate(timeout=20)
-        assert server.process.returncode == 0
-        assert all(line.startswith("compiling") for line in errors.splitlines()), errors
+        assert (server.process.returncode, errors) == (0, "")
         assert answers == ["data: [DONE]"] * 2
 
 

@@ -13,7 +13,6 @@ Weights that lie on a mesh of several devices spread the slots over its data axi
 device keeps the cache of its own slots and decodes them.
 """
 
-import dataclasses
 import functools
 import math
 from collections import deque
@@ -119,25 +118,6 @@ class Engine:
         if mesh := sharding.mesh_of(params):  # whole on every device, once, wherever training keeps them
             params = jax.device_put(params, sharding.replicated(mesh))
         self._params = programs.unstack(params)
-
-    @property
-    def lengths(self) -> list[int]:
-        """The lengths of prompt and cache that programs are compiled for."""
-        sizes, limit = [SMALLEST_PROMPT], self.cfg.sequence_len
-        while sizes[-1] < limit:
-            sizes.append(2 * sizes[-1])
-        return [min(size, limit) for size in sizes]
-
-    def warm(self, like: Request, progress: Callable[[], object] | None = None) -> None:
-        """Compiles what requests sampled like this one need, by generating two tokens after a prompt of each of the
-        `lengths`; `progress()` is called after each. The engine must be idle."""
-        for size in self.lengths:
-            one = dataclasses.replace(like, ids=[0] * size, max_tokens=2, n=1, stop_ids=())
-            self.run([one])
-            if size * PREFILL_ROWS <= PREFILL_TOKENS and self.slots >= PREFILL_ROWS - 1:
-                self.run([one] * PREFILL_ROWS)
-            if progress:
-                progress()
 
     @property
     def running(self) -> int:

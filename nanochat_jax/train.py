@@ -333,7 +333,7 @@ class StepLog:
             self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info)
 
     def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info) -> None:
-        """One line; nothing is said of a full learning rate and of what is not known."""
+        """One line, of what there is to say: nothing about a full learning rate, no waste, no wait."""
         of = f"/{self.stage.steps}" if self.stage.steps else ""
         parts = [
             f"step {step}{of} ({100 * (step / self.stage.steps if self.stage.steps else progress):.1f}%)",
@@ -341,9 +341,9 @@ class StepLog:
             f"lr x{lr_mult:.3f}" if lr_mult != 1 else "",
             f"{1000 * dt:.0f} ms" if dt else "compiled", f"{metrics.short(speed)} tok/s" if speed else "",
             f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"{metrics.short(self.run.totals['tokens'])} tokens", _place(info),
-            f"waste {info['waste']:.1%}",
+            f"waste {info['waste']:.1%}" if info["waste"] >= 0.0005 else "",
             f"skipped {info['skipped']:,}" if info.get("skipped") else "",
-            f"wait {1000 * waited:.0f} ms", f"eta {self._eta(step, progress)}",
+            f"wait {1000 * waited:.0f} ms" if waited > 0.001 else "", f"eta {self._eta(step, progress)}",
         ]  # fmt: skip
         print(" | ".join(p for p in parts if p), flush=True)
 

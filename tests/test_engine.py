@@ -398,7 +398,6 @@ for params, slots in ((one, 16), (many, 16), (many, 6)):
 """
 
 
-@pytest.mark.slow
 def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
     root = Path(__file__).resolve().parents[1]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

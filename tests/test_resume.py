@@ -273,8 +273,7 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     assert meta["versions"].keys() >= {"commit", "python", "jax", "numpy", "flax", "optax", "orbax-checkpoint", "grain"}
     said = capsys.readouterr().out
     assert re.search(r"text: texts, 1 files of about [\d.]+K tokens; this run needs 1, 0\.\d\d epochs$", said, re.M)
-    place = r"\| 256 tokens \| epoch \d shard 0 group \d \| waste .*% \| wait \d+ ms \| eta n/a$"
-    assert re.search(place, said, re.M), said
+    assert re.search(r"\| 256 tokens \| epoch \d shard 0 group \d \| eta n/a$", said, re.M), said
 
     (folder / "b.txt").write_text("another validation text")
     with pytest.raises(UserError, match=r"the text is not that of .*step_000002 \(other hash, validation\)"):

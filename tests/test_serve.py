@@ -460,8 +460,13 @@ def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, client, own
         begun.wait(30)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        with pytest.raises(httpx.NetworkError):  # refused, or reset if it had not heard of the signal yet
-            client.get(f"{server.url}/health")
+        while True:  # nobody gets an answer: who knocked while the door was closing is cut off, then all are refused
+            try:
+                raise AssertionError(f"let in: {client.get(f'{server.url}/health')}")
+            except httpx.ReadError:
+                time.sleep(0.1)
+            except httpx.ConnectError:
+                break
         for thread in threads:
             thread.join(60)
         _, errors = server.process.communicate(timeout=20)

@@ -215,9 +215,9 @@ def test_two_processes_train_as_one(alone):
     (out, problems), (silent, more_problems) = [p.communicate(timeout=300) for p in started]
     assert [p.returncode for p in started] == [0, 0], problems + more_problems
     assert "8 x cpu" in out and "in 2 processes" in out
-    # Only process 0 prints, and the library, from several threads at once.
-    ours = {line for line in out.splitlines() if line and "Gloo" not in line}
-    assert len(ours) > 20 and not ours & set(silent.splitlines()) and "step" not in silent, silent
+    # Only process 0 prints, and the library, whose threads may cut each other short.
+    gloo = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
+    assert set(re.findall("[A-Za-z]+", silent)) <= set(re.findall("[A-Za-z]+", gloo)), silent
     one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-4)
 

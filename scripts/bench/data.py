@@ -46,9 +46,10 @@ class Settings:
 
 def main(cfg: Settings) -> None:
     _check(cfg)
-    from nanochat_jax import dataset, tokenized
+    from nanochat_jax import dataloader, dataset, tokenized
     from nanochat_jax.tokenizer import Tokenizer
 
+    dataloader.check_packing(cfg.packing)
     tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
     with contextlib.redirect_stdout(sys.stderr):
         source = dataset.open(cfg.data, cfg.data_dir)
@@ -86,8 +87,6 @@ def _check(cfg: Settings) -> None:
         raise UserError(
             f"--total_batch_size={cfg.total_batch_size}: must be a multiple of --max_seq_len={cfg.max_seq_len}"
         )
-    if cfg.packing not in ("split", "crop", "stream"):
-        raise UserError(f"--packing={cfg.packing}: expected split, crop or stream")
     measuring.check_json(cfg.json)
 
 

@@ -100,10 +100,11 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
     """
     b, t, h, d = q.shape
     n = k.shape[1]
-    q = q.reshape(b, t, n, h // n, d)
-    scores = jnp.einsum("btngk,bnsk->bngts", q, k, preferred_element_type=accumulator(q.dtype)) * d**-0.5
+    # [b,n,g,t,k] as in `_xla`: not every CPU has a bf16 dot for another order.
+    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)
+    scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accumulator(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bngts,bnsk->btngk", weights, v, preferred_element_type=accumulator(q.dtype))
-    return out.reshape(b, t, h, d).astype(v.dtype)
+    out = jnp.einsum("bngts,bnsk->bngtk", weights, v, preferred_element_type=accumulator(q.dtype))
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(v.dtype)

@@ -113,6 +113,7 @@ def test_a_long_prompt_is_prefilled_in_pieces_while_others_go_on(engine, params,
     [[alone]] = engine.run([long])
     text = [*long.ids, *alone.ids[:-1]]
     assert alone.ids == full(params, text)[length - 1 :].argmax(-1).tolist()
+    engine.set_params(params)  # nothing is left of the prompt
     first = engine.add(short)
     events = engine.step()
     second = engine.add(long)
@@ -125,10 +126,73 @@ def test_a_long_prompt_is_prefilled_in_pieces_while_others_go_on(engine, params,
         events += engine.step()
     heard = {id: [token for event in events if event.request == id for token in event.ids] for id in (first, second)}
     assert heard == {first: expected.ids, second: alone.ids}
+    engine.set_params(params)
     cancelled = engine.add(long)
     engine.step()
     engine.cancel(cancelled)
     assert not engine.busy
+
+
+# -----------------------------------------------------------------------------
+# What is in the cache already is not computed again
+
+
+def greedy(engine, ids, max_tokens=20, **more) -> tuple[list[int], int]:
+    """The continuation of `ids`, and how many of them were in the cache."""
+    events = list(engine.stream(Request(ids, max_tokens=max_tokens, temperature=0, stop_ids=(), **more)))
+    return [token for event in events for token in event.ids], events[0].reused
+
+
+def test_the_next_turn_of_a_chat_goes_on_from_the_last_one(engine, params, full):
+    engine.set_params(params)
+    turn = prompt(70)
+    answer, reused = greedy(engine, turn)
+    assert reused == 0
+    for _ in range(2):  # the second time both turns are there
+        engine.run([Request(prompt(5, 1), max_tokens=9, temperature=0)])  # somebody else, in another slot
+        turn = [*turn, *answer, *prompt(4, 2)]
+        before = len(turn) - 4
+        answer, reused = greedy(engine, turn)
+        assert reused == before - 1  # of the last token of an answer nothing has been computed
+        assert answer == full(params, [*turn, *answer[:-1]])[len(turn) - 1 :].argmax(-1).tolist()
+
+
+def test_a_system_prompt_is_shared_with_samples_under_way(engine, params, full):
+    engine.set_params(params)
+    system = prompt(90)
+    prompts = [[*system, *prompt(6 + i, i)] for i in range(3)]
+    requests = [Request(ids, max_tokens=30, temperature=0, stop_ids=(), n=2) for ids in prompts]
+    ids = [engine.add(request) for request in requests]
+    events = []
+    while engine.busy:
+        events += engine.step()
+    for id, request in zip(ids, requests, strict=True):
+        for sample in range(2):
+            text = [token for e in events if (e.request, e.sample) == (id, sample) for token in e.ids]
+            logits = full(params, [*request.ids, *text[:-1]])
+            assert text == logits[len(request.ids) - 1 :].argmax(-1).tolist()
+    assert [sum(e.reused for e in events if e.request == id) for id in ids] == [0, 90, 90]  # once a request
+
+
+def test_what_is_left_in_a_slot_ends_with_its_use(engine, params, full):
+    engine.set_params(params)
+    turn = prompt(70)
+    answer, _ = greedy(engine, turn, max_tokens=62)  # 131 positions are in use
+    # In its slots others come and go, and the cache shrinks to 128 positions, of which the last is written over.
+    engine.run([Request(prompt(5, i), max_tokens=9, temperature=0) for i in range(2)])
+    longer = [*turn, *answer, *prompt(4, 2)]
+    again, reused = greedy(engine, longer)
+    assert reused == 127 and again == full(params, [*longer, *again[:-1]])[len(longer) - 1 :].argmax(-1).tolist()
+    engine.run([Request(prompt(5, i), max_tokens=9, temperature=0) for i in range(3)])  # a sample in every slot
+    assert greedy(engine, longer)[1] == 0
+    stopped = engine.add(Request(longer, max_tokens=20, temperature=0, stop_ids=()))
+    engine.step()
+    engine.step()
+    engine.cancel(stopped)
+    assert greedy(engine, [*longer, *again[:2], 7])[1] == len(longer) + 2
+    assert greedy(engine, [*longer, 8], score=True)[1] == 0  # every token of it is asked about
+    engine.set_params(params)
+    assert greedy(engine, longer)[1] == 0
 
 
 def test_sampled_text_does_not_depend_on_the_company(engine):
@@ -204,10 +268,11 @@ def test_one_sample_can_be_cancelled(engine):
     assert text == [alone[0].ids, alone[1].ids[:1], alone[2].ids]
 
 
-def test_bfloat16_runs(params, cfg, tokenizer):
-    engine = Engine(params, cfg, tokenizer, slots=1, dtype=jnp.bfloat16, chunk=4)
-    [[sample]] = engine.run([Request(prompt(5), max_tokens=6, stop_ids=())])
-    assert len(sample.ids) == 6
+def test_bfloat16_runs_alone_and_in_a_batch(params, cfg, tokenizer):
+    engine = Engine(params, cfg, tokenizer, slots=4, dtype=jnp.bfloat16, chunk=4)
+    for count in (1, 4):  # the four are prefilled together
+        answers = engine.run([Request(prompt(5, i), max_tokens=6, stop_ids=()) for i in range(count)])
+        assert [len(sample.ids) for [sample] in answers] == [6] * count
 
 
 # -----------------------------------------------------------------------------

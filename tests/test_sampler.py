@@ -57,6 +57,13 @@ def test_frequencies_are_those_of_the_filtered_softmax(logits, chosen):
     assert chi < common.sum() + 6 * np.sqrt(2 * common.sum())
 
 
+def test_greedy_takes_the_first_of_the_largest_and_some_token_of_no_numbers():
+    tied = np.zeros(VOCAB, np.float32)
+    tied[[40, 41, 200]] = 3
+    assert set(draw(tied, settings(temperature=0))) == {40}
+    assert set(draw(np.full(VOCAB, np.nan, np.float32), settings(temperature=0))) <= set(range(VOCAB))
+
+
 def test_zero_switches_off(logits):
     best = int(np.argmax(logits))
     assert (draw(logits, settings(temperature=0)) == best).all()

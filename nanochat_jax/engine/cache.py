@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax import sharding
 from nanochat_jax.config import GPTConfig
 
 SMALLEST = 128  # positions; below this, attention costs little next to the weights
@@ -24,10 +25,10 @@ def bucket(length: int, limit: int, smallest: int = SMALLEST) -> int:
     return min(limit, max(smallest, 1 << max(length - 1, 0).bit_length()))
 
 
-def make(cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None = None) -> KV:
+def make(cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, where: jax.sharding.Sharding | None = None) -> KV:
     """An empty cache of `slots` rows with `size` positions. Zeros, since masked garbage could be NaN."""
     shape = (slots, cfg.n_kv_head, size, cfg.head_dim)
-    return {name: [jnp.zeros(shape, dtype, device=sharding) for _ in range(cfg.n_layer)] for name in ("k", "v")}
+    return {name: [jnp.zeros(shape, dtype, device=where) for _ in range(cfg.n_layer)] for name in ("k", "v")}
 
 
 def resize(cache: KV, size: int) -> KV:
@@ -39,6 +40,13 @@ def resize(cache: KV, size: int) -> KV:
         for i, old in enumerate(buffers):
             buffers[i] = _resize(old, size)
     return cache
+
+
+@functools.partial(jax.jit, static_argnames=("size", "mesh"))
+def row(cache: KV, slot: jax.Array, *, size: int, mesh) -> KV:
+    """A copy of one row, with `size` positions, whole on every device."""
+    one = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
+    return sharding.everywhere(one, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=1)

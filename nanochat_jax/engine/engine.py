@@ -17,7 +17,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -30,58 +30,13 @@ from nanochat_jax.engine import programs, sampler
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.engine.programs import MAX_STOP_IDS, Schedule
 from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Likeliest, Request, Sample, Scores
+from nanochat_jax.engine.slots import Prefilled, Prompt, Row, Slots, common
 
 PREFILL_ROWS = 4  # prompts that are prefilled together, where as many of similar length wait
 PREFILL_TOKENS = 2048  # and only up to this many tokens: longer prompts fill the device by themselves
 PREFILL_CHUNK = 512  # tokens of a longer prompt at a time; samples under way get their chunk in between
+LAST_PIECE = 64  # and at its end, if no more are left: of a chat's next turn little is new
 SMALLEST_PROMPT = 32  # length bucket
-
-# -----------------------------------------------------------------------------
-# What the host knows
-
-
-@dataclass(eq=False)
-class _Prompt:
-    """A request whose samples have not all been started."""
-
-    id: int
-    request: Request
-    started: int = 0
-
-    @property
-    def left(self) -> int:
-        return self.request.n - self.started
-
-
-@dataclass
-class _Prefilled:
-    """Prompts whose keys and values are computed: prompts[i] is row i. Of a long one the first `done` tokens are."""
-
-    prefix: kv.KV
-    logits: jax.Array | None  # None: there is more to do
-    size: int
-    prompts: list[_Prompt]
-    scores: list[Scores | None]
-    done: int = 0
-
-    @property
-    def left(self) -> int:
-        return sum(prompt.left for prompt in self.prompts)
-
-
-@dataclass
-class _Row:
-    """A sample in its slot. `length` tokens of its sequence are in the cache, `token` is the next to go there."""
-
-    id: int
-    sample: int
-    request: Request
-    stop_ids: tuple[int, ...]
-    token: int
-    length: int
-    left: int
-    expression: list[int] | None = None  # tokens since python_start; None outside of a block
-    forced: deque[int] = field(default_factory=deque)
 
 
 class Engine:
@@ -103,12 +58,13 @@ class Engine:
         }
         mesh = sharding.mesh_of(params)
         self._mesh = mesh if mesh is not None and mesh.size > 1 and slots % sharding.replicas(mesh) == 0 else None
-        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype, sharding.rows(self._mesh))
-        self._rows: list[_Row | None] = [None] * slots
-        self._queue: deque[_Prompt] = deque()
-        self._prefilled: _Prefilled | None = None
+        self._slots = Slots(slots)
+        self._queue: deque[Prompt] = deque()
+        self._prefilled: Prefilled | None = None
         self._next_id = 0
         self.set_params(params)
+        where = sharding.rows(self._mesh) or self._params["wte"].sharding
+        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype, where)
 
     def set_params(self, params: gpt.Params) -> None:
         """Generates with these weights from now on. The engine must be idle, and float32 arrays may be shared with it:
@@ -118,11 +74,12 @@ class Engine:
         if mesh := sharding.mesh_of(params):  # whole on every device, once, wherever training keeps them
             params = jax.device_put(params, sharding.replicated(mesh))
         self._params = programs.unstack(params)
+        self._slots.forget()  # keys and values of other weights
 
     @property
     def running(self) -> int:
         """Samples in slots."""
-        return sum(row is not None for row in self._rows)
+        return sum(row is not None for row in self._slots.rows)
 
     @property
     def waiting(self) -> int:
@@ -132,7 +89,7 @@ class Engine:
     @property
     def cached(self) -> int:
         """Tokens of all samples in the cache, which has room for slots * sequence_len."""
-        return sum(row.length for row in self._rows if row)
+        return sum(row.length for row in self._slots.rows if row)
 
     @property
     def busy(self) -> bool:
@@ -183,7 +140,7 @@ class Engine:
         """Queues a request and returns its id. UserError for a request that cannot be served."""
         self.check(request)
         self._next_id += 1
-        self._queue.append(_Prompt(self._next_id, request))
+        self._queue.append(Prompt(self._next_id, request))
         return self._next_id
 
     def cancel(self, id: int, sample: int | None = None) -> None:
@@ -191,8 +148,10 @@ class Engine:
 
         With `sample`, only that sample ends, which must have begun.
         """
+        for slot, row in enumerate(self._slots.rows):
+            if row and row.id == id and sample in (None, row.sample):
+                self._slots.leave(slot)
         if sample is not None:
-            self._rows = [None if row and (row.id, row.sample) == (id, sample) else row for row in self._rows]
             return
         self._queue = deque(prompt for prompt in self._queue if prompt.id != id)
         if self._prefilled:
@@ -200,19 +159,18 @@ class Engine:
                 if prompt.id == id:
                     prompt.started = prompt.request.n
             self._drop_prefilled()
-        self._rows = [None if row and row.id == id else row for row in self._rows]
 
     def step(self) -> list[Event]:
         """Starts waiting samples if a slot is free, else decodes a chunk; does both while a long prompt is prefilled.
         Returns what there is to tell."""
-        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        free = self._slots.empty()
         if free and self.waiting and self._prefill(len(free)):
             return self._admit(free)
         return self._advance() if self.running else []
 
     def close(self) -> None:
         """Gives the device's memory back. The engine cannot be used afterwards."""
-        self._rows, self._queue, self._prefilled = [None] * self.slots, deque(), None
+        self._slots, self._queue, self._prefilled = Slots(self.slots), deque(), None
         self._cache = self._params = None
 
     # -----------------------------------------------------------------------------
@@ -251,7 +209,7 @@ class Engine:
         pairs = [(i, prompt) for i, prompt in enumerate(batch.prompts) for _ in range(prompt.left)]
         started = {}  # slot -> row of the prefill
         for slot, (i, prompt) in zip(free, pairs, strict=False):
-            self._rows[slot] = self._row(prompt)
+            self._slots.enter(slot, self._row(prompt))
             prompt.started += 1
             started[slot] = i
         self._drop_prefilled()
@@ -263,7 +221,7 @@ class Engine:
         source, target = (np.array([*column, *pad], np.int32) for column in (started.values(), started))
         self._cache = kv.insert(self._cache, batch.prefix, source, target, np.int32(len(started)))
 
-        rows = [row if slot in started else None for slot, row in enumerate(self._rows)]
+        rows = [row if slot in started else None for slot, row in enumerate(self._slots.rows)]
         settings = self._settings(rows)
         position = np.array([row.length + 1 if row else 0 for row in rows], np.int32)
         prefilled = np.array([started.get(slot, 0) for slot in range(self.slots)], np.int32)
@@ -274,7 +232,8 @@ class Engine:
         tokens, logprobs, *top = (x[:, None] for x in jax.device_get(out))
         for slot, i in started.items():
             new = tokens[slot].tolist(), logprobs[slot].tolist(), [1], [x[slot] for x in top]
-            done.append(self._record(slot, *new, batch.scores[i]))
+            done.append(self._record(slot, *new, batch.scores[i], batch.reused))
+            batch.reused = 0  # the other samples' prompt is the same one
         return done
 
     def _prefill(self, free: int) -> bool:
@@ -284,36 +243,41 @@ class Engine:
         batch = self._prefilled
         if batch.logits is None:
             ids = batch.prompts[0].request.ids
-            start = min(batch.done, batch.size - PREFILL_CHUNK)  # the last piece may begin within the one before it
-            piece = ids[start : start + PREFILL_CHUNK]
-            padded = np.zeros((1, PREFILL_CHUNK), np.int32)
+            width = min(batch.size, _piece(len(ids) - batch.done))
+            start = min(batch.done, batch.size - width)  # the last piece may begin within the one before it
+            piece = ids[start : start + width]
+            padded = np.zeros((1, width), np.int32)
             padded[0, : len(piece)] = piece
             batch.prefix, logits = programs.extend(
                 self._params, padded, np.array([len(piece)], np.int32), batch.prefix, np.array([start], np.int32),
                 cfg=self.cfg, dtype=self.dtype,
             )  # fmt: skip
-            batch.done = start + PREFILL_CHUNK
+            batch.done = start + width
             if batch.done >= len(ids):
                 batch.logits = logits
         return batch.logits is not None
 
-    def _prefill_next(self, free: int) -> _Prefilled:
-        """Runs the first prompt of the queue; together with others of its bucket, if nearly a full batch of them waits.
-        Of a long one only the empty rows are made.
+    def _prefill_next(self, free: int) -> Prefilled:
+        """Runs the first prompt of the queue, or makes the row that its pieces go to. In one go it runs together with
+        others of its bucket, if nearly a full batch of them waits, but for those that can go on from what it leaves.
 
         Two batch sizes only, since each is compiled for every length bucket.
         """
+        prompt = self._queue[0]
+        length, score = self._bucket(prompt), prompt.request.score
+        if not score and (begun := self._in_pieces(prompt, length)):
+            self._queue.popleft()
+            return begun
 
-        def kind(prompt: _Prompt) -> tuple[int, bool]:
-            size = kv.bucket(len(prompt.request.ids), self.cfg.sequence_len, SMALLEST_PROMPT)
-            return size, prompt.request.score
+        def alike(other: Prompt) -> bool:
+            if self._bucket(other) != length or other.request.score != score:
+                return False
+            shared = 0 if score or other is prompt else common(other.request.ids[:-1], prompt.request.ids)
+            return not _spares(shared, len(other.request.ids), length)
 
-        length, score = kind(self._queue[0])
-        if length > PREFILL_CHUNK and not score:
-            return _Prefilled(kv.make(self.cfg, 1, length, self.dtype), None, length, [self._queue.popleft()], [None])
-        alike = [prompt for prompt in self._queue if kind(prompt) == (length, score)][: min(free, PREFILL_ROWS)]
-        together = len(alike) >= PREFILL_ROWS - 1 and length * PREFILL_ROWS <= PREFILL_TOKENS
-        prompts = alike if together else alike[:1]
+        prompts = list(islice(filter(alike, self._queue), min(free, PREFILL_ROWS)))
+        together = len(prompts) >= PREFILL_ROWS - 1 and length * PREFILL_ROWS <= PREFILL_TOKENS
+        prompts = prompts if together else [prompt]
         for prompt in prompts:
             self._queue.remove(prompt)
         ids = np.zeros((PREFILL_ROWS if together else 1, length), np.int32)
@@ -327,22 +291,39 @@ class Engine:
         if score:
             scored = jax.device_get(scored)
             scores = [_scores(prompt.request, *(x[i] for x in scored)) for i, prompt in enumerate(prompts)]
-        return _Prefilled(prefix, logits, length, prompts, scores)
+        return Prefilled(prefix, logits, length, prompts, scores)
+
+    def _bucket(self, prompt: Prompt) -> int:
+        return kv.bucket(len(prompt.request.ids), self.cfg.sequence_len, SMALLEST_PROMPT)
+
+    def _in_pieces(self, prompt: Prompt, length: int) -> Prefilled | None:
+        """The row that the pieces of a prompt go to: a copy of one that begins like it, where that spares work, or an
+        empty one for a long prompt. None: it is better run in one go."""
+        ids = prompt.request.ids
+        slot, shared = self._slots.longest(ids[:-1])  # what follows the last token is yet to be computed
+        if _spares(shared, len(ids), length):
+            size = kv.bucket(length, self.cfg.sequence_len)
+            row = kv.row(self._cache, np.int32(slot), size=size, mesh=self._mesh)
+        elif length > PREFILL_CHUNK:
+            size, shared = length, 0
+            row = kv.make(self.cfg, 1, size, self.dtype)
+        else:
+            return None
+        return Prefilled(row, None, size, [prompt], [None], shared, shared)
 
     def _drop_prefilled(self) -> None:
         """Frees the memory of the prefilled prompts once all their samples are started."""
         if self._prefilled and not self._prefilled.left:
             self._prefilled = None
 
-    def _row(self, prompt: _Prompt) -> _Row:
+    def _row(self, prompt: Prompt) -> Row:
         """The next sample of `prompt`, as it is before its first token."""
         request = prompt.request
         default = (self._special["assistant_end"], self._special["bos"])
         stop_ids = default if request.stop_ids is None else tuple(request.stop_ids)
-        length = len(request.ids)
         # The last token need not fit into the context, since nothing is computed from it.
-        left = min(request.max_tokens, self.cfg.sequence_len - length + 1)
-        return _Row(prompt.id, prompt.started, request, stop_ids, request.ids[-1], length - 1, left)
+        left = min(request.max_tokens, self.cfg.sequence_len - len(request.ids) + 1)
+        return Row(prompt.id, prompt.started, request, stop_ids, list(request.ids), left)
 
     # -----------------------------------------------------------------------------
     # Decoding
@@ -350,16 +331,16 @@ class Engine:
     def _advance(self) -> list[Event]:
         """Decodes one chunk and returns each row's new tokens."""
         self._fit()
-        settings = self._settings(self._rows)
+        settings = self._settings(self._slots.rows)
         schedule = self._schedule()
         self._cache, out = programs.decode(
             self._params, self._cache, schedule, settings,
             cfg=self.cfg, dtype=self.dtype, python_end=self._special["python_end"],
-            plan=sampler.plan(settings, self.cfg.vocab_size), top=self._top(self._rows), mesh=self._mesh,
+            plan=sampler.plan(settings, self.cfg.vocab_size), top=self._top(self._slots.rows), mesh=self._mesh,
         )  # fmt: skip
         tokens, logprobs, counts, *top = jax.device_get(out)
         events = []
-        for slot, row in enumerate(self._rows):
+        for slot, row in enumerate(self._slots.rows):
             if row is None:
                 continue
             count = int(counts[slot])
@@ -373,12 +354,13 @@ class Engine:
 
     def _fit(self, at_least: int = 0) -> None:
         """Gives the cache the smallest size that holds all rows to the end of the next chunk."""
-        needed = [row.length + min(self.chunk, row.left) for row in self._rows if row]
+        needed = [row.length + min(self.chunk, row.left) for row in self._slots.rows if row]
         size = kv.bucket(max(at_least, *needed), self.cfg.sequence_len)
         if size != self._cache["k"][0].shape[2]:
             self._cache = kv.resize(self._cache, size)
+        self._slots.cut(size)
 
-    def _settings(self, rows: list[_Row | None]) -> sampler.Settings:
+    def _settings(self, rows: list[Row | None]) -> sampler.Settings:
         """How to sample for each slot; empty ones are greedy, which costs nothing."""
         requests = [row.request if row else None for row in rows]
         return sampler.Settings(
@@ -389,7 +371,7 @@ class Engine:
             top_p=np.array([r.top_p if r else 1 for r in requests], np.float32),
         )
 
-    def _top(self, rows: list[_Row | None]) -> int:
+    def _top(self, rows: list[Row | None]) -> int:
         """How many of the likeliest tokens the device must name."""
         asked = any(row.request.top_logprobs for row in rows if row)
         return min(TOP_LOGPROBS, self.cfg.vocab_size) if asked else 0
@@ -401,10 +383,11 @@ class Engine:
             zeros(b), zeros(b), zeros(b), np.zeros(b, bool), np.zeros(b, bool),
             np.full((b, MAX_STOP_IDS), -1, np.int32), zeros((b, self.chunk)), zeros(b),
         )  # fmt: skip
-        for slot, row in enumerate(self._rows):
+        for slot, row in enumerate(self._slots.rows):
+            schedule.length[slot] = self._slots.length(slot)  # of an empty slot too: what it holds is not written over
             if row is None:
                 continue
-            schedule.token[slot], schedule.length[slot], schedule.left[slot] = row.token, row.length, row.left
+            schedule.token[slot], schedule.left[slot] = row.ids[-1], row.left
             schedule.active[slot], schedule.tools[slot] = True, row.request.tools
             schedule.stop[slot, : len(row.stop_ids)] = row.stop_ids
             forced = list(row.forced)[: self.chunk]
@@ -414,24 +397,23 @@ class Engine:
 
     def _record(
         self, slot: int, ids: list[int], logprobs: list[float], mask: list[int], top: list[np.ndarray],
-        scores: Scores | None = None,
+        scores: Scores | None = None, reused: int = 0,
     ) -> Event:  # fmt: skip
         """Takes note of a row's new tokens: frees its slot if it is complete, else runs the tool it called."""
-        row = self._rows[slot]
-        row.token = ids[-1]
-        row.length += len(ids)
+        row = self._slots.rows[slot]
+        row.ids += ids
         row.left -= len(ids)
-        reason = "stop" if row.token in row.stop_ids else None if row.left else "length"
+        reason = "stop" if ids[-1] in row.stop_ids else None if row.left else "length"
         if reason:
-            self._rows[slot] = None
+            self._slots.leave(slot)
         elif row.request.tools:
             for token in ids:
                 self._follow(row, token)
         asked = row.request.top_logprobs
         named = _likeliest(*top, asked) if asked else None
-        return Event(row.id, row.sample, ids, mask, logprobs, reason, named, scores)
+        return Event(row.id, row.sample, ids, mask, logprobs, reason, named, scores, reused)
 
-    def _follow(self, row: _Row, token: int) -> None:
+    def _follow(self, row: Row, token: int) -> None:
         """The tool state machine: python_start, an expression, python_end -> the result is forced, if there is one."""
         if token == self._special["python_start"]:
             row.expression = []
@@ -443,6 +425,22 @@ class Engine:
                 row.forced.extend([self._special["output_start"], *answer, self._special["output_end"]])
         elif row.expression is not None:
             row.expression.append(token)
+
+
+def _piece(tokens: int) -> int:
+    """How many tokens of a prompt are computed next, padding included, where so many are left."""
+    return LAST_PIECE if tokens <= LAST_PIECE else PREFILL_CHUNK
+
+
+def _spares(shared: int, tokens: int, length: int) -> bool:
+    """Whether a prompt of so many tokens, in the bucket `length`, is less work if the first `shared` are there."""
+
+    def work(tokens: int) -> int:  # in pieces, padding included
+        whole, rest = divmod(tokens, PREFILL_CHUNK)
+        return whole * PREFILL_CHUNK + (_piece(rest) if rest else 0)
+
+    # Of half a prompt or less, as every chat has with every other, little would be gained.
+    return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
 
 
 def _likeliest(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[Likeliest]:

@@ -46,6 +46,7 @@ class Event:
     finish_reason: str | None
     top: list[Likeliest] | None = None  # beside each token, if `top_logprobs` asked for it
     scores: Scores | None = None  # with the first event of a sample, if `score` asked for it
+    reused: int = 0  # tokens of the prompt that were computed before, with the first event of the first sample
 
 
 @dataclass(frozen=True)

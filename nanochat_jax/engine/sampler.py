@@ -48,20 +48,30 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 
     Temperature, then top-k, then top-p over what top-k left, renormalised (the order transformers uses).
     """
-    token = jnp.argmax(logits, axis=-1)
+    token = _argmax(logits)
     if not (plan.width or plan.noise):
-        return token.astype(jnp.int32)
+        return token
     keys = jax.vmap(_key)(settings.seed, settings.sample, position)
     scaled = logits / jnp.maximum(settings.temperature, COLDEST)[:, None]
     filtered = (settings.top_k > 0) | (settings.top_p < 1)
     warm = settings.temperature > 0
     if plan.noise:
-        drawn = jnp.argmax(scaled + _gumbel(keys, logits.shape[-1]), axis=-1)
+        drawn = _argmax(scaled + _gumbel(keys, logits.shape[-1]))
         token = jnp.where(warm & ~filtered, drawn, token)
     if plan.width:
         drawn = _sample_ranked(scaled, settings, keys, plan.width)
         token = jnp.where(warm & filtered, drawn, token)
-    return token.astype(jnp.int32)
+    return token
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """The first largest entry of each row of x [b,v], int32 [b].
+
+    In two plain reductions, which XLA:CPU makes vector code of: four times as fast as its one over pairs.
+    """
+    last = x.shape[-1] - 1  # also what a row of NaN gets
+    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.where(x == x.max(-1, keepdims=True), places, last).min(-1)
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:

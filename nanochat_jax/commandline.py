@@ -28,7 +28,7 @@ COMMANDS = (
 SHORT = {
     "source": "i", "task_name": "a", "temperature": "t", "max_new_tokens": "m", "num_samples": "n", "top_k": "k",
     "batch_size": "b", "model_tag": "g", "step": "s", "max_problems": "x", "prompt": "p", "compute_dtype": "d",
-    "num_files": "n", "num_workers": "w",
+    "num_files": "n", "num_workers": "w", "num_gpus": "n", "port": "p",
 }  # fmt: skip
 
 C = TypeVar("C")

@@ -18,7 +18,7 @@ CHUNK = 8  # tokens decoded between two looks: small, so that text appears evenl
 DRAIN = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds that answers under way get after a signal
 UNREAD = 60  # seconds after which the connection of a client that has stopped reading is given up
 LIMITS = {
-    "temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "slots": (1, 1024),
+    "temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "num_gpus": (1, 1024), "slots": (1, 1024),
     "max_waiting": (0, 100_000), "timeout": (0, math.inf),
 }  # fmt: skip
 
@@ -44,15 +44,23 @@ def main(cfg: config.ChatWeb) -> None:
 
         from nanochat_jax import checkpoint
         from nanochat_jax.engine.engine import Engine
-        from nanochat_jax.engine.request import Request
 
+        devices = jax.devices()[: cfg.num_gpus]
+        if len(devices) < cfg.num_gpus:
+            raise config.UserError(f"--num_gpus={cfg.num_gpus}: there is no more than {len(devices)} device(s) here")
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
         dtype = parallel.precision(cfg.compute_dtype)
-        engine = Engine(model.params, model.config, model.tokenizer, slots=cfg.slots, dtype=dtype, chunk=CHUNK)
-        # Two tokens for nobody: most of what has to be compiled is compiled before the first visitor waits for it.
-        for _ in engine.stream(Request([model.tokenizer.bos], 2, cfg.temperature, cfg.top_k)):
-            pass
-        app = create_app(engine, cfg, model.name, device=jax.devices()[0].device_kind)
+        engines = [
+            Engine(
+                jax.device_put(model.params, device), model.config, model.tokenizer, slots=cfg.slots, dtype=dtype,
+                chunk=CHUNK,
+            )
+            for device in devices
+        ]  # fmt: skip
+        warming = [engine.warm(cfg.temperature, cfg.top_k) for engine in engines]
+        for engine_warming in warming:  # what a short prompt needs; longer ones' turn comes while nobody asks anything
+            next(engine_warming)
+        app = create_app(engines, cfg, model.name, devices[0].device_kind, warming)
         listener.listen()  # whoever follows the address right away waits for a moment instead of being refused
         print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:

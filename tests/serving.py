@@ -109,12 +109,14 @@ def command(base: Path, *flags: str):
 
 
 @contextlib.contextmanager
-def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0, port: int = 0):
+def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0, port: int = 0, warming=()):
     """A real server on the loopback interface, on a free port: yields its `url`, its `port` and a way to `stop` it.
 
-    `send_buffer`: bytes the system may hold for a client that does not read, instead of megabytes.
+    `engine`: one or a list of them. `send_buffer`: bytes the system may hold for a client that does not read, instead
+    of megabytes. `warming`: see `create_app`.
     """
-    app = create_app(engine, settings or ChatWeb(), "nanochat-test-sft")
+    engines = engine if isinstance(engine, list) else [engine]
+    app = create_app(engines, settings or ChatWeb(), "nanochat-test-sft", warming=warming)
     listener = socket.create_server(("127.0.0.1", port))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

@@ -168,6 +168,22 @@ class Engine:
             return self._admit(free)
         return self._advance() if self.running else []
 
+    def warm(self, temperature: float, top_k: int) -> Iterator[int]:
+        """Compiles what requests with these settings need, for prompts of one bucket after the other. The engine must
+        be idle whenever it is asked to go on; yields the bucket's size after every few programs."""
+        context, size = self.cfg.sequence_len, 0
+        while size < context:
+            size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
+            prompt = [0] * max(1, size - 4)
+            settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
+            self.run([settings(prompt)])
+            yield size
+            self.run([settings([*prompt, 1])])  # goes on from the one before, where that spares work
+            yield size
+            if self.slots >= PREFILL_ROWS:
+                self.run([settings([i, *prompt]) for i in range(PREFILL_ROWS)])  # prefilled together
+                yield size
+
     def close(self) -> None:
         """Gives the device's memory back. The engine cannot be used afterwards."""
         self._slots, self._queue, self._prefilled = Slots(self.slots), deque(), None

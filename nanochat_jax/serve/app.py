@@ -1,6 +1,6 @@
 """The web server: the page, the stream of an answer, health and statistics; OpenAI's API is in openai.py.
 
-`POST /chat/completions` answers with server-sent events, one JSON object a `data:` line: {"token": text, "gpu": 0},
+`POST /chat/completions` answers with server-sent events, one JSON object a `data:` line: {"token": text, "gpu": n},
 {"python": expression} and {"output": result} for the calculator, {"waiting": place} for whom no slot is free yet,
 {"dropped": n} if the oldest messages did not fit, {"cut": "length"} if the answer did not end by itself, {"error":
 text}, and at the end {"done": true}. A conversation whose last message is the assistant's is continued there. Whatever
@@ -10,8 +10,9 @@ a client gets wrong is answered with 400 and {"detail": reason}. Nothing of a co
 import base64
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ from nanochat_jax.serve import errors, openai
 from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.guard import Guard
 from nanochat_jax.serve.metrics import CONTENT_TYPE, Metrics
+from nanochat_jax.serve.pool import Pool
 from nanochat_jax.serve.reply import HEARTBEAT, PATIENCE, Reply, data
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, EngineWorker
 from nanochat_jax.tokenizer import Tokenizer
@@ -66,10 +68,19 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**31)
 
 
-def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu") -> FastAPI:
-    """The application around one engine, which from now on belongs to it. `name` is the model's, for the page."""
-    metrics = Metrics()
-    worker = EngineWorker(engine, metrics, settings.max_waiting, settings.timeout, settings.log_chats)
+def create_app(
+    engines: Sequence[Engine], settings: ChatWeb, name: str, device: str = "cpu", warming: Sequence[Iterator[int]] = ()
+) -> FastAPI:
+    """The application around `engines`, all of one model, which from now on belong to it. `name` is the model's, for
+    the page; `warming` is what is left of each engine's warming up."""
+    metrics, engine = Metrics(), engines[0]
+    share = -(-settings.max_waiting // len(engines))
+    worker = Pool(
+        [
+            EngineWorker(each, metrics, share, settings.timeout, settings.log_chats, rest, gpu)
+            for gpu, (each, rest) in enumerate(zip_longest(engines, warming))
+        ]
+    )
     metrics.watch(worker)
 
     @asynccontextmanager
@@ -109,7 +120,7 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
         body = {
             "status": "ok" if ready else "failed",
             "ready": ready,
-            "num_gpus": 1,
+            "num_gpus": len(engines),
             "available_workers": worker.slots - worker.running,
             "model": name,
             "context": engine.cfg.sequence_len,
@@ -128,7 +139,7 @@ def create_app(engine: Engine, settings: ChatWeb, name: str, device: str = "cpu"
             "available_workers": worker.slots - worker.running,
             "busy_workers": worker.running,
             "waiting": worker.waiting,
-            "workers": [{"gpu_id": 0, "device": device}] * worker.slots,
+            "workers": [{"gpu_id": each.gpu, "device": device} for each in worker.workers for _ in range(each.slots)],
         }
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -223,7 +234,7 @@ async def events(answer: Answer, tokenizer: Tokenizer, dropped: int) -> AsyncIte
                 yield HEARTBEAT
                 continue
             for kind, text in reader.read(event.ids, end=event.finish_reason is not None):
-                yield data({"token": text, "gpu": 0} if kind == "text" else {EVENT_NAMES[kind]: text})
+                yield data({"token": text, "gpu": answer.gpu} if kind == "text" else {EVENT_NAMES[kind]: text})
             if event.finish_reason not in (None, "stop"):
                 yield data({"cut": event.finish_reason})
     except EngineFailure as error:

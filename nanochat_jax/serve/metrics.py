@@ -23,6 +23,7 @@ class Metrics:
         self.slots = Gauge("slots", "Answers that can be generated at once", **own)
         self.cache_use = Gauge("cache_use_ratio", "Share of the key/value cache that holds tokens", **own)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **own)
+        self.reused_tokens = Counter("prompt_tokens_reused", "Tokens of prompts that were in the cache already", **own)
         self.generated_tokens = Counter("generated_tokens", "Tokens generated", **own)
         self.answers = Counter("answers", "Requests by how their answers ended", ["end"], **own)
         self.refused = Counter("refused", "Requests refused, by HTTP status", ["status"], **own)

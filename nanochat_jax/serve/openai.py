@@ -23,8 +23,9 @@ from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Request
 from nanochat_jax.serve import errors
 from nanochat_jax.serve.choice import Choice, Token, chat_logprobs, completion_logprobs, prompt_tokens
 from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.pool import Pool
 from nanochat_jax.serve.reply import HEARTBEAT, PATIENCE, Reply, data
-from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, EngineWorker, TimedOut
+from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, TimedOut
 from nanochat_jax.tokenizer import Tokenizer
 
 MAX_CHOICES = 128  # samples of one request, over all its prompts
@@ -116,7 +117,7 @@ class Job:
         return bool(self.body.logprobs) if self.chat else self.body.logprobs is not None
 
 
-def routes(engine: Engine, worker: EngineWorker, settings: ChatWeb, name: str) -> APIRouter:
+def routes(engine: Engine, worker: Pool, settings: ChatWeb, name: str) -> APIRouter:
     """The endpoints, for the application to include."""
     router = APIRouter(prefix="/v1")
     started = int(time.time())
@@ -267,12 +268,14 @@ class Choices:
             for s in range(request.n)
         }
         self._begun = set()
+        self._reused = 0  # tokens of the prompts that were in the cache
 
     def read(self, event: Event) -> tuple[int, str, list[Token], str | None]:
         """Index of the choice, its new text, with its tokens, and why it ended if it did just now.
 
         A choice begins with the echo of its prompt. One that has met a stop string gives up its slot.
         """
+        self._reused += event.reused
         key = event.request, event.sample
         choice, ended = self._choices[key], self._choices[key].finish_reason
         text, tokens = choice.read(event)
@@ -299,7 +302,12 @@ class Choices:
     def usage(self) -> dict:
         asked = sum(len(request.ids) for request in self._job.requests)
         generated = sum(choice.generated for choice in self._choices.values())
-        return {"prompt_tokens": asked, "completion_tokens": generated, "total_tokens": asked + generated}
+        return {
+            "prompt_tokens": asked,
+            "completion_tokens": generated,
+            "total_tokens": asked + generated,
+            "prompt_tokens_details": {"cached_tokens": self._reused},
+        }
 
 
 async def whole(answer: Answer, job: Job, tokenizer: Tokenizer) -> JSONResponse:

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Event, Request
@@ -45,6 +45,7 @@ class Answer:
         self.place = place  # in the queue for a slot, when they came; 0: there was a free one
         self.samples = sum(request.n for request in requests)
         self.seconds = worker.seconds
+        self.gpu = worker.gpu
         self.ids = {}  # the engine's names for the requests -> index; this and the next are the thread's
         self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
         self.timing = Timing(time.monotonic())
@@ -101,11 +102,17 @@ class EngineWorker:
 
     The engine generates as many samples at once as it has slots; while `max_waiting` more wait for one, nobody else
     is let in. An answer may take `seconds` (0: as long as it takes). With `log_chats` prompts and answers are logged.
+    While there is nothing to do, `warming` is asked to compile some more of what will be needed. `gpu` is its number
+    among its like.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_waiting: int, seconds: float, log_chats: bool = False):
+    def __init__(
+        self, engine: Engine, metrics: Metrics, max_waiting: int, seconds: float, log_chats: bool = False,
+        warming: Iterator[int] | None = None, gpu: int = 0,
+    ):  # fmt: skip
         self.slots, self.metrics, self.max_waiting, self.seconds = engine.slots, metrics, max_waiting, seconds
-        self.log_chats = log_chats
+        self.log_chats, self.gpu = log_chats, gpu
+        self._warming = warming or iter(())
         self.failure: Exception | None = None
         self._engine = engine
         self._lock = threading.Lock()
@@ -121,9 +128,13 @@ class EngineWorker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """Ends the thread after the step it is in, and every answer that is not complete."""
+    def ask_to_stop(self) -> None:
+        """Lets the thread end after the step it is in, and with it every answer that is not complete."""
         self._inbox.put(("stop", None))
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """The same, and waits for it."""
+        self.ask_to_stop()
         self._thread.join(timeout)
 
     def stop_after(self, seconds: float) -> None:
@@ -131,6 +142,11 @@ class EngineWorker:
         timer = threading.Timer(seconds, self._inbox.put, [("stop", None)])
         timer.daemon = True
         timer.start()
+
+    @property
+    def room(self) -> int:
+        """Slots for which there is no sample yet; negative where samples wait."""
+        return self.slots - self._samples()
 
     @property
     def running(self) -> int:
@@ -190,8 +206,10 @@ class EngineWorker:
             self._end_all(EngineFailure("the model has stopped working; restart the server"), failure=error)
 
     def _read_inbox(self) -> bool:
-        """Handles every message there is, waiting for one if the engine is idle. False: stop."""
+        """Handles every message there is, warming the engine or waiting for one if it is idle. False: stop."""
         while not self._answers or not self._inbox.empty():
+            if self._inbox.empty() and next(self._warming, None):
+                continue
             kind, *message = self._inbox.get()
             if kind == "stop":
                 return False
@@ -227,6 +245,7 @@ class EngineWorker:
             timing.first = now
             self.metrics.first_token.observe(now - timing.submitted)
             self.metrics.prompt_tokens.inc(sum(len(request.ids) for request in answer.requests))
+        self.metrics.reused_tokens.inc(event.reused)
         timing.tokens += len(event.ids)
         self.metrics.generated_tokens.inc(len(event.ids))
         if self.log_chats:

@@ -1,0 +1,61 @@
+"""Several engines, each with weights and cache of its own on a GPU of its own, as if they were one."""
+
+from collections.abc import Sequence
+
+from nanochat_jax.engine.request import Request
+from nanochat_jax.serve.worker import Answer, EngineWorker
+
+
+class Pool:
+    """Each request goes to the worker with the most room; among equals to the first, which keeps a lonely chat where
+    its earlier turns are. One that has failed gets nothing more, and the others go on."""
+
+    def __init__(self, workers: Sequence[EngineWorker]):
+        self.workers = workers
+
+    def start(self) -> None:
+        """Called in the event loop that will await the answers."""
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """Ends the workers after the steps they are in, and every answer that is not complete."""
+        for worker in self.workers:
+            worker.ask_to_stop()
+        for worker in self.workers:
+            worker.stop()
+
+    def stop_after(self, seconds: float) -> None:
+        """Ends what is not complete after `seconds`. Whoever calls this lets nobody new in."""
+        for worker in self.workers:
+            worker.stop_after(seconds)
+
+    def submit(self, *requests: Request) -> Answer:
+        """Queues `requests` and returns their answer at once; raises what `EngineWorker.submit` does."""
+        alive = [worker for worker in self.workers if worker.failure is None] or self.workers
+        return max(alive, key=lambda worker: worker.room).submit(*requests)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why nothing works any more; None as long as one worker does."""
+        failures = [worker.failure for worker in self.workers]
+        return None if None in failures else failures[0]
+
+    @property
+    def slots(self) -> int:
+        return sum(worker.slots for worker in self.workers)
+
+    @property
+    def running(self) -> int:
+        """Samples being generated."""
+        return sum(worker.running for worker in self.workers)
+
+    @property
+    def waiting(self) -> int:
+        """Samples that wait for a slot."""
+        return sum(worker.waiting for worker in self.workers)
+
+    @property
+    def cache_use(self) -> float:
+        """Share of the caches that holds tokens."""
+        return sum(worker.cache_use for worker in self.workers) / len(self.workers)

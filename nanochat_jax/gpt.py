@@ -271,8 +271,12 @@ def decode(params: Params, cfg: GPTConfig, ids: jax.Array, cache: dict, dtype: j
 def head(params: Params, cfg: GPTConfig, x: jax.Array) -> jax.Array:
     """Hidden states [..., d] -> soft-capped logits [..., vocab_size] in float32, the padding cut off."""
     w = params["lm_head"].astype(x.dtype)
-    z = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accumulator(x.dtype))[..., : cfg.vocab_size]
-    return cfg.softcap * jnp.tanh(z / cfg.softcap)
+    return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accumulator(x.dtype)), cfg)
+
+
+def soft_capped(z: jax.Array, cfg: GPTConfig) -> jax.Array:
+    """What the head says [..., v] -> logits [..., vocab_size], the padding cut off."""
+    return cfg.softcap * jnp.tanh(z[..., : cfg.vocab_size] / cfg.softcap)
 
 
 def forward(params: Params, cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:

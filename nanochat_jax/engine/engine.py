@@ -73,7 +73,7 @@ class Engine:
         params = gpt.cast(params, self.dtype)
         if mesh := sharding.mesh_of(params):  # whole on every device, once, wherever training keeps them
             params = jax.device_put(params, sharding.replicated(mesh))
-        self._params = programs.unstack(params)
+        self._params = programs.lay_out(params)
         self._slots.forget()  # keys and values of other weights
 
     @property

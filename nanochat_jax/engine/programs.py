@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import gpt, sharding
+from nanochat_jax.attention import accumulator
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import sampler
@@ -35,14 +36,25 @@ class Schedule(NamedTuple):
 
 
 @jax.jit
-def unstack(params: gpt.Params) -> gpt.Params:
-    """One array a layer instead of a stack, so that a loop need not copy each layer out of it in every step."""
-    return params | {"blocks": {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}}
+def lay_out(params: gpt.Params) -> gpt.Params:
+    """The weights as decoding reads them fastest: one array a layer instead of a stack, so that a loop need not copy
+    each layer out of it in every step, and the head as [d,v], which spares a lone row on a CPU a fifth of its time."""
+    blocks = {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}
+    return {"wte": params["wte"], "head": params["lm_head"].T, "blocks": blocks}
 
 
 def _stack(params: gpt.Params) -> gpt.Params:
-    """What the model expects. Under jit this costs nothing: XLA takes slices of a concatenation from its operands."""
-    return params | {"blocks": {name: jnp.stack(layers) for name, layers in params["blocks"].items()}}
+    """What the model expects, for hidden states. Under jit this costs nothing: XLA takes slices of a concatenation from
+    its operands, and nobody asks for the head."""
+    blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
+    return {"wte": params["wte"], "lm_head": params["head"].T, "blocks": blocks}
+
+
+def _head(params: gpt.Params, cfg: GPTConfig, x: jax.Array) -> jax.Array:
+    """`gpt.head` with the weights as they are laid out here."""
+    return gpt.soft_capped(
+        jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accumulator(x.dtype)), cfg
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "top"))
@@ -60,7 +72,7 @@ def prefill(params, ids, length, *, cfg: GPTConfig, dtype, top: int | None = Non
 
     def score(inputs):
         x, following = inputs
-        logits = gpt.head(params, cfg, x)
+        logits = _head(params, cfg, x)
         return sampler.log_prob(logits, following), *sampler.likeliest(logits, top)
 
     # By position: the logits of a whole prompt at once would take more memory than the model.
@@ -81,7 +93,7 @@ def _append(params, ids, length, cache, cfg: GPTConfig, dtype):
     """ids [p,t], of which `length` [p] count, behind those in `cache` -> hidden states [p,t,d], rows, logits [p,v]."""
     x, cache = gpt.decode(_stack(params), cfg, ids, cache, dtype)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
-    return x, {"k": cache["k"], "v": cache["v"]}, gpt.head(params, cfg, last)
+    return x, {"k": cache["k"], "v": cache["v"]}, _head(params, cfg, last)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "top", "mesh"))
@@ -114,7 +126,7 @@ def decode(
             cache, token, length, left, active = carry
             i, forced = inputs
             x, new = gpt.decode(_stack(params), cfg, token[:, None], cache | {"length": length}, dtype)
-            logits = gpt.head(params, cfg, x[:, 0])
+            logits = _head(params, cfg, x[:, 0])
             sampled = sampler.sample(logits, settings, length + 1, plan)
             token = jnp.where(active, jnp.where(i < schedule.forced_count, forced, sampled), token)
             emitted = (token, sampler.log_prob(logits, token), active, *sampler.likeliest(logits, top))

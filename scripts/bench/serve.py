@@ -97,11 +97,12 @@ def _shape(cfg: Settings) -> config.GPTConfig:
 
 
 def _requests(cfg: Settings) -> list[dict]:
-    """All requests, those of client i at i, i + clients and so on. Prompts are bytes at random."""
+    """All requests, those of client i at i, i + clients and so on, the first of each before the clock runs. Prompts are
+    bytes at random, none like another: an engine would go on from what it knows."""
     rng = random.Random(0)
     return [
         {"prompt": rng.choices(range(256), k=cfg.prompt), "max_tokens": cfg.new, "seed": seed} | SAMPLING
-        for seed in range(cfg.clients * cfg.requests)
+        for seed in range(cfg.clients * (1 + cfg.requests))
     ]
 
 
@@ -143,7 +144,7 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
             raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip().splitlines()[-1:]}")
         port = int(address.rpartition(":")[2])
         asyncio.run(_clients(port, requests[: cfg.clients], cfg.clients))
-        return asyncio.run(_clients(port, requests, cfg.clients))
+        return asyncio.run(_clients(port, requests[cfg.clients :], cfg.clients))
     finally:
         process.terminate()
         try:

@@ -418,14 +418,14 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     quiet = capsys.readouterr().out.rstrip("\n")
     assert quiet == (
         "step 12000/21400 (56.1%) | loss 3.1234 | grad 0.123 | 1240 ms | 423K tok/s | mfu 41.2% | 6.29B tokens | "
-        "epoch 0 shard 112 group 45 | eta 3h14m"
+        "epoch 0 shard 112 group 45 | waste 0.0% | wait 0 ms | eta 3h14m"
     )
-    assert len(quiet) <= 145
+    assert len(quiet) <= 170
     log._print(12000, 0.123, 0.5, 1.24, 422_813, None, 0.56, 0.034, place | {"waste": 0.012, "skipped": 1234})
     said = capsys.readouterr().out
     assert "lr x0.500" in said and "waste 1.2% | skipped 1,234 | wait 34 ms | eta" in said and "mfu n/a" in said
     log._print(12000, 0.123, 1.0, None, None, None, 0.56, 0.0, {"shard": None, "progress": 0.25, "waste": 0.0004})
-    assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | eta" in capsys.readouterr().out
+    assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | waste 0.0% | wait 0 ms | eta" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

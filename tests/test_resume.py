@@ -382,7 +382,11 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(world, whole):
 EIGHT_ROWS = {"model_tag": "on8", "device_batch_size": 1, "total_batch_size": 512, "num_iterations": 8, "keep_last": 9}
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (2, {}), pytest.param(8, {"mesh": "data=4,model=2"}, id="4x2")])
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [(1, {}), (2, {}), pytest.param(8, {"mesh": "data=4,model=2"}, id="4x2"),
+     pytest.param(8, {"mesh": "data=4,model=2", "shard": "full"}, id="4x2 full", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_saved_on_eight_devices_resumed_on_others(devices, mesh, world):
     eight, output = checkpoint.run_dir("base", "on8"), world / "on8.txt"
     if not eight.exists():

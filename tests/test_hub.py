@@ -360,6 +360,19 @@ def test_training_text_is_read_while_the_rest_arrives(server):
     assert not seen[0][1] and seen[-1][1], "the first were read before the last had come"
 
 
+def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
+    """While a download is at work, though nothing arrives; without one he gives up."""
+    server.faults = {f"GET {hub.shard(0)}": ["silent", "silent"]}
+    arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 1))
+    arriving.start()
+    while not (data_folder() / "manifest.json").exists():
+        time.sleep(0.01)
+    dataset.wait_for(data_folder() / hub.shard(0), patience=1.5)
+    arriving.join()
+    with pytest.raises(UserError, match="no download is running"):
+        dataset.wait_for(data_folder() / hub.shard(1), patience=1.5)
+
+
 def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):
     """Whatever else has arrived, was asked for, or is still on its way."""
     cfg = config.TokTrain(data="fineweb-edu", num_files=2, vocab_size=300)
@@ -423,6 +436,7 @@ def test_files_put_here_by_hand_are_taken_unless_they_are_broken(server):
     for i in SHARDS:
         (data_folder() / hub.shard(i)).write_bytes((server.folder / hub.shard(i)).read_bytes())
     (data_folder() / hub.shard(2)).write_bytes(b"an HTML page of a proxy")
+    assert VAL not in {path.name for path in dataset.open("fineweb-edu").train_files}, "never trained on"
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard(2)}
 

@@ -171,19 +171,22 @@ def test_the_uninterrupted_runs_learn_something(whole):
 # Signals that ask, steps that are chosen, evaluations that fail
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(asked, world, whole):
-    tag = f"asked{asked}"
-    run, output = checkpoint.run_dir("base", tag), world / f"{tag}.txt"
-    process = lives.start("base", world, output, **flags(world, "base", model_tag=tag, save_every=-1))
+@pytest.mark.parametrize(
+    ("stage", "asked"),
+    [("base", signal.SIGTERM), ("rl", signal.SIGTERM), pytest.param("sft", signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(stage, asked, world, whole):
+    expected, tag = whole(stage), f"asked{asked}"
+    run, output = checkpoint.run_dir(stage, tag), world / f"{stage}{tag}.txt"
+    process = lives.start(stage, world, output, **flags(world, stage, model_tag=tag, save_every=-1))
     lives.until(lambda: logged(run) >= 5, process)
     os.kill(process.pid, asked)
     process.join(100)
     assert process.exitcode == 128 + asked and "the same command goes on" in output.read_text()
     (step,) = checkpoint.steps(run)
     assert step == logged(run) >= 5, "not a step is lost"
-    assert lives.run("base", world, output, **flags(world, "base", model_tag=tag)) == 0
-    assert records(run) == records(whole("base"))
+    assert lives.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0
+    assert records(run) == records(expected)
 
 
 def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch):

@@ -111,11 +111,12 @@ def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> 
     """How much of a source a run will read."""
     files = source.train_files
     there = dataloader.epoch_tokens(files, tokenizer, twins)
-    if math.isnan(there):
-        return f"{source.name}, {len(files)} files, none of them here yet"
+    if none := math.isnan(there):  # the validation shard is, and about as large
+        there = dataloader.epoch_tokens(source.val_files, tokenizer, twins) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, there)
     shards = min(len(files), math.ceil(epochs * len(files)))
     said = f"{source.name}, {len(files)} files of about {metrics.short(there / len(files))} tokens"
+    said += ", none of them here yet" if none else ""
     if made := tokenized.made(files, twins):
         said += f", {made} of them tokenized before"
     said += f"; this run needs {shards}, {epochs:.2f} epochs"

@@ -412,7 +412,7 @@ def test_batches_are_made_while_the_device_computes(files, monkeypatch):
         waits.append(time.monotonic() - start)
         time.sleep(0.5)  # a step
     loader.close()
-    assert waits[0] >= 0.2 and max(waits[1:]) < 0.1, waits
+    assert waits[0] >= 0.2 and sum(waits[1:]) < 0.3, waits
 
 
 def test_nothing_is_said_at_exit_about_loaders_left_open(files):

@@ -1,5 +1,6 @@
 """Training: the same run however it is cut, wherever it runs, and whatever interrupts it."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, gpt, metrics, optim, parallel
+from nanochat_jax import checkpoint, commandline, config, dataset, gpt, metrics, optim, parallel
 from nanochat_jax import train as train_module
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.run import TrainState, open_run
@@ -26,6 +27,7 @@ from nanochat_jax.step import (
     rows_of_examples,
     rows_that_fit,
 )
+from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import StepLog, train
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
@@ -141,6 +143,14 @@ def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
         assert one == other and len(one) == 8, "bit for bit"
     train(tiny.base_config(model_tag="another", num_iterations=2, seed=43))
     assert losses(checkpoint.run_dir("base", "another"))[2] != losses(checkpoint.run_dir("base", "again"))[2]
+
+
+def test_what_a_run_needs_is_told_before_the_first_shard_has_come(world):
+    source, tokenizer = dataset.open(), Tokenizer.load(world / "tokenizer")
+    of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
+    coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
+    said = train_module.text_needed(dataclasses.replace(source, train_files=coming), 3 * of, tokenizer, world / "none")
+    assert said == f"{source.name}, 5 files of about {of} tokens, none of them here yet; this run needs 3, 0.60 epochs"
 
 
 def test_interrupted_run_saves_and_goes_on(world):

@@ -6,6 +6,8 @@ A run lives in <base>/<stage>_checkpoints/<tag>, with a folder a step:
     step_000250/data.json, meta.json the data pipeline's position; step, configuration, versions, metrics so far
     step_000250/manifest.json        SHA-256 of every file above, written last
 
+There is no state of random numbers to save: all are drawn from the seed, which is a setting, and the step or the epoch.
+
 The manifest is the completion marker: a folder without it was being written when the process ended, and one whose
 files do not match it is damaged. Orbax alone loads a flipped bit without a word, hence the hashes. Either is passed
 over, with a line that says so, and the step before it is used.
@@ -82,8 +84,8 @@ class Saver:
             writing.result()
             if not self.first:
                 return
-            (target / "data.json").write_text(json.dumps(data), encoding="utf-8")
-            (target / "meta.json").write_text(meta, encoding="utf-8")
+            files.write_text(target / "data.json", json.dumps(data))
+            files.write_text(target / "meta.json", meta)
             _write_manifest(target)
             self._prune(int(target.name.removeprefix("step_")))
         except BaseException as error:

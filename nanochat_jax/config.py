@@ -150,7 +150,7 @@ class Train:
     matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)")
     weight_decay: float = setting(0.0, "decoupled weight decay of the AdamW groups")
     grad_clip: float = setting(0.0, "clip the global gradient norm (0: off)")
-    save_every: int = setting(-1, "steps between checkpoints (-1: only at the end)")
+    save_every: int = setting(-1, "steps between checkpoints (-1: at the end, when stopped, before tasks are judged)")
     keep_last: int = setting(2, "checkpoints to keep")
     keep_every: int = setting(-1, "keep those of steps that are multiples of this as well, for good (-1: none)")
 
@@ -250,7 +250,7 @@ class Rl(Train):
     eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
     eval_examples: int = setting(400, "problems of that evaluation")
     eval_samples: int = setting(8, "answers a problem in that evaluation")
-    save_every: int = setting(60, "steps between checkpoints (-1: only at the end)")
+    save_every: int = setting(60, "steps between checkpoints (-1: at the end, when stopped, before tasks are judged)")
 
 
 TRAINING = {cls.table: cls for cls in (Base, Mid, Sft, Rl)}

@@ -141,6 +141,7 @@ def train(cfg: config.Rl) -> None:
                 raise SystemExit(128 + interruption.signal)
             engine.set_params(run.state.params)
             if judged:
+                run.saver.wait()  # on the disk, not on its way
                 evaluate(run, engine, held_out, step)
                 timer.lap()
             if last:

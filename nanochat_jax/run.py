@@ -36,6 +36,8 @@ FREE = {
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
+MEASURED = ("train", "val", "core")  # kinds of records whose last one every checkpoint holds
+
 # What to do about a run that is another one than is asked for.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
@@ -61,6 +63,7 @@ class Run:
     data: dict | None  # position of the data pipeline, when resumed
     totals: dict  # seconds, tokens and FLOPs spent so far
     identity: dict  # what a continuation must agree with
+    metrics: dict  # what was logged last of each of MEASURED
     wandb: metrics.Wandb | None = None  # of process 0, from `begin` on
 
     def begin(self) -> None:
@@ -88,13 +91,16 @@ class Run:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
         metrics.append(self.dir, kind, self.cfg.stage, step, **totals, **fields)
+        if kind in MEASURED:
+            self.metrics[kind] = {"step": step} | fields
         shown = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
         self.wandb.log(step, **shown)
 
     def save(self, step: int, data: dict) -> None:
         meta = checkpoint.model_meta(self.model) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
-            "config": dataclasses.asdict(self.cfg), "versions": machine.versions(), **self.identity,
+            "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": machine.versions(),
+            **self.identity,
         }  # fmt: skip
         timer = Timer()
         self.saver.save(step, self.state.params, self.state.opt_state, data, meta)
@@ -140,7 +146,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count())
         run = Run(
             cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,
-            identity,
+            identity, {} if step is None else checkpoint.read_meta(folder, step).get("metrics", {}),
         )  # fmt: skip
         try:
             yield run

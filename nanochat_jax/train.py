@@ -2,7 +2,8 @@
 
 The three stages differ in where rows come from and in how the learning rate falls; the rest is one story: fetch a
 batch, step, log the step before (so that the device never waits for the host), and from time to time save, validate,
-evaluate and sample. Saving always comes before evaluating, so that no evaluation can cost a run its weights.
+evaluate and sample. Saving comes before evaluating, so that no evaluation can cost a run its weights; and when text or
+an evaluation fails with an error, the state is saved before the run ends.
 """
 
 import dataclasses
@@ -110,11 +111,12 @@ def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> 
     """How much of a source a run will read."""
     files = source.train_files
     there = dataloader.epoch_tokens(files, tokenizer, twins)
-    if math.isnan(there):
-        return f"{source.name}, {len(files)} files, none of them here yet"
+    if none := math.isnan(there):  # the validation shard is, and about as large
+        there = dataloader.epoch_tokens(source.val_files, tokenizer, twins) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, there)
     shards = min(len(files), math.ceil(epochs * len(files)))
     said = f"{source.name}, {len(files)} files of about {metrics.short(there / len(files))} tokens"
+    said += ", none of them here yet" if none else ""
     if made := tokenized.made(files, twins):
         said += f", {made} of them tokenized before"
     said += f"; this run needs {shards}, {epochs:.2f} epochs"
@@ -193,25 +195,49 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
         held.enter_context(out_of_memory_explained(stage.geometry))
+
+        def save() -> None:
+            nonlocal saved_at
+            log.flush()
+            run.save(step, place)
+            saved_at = step
+            log.timer.lap()  # saving is no part of the next step
+
+        def rescue() -> None:
+            """Of a run that ends with an error which the state has no part in. Several processes cannot save then: the
+            others are elsewhere."""
+            if step == 0 or saved_at == step or jax.process_count() > 1:
+                return
+            try:
+                save()
+                run.saver.wait()
+                print(f"saved at step {step}, before the error")
+            except UserError as error:  # also where the last loss turns out not to be finite
+                print(f"not saved: {error}")
+
         while True:
             last = ended or step == stage.steps
             due = [e for e in evaluations if evaluated_at.get(e) != step and e.due(step, last)]
             # Save before evaluating: whatever goes wrong below, the weights are safe.
-            to_save = (cfg.save_every > 0 and step % cfg.save_every == 0) or any(e.risky for e in due)
+            risky = any(e.risky or e not in evaluated_at for e in due)
+            to_save = risky or (cfg.save_every > 0 and step % cfg.save_every == 0)
             stop = interruption.signal if jax.process_count() == 1 else log.stop
             if (last or stop or (to_save and step > 0)) and saved_at != step:
-                log.flush()
-                run.save(step, place)
-                saved_at = step
-                log.timer.lap()  # saving is no part of the next step
+                save()
             if stop:
                 run.saver.wait()
                 print(f"saved at step {step}: the same command goes on from here")
                 raise SystemExit(128 + stop)
             if due:
                 log.flush()
+                if risky:  # it may take the process with it: the checkpoint is to be there, not on its way
+                    run.saver.wait()
                 for evaluation in due:
-                    evaluation.run(run, stage, step)
+                    try:
+                        evaluation.run(run, stage, step)
+                    except Exception:
+                        rescue()
+                        raise
                     evaluated_at[evaluation] = step
                 log.timer.lap()
             if last:
@@ -229,6 +255,9 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 if interruption.signal is None:
                     raise
                 continue
+            except Exception:
+                rescue()
+                raise
             place = arrived
             progress = step / stage.steps if stage.steps else _progress(run, stage)
             lr_mult = stage.lr_mult(step, progress)
@@ -333,7 +362,7 @@ class StepLog:
             self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info)
 
     def _print(self, step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info) -> None:
-        """One line, of what there is to say: nothing about a full learning rate, no waste, no wait."""
+        """One line; nothing is said of a full learning rate. Waste and wait are always told: a wait should read 0."""
         of = f"/{self.stage.steps}" if self.stage.steps else ""
         parts = [
             f"step {step}{of} ({100 * (step / self.stage.steps if self.stage.steps else progress):.1f}%)",
@@ -341,9 +370,9 @@ class StepLog:
             f"lr x{lr_mult:.3f}" if lr_mult != 1 else "",
             f"{1000 * dt:.0f} ms" if dt else "compiled", f"{metrics.short(speed)} tok/s" if speed else "",
             f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"{metrics.short(self.run.totals['tokens'])} tokens", _place(info),
-            f"waste {info['waste']:.1%}" if info["waste"] >= 0.0005 else "",
+            f"waste {info['waste']:.1%}",
             f"skipped {info['skipped']:,}" if info.get("skipped") else "",
-            f"wait {1000 * waited:.0f} ms" if waited > 0.001 else "", f"eta {self._eta(step, progress)}",
+            f"wait {1000 * waited:.0f} ms", f"eta {self._eta(step, progress)}",
         ]  # fmt: skip
         print(" | ".join(p for p in parts if p), flush=True)
 
@@ -368,8 +397,8 @@ def _place(info: dict) -> str:
 @dataclass(frozen=True)
 class Evaluation:
     """Something to do every so many steps and at the end. `risky` ones (they load data, they generate) are preceded by
-    a checkpoint; what is not has been done before the first step. every < 1: never, or at the end alone where `at_end`.
-    """
+    a checkpoint, the others where this process has not done them before: then they have shown that they work, and
+    checkpoints so often would cost more than they save. every < 1: never, or at the end alone where `at_end`."""
 
     run: Callable[[Run, Stage, int], None]
     every: int

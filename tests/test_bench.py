@@ -5,13 +5,15 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
 
-from nanochat_jax import commandline
+from nanochat_jax import commandline, dataloader, dataset
 from nanochat_jax.config import UserError
-from scripts.bench import decode, serve
+from nanochat_jax.tokenizer import Tokenizer
+from scripts.bench import data, decode, serve
 from scripts.bench import tokenizer as bench
 
 
@@ -197,6 +199,8 @@ def test_the_loader_is_measured_from_text_and_from_tokens(world, tmp_path, monke
         assert one == pytest.approx(row["tokens_per_s"] / 520_000, abs=1e-3)
         assert eight == pytest.approx(one / 8, abs=1e-3)
         assert any(f"{row['tokens_per_s']:,}" in text and f"{one:.2f}x" in text for text in shown)
+        name = {"text": "from text", "tokens": "from tokens made before"}[row["from"]]
+        assert f"{name}: {row['too_short']}: no figure to rely on" in shown and "is too short" in row["too_short"]
 
     done = run("data", *flags, "--steps=1000", "--rounds=1", "--packing=stream")
     assert done.returncode == 0, done.stderr
@@ -204,9 +208,38 @@ def test_the_loader_is_measured_from_text_and_from_tokens(world, tmp_path, monke
     assert 8 < whole < 100 and (whole - 1) * 1024 < kept <= whole * 1024, "no row without text counts"
 
 
-def test_mistakes_about_data_are_one_line(world, own_base_dir, monkeypatch):
-    from scripts.bench import data
+def test_what_is_counted_is_made_while_the_clock_runs(world, monkeypatch):
+    """What the loader had read ahead when a clock was started later made short passes up to four times too fast."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+    real, reads = dataloader.Documents.read, []
 
+    def slow(self, cursor):
+        reads.append(time.sleep(0.1))
+        return real(self, cursor)
+
+    monkeypatch.setattr(dataloader.Documents, "read", slow)
+    source = dataset.open()
+    for steps, ended in ((1, False), (1000, True)):
+        reads.clear()
+        settings = data.Settings(total_batch_size=1024, max_seq_len=64, steps=steps, packing="stream")
+        done = data._measure(settings, source, None)
+        assert done["ended"] == ended and done["seconds"] >= 0.1 * (len(reads) if ended else 1)
+    tokenizer = Tokenizer.load(world / "tokenizer")
+    there = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("train"))
+    assert done["tokens"] == there - 1 and len(reads) > 3, "all of the text, its first token alone has none before it"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batches", "ended", "words"),
+    [(0.4, 100, False, "a pass of 0.40 s is too short"), (0.4, 100, True, "a pass of 0.40 s is too short"),
+     (2, 39, False, "39 batches are too few where 4 are made ahead"), (2, 40, False, ""), (2, 3, True, "")],
+)  # fmt: skip
+def test_a_pass_too_short_to_tell_is_named(seconds, batches, ended, words):
+    said = data._too_short({"seconds": seconds, "batches": batches, "ended": ended})
+    assert words in said and bool(words) == bool(said)
+
+
+def test_mistakes_about_data_are_one_line(world, own_base_dir, monkeypatch):
     def complains(words, **settings):
         with pytest.raises(UserError, match=words) as error:
             data.main(data.Settings(**({"total_batch_size": 1024, "max_seq_len": 64, "rounds": 1} | settings)))
@@ -221,7 +254,6 @@ def test_mistakes_about_data_are_one_line(world, own_base_dir, monkeypatch):
     complains("--data=wikipedia: unknown source", data="wikipedia")
     complains("--data_dir=/gone: no such folder", data_dir="/gone")
     complains("--json=.*: its folder does not exist", json="/gone/out.json")
-    complains("texts: too little text for 3 batches of 65,536 tokens: give more, or", total_batch_size=65536)
 
 
 # -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import random
 import shutil
 import subprocess
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,17 @@ def test_the_caller_may_overwrite_what_it_saves(run):
     saver.wait()
     found = checkpoint.restore(run, 1, *like(state(0, size=1_000_000)))
     assert equal(found[:2], state(1, size=1_000_000)) and found[3] == META
+
+
+def test_the_caller_goes_on_while_it_is_written(run, monkeypatch):
+    write, may = checkpoint._write_manifest, threading.Event()
+    monkeypatch.setattr(checkpoint, "_write_manifest", lambda folder: may.wait(60) and write(folder))
+    saver = checkpoint.Saver(run, keep_last=1)
+    saver.save(1, *state(1), DATA, META)
+    assert checkpoint.steps(run) == []
+    may.set()
+    saver.wait()
+    assert checkpoint.steps(run) == [1]
 
 
 def test_restoring_casts(run):

@@ -402,6 +402,19 @@ def test_close_ends_the_thread_even_while_it_waits(files):
         next(loader)
 
 
+def test_batches_are_made_while_the_device_computes(files, monkeypatch):
+    make_one = dataloader.BatchIterator.__next__
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", lambda self: time.sleep(0.2) or make_one(self))
+    loader, waits = make("split", files), []
+    for _ in range(4):
+        start = time.monotonic()
+        next(loader)
+        waits.append(time.monotonic() - start)
+        time.sleep(0.5)  # a step
+    loader.close()
+    assert waits[0] >= 0.2 and sum(waits[1:]) < 0.3, waits
+
+
 def test_nothing_is_said_at_exit_about_loaders_left_open(files):
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tests')\n"

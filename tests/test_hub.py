@@ -1,5 +1,6 @@
 """Downloads, from a hub of our own on loopback that fails in every way a network does."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -37,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.folder, self.requests, self.ranges, self.tokens = folder, [], [], set()
         self.faults: dict[str, list] = {}
         self.missing, self.hashes, self.sent, self.pace = set(), True, Counter(), 0.0
+        self.elsewhere = ""  # where the bytes are: the address of another server
 
     @property
     def url(self):
@@ -70,6 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         data = path.read_bytes()
         etag = hashlib.sha256(data).hexdigest() if server.hashes else "version-1"
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "c" * 40, "Accept-Ranges": "bytes"}
+        if server.elsewhere:
+            headers |= {"ETag": '"of this answer"', "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            return self.reply(302, b"", headers | {"Location": server.elsewhere + self.path})
         faults = server.faults.get(f"{self.command} {name}") or [None]
         fault = faults.pop(0)
         if isinstance(fault, int):
@@ -116,6 +121,17 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(2)
 
 
+@contextlib.contextmanager
+def serving(folder):
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     folder, rng = tmp_path / "hub", random.Random(0)
@@ -123,15 +139,12 @@ def server(tmp_path, monkeypatch):
     for i in SHARDS:
         texts = [f"document {i} {j} {rng.randbytes(2000).hex()}" for j in range(20)]
         pq.write_table(pa.table({"text": texts}), folder / hub.shard(i), row_group_size=4)
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-    monkeypatch.setattr(hub, "PAUSE", 0.01)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(folder) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+        monkeypatch.setattr(hub, "PAUSE", 0.01)
+        yield server
 
 
 def data_folder():
@@ -176,6 +189,18 @@ def test_download_then_open(server):
     again = run("-n", "2")
     assert again.returncode == 0 and not server.requests, "what is there is not asked for again"
     assert dataset.open("fineweb-edu") == source, "a smaller request takes nothing away"
+
+
+def test_bytes_that_lie_elsewhere_are_verified_and_the_token_stays_here(server, monkeypatch):
+    """As on the hub, which sends to another host and says itself how large the file is and what it hashes to."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(server.folder) as store:
+        server.elsewhere = f"http://localhost:{store.server_port}"
+        store.faults = {f"GET {hub.shard(0)}": ["drop", "wrong", "drop"]}
+        hub.download("fineweb-edu", 1)
+        assert whole(server, 0, 1822)
+        assert server.tokens == {"Bearer hf_secret"} and store.tokens == {None}
+        assert {method for method, _ in store.requests} == {"GET"} and store.ranges
 
 
 def test_offline_mode_is_honoured(server):
@@ -335,6 +360,19 @@ def test_training_text_is_read_while_the_rest_arrives(server):
     assert not seen[0][1] and seen[-1][1], "the first were read before the last had come"
 
 
+def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
+    """While a download is at work, though nothing arrives; without one he gives up."""
+    server.faults = {f"GET {hub.shard(0)}": ["silent", "silent"]}
+    arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 1))
+    arriving.start()
+    while not (data_folder() / "manifest.json").exists():
+        time.sleep(0.01)
+    dataset.wait_for(data_folder() / hub.shard(0), patience=1.5)
+    arriving.join()
+    with pytest.raises(UserError, match="no download is running"):
+        dataset.wait_for(data_folder() / hub.shard(1), patience=1.5)
+
+
 def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):
     """Whatever else has arrived, was asked for, or is still on its way."""
     cfg = config.TokTrain(data="fineweb-edu", num_files=2, vocab_size=300)
@@ -398,6 +436,7 @@ def test_files_put_here_by_hand_are_taken_unless_they_are_broken(server):
     for i in SHARDS:
         (data_folder() / hub.shard(i)).write_bytes((server.folder / hub.shard(i)).read_bytes())
     (data_folder() / hub.shard(2)).write_bytes(b"an HTML page of a proxy")
+    assert VAL not in {path.name for path in dataset.open("fineweb-edu").train_files}, "never trained on"
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard(2)}
 

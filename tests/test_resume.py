@@ -1,5 +1,6 @@
 """The run that cannot be lost: killed anywhere and started again, it is the run that was never interrupted."""
 
+import dataclasses
 import os
 import random
 import re
@@ -67,6 +68,11 @@ def logged(run):
     return max((r["step"] for r in metrics.read(run) if r["kind"] == "train"), default=0)
 
 
+def logged_at(run, step):
+    (record,) = (r for r in metrics.read(run) if r["kind"] == "train" and r["step"] == step)
+    return record
+
+
 def lines(run):
     log = run / metrics.LOG
     return log.read_bytes().count(b"\n") if log.exists() else 0
@@ -86,6 +92,7 @@ def content(run, step):
     meta = checkpoint.read_meta(run, step)
     plain = {k: meta[k] for k in ("step", "stage", "model", "tokenizer", "parent")}
     plain |= {k: meta["totals"][k] for k in ("tokens", "flops")}
+    plain["train"] = {k: v for k, v in meta["metrics"]["train"].items() if k not in CLOCKS}
     return arrays, plain, (folder / "data.json").read_text()
 
 
@@ -164,19 +171,22 @@ def test_the_uninterrupted_runs_learn_something(whole):
 # Signals that ask, steps that are chosen, evaluations that fail
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(asked, world, whole):
-    tag = f"asked{asked}"
-    run, output = checkpoint.run_dir("base", tag), world / f"{tag}.txt"
-    process = lives.start("base", world, output, **flags(world, "base", model_tag=tag, save_every=-1))
+@pytest.mark.parametrize(
+    ("stage", "asked"),
+    [("base", signal.SIGTERM), ("rl", signal.SIGTERM), pytest.param("sft", signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(stage, asked, world, whole):
+    expected, tag = whole(stage), f"asked{asked}"
+    run, output = checkpoint.run_dir(stage, tag), world / f"{stage}{tag}.txt"
+    process = lives.start(stage, world, output, **flags(world, stage, model_tag=tag, save_every=-1))
     lives.until(lambda: logged(run) >= 5, process)
     os.kill(process.pid, asked)
     process.join(100)
     assert process.exitcode == 128 + asked and "the same command goes on" in output.read_text()
     (step,) = checkpoint.steps(run)
     assert step == logged(run) >= 5, "not a step is lost"
-    assert lives.run("base", world, output, **flags(world, "base", model_tag=tag)) == 0
-    assert records(run) == records(whole("base"))
+    assert lives.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0
+    assert records(run) == records(expected)
 
 
 def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch):
@@ -213,6 +223,7 @@ def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch)
 def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
     def fails_after(good):
         def sample(run, stage, step):
+            assert checkpoint.latest(run.dir) == step, "the checkpoint is there, not on its way"
             if step > good:
                 raise RuntimeError("an evaluation that fails")
 
@@ -231,9 +242,53 @@ def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
     assert records(run) == records(whole("base"))
 
 
+def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
+    """It is not preceded by a checkpoint each time; but the first time of a process is, and so is its error."""
+    real, calls, there = training.validate, [], {}
+
+    def validate(run, stage, step):
+        calls.append(step)
+        there[step] = checkpoint.latest(run.dir)
+        if len(calls) == 3:
+            raise RuntimeError("a validation that fails")
+        real(run, stage, step)
+
+    monkeypatch.setattr(training, "validate", validate)
+    cfg = {"model_tag": "validated", "num_iterations": STEPS["base"], "seed": 7, "save_every": -1}
+    run = checkpoint.run_dir("base", "validated")
+    with pytest.raises(RuntimeError, match="a validation that fails"):
+        training.train(tiny.base_config(eval_every=5, **cfg))
+    assert there == {0: None, 5: None, 10: None} and checkpoint.steps(run) == [10]
+    training.train(tiny.base_config(eval_every=6, keep_last=9, **cfg))
+    assert calls == [0, 5, 10, 12, 18, 24] and (there[12], there[18]) == (12, 12)
+    assert records(run) == records(whole("base"))
+
+
+def test_text_that_fails_costs_nothing(world, whole, monkeypatch, capsys):
+    """A shard is damaged, or stops coming: what has been learnt until then is kept."""
+    real = dataloader.BatchIterator.__next__
+
+    def fails(self):
+        if self._rows >= 6 * 4:
+            raise UserError("a shard that cannot be read")
+        return real(self)
+
+    cfg = tiny.base_config(model_tag="torn", num_iterations=STEPS["base"], seed=7, save_every=-1)
+    run = checkpoint.run_dir("base", "torn")
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", fails)
+    with pytest.raises(UserError, match="a shard that cannot be read"):
+        training.train(cfg)
+    assert "saved at step 6, before the error" in capsys.readouterr().out
+    assert checkpoint.steps(run) == [logged(run)] == [6]
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", real)
+    training.train(cfg)
+    assert records(run) == records(whole("base"))
+
+
 def test_a_failing_evaluation_of_answers_costs_nothing(world, whole, monkeypatch):
     def evaluate(run, engine, task, step):
         if step:
+            assert checkpoint.latest(run.dir) == step, "the checkpoint is there, not on its way"
             raise RuntimeError("an evaluation that fails")
 
     whole("sft")
@@ -270,10 +325,15 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     text = {"source": "texts", "hash": source.hash, "validation": source.val_hash(), "files": 1}
     meta = checkpoint.read_meta(run, 4)
     assert meta["text"] == text
+    assert meta["config"] == dataclasses.asdict(tiny.base_config(**cfg)) and meta["step"] == 4
+    assert meta["tokenizer"] == Tokenizer.load(world / "tokenizer").hash
+    assert meta["metrics"]["train"] == {k: v for k, v in logged_at(run, 4).items() if k in meta["metrics"]["train"]}
+    assert meta["metrics"]["train"]["loss"] > 0
     assert meta["versions"].keys() >= {"commit", "python", "jax", "numpy", "flax", "optax", "orbax-checkpoint", "grain"}
     said = capsys.readouterr().out
     assert re.search(r"text: texts, 1 files of about [\d.]+K tokens; this run needs 1, 0\.\d\d epochs$", said, re.M)
-    assert re.search(r"\| 256 tokens \| epoch \d shard 0 group \d \| eta n/a$", said, re.M), said
+    place = r"\| 256 tokens \| epoch \d shard 0 group \d \| waste 0\.0% \| wait \d+ ms \| eta n/a$"
+    assert re.search(place, said, re.M), said
 
     (folder / "b.txt").write_text("another validation text")
     with pytest.raises(UserError, match=r"the text is not that of .*step_000002 \(other hash, validation\)"):
@@ -325,7 +385,11 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(world, whole):
 EIGHT_ROWS = {"model_tag": "on8", "device_batch_size": 1, "total_batch_size": 512, "num_iterations": 8, "keep_last": 9}
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (2, {}), pytest.param(8, {"mesh": "data=4,model=2"}, id="4x2")])
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [(1, {}), (2, {}), pytest.param(8, {"mesh": "data=4,model=2"}, id="4x2"),
+     pytest.param(8, {"mesh": "data=4,model=2", "shard": "full"}, id="4x2 full", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_saved_on_eight_devices_resumed_on_others(devices, mesh, world):
     eight, output = checkpoint.run_dir("base", "on8"), world / "on8.txt"
     if not eight.exists():

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, config, dataloader, dataset, metrics
+from nanochat_jax import checkpoint, commandline, config, dataloader, dataset, metrics, optim
 from nanochat_jax.config import UserError
 from nanochat_jax.evals.bpb import bits_per_byte
+from nanochat_jax.run import open_run
 from nanochat_jax.train import train
 from scripts import base_loss
 
@@ -204,6 +207,17 @@ def test_damaged_steps_are_moved_aside_and_cost_no_good_one(run, good):
     assert checkpoint.steps(run) == [8] and checkpoint.latest(run) == 8
     aside = sorted(p.name.split(".")[0] for p in run.glob("abandoned_*"))
     assert aside == [f"abandoned_step_{step:06d}" for step in damaged]
+
+
+def test_a_stage_takes_the_weights_alone_from_the_one_before(world):
+    cfg = commandline.parse(config.Mid, tiny.command("mid", model_tag="made")[4:])
+    with open_run(cfg, optim.momentum_warmup) as run:
+        params, used, *_ = checkpoint.restore(checkpoint.run_dir("base", "made"), 8, *run.state)
+        fresh = run.optimizer.init(params)
+        jax.tree.map(np.testing.assert_array_equal, run.state.params, params)
+        jax.tree.map(np.testing.assert_array_equal, run.state.opt_state, fresh)
+        assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (used, fresh)), strict=True))
+        assert (run.step, run.data, run.totals["tokens"]) == (0, None, 0)
 
 
 def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):

@@ -4,6 +4,7 @@ import collections
 import math
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -197,6 +198,11 @@ def losses(run: Path) -> list[float]:
     return [r["loss"] for r in metrics.read(run) if r["kind"] == "train"]
 
 
+def place(run: Path, step: int) -> str:
+    """In the data, after a step."""
+    return (checkpoint.step_dir(run, step) / "data.json").read_text(encoding="utf-8")
+
+
 FLAGS = {"total_batch_size": 1024, "device_batch_size": 1, "eval_every": 4}
 
 
@@ -240,6 +246,19 @@ def test_one_process_goes_on_where_two_were_ended(alone):
     whole = tiny.run("base", alone, devices=8, **long | {"model_tag": "whole"})
     assert whole.returncode == 0, whole.stderr
     np.testing.assert_allclose(losses(run), losses(run.with_name("whole")), rtol=1e-2)
+    assert place(run, 60) == place(run.with_name("whole"), 60)
+
+
+def test_two_processes_go_on_where_one_was_ended(alone):
+    one = alone / "base_checkpoints" / "one"
+    run = one.with_name("wider")
+    shutil.copytree(one, run, ignore=shutil.ignore_patterns("step_000008"))
+    started = start_together(alone, 2, 4, model_tag="wider", **FLAGS)
+    (out, problems), (_, more_problems) = [p.communicate(timeout=300) for p in started]
+    assert [p.returncode for p in started] == [0, 0], problems + more_problems
+    assert "resuming at step 6" in out and "in 2 processes" in out
+    np.testing.assert_allclose(losses(run), losses(one), rtol=1e-4)
+    assert place(run, 8) == place(one, 8)
 
 
 FAULT = """

@@ -1,5 +1,6 @@
 """Training: the same run however it is cut, wherever it runs, and whatever interrupts it."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, gpt, metrics, optim, parallel
+from nanochat_jax import checkpoint, commandline, config, dataset, gpt, metrics, optim, parallel
 from nanochat_jax import train as train_module
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.run import TrainState, open_run
@@ -26,6 +27,7 @@ from nanochat_jax.step import (
     rows_of_examples,
     rows_that_fit,
 )
+from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import StepLog, train
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
@@ -141,6 +143,14 @@ def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
         assert one == other and len(one) == 8, "bit for bit"
     train(tiny.base_config(model_tag="another", num_iterations=2, seed=43))
     assert losses(checkpoint.run_dir("base", "another"))[2] != losses(checkpoint.run_dir("base", "again"))[2]
+
+
+def test_what_a_run_needs_is_told_before_the_first_shard_has_come(world):
+    source, tokenizer = dataset.open(), Tokenizer.load(world / "tokenizer")
+    of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
+    coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
+    said = train_module.text_needed(dataclasses.replace(source, train_files=coming), 3 * of, tokenizer, world / "none")
+    assert said == f"{source.name}, 5 files of about {of} tokens, none of them here yet; this run needs 3, 0.60 epochs"
 
 
 def test_interrupted_run_saves_and_goes_on(world):
@@ -418,14 +428,14 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     quiet = capsys.readouterr().out.rstrip("\n")
     assert quiet == (
         "step 12000/21400 (56.1%) | loss 3.1234 | grad 0.123 | 1240 ms | 423K tok/s | mfu 41.2% | 6.29B tokens | "
-        "epoch 0 shard 112 group 45 | eta 3h14m"
+        "epoch 0 shard 112 group 45 | waste 0.0% | wait 0 ms | eta 3h14m"
     )
-    assert len(quiet) <= 145
+    assert len(quiet) <= 170
     log._print(12000, 0.123, 0.5, 1.24, 422_813, None, 0.56, 0.034, place | {"waste": 0.012, "skipped": 1234})
     said = capsys.readouterr().out
     assert "lr x0.500" in said and "waste 1.2% | skipped 1,234 | wait 34 ms | eta" in said and "mfu n/a" in said
     log._print(12000, 0.123, 1.0, None, None, None, 0.56, 0.0, {"shard": None, "progress": 0.25, "waste": 0.0004})
-    assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | eta" in capsys.readouterr().out
+    assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | waste 0.0% | wait 0 ms | eta" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

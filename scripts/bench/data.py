@@ -5,6 +5,9 @@
 The loader is that of `python -m scripts.train --stage=base`, with its settings and its workers: one thread reads and
 packs ahead of whoever takes the batches, and the tokenizer encodes on all cores. It reads text, and the same files
 tokenized before, in turn; each time the first epoch, with a tokenizer that has cached nothing yet.
+
+The clock starts before the loader does: of what it reads ahead nothing is counted that was made before. What it has
+made beyond the last batch taken is not counted either, so a pass must be long against that, or its figure is too low.
 """
 
 import contextlib
@@ -25,8 +28,10 @@ from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
 GPU = 520_000  # tokens a second that one H100 takes in at depth 12: 54% of its peak at 1.04 GFLOPs a token
+NAMES = {"text": "from text", "tokens": "from tokens made before"}
 GPUS = {"one H100 at d12": 1, "eight": 8}
-WARM_UP = 2  # batches; the first of them waits until there are documents to choose from
+SHORTEST = 0.5  # seconds; in less, starting threads and taking turns weigh too much
+AHEAD = 0.1  # of the batches counted, at most as many may be made and not taken
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,9 @@ def main(cfg: Settings) -> None:
     print(f"medians of {cfg.rounds}; one thread reads and packs, the tokenizer encodes on all cores;")
     print(f"an H100 at d12 takes in {GPU:,} tokens/s\n")
     print(_table(rows))
+    for row in rows:
+        if row["too_short"]:
+            print(f"\n{NAMES[row['from']]}: {row['too_short']}: no figure to rely on")
     measuring.report({"bench": "data", **about, "results": rows}, cfg.json)
 
 
@@ -98,7 +106,7 @@ def _needed(cfg: Settings, source, tokenizer) -> tuple[Path, ...]:
     there = dataloader.epoch_tokens(here, tokenizer)
     if not there > 0:  # NaN as well
         raise UserError(f"{source.name}: none of its training files is here yet")
-    tokens = (WARM_UP + cfg.steps + 1) * cfg.total_batch_size  # and what waits to be packed
+    tokens = (cfg.steps + 1) * cfg.total_batch_size  # and what waits to be packed
     return here[: math.ceil(1.1 * tokens / there * len(here))]
 
 
@@ -107,29 +115,35 @@ def _needed(cfg: Settings, source, tokenizer) -> tuple[Path, ...]:
 
 
 def _measure(cfg: Settings, source, twins: Path | None) -> dict:
-    """Batches of one pass over the files, the first ones left out: tokens to predict, seconds, seconds of the CPU."""
+    """One pass over the files: batches, tokens to predict, seconds, seconds of the CPU, and whether the text ended."""
     from nanochat_jax import dataloader
     from nanochat_jax.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
-    rows = cfg.total_batch_size // cfg.max_seq_len
+    rows, counts = cfg.total_batch_size // cfg.max_seq_len, []
+    start, cpu = time.perf_counter(), time.process_time()
     loader = dataloader.base_loader(
         source.train_files, tokenizer, rows, cfg.max_seq_len, packing=cfg.packing, epochs=1, twins=twins
     )
     try:
-        for _ in itertools.islice(loader, WARM_UP):
-            pass
-        start, cpu = time.perf_counter(), time.process_time()
-        counts = [int((batch["targets"] >= 0).sum()) for batch in itertools.islice(loader, cfg.steps)]
+        while len(counts) < cfg.steps and (batch := next(loader, None)) is not None:
+            counts.append(int((batch["targets"] >= 0).sum()))
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     finally:
         loader.close()
-    if not counts:
-        raise UserError(
-            f"{source.name}: too little text for {WARM_UP + 1} batches of {cfg.total_batch_size:,} tokens: "
-            "give more, or lower --total_batch_size"
-        )
-    return {"batches": len(counts), "tokens": sum(counts), "seconds": seconds, "cpu_seconds": cpu}
+    ended = len(counts) < cfg.steps
+    return {"batches": len(counts), "tokens": sum(counts), "seconds": seconds, "cpu_seconds": cpu, "ended": ended}
+
+
+def _too_short(run: dict) -> str:
+    """What makes a pass too short to say how fast the loader is; "" if nothing does."""
+    from nanochat_jax.dataloader import PREFETCH
+
+    if run["seconds"] < SHORTEST:
+        return f"a pass of {run['seconds']:.2f} s is too short (at least {SHORTEST} s): give more text and --steps"
+    if not run["ended"] and run["batches"] * AHEAD < PREFETCH:
+        return f"{run['batches']} batches are too few where {PREFETCH} are made ahead: give more --steps"
+    return ""
 
 
 def _row(kind: str, runs: Sequence[dict]) -> dict:
@@ -142,14 +156,14 @@ def _row(kind: str, runs: Sequence[dict]) -> dict:
         "seconds": [round(run["seconds"], 6) for run in runs],
         "tokens_per_s": round(speed),
         "cores_busy": round(statistics.median(run["cpu_seconds"] / run["seconds"] for run in runs), 2),
+        "too_short": next(filter(None, map(_too_short, runs)), ""),
         "against": {name: round(speed / (GPU * count), 3) for name, count in GPUS.items()},
     }
 
 
 def _table(rows: list[dict]) -> str:
-    names = {"text": "from text", "tokens": "from tokens made before"}
     cells = [["", "tokens/s", "cores busy", *(f"against {name}" for name in GPUS)]]
     for row in rows:
         times = (f"{times:.2f}x" for times in row["against"].values())
-        cells.append([names[row["from"]], f"{row['tokens_per_s']:,}", f"{row['cores_busy']:.1f}", *times])
+        cells.append([NAMES[row["from"]], f"{row['tokens_per_s']:,}", f"{row['cores_busy']:.1f}", *times])
     return measuring.table(cells, (True, False, False, False, False))

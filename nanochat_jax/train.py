@@ -57,8 +57,9 @@ class Stage:
     facts: dict = field(default_factory=dict)  # derived numbers to print
 
 
-def _process() -> dict:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _process(run: Run) -> dict:
+    index, count = sharding.share_of_rows(run.layout.mesh)
+    return {"process_index": index, "process_count": count}
 
 
 def base_stage(run: Run) -> Stage:
@@ -68,7 +69,7 @@ def base_stage(run: Run) -> Stage:
     shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = horizon(cfg, model, shape.tokens)
     source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
-    how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process()}
+    how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process(run)}
     return Stage(
         geometry=shape,
         steps=steps,
@@ -150,7 +151,7 @@ def chat_stage(run: Run) -> Stage:
         shape = geometry_of_rows(rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len), *how)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
-    rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process())
+    rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process(run))
     return Stage(
         geometry=shape,
         steps=steps,

@@ -18,7 +18,7 @@ import tiny
 
 from nanochat_jax import checkpoint, gpt, metrics, optim, parallel
 from nanochat_jax.config import GPTConfig, Model, UserError
-from nanochat_jax.sharding import Layout, make_mesh
+from nanochat_jax.sharding import Layout, make_mesh, share_of_rows
 
 SHARDED = [
     "data=8 optimizer", "data=8 full", "node=2,data=4 optimizer", "data=4,model=2 optimizer", "data=4,model=2 full",
@@ -148,6 +148,28 @@ def test_the_mesh_that_is_suggested_has_as_many_devices_as_there_are(devices, sp
     assert math.prod(int(part.partition("=")[2]) for part in suggested.split(",")) == devices
 
 
+@pytest.mark.parametrize(
+    ("processes", "own", "model", "shares"),
+    [(1, 8, 2, [0]), (2, 4, 1, [0, 1]), (2, 4, 2, [0, 1]), (2, 4, 8, [0, 0]), (4, 1, 2, [0, 0, 1, 1]), (2, 3, 2, None)],
+)
+def test_processes_that_share_a_replica_read_the_same_rows(processes, own, model, shares, monkeypatch):
+    devices = [SimpleNamespace(process_index=i // own) for i in range(processes * own)]
+    data = len(devices) // model
+    mesh = SimpleNamespace(
+        devices=np.reshape(devices, (1, data, model)), shape={"node": 1, "data": data, "model": model},
+        local_devices=devices[:own],
+    )  # fmt: skip
+    if shares is None:
+        with pytest.raises(UserError, match=r"model=2 takes parts of processes of 3 devices.*: try model=1"):
+            share_of_rows(mesh)
+        return
+    found = []
+    for i in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        found.append(share_of_rows(mesh))
+    assert found == [(share, max(shares) + 1) for share in shares]
+
+
 def test_heads_that_the_model_axis_does_not_divide_are_refused():
     layout = Layout(jax.sharding.AbstractMesh((1, 2, 4), ("node", "data", "model")))
     with pytest.raises(UserError, match="a head is not cut: try model=2"):
@@ -210,15 +232,18 @@ def alone(tmp_path_factory):
     return base
 
 
-def test_two_processes_train_as_one(alone):
-    started = start_together(alone, 2, 4, model_tag="two", **FLAGS)
+@pytest.mark.parametrize(("own", "mesh"), [(4, ""), (1, "model=2")])
+def test_two_processes_train_as_one(alone, own, mesh):
+    """Each with rows of its own, or with its part of a model that takes both of them."""
+    tag = f"two-of-{own}"
+    started = start_together(alone, 2, own, model_tag=tag, mesh=mesh, **FLAGS)
     (out, problems), (silent, more_problems) = [p.communicate(timeout=300) for p in started]
     assert [p.returncode for p in started] == [0, 0], problems + more_problems
-    assert "8 x cpu" in out and "in 2 processes" in out
+    assert f"{2 * own} x cpu" in out and "in 2 processes" in out
     # Only process 0 prints, and the library, whose threads may cut each other short.
     gloo = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
     assert set(re.findall("[A-Za-z]+", silent)) <= set(re.findall("[A-Za-z]+", gloo)), silent
-    one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", "two"))
+    one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", tag))
     np.testing.assert_allclose(two, one, rtol=1e-4)
 
 

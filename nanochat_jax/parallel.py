@@ -81,7 +81,8 @@ def _join(coordinator: str, num_processes: int, process_id: int) -> None:
     try:
         jax.distributed.initialize(**where)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"could not join the other processes: {str(error).splitlines()[0]}") from None
+        hint = "" if where else ": try --coordinator=host:port --num_processes=N --process_id=I"
+        raise UserError(f"could not join the other processes: {str(error).splitlines()[0]}{hint}") from None
 
 
 def first(decide: Callable[[], T]) -> T:
@@ -173,12 +174,12 @@ def describe() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}"
 
 
-def precision(compute_dtype: str, attention: str = "") -> "jnp.dtype":
+def precision(compute_dtype: str, attention: str = "", head_dim: int = 128) -> "jnp.dtype":
     """Chooses the dtype of matmul operands and the attention kernel, and prints the choice with its reasons."""
     from nanochat_jax import attention as kernels
 
     dtype, why = choose_dtype(compute_dtype)
-    kernel, because = kernels.choose(attention, dtype)
+    kernel, because = kernels.choose(attention, dtype, head_dim)
     print(f"devices: {describe()}; matmuls in {dtype.__name__} ({why}), attention by {kernel} ({because})")
     return dtype
 

@@ -62,6 +62,9 @@ def test_processes_that_cannot_be_joined_are_one_line(joined, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match=r"^could not join the other processes: nobody there$"):
         parallel._join("there:1", 2, 1)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    with pytest.raises(UserError, match="nobody there: try --coordinator=host:port --num_processes=N --process_id=I"):
+        parallel._join("", 0, -1)
 
 
 def test_the_example_for_slurm_is_a_script_of_one_task_a_gpu():

@@ -166,6 +166,24 @@ def _exit_now() -> None:
     os._exit(2)
 
 
+@contextlib.contextmanager
+def out_of_memory_explained(rows: int) -> Iterator[None]:
+    """Turns the runtime's out-of-memory error into one line that names the flag to lower. `rows` is how many a device
+    takes at once, 0 before there are any."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if not rows:
+            reason = "out of memory for the weights and the optimizer's state"
+            raise UserError(f"{reason}: try --shard=full on several devices, or a smaller model") from error
+        less = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
+        raise UserError(f"out of memory: {less}try --remat=full or --shard=full") from error
+
+
 def describe() -> str:
     import jax
 

@@ -25,7 +25,6 @@ from nanochat_jax.step import (
     compiled_memory,
     geometry,
     geometry_of_rows,
-    out_of_memory_explained,
     rows_of_examples,
     rows_that_fit,
     step_of,
@@ -193,7 +192,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         place = stage.loader.state()  # after the last batch that was trained on
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
-        held.enter_context(out_of_memory_explained(stage.geometry))
+        held.enter_context(parallel.out_of_memory_explained(stage.geometry.rows))
         while True:
             last = ended or step == stage.steps
             due = [e for e in evaluations if evaluated_at.get(e) != step and e.due(step, last)]

@@ -268,7 +268,7 @@ def test_one_process_goes_on_where_two_were_ended(alone):
 
 
 FAULT = """
-import sys, jax
+import os, signal, sys, jax
 from nanochat_jax import commandline, step
 from nanochat_jax.config import UserError
 from scripts import train
@@ -276,7 +276,8 @@ shaped, calls = step.Geometry.shaped, []
 def fail(*args):
     calls.append(1)
     if len(calls) == 4 and jax.process_index() == {failing}:
-        raise {error}("made up")
+        print("now", file=sys.stderr, flush=True)
+        {fault}
     return shaped(*args)
 step.Geometry.shaped = fail
 commandline.run(train.main, train.chosen_stage())
@@ -284,14 +285,25 @@ commandline.run(train.main, train.chosen_stage())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("failing", "error"), [(1, "UserError"), (0, "OSError")])
-def test_an_error_of_one_process_ends_both(alone, failing, error):
-    """Within seconds, or, where process 0 is left, at the next heartbeat; JAX alone would wait for five minutes."""
-    fault = FAULT.format(failing=failing, error=error)
-    started = start_together(alone, 2, 4, fault, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+@pytest.mark.parametrize(
+    ("failing", "fault", "said", "heard"),
+    [(1, "raise UserError('made up')", "error: made up", "made up"),
+     (0, "raise OSError('made up')", "OSError: made up", "OSError: made up"),
+     (1, "os.kill(os.getpid(), signal.SIGKILL)", "now", None)],
+)  # fmt: skip
+def test_an_error_of_one_process_ends_both(alone, failing, fault, said, heard):
+    """Within seconds, each saying whose it was, or, where there was no time to tell, once its heartbeats are missed."""
+    code = FAULT.format(failing=failing, fault=fault)
+    started = start_together(alone, 2, 4, code, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+    assert any(line.strip() == "now" for line in started[failing].stderr)
+    begun = time.monotonic()
     told = [p.communicate(timeout=150)[1] for p in started]
+    assert time.monotonic() - begun < (15 if heard else 60)
     assert all(p.returncode != 0 for p in started), told
-    assert f"{'error' if error == 'UserError' else error}: made up" in told[failing]
+    last = [["now", *problems.strip().splitlines()][-1] for problems in told]
+    assert last[failing] == said
+    if heard:
+        assert last[1 - failing] == f"error: process {failing} has ended: {heard}"
 
 
 def test_a_save_that_fails_on_one_process_ends_both(alone):

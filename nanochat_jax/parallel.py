@@ -69,6 +69,8 @@ def _join(coordinator: str, num_processes: int, process_id: int) -> None:
     if jax.distributed.is_initialized():
         return
     if coordinator:
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"--coordinator={coordinator}: must be host:port of process 0, like 10.0.0.1:1234")
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(
                 f"--coordinator={coordinator} needs --num_processes=N and --process_id=0 to N-1, got "

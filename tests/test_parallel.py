@@ -48,7 +48,8 @@ def test_flags_say_where_and_come_first(joined, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [(("there:1", 0, -1), "needs --num_processes=N and --process_id=0 to N-1, got 0 and -1"),
-     (("there:1", 2, 2), "got 2 and 2"), (("there", 2, 0), "--coordinator=there: must be host:port"), (("", 2, 0), "--num_processes needs --coordinator=host:port")],
+     (("there:1", 2, 2), "got 2 and 2"), (("there", 2, 0), "--coordinator=there: must be host:port"),
+     (("", 2, 0), "--num_processes needs --coordinator=host:port")],
 )  # fmt: skip
 def test_processes_that_cannot_be_counted_are_refused(joined, flags, words):
     with pytest.raises(UserError, match=words):

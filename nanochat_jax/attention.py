@@ -18,11 +18,12 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def choose(asked: str, dtype: jnp.dtype) -> tuple[str, str]:
+def choose(asked: str, dtype: jnp.dtype, head_dim: int = 128) -> tuple[str, str]:
     """The kernel that `causal_attention` uses from now on, and why: `asked`, or cuDNN where it runs, else XLA.
 
-    cuDNN is tried by running it forward and backward on a small input: whether it works depends on the GPU, the driver
-    and the library's version, and a failure in the middle of a compilation says little.
+    cuDNN is tried by running it forward and backward on a small input with heads of `head_dim`: whether it works
+    depends on that, the GPU, the driver and the library's version, and a failure in the middle of a compilation says
+    little.
     """
     global _chosen
     if asked not in ("", *KERNELS):
@@ -34,16 +35,16 @@ def choose(asked: str, dtype: jnp.dtype) -> tuple[str, str]:
             raise UserError(f"--attention=cudnn needs --compute_dtype=bfloat16, not {jnp.dtype(dtype).name}")
         _chosen, reason = "xla", "cuDNN has no float32 kernel"
     else:
-        failure = _try_cudnn(dtype)
+        failure = _try_cudnn(dtype, head_dim)
         if failure and asked:
             raise UserError(f"--attention=cudnn does not run here: {failure}")
         _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "tried, it runs")
     return _chosen, reason
 
 
-def _try_cudnn(dtype: jnp.dtype) -> str:
+def _try_cudnn(dtype: jnp.dtype, head_dim: int) -> str:
     """The first line of what goes wrong, empty if nothing does."""
-    x = jnp.ones((1, 128, 1, 64), dtype)
+    x = jnp.ones((1, 128, 1, head_dim), dtype)
     try:
         jax.block_until_ready(jax.jit(jax.grad(lambda q: _cudnn(q, x, x, 0).astype(jnp.float32).sum()))(x))
     except Exception as error:  # whatever it is, XLA does the work

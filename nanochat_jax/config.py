@@ -134,7 +134,7 @@ class Train:
     resume: str = setting("auto", "auto: go on from the last good checkpoint; never: move the old run aside; or a step")
     seed: int = setting(42, "seed of initialisation, data order and sampling")
     device_type: str = setting("", "cpu, gpu or tpu (default: the best there is)")
-    compute_dtype: str = setting("", "bfloat16 or float32 (default: bfloat16 on GPUs that have it, float32 elsewhere)")
+    compute_dtype: str = setting("", "bfloat16 or float32 (default: the former where the device is fast with it)")
     num_iterations: int = setting(-1, "optimizer steps (-1: derived)")
     device_batch_size: int = setting(0, "rows a device takes at once; lower it when memory runs out", auto=True)
     mesh: str = setting("", "devices by axis, as node=2,data=8,model=1 (default: all on data)")
@@ -301,7 +301,7 @@ class Load:
     model_tag: str = setting("", "run to load (default: the most recently saved of that stage)")
     step: int = setting(-1, "checkpoint to load (-1: the latest)")
     device_type: str = setting("", "cpu, gpu or tpu (default: the best there is)")
-    compute_dtype: str = setting("", "bfloat16 or float32 (default: bfloat16 on GPUs that have it, float32 elsewhere)")
+    compute_dtype: str = setting("", "bfloat16 or float32 (default: the former where the device is fast with it)")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.attention import accumulator, cached_attention, causal_attention
-from nanochat_jax.config import GPTConfig
+from nanochat_jax.config import GPTConfig, UserError
 
 Params = dict  # nested dict of arrays, as `init` makes it
 
@@ -135,7 +135,7 @@ class GPT(nnx.Module):
         """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens in it."""
         cfg, b, t = self.cfg, *ids.shape
         if t > cfg.sequence_len:
-            raise ValueError(f"{t} tokens in a row, expected at most the context of {cfg.sequence_len}")
+            raise UserError(f"{t} tokens in a row, expected at most the context of {cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], cfg)
         # Gathered before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.

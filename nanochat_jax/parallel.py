@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
 
 T = TypeVar("T")
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost; given by a thread of JAX's own
 PATIENCE = 10  # seconds that a process with an error waits for the others to end as well
+GRACE = 3  # seconds in which one that hears of it may end with an error of its own
+ENDED = "nanochat_jax/ended/"  # where it tells them, among the keys that JAX's processes share
 
 # Dense bf16 peaks of one device, FLOP/s, from the vendors' data sheets. Unknown devices have no MFU.
 PEAK_FLOPS = {
@@ -66,6 +69,8 @@ def _join(coordinator: str, num_processes: int, process_id: int) -> None:
     if jax.distributed.is_initialized():
         return
     if coordinator:
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"--coordinator={coordinator}: must be host:port of process 0, like 10.0.0.1:1234")
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(
                 f"--coordinator={coordinator} needs --num_processes=N and --process_id=0 to N-1, got "
@@ -79,9 +84,10 @@ def _join(coordinator: str, num_processes: int, process_id: int) -> None:
     else:
         return
     try:
-        jax.distributed.initialize(**where)
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"could not join the other processes: {str(error).splitlines()[0]}") from None
+        hint = "" if where else ": try --coordinator=host:port --num_processes=N --process_id=I"
+        raise UserError(f"could not join the other processes: {str(error).splitlines()[0]}{hint}") from None
 
 
 def first(decide: Callable[[], T]) -> T:
@@ -130,18 +136,57 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Within it an error of one process alone ends the others too: without, it would wait five minutes for them to
-    exit, and they for its part of the next step. What JAX tells those that have lost one is a page long."""
+    """Within it an error of one process alone ends the others too, with a line that says whose it was: without, it
+    would wait five minutes for them to exit, and they for its part of the next step. One that is killed is missed after
+    HEARTBEAT seconds; what JAX then tells the others is a page long."""
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    ended = threading.Event()
+    threading.Thread(target=_listen, args=(ended,), daemon=True).start()
     try:
         yield
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException:
-        import jax
-
-        if jax.process_count() > 1:
-            _leave_with_the_others()
+    except BaseException as error:
+        ended.set()
+        _tell(error)
+        _leave_with_the_others()
         raise
+    finally:
+        ended.set()
+
+
+def _shared():
+    """The keys and values that the processes share; None after `leave`. Orbax takes them from there as well: JAX has no
+    public way to them."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _tell(error: BaseException) -> None:
+    import jax
+
+    said = str(error).strip().splitlines()[:1]
+    reason = ": ".join(said if isinstance(error, UserError) else [type(error).__name__, *said])
+    with contextlib.suppress(Exception):  # who has taken leave has nobody to tell
+        _shared().key_value_set(f"{ENDED}{jax.process_index()}", f"process {jax.process_index()} has ended: {reason}")
+
+
+def _listen(ended: threading.Event) -> None:
+    """Ends this process soon after another one has told of its error: it may be waiting for its part of a step."""
+    while not ended.wait(1) and (shared := _shared()):
+        try:
+            told = shared.key_value_dir_get(ENDED)
+        except Exception:  # taken leave just now, or process 0 is lost: JAX says so
+            return
+        if told and not ended.wait(GRACE):
+            print(f"error: {told[0][1]}", file=sys.stderr)
+            _leave_with_the_others()
+            _exit_now()
 
 
 def _leave_with_the_others() -> None:
@@ -165,6 +210,24 @@ def _exit_now() -> None:
     os._exit(2)
 
 
+@contextlib.contextmanager
+def out_of_memory_explained(rows: int) -> Iterator[None]:
+    """Turns the runtime's out-of-memory error into one line that names the flag to lower. `rows` is how many a device
+    takes at once, 0 before there are any."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if not rows:
+            reason = "out of memory for the weights and the optimizer's state"
+            raise UserError(f"{reason}: try --shard=full on several devices, or a smaller model") from error
+        less = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
+        raise UserError(f"out of memory: {less}try --remat=full or --shard=full") from error
+
+
 def describe() -> str:
     import jax
 
@@ -173,12 +236,12 @@ def describe() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}"
 
 
-def precision(compute_dtype: str, attention: str = "") -> "jnp.dtype":
+def precision(compute_dtype: str, attention: str = "", head_dim: int = 128) -> "jnp.dtype":
     """Chooses the dtype of matmul operands and the attention kernel, and prints the choice with its reasons."""
     from nanochat_jax import attention as kernels
 
     dtype, why = choose_dtype(compute_dtype)
-    kernel, because = kernels.choose(attention, dtype)
+    kernel, because = kernels.choose(attention, dtype, head_dim)
     print(f"devices: {describe()}; matmuls in {dtype.__name__} ({why}), attention by {kernel} ({because})")
     return dtype
 

@@ -137,12 +137,13 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         layout = Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
         layout.check(model)
         print(f"{cfg.stage}: {folder}")
-        dtype = parallel.precision(cfg.compute_dtype, cfg.attention)
+        dtype = parallel.precision(cfg.compute_dtype, cfg.attention, model.head_dim)
         optimizer = optim.make_optimizer(
             model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
-        state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
+        with parallel.out_of_memory_explained(rows=0):
+            state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
         saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count())
         run = Run(
             cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,

@@ -53,6 +53,20 @@ def replicas(mesh: Mesh) -> int:
     return mesh.shape["node"] * mesh.shape["data"]
 
 
+def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """(Which share of a batch's rows this process reads, of how many). Processes that hold one replica together, along
+    the model axis, read the same rows."""
+    holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
+    shares = list(dict.fromkeys(holders))
+    if sum(map(len, shares)) > len(frozenset().union(*shares)):
+        size, own = mesh.shape["model"], len(mesh.local_devices)
+        raise UserError(
+            f"--mesh: model={size} takes parts of processes of {own} devices, which read whole rows: "
+            f"try model={math.gcd(size, own)}"
+        )
+    return next(i for i, share in enumerate(shares) if jax.process_index() in share), len(shares)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -1,9 +1,8 @@
 """One optimizer step: what is compiled, and how its tokens are cut into rows and micro-batches."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -244,15 +243,3 @@ def compiled_memory(run: Run, micro: int, rows: int) -> int:
     step = step_of(run)
     used = step.lower(like, {"inputs": ids, "targets": ids}, jnp.float32(1)).compile().memory_analysis()
     return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-
-
-@contextlib.contextmanager
-def out_of_memory_explained(shape: Geometry) -> Iterator[None]:
-    """Turns the runtime's out-of-memory error into one line that names the flag to lower."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        less = f"lower --device_batch_size (now {shape.rows}), or " if shape.rows > 1 else ""
-        raise UserError(f"out of memory: {less}try --remat=full or --shard=full") from error

@@ -26,7 +26,6 @@ from nanochat_jax.step import (
     compiled_memory,
     geometry,
     geometry_of_rows,
-    out_of_memory_explained,
     rows_of_examples,
     rows_that_fit,
     step_of,
@@ -58,8 +57,9 @@ class Stage:
     facts: dict = field(default_factory=dict)  # derived numbers to print
 
 
-def _process() -> dict:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _process(run: Run) -> dict:
+    index, count = sharding.share_of_rows(run.layout.mesh)
+    return {"process_index": index, "process_count": count}
 
 
 def base_stage(run: Run) -> Stage:
@@ -69,7 +69,7 @@ def base_stage(run: Run) -> Stage:
     shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
     steps = horizon(cfg, model, shape.tokens)
     source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
-    how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process()}
+    how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process(run)}
     return Stage(
         geometry=shape,
         steps=steps,
@@ -152,7 +152,7 @@ def chat_stage(run: Run) -> Stage:
         shape = geometry_of_rows(rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len), *how)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
-    rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process())
+    rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process(run))
     return Stage(
         geometry=shape,
         steps=steps,
@@ -194,7 +194,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         place = stage.loader.state()  # after the last batch that was trained on
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
-        held.enter_context(out_of_memory_explained(stage.geometry))
+        held.enter_context(parallel.out_of_memory_explained(stage.geometry.rows))
 
         def save() -> None:
             nonlocal saved_at

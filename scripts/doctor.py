@@ -26,11 +26,11 @@ def main(cfg: config.Doctor) -> None:
 
     from nanochat_jax import parallel
 
-    parallel.start(cfg.device_type)
+    parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     from nanochat_jax import sharding
 
     line("Device memory", device_memory())
-    dtype = parallel.precision(cfg.compute_dtype, cfg.attention)
+    dtype = parallel.precision(cfg.compute_dtype, cfg.attention, cfg.head_dim)
     layout = sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
     plan(cfg, layout, dtype)
 

@@ -47,6 +47,22 @@ def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch,
     assert f"matmuls in bfloat16 (as asked), attention by xla ({reason})" in capsys.readouterr().out
 
 
+def test_cudnn_is_tried_with_the_heads_of_the_model(monkeypatch):
+    def cudnn(q, k, v, **how):
+        if q.shape[-1] % 8:
+            raise NotImplementedError(f"The head dim must be a multiple of 8, but got {q.shape[-1]}.")
+        return q
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    assert attention.choose("", jnp.bfloat16, 40)[0] == "cudnn"
+    assert attention.choose("", jnp.bfloat16, 36) == (
+        "xla", "cuDNN failed: The head dim must be a multiple of 8, but got 36."
+    )  # fmt: skip
+    with pytest.raises(UserError, match="--attention=cudnn does not run here: The head dim must be a multiple of 8"):
+        attention.choose("cudnn", jnp.bfloat16, 36)
+
+
 def test_a_kernel_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="--attention=flash: must be one of cudnn, xla"):
         attention.choose("flash", jnp.bfloat16)

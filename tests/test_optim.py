@@ -28,18 +28,21 @@ def muon_in_numpy(gradients, momentum, lr=0.02):
     return updates
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (24, 24)])  # [in, out]
-def test_muon_equals_the_transcription(shape):
-    gradients = [rng.normal(size=(3, *shape)).astype(np.float32) for _ in range(4)]
+def test_muon_equals_the_transcription(shape, dtype):
+    gradients = [rng.normal(size=(3, *shape)).astype(dtype) for _ in range(4)]
     momentum = [float(optim.momentum_warmup(t)) for t in range(4)]
-    muon = optax.chain(optim.scale_by_muon(optim.momentum_warmup), optax.scale(-0.02))
-    params = {"w": jnp.zeros((3, *shape))}
-    state = muon.init(params)
     expected = [muon_in_numpy([g[layer].T for g in gradients], momentum) for layer in range(3)]
-    for t, g in enumerate(gradients):
-        updates, state = muon.update({"w": jnp.asarray(g)}, state, params)
-        for layer in range(3):
-            np.testing.assert_allclose(updates["w"][layer], expected[layer][t].T, atol=2e-5)
+    with jax.enable_x64(dtype == "float64"):
+        muon = optax.chain(optim.scale_by_muon(optim.momentum_warmup, jnp.dtype(dtype)), optax.scale(-0.02))
+        params = {"w": jnp.zeros((3, *shape), dtype)}
+        state = muon.init(params)
+        for t, g in enumerate(gradients):
+            updates, state = muon.update({"w": jnp.asarray(g)}, state, params)
+            for layer in range(3):
+                largest = {"float32": 2e-5, "float64": 1e-12}[dtype]
+                np.testing.assert_allclose(updates["w"][layer], expected[layer][t].T, rtol=0, atol=largest)
 
 
 def test_merging_equal_shapes_changes_nothing():

@@ -35,19 +35,21 @@ def test_one_process_joins_nobody(joined, monkeypatch):
 def test_slurm_and_kubernetes_say_themselves_where(joined, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     parallel._join("", 0, -1)
-    assert joined == [{}]
+    assert joined == [{"heartbeat_timeout_seconds": 30}]
 
 
 def test_flags_say_where_and_come_first(joined, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     parallel._join("there:1234", 2, 1)
-    assert joined == [{"coordinator_address": "there:1234", "num_processes": 2, "process_id": 1}]
+    (where,) = joined
+    assert where.items() >= {"coordinator_address": "there:1234", "num_processes": 2, "process_id": 1}.items()
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [(("there:1", 0, -1), "needs --num_processes=N and --process_id=0 to N-1, got 0 and -1"),
-     (("there:1", 2, 2), "got 2 and 2"), (("", 2, 0), "--num_processes needs --coordinator=host:port")],
+     (("there:1", 2, 2), "got 2 and 2"), (("there", 2, 0), "--coordinator=there: must be host:port"),
+     (("", 2, 0), "--num_processes needs --coordinator=host:port")],
 )  # fmt: skip
 def test_processes_that_cannot_be_counted_are_refused(joined, flags, words):
     with pytest.raises(UserError, match=words):
@@ -62,6 +64,9 @@ def test_processes_that_cannot_be_joined_are_one_line(joined, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match=r"^could not join the other processes: nobody there$"):
         parallel._join("there:1", 2, 1)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    with pytest.raises(UserError, match="nobody there: try --coordinator=host:port --num_processes=N --process_id=I"):
+        parallel._join("", 0, -1)
 
 
 def test_the_example_for_slurm_is_a_script_of_one_task_a_gpu():

@@ -19,7 +19,7 @@ import tiny
 
 from nanochat_jax import checkpoint, gpt, metrics, optim, parallel
 from nanochat_jax.config import GPTConfig, Model, UserError
-from nanochat_jax.sharding import Layout, make_mesh
+from nanochat_jax.sharding import Layout, make_mesh, share_of_rows
 
 SHARDED = [
     "data=8 optimizer", "data=8 full", "node=2,data=4 optimizer", "data=4,model=2 optimizer", "data=4,model=2 full",
@@ -149,6 +149,28 @@ def test_the_mesh_that_is_suggested_has_as_many_devices_as_there_are(devices, sp
     assert math.prod(int(part.partition("=")[2]) for part in suggested.split(",")) == devices
 
 
+@pytest.mark.parametrize(
+    ("processes", "own", "model", "shares"),
+    [(1, 8, 2, [0]), (2, 4, 1, [0, 1]), (2, 4, 2, [0, 1]), (2, 4, 8, [0, 0]), (4, 1, 2, [0, 0, 1, 1]), (2, 3, 2, None)],
+)
+def test_processes_that_share_a_replica_read_the_same_rows(processes, own, model, shares, monkeypatch):
+    devices = [SimpleNamespace(process_index=i // own) for i in range(processes * own)]
+    data = len(devices) // model
+    mesh = SimpleNamespace(
+        devices=np.reshape(devices, (1, data, model)), shape={"node": 1, "data": data, "model": model},
+        local_devices=devices[:own],
+    )  # fmt: skip
+    if shares is None:
+        with pytest.raises(UserError, match=r"model=2 takes parts of processes of 3 devices.*: try model=1"):
+            share_of_rows(mesh)
+        return
+    found = []
+    for i in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        found.append(share_of_rows(mesh))
+    assert found == [(share, max(shares) + 1) for share in shares]
+
+
 def test_heads_that_the_model_axis_does_not_divide_are_refused():
     layout = Layout(jax.sharding.AbstractMesh((1, 2, 4), ("node", "data", "model")))
     with pytest.raises(UserError, match="a head is not cut: try model=2"):
@@ -216,15 +238,18 @@ def alone(tmp_path_factory):
     return base
 
 
-def test_two_processes_train_as_one(alone):
-    started = start_together(alone, 2, 4, model_tag="two", **FLAGS)
+@pytest.mark.parametrize(("own", "mesh"), [(4, ""), (1, "model=2")])
+def test_two_processes_train_as_one(alone, own, mesh):
+    """Each with rows of its own, or with its part of a model that takes both of them."""
+    tag = f"two-of-{own}"
+    started = start_together(alone, 2, own, model_tag=tag, mesh=mesh, **FLAGS)
     (out, problems), (silent, more_problems) = [p.communicate(timeout=300) for p in started]
     assert [p.returncode for p in started] == [0, 0], problems + more_problems
-    assert "8 x cpu" in out and "in 2 processes" in out
+    assert f"{2 * own} x cpu" in out and "in 2 processes" in out
     # Only process 0 prints, and the library, whose threads may cut each other short.
     gloo = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
     assert set(re.findall("[A-Za-z]+", silent)) <= set(re.findall("[A-Za-z]+", gloo)), silent
-    one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", "two"))
+    one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", tag))
     np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
@@ -262,7 +287,7 @@ def test_two_processes_go_on_where_one_was_ended(alone):
 
 
 FAULT = """
-import sys, jax
+import os, signal, sys, jax
 from nanochat_jax import commandline, step
 from nanochat_jax.config import UserError
 from scripts import train
@@ -270,7 +295,8 @@ shaped, calls = step.Geometry.shaped, []
 def fail(*args):
     calls.append(1)
     if len(calls) == 4 and jax.process_index() == {failing}:
-        raise {error}("made up")
+        print("now", file=sys.stderr, flush=True)
+        {fault}
     return shaped(*args)
 step.Geometry.shaped = fail
 commandline.run(train.main, train.chosen_stage())
@@ -278,14 +304,25 @@ commandline.run(train.main, train.chosen_stage())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("failing", "error"), [(1, "UserError"), (0, "OSError")])
-def test_an_error_of_one_process_ends_both(alone, failing, error):
-    """Within seconds, or, where process 0 is left, at the next heartbeat; JAX alone would wait for five minutes."""
-    fault = FAULT.format(failing=failing, error=error)
-    started = start_together(alone, 2, 4, fault, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+@pytest.mark.parametrize(
+    ("failing", "fault", "said", "heard"),
+    [(1, "raise UserError('made up')", "error: made up", "made up"),
+     (0, "raise OSError('made up')", "OSError: made up", "OSError: made up"),
+     (1, "os.kill(os.getpid(), signal.SIGKILL)", "now", None)],
+)  # fmt: skip
+def test_an_error_of_one_process_ends_both(alone, failing, fault, said, heard):
+    """Within seconds, each saying whose it was, or, where there was no time to tell, once its heartbeats are missed."""
+    code = FAULT.format(failing=failing, fault=fault)
+    started = start_together(alone, 2, 4, code, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+    assert any(line.strip() == "now" for line in started[failing].stderr)
+    begun = time.monotonic()
     told = [p.communicate(timeout=150)[1] for p in started]
+    assert time.monotonic() - begun < (15 if heard else 60)
     assert all(p.returncode != 0 for p in started), told
-    assert f"{'error' if error == 'UserError' else error}: made up" in told[failing]
+    last = [["now", *problems.strip().splitlines()][-1] for problems in told]
+    assert last[failing] == said
+    if heard:
+        assert last[1 - failing] == f"error: process {failing} has ended: {heard}"
 
 
 def test_a_save_that_fails_on_one_process_ends_both(alone):

@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from nanochat_jax import checkpoint, commandline, config, dataset, gpt, metrics, optim, parallel
+from nanochat_jax import run as run_module
 from nanochat_jax import train as train_module
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.run import TrainState, open_run
@@ -23,7 +24,6 @@ from nanochat_jax.step import (
     compiled_memory,
     geometry_of_rows,
     make_step,
-    out_of_memory_explained,
     rows_of_examples,
     rows_that_fit,
 )
@@ -363,15 +363,18 @@ def test_memory_of_a_compiled_step_grows_with_its_rows(world):
     assert state < small < large
 
 
-def test_out_of_memory_names_the_flag(world):
+@pytest.mark.parametrize(
+    ("module", "name", "words"),
+    [(run_module, "_initial_state", "for the weights .*--shard=full"),
+     (train_module, "step_of", r"lower --device_batch_size \(now 2\)")],
+)  # fmt: skip
+def test_out_of_memory_names_the_flag(world, monkeypatch, module, name, words):
     def explode(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.")
 
-    with (
-        pytest.raises(UserError, match=r"lower --device_batch_size \(now 2\)"),
-        out_of_memory_explained(Geometry(1, 2, 1, 64)),
-    ):
-        explode()
+    monkeypatch.setattr(module, name, explode if module is run_module else lambda run: explode)
+    with pytest.raises(UserError, match=f"^out of memory.*{words}"):
+        train(tiny.base_config(model_tag="large"))
 
 
 def test_ids_outside_the_vocabulary_are_refused():

@@ -69,7 +69,9 @@ def _forward(x, head, targets, weights, softcap, chunks):
 
     split = [_split(a, chunks) for a in (x, targets, weights)]
     dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accumulator(x.dtype)), split)
-    return losses.sum(), (_join(dx), dw.T.astype(head.dtype))
+    # Of a single chunk XLA would make the product [v,d], for which not every CPU has a bf16 dot.
+    dw = jax.lax.optimization_barrier(dw).T
+    return losses.sum(), (_join(dx), dw.astype(head.dtype))
 
 
 def _backward(softcap, chunks, gradients, g):

@@ -28,6 +28,16 @@ def test_value_and_gradients_equal_the_plain_formula(chunks):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bfloat16_has_its_gradients_for_any_number_of_chunks(batch, chunks):
+    """XLA has no bf16 dot for every order of axes on every CPU."""
+    x, head = jnp.ones((batch, 64, 32), jnp.bfloat16), jnp.ones((320, 32))
+    ids, weights = jnp.zeros((batch, 64), jnp.int32), jnp.ones((batch, 64))
+    both = jax.jit(jax.grad(lambda x, h: cross_entropy(x, h, ids, weights, CAP, chunks), (0, 1)))(x, head)
+    assert [g.dtype for g in both] == [jnp.bfloat16, jnp.float32]
+
+
 def test_the_form_without_gradient_gives_the_loss_of_each_token():
     losses = token_losses(X, HEAD, TARGETS, CAP, 4)
     np.testing.assert_allclose((losses * WEIGHTS).sum(), plain(X, HEAD), rtol=1e-5)

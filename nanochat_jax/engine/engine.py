@@ -366,13 +366,19 @@ class Engine:
             mask = [0] * forced + [1] * (count - forced)
             new = tokens[slot, :count].tolist(), logprobs[slot, :count].tolist(), mask, [x[slot, :count] for x in top]
             events.append(self._record(slot, *new))
+        self._slots.cut(self._size)  # one that has ended at the last position had that written over since
         return events
+
+    @property
+    def _size(self) -> int:
+        """Positions of the cache."""
+        return self._cache["k"][0].shape[2]
 
     def _fit(self, at_least: int = 0) -> None:
         """Gives the cache the smallest size that holds all rows to the end of the next chunk."""
         needed = [row.length + min(self.chunk, row.left) for row in self._slots.rows if row]
         size = kv.bucket(max(at_least, *needed), self.cfg.sequence_len)
-        if size != self._cache["k"][0].shape[2]:
+        if size != self._size:
             self._cache = kv.resize(self._cache, size)
         self._slots.cut(size)
 

@@ -134,6 +134,24 @@ def test_the_command_serves_on_every_device_and_ends_in_the_middle_of_compiling(
         assert (server.process.returncode, errors) == (0, "") and time.monotonic() - start < 30
 
 
+IMPATIENT = """
+import runpy
+from nanochat_jax.serve.pool import Pool
+Pool.stop.__defaults__ = (0.0,)
+runpy.run_module("scripts.chat_web", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("sig", "end"), [(signal.SIGTERM, (0, "")), (signal.SIGINT, (130, "stopped\n"))])
+def test_a_program_that_takes_long_to_compile_is_not_waited_for(tokenizer, model, own_base_dir, sig, end):
+    save_model(own_base_dir, *model, tokenizer)
+    with command(own_base_dir, run=("-c", IMPATIENT)) as server:
+        time.sleep(0.2)
+        server.process.send_signal(sig)
+        _, errors = server.process.communicate(timeout=30)
+        assert (server.process.returncode, errors) == end
+
+
 def test_more_devices_than_there_are_is_one_line(tokenizer, model, own_base_dir):
     save_model(own_base_dir, *model, tokenizer)
     with (

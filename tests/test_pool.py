@@ -106,6 +106,9 @@ def test_a_warmed_engine_compiles_no_more_than_copies(tokenizer, model, caplog):
             body = {"messages": history, "max_tokens": 20, "seed": turn}
             reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
             history.append(reply["choices"][0]["message"])
+        for length in (20, 50, 100, 150):  # prompts unlike all before, prefilled together
+            body = {"prompt": [[length + i] * length for i in range(4)], "max_tokens": 2}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
         jax.config.update("jax_log_compiles", False)
         compiled = set(re.findall(r"Compiling (?:jit\()?(\w+)", caplog.text))
         assert not compiled - {"_resize", "row"}  # of rows, from one bucket to another: an instant each

@@ -174,7 +174,7 @@ class Engine:
         context, size = self.cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            prompt = [0] * max(1, size - 4)
+            prompt = [size % self.cfg.vocab_size] * max(1, size - 4)  # new, and so computed whole
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
             yield size
@@ -322,7 +322,7 @@ class Engine:
             row = kv.row(self._cache, np.int32(slot), size=size, mesh=self._mesh)
         elif length > PREFILL_CHUNK:
             size, shared = length, 0
-            row = kv.make(self.cfg, 1, size, self.dtype)
+            row = kv.make(self.cfg, 1, size, self.dtype, self._params["wte"].sharding)
         else:
             return None
         return Prefilled(row, None, size, [prompt], [None], shared, shared)

@@ -86,10 +86,11 @@ def test_compiles_while_nobody_asks_and_lets_requests_go_before(tokenizer):
             answer = clients.submit(ask, server)
             until(lambda: httpx.get(f"{server.url}/stats").json()["busy_workers"] == 1)
             assert not answer.done()  # a program is being compiled
+            assert httpx.get(f"{server.url}/stats").json()["warming"]
             go_on.release()
             assert answer.result()[-1] == {"done": True}
         go_on.release()
-        until(lambda: len(done) == 3)
+        until(lambda: not httpx.get(f"{server.url}/stats").json()["warming"])
     assert done == [(32, 0), (64, 0), (128, 1)]  # with the requests that had been answered or begun
 
 

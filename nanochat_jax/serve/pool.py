@@ -44,6 +44,11 @@ class Pool:
         return None if None in failures else failures[0]
 
     @property
+    def warming(self) -> bool:
+        """Whether some of what requests will need is yet to be compiled."""
+        return any(worker.warming for worker in self.workers)
+
+    @property
     def slots(self) -> int:
         return sum(worker.slots for worker in self.workers)
 

@@ -60,11 +60,11 @@ def ours(job):
     read += sum(x.size for x in jax.tree.leaves(params["blocks"]))  # of the embedding a row a token is
     engine = Engine(params, cfg, Tokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
     del params
-    ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, job["prompt"])).tolist()
-    requests = [Request(row, job["new"], temperature=0, stop_ids=(), tools=False) for row in ids]
 
-    def generate():
+    def generate(seed):
         """Seconds to the first token of all rows, and to the end."""
+        ids = np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, job["prompt"])).tolist()
+        requests = [Request(row, job["new"], temperature=0, stop_ids=(), tools=False) for row in ids]
         begun, first, start = set(), 0.0, time.perf_counter()
         for request in requests:
             engine.add(request)
@@ -75,8 +75,8 @@ def ours(job):
                 first = time.perf_counter() - start
         return first, time.perf_counter() - start
 
-    generate()  # compiles everything
-    first, seconds = generate()
+    generate(seed=0)  # compiles everything
+    first, seconds = generate(seed=1)  # other prompts: what is in the cache would not be computed again
     kept = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * batch * (job["prompt"] + job["new"] / 2)
     return {"first": first, "seconds": seconds, "bytes": (read + kept) * jnp.dtype(dtype).itemsize}
 

@@ -75,10 +75,20 @@ def main(cfg: config.ChatWeb) -> None:
                     app.state.worker.stop_after(DRAIN[sig])
                 super().handle_exit(sig, frame)
 
-        # uvicorn raises the signal again once it is done; having been asked to end is no failure.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        for sig in DRAIN:  # uvicorn raises the signal again once it is done
+            signal.signal(sig, leave)
         # No access log: who asks is nobody's business.
         Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+def leave(sig: int, frame) -> None:
+    """Ends the program; having been asked to is no failure.
+
+    Not by sys.exit: taking Python down takes longer than all the rest, and aborts if an engine's thread is compiling.
+    """
+    if sig == signal.SIGINT:
+        print("stopped", file=sys.stderr, flush=True)
+    os._exit(130 if sig == signal.SIGINT else 0)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -18,7 +18,7 @@ from nanochat_jax import gpt
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.engine import Engine
-from nanochat_jax.engine.request import Request
+from nanochat_jax.engine.request import Request, Sample
 from nanochat_jax.tokenizer import Tokenizer
 
 CONTEXT = 160
@@ -193,6 +193,17 @@ def test_what_is_left_in_a_slot_ends_with_its_use(engine, params, full):
     assert greedy(engine, [*longer, 8], score=True)[1] == 0  # every token of it is asked about
     engine.set_params(params)
     assert greedy(engine, longer)[1] == 0
+
+
+def test_a_sample_that_ends_where_the_cache_does_is_not_reused_to_its_last_token(engine, params, full):
+    engine.set_params(params)
+    turn = prompt(99)
+    answer, _ = greedy(engine, turn, max_tokens=30)  # to position 127 of 128; the rest of its last chunk writes there
+    request = Request([*turn, *answer, *prompt(4, 2)], max_tokens=8, temperature=0, stop_ids=())
+    events = list(engine.stream(request))
+    assert events[0].reused == 127
+    again = Sample(*([x for e in events for x in getattr(e, name)] for name in ("ids", "mask", "logprobs")), "length")
+    check_logprobs(again, request, full(params, [*request.ids, *again.ids]))
 
 
 def test_sampled_text_does_not_depend_on_the_company(engine):
@@ -436,6 +447,7 @@ import json
 import jax
 from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.engine import engine as module
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
 from nanochat_jax.tokenizer import Tokenizer
@@ -457,6 +469,12 @@ requests = [
 for params, slots in ((one, 16), (many, 16), (many, 6)):
     engine = Engine(params, cfg, tokenizer, slots=slots, chunk=4)
     answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
+    # The next turn of the last one goes on from what is left of it, another prompt is prefilled in pieces.
+    last = [*requests[3].ids, *answers[3][2][0], *prompt(4, 4)]
+    for module.PREFILL_CHUNK, ids in ((512, last), (64, prompt(130, 5))):
+        events = list(engine.stream(Request(ids, max_tokens=9, seed=4, stop_ids=())))
+        answers.append([events[0].reused, [token for event in events for token in event.ids]])
+    module.PREFILL_CHUNK = 512
     cache = engine._cache["k"] + engine._cache["v"]
     spread = all(x.sharding.is_equivalent_to(sharding.rows(mesh), x.ndim) for x in cache)
     print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
@@ -475,4 +493,5 @@ def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
     assert one == [one[0], False, [16]]
     assert many == [one[0], True, [2]]  # the cache of 16 slots: two rows on each of 8 devices
     assert undivided == [one[0], False, [6]]  # 6 slots do not divide, and every device decodes them all
+    assert [reused for reused, _ in one[0][4:]] == [143, 0]
     assert one[0][0][0][1].count(0) == 3  # the call was answered: <|output_start|> 36 <|output_end|>

@@ -79,6 +79,8 @@ def test_what_is_no_request_is_400_and_the_server_goes_on(engine):
                 response = client.post(path, content=body, headers=JSON)
                 assert response.status_code == 400, (path, body[:80], response.text)
                 assert response.json()
+            response = client.post(path, content=b'{"messages": "\xff"}', headers=JSON)
+            assert "not JSON in UTF-8" in response.text
         for path in PATHS:
             for method in ("GET", "PUT", "DELETE"):
                 assert client.request(method, path).status_code == 405

@@ -86,10 +86,11 @@ def test_compiles_while_nobody_asks_and_lets_requests_go_before(tokenizer):
             answer = clients.submit(ask, server)
             until(lambda: httpx.get(f"{server.url}/stats").json()["busy_workers"] == 1)
             assert not answer.done()  # a program is being compiled
+            assert httpx.get(f"{server.url}/stats").json()["warming"]
             go_on.release()
             assert answer.result()[-1] == {"done": True}
         go_on.release()
-        until(lambda: len(done) == 3)
+        until(lambda: not httpx.get(f"{server.url}/stats").json()["warming"])
     assert done == [(32, 0), (64, 0), (128, 1)]  # with the requests that had been answered or begun
 
 
@@ -106,6 +107,9 @@ def test_a_warmed_engine_compiles_no_more_than_copies(tokenizer, model, caplog):
             body = {"messages": history, "max_tokens": 20, "seed": turn}
             reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
             history.append(reply["choices"][0]["message"])
+        for length in (20, 50, 100, 150):  # prompts unlike all before, prefilled together
+            body = {"prompt": [[length + i] * length for i in range(4)], "max_tokens": 2}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
         jax.config.update("jax_log_compiles", False)
         compiled = set(re.findall(r"Compiling (?:jit\()?(\w+)", caplog.text))
         assert not compiled - {"_resize", "row"}  # of rows, from one bucket to another: an instant each
@@ -132,6 +136,24 @@ def test_the_command_serves_on_every_device_and_ends_in_the_middle_of_compiling(
         start = time.monotonic()
         _, errors = server.process.communicate(timeout=60)
         assert (server.process.returncode, errors) == (0, "") and time.monotonic() - start < 30
+
+
+IMPATIENT = """
+import runpy
+from nanochat_jax.serve.pool import Pool
+Pool.stop.__defaults__ = (0.0,)
+runpy.run_module("scripts.chat_web", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("sig", "end"), [(signal.SIGTERM, (0, "")), (signal.SIGINT, (130, "stopped\n"))])
+def test_a_program_that_takes_long_to_compile_is_not_waited_for(tokenizer, model, own_base_dir, sig, end):
+    save_model(own_base_dir, *model, tokenizer)
+    with command(own_base_dir, run=("-c", IMPATIENT)) as server:
+        time.sleep(0.2)
+        server.process.send_signal(sig)
+        _, errors = server.process.communicate(timeout=30)
+        assert (server.process.returncode, errors) == end
 
 
 def test_more_devices_than_there_are_is_one_line(tokenizer, model, own_base_dir):

@@ -174,7 +174,7 @@ class Engine:
         context, size = self.cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            prompt = [0] * max(1, size - 4)
+            prompt = [size % self.cfg.vocab_size] * max(1, size - 4)  # new, and so computed whole
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
             yield size
@@ -322,7 +322,7 @@ class Engine:
             row = kv.row(self._cache, np.int32(slot), size=size, mesh=self._mesh)
         elif length > PREFILL_CHUNK:
             size, shared = length, 0
-            row = kv.make(self.cfg, 1, size, self.dtype)
+            row = kv.make(self.cfg, 1, size, self.dtype, self._params["wte"].sharding)
         else:
             return None
         return Prefilled(row, None, size, [prompt], [None], shared, shared)
@@ -366,13 +366,19 @@ class Engine:
             mask = [0] * forced + [1] * (count - forced)
             new = tokens[slot, :count].tolist(), logprobs[slot, :count].tolist(), mask, [x[slot, :count] for x in top]
             events.append(self._record(slot, *new))
+        self._slots.cut(self._size)  # one that has ended at the last position had that written over since
         return events
+
+    @property
+    def _size(self) -> int:
+        """Positions of the cache."""
+        return self._cache["k"][0].shape[2]
 
     def _fit(self, at_least: int = 0) -> None:
         """Gives the cache the smallest size that holds all rows to the end of the next chunk."""
         needed = [row.length + min(self.chunk, row.left) for row in self._slots.rows if row]
         size = kv.bucket(max(at_least, *needed), self.cfg.sequence_len)
-        if size != self._cache["k"][0].shape[2]:
+        if size != self._size:
             self._cache = kv.resize(self._cache, size)
         self._slots.cut(size)
 

@@ -88,7 +88,7 @@ class Slots:
         self._kept = [[] for _ in self.rows]
 
     def cut(self, size: int) -> None:
-        """The cache has `size` positions now. The last one is where decoding writes for an empty slot."""
+        """The cache has `size` positions now. The last one is where decoding writes for an empty slot that is full."""
         self._kept = [kept if len(kept) < size else kept[: size - 1] for kept in self._kept]
 
     def length(self, slot: int) -> int:

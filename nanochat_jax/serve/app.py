@@ -139,6 +139,7 @@ def create_app(
             "available_workers": worker.slots - worker.running,
             "busy_workers": worker.running,
             "waiting": worker.waiting,
+            "warming": worker.warming,
             "workers": [{"gpu_id": each.gpu, "device": device} for each in worker.workers for _ in range(each.slots)],
         }
 

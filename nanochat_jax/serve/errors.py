@@ -50,6 +50,8 @@ def handlers() -> dict:
         path = request.url.path
         if error.status_code == 404 and not isinstance(error, ApiError):  # no route has said so, there is none
             error = ApiError(404, f"there is no {path[:80]!r} here: the API is under /v1, /openapi.json describes it")
+        if error.status_code == 400 and not isinstance(error, ApiError):  # FastAPI, of bytes that are no text
+            error = ApiError(400, "the body is not JSON in UTF-8", code="invalid_json")
         return response(path, error)
 
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,5 +1,6 @@
 """Several engines, each with weights and cache of its own on a GPU of its own, as if they were one."""
 
+import time
 from collections.abc import Sequence
 
 from nanochat_jax.engine.request import Request
@@ -18,12 +19,13 @@ class Pool:
         for worker in self.workers:
             worker.start()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float = 5.0) -> None:
         """Ends the workers after the steps they are in, and every answer that is not complete."""
+        deadline = time.monotonic() + timeout
         for worker in self.workers:
             worker.ask_to_stop()
         for worker in self.workers:
-            worker.stop()
+            worker.stop(max(0.0, deadline - time.monotonic()))
 
     def stop_after(self, seconds: float) -> None:
         """Ends what is not complete after `seconds`. Whoever calls this lets nobody new in."""
@@ -40,6 +42,11 @@ class Pool:
         """Why nothing works any more; None as long as one worker does."""
         failures = [worker.failure for worker in self.workers]
         return None if None in failures else failures[0]
+
+    @property
+    def warming(self) -> bool:
+        """Whether some of what requests will need is yet to be compiled."""
+        return any(worker.warming for worker in self.workers)
 
     @property
     def slots(self) -> int:

@@ -113,6 +113,7 @@ class EngineWorker:
         self.slots, self.metrics, self.max_waiting, self.seconds = engine.slots, metrics, max_waiting, seconds
         self.log_chats, self.gpu = log_chats, gpu
         self._warming = warming or iter(())
+        self.warming = warming is not None  # whether there is something left to compile
         self.failure: Exception | None = None
         self._engine = engine
         self._lock = threading.Lock()
@@ -208,7 +209,8 @@ class EngineWorker:
     def _read_inbox(self) -> bool:
         """Handles every message there is, warming the engine or waiting for one if it is idle. False: stop."""
         while not self._answers or not self._inbox.empty():
-            if self._inbox.empty() and next(self._warming, None):
+            if self._inbox.empty() and self.warming:
+                self.warming = next(self._warming, None) is not None
                 continue
             kind, *message = self._inbox.get()
             if kind == "stop":

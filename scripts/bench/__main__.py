@@ -21,7 +21,8 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__)
     elif name not in BENCHMARKS:
-        print(f"error: benchmark {name!r}: must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        wrong = f"there is no benchmark {name!r}" if name else "which benchmark?"
+        print(f"error: {wrong}: give one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
     else:
         del sys.argv[1]

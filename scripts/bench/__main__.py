@@ -22,7 +22,7 @@ def main() -> None:
         print(__doc__)
     elif name not in BENCHMARKS:
         wrong = f"there is no benchmark {name!r}" if name else "which benchmark?"
-        print(f"error: {wrong}: give one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        print(f"error: {wrong}: must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
     else:
         del sys.argv[1]

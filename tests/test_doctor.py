@@ -13,11 +13,11 @@ from huggingface_hub import constants
 
 from scripts import doctor as script
 
-# With a last line about the most memory it had, in MiB.
+# With a last line about the most memory it had, in MiB. (That of getrusage includes what its parent had at the fork.)
 DOCTOR = """
-import resource, runpy
+import re, runpy
 runpy.run_module("scripts.doctor", run_name="__main__")
-print("Peak:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print("Peak:", int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
 """
 
 

@@ -1,4 +1,4 @@
-"""Devices, and the precision they are good at."""
+"""Devices and the precision they are good at; the processes of a run on several hosts, and how they end together."""
 
 import atexit
 import contextlib

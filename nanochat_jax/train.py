@@ -3,7 +3,7 @@
 The three stages differ in where rows come from and in how the learning rate falls; the rest is one story: fetch a
 batch, step, log the step before (so that the device never waits for the host), and from time to time save, validate,
 evaluate and sample. Saving comes before evaluating, so that no evaluation can cost a run its weights; and when text or
-an evaluation fails with an error, the state is saved before the run ends.
+an evaluation fails with an error, a run in one process saves its state before it ends.
 """
 
 import dataclasses
@@ -212,7 +212,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 save()
                 run.saver.wait()
                 print(f"saved at step {step}, before the error")
-            except UserError as error:  # also where the last loss turns out not to be finite
+            except Exception as error:  # the error that was first is the one to tell; or the last loss is not finite
                 print(f"not saved: {error}")
 
         while True:

@@ -67,7 +67,20 @@ def test_one_that_fails_takes_nobody_with_it(tokenizer):
     with serving(engines) as server:
         assert "stopped working" in ask(server)[0]["error"]
         assert gpus(ask(server)) == {1}
-        assert httpx.get(f"{server.url}/health").json()["ready"]
+        health, stats = (httpx.get(f"{server.url}/{path}").json() for path in ("health", "stats"))
+        assert health["ready"] and (health["num_gpus"], health["available_workers"]) == (1, 2)
+        assert [worker["gpu_id"] for worker in stats["workers"]] == [1, 1]
+
+
+def test_compiling_ahead_that_fails_ends_nothing_else(tokenizer, caplog):
+    def warming():
+        yield 32
+        raise MemoryError("out of memory")
+
+    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "fine")), warming=[warming()]) as server:
+        until(lambda: not httpx.get(f"{server.url}/stats").json()["warming"])
+        assert ask(server)[-1] == {"done": True}
+    assert "compiling ahead has ended: out of memory" in caplog.text
 
 
 def test_compiles_while_nobody_asks_and_lets_requests_go_before(tokenizer):

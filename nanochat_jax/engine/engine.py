@@ -43,7 +43,8 @@ class Engine:
     """`params` of shape `cfg` behind `slots` samples at a time, decoded `chunk` tokens at a time in `dtype`.
 
     The tokenizer is used for the ids of special tokens and for the calculator's text. Dtype and slots are fixed, so
-    that what a request gets never follows the load.
+    that what a request gets never follows the load, up to rounding: what the cache holds of a prompt's beginning may
+    have been computed in other pieces.
     """
 
     def __init__(
@@ -180,8 +181,8 @@ class Engine:
             yield size
             self.run([settings([*prompt, 1])])  # goes on from the one before, where that spares work
             yield size
-            if self.slots >= PREFILL_ROWS:
-                self.run([settings([i, *prompt]) for i in range(PREFILL_ROWS)])  # prefilled together
+            if self.slots >= PREFILL_ROWS - 1:
+                self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled together
                 yield size
 
     def close(self) -> None:

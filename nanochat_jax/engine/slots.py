@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import jax
+
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.request import Request, Scores
 
@@ -27,7 +29,7 @@ class Prefilled:
     only prompt the first `done` tokens are, `reused` of them for another sample."""
 
     prefix: kv.KV
-    logits: object  # jax.Array [rows, v] after the last token of each
+    logits: jax.Array | None  # [rows, v] after the last token of each
     size: int
     prompts: list[Prompt]
     scores: list[Scores | None]

@@ -12,7 +12,7 @@ import hashlib
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from itertools import zip_longest
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +78,7 @@ def create_app(
     worker = Pool(
         [
             EngineWorker(each, metrics, share, settings.timeout, settings.log_chats, rest, gpu)
-            for gpu, (each, rest) in enumerate(zip_longest(engines, warming))
+            for gpu, (each, rest) in enumerate(zip(engines, warming or repeat(None), strict=False))
         ]
     )
     metrics.watch(worker)
@@ -120,7 +120,7 @@ def create_app(
         body = {
             "status": "ok" if ready else "failed",
             "ready": ready,
-            "num_gpus": len(engines),
+            "num_gpus": len(worker.alive),
             "available_workers": worker.slots - worker.running,
             "model": name,
             "context": engine.cfg.sequence_len,
@@ -140,7 +140,7 @@ def create_app(
             "busy_workers": worker.running,
             "waiting": worker.waiting,
             "warming": worker.warming,
-            "workers": [{"gpu_id": each.gpu, "device": device} for each in worker.workers for _ in range(each.slots)],
+            "workers": [{"gpu_id": each.gpu, "device": device} for each in worker.alive for _ in range(each.slots)],
         }
 
     @app.get("/metrics", response_class=PlainTextResponse)

@@ -37,7 +37,7 @@ class Metrics:
 
     def watch(self, worker) -> None:
         """Reads from `worker` what changes by itself, whenever it is asked for."""
-        self.slots.set(worker.slots)
+        self.slots.set_function(lambda: worker.slots)
         self.running.set_function(lambda: worker.running)
         self.waiting.set_function(lambda: worker.waiting)
         self.cache_use.set_function(lambda: worker.cache_use)

@@ -34,35 +34,37 @@ class Pool:
 
     def submit(self, *requests: Request) -> Answer:
         """Queues `requests` and returns their answer at once; raises what `EngineWorker.submit` does."""
-        alive = [worker for worker in self.workers if worker.failure is None] or self.workers
-        return max(alive, key=lambda worker: worker.room).submit(*requests)
+        return max(self.alive or self.workers, key=lambda worker: worker.room).submit(*requests)
+
+    @property
+    def alive(self) -> list[EngineWorker]:
+        return [worker for worker in self.workers if worker.failure is None]
 
     @property
     def failure(self) -> Exception | None:
         """Why nothing works any more; None as long as one worker does."""
-        failures = [worker.failure for worker in self.workers]
-        return None if None in failures else failures[0]
+        return None if self.alive else self.workers[0].failure
 
     @property
     def warming(self) -> bool:
         """Whether some of what requests will need is yet to be compiled."""
-        return any(worker.warming for worker in self.workers)
+        return any(worker.warming for worker in self.alive)
 
     @property
     def slots(self) -> int:
-        return sum(worker.slots for worker in self.workers)
+        return sum(worker.slots for worker in self.alive)
 
     @property
     def running(self) -> int:
         """Samples being generated."""
-        return sum(worker.running for worker in self.workers)
+        return sum(worker.running for worker in self.alive)
 
     @property
     def waiting(self) -> int:
         """Samples that wait for a slot."""
-        return sum(worker.waiting for worker in self.workers)
+        return sum(worker.waiting for worker in self.alive)
 
     @property
     def cache_use(self) -> float:
         """Share of the caches that holds tokens."""
-        return sum(worker.cache_use for worker in self.workers) / len(self.workers)
+        return sum(worker.cache_use for worker in self.alive) / max(1, len(self.alive))

@@ -210,7 +210,7 @@ class EngineWorker:
         """Handles every message there is, warming the engine or waiting for one if it is idle. False: stop."""
         while not self._answers or not self._inbox.empty():
             if self._inbox.empty() and self.warming:
-                self.warming = next(self._warming, None) is not None
+                self._warm()
                 continue
             kind, *message = self._inbox.get()
             if kind == "stop":
@@ -221,6 +221,15 @@ class EngineWorker:
                 self._cancel(*message)
             self._send_outbox()
         return True
+
+    def _warm(self) -> None:
+        """Compiles some more. What fails there (a program too large for the memory) nobody may ever ask for: whoever
+        does will see it fail."""
+        try:
+            self.warming = next(self._warming, None) is not None
+        except Exception as error:
+            self.warming = False
+            log.warning("compiling ahead has ended: %s", (str(error).splitlines() or [type(error).__name__])[0])
 
     def _add(self, answer: Answer) -> None:
         for i, request in enumerate(answer.requests):

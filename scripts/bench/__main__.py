@@ -21,7 +21,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__)
     elif name not in BENCHMARKS:
-        wrong = f"there is no benchmark {name!r}" if name else "which benchmark?"
+        wrong = f"there is no benchmark {name!r}" if name else "no benchmark is named"
         print(f"error: {wrong}: must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
     else:

@@ -66,13 +66,15 @@ mkdir -p "$marks"
 
 say() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
 
-# Training knows by itself whether it is done. An evaluation is done when its mark is newer than the checkpoint it judged.
+# Training knows by itself whether it is done. An evaluation is done when what it judged is not newer than its mark; two
+# files made within a few milliseconds have one time, so "older" would be too much to ask.
+judged() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
 train() { say "train $1"; python -m scripts.train --stage="$1" --config="$preset"; }
 judge() {
     local stage=$1 mark=$marks/$2; shift 2
     local newest
     newest=$(ls -t "$base/${stage}_checkpoints/$tag"/step_*/manifest.json | head -n 1)
-    if [ "$mark" -nt "$newest" ]; then say "${mark##*/}: done before"; return; fi
+    if judged "$mark" "$newest"; then say "${mark##*/}: done before"; return; fi
     say "${mark##*/}"
     python -m "$@" --config="$preset" || return
     touch "$mark"
@@ -93,7 +95,7 @@ if [ "$tag" != cpu ]; then
 fi
 say "tokenizer"
 python -m scripts.tok_train --config="$preset" ${fresh:+--fresh}
-if [ ! "$marks/tok_eval" -nt "$base/tokenizer/nanochat.json" ]; then
+if ! judged "$marks/tok_eval" "$base/tokenizer/nanochat.json"; then
     python -m scripts.tok_eval --config="$preset"
     touch "$marks/tok_eval"
 fi

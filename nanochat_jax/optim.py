@@ -55,11 +55,15 @@ def scale_by_muon(
         mu = momentum(state.count) if callable(momentum) else momentum
         buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
         nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, buffers, grads)
-        if layout:  # XLA knows no way from two cuts to another one but by way of the whole
-            nesterov = layout.constrain(nesterov, layout.cut(nesterov, ("data",)))
-        updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov)
+        turned = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
+        if layout:
+            # XLA knows no way from two cuts to another one but by way of the whole.
+            cut = layout.cut(nesterov, ("data",))
+            nesterov = layout.constrain(nesterov, cut)
+            turned = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, cut)  # a batch has one cut
+        updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, turned)
         if layout and layout.full:
-            updates = layout.constrain(updates, layout.cut(updates, ("data",)))
+            updates = layout.constrain(updates, cut)
         updates = jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
         return updates, MuonState(state.count + 1, buffers)
 
@@ -76,18 +80,21 @@ def _orthogonalize_all(x: jax.Array, dtype: jnp.dtype, layout: Layout | None) ->
     return y[: x.shape[0]].astype(x.dtype)
 
 
-def _by_shape(f: Callable, tree):
-    """f over the leaves [l, in, out], those of equal matrices (or their transposes) merged into one batch."""
+def _by_shape(f: Callable, tree, turned):
+    """f over the leaves [l, in, out], those of equal matrices merged into one batch; `turned` says leaf by leaf which
+    are transposed for it."""
     leaves, treedef = jax.tree.flatten(tree)
+    turned = treedef.flatten_up_to(turned)
+    upright = [leaf.mT if turn else leaf for leaf, turn in zip(leaves, turned, strict=True)]
     groups: dict[tuple, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        groups.setdefault(tuple(sorted(leaf.shape[-2:])), []).append(i)
+    for i, x in enumerate(upright):
+        groups.setdefault(x.shape[-2:], []).append(i)
     results: list = [None] * len(leaves)
     for members in groups.values():
-        wide = [leaves[i] if leaves[i].shape[-2] <= leaves[i].shape[-1] else leaves[i].mT for i in members]
-        parts = jnp.split(f(jnp.concatenate(wide)), _offsets([w.shape[0] for w in wide]))
+        batch = [upright[i] for i in members]
+        parts = jnp.split(f(jnp.concatenate(batch)), _offsets([x.shape[0] for x in batch]))
         for i, part in zip(members, parts, strict=True):
-            results[i] = part if part.shape == leaves[i].shape else part.mT
+            results[i] = part.mT if turned[i] else part
     return treedef.unflatten(results)
 
 

@@ -6,6 +6,7 @@ follows from the operands. In explicit mode every reshape and gather of the mode
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -222,9 +223,16 @@ class Layout:
         )(grads)  # fmt: skip
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """A batch of matrices [n, in, out], cut along data -> whole ones, their number, padded, shared out instead."""
-        x = jax.numpy.pad(x, ((0, -x.shape[0] % self.mesh.shape["data"]), (0, 0), (0, 0)))
-        return self.constrain(x, P("data"))
+        """A batch of matrices [n, in, out], `in` cut along data -> whole ones, their number, padded, shared out instead.
+
+        Spelled out, since XLA's partitioner finds this exchange on some meshes only, and else gathers everything.
+        """
+        size = self.mesh.shape["data"]
+        x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
+        if x.shape[1] % size:
+            return self.constrain(x, P("data"))
+        exchange = partial(jax.lax.all_to_all, axis_name="data", split_axis=0, concat_axis=1, tiled=True)
+        return jax.shard_map(exchange, mesh=self.mesh, in_specs=P(None, "data"), out_specs=P("data"))(x)
 
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]

@@ -80,6 +80,14 @@ def test_second_time_nothing_is_judged_again(road):
     assert process.returncode == 0 and judged(calls) == [] and not any("report reset" in c for c in calls)
 
 
+def test_a_mark_as_old_as_its_checkpoint_counts(road):
+    road()
+    for path in (*road.base.glob("*/cpu/*/manifest.json"), *road.base.glob("road/cpu/*"), road.base / "tokenizer/nanochat.json"):
+        os.utime(path, (1e9, 1e9))
+    _, calls = road()
+    assert judged(calls) == []
+
+
 def test_new_checkpoint_is_judged_again(road):
     road()
     manifest = road.base / "sft_checkpoints" / "cpu" / "step_000002" / "manifest.json"

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_jax import files, parallel
+from nanochat_jax import files, processes
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Saver:
         self.wait()
         target = self._target = step_dir(self.run, step)
         # What is there is torn, damaged or from before a resume: it does not count.
-        parallel.first(lambda: shutil.rmtree(target) if target.exists() else None)
+        processes.first(lambda: shutil.rmtree(target) if target.exists() else None)
         meta = json.dumps(meta, indent=1)  # now: the caller goes on changing what it holds
         try:
             writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
@@ -139,13 +139,13 @@ class Saver:
             raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last()}") from error
 
     def _wait_together(self) -> None:
-        while UNDER_WAY in (states := parallel.gather(self._state())) and FAILED not in states:
+        while UNDER_WAY in (states := processes.gather(self._state())) and FAILED not in states:
             if self._thread:
                 self._thread.join(0.1)
         if FAILED not in states:
             return
         error = self._error
-        parallel.leave()  # the thread may be waiting, for up to 20 minutes, for what another process should have done
+        processes.leave()  # the thread may be waiting, for up to 20 minutes, for what another process should have done
         if self._thread:
             self._thread.join()
         self._thread, self._error = None, error

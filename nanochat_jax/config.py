@@ -109,9 +109,9 @@ class Model:
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The shape that depth implies. UserError for dimensions that cannot work."""
-        for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("depth", 1), ("aspect_ratio", 1), ("head_dim", 1), ("max_seq_len", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
         if self.head_dim % 2:
             raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
         width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # up, so that odd depths work

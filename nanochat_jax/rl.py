@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import config, metrics, optim, parallel, sharding, tasks
+from nanochat_jax import config, devices, metrics, optim, sharding, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
@@ -151,7 +151,7 @@ def train(cfg: config.Rl) -> None:
             chosen = informative(sampled, cfg.examples_per_step, cfg.num_samples)
             sampling = timer.lap()
             lr_mult = cfg.init_lr_frac * optim.linear_decay(step / steps)
-            with parallel.out_of_memory_explained(shape.rows):
+            with devices.out_of_memory_explained(shape.rows):
                 results = update(run, step_fn, chosen, shape, lr_mult)
             step += 1
             run.saver.check()

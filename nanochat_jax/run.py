@@ -10,6 +10,7 @@ A run may start in four ways, tried in this order:
 import dataclasses
 import hashlib
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax import checkpoint, config, files, gpt, machine, metrics, optim, parallel, sharding, tasks
+from nanochat_jax import checkpoint, config, devices, files, gpt, machine, metrics, optim, processes, sharding, tasks
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.sharding import Layout
 from nanochat_jax.tokenizer import Tokenizer
@@ -69,8 +70,8 @@ class Run:
     def begin(self) -> None:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
         plain = dataclasses.asdict(self.cfg)
-        parallel.first(lambda: self._prepare(plain))
-        self.log("config", self.step, config=plain, versions=machine.versions(), devices=parallel.describe())
+        processes.first(lambda: self._prepare(plain))
+        self.log("config", self.step, config=plain, versions=machine.versions(), devices=devices.describe())
 
     def _prepare(self, plain: dict) -> None:
         self._make_room()
@@ -123,10 +124,12 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
     if cfg.num_iterations < 1 and cfg.num_iterations != -1:
         raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to have them derived")
-    parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    with parallel.together(), ExitStack() as held:
+    if not 0 <= cfg.grad_clip < math.inf:
+        raise UserError(f"--grad_clip={cfg.grad_clip}: must be at least 0, which is off")
+    devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
+    with processes.together(), ExitStack() as held:
         # Process 0 decides and holds the lock; several processes see one file system.
-        origin, tag, step, identity = parallel.first(lambda: _plan(cfg, held))
+        origin, tag, step, identity = processes.first(lambda: _plan(cfg, held))
         origin = (Path(origin[0]), origin[1]) if origin else None
         folder = checkpoint.run_dir(cfg.stage, tag)
         if step is not None and _finished(folder, step):
@@ -137,12 +140,12 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         layout = Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
         layout.check(model)
         print(f"{cfg.stage}: {folder}")
-        dtype = parallel.precision(cfg.compute_dtype, cfg.attention, model.head_dim)
+        dtype = devices.precision(cfg.compute_dtype, cfg.attention, model.head_dim)
         optimizer = optim.make_optimizer(
             model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
-        with parallel.out_of_memory_explained(rows=0):
+        with devices.out_of_memory_explained(rows=0):
             state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
         saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count())
         run = Run(

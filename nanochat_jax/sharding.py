@@ -61,9 +61,10 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     shares = list(dict.fromkeys(holders))
     if sum(map(len, shares)) > len(frozenset().union(*shares)):
         size, own = mesh.shape["model"], len(mesh.local_devices)
+        fits = math.gcd(size, own)
         raise UserError(
             f"--mesh: model={size} takes parts of processes of {own} devices, which read whole rows: "
-            f"try model={math.gcd(size, own)}"
+            f"try node={mesh.shape['node']},data={mesh.shape['data'] * size // fits},model={fits}"
         )
     return next(i for i, share in enumerate(shares) if jax.process_index() in share), len(shares)
 
@@ -223,7 +224,7 @@ class Layout:
         )(grads)  # fmt: skip
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """A batch of matrices [n, in, out], `in` cut along data -> whole ones, their number, padded, shared out instead.
+        """Matrices [n, in, out], `in` cut along data -> whole ones, their number, padded, shared out instead.
 
         Spelled out, since XLA's partitioner finds this exchange on some meshes only, and else gathers everything.
         """

@@ -6,174 +6,19 @@ evaluate and sample. Saving comes before evaluating, so that no evaluation can c
 an evaluation fails with an error, a run in one process saves its state before it ends.
 """
 
-import dataclasses
-import functools
 import math
 import signal
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import checkpoint, config, dataloader, dataset, metrics, optim, parallel, sharding, tasks, tokenized
-from nanochat_jax.config import GPTConfig, Train, UserError
-from nanochat_jax.run import INSTEAD, Interruption, Run, Timer, open_run, same_tasks
-from nanochat_jax.step import (
-    Geometry,
-    compiled_memory,
-    geometry,
-    geometry_of_rows,
-    rows_of_examples,
-    rows_that_fit,
-    step_of,
-)
-
-SAMPLE_PROMPTS = (
-    "The capital of France is",
-    "The chemical symbol of gold is",
-    "If yesterday was Friday, then tomorrow will be",
-    "The opposite of hot is",
-    "The planets of the solar system are:",
-    "My favorite color is",
-    "If 5*x + 3 = 13, then x is",
-)
-
-# -----------------------------------------------------------------------------
-# Where rows come from, and how many steps
-
-
-@dataclass
-class Stage:
-    """What sets base, mid and sft apart."""
-
-    geometry: Geometry
-    steps: int | None  # optimizer steps, None: until the loader ends
-    loader: dataloader.Loader
-    validation: Callable[[], dataloader.Loader]
-    lr_mult: Callable[[int, float], float]  # (step, progress in [0, 1]) -> factor on the learning rates
-    facts: dict = field(default_factory=dict)  # derived numbers to print
-
-
-def _process(run: Run) -> dict:
-    index, count = sharding.share_of_rows(run.layout.mesh)
-    return {"process_index": index, "process_count": count}
-
-
-def base_stage(run: Run) -> Stage:
-    cfg, model = run.cfg, run.model
-    devices = sharding.replicas(run.layout.mesh)
-    fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
-    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
-    steps = horizon(cfg, model, shape.tokens)
-    source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
-    how = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process(run)}
-    return Stage(
-        geometry=shape,
-        steps=steps,
-        loader=dataloader.base_loader(
-            source.train_files, run.tokenizer, shape.total_rows, model.sequence_len, seed=cfg.seed, **how
-        ),
-        validation=lambda: dataloader.val_batches(
-            source.val_files, run.tokenizer, shape.rows * shape.replicas, model.sequence_len, cfg.eval_tokens, **how
-        ),
-        lr_mult=lambda step, _: optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac),
-        facts={
-            "text": text_needed(source, steps * shape.tokens, run.tokenizer, how["twins"]),
-            "tokens a parameter": f"{steps * shape.tokens / model.num_params:.2f}",
-        },
-    )
-
-
-def same_text(run: Run, source: dataset.Source) -> dataset.Source:
-    """The text to read, which is recorded with the checkpoints: the files a run began with, since in later epochs their
-    order depends on how many there are. UserError where it is not that of the checkpoint the run goes on from."""
-    text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
-    count = len(source.train_files)
-    if run.data is not None:
-        folder = checkpoint.step_dir(run.dir, run.step)
-        then = checkpoint.read_meta(run.dir, run.step).get("text", text)
-        if changed := ", ".join(key for key in text if text[key] != then.get(key)):
-            raise UserError(f"the text is not that of {folder} (other {changed}): {INSTEAD}")
-        count = then.get("files", count)
-        if count > len(source.train_files):
-            raise UserError(
-                f"{folder} is of {count} files of {source.name}, there are {len(source.train_files)}: get all of them "
-                f"with python -m nanochat_jax.dataset --data={source.name} -n {count}"
-            )
-    run.identity["text"] = text | {"files": count}
-    return dataclasses.replace(source, train_files=source.train_files[:count])
-
-
-def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> str:
-    """How much of a source a run will read."""
-    files = source.train_files
-    there = dataloader.epoch_tokens(files, tokenizer, twins)
-    if none := math.isnan(there):  # the validation shard is, and about as large
-        there = dataloader.epoch_tokens(source.val_files, tokenizer, twins) / len(source.val_files) * len(files)
-    epochs = tokens / max(1.0, there)
-    shards = min(len(files), math.ceil(epochs * len(files)))
-    said = f"{source.name}, {len(files)} files of about {metrics.short(there / len(files))} tokens"
-    said += ", none of them here yet" if none else ""
-    if made := tokenized.made(files, twins):
-        said += f", {made} of them tokenized before"
-    said += f"; this run needs {shards}, {epochs:.2f} epochs"
-    # Up to 4, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
-    return said + (" (more than 4: new text would teach more)" if epochs > 4 else "")
-
-
-def horizon(cfg: config.Base, model: GPTConfig, tokens: int) -> int:
-    """Steps of `tokens` tokens: as many as given, else FLOPs if given, else tokens in proportion to the parameters."""
-    if cfg.num_iterations > 0:
-        steps = cfg.num_iterations
-    elif cfg.target_flops > 0:
-        steps = round(cfg.target_flops / (model.flops_per_token * tokens))
-    else:
-        steps = int(cfg.target_param_data_ratio * model.num_params) // tokens
-    if steps < 1:
-        raise UserError(f"the horizon comes to {steps} steps of {tokens:,} tokens: raise --num_iterations")
-    return steps
-
-
-def chat_stage(run: Run) -> Stage:
-    """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
-    cfg, model, mid = run.cfg, run.model, run.cfg.stage == "mid"
-    task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
-    same_tasks(run, task)
-    held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
-    length = dataloader.mean_tokens(task, run.tokenizer)
-    fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
-    how = (cfg.device_batch_size, model.sequence_len, sharding.replicas(run.layout.mesh), fit)
-    if cfg.total_batch_size:
-        shape = geometry(cfg.total_batch_size, *how)
-    else:  # finetuning alone has no default
-        shape = geometry_of_rows(rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len), *how)
-    steps = cfg.num_iterations if cfg.num_iterations > 0 else None
-    epochs = None if steps else (1 if mid else cfg.num_epochs)
-    rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process(run))
-    return Stage(
-        geometry=shape,
-        steps=steps,
-        loader=rows(
-            task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed,
-            padding=shape.padding,
-        ),
-        validation=lambda: rows(
-            held_out, run.tokenizer, shape.rows * shape.replicas, model.sequence_len, epochs=1,
-            max_rows=max(1, cfg.eval_tokens // model.sequence_len),
-        ),
-        lr_mult=lambda step, progress: cfg.init_lr_frac * (optim.late_decay if mid else optim.linear_decay)(progress),
-        facts={
-            "conversations": f"{len(task):,} of {length:.0f} tokens ({', '.join(cfg.mixture)})",
-            "steps an epoch, about": f"{len(task) * length / shape.tokens:,.0f}",
-        },
-    )  # fmt: skip
-
-
-# -----------------------------------------------------------------------------
-# The loop
+from nanochat_jax import config, devices, metrics, optim, sharding
+from nanochat_jax.config import UserError
+from nanochat_jax.evaluations import Evaluation, evaluations_of
+from nanochat_jax.run import Interruption, Run, Timer, open_run
+from nanochat_jax.stages import Stage, base_stage, chat_stage
+from nanochat_jax.step import step_of
 
 
 def train(cfg: config.Base | config.Mid | config.Sft) -> None:
@@ -194,7 +39,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         place = stage.loader.state()  # after the last batch that was trained on
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
-        held.enter_context(parallel.out_of_memory_explained(stage.geometry.rows))
+        held.enter_context(devices.out_of_memory_explained(stage.geometry.rows))
 
         def save() -> None:
             nonlocal saved_at
@@ -296,7 +141,7 @@ def announce(run: Run, stage: Stage) -> None:
     }
     if stage.steps:
         facts["total FLOPs"] = f"{stage.steps * g.tokens * model.flops_per_token:.3e}"
-    peak = parallel.peak_flops()
+    peak = devices.peak_flops()
     facts["expected time"] = "n/a: this device's peak is not known; see the eta below"
     if stage.steps and peak:
         seconds = stage.steps * g.tokens * model.flops_per_token / (0.5 * peak)
@@ -311,7 +156,7 @@ class StepLog:
 
     def __init__(self, run: Run, stage: Stage, print_every: float = 5.0):
         self.run, self.stage, self.print_every = run, stage, print_every
-        self.timer, self.peak = Timer(), parallel.peak_flops()
+        self.timer, self.peak = Timer(), devices.peak_flops()
         self.timed = False  # the first step of a process compiles: its time says nothing
         self.stop: int | None = None  # the signal to end with, once any process has had one
         self._pending: tuple | None = None
@@ -388,108 +233,3 @@ def _place(info: dict) -> str:
     if info.get("shard") is None:
         return f"epoch {info['progress']:.2f}"
     return f"epoch {info['epoch']} shard {info['shard']} group {info['row_group']}"
-
-
-# -----------------------------------------------------------------------------
-# From time to time
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Something to do every so many steps and at the end. `risky` ones (they load data, they generate) are preceded by
-    a checkpoint, the others where this process has not done them before: then they have shown that they work, and
-    checkpoints so often would cost more than they save. every < 1: never, or at the end alone where `at_end`."""
-
-    run: Callable[[Run, Stage, int], None]
-    every: int
-    risky: bool = True
-    at_start: bool = False
-    at_end: bool = False
-
-    def due(self, step: int, last: bool) -> bool:
-        if self.every < 1:
-            return self.at_end and last
-        return last or (step % self.every == 0 and (step > 0 or self.at_start))
-
-
-def evaluations_of(cfg: Train) -> list[Evaluation]:
-    """Validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
-    all_stages = [Evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
-    if cfg.stage == "base":
-        return [*all_stages, Evaluation(core_metric, cfg.core_metric_every), Evaluation(sample, cfg.sample_every)]
-    if cfg.stage == "sft" and cfg.eval_metrics_every > 0:
-        judge = functools.partial(task_metrics, judged=judged_tasks(cfg))
-        return [*all_stages, Evaluation(judge, cfg.eval_metrics_every)]
-    return all_stages
-
-
-def judged_tasks(cfg: config.Sft) -> list[tasks.Task]:
-    """The tasks of --eval_metrics_tasks, loaded before the first step: what is wrong with them is said then."""
-    loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
-    for task in loaded:
-        if task.eval_type is None:
-            raise UserError(f"--eval_metrics_tasks: {task.name} is only for training, its answers cannot be judged")
-    return loaded
-
-
-def validate(run: Run, stage: Stage, step: int) -> None:
-    from nanochat_jax.evals.bpb import bits_per_byte
-
-    batches = stage.validation()
-    bpb = bits_per_byte(run.state.params, run.model, batches, run.tokenizer.token_bytes(), run.dtype)
-    batches.close()
-    run.log("val", step, bpb=bpb)
-    print(f"step {step} | validation bits per byte {bpb:.6f}", flush=True)
-
-
-def core_metric(run: Run, stage: Stage, step: int) -> None:
-    from nanochat_jax.evals import core
-
-    try:
-        bundle = Path(parallel.first(lambda: str(core.find_bundle(run.cfg.core_dir))))
-    except UserError as error:
-        print(f"step {step} | CORE skipped: {error}")
-        return
-    result = core.evaluate(
-        run.state.params, run.model, run.tokenizer, bundle, max_per_task=run.cfg.core_metric_max_per_task,
-        dtype=run.dtype,
-    )  # fmt: skip
-    run.log("core", step, core=result.core, stderr=result.stderr, n=result.n)
-    print(f"step {step} | CORE {result.core:.4f}", flush=True)
-
-
-def sample(run: Run, stage: Stage, step: int) -> None:
-    """What the model makes of seven prompts, greedily."""
-    for prompt, text in complete(run.state.params, run.model, run.tokenizer, run.dtype):
-        run.log("sample", step, task=prompt, text=text)
-        print(f"  {prompt}{text!r}")
-
-
-def complete(params, model: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -> list[tuple[str, str]]:
-    """Greedy continuations of SAMPLE_PROMPTS, as (prompt, continuation)."""
-    from nanochat_jax.engine.engine import Engine
-    from nanochat_jax.engine.request import Request
-
-    engine = Engine(params, model, tokenizer, slots=len(SAMPLE_PROMPTS), dtype=dtype)
-    requests = [
-        Request(ids=tokenizer.encode(p, prepend=tokenizer.bos), max_tokens=new_tokens, temperature=0.0)
-        for p in SAMPLE_PROMPTS
-    ]
-    answers = engine.run(requests)
-    engine.close()
-    return [(p, tokenizer.decode(a[0].ids)) for p, a in zip(SAMPLE_PROMPTS, answers, strict=True)]
-
-
-def task_metrics(run: Run, stage: Stage, step: int, judged: list[tasks.Task]) -> None:
-    from nanochat_jax.evals import chat
-
-    for task in judged:
-        score = chat.evaluate(
-            run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
-            dtype=run.dtype,
-        )  # fmt: skip
-        run.log(
-            "eval", step, task=score.task, suite="chat", split=task.split, score=score.score, stderr=score.stderr,
-            n=score.n,
-        )  # fmt: skip
-        print(f"step {step} | {score.task} {score.score:.4f} ± {score.stderr:.4f} (n={score.n})", flush=True)

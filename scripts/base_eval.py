@@ -14,9 +14,9 @@ from nanochat_jax import commandline, config, files
 def main(cfg: config.BaseEval) -> None:
     if cfg.device_batch_size < 1:
         raise config.UserError(f"--device_batch_size={cfg.device_batch_size}: must be at least 1")
-    from nanochat_jax import parallel
+    from nanochat_jax import devices
 
-    parallel.start(cfg.device_type)
+    devices.start(cfg.device_type)
     import time
 
     import jax
@@ -25,7 +25,7 @@ def main(cfg: config.BaseEval) -> None:
     from nanochat_jax.evals import core
 
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = parallel.precision(cfg.compute_dtype, head_dim=model.config.head_dim)
+    dtype = devices.precision(cfg.compute_dtype, head_dim=model.config.head_dim)
     bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     start = time.monotonic()

@@ -10,9 +10,9 @@ from nanochat_jax import commandline, config
 
 
 def main(cfg: config.BaseLoss) -> None:
-    from nanochat_jax import parallel
+    from nanochat_jax import devices
 
-    parallel.start(cfg.device_type)
+    devices.start(cfg.device_type)
     import time
 
     import jax
@@ -20,14 +20,14 @@ def main(cfg: config.BaseLoss) -> None:
     from nanochat_jax import checkpoint, dataloader, metrics, sharding
     from nanochat_jax.evals.batching import num_rows
     from nanochat_jax.evals.bpb import bits_per_byte
+    from nanochat_jax.evaluations import complete
     from nanochat_jax.progress import Progress
-    from nanochat_jax.train import complete
 
     for name in ("device_batch_size", "split_tokens"):
         if getattr(cfg, name) < 1:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = parallel.precision(cfg.compute_dtype, head_dim=model.config.head_dim)
+    dtype = devices.precision(cfg.compute_dtype, head_dim=model.config.head_dim)
     source = text_of(model.meta, cfg)
     packing = model.meta["config"].get("packing", "split")
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))

@@ -31,14 +31,14 @@ def main(cfg: config.ChatCli) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks
 
     # What the loader says goes to stderr: stdout is the conversation, for whoever reads it through a pipe.
-    from nanochat_jax import checkpoint, parallel
+    from nanochat_jax import checkpoint, devices
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
 
-    parallel.start(cfg.device_type)
+    devices.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-        dtype = parallel.precision(cfg.compute_dtype)
+        dtype = devices.precision(cfg.compute_dtype)
     engine = Engine(model.params, model.config, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
     chat = Chat(engine, cfg)
     try:

@@ -31,9 +31,9 @@ def main(cfg: config.ChatWeb) -> None:
     cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
     # The port first: loading a model only to learn that it is taken would be a waste.
     with closing(bind(cfg.host, cfg.port)) as listener:
-        from nanochat_jax import parallel
+        from nanochat_jax import devices
 
-        parallel.start(cfg.device_type)
+        devices.start(cfg.device_type)
         try:
             import uvicorn
 
@@ -45,22 +45,23 @@ def main(cfg: config.ChatWeb) -> None:
         from nanochat_jax import checkpoint
         from nanochat_jax.engine.engine import Engine
 
-        devices = jax.devices()[: cfg.num_gpus]
-        if len(devices) < cfg.num_gpus:
-            raise config.UserError(f"--num_gpus={cfg.num_gpus}: there is no more than {len(devices)} device(s) here")
+        chosen = jax.devices()[: cfg.num_gpus]
+        if len(chosen) < cfg.num_gpus:
+            raise config.UserError(f"--num_gpus={cfg.num_gpus}: there is no more than {len(chosen)} device(s) here")
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-        dtype = parallel.precision(cfg.compute_dtype)
+        dtype = devices.precision(cfg.compute_dtype)
         engines = [
             Engine(
                 jax.device_put(model.params, device), model.config, model.tokenizer, slots=cfg.slots, dtype=dtype,
                 chunk=CHUNK,
             )
-            for device in devices
+            for device in chosen
         ]  # fmt: skip
+        model = dataclasses.replace(model, params={})  # the engines hold their own, cast
         warming = [engine.warm(cfg.temperature, cfg.top_k) for engine in engines]
         for engine_warming in warming:  # what a short prompt needs; longer ones' turn comes while nobody asks anything
             next(engine_warming)
-        app = create_app(engines, cfg, model.name, devices[0].device_kind, warming)
+        app = create_app(engines, cfg, model.name, chosen[0].device_kind, warming)
         listener.listen()  # whoever follows the address right away waits for a moment instead of being refused
         print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:

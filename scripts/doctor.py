@@ -24,13 +24,13 @@ def main(cfg: config.Doctor) -> None:
     line("Rust tokenizer", rust_tokenizer())
     line("Hub", hub())
 
-    from nanochat_jax import parallel
+    from nanochat_jax import devices
 
-    parallel.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
+    devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     from nanochat_jax import sharding
 
     line("Device memory", device_memory())
-    dtype = parallel.precision(cfg.compute_dtype, cfg.attention, cfg.head_dim)
+    dtype = devices.precision(cfg.compute_dtype, cfg.attention, cfg.head_dim)
     layout = sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
     plan(cfg, layout, dtype)
 
@@ -88,9 +88,9 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
     import jax
     import numpy as np
 
-    from nanochat_jax import files, gpt, metrics, optim, parallel, sharding
+    from nanochat_jax import devices, files, gpt, metrics, optim, sharding
+    from nanochat_jax.stages import horizon
     from nanochat_jax.step import estimated_memory, geometry, rows_that_fit
-    from nanochat_jax.train import horizon
 
     tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
     model = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
@@ -115,11 +115,11 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
             line("Memory", f"roughly estimated, {error}")
             return 1
 
-    devices = sharding.replicas(layout.mesh)
-    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, devices, fit)
+    replicas = sharding.replicas(layout.mesh)
+    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, replicas, fit)
     steps = horizon(cfg, model, shape.tokens)
     flops = steps * shape.tokens * model.flops_per_token
-    peak = parallel.peak_flops()
+    peak = devices.peak_flops()
     line("Preset", cfg.preset or "none (--config=NAME): the defaults")
     line("Model", f"{model.n_layer} layers, width {model.n_embd}, {model.num_params:,} parameters")
     line("Mesh", ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items()) + f", --shard={layout.shard}")

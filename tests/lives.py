@@ -62,17 +62,17 @@ def _live(argv: list[str], env: dict[str, str], output: str) -> None:
 
     import jax
 
-    from nanochat_jax import commandline, parallel
+    from nanochat_jax import commandline, devices
     from nanochat_jax.tasks.task import Mixture
     from scripts import train
 
-    start = parallel.start
+    start = devices.start
 
     def start_with_cache(*args, **kwargs):
         start(*args, **kwargs)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all of it: a life is short
 
-    parallel.start = start_with_cache
+    devices.start = start_with_cache
     # The tiny model answers no question right: with rewards of 0 alone, reinforcement would change nothing.
     Mixture.reward = lambda self, conversation, completion: zlib.crc32(completion.encode()) % 8 / 8
     commandline.run(train.main, train.chosen_stage())

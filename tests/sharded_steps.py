@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nanochat_jax import gpt, optim, parallel
+from nanochat_jax import devices, gpt, optim
 from nanochat_jax.config import Base, GPTConfig
 from nanochat_jax.run import TrainState
 from nanochat_jax.sharding import Layout, make_mesh, put_rows
@@ -96,7 +96,7 @@ def run(case: str, out: Path) -> None:
 if __name__ == "__main__":
     if process := os.environ.get("PROCESS"):
         which, _, where = process.partition("@")
-        parallel.start("cpu", where, int(which.split("/")[1]), int(which.split("/")[0]))
+        devices.start("cpu", where, int(which.split("/")[1]), int(which.split("/")[0]))
     for name in sys.argv[2:]:
         if name.startswith("muon "):
             muon(int(name.removeprefix("muon ")), Path(sys.argv[1]))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax import attention, parallel
+from nanochat_jax import attention, devices
 from nanochat_jax.config import UserError
 
 
@@ -43,7 +43,7 @@ def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch,
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # that is all: cuDNN is tried, and fails
     kernel, reason = attention.choose("", jnp.bfloat16)
     assert kernel == "xla" and reason.startswith("cuDNN failed: ") and "\n" not in reason
-    parallel.precision("bfloat16")
+    devices.precision("bfloat16", head_dim=64)
     assert f"matmuls in bfloat16 (as asked), attention by xla ({reason})" in capsys.readouterr().out
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from serving import save_model
 
 from nanochat_jax import config, gpt, metrics, tasks
@@ -250,13 +250,13 @@ IN_PROCESSES = """
 import json, random, sys
 sys.path.append("tests")
 import jax
-from nanochat_jax import gpt, parallel, sharding
+from nanochat_jax import devices, gpt, sharding
 from nanochat_jax.evals import batching, chat
 from test_chat_eval import Begin, Quiz, WORDS
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 where, count, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-parallel.start("cpu", where, count, process)
+devices.start("cpu", where, count, process)
 tokenizer = Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(50)], 320)
 cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
 layout = sharding.Layout(sharding.make_mesh(), "full")
@@ -277,16 +277,13 @@ print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answe
 """
 
 
-def in_processes(count: int, devices: int) -> list:
+def in_processes(base: Path, count: int, devices: int) -> list:
     """What process 0 of `count` comes to, each with `devices` devices, the weights cut over all of them."""
-    root = Path(__file__).resolve().parents[1]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}" if count > 1 else ""
+    where = tiny.free_address() if count > 1 else ""
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", IN_PROCESSES, where, str(count), str(i)], cwd=root, env=env, text=True,
+            [sys.executable, "-c", IN_PROCESSES, where, str(count), str(i)], cwd=tiny.REPOSITORY, text=True,
+            env=tiny.environment(base, devices),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(count)
@@ -300,8 +297,8 @@ def in_processes(count: int, devices: int) -> list:
     return json.loads(ended[0][0].strip().splitlines()[-1])
 
 
-def test_processes_share_the_problems_and_know_all_answers():
-    alone, *expected = in_processes(1, 1)
-    shared, *found = in_processes(2, 2)
+def test_processes_share_the_problems_and_know_all_answers(tmp_path):
+    alone, *expected = in_processes(tmp_path, 1, 1)
+    shared, *found = in_processes(tmp_path, 2, 2)
     assert alone == [12] and shared == [6, 6]
     assert found == expected

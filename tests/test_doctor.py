@@ -43,6 +43,23 @@ def test_a_preset_on_eight_devices(own_base_dir):
     assert int(told["Peak"]) < 1500, "MiB, where weights and optimizer state would be 6,000"
 
 
+def test_two_processes_are_told_as_one_machine(own_base_dir):
+    where = tiny.free_address()
+    command = [sys.executable, "-m", "scripts.doctor", f"--coordinator={where}", "--num_processes=2", "--depth=2"]
+    started = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}", "--total_batch_size=32768", "--device_batch_size=1"], cwd=tiny.REPOSITORY,
+            env=tiny.environment(own_base_dir, 4) | {"HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    (told, problems), (_, more_problems) = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [0, 0], problems + more_problems
+    assert "8 x cpu (cpu) in 2 processes" in told and "node=1, data=8, model=1" in told
+    assert "32,768 tokens = 2 x 1 rows x 8 replicas x 2048" in told
+
+
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.send_response(200)

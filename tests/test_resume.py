@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataloader, dataset, metrics, rl, tokenized
+from nanochat_jax import checkpoint, commandline, config, dataloader, dataset, evaluations, metrics, rl, tokenized
 from nanochat_jax import train as training
 from nanochat_jax.config import STAGES, UserError
 from nanochat_jax.tokenizer import Tokenizer
@@ -244,7 +244,7 @@ def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
 
 def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
     """It is not preceded by a checkpoint each time; but the first time of a process is, and so is its error."""
-    real, calls, there = training.validate, [], {}
+    real, calls, there = evaluations.validate, [], {}
 
     def validate(run, stage, step):
         calls.append(step)
@@ -253,7 +253,7 @@ def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
             raise RuntimeError("a validation that fails")
         real(run, stage, step)
 
-    monkeypatch.setattr(training, "validate", validate)
+    monkeypatch.setattr(evaluations, "validate", validate)
     cfg = {"model_tag": "validated", "num_iterations": STEPS["base"], "seed": 7, "save_every": -1}
     run = checkpoint.run_dir("base", "validated")
     with pytest.raises(RuntimeError, match="a validation that fails"):

@@ -82,7 +82,7 @@ def test_second_time_nothing_is_judged_again(road):
 
 def test_a_mark_as_old_as_its_checkpoint_counts(road):
     road()
-    for path in (*road.base.glob("*/cpu/*/manifest.json"), *road.base.glob("road/cpu/*"), road.base / "tokenizer/nanochat.json"):
+    for path in filter(Path.is_file, road.base.rglob("*")):
         os.utime(path, (1e9, 1e9))
     _, calls = road()
     assert judged(calls) == []

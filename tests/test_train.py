@@ -14,7 +14,7 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, gpt, metrics, optim, parallel
+from nanochat_jax import checkpoint, commandline, config, dataset, devices, gpt, metrics, optim, stages
 from nanochat_jax import run as run_module
 from nanochat_jax import train as train_module
 from nanochat_jax.config import GPTConfig, UserError
@@ -149,7 +149,7 @@ def test_what_a_run_needs_is_told_before_the_first_shard_has_come(world):
     source, tokenizer = dataset.open(), Tokenizer.load(world / "tokenizer")
     of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
     coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
-    said = train_module.text_needed(dataclasses.replace(source, train_files=coming), 3 * of, tokenizer, world / "none")
+    said = stages.text_needed(dataclasses.replace(source, train_files=coming), 3 * of, tokenizer, world / "none")
     assert said == f"{source.name}, 5 files of about {of} tokens, none of them here yet; this run needs 3, 0.60 epochs"
 
 
@@ -170,9 +170,9 @@ def test_interrupted_run_saves_and_goes_on(world):
 
 
 def test_eight_devices_compute_what_one_does(world):
-    for tag, devices, mesh in (("on1", 1, ""), ("on8", 8, ""), ("on4x2", 8, "data=4,model=2")):
+    for tag, number, mesh in (("on1", 1, ""), ("on8", 8, ""), ("on4x2", 8, "data=4,model=2")):
         flags = {"device_batch_size": 1, "total_batch_size": 512, "num_iterations": 4, "mesh": mesh}
-        result = tiny.run("base", world, devices, model_tag=tag, **flags)
+        result = tiny.run("base", world, number, model_tag=tag, **flags)
         assert result.returncode == 0, result.stderr
     one, *others = (losses(checkpoint.run_dir("base", tag)) for tag in ("on1", "on8", "on4x2"))
     for other in others:
@@ -184,8 +184,8 @@ def test_eight_devices_compute_what_one_does(world):
 def test_eight_devices_sample_what_one_does(world, ancestors):
     """Answers, rewards and the first policy-gradient step; each device decodes its share of the answers."""
     ancestors("rl")
-    for devices in (1, 8):
-        result = tiny.run("rl", world, devices, model_tag=f"on{devices}", device_batch_size=1, num_iterations=2)
+    for number in (1, 8):
+        result = tiny.run("rl", world, number, model_tag=f"on{number}", device_batch_size=1, num_iterations=2)
         assert result.returncode == 0, result.stderr
     one, eight = ([r for r in metrics.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8))
     for name in ("reward", "sequence_length", "truncated", "zero_advantage"):
@@ -313,7 +313,7 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
         return lambda *args: time.sleep(0.1) or step(*args)
 
     monkeypatch.setattr(train_module, "step_of", slow)
-    monkeypatch.setattr(parallel, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(devices, "peak_flops", lambda: 1e9)
     train(tiny.base_config(model_tag="speed", num_iterations=5, save_every=-1))  # 2 micro-batches of 2 rows of 64
     records = [r for r in metrics.read(checkpoint.run_dir("base", "speed")) if r["kind"] == "train"]
     assert [(r["counted"], r["tokens"]) for r in records] == [(256, 256 * step) for step in range(1, 6)]
@@ -330,6 +330,8 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
      ({"resume": "sometimes"}, "--resume=sometimes: must be auto, never or a step"),
      ({"num_iterations": -1, "target_param_data_ratio": 0.0}, "raise --num_iterations"),
      ({"num_iterations": -5}, "--num_iterations=-5: must be at least 1, or -1"),
+     ({"grad_clip": -1.0}, "--grad_clip=-1.0: must be at least 0, which is off"),
+     ({"grad_clip": float("nan")}, "--grad_clip=nan"), ({"max_seq_len": 1}, "--max_seq_len=1: must be at least 2"),
      ({"device_type": "abacus"}, "--device_type=abacus: must be cpu, gpu or tpu"),
      ({"compute_dtype": "float8"}, "--compute_dtype=float8")],
 )  # fmt: skip
@@ -409,9 +411,9 @@ def test_as_many_rows_are_cut_over_any_number_of_devices(rows, devices, at_once)
 @pytest.mark.slow
 def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
     ancestors("sft")
-    for devices in (1, 8):
+    for number in (1, 8):
         changes = {"total_batch_size": 0, "target_examples_per_step": 6, "num_epochs": 1, "num_iterations": -1}
-        result = tiny.run("sft", world, devices, model_tag=f"on{devices}", **changes)
+        result = tiny.run("sft", world, number, model_tag=f"on{number}", **changes)
         assert result.returncode == 0, result.stderr
     one, eight = (
         [r for r in metrics.read(checkpoint.run_dir("sft", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)

@@ -27,11 +27,11 @@ def device(job):
     """What we run on; bandwidth in bytes/s, None where unknown."""
     import jax
 
-    from nanochat_jax import parallel
+    from nanochat_jax import devices
 
-    parallel.start(job["device_type"])
+    devices.start(job["device_type"])
     kind, platform = jax.devices()[0].device_kind, jax.devices()[0].platform
-    return {"device": kind, "platform": platform, "bandwidth": parallel.peak_bandwidth(), "version": jax.__version__}
+    return {"device": kind, "platform": platform, "bandwidth": devices.peak_bandwidth(), "version": jax.__version__}
 
 
 def ours(job):
@@ -39,7 +39,7 @@ def ours(job):
     import jax.numpy as jnp
     import numpy as np
 
-    from nanochat_jax import gpt, parallel
+    from nanochat_jax import devices, gpt
     from nanochat_jax.config import GPTConfig
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
@@ -50,7 +50,7 @@ def ours(job):
         def special(self, name):
             return 0
 
-    parallel.start(job["device_type"])
+    devices.start(job["device_type"])
     cfg, batch = GPTConfig(**job["shape"]), job["batch"]
     dtype = getattr(jnp, job["dtype"])
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(cfg)))

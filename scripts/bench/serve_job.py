@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, gpt, parallel
+from nanochat_jax import checkpoint, devices, gpt
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
@@ -44,7 +44,7 @@ def make(job: dict) -> dict:
 def engine(job: dict) -> dict:
     """Seconds and tokens of the engine, as many slots as clients, for all but the first round, which warms."""
     model = checkpoint.load_model(STAGE, TAG)
-    dtype = parallel.precision("")
+    dtype = devices.precision("")
     engine = Engine(model.params, model.config, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)
     requests = [
         Request(
@@ -61,5 +61,5 @@ def engine(job: dict) -> dict:
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    parallel.start(job["device_type"])
+    devices.start(job["device_type"])
     print(json.dumps({"make": make, "engine": engine}[job["job"]](job)))

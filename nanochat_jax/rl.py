@@ -143,6 +143,7 @@ def train(cfg: config.Rl) -> None:
             if judged:
                 run.saver.wait()  # on the disk, not on its way
                 evaluate(run, engine, held_out, step)
+                engine.set_params(run.state.params)  # nothing of it is reused: a step is the same judged or not
                 timer.lap()
             if last:
                 break

@@ -4,10 +4,12 @@ Axis letters: b batch, t query time, s key time, h query head, n key/value head,
 see itself and the w keys before it (FlashAttention's convention); 0 means all of them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.config import UserError
+from nanochat_jax.config import GPTConfig, UserError
 
 KERNELS = ("cudnn", "xla")
 _chosen = "xla"  # by `choose`, once a process
@@ -18,12 +20,12 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def choose(asked: str, dtype: jnp.dtype, head_dim: int = 128) -> tuple[str, str]:
+def choose(asked: str, dtype: jnp.dtype, model: GPTConfig) -> tuple[str, str]:
     """The kernel that `causal_attention` uses from now on, and why: `asked`, or cuDNN where it runs, else XLA.
 
-    cuDNN is tried by running it forward and backward on a small input with heads of `head_dim`: whether it works
-    depends on that, the GPU, the driver and the library's version, and a failure in the middle of a compilation says
-    little.
+    cuDNN is tried by running it forward and backward on a small input with the heads and windows of `model`: whether it
+    works depends on them, the GPU, the driver and the library's version, and a failure in the middle of a compilation
+    says little.
     """
     global _chosen
     if asked not in ("", *KERNELS):
@@ -35,18 +37,24 @@ def choose(asked: str, dtype: jnp.dtype, head_dim: int = 128) -> tuple[str, str]
             raise UserError(f"--attention=cudnn needs --compute_dtype=bfloat16, not {jnp.dtype(dtype).name}")
         _chosen, reason = "xla", "cuDNN has no float32 kernel"
     else:
-        failure = _try_cudnn(dtype, head_dim)
+        failure = _try_cudnn(dtype, model)
         if failure and asked:
             raise UserError(f"--attention=cudnn does not run here: {failure}")
         _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "tried, it runs")
     return _chosen, reason
 
 
-def _try_cudnn(dtype: jnp.dtype, head_dim: int) -> str:
+def _try_cudnn(dtype: jnp.dtype, model: GPTConfig) -> str:
     """The first line of what goes wrong, empty if nothing does."""
-    x = jnp.ones((1, 128, 1, head_dim), dtype)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def gradients(q, k, v, window):
+        return jax.grad(lambda *qkv: _cudnn(*qkv, window).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
     try:
-        jax.block_until_ready(jax.jit(jax.grad(lambda q: _cudnn(q, x, x, 0).astype(jnp.float32).sum()))(x))
+        q, kv = (jnp.ones((1, 128, heads, model.head_dim), dtype) for heads in (model.n_head, model.n_kv_head))
+        for window in sorted(set(model.windows)):
+            jax.block_until_ready(gradients(q, kv, kv, window))
     except Exception as error:  # whatever it is, XLA does the work
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ""
@@ -73,7 +81,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     # On a CPU forward and backward take about two thirds of the time of one masked square (t = 256).
     b, t, h, d = q.shape
     n = k.shape[2]
-    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d) * d**-0.5, 1, 3)  # [b,n,g,t,k], g query heads a kv head
+    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], g query heads a kv head
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [b,n,s,k]
     block = t // 4 if t % 4 == 0 and t >= 128 else t
     out = []
@@ -82,6 +90,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
         first = max(0, start - window) if window else 0
         rows, seen = q[..., start:end, :], slice(first, end)
         scores = jnp.einsum("bngtk,bnsk->bngts", rows, k[:, :, seen], preferred_element_type=accumulator(q.dtype))
+        scores *= d**-0.5
         visible = _visible(jnp.arange(start, end), jnp.arange(first, end), window)
         weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
         out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, seen], preferred_element_type=accumulator(q.dtype)))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nanochat_jax import processes
-from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.config import GPTConfig, UserError, base_dir
 
 if TYPE_CHECKING:
     import jax.numpy as jnp
@@ -53,9 +53,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(rows: int) -> Iterator[None]:
-    """Turns the runtime's out-of-memory error into one line that names the flag to lower. `rows` is how many a device
-    takes at once, 0 before there are any."""
+def out_of_memory_explained(what: str, advice: str) -> Iterator[None]:
+    """Turns the runtime's out-of-memory error into one line: for `what` there was no memory, and what to do then."""
     import jax
 
     try:
@@ -63,30 +62,33 @@ def out_of_memory_explained(rows: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        if not rows:
-            reason = "out of memory for the weights and the optimizer's state"
-            raise UserError(f"{reason}: try --shard=full on several devices, or a smaller model") from error
-        less = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
-        raise UserError(f"out of memory: {less}try --remat=full or --shard=full") from error
+        raise UserError(f"out of memory for {what}: {advice}") from error
 
 
 def describe() -> str:
     import jax
 
     devices = jax.devices()
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){processes}, jax {jax.__version__}"
+    count = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){count}, jax {jax.__version__}"
 
 
-def precision(compute_dtype: str, attention: str = "", head_dim: int | None = None) -> "jnp.dtype":
-    """Chooses the dtype of matmul operands, and for heads of `head_dim` the kernel of `causal_attention` (decoding has
-    its own and needs none). Prints the choice with its reasons."""
+def precision(compute_dtype: str, attention: str = "", model: GPTConfig | None = None) -> "jnp.dtype":
+    """Chooses the dtype of matmul operands, and for `model` the kernel of `causal_attention` (decoding has its own and
+    needs none). Prints the choice with its reasons."""
+    import jax
+    import jax.numpy as jnp
+
     from nanochat_jax import attention as kernels
 
     dtype, why = choose_dtype(compute_dtype)
+    if dtype == jnp.float32 and jax.default_backend() != "cpu":  # else GPUs and TPUs round the operands (TF32, bf16)
+        jax.config.update("jax_default_matmul_precision", "highest")
     line = f"devices: {describe()}; matmuls in {dtype.__name__} ({why})"
-    if head_dim is not None:
-        kernel, because = kernels.choose(attention, dtype, head_dim)
+    if model is not None:
+        kernel, because = kernels.choose(attention, dtype, model)
+        if processes.least(kernel == "cudnn") < (kernel == "cudnn"):  # all compile the same program
+            kernel, because = kernels.choose("xla", dtype, model)[0], "cuDNN failed in another process"
         line += f", attention by {kernel} ({because})"
     print(line)
     return dtype
@@ -123,6 +125,12 @@ def peak_flops() -> float | None:
 
     one = _of_device(PEAK_FLOPS)
     return one and one * jax.device_count()
+
+
+def expected_seconds(flops: float) -> float | None:
+    """How long training would take at half of the devices' peak, None where that is unknown."""
+    peak = peak_flops()
+    return peak and flops / (0.5 * peak)
 
 
 def peak_bandwidth() -> float | None:

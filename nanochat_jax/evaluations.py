@@ -23,9 +23,11 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Something to do every so many steps and at the end. `risky` ones (they load data, they generate) are preceded by
-    a checkpoint, the others where this process has not done them before: then they have shown that they work, and
-    checkpoints so often would cost more than they save. every < 1: never, or at the end alone where `at_end`."""
+    """Something to do every `every` steps and at the end; below 1: never, or at the end alone where `at_end`.
+
+    A checkpoint comes before every `risky` one, which loads data or generates; before another only the first time in a
+    process. After that it has shown that it works, and a checkpoint each time would cost more than it saves.
+    """
 
     run: Callable[[Run, Stage, int], None]
     every: int

@@ -34,7 +34,7 @@ class Execution:
     """How the blocks are computed over whole sequences; what they compute is the same."""
 
     scan: bool = False  # one compiled block for all layers: compiles faster, runs slower
-    saved: Callable | None = None  # policy of jax.checkpoint: which values the backward pass finds; None: all it needs
+    remat_policy: Callable | None = None  # of jax.checkpoint: what the backward pass finds; None: all it needs
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # a weight, whole again where it is sharded
 
 
@@ -203,8 +203,8 @@ def _stack(x: jax.Array, stacked: dict, angles: tuple, cfg: GPTConfig, execution
         q, k, v = _qkv(x, w, angles, cfg)
         return _rest_of_block(x, causal_attention(q, k, v, window), w, cfg)
 
-    if execution.saved is not None:
-        block = jax.checkpoint(block, policy=execution.saved, static_argnums=2)
+    if execution.remat_policy is not None:
+        block = jax.checkpoint(block, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
         # A scan would copy each layer's weights out of the stack and its gradients into it.
         for i, (w, window) in enumerate(zip(_unstack(stacked), cfg.windows, strict=True)):

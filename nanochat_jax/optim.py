@@ -55,13 +55,14 @@ def scale_by_muon(
         mu = momentum(state.count) if callable(momentum) else momentum
         buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
         nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, buffers, grads)
-        turned = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
+        transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
         if layout:
-            # XLA knows no way from two cuts to another one but by way of the whole.
-            cut = layout.cut(nesterov, ("data",))
+            # XLA reshards from two cut axes to another only by gathering the whole: first from two to one.
+            cut = layout.shard_specs(nesterov, ("data",))
             nesterov = layout.constrain(nesterov, cut)
-            turned = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, cut)  # a batch has one cut
-        updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, turned)
+            # In a batch of matrices the axis that is cut is the first of all of them.
+            transposed = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, cut)
+        updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, transposed)
         if layout and layout.full:
             updates = layout.constrain(updates, cut)
         updates = jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
@@ -80,12 +81,12 @@ def _orthogonalize_all(x: jax.Array, dtype: jnp.dtype, layout: Layout | None) ->
     return y[: x.shape[0]].astype(x.dtype)
 
 
-def _by_shape(f: Callable, tree, turned):
-    """f over the leaves [l, in, out], those of equal matrices merged into one batch; `turned` says leaf by leaf which
-    are transposed for it."""
+def _by_shape(f: Callable, tree, transposed):
+    """f over the leaves [l, in, out], those of equal matrices merged into one batch; `transposed` says of each leaf
+    whether it is transposed for that."""
     leaves, treedef = jax.tree.flatten(tree)
-    turned = treedef.flatten_up_to(turned)
-    upright = [leaf.mT if turn else leaf for leaf, turn in zip(leaves, turned, strict=True)]
+    transposed = treedef.flatten_up_to(transposed)
+    upright = [leaf.mT if turn else leaf for leaf, turn in zip(leaves, transposed, strict=True)]
     groups: dict[tuple, list[int]] = {}
     for i, x in enumerate(upright):
         groups.setdefault(x.shape[-2:], []).append(i)
@@ -94,7 +95,7 @@ def _by_shape(f: Callable, tree, turned):
         batch = [upright[i] for i in members]
         parts = jnp.split(f(jnp.concatenate(batch)), _offsets([x.shape[0] for x in batch]))
         for i, part in zip(members, parts, strict=True):
-            results[i] = part.mT if turned[i] else part
+            results[i] = part.mT if transposed[i] else part
     return treedef.unflatten(results)
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -42,8 +43,17 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
         where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     elif num_processes > 1:
         raise UserError("--num_processes needs --coordinator=host:port, the address of process 0")
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "JOB_COMPLETION_INDEX" in os.environ:
-        where = {}  # JAX reads the addresses off Slurm's or Kubernetes' environment
+    elif num_processes == 1:
+        return
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        where = {}  # JAX reads the addresses off Slurm's environment
+    elif "JOB_COMPLETION_INDEX" in os.environ:
+        where = {}  # ... or asks Kubernetes for them, by a package that it does not bring along
+        if importlib.util.find_spec("kubernetes") is None:
+            raise UserError(
+                "this is a pod of an indexed job of Kubernetes, whose others are found by the package kubernetes: "
+                "pip install '.[k8s]', or give --coordinator, or --num_processes=1 if there are no others"
+            )
     else:
         return
     try:
@@ -88,6 +98,13 @@ def gather(number: int) -> list[int]:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
+
+
+def least(number: int) -> int:
+    """The least of the processes' numbers, which must ask at the same point."""
+    import jax
+
+    return number if jax.process_count() == 1 else min(gather(number))
 
 
 def leave() -> None:

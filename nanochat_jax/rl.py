@@ -10,6 +10,7 @@ problems are sampled, and the groups that do teach something are trained on firs
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import jax
@@ -21,8 +22,9 @@ from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request, Sample
-from nanochat_jax.run import Interruption, Run, Timer, open_run, same_tasks
-from nanochat_jax.step import Geometry, step_of
+from nanochat_jax.run import Interruption, Run, Timer, open_run, out_of_memory_in_step, step_of
+from nanochat_jax.stages import same_tasks
+from nanochat_jax.step import Geometry
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
 
 SLOTS = 64  # answers a device generates at once
@@ -94,7 +96,7 @@ def as_batch(group: list[Rollout], length: int, pad: int) -> dict[str, np.ndarra
 def train(cfg: config.Rl) -> None:
     """Runs the RL stage to its end, or goes on with it."""
     check(cfg)
-    with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
+    with open_run(cfg, momentum=0.95) as run, Interruption() as interruption, ExitStack() as held:
         if run is None:
             return
         if jax.process_count() > 1:
@@ -104,7 +106,7 @@ def train(cfg: config.Rl) -> None:
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
                 f"prompts included: try {run.model.sequence_len // 2}"
             )
-        shape = cut(cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model.sequence_len)
+        shape = geometry_of_answers(cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model.sequence_len)
         for name in cfg.mixture:
             if tasks.task_class(name).eval_type != "generative":
                 raise UserError(f"--mixture: {name} has no answers that can be generated and judged: try gsm8k=0")
@@ -123,6 +125,8 @@ def train(cfg: config.Rl) -> None:
         announce(run, shape, len(task), drawn, steps)
         # Divides by the devices, since the answers do.
         slots = min(drawn * cfg.num_samples, SLOTS * jax.device_count())
+        less = "lower --num_samples, --examples_per_step or --max_new_tokens"
+        held.enter_context(devices.out_of_memory_explained("the answers", less))
         engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         pace = []  # seconds a step, without the first of this process: it compiles
@@ -152,7 +156,7 @@ def train(cfg: config.Rl) -> None:
             chosen = informative(sampled, cfg.examples_per_step, cfg.num_samples)
             sampling = timer.lap()
             lr_mult = cfg.init_lr_frac * optim.linear_decay(step / steps)
-            with devices.out_of_memory_explained(shape.rows):
+            with out_of_memory_in_step(shape.rows):
                 results = update(run, step_fn, chosen, shape, lr_mult)
             step += 1
             run.saver.check()
@@ -180,13 +184,13 @@ def check(cfg: config.Rl) -> None:
             raise UserError(f"--{name}={value}: must be at least {limit}{why}")
 
 
-def cut(cfg: config.Rl, devices: int, replicas: int, seq_len: int) -> Geometry:
-    """The answers of a step as rows. UserError where they do not divide over the devices, of which `replicas` take rows
-    of their own, or into micro-batches."""
+def geometry_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> Geometry:
+    """The answers of a step as rows. UserError where they do not divide over `count` devices, of which
+    `replicas` take rows of their own, or into micro-batches."""
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
-    if answers % devices:
-        raise UserError(f"{flags} answers do not divide over {devices} devices")
+    if answers % count:
+        raise UserError(f"{flags} answers do not divide over {count} devices")
     share, rows = answers // replicas, cfg.device_batch_size
     if rows < 1 or share % rows:
         raise UserError(
@@ -226,7 +230,7 @@ def announce(run: Run, shape: Geometry, problems: int, drawn: int, steps: int) -
         f"  task: {names}, {problems:,} problems; {drawn} a step, {cfg.num_samples} answers each, "
         f"{cfg.examples_per_step} to train on"
     )
-    mesh = ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items())
+    mesh = sharding.describe(run.layout.mesh)
     print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.replicas} replicas (mesh {mesh})")
     print(f"  steps: {steps}")
     print("compiling ...", flush=True)

@@ -10,22 +10,22 @@ A run may start in four ways, tried in this order:
 import dataclasses
 import hashlib
 import json
-import math
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax import checkpoint, config, devices, files, gpt, machine, metrics, optim, processes, sharding, tasks
+from nanochat_jax import checkpoint, config, devices, files, gpt, machine, metrics, optim, processes, sharding
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.sharding import Layout
+from nanochat_jax.step import TrainState, execution, make_step
 from nanochat_jax.tokenizer import Tokenizer
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
@@ -39,13 +39,17 @@ FREE = {
 
 MEASURED = ("train", "val", "core")  # kinds of records whose last one every checkpoint holds
 
+# What the numbers of a run may be; not a number is none of it.
+LARGEST, SEEDS = sys.float_info.max, 2**31 - 1
+BOUNDS = {
+    "seed": (0, SEEDS), "keep_last": (1, LARGEST), "num_epochs": (1, LARGEST), "grad_clip": (0, LARGEST),
+    "matrix_lr": (0, LARGEST), "embedding_lr": (0, LARGEST), "unembedding_lr": (0, LARGEST),
+    "weight_decay": (0, LARGEST), "init_lr_frac": (0, LARGEST), "final_lr_frac": (0, LARGEST),
+    "warmup_ratio": (0, 1), "warmdown_ratio": (0, 1),
+}  # fmt: skip
+
 # What to do about a run that is another one than is asked for.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
-
-
-class TrainState(NamedTuple):
-    params: gpt.Params
-    opt_state: optax.OptState
 
 
 @dataclass
@@ -120,19 +124,14 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
 
     Nothing of an earlier run is touched before `Run.begin`: what is refused until then has changed nothing.
     """
-    if cfg.keep_last < 1:
-        raise UserError(f"--keep_last={cfg.keep_last}: at least 1 checkpoint must be kept")
-    if cfg.num_iterations < 1 and cfg.num_iterations != -1:
-        raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to have them derived")
-    if not 0 <= cfg.grad_clip < math.inf:
-        raise UserError(f"--grad_clip={cfg.grad_clip}: must be at least 0, which is off")
+    _check(cfg)
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with processes.together(), ExitStack() as held:
         # Process 0 decides and holds the lock; several processes see one file system.
-        origin, tag, step, identity = processes.first(lambda: _plan(cfg, held))
+        origin, tag, step, finished, identity = processes.first(lambda: _plan(cfg, held))
         origin = (Path(origin[0]), origin[1]) if origin else None
         folder = checkpoint.run_dir(cfg.stage, tag)
-        if step is not None and _finished(folder, step):
+        if finished:
             print(f"{cfg.stage}: {folder} is finished (step {step})")
             yield None
             return
@@ -140,12 +139,13 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         layout = Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
         layout.check(model)
         print(f"{cfg.stage}: {folder}")
-        dtype = devices.precision(cfg.compute_dtype, cfg.attention, model.head_dim)
+        dtype = devices.precision(cfg.compute_dtype, cfg.attention, model)
         optimizer = optim.make_optimizer(
             model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
-        with devices.out_of_memory_explained(rows=0):
+        few = "try --shard=full on several devices, or a smaller model"
+        with devices.out_of_memory_explained("the weights and the optimizer's state", few):
             state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
         saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count())
         run = Run(
@@ -158,9 +158,20 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             run.saver.join()  # not `wait`: the other processes need not be here
 
 
-def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, dict]:
-    """(what a fresh start begins with, the run's tag, the step it goes on from or None, its identity). `held` gets the
-    run's lock."""
+def _check(cfg: Train) -> None:
+    """UserError for numbers that no run can have."""
+    if cfg.num_iterations < 1 and cfg.num_iterations != -1:
+        raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to have them derived")
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(cfg, name, low)  # not every stage has all of them
+        if not low <= value <= high:
+            allowed = f"at least {low}" if high in (SEEDS, LARGEST) else f"from {low} to {high}"
+            raise UserError(f"--{name}={value}: must be {allowed}")
+
+
+def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, bool, dict]:
+    """(what a fresh start begins with, the run's tag, the step it goes on from or None, whether that is the last one,
+    its identity). `held` gets the run's lock."""
     tag = cfg.model_tag or cfg.preset or (f"d{cfg.depth}" if cfg.stage == "base" else _origin(cfg)[0].name)
     folder = checkpoint.run_dir(cfg.stage, tag)
     held.enter_context(checkpoint.exclusive(folder))
@@ -169,9 +180,9 @@ def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int
     if step is not None:
         meta = checkpoint.read_meta(folder, step)
         _same_run(cfg, folder, meta)
-        return None, tag, step, {"parent": meta["parent"]}
+        return None, tag, step, _finished(folder, step), {"parent": meta["parent"]}
     origin = _origin(cfg)
-    return (str(origin[0]), origin[1]) if origin else None, tag, None, {"parent": _content(cfg, origin)}
+    return (str(origin[0]), origin[1]) if origin else None, tag, None, False, {"parent": _content(cfg, origin)}
 
 
 def _origin(cfg: Train) -> tuple[Path, int] | None:
@@ -251,19 +262,6 @@ def _finished(folder: Path, step: int) -> bool:
     return any(r["step"] == step for r in notes)
 
 
-def same_tasks(run: Run, task: tasks.Mixture) -> None:
-    """Records with the checkpoints what conversations are learnt from: names and rows in their order, which shuffles
-    them, and a hash of samples of them. UserError where the run goes on from a checkpoint of others."""
-    learnt = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
-    if run.data is not None:
-        then = checkpoint.read_meta(run.dir, run.step).get("tasks", learnt)
-        if then != learnt:
-            what = "mixture" if then["rows"] != learnt["rows"] else "content"
-            folder = checkpoint.step_dir(run.dir, run.step)
-            raise UserError(f"the conversations are not those of {folder} (other {what}): {INSTEAD}")
-    run.identity["tasks"] = learnt
-
-
 def _initial_state(
     cfg: Train, model: GPTConfig, origin, optimizer, layout: Layout, folder: Path, step: int | None
 ):  # fmt: skip
@@ -274,7 +272,7 @@ def _initial_state(
         return TrainState(params, optimizer.init(params))
 
     abstract = jax.eval_shape(fresh)
-    specs = TrainState(layout.stored(abstract.params), layout.cut(abstract.opt_state))
+    specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
     places = layout.shardings(specs)
 
     totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
@@ -290,6 +288,28 @@ def _initial_state(
     params, opt_state, data, meta = checkpoint.restore(folder, step, target.params, target.opt_state)
     print(f"resuming at step {step}")
     return TrainState(params, opt_state), data, meta["totals"]
+
+
+def step_of(run: Run) -> Callable:
+    """The step of a run, not yet compiled."""
+    return make_step(run.model, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
+
+
+def out_of_memory_in_step(rows: int):
+    """Around steps of which a device takes `rows` rows at once."""
+    less = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
+    return devices.out_of_memory_explained("a step", f"{less}try --remat=full or --shard=full")
+
+
+def compiled_memory(run: Run, micro: int, rows: int) -> int:
+    """Bytes of one device that the compiled step holds at its peak."""
+    mesh = run.layout.mesh
+    shape = (micro, rows * sharding.replicas(mesh), run.model.sequence_len)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows_of_micro_batches(mesh))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
+    step = step_of(run)
+    used = step.lower(like, {"inputs": ids, "targets": ids}, jnp.float32(1)).compile().memory_analysis()
+    return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
 
 
 class Interruption:

@@ -49,6 +49,10 @@ def make_mesh(spec: str = "") -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def describe(mesh: Mesh) -> str:
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
 def replicas(mesh: Mesh) -> int:
     """How many devices, or groups of them along the model axis, take rows of their own."""
     return mesh.shape["node"] * mesh.shape["data"]
@@ -156,17 +160,17 @@ class Layout:
                 f"a head is not cut: try model={math.gcd(math.gcd(model.n_head, model.n_kv_head), size)}"
             )
 
-    def cut(self, tree, along: tuple[str, ...] = ("data", "model")):
+    def shard_specs(self, tree, along: tuple[str, ...] = ("data", "model")):
         """The spec of every leaf of parameters, gradients or optimizer state, cut along these axes of the mesh."""
         return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, along), tree)
 
-    def whole(self, tree):
+    def compute_specs(self, tree):
         """The same, cut along the model axis alone: what a replica computes with."""
-        return self.cut(tree, ("model",))
+        return self.shard_specs(tree, ("model",))
 
-    def stored(self, params):
+    def param_specs(self, params):
         """How weights lie between steps."""
-        return self.cut(params) if self.full else self.whole(params)
+        return self.shard_specs(params) if self.full else self.compute_specs(params)
 
     def shardings(self, specs):
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
@@ -202,21 +206,22 @@ class Layout:
         return self.constrain(tree, (P(ROWS), self._of_replicas(single)))
 
     def _of_replicas(self, single):
-        return jax.tree.map(lambda spec: P(ROWS, *spec), self.whole(single), is_leaf=_is_spec)
+        return jax.tree.map(lambda spec: P(ROWS, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
     def reduce(self, grads):
         """Gradients [replicas, ...], a replica's own each -> their sum, every replica holding its share."""
 
         def one(g, spec):
             g = g[0]
-            if self.mesh.shape["node"] > 1:
-                g = jax.lax.psum(g, "node")
-            if "data" not in spec:
-                return jax.lax.psum(g, "data")
-            return jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
+            if "data" in spec:
+                g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
+            else:
+                g = jax.lax.psum(g, "data")
+            # Between nodes, where the wires are slow, only the shares travel.
+            return jax.lax.psum(g, "node") if self.mesh.shape["node"] > 1 else g
 
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-        cut = self.cut(single)
+        cut = self.shard_specs(single)
         return jax.shard_map(
             lambda grads: jax.tree.map(one, grads, cut),
             mesh=self.mesh, in_specs=(self._of_replicas(single),), out_specs=cut,

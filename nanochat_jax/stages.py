@@ -9,8 +9,8 @@ from pathlib import Path
 
 from nanochat_jax import checkpoint, config, dataloader, dataset, metrics, optim, sharding, tasks, tokenized
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.run import INSTEAD, Run, same_tasks
-from nanochat_jax.step import Geometry, compiled_memory, geometry, geometry_of_rows, rows_of_examples, rows_that_fit
+from nanochat_jax.run import INSTEAD, Run, compiled_memory
+from nanochat_jax.step import Geometry, geometry, geometry_of_rows, rows_of_examples, rows_that_fit
 
 
 @dataclass
@@ -30,11 +30,15 @@ def _process(run: Run) -> dict:
     return {"process_index": index, "process_count": count}
 
 
+def _how_cut(run: Run) -> tuple:
+    """What `geometry` and `geometry_of_rows` want to know besides the batch."""
+    fit = functools.partial(rows_that_fit, run.model, need=functools.partial(compiled_memory, run))
+    return run.cfg.device_batch_size, run.model.sequence_len, sharding.replicas(run.layout.mesh), fit
+
+
 def base_stage(run: Run) -> Stage:
     cfg, model = run.cfg, run.model
-    fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
-    how = (cfg.device_batch_size, model.sequence_len, sharding.replicas(run.layout.mesh), fit)
-    shape = geometry(cfg.total_batch_size, *how)
+    shape = geometry(cfg.total_batch_size, *_how_cut(run))
     steps = horizon(cfg, model, shape.tokens)
     source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
     text = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process(run)}
@@ -75,6 +79,19 @@ def same_text(run: Run, source: dataset.Source) -> dataset.Source:
     return dataclasses.replace(source, train_files=source.train_files[:count])
 
 
+def same_tasks(run: Run, task: tasks.Mixture) -> None:
+    """Records with the checkpoints what conversations are learnt from: names and rows in their order, which shuffles
+    them, and a hash of samples of them. UserError where the run goes on from a checkpoint of others."""
+    learnt = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
+    if run.data is not None:
+        then = checkpoint.read_meta(run.dir, run.step).get("tasks", learnt)
+        if then != learnt:
+            what = "mixture" if then["rows"] != learnt["rows"] else "content"
+            folder = checkpoint.step_dir(run.dir, run.step)
+            raise UserError(f"the conversations are not those of {folder} (other {what}): {INSTEAD}")
+    run.identity["tasks"] = learnt
+
+
 def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> str:
     """How much of a source a run will read."""
     files = source.train_files
@@ -112,23 +129,22 @@ def chat_stage(run: Run) -> Stage:
     same_tasks(run, task)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
-    fit = functools.partial(rows_that_fit, model, need=functools.partial(compiled_memory, run))
-    how = (cfg.device_batch_size, model.sequence_len, sharding.replicas(run.layout.mesh), fit)
     if cfg.total_batch_size:
-        shape = geometry(cfg.total_batch_size, *how)
+        shape = geometry(cfg.total_batch_size, *_how_cut(run))
     else:  # finetuning alone has no default
-        shape = geometry_of_rows(rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len), *how)
+        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len)
+        shape = geometry_of_rows(rows, *_how_cut(run))
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
-    rows = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process(run))
+    loader = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process(run))
     return Stage(
         geometry=shape,
         steps=steps,
-        loader=rows(
+        loader=loader(
             task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed,
             padding=shape.padding,
         ),
-        validation=lambda: rows(
+        validation=lambda: loader(
             held_out, run.tokenizer, shape.rows * shape.replicas, model.sequence_len, epochs=1,
             max_rows=max(1, cfg.eval_tokens // model.sequence_len),
         ),

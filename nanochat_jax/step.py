@@ -4,20 +4,27 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanochat_jax import gpt, sharding
+from nanochat_jax import gpt, processes, sharding
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.loss import cross_entropy, num_chunks
-from nanochat_jax.run import Run, TrainState
 from nanochat_jax.sharding import Layout
+
+MIB = 2**20
 
 # -----------------------------------------------------------------------------
 # The step
+
+
+class TrainState(NamedTuple):
+    params: gpt.Params
+    opt_state: optax.OptState
 
 
 def make_step(
@@ -81,8 +88,8 @@ def make_step(
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         if layout:
-            updates = layout.constrain(updates, layout.stored(updates))
-            opt_state = layout.constrain(opt_state, layout.cut(opt_state))
+            updates = layout.constrain(updates, layout.param_specs(updates))
+            opt_state = layout.constrain(opt_state, layout.shard_specs(opt_state))
         params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
         results = {"loss": loss * scale, "grad_norm": grad_norm, "count": count}
         return TrainState(params, opt_state), results if stop is None else results | {"stop": stop.sum()}
@@ -96,10 +103,10 @@ def execution(cfg: Train) -> gpt.Execution:
     known = {"none": None, "matmuls": kept.save_only_these_names(gpt.MATMUL), "full": kept.nothing_saveable}
     if cfg.remat not in known:
         raise UserError(f"--remat={cfg.remat}: must be one of {', '.join(known)}")
-    saved = known[cfg.remat]
-    if saved is None and cfg.shard == "full":  # a weight is gathered again for the backward pass
-        saved = kept.save_anything_except_these_names(sharding.GATHERED)
-    return gpt.Execution(cfg.scan_layers, saved)
+    policy = known[cfg.remat]
+    if policy is None and cfg.shard == "full":  # a weight is gathered again for the backward pass
+        policy = kept.save_anything_except_these_names(sharding.GATHERED)
+    return gpt.Execution(cfg.scan_layers, policy)
 
 
 # -----------------------------------------------------------------------------
@@ -196,33 +203,38 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 # What fits
 
 
-def step_of(run: Run) -> Callable:
-    """The step of a run, not yet compiled."""
-    return make_step(run.model, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
-
-
 def rows_that_fit(model: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
     """How many of a device's `rows` it can take at once: the most that divide them and whose step needs no more than
     `limit` bytes (default: the device's memory). On a CPU as many as make 8,192 tokens; more gain nothing.
 
     `need` says how many bytes a step of so many micro-batches of so many rows holds.
     """
-    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
-            return next(n for n in divisors if n <= max(1, 8192 // model.sequence_len))
-        limit = int(0.95 * stats["bytes_limit"])
-    # Twice what is likely to fit is the first to be tried: to know what a step needs means to compile it.
+            return max(n for n in divisors if n <= max(1, 8192 // model.sequence_len))
+        limit = processes.least(int(0.95 * stats["bytes_limit"]) // MIB) * MIB
+    # To know what a step needs means to compile it. Twice what is likely to fit is the first to be tried.
     likely = 1
     while 2 * likely <= rows and estimated_memory(model, 2 * likely) <= limit:
         likely *= 2
-    for n in [n for n in divisors if n <= 2 * likely]:
-        used = need(rows // n, n)
-        if used <= limit:
+    at = max(i for i, n in enumerate(divisors) if n <= 2 * likely)
+    used = {}
+
+    def fits(n: int) -> bool:
+        used[n] = need(rows // n, n)
+        return used[n] <= limit
+
+    if fits(divisors[at]):  # the estimate knows nothing of what --shard and --remat save
+        while at + 1 < len(divisors) and fits(divisors[at + 1]):
+            at += 1
+        return divisors[at]
+    for n in reversed(divisors[:at]):
+        if fits(n):
             return n
     raise UserError(
-        f"one row of {model.sequence_len} tokens needs {used / 2**30:.1f} GiB, the device has {limit / 2**30:.1f}: "
+        f"one row of {model.sequence_len} tokens needs {used[1] / 2**30:.1f} GiB, the device has {limit / 2**30:.1f}: "
         "try --remat=full or --shard=full, or a smaller --max_seq_len"
     )
 
@@ -232,14 +244,3 @@ def estimated_memory(model: GPTConfig, rows: int) -> int:
     the width a layer and token, in two bytes each."""
     activations = 2 * 17 * model.n_layer * model.n_embd * model.sequence_len * rows
     return 16 * model.num_params + 12 * 8192 * model.padded_vocab + activations
-
-
-def compiled_memory(run: Run, micro: int, rows: int) -> int:
-    """Bytes of one device that the compiled step holds at its peak."""
-    mesh = run.layout.mesh
-    shape = (micro, rows * sharding.replicas(mesh), run.model.sequence_len)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows_of_micro_batches(mesh))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
-    step = step_of(run)
-    used = step.lower(like, {"inputs": ids, "targets": ids}, jnp.float32(1)).compile().memory_analysis()
-    return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from nanochat_jax import config, devices, metrics, optim, sharding
 from nanochat_jax.config import UserError
 from nanochat_jax.evaluations import Evaluation, evaluations_of
-from nanochat_jax.run import Interruption, Run, Timer, open_run
+from nanochat_jax.run import Interruption, Run, Timer, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.stages import Stage, base_stage, chat_stage
-from nanochat_jax.step import step_of
+
+LESS_JUDGED = "turn off what is judged, with -1 for --core_metric_every, --sample_every or --eval_metrics_every"
 
 
 def train(cfg: config.Base | config.Mid | config.Sft) -> None:
@@ -39,7 +40,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         place = stage.loader.state()  # after the last batch that was trained on
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
-        held.enter_context(devices.out_of_memory_explained(stage.geometry.rows))
+        held.enter_context(out_of_memory_in_step(stage.geometry.rows))  # which is told a step late
 
         def save() -> None:
             nonlocal saved_at
@@ -79,7 +80,8 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                     run.saver.wait()
                 for evaluation in due:
                     try:
-                        evaluation.run(run, stage, step)
+                        with devices.out_of_memory_explained("an evaluation", LESS_JUDGED):
+                            evaluation.run(run, stage, step)
                     except Exception:
                         rescue()
                         raise
@@ -127,7 +129,8 @@ def _progress(run: Run, stage: Stage) -> float:
 def announce(run: Run, stage: Stage) -> None:
     """Everything derived, before the first step."""
     g, model = stage.geometry, run.model
-    tokens = f"{stage.steps * g.tokens:,}" if stage.steps else "one pass over the data"
+    epochs = getattr(run.cfg, "num_epochs", 1)  # midtraining has one
+    passes = "one pass over the data" if epochs == 1 else f"{epochs} passes over the data"
     facts = {
         "model": f"{model.n_layer} layers, width {model.n_embd}, {model.n_head} heads ({model.n_kv_head} kv), "
         f"vocabulary {model.vocab_size:,}, context {model.sequence_len}",
@@ -135,17 +138,16 @@ def announce(run: Run, stage: Stage) -> None:
         "FLOPs a token": f"{model.flops_per_token:.3e}",
         "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.replicas} replicas x {g.seq_len}"
         + (f", less {g.padding} empty rows" if g.padding else ""),
-        "mesh": ", ".join(f"{name}={size}" for name, size in run.layout.mesh.shape.items()),
-        "steps": f"{stage.steps or 'until the data end'} ({tokens} tokens)" if stage.steps else tokens,
+        "mesh": sharding.describe(run.layout.mesh),
+        "steps": f"{stage.steps} ({stage.steps * g.tokens:,} tokens)" if stage.steps else passes,
         **stage.facts,
     }
     if stage.steps:
-        facts["total FLOPs"] = f"{stage.steps * g.tokens * model.flops_per_token:.3e}"
-    peak = devices.peak_flops()
-    facts["expected time"] = "n/a: this device's peak is not known; see the eta below"
-    if stage.steps and peak:
-        seconds = stage.steps * g.tokens * model.flops_per_token / (0.5 * peak)
-        facts["expected time"] = f"{metrics.clock(seconds)} at an MFU of 50%"
+        flops = stage.steps * g.tokens * model.flops_per_token
+        seconds = devices.expected_seconds(flops)
+        facts["total FLOPs"] = f"{flops:.3e}"
+        unknown = "n/a: this device's peak is not known; see the eta below"
+        facts["expected time"] = f"{metrics.clock(seconds)} at an MFU of 50%" if seconds else unknown
     for name, value in facts.items():
         print(f"  {name}: {value}")
     print("compiling the first step ...", flush=True)

@@ -25,7 +25,7 @@ def main(cfg: config.BaseEval) -> None:
     from nanochat_jax.evals import core
 
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.precision(cfg.compute_dtype, head_dim=model.config.head_dim)
+    dtype = devices.precision(cfg.compute_dtype, model=model.config)
     bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     start = time.monotonic()

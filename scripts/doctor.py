@@ -27,12 +27,13 @@ def main(cfg: config.Doctor) -> None:
     from nanochat_jax import devices
 
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    from nanochat_jax import sharding
+    from nanochat_jax import files, sharding
 
     line("Device memory", device_memory())
-    dtype = devices.precision(cfg.compute_dtype, cfg.attention, cfg.head_dim)
-    layout = sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
-    plan(cfg, layout, dtype)
+    tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
+    model = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
+    dtype = devices.precision(cfg.compute_dtype, cfg.attention, model)
+    plan(cfg, model, sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard), dtype)
 
 
 def line(name: str, value: str) -> None:
@@ -59,6 +60,7 @@ def hub() -> str:
     """Whether the hub that huggingface_hub would ask answers, within three seconds."""
     import http.client
     import time
+    import urllib.error
     import urllib.request
 
     from huggingface_hub import constants
@@ -69,6 +71,8 @@ def hub() -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3):
             pass
+    except urllib.error.HTTPError as error:
+        return f"{constants.ENDPOINT} answers with an error ({error.code} {error.reason})"
     except (OSError, http.client.HTTPException, ValueError) as error:  # the last where the address is none
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): only local text and tasks"
     return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
@@ -83,17 +87,15 @@ def device_memory() -> str:
     return f"{stats['bytes_limit'] / GIB:.1f} GiB each, {stats.get('bytes_in_use', 0) / GIB:.1f} in use"
 
 
-def plan(cfg: config.Doctor, layout, dtype) -> None:
-    """The model that `cfg` describes, what of it lies on one device, and how long pretraining would take."""
+def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
+    """What of the model lies on one device, and how long pretraining would take."""
     import jax
     import numpy as np
 
-    from nanochat_jax import devices, files, gpt, metrics, optim, sharding
+    from nanochat_jax import devices, gpt, metrics, optim, sharding
     from nanochat_jax.stages import horizon
     from nanochat_jax.step import estimated_memory, geometry, rows_that_fit
 
-    tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
-    model = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
     layout.check(model)
     params = jax.eval_shape(lambda: gpt.init(model))
     tx = optim.make_optimizer(model.n_embd, embedding_lr=0, unembedding_lr=0, matrix_lr=0, dtype=dtype, layout=layout)
@@ -105,24 +107,23 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
         leaves = zip(jax.tree.leaves(tree), places, strict=True)
         return sum(np.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves) / GIB
 
-    weights, state = share(params, layout.stored(params)), share(opt_state, layout.cut(opt_state))
+    weights, state = share(params, layout.param_specs(params)), share(opt_state, layout.shard_specs(opt_state))
 
     def fit(rows: int) -> int:
         """Training compiles to know; here it is estimated, without what --shard and --remat save."""
         try:
             return rows_that_fit(model, rows, need=lambda micro, rows: estimated_memory(model, rows))
-        except UserError as error:
-            line("Memory", f"roughly estimated, {error}")
+        except UserError as error:  # which advises what may have been done already
+            line("Memory", f"roughly estimated, {str(error).partition(':')[0]}, less what --shard and --remat save")
             return 1
 
     replicas = sharding.replicas(layout.mesh)
     shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, replicas, fit)
     steps = horizon(cfg, model, shape.tokens)
     flops = steps * shape.tokens * model.flops_per_token
-    peak = devices.peak_flops()
     line("Preset", cfg.preset or "none (--config=NAME): the defaults")
     line("Model", f"{model.n_layer} layers, width {model.n_embd}, {model.num_params:,} parameters")
-    line("Mesh", ", ".join(f"{name}={size}" for name, size in layout.mesh.shape.items()) + f", --shard={layout.shard}")
+    line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
     line(
         "Batch",
@@ -130,7 +131,8 @@ def plan(cfg: config.Doctor, layout, dtype) -> None:
     )
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
     unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
-    line("Expected time", f"{metrics.clock(flops / (0.5 * peak))} at an MFU of 50%" if peak else unknown)
+    seconds = devices.expected_seconds(flops)
+    line("Expected time", f"{metrics.clock(seconds)} at an MFU of 50%" if seconds else unknown)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Five training steps in float64 on a mesh of 8 devices, for test_sharding.py: python sharded_steps.py OUT CASE...
 
-A case is "MESH SHARD" or a word of CASES; "muon DEPTH" instead orthogonalises as many layers. Writes OUT/<case>.npz
-(losses, gradient norms, parameters, optimizer state) and OUT/<case>.hlo (the compiled step). With PROCESS=I/N@HOST:PORT
-in the environment it is one of several processes, of which the first writes "<case> in N.npz".
+A case is "MESH SHARD" or a word of CASES; "muon DEPTH WIDTH" instead orthogonalises as many layers. Writes
+OUT/<case>.npz (losses, gradient norms, parameters, optimizer state) and OUT/<case>.hlo (the compiled step). With
+PROCESS=I/N@HOST:PORT in the environment it is one of several processes, of which the first writes "<case> in N.npz".
 """
 
 import os
@@ -16,9 +16,8 @@ from jax.experimental import multihost_utils
 
 from nanochat_jax import devices, gpt, optim
 from nanochat_jax.config import Base, GPTConfig
-from nanochat_jax.run import TrainState
 from nanochat_jax.sharding import Layout, make_mesh, put_rows
-from nanochat_jax.step import execution, make_step
+from nanochat_jax.step import TrainState, execution, make_step
 
 MODEL = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, vocab_size=320, sequence_len=64)
 CASES = {
@@ -47,18 +46,18 @@ def whole(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x)
 
 
-def muon(depth: int, out: Path) -> None:
-    """Update and momentum of `depth` layers on all devices, and on one."""
-    shapes = {"wq": (8, 16), "wk": (8, 8), "wv": (8, 8), "wo": (16, 8), "w_in": (8, 32), "w_out": (32, 8)}
+def muon(depth: int, d: int, out: Path) -> None:
+    """Update and momentum of `depth` layers of width d on all devices, and on one."""
+    shapes = {"wq": (d, 2 * d), "wk": (d, d), "wv": (d, d), "wo": (2 * d, d), "w_in": (d, 4 * d), "w_out": (4 * d, d)}
     rng = np.random.default_rng(0)
     grads = {"blocks": {name: rng.normal(size=(depth, *shape)) for name, shape in shapes.items()}}
-    layout, results = Layout(make_mesh()), {}
-    for case, where in (("all", layout), ("one", None)):
+    results = {}
+    for case, where in (("all", Layout(make_mesh())), ("full", Layout(make_mesh(), "full")), ("one", None)):
         tx = optim.scale_by_muon(0.9, jnp.float64, where)
         updates, state = jax.jit(tx.update)(grads, tx.init(grads))
         results |= {f"{case}/{n}": u for n, u in updates["blocks"].items()}
         results |= {f"{case}/{n} momentum": m for n, m in state.momentum["blocks"].items()}
-    np.savez(out / f"muon {depth}.npz", **results)
+    np.savez(out / f"muon {depth} {d}.npz", **results)
 
 
 def run(case: str, out: Path) -> None:
@@ -75,8 +74,8 @@ def run(case: str, out: Path) -> None:
     params = jax.tree.map(noise, gpt.init(MODEL, seed=1))
     opt_state = tx.init(params)
     if layout:
-        params = jax.device_put(params, layout.shardings(layout.stored(params)))
-        opt_state = jax.device_put(opt_state, layout.shardings(layout.cut(opt_state)))
+        params = jax.device_put(params, layout.shardings(layout.param_specs(params)))
+        opt_state = jax.device_put(opt_state, layout.shardings(layout.shard_specs(opt_state)))
     state, results = TrainState(params, opt_state), []
     for batch in batches():
         if case == "one batch":
@@ -99,6 +98,6 @@ if __name__ == "__main__":
         devices.start("cpu", where, int(which.split("/")[1]), int(which.split("/")[0]))
     for name in sys.argv[2:]:
         if name.startswith("muon "):
-            muon(int(name.removeprefix("muon ")), Path(sys.argv[1]))
+            muon(*map(int, name.split()[1:]), Path(sys.argv[1]))
         else:
             run(name, Path(sys.argv[1]))

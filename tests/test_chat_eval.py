@@ -263,7 +263,7 @@ layout = sharding.Layout(sharding.make_mesh(), "full")
 def init():
     params = jax.tree.map(lambda x: x + 0.2, gpt.init(cfg, seed=3))
     return params | {"lm_head": (params["lm_head"] - 0.2) * 1000}
-params = jax.jit(init, out_shardings=layout.shardings(layout.stored(jax.eval_shape(init))))()
+params = jax.jit(init, out_shardings=layout.shardings(layout.param_specs(jax.eval_shape(init))))()
 asked = []
 class Told(Begin):
     def __getitem__(self, i):

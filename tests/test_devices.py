@@ -23,6 +23,17 @@ def test_precision_is_what_the_device_is_good_at(monkeypatch, platform, capabili
     assert devices.choose_dtype("") == (dtype, why)
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "highest"), ("bfloat16", None)])
+def test_float32_is_float32_on_a_gpu_too(monkeypatch, dtype, precision):
+    """JAX's default there is TF32, of ten bits."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    try:
+        devices.precision(dtype)
+        assert jax.config.jax_default_matmul_precision == precision
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+
+
 @pytest.mark.parametrize(("flags", "dtype"), [("avx2 amx_bf16 amx_tile", jnp.bfloat16), ("avx512_bf16", jnp.float32)])
 def test_a_cpu_multiplies_in_bfloat16_where_it_has_amx(monkeypatch, flags, dtype):
     opened = builtins.open

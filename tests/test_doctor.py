@@ -62,7 +62,7 @@ def test_two_processes_are_told_as_one_machine(own_base_dir):
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
-        self.send_response(200)
+        self.send_response(503 if "broken" in self.path else 200)
         self.end_headers()
 
     def log_message(self, *_):
@@ -76,6 +76,9 @@ def test_whether_the_hub_answers_is_told(monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         assert re.fullmatch(r"http://127.0.0.1:\d+ answers in \d+ ms", script.hub())
+        broken = f"http://127.0.0.1:{server.server_port}/broken"
+        monkeypatch.setattr(constants, "ENDPOINT", broken)
+        assert script.hub() == f"{broken} answers with an error (503 Service Unavailable)"
         server.shutdown()
     with socket.socket() as taken:  # nobody listens there
         taken.bind(("127.0.0.1", 0))

@@ -1,5 +1,6 @@
 """How the processes of a run find each other, agree, and end together."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -33,8 +34,19 @@ def test_one_process_joins_nobody(joined, monkeypatch):
 @pytest.mark.parametrize(("name", "value"), [("SLURM_STEP_NUM_TASKS", "16"), ("JOB_COMPLETION_INDEX", "0")])
 def test_slurm_and_kubernetes_say_themselves_where(joined, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
     processes.join("", 0, -1)
     assert joined == [{"heartbeat_timeout_seconds": 30}]
+    processes.join("", 1, -1)
+    assert len(joined) == 1, "--num_processes=1: there are no others, whatever the environment says"
+
+
+def test_kubernetes_cannot_be_asked_without_its_package(joined, monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r"pip install '.\[k8s\]', or give --coordinator, or --num_processes=1"):
+        processes.join("", 0, -1)
+    assert joined == []
 
 
 def test_flags_say_where_and_come_first(joined, monkeypatch):
@@ -63,7 +75,7 @@ def test_processes_that_cannot_be_joined_are_one_line(joined, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match=r"^could not join the other processes: nobody there$"):
         processes.join("there:1", 2, 1)
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(UserError, match="nobody there: try --coordinator=host:port --num_processes=N --process_id=I"):
         processes.join("", 0, -1)
 

@@ -15,17 +15,20 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from sharded_steps import MODEL
 
 from nanochat_jax import checkpoint, gpt, metrics, optim
 from nanochat_jax.config import GPTConfig, Model, UserError
 from nanochat_jax.sharding import Layout, make_mesh, share_of_rows
 
 SHARDED = [
-    "data=8 optimizer", "data=8 full", "node=2,data=4 optimizer", "data=4,model=2 optimizer", "data=4,model=2 full",
+    "data=8 optimizer", "data=8 full", "node=2,data=4 optimizer", "node=2,data=4 full", "data=4,model=2 optimizer",
+    "data=4,model=2 full",
 ]  # fmt: skip
 OTHERWISE = ["one batch", "scan", "remat", "remat matmuls"]
 DEPTHS = [12, 20, 26, 32]
-TOGETHER = "node=2,data=4 optimizer"  # what two processes do as well
+TOGETHER = ["node=2,data=4 optimizer", "node=2,data=4 full"]  # what two processes do as well
+MUONS = [*(f"{depth} 8" for depth in DEPTHS), "5 12"]  # layers and width; eight devices do not divide the last
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +38,14 @@ def steps(tmp_path_factory):
     script = Path(__file__).with_name("sharded_steps.py")
     command = [sys.executable, str(script), str(out)]
     environment = tiny.environment(out, devices=8) | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(tiny.REPOSITORY)}
-    cases = ["one device", *OTHERWISE, *SHARDED, *(f"muon {depth}" for depth in DEPTHS)]
+    cases = ["one device", *OTHERWISE, *SHARDED, *(f"muon {case}" for case in MUONS)]
     result = subprocess.run([*command, *cases], env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     assert "full rematerialization" not in result.stderr  # XLA found no way from one sharding to another
     where = tiny.free_address()
     halves = [
         subprocess.Popen(
-            [*command, TOGETHER], stderr=subprocess.PIPE, text=True,
+            [*command, *TOGETHER], stderr=subprocess.PIPE, text=True,
             env=environment | tiny.environment(out, devices=4) | {"PROCESS": f"{i}/2@{where}"},
         )
         for i in range(2)
@@ -52,7 +55,7 @@ def steps(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("case", [*OTHERWISE, *SHARDED, f"{TOGETHER} in 2"])
+@pytest.mark.parametrize("case", [*OTHERWISE, *SHARDED, *(f"{case} in 2" for case in TOGETHER)])
 def test_five_steps_are_those_of_one_device(steps, case):
     # float64: Newton-Schulz in float32 would spread the rounding of the sums' order.
     one, other = np.load(steps / "one device.npz"), np.load(steps / f"{case}.npz")
@@ -62,44 +65,61 @@ def test_five_steps_are_those_of_one_device(steps, case):
         np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_muon_shares_out_as_many_layers_as_there_are(steps, depth):
+@pytest.mark.parametrize("case", MUONS)
+def test_muon_shares_out_as_many_layers_as_there_are(steps, case):
     """26 layers make batches of 52 matrices, which eight devices do not divide."""
-    found = np.load(steps / f"muon {depth}.npz")
-    names = [name.removeprefix("all/") for name in found if name.startswith("all/")]
-    assert len(names) == 12 and all(len(found[f"all/{name}"]) == depth for name in names)
+    found = np.load(steps / f"muon {case}.npz")
+    names = [name.removeprefix("one/") for name in found if name.startswith("one/")]
+    assert len(names) == 12 and all(len(found[f"one/{name}"]) == int(case.split()[0]) for name in names)
     for name in names:
-        np.testing.assert_allclose(found[f"all/{name}"], found[f"one/{name}"], rtol=0, atol=1e-9, err_msg=name)
+        for how in ("all", "full"):
+            np.testing.assert_allclose(found[f"{how}/{name}"], found[f"one/{name}"], rtol=0, atol=1e-9, err_msg=name)
 
 
-def collectives(hlo: str) -> dict[bool, collections.Counter]:
-    """Collectives of more than a number, by whether they are inside a loop."""
-    found = {True: collections.Counter(), False: collections.Counter()}
+def collectives(hlo: str) -> dict[bool, collections.defaultdict]:
+    """Sizes of the arrays, of more than a number, that travel by each kind of collective, by whether in a loop."""
+    found = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
     inside = True
     for line in hlo.splitlines():
         if re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line):
             inside = not line.startswith("ENTRY")
         kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
         if match := re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line):
-            arrays = re.findall(r"\w+\[([\d,]+)\]", match[1])
-            found[inside][match[2]] += sum(np.prod([int(n) for n in a.split(",")]) > 1 for a in arrays)
+            sizes = [math.prod(map(int, a.split(","))) for a in re.findall(r"\w+\[([\d,]+)\]", match[1])]
+            found[inside][match[2]] += [size for size in sizes if size > 1]
     return found
 
 
 def test_sharded_optimizer_reduces_once_a_step(steps):
     found = collectives((steps / "data=8 optimizer.hlo").read_text())
-    assert not +found[True]  # nothing travels between micro-batches
-    assert found[False]["reduce-scatter"] == 8  # one a kind of weight
-    assert found[False]["all-reduce"] == 0
+    assert not any(found[True].values())  # nothing travels between micro-batches
+    assert len(found[False]["reduce-scatter"]) == 8  # one a kind of weight
+    assert not found[False]["all-reduce"]
+
+
+@pytest.mark.parametrize(("case", "data"), [("data=8 optimizer", 8), ("node=2,data=4 optimizer", 4)])
+def test_muon_sends_each_matrix_once_there_and_once_back(steps, case, data):
+    """The model has matrices of three shapes; an exchange shows as an array for each device it goes to."""
+    found = collectives((steps / f"{case}.hlo").read_text())[False]
+    assert len(found["all-to-all"]) == 3 * data
+    assert len(found["all-gather"]) == 3 + 2  # the updates, with those of embedding and head
+
+
+def test_between_nodes_only_shares_of_the_gradient_travel(steps):
+    found = collectives((steps / "node=2,data=4 optimizer.hlo").read_text())
+    assert not any(found[True].values())
+    assert sum(found[False]["reduce-scatter"]) == MODEL.num_params / 4
+    assert sum(found[False]["all-reduce"]) == MODEL.num_params / 4  # after that, so of a quarter
 
 
 def test_full_sharding_gathers_and_reduces_in_every_micro_batch(steps):
     found = collectives((steps / "data=8 full.hlo").read_text())
     weights = 3 * 6 + 2  # six a layer, embedding and head
-    assert found[True]["all-reduce"] + found[True]["reduce-scatter"] == weights
-    assert found[False]["all-reduce"] + found[False]["reduce-scatter"] == 0
+    assert len(found[True]["all-reduce"] + found[True]["reduce-scatter"]) == weights
+    assert not found[False]["all-reduce"] + found[False]["reduce-scatter"]
     # On a CPU XLA gathers them once for all micro-batches, on a GPU in each.
-    assert found[True]["all-gather"] + found[False]["all-gather"] >= weights
+    assert len(found[True]["all-gather"] + found[False]["all-gather"]) >= weights
+    assert len(found[False]["all-to-all"]) == 2 * 3 * 8  # Muon's, there and back
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -111,7 +131,7 @@ def test_every_preset_can_be_cut(depth, data):
     layout = Layout(mesh)
     params = jax.eval_shape(lambda: gpt.init(model))
     tx = optim.make_optimizer(model.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, layout=layout)
-    cut = layout.cut(jax.eval_shape(tx.init, params))
+    cut = layout.shard_specs(jax.eval_shape(tx.init, params))
     for spec, leaf in zip(
         jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, jax.P)), jax.tree.leaves(jax.eval_shape(tx.init, params)),
         strict=True,

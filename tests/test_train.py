@@ -14,14 +14,14 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, devices, gpt, metrics, optim, stages
+from nanochat_jax import checkpoint, commandline, config, dataset, devices, evaluations, gpt, metrics, optim, stages
 from nanochat_jax import run as run_module
 from nanochat_jax import train as train_module
-from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.run import TrainState, open_run
+from nanochat_jax.config import GPTConfig, Model, UserError
+from nanochat_jax.run import compiled_memory, open_run
 from nanochat_jax.step import (
     Geometry,
-    compiled_memory,
+    TrainState,
     geometry_of_rows,
     make_step,
     rows_of_examples,
@@ -330,8 +330,10 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
      ({"resume": "sometimes"}, "--resume=sometimes: must be auto, never or a step"),
      ({"num_iterations": -1, "target_param_data_ratio": 0.0}, "raise --num_iterations"),
      ({"num_iterations": -5}, "--num_iterations=-5: must be at least 1, or -1"),
-     ({"grad_clip": -1.0}, "--grad_clip=-1.0: must be at least 0, which is off"),
-     ({"grad_clip": float("nan")}, "--grad_clip=nan"), ({"max_seq_len": 1}, "--max_seq_len=1: must be at least 2"),
+     ({"grad_clip": -1.0}, "--grad_clip=-1.0: must be at least 0"), ({"matrix_lr": float("nan")}, "--matrix_lr=nan"),
+     ({"seed": -1}, "--seed=-1: must be at least 0"), ({"seed": 2**40}, "--seed=1099511627776: must be"),
+     ({"warmup_ratio": 2.0}, "--warmup_ratio=2.0: must be from 0 to 1"), ({"keep_last": 0}, "--keep_last=0: must be"),
+     ({"max_seq_len": 1}, "--max_seq_len=1: must be at least 2"),
      ({"device_type": "abacus"}, "--device_type=abacus: must be cpu, gpu or tpu"),
      ({"compute_dtype": "float8"}, "--compute_dtype=float8")],
 )  # fmt: skip
@@ -353,6 +355,21 @@ def test_automatic_device_batch_is_the_largest_divisor_that_fits(rows, fits):
     assert tried == sorted(tried, reverse=True)
 
 
+def test_automatic_device_batch_takes_what_the_estimate_did_not_expect():
+    """What --shard=full and --remat save, for instance."""
+    d20 = Model(depth=20).gpt_config(65536)
+    tried = []
+
+    def need(micro, n):
+        tried.append(n)
+        return 10**9 + n * 3 * 10**8
+
+    assert rows_that_fit(d20, 256, need, limit=75 * 10**9) == 128
+    assert tried == sorted(tried) and len(tried) <= 5
+    huge = Model(depth=60).gpt_config(65536)
+    assert rows_that_fit(huge, 16, lambda micro, n: 10**10 + n * 3 * 10**9, limit=75 * 10**9) == 16
+
+
 def test_automatic_device_batch_says_what_to_do_when_nothing_fits():
     with pytest.raises(UserError, match="--remat=full"):
         rows_that_fit(MODEL, 8, lambda micro, n: 2**30, limit=2**20)
@@ -368,13 +385,14 @@ def test_memory_of_a_compiled_step_grows_with_its_rows(world):
 @pytest.mark.parametrize(
     ("module", "name", "words"),
     [(run_module, "_initial_state", "for the weights .*--shard=full"),
-     (train_module, "step_of", r"lower --device_batch_size \(now 2\)")],
+     (train_module, "step_of", r"for a step: lower --device_batch_size \(now 2\)"),
+     (evaluations, "validate", "for an evaluation: turn off .*--sample_every")],
 )  # fmt: skip
 def test_out_of_memory_names_the_flag(world, monkeypatch, module, name, words):
     def explode(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.")
 
-    monkeypatch.setattr(module, name, explode if module is run_module else lambda run: explode)
+    monkeypatch.setattr(module, name, (lambda run: explode) if name == "step_of" else explode)
     with pytest.raises(UserError, match=f"^out of memory.*{words}"):
         train(tiny.base_config(model_tag="large"))
 

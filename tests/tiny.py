@@ -17,11 +17,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FLAGS = {
     "depth": 2, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 64, "total_batch_size": 256,
     "device_batch_size": 2, "num_iterations": 8, "eval_every": -1, "eval_tokens": 256, "core_metric_every": -1,
-    "sample_every": -1, "save_every": 2,
+    "sample_every": -1, "save_every": 2, "compute_dtype": "float32",  # also where the CPU is fast with bfloat16
 }  # fmt: skip
 STAGE_FLAGS = {
     "base": set(FLAGS),
-    "mid": {"total_batch_size", "device_batch_size", "num_iterations", "eval_every", "eval_tokens", "save_every"},
+    "mid": {
+        "total_batch_size", "device_batch_size", "num_iterations", "eval_every", "eval_tokens", "save_every",
+        "compute_dtype",
+    },
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from serving import TEXT, ScriptedEngine, say, serving
 
+from nanochat_jax.serve.page import FILES
 from nanochat_jax.tokenizer import Tokenizer
 
 try:
@@ -42,6 +43,15 @@ SHOWS = f"""Here is **how**:
 print("{SCRIPT}")
 ```
 [here](javascript:document.title='owned') and [there](https://example.org/a_b_c), ![pixel](http://example.org/x.png)"""
+
+EXPORTS = """async addresses => {
+    if (globalThis.exported) return;
+    for (const address of addresses) {
+        const module = await import(new URL(address, document.baseURI));
+        for (const name in module) Object.defineProperty(globalThis, name, { get: () => module[name] });
+    }
+    globalThis.exported = true;
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +86,8 @@ class Chat:
         self.until("document.querySelector('#model').innerText.includes('nanochat')")
 
     def js(self, script: str, *args):
+        """What a script returns that knows everything the page's modules export."""
+        self.page.evaluate(EXPORTS, [f".{address}" for address in FILES if address.endswith(".js")])
         return self.page.evaluate(script, *args)
 
     def until(self, script: str, seconds: float = 10) -> None:

@@ -19,6 +19,7 @@ from serving import TEXT, ScriptedEngine, command, save_model, say, serving, unt
 
 from nanochat_jax import gpt
 from nanochat_jax.config import ChatWeb, GPTConfig
+from nanochat_jax.serve.page import FILES
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CONTEXT = 128
@@ -110,7 +111,7 @@ def test_the_key_is_asked_for(server):
     for path in ("/stats", "/metrics", "/openapi.json", "/v1/models"):
         assert httpx.get(f"{server.url}{path}").status_code == 401
     assert httpx.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]}).status_code == 401
-    assert {httpx.get(f"{server.url}{path}").status_code for path in ("/", "/logo.svg", "/health")} == {200}
+    assert {httpx.get(f"{server.url}{path}").status_code for path in (*FILES, "/health")} == {200}
 
 
 def test_a_seed_gives_the_same_chat_streamed_or_not(client, tokenizer):

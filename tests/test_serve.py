@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 
 import httpx
 import numpy as np
@@ -18,6 +20,7 @@ from serving import TEXT, ScriptedEngine, command, save_model, say, serving, unt
 from nanochat_jax import gpt
 from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.serve.page import FILES, UI
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -390,14 +393,36 @@ def test_the_real_engine_gives_the_same_answer_alone_and_in_a_crowd(tokenizer, c
 
 def test_serves_the_page_from_any_folder(tokenizer, client, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    kinds = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}
+    kinds["js"] = "text/javascript; charset=utf-8"
     with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
-        page, logo = client.get(f"{server.url}/"), client.get(f"{server.url}/logo.svg")
-    assert page.status_code == logo.status_code == 200
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert logo.headers["content-type"].startswith("image/svg+xml")
-    text = page.text.replace("http://www.w3.org/2000/svg", "")  # a name, which nobody fetches
-    assert "innerHTML" not in text and "http://" not in text and "https://" not in text
+        for address, name in FILES.items():
+            answer = client.get(server.url + address)
+            assert answer.status_code == 200 and answer.content == (UI / name).read_bytes()
+            assert answer.headers["content-type"] == kinds[name.rpartition(".")[2]]
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cache-control"] == "no-cache"
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'; script-src 'self'; style-src 'self';" in policy and "unsafe" not in policy
+            text = answer.text.replace("http://www.w3.org/2000/svg", "")  # a name, which nobody fetches
+            assert "innerHTML" not in text and "http://" not in text and "https://" not in text
+            # What one file names is there too, at an address relative to its own.
+            named = re.findall(r'(?:src|href)="([^"]+)"|^import .* from "([^"]+)"', text, re.MULTILINE)
+            assert {"/" + (link or module.removeprefix("./")) for link, module in named} <= set(FILES)
+            assert all(link or module.startswith("./") for link, module in named)
+
+
+def test_serves_nothing_else_of_the_folder(tokenizer):
+    assert sorted(FILES.values()) == sorted(path.name for path in UI.iterdir())
+    paths = "/index.html /ui/page.js /page.py /../app.py /%2e%2e/app.py /..%2fapp.py /page.js/ /page.js/../../app.py"
+    with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
+        for path in paths.split():
+            connection = HTTPConnection("127.0.0.1", server.port, timeout=10)  # which sends a path as it is
+            connection.request("GET", path)
+            response = connection.getresponse()
+            assert response.status == (307 if path == "/page.js/" else 404), path  # to the address without the slash
+            assert b"import" not in response.read(), path
+            connection.close()
 
 
 # -----------------------------------------------------------------------------

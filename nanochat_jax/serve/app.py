@@ -1,4 +1,4 @@
-"""The web server: the page, the stream of an answer, health and statistics; OpenAI's API is in openai.py.
+"""The web server: the stream of an answer, health and statistics; OpenAI's API is in openai.py, the page in page.py.
 
 `POST /chat/completions` answers with server-sent events, one JSON object a `data:` line: {"token": text, "gpu": n},
 {"python": expression} and {"output": result} for the calculator, {"waiting": place} for whom no slot is free yet,
@@ -7,18 +7,15 @@ text}, and at the end {"done": true}. A conversation whose last message is the a
 a client gets wrong is answered with 400 and {"detail": reason}. Nothing of a conversation is logged unless asked.
 """
 
-import base64
-import hashlib
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import repeat
-from pathlib import Path
 from typing import Literal
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
 from starlette.middleware.cors import CORSMiddleware
 
@@ -26,7 +23,7 @@ from nanochat_jax.config import ChatWeb, UserError
 from nanochat_jax.conversation import PartReader, prompt
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request as EngineRequest
-from nanochat_jax.serve import errors, openai
+from nanochat_jax.serve import errors, openai, page
 from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.guard import Guard
 from nanochat_jax.serve.metrics import CONTENT_TYPE, Metrics
@@ -35,7 +32,6 @@ from nanochat_jax.serve.reply import HEARTBEAT, PATIENCE, Reply, data
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, EngineWorker
 from nanochat_jax.tokenizer import Tokenizer
 
-UI = Path(__file__).parent / "ui"
 ROLES = ("user", "assistant", "system")
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000
@@ -102,17 +98,7 @@ def create_app(
             allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"],
         )  # fmt: skip
     app.include_router(openai.routes(engine, worker, settings, name))
-
-    text = (UI / "index.html").read_text(encoding="utf-8")
-    headers = page_headers(text)
-
-    @app.get("/", include_in_schema=False)
-    async def page():
-        return HTMLResponse(text, headers=headers)
-
-    @app.get("/logo.svg", include_in_schema=False)
-    async def logo():
-        return FileResponse(UI / "logo.svg", media_type="image/svg+xml")
+    app.include_router(page.routes())
 
     @app.get("/health")
     async def health():
@@ -163,27 +149,6 @@ def create_app(
         return Reply(answer, events(answer, engine.tokenizer, dropped))
 
     return app
-
-
-def page_headers(text: str) -> dict[str, str]:
-    """The page runs its own script, known by its hash, and talks to its own server. Nothing else runs or is loaded,
-    and no string becomes HTML, whatever a model writes."""
-
-    def inline(tag: str) -> str:
-        content = text[text.index(f"<{tag}>") + len(tag) + 2 : text.index(f"</{tag}>")]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-    policy = (
-        f"default-src 'none'; script-src {inline('script')}; style-src {inline('style')}; img-src 'self'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'"
-    )
-    return {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
 
 
 def check(messages: list[Message]) -> None:

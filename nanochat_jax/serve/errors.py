@@ -9,8 +9,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from nanochat_jax.serve.page import FILES
+
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # else by hundred
-_OWN = ("/", "/logo.svg", "/chat/completions", "/health", "/stats", "/metrics", "/openapi.json")
+_OWN = (*FILES, "/chat/completions", "/health", "/stats", "/metrics", "/openapi.json")
 _TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # pydantic names the member of a union it tried
 _JSON_TYPE = re.compile(r"\s*application/([^;]+\+)?json\s*(;|$)", re.IGNORECASE)
 NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"

@@ -6,12 +6,13 @@ import hmac
 from nanochat_jax.serve import errors
 from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.metrics import Metrics
+from nanochat_jax.serve.page import FILES
 
 MAX_BODY = 1 << 20  # bytes; 32,000 characters, each escaped, are well below it
 MAX_DISCARDED = 16 << 20  # so much of a larger body is read all the same, since who is still sending hears no answer
 BODY_SECONDS = 30  # a client that sends its request by the drop holds a connection no longer than this
 CLOSE = {"Connection": "close"}
-OPEN = ("/", "/logo.svg", "/health")  # what needs no key: the page asks for it
+OPEN = (*FILES, "/health")  # what needs no key: the page asks for it
 
 
 class Guard:

@@ -1,0 +1,42 @@
+"""The page's files: read once at start, open to everybody, and nothing else of their folder."""
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+UI = Path(__file__).parent / "ui"
+SCRIPTS = (
+    "page.js", "chats.js", "settings.js", "conversation.js", "message.js", "markdown.js", "composer.js", "server.js",
+    "storage.js", "log.js", "dom.js",
+)  # fmt: skip
+FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "logo.svg", *SCRIPTS)}  # address -> file
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+# The page runs its own scripts and talks to its own server. Nothing else runs or is loaded, and no string becomes HTML,
+# whatever a model writes.
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def routes() -> APIRouter:
+    router = APIRouter()
+    for address, name in FILES.items():
+        router.add_api_route(address, _serve(UI / name), include_in_schema=False)
+    return router
+
+
+def _serve(path: Path):
+    content = path.read_bytes()
+
+    async def serve():
+        return Response(content, media_type=TYPES[path.suffix], headers=HEADERS)
+
+    return serve

@@ -1,0 +1,60 @@
+// Talking to the server: whether it is there, what it answers, and why it does not.
+
+import { $, sentence } from "./dom.js";
+import { settings } from "./storage.js";
+
+export let server = {};  // what /health says: the model, its context, the defaults
+
+export class Refused extends Error {}      // the server will not answer this, however often it is asked
+export class Unreachable extends Error {   // it may, later: busy, gone, or starting again
+  constructor(message, seconds) { super(message); this.seconds = seconds; }
+}
+
+// The events that answer the messages, or an error.
+export async function request(messages, signal) {
+  const { temperature, top_k, max_tokens, key } = settings();
+  const headers = { "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) };
+  const body = JSON.stringify({ messages, temperature, top_k, max_tokens });
+  const response = await fetch("chat/completions", { method: "POST", headers, body, signal })
+    .catch(() => { throw new Unreachable("The server does not answer.", 0); });
+  if (!response.ok) throw await refusal(response);
+  return events(response.body);
+}
+
+async function refusal(response) {
+  const detail = await response.json().then(body => body.detail, () => "");
+  const text = typeof detail === "string" && detail ? detail : `The server answered ${response.status}.`;
+  if (response.status === 401) {
+    dispatchEvent(new Event("nokey"));  // the settings open then
+    return new Error(settings().key ? "The server does not know this key." : "The server asks for a key: see the settings.");
+  }
+  if (response.status === 429) return new Unreachable("The server is busy.", Number(response.headers.get("Retry-After")));
+  if (response.status >= 500) return new Unreachable(sentence(text), 0);
+  return new Refused(text);
+}
+
+// The JSON of server-sent events. Neither an event nor a character need arrive in one piece.
+export async function* events(stream) {
+  const reader = stream.getReader(), decoder = new TextDecoder();
+  let buffer = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    buffer += done ? decoder.decode() : decoder.decode(value, { stream: true });
+    const lines = buffer.split(/\r?\n/);
+    buffer = lines.pop();
+    for (const line of lines) if (line.startsWith("data:")) yield JSON.parse(line.slice(5));
+    if (done) return;
+  }
+}
+
+export async function meet(attempt = 0) {
+  try {
+    server = await (await fetch("health")).json();
+    $("model").textContent = server.ready ? server.model ?? "" : "the model is not running";
+  } catch {
+    $("model").textContent = "the server does not answer";
+  }
+  const well = Boolean(server.ready) && $("model").textContent === server.model;
+  $("model").classList.toggle("gone", !well);
+  if (!well) setTimeout(meet, Math.min(15, 2 ** attempt) * 1000, attempt + 1);
+}

@@ -21,10 +21,8 @@ FLAGS = {
 }  # fmt: skip
 STAGE_FLAGS = {
     "base": set(FLAGS),
-    "mid": {
-        "total_batch_size", "device_batch_size", "num_iterations", "eval_every", "eval_tokens", "save_every",
-        "compute_dtype",
-    },
+    "mid": set(FLAGS)
+    - {"depth", "aspect_ratio", "head_dim", "max_seq_len", "core_metric_every", "sample_every"},  # base alone has these
 }
 
 

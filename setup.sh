@@ -28,6 +28,16 @@ gpu_extra() {
 usable() { .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 make_environment() {
+    # One at a time: two at once would install into each other's environment. Not every system has flock.
+    if command -v flock >/dev/null; then
+        exec 9>"${TMPDIR:-/tmp}/nanochat-setup-$(pwd | sha256sum | cut -c1-16)-$(id -u).lock"
+        flock -n 9 || { echo "== waiting for another set-up of .venv"; flock 9; }
+    fi
+    make_environment_alone "$@"
+    if command -v flock >/dev/null; then exec 9>&-; fi
+}
+
+make_environment_alone() {
     local wanted have source wheels build python
     wanted=$(echo "$* $(gpu_extra)" | xargs)
     source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum | cut -c1-16)
@@ -43,7 +53,7 @@ make_environment() {
         command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
     fi
     command -v uv >/dev/null || usable || python=$(find_python) || exit 2
-    echo "== setting up .venv [$wanted]: a few minutes, once"
+    echo "== setting up .venv [$wanted]: the Python packages and the Rust tokenizer, one to three minutes, once"
     if command -v uv >/dev/null; then
         usable || uv venv --quiet --clear --seed --python '>=3.11' .venv
         install() { uv pip install --quiet --python .venv/bin/python "$@"; }

@@ -62,7 +62,7 @@ if [ -n "$fresh" ]; then
     done
     echo "starting over; what was there is in $old"
 fi
-mkdir -p "$marks"
+mkdir -p "$marks" || { echo "error: set NANOCHAT_BASE_DIR to a folder that can be written" >&2; exit 2; }
 
 say() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
 
@@ -80,10 +80,9 @@ judge() {
     touch "$mark"
 }
 
-[ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
-
 # What would be trained here: a batch that this machine cannot take is better said before the download than after.
 [ "$tag" = cpu ] || python -m scripts.doctor --config="$preset"
+[ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
 
 # Text and tokenizer. The validation shard and one more tell whether the hub can be reached; the rest comes meanwhile,
 # in order, and the tokenizer waits for those that it is trained on: as many as its settings say.

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat_jax import files, processes
-from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
+from nanochat_jax.config import REPOSITORY, STAGES, GPTConfig, UserError, base_dir
 
 if TYPE_CHECKING:
     from nanochat_jax.tokenizer import Tokenizer
@@ -36,6 +36,9 @@ UNDER_WAY, COMPLETE, FAILED = range(3)  # how far a process is with its part of 
 
 
 def run_dir(stage: str, tag: str) -> Path:
+    """The folder of the run called `tag`. UserError for a name that leads elsewhere, or to what was moved aside."""
+    if "/" in tag or os.sep in tag or tag.startswith("."):
+        raise UserError(f"--model_tag={tag}: must be a name, without / and not beginning with a dot")
     return base_dir() / f"{stage}_checkpoints" / tag
 
 
@@ -329,12 +332,16 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
     """Folder and step of a checkpoint. No tag: the most recently saved run of the stage; no step: the latest good."""
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
-    root = base_dir() / f"{stage}_checkpoints"
-    missing = f"no {stage} checkpoint under {root / tag if tag else root}: run python -m scripts.train --stage={stage}"
+    root = run_dir(stage, "")
+    saved = [p for p in root.glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
+    preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
+    missing = f"no {stage} checkpoint under {root / tag if tag else root}: "
+    if others := sorted({p.parents[1].name for p in saved} - {tag}):
+        missing += f"there is {', '.join(others)}; or "
+    missing += f"run python -m scripts.train --stage={stage}{preset}"
     if tag:
-        run = root / tag
+        run = run_dir(stage, tag)
     else:
-        saved = [p for p in root.glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
         if not saved:
             raise UserError(missing)
         run = max(saved, key=lambda p: p.stat().st_mtime).parents[1]

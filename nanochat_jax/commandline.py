@@ -8,6 +8,7 @@ that `--help` and every complaint about a flag are immediate.
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import functools
 import math
@@ -174,7 +175,9 @@ def _take(cls: type, owners, key: str, value, where: str) -> dict:
     """{key: value} if it is a setting of `cls`, {} if only others of `owners` have it."""
     fields = {c: c.__dataclass_fields__[key] for c in owners if key in c.__dataclass_fields__}
     if not any("help" in field.metadata for field in fields.values()):
-        raise UserError(f"{where}: unknown setting")
+        names = {name for c in owners for name, field in c.__dataclass_fields__.items() if "help" in field.metadata}
+        like = difflib.get_close_matches(key, names, 1)
+        raise UserError(f"{where}: unknown setting" + (f"; did you mean {like[0]}?" if like else ""))
     if cls not in fields:
         return {}
     try:

@@ -226,6 +226,9 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     if not cfg.resume.isdigit():
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
     step = int(cfg.resume)
+    if step not in (there := checkpoint.steps(folder)):
+        steps = ", ".join(map(str, there)) or "none"
+        raise UserError(f"--resume={step}: no checkpoint of it in {folder}; there are: {steps}")
     if wrong := checkpoint.damage(checkpoint.step_dir(folder, step)):
         raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
     return step

@@ -6,7 +6,6 @@ follows from the operands. In explicit mode every reshape and gather of the mode
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import numpy as np
@@ -237,7 +236,12 @@ class Layout:
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
         if x.shape[1] % size:
             return self.constrain(x, P("data"))
-        exchange = partial(jax.lax.all_to_all, axis_name="data", split_axis=0, concat_axis=1, tiled=True)
+
+        def exchange(x):
+            # One array with one layout: XLA on a CPU refuses to send slices of the arrays that x was made of.
+            x = jax.lax.optimization_barrier(x)
+            return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
+
         return jax.shard_map(exchange, mesh=self.mesh, in_specs=P(None, "data"), out_specs=P("data"))(x)
 
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:

@@ -36,7 +36,8 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
         if not path.exists():
-            raise UserError(f"{path} does not exist: train a tokenizer with python -m scripts.tok_train")
+            how = "train a tokenizer with python -m scripts.tok_train, and the --config of this command if it has one"
+            raise UserError(f"{path} does not exist: {how}")
     about = _parse(_read(ours), ours)
     if about.get("format") != FORMAT:
         raise UserError(f"{ours}: format is {about.get('format')!r}, expected {FORMAT!r}")

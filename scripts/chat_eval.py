@@ -30,6 +30,7 @@ def main(cfg: config.ChatEval) -> None:
         if tasks.task_class(name).eval_type is None:
             judged = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: a task only for training; those with a score are {judged}")
+    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # before anything is downloaded for it
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     dtype = devices.precision(cfg.compute_dtype, model=model.config)

@@ -5,6 +5,7 @@ and --port shares its --slots. SIGTERM lets answers under way end before the ser
 """
 
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -108,6 +109,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise config.UserError(f"--host={host}: no address of this machine; 127.0.0.1 is it alone") from None
         hint = f"try another, like --port={port + 1}" if port < 65535 else "try another"
         raise config.UserError(f"--port={port} on {host}: {os.strerror(error.errno)}; {hint}") from None
     return listener

@@ -4,6 +4,7 @@
 # (Chromium), gpu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit 0 ;; esac
 
 source setup.sh dev
 

@@ -232,7 +232,7 @@ def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
     cfg = tiny.base_config(model_tag="evaluated", num_iterations=STEPS["base"], seed=7, save_every=-1, sample_every=5)
     run = checkpoint.run_dir("base", "evaluated")
     for step in (5, 10):
-        monkeypatch.setattr(training, "sample", fails_after(step - 5))
+        monkeypatch.setattr(evaluations, "sample", fails_after(step - 5))
         with pytest.raises(RuntimeError, match="an evaluation that fails"):
             training.train(cfg)
         assert checkpoint.latest(run) == logged(run) == step

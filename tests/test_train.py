@@ -249,6 +249,7 @@ def test_what_a_process_killed_while_saving_left_is_removed(world):
         assert unfinished() == [left]
     resumed = tiny.run("base", world, model_tag="torn", num_iterations=2000, save_every=1, resume=complete[-1] + 5000)
     assert resumed.returncode == 2 and f"{left}: half-written" in resumed.stdout
+    assert f"no checkpoint of it in {folder}; there are: {complete[0]}" in resumed.stderr
     assert not unfinished() and not list(folder.glob("*.part")) and checkpoint.steps(folder) == complete
 
 

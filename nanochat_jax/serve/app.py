@@ -113,7 +113,7 @@ def create_app(
             "defaults": {
                 "temperature": settings.temperature,
                 "top_k": settings.top_k,
-                "max_tokens": settings.max_new_tokens,
+                "max_tokens": min(settings.max_new_tokens, engine.cfg.sequence_len),
             },
         }
         return JSONResponse(body, status_code=200 if ready else 503)

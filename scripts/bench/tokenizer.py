@@ -77,7 +77,9 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
     from nanochat_jax import dataset
 
     path = Path(corpus).expanduser()
-    if not corpus or not path.exists():
+    if not corpus:
+        raise UserError("--corpus is missing: a file or folder of text, see --help")
+    if not path.exists():
         raise UserError(f"--corpus={corpus}: no such file or folder")
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else [path]
     files = [p for p in files if p.name.endswith(dataset.SUFFIXES)]

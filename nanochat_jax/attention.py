@@ -106,15 +106,16 @@ def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
     """Attention of q [b,t,h,k], whose first token sits at position start [b], to cache rows k, v [b,n,s,k].
 
-    A query at position p sees slots 0..p, or the last `window` + 1 of them. Softmax in float32.
+    A query at position p sees slots 0..p, or the last `window` + 1 of them. Softmax in float32. The cache may be of
+    another dtype than q, in which case that is what is multiplied in; the result is of q's.
     """
     b, t, h, d = q.shape
-    n = k.shape[1]
+    n, dtype = k.shape[1], q.dtype
     # [b,n,g,t,k] as in `_xla`: not every CPU has a bf16 dot for another order.
-    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)
+    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
     scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accumulator(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bngts,bnsk->bngtk", weights, v, preferred_element_type=accumulator(q.dtype))
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(v.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(dtype)

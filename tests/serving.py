@@ -96,7 +96,7 @@ def save_model(base: Path, params, cfg: GPTConfig, tokenizer) -> None:
 @contextlib.contextmanager
 def command(base: Path, *flags: str, run: tuple[str, str] = ("-m", "scripts.chat_web")):
     """scripts.chat_web in a process of its own, on a free port: yields its `url` and the `process`."""
-    line = [sys.executable, *run, "--port=0", "--device_type=cpu", *flags]
+    line = [sys.executable, *run, "--port=0", "--device_type=cpu", "--compute_dtype=float32", *flags]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base)}
     process = subprocess.Popen(line, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -284,6 +284,8 @@ def test_bfloat16_runs_alone_and_in_a_batch(params, cfg, tokenizer):
     for count in (1, 4):  # the four are prefilled together
         answers = engine.run([Request(prompt(5, i), max_tokens=6, stop_ids=()) for i in range(count)])
         assert [len(sample.ids) for [sample] in answers] == [6] * count
+    held = jax.tree.leaves(engine._cache)
+    assert {x.dtype for x in held} == {jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)}
 
 
 # -----------------------------------------------------------------------------

@@ -70,6 +70,23 @@ def test_cached_decoding_equals_the_full_forward(params, cuts):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=2e-5)
 
 
+@pytest.mark.parametrize("kept", [jnp.bfloat16, jnp.float32])
+def test_cached_decoding_in_bfloat16_whatever_the_cache_is_kept_in(params, kept):
+    ids = jax.random.randint(jax.random.key(2), (3, 12), 0, CFG.vocab_size)
+    low = gpt.cast(params, jnp.bfloat16)
+    full = hidden(low, CFG, ids, jnp.bfloat16)
+    shape = (3, CFG.n_kv_head, 16, CFG.head_dim)
+    cache = {n: [jnp.zeros(shape, kept)] * CFG.n_layer for n in ("k", "v")} | {"length": jnp.zeros(3, jnp.int32)}
+    step = jax.jit(functools.partial(gpt.decode, dtype=jnp.bfloat16), static_argnums=1)
+    parts = []
+    for t in range(12):
+        x, cache = step(low, CFG, ids[:, t : t + 1], cache)
+        parts.append(x)
+    together = jnp.concatenate(parts, 1)
+    assert together.dtype == jnp.bfloat16 and cache["k"][0].dtype == kept
+    np.testing.assert_allclose(together.astype(jnp.float32), full.astype(jnp.float32), atol=0.05)
+
+
 def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(params):
     ids = jnp.arange(20)[None]
     low = forward(params, CFG, ids, jnp.bfloat16)

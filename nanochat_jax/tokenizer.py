@@ -48,9 +48,9 @@ PARTS = {
 }
 
 
-def _rustbpe():
-    """Our Rust module. From the repository root an unbuilt crate looks like an empty package of the same name; PyPI's
-    rustbpe and our own older builds cannot do encode_batch."""
+def crate():
+    """The module of our Rust crate. UserError if it is not built, in which case an empty package of the same name is
+    found from the repository root, or PyPI's rustbpe, or an older build: none of them can do encode_batch."""
     try:
         import rustbpe
     except ImportError:
@@ -81,7 +81,7 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(f"vocab_size={vocab_size}: must be at least {smallest}, the bytes and the special tokens")
-        core = _rustbpe().Tokenizer()
+        core = crate().Tokenizer()
         try:
             core.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
         except UserError:
@@ -98,7 +98,7 @@ class Tokenizer:
         """Reads what `save` wrote. UserError says which file is missing, damaged or foreign, and why."""
         path = Path(directory) / "tokenizer.json"
         text, ranks = tokenizer_file.read(Path(directory), SPLIT_PATTERN, SPECIAL_TOKENS)
-        module = _rustbpe()
+        module = crate()
         try:
             tokenizer = Tokenizer(module.Tokenizer.from_mergeable_ranks(SPLIT_PATTERN, ranks))
         except ValueError as error:

@@ -50,7 +50,7 @@ def rust_tokenizer() -> str:
     from nanochat_jax import tokenizer
 
     try:
-        tokenizer._rustbpe()
+        tokenizer.crate()
     except UserError as error:
         return str(error)
     return "built"

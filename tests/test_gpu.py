@@ -69,7 +69,10 @@ def test_a_step_with_flash_attention_equals_one_without():
 
 def test_a_run_chooses_kernel_precision_and_batch_by_itself(own_base_dir, capsys):
     tiny.make_world(own_base_dir)
-    flags = {"head_dim": 64, "aspect_ratio": 64, "device_batch_size": 0, "max_seq_len": 256, "total_batch_size": 8192}
+    flags = {
+        "head_dim": 64, "aspect_ratio": 64, "device_batch_size": 0, "max_seq_len": 256, "total_batch_size": 8192,
+        "compute_dtype": "",
+    }  # fmt: skip
     train(tiny.base_config(model_tag="auto", **flags))
     said = capsys.readouterr().out
     assert "matmuls in bfloat16 (the GPU has bf16 units), attention by cudnn (tried, it runs)" in said
@@ -94,7 +97,10 @@ def test_recomputation_saves_memory_in_layers_that_are_not_scanned():
 def test_memory_as_compiled_is_what_a_step_takes(own_base_dir):
     """As the analysis of a compiled step says; the estimate that comes before it is of the same order."""
     tiny.make_world(own_base_dir)
-    flags = {"head_dim": 64, "aspect_ratio": 64, "depth": 4, "max_seq_len": 1024, "total_batch_size": 65536}
+    flags = {
+        "head_dim": 64, "aspect_ratio": 64, "depth": 4, "max_seq_len": 1024, "total_batch_size": 65536,
+        "compute_dtype": "",
+    }  # fmt: skip
     with open_run(tiny.base_config(model_tag="memory", device_batch_size=64, **flags), 0.95) as run:
         needed = compiled_memory(run, 1, 64)
         estimated = estimated_memory(run.model, 64)

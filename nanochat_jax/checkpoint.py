@@ -332,18 +332,10 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
     """Folder and step of a checkpoint. No tag: the most recently saved run of the stage; no step: the latest good."""
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
-    root = run_dir(stage, "")
-    saved = [p for p in root.glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
-    preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
-    missing = f"no {stage} checkpoint under {root / tag if tag else root}: "
-    if others := sorted({p.parents[1].name for p in saved} - {tag}):
-        missing += f"there is {', '.join(others)}; or "
-    missing += f"run python -m scripts.train --stage={stage}{preset}"
-    if tag:
-        run = run_dir(stage, tag)
-    else:
-        if not saved:
-            raise UserError(missing)
+    run = run_dir(stage, tag)
+    if not tag:
+        if not (saved := _saved(stage)):
+            raise _nothing_saved(stage, tag)
         run = max(saved, key=lambda p: p.stat().st_mtime).parents[1]
     for_training = ("optimizer/", "data.json")
     if step >= 0:
@@ -355,8 +347,22 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
         return run, step
     found = latest(run, for_training)
     if found is None:
-        raise UserError(missing)
+        raise _nothing_saved(stage, tag)
     return run, found
+
+
+def _saved(stage: str) -> list[Path]:
+    """The manifests of all checkpoints of a stage, but for runs that were moved aside."""
+    return [p for p in run_dir(stage, "").glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
+
+
+def _nothing_saved(stage: str, tag: str) -> UserError:
+    """Names the runs there are, and the command that makes the one that is missing."""
+    others = sorted({p.parents[1].name for p in _saved(stage)} - {tag})
+    there = f"there is {', '.join(others)}; or " if others else ""
+    preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
+    command = f"run python -m scripts.train --stage={stage}{preset}"
+    return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {there}{command}")
 
 
 def load_model(stage: str, tag: str = "", step: int = -1) -> Model:

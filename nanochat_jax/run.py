@@ -39,10 +39,10 @@ FREE = {
 
 MEASURED = ("train", "val", "core")  # kinds of records whose last one every checkpoint holds
 
-# What the numbers of a run may be; not a number is none of it.
-LARGEST, SEEDS = sys.float_info.max, 2**31 - 1
+# From where to where the numbers of a run may be; NaN is nowhere between.
+LARGEST = sys.float_info.max
 BOUNDS = {
-    "seed": (0, SEEDS), "keep_last": (1, LARGEST), "num_epochs": (1, LARGEST), "grad_clip": (0, LARGEST),
+    "seed": (0, 2**31 - 1), "keep_last": (1, LARGEST), "num_epochs": (1, LARGEST), "grad_clip": (0, LARGEST),
     "matrix_lr": (0, LARGEST), "embedding_lr": (0, LARGEST), "unembedding_lr": (0, LARGEST),
     "weight_decay": (0, LARGEST), "init_lr_frac": (0, LARGEST), "final_lr_frac": (0, LARGEST),
     "warmup_ratio": (0, 1), "warmdown_ratio": (0, 1),
@@ -165,7 +165,7 @@ def _check(cfg: Train) -> None:
     for name, (low, high) in BOUNDS.items():
         value = getattr(cfg, name, low)  # not every stage has all of them
         if not low <= value <= high:
-            allowed = f"at least {low}" if high in (SEEDS, LARGEST) else f"from {low} to {high}"
+            allowed = f"at least {low}" if high == LARGEST else f"from {low} to {high}"
             raise UserError(f"--{name}={value}: must be {allowed}")
 
 

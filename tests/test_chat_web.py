@@ -22,12 +22,6 @@ def tokenizer():
     return Tokenizer.train(iter(TEXT), 300)
 
 
-@pytest.fixture(scope="module")
-def client():
-    with httpx.Client(timeout=30) as client:
-        yield client
-
-
 def run_chat_web(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "scripts.chat_web", *args]
     return subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=60)
@@ -54,13 +48,13 @@ def test_a_missing_model_and_wrong_flags_are_one_line():
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr, done.stderr
 
 
-def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, client, own_base_dir):
+def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, own_base_dir):
     tiny_model(tokenizer, own_base_dir, sequence_len=128)
     with command(own_base_dir, "--slots=1") as server:
         body = {"messages": [{"role": "user", "content": "a private remark"}], "max_tokens": 5}
-        said = client.post(f"{server.url}/chat/completions", json=body)
+        said = httpx.post(f"{server.url}/chat/completions", json=body, timeout=30)
         assert said.status_code == 200 and said.text.endswith('data: {"done": true}\n\n')
-        assert client.get(f"{server.url}/health").json()["model"] == "nanochat-tiny-sft"
+        assert httpx.get(f"{server.url}/health").json()["model"] == "nanochat-tiny-sft"
         start = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         rest, errors = server.process.communicate(timeout=20)
@@ -68,7 +62,7 @@ def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, client, o
         assert server.process.returncode == 130 and errors == "stopped\n" and "private" not in rest
 
 
-def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, client, own_base_dir):
+def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, own_base_dir):
     tiny_model(tokenizer, own_base_dir, sequence_len=2048)
     with command(own_base_dir, "--slots=1", "--max_new_tokens=1500", "--temperature=1", "--top_k=0") as server:
         answers, begun = [], threading.Barrier(3)
@@ -88,7 +82,7 @@ def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, client, own
         time.sleep(0.3)
         while True:  # nobody gets an answer: who knocked while the door was closing is cut off, then all are refused
             try:
-                raise AssertionError(f"let in: {client.get(f'{server.url}/health')}")
+                raise AssertionError(f"let in: {httpx.get(f'{server.url}/health')}")
             except httpx.ReadError:
                 time.sleep(0.1)
             except httpx.ConnectError:

@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_jax import files, processes
+from nanochat_jax import files
 from nanochat_jax.config import REPOSITORY, STAGES, GPTConfig, UserError, base_dir
+from nanochat_jax.parallel import processes
 
 if TYPE_CHECKING:
     from nanochat_jax.tokenizer import Tokenizer
@@ -369,7 +370,7 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> Model:
     """Finds a checkpoint, verifies it, and loads its parameters onto the first device. Prints the choice."""
     import jax
 
-    from nanochat_jax import gpt
+    from nanochat_jax.model import gpt
 
     if jax.process_count() > 1:
         raise UserError("a model is evaluated and talked to in one process, on all devices of one host: start one task")

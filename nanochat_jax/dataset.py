@@ -21,10 +21,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import commandline, config, docstrings, hub
+from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
+from nanochat_jax.data import docstrings, hub
+from nanochat_jax.data.hub import first_line
 from nanochat_jax.files import sha256
-from nanochat_jax.hub import first_line
 
 # What the local corpus is made of besides the standard library: the core dependencies and what they depend on.
 PACKAGES = (
@@ -403,7 +404,7 @@ def main(cfg: config.Dataset) -> None:
     train, val = len(source.train_files), len(source.val_files)
     print(f"{source.name}: {train} training and {val} validation files in {source.val_files[0].parent}")
     if cfg.tokenize:
-        from nanochat_jax import tokenized
+        from nanochat_jax.data import tokenized
         from nanochat_jax.tokenizer import Tokenizer
 
         tokenized.build(source, Tokenizer.load(config.base_dir() / "tokenizer"))

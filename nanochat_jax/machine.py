@@ -77,7 +77,7 @@ def _version(package: str) -> str:
 
 def _devices() -> str:
     # In a process of its own: this one must not take a GPU's memory from a training run.
-    ask = "from nanochat_jax import devices; print(devices.describe())"
+    ask = "from nanochat_jax.parallel import devices; print(devices.describe())"
     try:
         done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):

@@ -14,15 +14,16 @@ from nanochat_jax import commandline, config, files
 def main(cfg: config.BaseEval) -> None:
     if cfg.device_batch_size < 1:
         raise config.UserError(f"--device_batch_size={cfg.device_batch_size}: must be at least 1")
-    from nanochat_jax import devices
+    from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)
     import time
 
     import jax
 
-    from nanochat_jax import checkpoint, metrics, sharding
+    from nanochat_jax import checkpoint, metrics
     from nanochat_jax.evals import core
+    from nanochat_jax.parallel import sharding
 
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     dtype = devices.precision(cfg.compute_dtype, model=model.config)

@@ -10,18 +10,20 @@ from nanochat_jax import commandline, config
 
 
 def main(cfg: config.BaseLoss) -> None:
-    from nanochat_jax import devices
+    from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)
     import time
 
     import jax
 
-    from nanochat_jax import checkpoint, dataloader, metrics, sharding
+    from nanochat_jax import checkpoint, metrics
+    from nanochat_jax.data import dataloader
     from nanochat_jax.evals.batching import num_rows
     from nanochat_jax.evals.bpb import bits_per_byte
-    from nanochat_jax.evaluations import complete
+    from nanochat_jax.parallel import sharding
     from nanochat_jax.progress import Progress
+    from nanochat_jax.training.evaluations import complete
 
     for name in ("device_batch_size", "split_tokens"):
         if getattr(cfg, name) < 1:
@@ -56,7 +58,8 @@ def main(cfg: config.BaseLoss) -> None:
 
 def text_of(meta: dict, cfg: config.BaseLoss):
     """The text that is asked for, else that of the checkpoint. Says so where it is not what the run was trained on."""
-    from nanochat_jax import dataset, hub
+    from nanochat_jax import dataset
+    from nanochat_jax.data import hub
 
     trained, settings = meta.get("text", {}), meta["config"]
     if cfg.data or cfg.data_dir:

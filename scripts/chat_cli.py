@@ -31,9 +31,10 @@ def main(cfg: config.ChatCli) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks
 
     # What the loader says goes to stderr: stdout is the conversation, for whoever reads it through a pipe.
-    from nanochat_jax import checkpoint, devices
+    from nanochat_jax import checkpoint
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
+    from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):

@@ -16,13 +16,14 @@ def main(cfg: config.ChatEval) -> None:
     if cfg.source not in config.STAGES:
         given = f"-i {cfg.source}" if cfg.source else "-i is missing"
         raise config.UserError(f"{given}: which stage to judge, {', '.join(config.STAGES)}")
-    from nanochat_jax import devices
+    from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)
     import jax
 
-    from nanochat_jax import checkpoint, metrics, sharding, tasks
+    from nanochat_jax import checkpoint, metrics, tasks
     from nanochat_jax.evals import chat
+    from nanochat_jax.parallel import sharding
 
     # Every task is there and can be judged before the first one takes its time.
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()] or list(chat.CHATCORE_TASKS)

@@ -32,7 +32,7 @@ def main(cfg: config.ChatWeb) -> None:
     cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
     # The port first: loading a model only to learn that it is taken would be a waste.
     with closing(bind(cfg.host, cfg.port)) as listener:
-        from nanochat_jax import devices
+        from nanochat_jax.parallel import devices
 
         devices.start(cfg.device_type)
         try:

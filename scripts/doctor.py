@@ -24,10 +24,11 @@ def main(cfg: config.Doctor) -> None:
     line("Rust tokenizer", rust_tokenizer())
     line("Hub", hub())
 
-    from nanochat_jax import devices
+    from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    from nanochat_jax import files, sharding
+    from nanochat_jax import files
+    from nanochat_jax.parallel import sharding
 
     line("Device memory", device_memory())
     tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
@@ -92,9 +93,12 @@ def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
     import jax
     import numpy as np
 
-    from nanochat_jax import devices, gpt, metrics, optim, sharding
-    from nanochat_jax.stages import horizon
-    from nanochat_jax.step import estimated_memory, geometry, rows_that_fit
+    from nanochat_jax import metrics
+    from nanochat_jax.model import gpt
+    from nanochat_jax.parallel import devices, sharding
+    from nanochat_jax.training import optim
+    from nanochat_jax.training.stages import horizon
+    from nanochat_jax.training.step import estimated_memory, geometry, rows_that_fit
 
     layout.check(model)
     params = jax.eval_shape(lambda: gpt.init(model))

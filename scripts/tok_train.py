@@ -88,7 +88,7 @@ def main(cfg: config.TokTrain) -> None:
 
 def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
     """Everything the tokenizer depends on. With no source given, the folder is the one recorded with the last one."""
-    from nanochat_jax import hub
+    from nanochat_jax.data import hub
 
     data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
     if not cfg.data and not cfg.data_dir:

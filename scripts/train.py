@@ -15,9 +15,9 @@ from nanochat_jax import commandline, config
 
 def main(cfg: config.Train) -> None:
     if cfg.stage == "rl":
-        from nanochat_jax.rl import train
+        from nanochat_jax.training.rl import train
     else:
-        from nanochat_jax.train import train
+        from nanochat_jax.training.train import train
     train(cfg)
 
 

@@ -7,13 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 
 from nanochat_jax import commandline, config
 from nanochat_jax.commandline import parse
-from nanochat_jax.config import UserError
+from nanochat_jax.config import REPOSITORY, UserError
 
-PRESETS = sorted(p.stem for p in (tiny.REPOSITORY / "configs").glob("*.toml"))
+PRESETS = sorted(p.stem for p in (REPOSITORY / "configs").glob("*.toml"))
 SCRIPTS = ["train", "tok_train", "tok_eval", "base_loss", "base_eval", "chat_eval", "chat_cli", "chat_web"]
 
 
@@ -37,7 +36,7 @@ def test_a_base_folder_that_cannot_be_made(tmp_path, monkeypatch):
 def test_a_python_without_the_packages_is_told_from_the_right_one():
     command = [sys.executable, "-S", "-m", "scripts.train"]  # -S: without what is installed
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tiny.REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "has no jax: source .venv/bin/activate" in done.stderr
 
@@ -122,7 +121,7 @@ def test_help_is_there_without_importing_jax(script):
     stages = [f"--stage={s}" for s in config.STAGES] if script == "train" else [""]
     for stage in stages:
         command = [sys.executable, "-X", "importtime", "-m", f"scripts.{script}", *filter(None, [stage]), "--help"]
-        result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0 and "--config PRESET" in result.stdout
         imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
         assert not imported & {"jax", "flax", "pyarrow", "tiktoken", "fastapi"}
@@ -131,7 +130,7 @@ def test_help_is_there_without_importing_jax(script):
 @pytest.mark.parametrize("arguments", [["--stage=best"], [], ["--stage=base", "--depth=x"]])
 def test_scripts_complain_in_one_line_with_exit_code_2(arguments):
     command = [sys.executable, "-m", "scripts.train", *arguments]
-    result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import attention, checkpoint, gpt, metrics, optim
+from nanochat_jax import checkpoint, metrics
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.run import compiled_memory, open_run
-from nanochat_jax.step import TrainState, estimated_memory, make_step
-from nanochat_jax.train import train
+from nanochat_jax.model import attention, gpt
+from nanochat_jax.training import optim
+from nanochat_jax.training.run import compiled_memory, open_run
+from nanochat_jax.training.step import TrainState, estimated_memory, make_step
+from nanochat_jax.training.train import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tiny
+
+from nanochat_jax.config import REPOSITORY
 
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
@@ -33,7 +34,7 @@ def road(tmp_path):
     tree = tmp_path / "tree"
     (tree / "bin").mkdir(parents=True)
     for name in ("speedrun_jax.sh", "configs"):
-        source = tiny.REPOSITORY / name
+        source = REPOSITORY / name
         shutil.copytree(source, tree / name) if source.is_dir() else shutil.copy(source, tree / name)
     (tree / "setup.sh").write_text('PATH="$PWD/bin:$PATH"\n')
     (tree / "bin" / "python").write_text(STUB)
@@ -175,9 +176,9 @@ def test_setup_names_what_is_missing(tmp_path):
     """Without cargo, and without a new enough Python: one line each, and what to install."""
     tree = tmp_path / "tree"
     (tree / "bin").mkdir(parents=True)
-    shutil.copy(tiny.REPOSITORY / "setup.sh", tree)
+    shutil.copy(REPOSITORY / "setup.sh", tree)
     for name in ("pyproject.toml", "rustbpe"):
-        source = Path(tiny.REPOSITORY / name)
+        source = Path(REPOSITORY / name)
         ignore = shutil.ignore_patterns("target")
         shutil.copytree(source, tree / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tree / name)
     for tool in ("bash", "cat", "cut", "sha256sum", "xargs", "head", "env", "sed", "mktemp", "rm", "dirname", "echo"):

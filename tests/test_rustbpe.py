@@ -21,7 +21,7 @@ from trained import flat, trained
 import rustbpe
 from nanochat_jax.tokenizer import SPLIT_PATTERN
 
-PEERS = json.loads((Path(__file__).parent / "data" / "bpe_peers.json").read_text(encoding="utf-8"))
+PEERS = json.loads((Path(__file__).parent / "recorded" / "bpe_peers.json").read_text(encoding="utf-8"))
 GPT4_PATTERN = SPLIT_PATTERN.replace("{1,2}", "{1,3}")
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 

@@ -11,9 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import sharding
-from nanochat_jax.attention import accumulator
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.model.attention import accumulator
+from nanochat_jax.parallel import sharding
 
 SMALLEST = 128  # positions; below this, attention costs little next to the weights
 

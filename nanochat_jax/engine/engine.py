@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import programs, sampler
@@ -31,6 +30,8 @@ from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.engine.programs import MAX_STOP_IDS, Schedule
 from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Likeliest, Request, Sample, Scores
 from nanochat_jax.engine.slots import Prefilled, Prompt, Row, Slots, common
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
 
 PREFILL_ROWS = 4  # prompts that are prefilled together, where as many of similar length wait
 PREFILL_TOKENS = 2048  # and only up to this many tokens: longer prompts fill the device by themselves

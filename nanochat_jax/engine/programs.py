@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt, sharding
-from nanochat_jax.attention import accumulator
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import sampler
+from nanochat_jax.model import gpt
+from nanochat_jax.model.attention import accumulator
+from nanochat_jax.parallel import sharding
 
 MAX_STOP_IDS = 8
 SCORED = 128  # positions whose logits are in memory at once while a prompt is scored

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt, sharding
 from nanochat_jax.engine.cache import bucket
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
 
 SHORTEST = 32  # tokens; shorter prompts are padded to it
 

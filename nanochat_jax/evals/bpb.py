@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.evals.batching import put_local
-from nanochat_jax.loss import num_chunks, token_losses
+from nanochat_jax.model import gpt
+from nanochat_jax.model.loss import num_chunks, token_losses
 
 
 def bits_per_byte(

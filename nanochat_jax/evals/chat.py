@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request, Sample
 from nanochat_jax.evals.batching import fetch, fixed_rows, gather, num_rows, padded, put
 from nanochat_jax.evals.score import Score, centered_mean
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
 from nanochat_jax.progress import Progress
 from nanochat_jax.tasks import Task
 

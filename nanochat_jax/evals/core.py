@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import gpt
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.evals.batching import fetch, fixed_rows, num_rows, padded, put
 from nanochat_jax.evals.bundle import CoreTask, find_bundle, read_tasks
 from nanochat_jax.evals.score import Score, centered_mean
+from nanochat_jax.model import gpt
 from nanochat_jax.progress import Progress
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]

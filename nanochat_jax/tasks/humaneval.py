@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.engine import sandbox
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import sandbox, source
 
 REPO = "openai/openai_humaneval"
 

@@ -51,7 +51,8 @@ class Settings:
 
 def main(cfg: Settings) -> None:
     _check(cfg)
-    from nanochat_jax import dataloader, dataset, tokenized
+    from nanochat_jax import dataset
+    from nanochat_jax.data import dataloader, tokenized
     from nanochat_jax.tokenizer import Tokenizer
 
     dataloader.check_packing(cfg.packing)
@@ -100,7 +101,7 @@ def _check(cfg: Settings) -> None:
 
 def _needed(cfg: Settings, source, tokenizer) -> tuple[Path, ...]:
     """The first training files, as many as the batches to measure are made of, of those that are here."""
-    from nanochat_jax import dataloader
+    from nanochat_jax.data import dataloader
 
     here = tuple(path for path in source.train_files if path.exists())
     there = dataloader.epoch_tokens(here, tokenizer)
@@ -116,7 +117,7 @@ def _needed(cfg: Settings, source, tokenizer) -> tuple[Path, ...]:
 
 def _measure(cfg: Settings, source, twins: Path | None) -> dict:
     """One pass over the files: batches, tokens to predict, seconds, seconds of the CPU, and whether the text ended."""
-    from nanochat_jax import dataloader
+    from nanochat_jax.data import dataloader
     from nanochat_jax.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
@@ -137,7 +138,7 @@ def _measure(cfg: Settings, source, twins: Path | None) -> dict:
 
 def _too_short(run: dict) -> str:
     """What makes a pass too short to say how fast the loader is; "" if nothing does."""
-    from nanochat_jax.dataloader import PREFETCH
+    from nanochat_jax.data.dataloader import PREFETCH
 
     if run["seconds"] < SHORTEST:
         return f"a pass of {run['seconds']:.2f} s is too short (at least {SHORTEST} s): give more text and --steps"

@@ -27,7 +27,7 @@ def device(job):
     """What we run on; bandwidth in bytes/s, None where unknown."""
     import jax
 
-    from nanochat_jax import devices
+    from nanochat_jax.parallel import devices
 
     devices.start(job["device_type"])
     kind, platform = jax.devices()[0].device_kind, jax.devices()[0].platform
@@ -39,11 +39,12 @@ def ours(job):
     import jax.numpy as jnp
     import numpy as np
 
-    from nanochat_jax import devices, gpt
     from nanochat_jax.config import GPTConfig
     from nanochat_jax.engine import cache
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
+    from nanochat_jax.model import gpt
+    from nanochat_jax.parallel import devices
 
     class Tokenizer:
         """Names for the special tokens, which is all an engine without tools asks for."""

@@ -11,10 +11,12 @@ import time
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, devices, gpt
+from nanochat_jax import checkpoint
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import devices
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts.chat_web import CHUNK
 

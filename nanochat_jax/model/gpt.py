@@ -1,0 +1,289 @@
+"""The model: a decoder-only transformer, its initialisation, and the functions that apply it.
+
+Rotary embeddings, QK-norm, grouped-query attention, ReLU^2 MLP, RMSNorm without gains, no biases, untied head, logits
+capped softly at 15. Flax NNX defines the modules; everything outside this file sees a plain nested dict of arrays (the
+parameters) and pure functions of it, so that `jax.jit`, `jax.grad` and optax need to know nothing of NNX.
+
+Axis letters, here and everywhere: b batch, t query time, s key time, d model, h query head, n kv head, k head dim,
+f ffn, v vocab, l layer. Layer weights are stacked [l, in, out]: one leaf a kind, so that the optimizer orthogonalises
+them as one batch and a checkpoint has eight leaves.
+
+Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm
+statistics, softmax and logits are float32. The rotary table and rotation stay in float32, unlike in the specification,
+whose bf16 tables cost 1e-3 in the logits.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.model.attention import accumulator, cached_attention, causal_attention
+
+Params = dict  # nested dict of arrays, as `init` makes it
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the blocks are computed over whole sequences; what they compute is the same."""
+
+    scan: bool = False  # one compiled block for all layers: compiles faster, runs slower
+    remat_policy: Callable | None = None  # of jax.checkpoint: what the backward pass finds; None: all it needs
+    gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # a weight, whole again where it is sharded
+
+
+PLAIN = Execution()
+
+
+# -----------------------------------------------------------------------------
+# Pieces
+
+
+MATMUL = "matmul"  # what jax.checkpoint knows the results of `dense` by
+
+
+def dense(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x [b,t,i] @ w [i,o] -> [b,t,o] in `dtype`, accumulated in float32."""
+    return checkpoint_name(_dense(x, w, dtype), MATMUL)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x, w, dtype):
+    """`dense` with its own VJP.
+
+    Plain autodiff would hand float32 cotangents to the two matmuls of the backward pass,
+    which then miss the fast bf16 kernels on GPUs and CPUs alike. The weight gradient is float32.
+    """
+    y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accumulator(dtype))
+    return y.astype(dtype)
+
+
+def _dense_forward(x, w, dtype):
+    return _dense(x, w, dtype), (x, w)
+
+
+def _dense_backward(dtype, saved, g):
+    x, w = saved
+    g = g.astype(dtype)
+    dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accumulator(dtype))
+    # Contracted over (b, t) unflattened: flattening first takes XLA:CPU off its fast path.
+    dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accumulator(dtype))
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+def norm(x: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis, without gain; statistics in float32, result in x's dtype."""
+    y = x.astype(accumulator(x.dtype))
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rotary(positions: jax.Array, cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, float32 [..., 1, k/2] for integer positions [...]."""
+    half = cfg.head_dim // 2
+    frequency = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [b,t,h,k] in the planes (j, j + k/2), by *minus* the angle, as nanochat's checkpoints expect."""
+    x1, x2 = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
+class Blocks(nnx.Module):
+    """The weights of all transformer blocks, stacked over layers."""
+
+    def __init__(self, cfg: GPTConfig, rngs: nnx.Rngs):
+        l, d, q, kv = cfg.n_layer, cfg.n_embd, cfg.n_embd, cfg.n_kv_head * cfg.head_dim
+
+        def uniform(*shape):  # standard deviation 1/sqrt(d)
+            bound = (3 / d) ** 0.5
+            return nnx.Param(jax.random.uniform(rngs(), (l, *shape), jnp.float32, -bound, bound))
+
+        self.wq, self.wk, self.wv = uniform(d, q), uniform(d, kv), uniform(d, kv)
+        self.wo = nnx.Param(jnp.zeros((l, q, d)))  # zero: every block starts as the identity
+        self.w_in = uniform(d, 4 * d)
+        self.w_out = nnx.Param(jnp.zeros((l, 4 * d, d)))
+
+
+class GPT(nnx.Module):
+    """wte and lm_head are [v, d], v padded to a multiple of 64."""
+
+    def __init__(self, cfg: GPTConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.wte = nnx.Param(jax.random.normal(rngs(), (cfg.padded_vocab, cfg.n_embd)))
+        self.lm_head = nnx.Param(jax.random.normal(rngs(), (cfg.padded_vocab, cfg.n_embd)) * 0.001)
+        self.blocks = Blocks(cfg, rngs)
+
+    def __call__(
+        self, ids: jax.Array, dtype: jnp.dtype, cache: dict | None = None, execution: Execution = PLAIN
+    ) -> tuple[jax.Array, dict | None]:
+        """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens in it."""
+        cfg, b, t = self.cfg, *ids.shape
+        if t > cfg.sequence_len:
+            raise UserError(f"{t} tokens in a row, expected at most the context of {cfg.sequence_len}")
+        start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
+        angles = rotary(start[:, None] + jnp.arange(t)[None], cfg)
+        # Gathered before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.
+        x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), cfg.norm_eps)
+        stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
+        if cache is None:
+            return norm(_stack(x, stacked, angles, cfg, execution), cfg.norm_eps), None
+        keys, values = [], []
+        weights = _unstack(stacked)
+        for i, window in enumerate(cfg.windows):
+            with jax.named_scope(f"block{i}"):
+                q, k, v = _qkv(x, weights[i], angles, cfg)
+                keys.append(_write(cache["k"][i], k, start))
+                values.append(_write(cache["v"][i], v, start))
+                y = cached_attention(q, keys[i], values[i], start, window)
+                x = _rest_of_block(x, y, weights[i], cfg)
+        return norm(x, cfg.norm_eps), {"k": keys, "v": values, "length": start + t}
+
+
+BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
+
+# What each mesh axis cuts. "model": the heads, the MLP's hidden width and the vocabulary (tensor parallel, Megatron,
+# arXiv:1909.08053). "data": the other axis of a matrix, of what is spread over the replicas: gradients and optimizer
+# state, with --shard=full the weights too. sharding.py leaves out what an axis does not divide.
+SHARDING = {
+    "wte": P("data", "model"),
+    "lm_head": P("model", "data"),
+    "wq": P(None, "data", "model"),
+    "wk": P(None, "data", "model"),
+    "wv": P(None, "data", "model"),
+    "wo": P(None, "model", "data"),
+    "w_in": P(None, "data", "model"),
+    "w_out": P(None, "model", "data"),
+}
+
+
+def _unstack(stacked: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
+    """Weights [l, in, out] -> one dict [in, out] a layer."""
+    layers = {name: jnp.unstack(w) for name, w in stacked.items()}
+    return [dict(zip(layers, ws, strict=True)) for ws in zip(*layers.values(), strict=True)]
+
+
+def _qkv(x: jax.Array, w: dict, angles: tuple, cfg: GPTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [b,t,d] -> q [b,t,h,k], k and v [b,t,n,k], q and k rotated and normed."""
+    b, t, _ = x.shape
+    y = norm(x, cfg.norm_eps)
+    q = dense(y, w["wq"], x.dtype).reshape(b, t, cfg.n_head, cfg.head_dim)
+    k = dense(y, w["wk"], x.dtype).reshape(b, t, cfg.n_kv_head, cfg.head_dim)
+    v = dense(y, w["wv"], x.dtype).reshape(b, t, cfg.n_kv_head, cfg.head_dim)
+    return norm(rotate(q, *angles), cfg.norm_eps), norm(rotate(k, *angles), cfg.norm_eps), v
+
+
+def _rest_of_block(x: jax.Array, y: jax.Array, w: dict, cfg: GPTConfig) -> jax.Array:
+    """Adds what the attention's result y [b,t,h,k] and the MLP say to x [b,t,d]."""
+    x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
+    y = dense(norm(x, cfg.norm_eps), w["w_in"], x.dtype)
+    return x + dense(jnp.square(jax.nn.relu(y)), w["w_out"], x.dtype)
+
+
+def _stack(x: jax.Array, stacked: dict, angles: tuple, cfg: GPTConfig, execution: Execution) -> jax.Array:
+    """All blocks over whole sequences x [b,t,d]."""
+
+    def block(x, w, window):
+        w = {name: execution.gather(name, layer) for name, layer in w.items()}
+        q, k, v = _qkv(x, w, angles, cfg)
+        return _rest_of_block(x, causal_attention(q, k, v, window), w, cfg)
+
+    if execution.remat_policy is not None:
+        block = jax.checkpoint(block, policy=execution.remat_policy, static_argnums=2)
+    if not execution.scan:
+        # A scan would copy each layer's weights out of the stack and its gradients into it.
+        for i, (w, window) in enumerate(zip(_unstack(stacked), cfg.windows, strict=True)):
+            with jax.named_scope(f"block{i}"):
+                x = block(x, w, window)
+        return x
+    # Scanned by the period of the windows: a window is a constant of the kernel.
+    l, windows = cfg.n_layer, cfg.windows
+    period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
+
+    def blocks(x, ws):
+        for i in range(period):
+            x = block(x, {name: w[i] for name, w in ws.items()}, cfg.windows[i])
+        return x, None
+
+    periods = {name: w.reshape(-1, period, *w.shape[1:]) for name, w in stacked.items()}
+    return jax.lax.scan(blocks, x, periods)[0]
+
+
+def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """cache [b,n,s,k] with new [b,t,n,k] at positions start [b] .. start + t of each row."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return jax.vmap(put)(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), start)
+
+
+# -----------------------------------------------------------------------------
+# Pure functions of the parameters
+
+
+def init(cfg: GPTConfig, seed: int = 42) -> Params:
+    """Fresh float32 parameters: {wte, lm_head, blocks: {wq, wk, wv, wo, w_in, w_out}}."""
+    return nnx.to_pure_dict(nnx.state(GPT(cfg, nnx.Rngs(seed)), nnx.Param))
+
+
+@functools.cache
+def _definition(cfg: GPTConfig):
+    """The model without its weights: built abstractly, once a shape."""
+    return nnx.split(nnx.eval_shape(lambda: GPT(cfg, nnx.Rngs(0))), nnx.Param, ...)
+
+
+def bind(params: Params, cfg: GPTConfig) -> GPT:
+    """The module with `params` as its weights."""
+    graphdef, abstract, rest = _definition(cfg)
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state, rest)
+
+
+def hidden(
+    params: Params, cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32, execution: Execution = PLAIN
+) -> jax.Array:
+    """ids [b,t] -> hidden states [b,t,d] after the final norm, in `dtype`."""
+    return bind(params, cfg)(ids, dtype, execution=execution)[0]
+
+
+def decode(params: Params, cfg: GPTConfig, ids: jax.Array, cache: dict, dtype: jnp.dtype = jnp.float32):
+    """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], the longer cache).
+
+    cache = {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}. The caller keeps length + t <= s.
+    """
+    return bind(params, cfg)(ids, dtype, cache)
+
+
+def head(params: Params, cfg: GPTConfig, x: jax.Array) -> jax.Array:
+    """Hidden states [..., d] -> soft-capped logits [..., vocab_size] in float32, the padding cut off."""
+    w = params["lm_head"].astype(x.dtype)
+    return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accumulator(x.dtype)), cfg)
+
+
+def soft_capped(z: jax.Array, cfg: GPTConfig) -> jax.Array:
+    """What the head says [..., v] -> logits [..., vocab_size], the padding cut off."""
+    return cfg.softcap * jnp.tanh(z[..., : cfg.vocab_size] / cfg.softcap)
+
+
+def forward(params: Params, cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """ids [b,t] -> logits [b,t,vocab_size] in float32."""
+    return head(params, cfg, hidden(params, cfg, ids, dtype))
+
+
+def cast(params: Params, dtype: jnp.dtype) -> Params:
+    """Parameters in `dtype`, for inference."""
+    return jax.tree.map(lambda p: p.astype(dtype), params)

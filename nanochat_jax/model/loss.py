@@ -1,0 +1,94 @@
+"""Soft-capped cross-entropy that never holds the logits of a whole batch.
+
+The head and the softmax run over chunks of the time axis. The gradient with respect to the hidden states and the head
+is formed in the forward pass, while a chunk's logits are there, and only scaled by the cotangent in the backward pass:
+three matmuls a chunk, nothing recomputed, and float32 logits of one chunk at a time (32 x 2048 tokens of a 65,536
+vocabulary would be 16 GiB). The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.model.attention import accumulator
+
+
+def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
+    """Smallest number of chunks that divides `time` and leaves at most `tokens` tokens a chunk, where that can be."""
+    return next(c for c in range(1, time + 1) if time % c == 0 and (batch * time // c <= tokens or c == time))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, softcap: float, chunks: int
+) -> jax.Array:
+    """Sum of weight times cross-entropy over the counted targets, a float32 scalar.
+
+    x [b,t,d] hidden states in the compute dtype, head [v,d] without padding rows, targets int [b,t] (negative: not
+    counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The mean is the caller's to form,
+    over all counted tokens of the global batch, so that none of them gives 0 and not NaN.
+    """
+    return (weights * token_losses(x, head, targets, softcap, chunks)).sum()
+
+
+def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
+    """Cross-entropy a token, float32 [b,t]; 0 where targets are negative. Not for gradients: for bits per byte."""
+    w = head.astype(x.dtype)
+
+    def one_chunk(_, chunk):
+        return None, _losses(chunk[0], w, chunk[1], softcap)[0]
+
+    losses = jax.lax.scan(one_chunk, None, (_split(x, chunks), _split(targets, chunks)))[1]
+    return _join(losses)
+
+
+def _losses(x, w, targets, softcap):
+    """Losses [b,t] of one chunk, with what their gradient needs: capped logits, log-sum-exp, one-hot, counted."""
+    z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accumulator(x.dtype))
+    z = softcap * jnp.tanh(z / softcap)
+    lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    counted = targets >= 0
+    right = jax.nn.one_hot(targets, w.shape[0], dtype=z.dtype)  # all zero for a negative target
+    losses = jnp.where(counted, lse[..., 0] - (z * right).sum(-1), 0.0)
+    return losses, z, lse, right, counted
+
+
+def _forward(x, head, targets, weights, softcap, chunks):
+    w = head.astype(x.dtype)
+
+    def one_chunk(dw, chunk):
+        x, targets, weights = chunk
+        losses, z, lse, right, counted = _losses(x, w, targets, softcap)
+        dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
+        dz = dz.astype(x.dtype)
+        dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accumulator(x.dtype)).astype(x.dtype)
+        # As [v,d] it would be slow on CPUs.
+        dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=accumulator(x.dtype))
+        return dw, ((weights * losses).sum(), dx)
+
+    split = [_split(a, chunks) for a in (x, targets, weights)]
+    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accumulator(x.dtype)), split)
+    # Of a single chunk XLA would make the product [v,d], for which not every CPU has a bf16 dot.
+    dw = jax.lax.optimization_barrier(dw).T
+    return losses.sum(), (_join(dx), dw.astype(head.dtype))
+
+
+def _backward(softcap, chunks, gradients, g):
+    dx, dw = gradients
+    return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _split(x: jax.Array, chunks: int) -> jax.Array:
+    """[b,t,...] -> [chunks, b, t/chunks, ...]; along time, so that a batch sharded over devices stays where it is."""
+    b, t = x.shape[:2]
+    return jnp.moveaxis(x.reshape(b, chunks, t // chunks, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """The inverse of `_split`."""
+    c, b, t = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(b, c * t, *x.shape[3:])

@@ -1,0 +1,447 @@
+"""Loaders: exact state, order independent of processes, targets where they belong."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_tokenizer import FakeTokenizer
+
+from nanochat_jax import dataset
+from nanochat_jax.config import REPOSITORY, UserError
+from nanochat_jax.data import dataloader, packing, tokenized
+
+TOKENIZER = FakeTokenizer()
+T = 16
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    """So that the small corpora of these tests are larger than what waits to be packed."""
+    monkeypatch.setattr(packing, "CHOICE", {"split": 12, "crop": 12, "whole": 8})
+    monkeypatch.setattr(dataloader, "TOKENIZE_AT_ONCE", 4)
+    monkeypatch.setattr(dataloader, "RENDER_AT_ONCE", 3)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of three row groups; every token of the corpus is a number of its own, from 10 on."""
+    rng, paths, token = np.random.default_rng(0), [], 10
+    for name in "ab":
+        texts = []
+        for _ in range(30):
+            length = int(rng.integers(0, 40))  # an empty document now and then
+            texts.append(" ".join(str(t) for t in range(token, token + length)))
+            token += length
+        paths.append(tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table({"text": texts}), paths[-1], row_group_size=10)
+    return paths
+
+
+@pytest.fixture
+def corpus(files):
+    return {int(t) for f in files for text in pq.read_table(f)["text"].to_pylist() for t in text.split()}
+
+
+class Task(list):
+    """Conversations of one exchange; the answer to question i is made of the number 1000 + i."""
+
+    def __init__(self, n, answer=lambda i: 1 + i % 5, question=lambda i: 1 + i % 3):
+        super().__init__(
+            {"messages": [{"role": "user", "content": " ".join(["12"] * question(i))},
+                          {"role": "assistant", "content": " ".join([str(1000 + i)] * answer(i))}]}
+            for i in range(n)
+        )  # fmt: skip
+
+
+def take(loader, n=None):
+    batches = []
+    while n is None or len(batches) < n:
+        try:
+            batches.append(next(loader))
+        except StopIteration:
+            break
+    loader.close()
+    return batches
+
+
+def flat(batches, key):
+    return np.concatenate([b[key] for b in batches])
+
+
+def make(kind, files, **kwargs):
+    if kind in ("mid", "sft"):
+        return dataloader.chat_loader(Task(50), TOKENIZER, 4, T, supervise="all" if kind == "mid" else "mask", **kwargs)
+    return dataloader.base_loader(files, TOKENIZER, 4, T, packing=kind, **kwargs)
+
+
+KINDS = ["split", "crop", "stream", "mid", "sft"]
+
+
+def test_every_token_is_a_target_exactly_once_an_epoch(files, corpus):
+    batches = take(make("split", files, epochs=1))
+    targets = flat(batches, "targets")
+    assert sorted(targets[targets > 0].tolist()) == sorted(corpus)
+    assert all(b["inputs"].shape == b["targets"].shape == (4, T) for b in batches)
+    assert all(b["inputs"].dtype == np.int32 for b in batches)
+    assert (flat(batches, "inputs")[:, 0] == TOKENIZER.bos).all()
+
+
+def test_targets_are_the_next_inputs(files):
+    for batch in take(make("split", files, epochs=1)):
+        shifted, targets = batch["inputs"][:, 1:], batch["targets"][:, :-1]
+        assert ((targets == shifted) | (targets == -1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_at_every_position_equals_uninterrupted(kind, files):
+    loader = make(kind, files, seed=3, epochs=2)
+    states, batches, infos = [loader.state()], [], []
+    for batch in loader:
+        batches.append(batch)
+        infos.append(loader.info)
+        states.append(json.loads(json.dumps(loader.state())))
+    assert len(batches) > 5
+    for i, state in enumerate(states):
+        resumed = make(kind, files, seed=3, epochs=2)
+        if i % 2:
+            next(resumed)  # one that has begun to run ahead can be sent elsewhere too
+        resumed.restore(state)
+        assert resumed.state() == state
+        for expected, info in zip(batches[i:], infos[i:], strict=True):
+            np.testing.assert_equal(next(resumed), expected)
+            assert resumed.info == info
+        with pytest.raises(StopIteration):
+            next(resumed)
+        resumed.close()
+
+
+@pytest.mark.parametrize("method", ["split", "crop", "stream"])
+def test_grain_agrees_that_the_state_is_exact(method, files):
+    documents = dataloader.Documents(files, TOKENIZER, seed=3, epochs=1)
+    grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(documents, method, 4, T))
+
+
+@pytest.mark.parametrize("supervise", ["all", "mask"])
+def test_grain_agrees_about_conversations(supervise):
+    conversations = dataloader.Conversations(Task(30), TOKENIZER, T + 1 if supervise == "mask" else None, 3, 1)
+    method = "whole" if supervise == "mask" else "split"
+    grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(conversations, method, 4, T))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_share_the_batches_of_one(kind, files):
+    whole = take(make(kind, files, epochs=2))
+    halves = [take(make(kind, files, epochs=2, process_index=i, process_count=2)) for i in range(2)]
+    assert len(whole) == len(halves[0]) == len(halves[1])
+    for a, b, c in zip(whole, *halves, strict=True):
+        np.testing.assert_equal(a, {k: np.concatenate([b[k], c[k]]) for k in a})
+
+
+def test_the_state_of_one_process_serves_two(files):
+    loader = make("split", files)
+    next(loader)
+    state = loader.state()
+    expected = take(loader, 3)
+    halves = [make("split", files, process_index=i, process_count=2) for i in range(2)]
+    for half in halves:
+        half.restore(state)
+    halves = [take(half, 3) for half in halves]
+    for a, b, c in zip(expected, *halves, strict=True):
+        np.testing.assert_equal(a, {k: np.concatenate([b[k], c[k]]) for k in a})
+
+
+@pytest.mark.parametrize("method", ["split", "crop", "stream"])
+@pytest.mark.parametrize("chars", [2_000_000, 60])
+def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, monkeypatch):
+    monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", chars)
+    TOKENIZER.hash = "0" * 64
+    source = dataset.Source("texts", tuple(files), (files[1],), "")
+    twins = tokenized.build(source, TOKENIZER)
+    text = make(method, files, seed=3, epochs=2)
+    tokens = make(method, files, seed=3, epochs=2, twins=twins)
+    states = []
+    for batch in text:
+        np.testing.assert_equal(batch, next(tokens))
+        assert text.info == tokens.info and text.state() == tokens.state()
+        states.append(text.state())
+    for i in (1, len(states) // 2):  # from text to tokens, and with one of the files tokenized alone
+        (twins / "a.index.npz").unlink(missing_ok=True)
+        resumed = make(method, files, seed=3, epochs=2, twins=twins)
+        resumed.restore(states[i])
+        expected = make(method, files, seed=3, epochs=2)
+        expected.restore(states[i])
+        np.testing.assert_equal(take(resumed), take(expected))
+    text.close(), tokens.close()
+    tokenized.build(source, TOKENIZER)
+    for path in files:
+        path.unlink()
+    assert len(take(make(method, files, seed=3, epochs=2, twins=twins))) == len(states), "the text is not needed"
+
+
+def test_unusable_documents_are_counted_every_epoch(files):
+    texts = [text for f in files for text in pq.read_table(f)["text"].to_pylist()]
+    empty = sum(not text for text in texts)
+    assert empty
+    loader = make("split", files, epochs=2)
+    skipped = [loader.info["skipped"] for _ in loader]
+    assert skipped == sorted(skipped) and skipped[-1] == 2 * empty
+
+
+def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    """What waits is in the state of every batch."""
+    monkeypatch.setattr(dataset, "MAX_CHARS", 500)
+    monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", 1000)
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table({"text": [" ".join(map(str, range(1000, 21_000)))]}), path)
+    loader = make("split", [path], epochs=1)
+    targets, largest = [], 0
+    for batch in loader:
+        targets.append(batch["targets"])
+        largest = max(largest, len(loader.state()["packer"]["tokens"]))
+    found = np.concatenate(targets)
+    assert sorted(found[found > 0].tolist()) == list(range(1000, 21_000))
+    assert largest < 20_000  # characters of base64; all of it would be 110,000
+
+
+def test_tokens_of_an_epoch_are_estimated(files, corpus):
+    tokens = len(corpus) + 60  # and a BOS a document
+    assert dataloader.epoch_tokens(files, TOKENIZER) == pytest.approx(tokens, rel=0.35)  # longer numbers come later
+    assert dataloader.epoch_tokens(files, TOKENIZER, sample=5) == pytest.approx(tokens, rel=0.5)
+    late = [*files, *(files[0].with_name(f"{i}.parquet") for i in range(8))]
+    assert dataloader.epoch_tokens(late, TOKENIZER) == pytest.approx(5 * tokens, rel=0.35)
+    assert np.isnan(dataloader.epoch_tokens(late[2:], TOKENIZER))
+
+
+def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
+    TOKENIZER.hash = "0" * 64
+    source = dataset.Source("texts", tuple(files), (files[1],), "")
+    twins = tokenized.build(source, TOKENIZER)
+    for path in files:
+        path.unlink()
+    late = files[0].with_name("late.parquet")
+    assert dataloader.epoch_tokens(files, TOKENIZER, twins) == len(corpus) + 60
+    assert dataloader.epoch_tokens([*files, late], TOKENIZER, twins) == 1.5 * (len(corpus) + 60)
+    assert tokenized.made([*files, late], twins) == 2
+
+
+def test_the_state_of_two_processes_serves_one(files):
+    halves = [make("split", files, process_index=i, process_count=2) for i in range(2)]
+    for half in halves:
+        next(half), next(half)
+    states = [half.state() for half in halves]
+    assert states[0] == states[1]
+    one, reference = make("split", files), make("split", files)
+    one.restore(states[1])
+    next(reference), next(reference)
+    np.testing.assert_equal(take(one, 3), take(reference, 3))
+    for half in halves:
+        half.close()
+
+
+def test_rows_that_processes_cannot_share_are_refused(files):
+    with pytest.raises(UserError, match="4 rows cannot be shared by 3"):
+        make("split", files, process_count=3)
+
+
+def test_a_state_of_other_rows_is_refused(files):
+    loader, other = make("split", files), make("crop", files)
+    with pytest.raises(UserError, match="packing split, this run crop"):
+        other.restore(loader.state())
+    loader.close(), other.close()
+
+
+def test_seed_decides_the_order_and_epochs_differ(files):
+    first, again, other = (take(make("split", files, seed=s, epochs=2)) for s in (1, 1, 2))
+    np.testing.assert_equal(first, again)
+    assert not np.array_equal(flat(first, "inputs"), flat(other, "inputs"))
+    targets = flat(first, "targets")
+    _, counts = np.unique(targets[targets > 0], return_counts=True)
+    assert (counts == 2).all(), "two epochs, every token twice"
+
+
+def test_without_epochs_it_never_ends(files):
+    assert len(take(make("split", files), 200)) == 200
+    assert len(take(make("sft", files), 200)) == 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_progress_rises_to_the_number_of_epochs(kind, files):
+    loader = make(kind, files, epochs=2)
+    progress = [loader.info["progress"] for _ in loader]
+    assert progress == sorted(progress) and progress[-1] == 2
+    assert progress[0] < 1.5
+
+
+@pytest.mark.parametrize("method", ["split", "crop", "stream"])
+def test_validation_tokens_do_not_depend_on_the_batch(files, method):
+    def rows(n):
+        batches = take(dataloader.val_batches(files, TOKENIZER, n, T, 40 * T, packing=method))
+        assert all(b["inputs"].shape == (n, T) for b in batches)
+        inputs, targets = flat(batches, "inputs"), flat(batches, "targets")
+        assert (targets[40:] == -1).all()
+        return inputs[:40], targets[:40]
+
+    for n in (7, 64):
+        np.testing.assert_equal(rows(n), rows(1))
+
+
+def test_validation_of_everything(files, corpus):
+    targets = flat(take(dataloader.val_batches(files, TOKENIZER, 8, T, None)), "targets")
+    assert set(targets[targets > 0].tolist()) == corpus
+
+
+def test_sft_rows_hold_whole_conversations_with_the_mask_of_the_renderer():
+    task = Task(40)
+    rendered = {tuple(map(tuple, TOKENIZER.render_conversation(c))) for c in task}
+    for batch in take(dataloader.chat_loader(task, TOKENIZER, 4, 32, supervise="mask", epochs=1)):
+        for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
+            starts = np.flatnonzero(inputs == TOKENIZER.bos).tolist()
+            for begin, end in zip(starts, [*starts[1:], 33], strict=True):
+                # The last token of a row is only a target; without one there, it is padding.
+                ids = inputs[begin:end].tolist() + ([int(targets[-1])] if end == 33 and targets[-1] != -1 else [])
+                mask = [0] + [int(t != -1) for t in targets[begin : begin + len(ids) - 1]]
+                if len(ids) > 1:
+                    rendered.remove((tuple(ids), tuple(mask)))
+                else:
+                    assert targets[begin] == -1
+    assert not rendered, "every conversation once"
+
+
+def test_padding_follows_the_same_rows():
+    def batches(**kwargs):
+        return take(dataloader.chat_loader(Task(50), TOKENIZER, 5, T, supervise="mask", epochs=1, **kwargs))
+
+    plain, padded = batches(), batches(padding=3)
+    assert len(plain) == len(padded)
+    for a, b in zip(plain, padded, strict=True):
+        assert b["inputs"].shape == (8, T)
+        for name in ("inputs", "targets"):
+            np.testing.assert_array_equal(b[name][:5], a[name])
+        assert (b["targets"][5:] == -1).all()
+    halves = [batches(padding=3, process_index=i, process_count=2) for i in range(2)]
+    for whole, *parts in zip(padded, *halves, strict=True):
+        np.testing.assert_array_equal(whole["targets"], np.concatenate([p["targets"] for p in parts]))
+
+
+def test_mid_supervises_every_token_and_cuts_nothing():
+    task = Task(20, answer=lambda i: 3 * T)  # longer than a row
+    targets = flat(take(dataloader.chat_loader(task, TOKENIZER, 4, T, supervise="all", epochs=1)), "targets")
+    expected = [t for c in task for t in TOKENIZER.render_conversation(c)[0] if t != TOKENIZER.bos]
+    assert sorted(targets[targets > 0].tolist()) == sorted(expected)
+
+
+def test_overlong_conversations_are_cut_and_counted_or_skipped_and_counted():
+    # 0: fits exactly; 1: the answer is cut; 2: nothing of the answer is left.
+    question, answer = [3, 3, 40], [T + 1 - 8, 60, 5]
+    task = Task(3, answer=lambda i: answer[i], question=lambda i: question[i])
+    loader = dataloader.chat_loader(task, TOKENIZER, 1, T, supervise="mask", epochs=1)
+    batches = [next(loader), next(loader)]
+    with pytest.raises(StopIteration):
+        next(loader)
+    assert (loader.info["truncated"], loader.info["skipped"], loader.info["progress"]) == (2, 1, 1.0)
+    targets = flat(batches, "targets")
+    assert {1000, 1001} <= set(targets.ravel().tolist()) and 1002 not in targets
+    assert all((b["targets"] != -1).any() for b in batches)
+
+
+def test_conversations_without_an_answer_are_refused_if_there_is_nothing_else():
+    task = Task(3)
+    for conversation in task:
+        conversation["messages"].pop()
+    for epochs in (1, None):
+        with pytest.raises(UserError, match="no token to learn from"):
+            take(dataloader.chat_loader(task, TOKENIZER, 2, T, supervise="mask", epochs=epochs), 1)
+    with pytest.raises(UserError, match="no conversations"):
+        dataloader.chat_loader(Task(0), TOKENIZER, 2, T)
+
+
+def test_waste_is_reported(files):
+    waste = {}
+    for kind in ("split", "crop"):
+        loader = make(kind, files)
+        for _ in range(30):
+            next(loader)
+        waste[kind] = loader.info["waste"]
+        loader.close()
+    assert waste["split"] == 0 and 0.05 < waste["crop"] < 0.9
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(files):
+    files[1].write_bytes(b"not parquet")
+    with pytest.raises(UserError, match=r"b\.parquet") as caught:
+        take(make("split", files, epochs=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_files_are_read_while_the_next_is_on_its_way(files):
+    late, hidden = files[1], files[1].with_suffix(".incomplete")
+    expected = take(make("split", files, epochs=1))
+    late.rename(hidden)
+    loader = make("split", files, epochs=1)
+    threading.Timer(1.0, lambda: hidden.rename(late)).start()
+    np.testing.assert_equal(take(loader), expected)
+
+
+def test_close_ends_the_thread_even_while_it_waits(files):
+    files[1].unlink()  # the thread, which runs ahead, soon waits for it
+    before = threading.active_count()
+    loader = make("split", files)
+    for _ in range(2):
+        next(loader)
+    start = time.time()
+    loader.close()
+    loader.close()
+    assert time.time() - start < 5 and threading.active_count() <= before
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
+
+
+def test_batches_are_made_while_the_device_computes(files, monkeypatch):
+    make_one = dataloader.BatchIterator.__next__
+    monkeypatch.setattr(dataloader.BatchIterator, "__next__", lambda self: time.sleep(0.2) or make_one(self))
+    loader, waits = make("split", files), []
+    for _ in range(4):
+        start = time.monotonic()
+        next(loader)
+        waits.append(time.monotonic() - start)
+        time.sleep(0.5)  # a step
+    loader.close()
+    assert waits[0] >= 0.2 and sum(waits[1:]) < 0.3, waits
+
+
+def test_nothing_is_said_at_exit_about_loaders_left_open(files):
+    code = (
+        "import sys, pathlib; sys.path.insert(0, 'tests/support')\n"
+        "from fake_tokenizer import FakeTokenizer; from nanochat_jax.data import dataloader\n"
+        f"loader = dataloader.base_loader([pathlib.Path({str(files[0])!r})], FakeTokenizer(), 4, 16); next(loader)\n"
+        "idle = dataloader.base_loader(loader and [pathlib.Path('x')], FakeTokenizer(), 4, 16)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_with_the_real_tokenizer():
+    pytest.importorskip("rustbpe")
+    from nanochat_jax.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train(["how many legs has a spider? eight legs", "and a dog? four"], 300)
+    task = [
+        {"messages": [{"role": "user", "content": f"legs of {n}?"}, {"role": "assistant", "content": f"{n} has legs"}]}
+        for n in ("spider", "dog", "snake", "fish")
+    ]
+    targets = flat(take(dataloader.chat_loader(task, tokenizer, 2, 64, supervise="mask", epochs=1)), "targets")
+    rendered = [tokenizer.render_conversation(c) for c in task]
+    expected = [i for ids, mask in rendered for i, m in zip(ids, mask, strict=True) if m]
+    assert sorted(targets[targets >= 0].tolist()) == sorted(expected)
+    assert dataloader.mean_tokens(task, tokenizer) == np.mean([len(ids) for ids, _ in rendered])
+
+
+def test_mean_tokens():
+    assert dataloader.mean_tokens(Task(10, answer=lambda i: 4, question=lambda i: 2), TOKENIZER) == 11

@@ -1,0 +1,491 @@
+"""Downloads, from a hub of our own on loopback that fails in every way a network does."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax import config, dataset, metrics
+from nanochat_jax.config import UserError
+from nanochat_jax.data import hub
+from scripts import tok_train
+
+VAL = hub.shard(1822)
+SHARDS = (0, 1, 2, 1822)
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves a few small shards as the hub does: a HEAD for the metadata, a GET for the bytes, with ranges. `faults`
+    are what happens to the next requests for a file; what needs no fault is served."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.requests, self.ranges, self.tokens = folder, [], [], set()
+        self.faults: dict[str, list] = {}
+        self.missing, self.hashes, self.sent, self.pace = set(), True, Counter(), 0.0
+        self.elsewhere = ""  # where the bytes are: the address of another server
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        pass  # clients that hang up are part of the tests
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self):
+        server, name = self.server, self.path.rsplit("/", 1)[-1].split("?")[0]
+        path = server.folder / name
+        if "/resolve/" not in self.path:
+            return self.reply(404, b"")  # the library asks for things of its own
+        server.requests.append((self.command, name))
+        server.tokens.add(self.headers.get("Authorization"))
+        if name in server.missing or not path.exists():
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+        data = path.read_bytes()
+        etag = hashlib.sha256(data).hexdigest() if server.hashes else "version-1"
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "c" * 40, "Accept-Ranges": "bytes"}
+        if server.elsewhere:
+            headers |= {"ETag": '"of this answer"', "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            return self.reply(302, b"", headers | {"Location": server.elsewhere + self.path})
+        faults = server.faults.get(f"{self.command} {name}") or [None]
+        fault = faults.pop(0)
+        if isinstance(fault, int):
+            return self.reply(fault, b"", {"Retry-After": "1"} if fault == 429 else {})
+        if fault == "silent":
+            time.sleep(3)
+            return self.hang_up()
+        if fault == "wrong":
+            data = data[:1000] + b"\0" + data[1001:]
+        if fault == "other":
+            data = b"<html>You are on an airport</html>"
+        start = 0
+        if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) and fault != "whole":
+            start = int(match[1])
+            server.ranges.append((name, start))
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        body = data[start:]
+        if fault == "short":  # and says so itself
+            body = body[: len(body) // 2]
+        cut = len(body) // 2 if fault in ("drop", "stall") else len(body)
+        self.reply(206 if match and fault != "whole" else 200, body, headers, cut)
+        if fault == "stall":
+            time.sleep(3)
+        if cut < len(body):
+            self.hang_up()
+
+    def reply(self, status, body, headers=None, cut=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        name, pace = self.path.rsplit("/", 1)[-1], self.server.pace
+        body = body[:cut]
+        for i in range(0, len(body), 4096):
+            self.wfile.write(body[i : i + 4096])
+            self.server.sent[name] += len(body[i : i + 4096])
+            time.sleep(pace)
+
+    def hang_up(self):
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(2)
+
+
+@contextlib.contextmanager
+def serving(folder):
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    folder, rng = tmp_path / "hub", random.Random(0)
+    folder.mkdir()
+    for i in SHARDS:
+        texts = [f"document {i} {j} {rng.randbytes(2000).hex()}" for j in range(20)]
+        pq.write_table(pa.table({"text": texts}), folder / hub.shard(i), row_group_size=4)
+    with serving(folder) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+        monkeypatch.setattr(hub, "PAUSE", 0.01)
+        yield server
+
+
+def data_folder():
+    return config.base_dir() / "data" / "fineweb-edu"
+
+
+def whole(server, *numbers):
+    """Whether the shards are here as the hub has them, and nothing else but their hashes."""
+    names = {hub.shard(i) for i in numbers}
+    here = {p.name for p in data_folder().iterdir()}
+    assert here - {"manifest.json", "lock"} == names | {f"{name}.sha256" for name in names}
+    for name in names:
+        data = (data_folder() / name).read_bytes()
+        if data != (server.folder / name).read_bytes():
+            return False
+        said = (data_folder() / f"{name}.sha256").read_text()
+        assert said == f"{hashlib.sha256(data).hexdigest()}  {name}\n"  # as sha256sum writes it
+    return True
+
+
+def run(*args, **env):
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    command = [sys.executable, "-m", "nanochat_jax.dataset", *args]
+    env = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=config.REPOSITORY)
+
+
+# -----------------------------------------------------------------------------
+# What goes well
+
+
+def test_download_then_open(server):
+    done = run("-n", "3", "-w", "2", "--data", "fineweb-edu", HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr
+    assert whole(server, *SHARDS) and server.tokens == {"Bearer hf_secret"}
+    source = dataset.open("fineweb-edu")
+    assert [p.name for p in source.train_files] == [hub.shard(i) for i in range(3)]
+    assert [t.split()[1:3] for t in source.texts("train")] == [[str(i), str(j)] for i in range(3) for j in range(20)]
+    assert [t.split()[1] for t in source.texts("val")] == ["1822"] * 20
+
+    server.requests.clear()
+    again = run("-n", "2")
+    assert again.returncode == 0 and not server.requests, "what is there is not asked for again"
+    assert dataset.open("fineweb-edu") == source, "a smaller request takes nothing away"
+
+
+def test_bytes_that_lie_elsewhere_are_verified_and_the_token_stays_here(server, monkeypatch):
+    """As on the hub, which sends to another host and says itself how large the file is and what it hashes to."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(server.folder) as store:
+        server.elsewhere = f"http://localhost:{store.server_port}"
+        store.faults = {f"GET {hub.shard(0)}": ["drop", "wrong", "drop"]}
+        hub.download("fineweb-edu", 1)
+        assert whole(server, 0, 1822)
+        assert server.tokens == {"Bearer hf_secret"} and store.tokens == {None}
+        assert {method for method, _ in store.requests} == {"GET"} and store.ranges
+
+
+def test_offline_mode_is_honoured(server):
+    done = run("-n", "3", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and not server.requests
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert run("-n", "3").returncode == 0
+    server.requests.clear()
+    assert run("-n", "3", HF_HUB_OFFLINE="1").returncode == 0 and not server.requests, "everything is there"
+
+
+def test_the_validation_shard_is_asked_for_first_and_is_never_trained_on(server):
+    hub.download("fineweb-edu", 2)
+    assert server.requests[0] == ("HEAD", VAL)
+    source = dataset.open("fineweb-edu")
+    assert source.val_files[0].name == VAL and VAL not in {p.name for p in source.train_files}
+
+
+def test_progress_tells_files_speed_and_time_left(server, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat_jax.progress.PATIENCE", 0.0)
+    monkeypatch.setattr("nanochat_jax.progress.BETWEEN_LINES", 0.0)
+    for i in range(3):
+        texts = [random.Random(j).randbytes(500_000).hex() for j in range(5)]
+        pq.write_table(pa.table({"text": texts}), server.folder / hub.shard(i))
+    server.pace = 0.002
+    hub.download("fineweb-edu", 3, workers=3)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fineweb-edu, MB")]
+    assert any(re.search(r": \d+/\d+, [012]/3 files, \d+\.\d MB/s, \d+ s left$", line) for line in lines), lines
+
+
+# -----------------------------------------------------------------------------
+# What goes wrong on the way
+
+
+@pytest.mark.parametrize("fault", [500, 503, 408, 429, "drop", "short", "stall", "silent", "wrong", "other"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_fault_that_passes_is_survived(server, fault, method):
+    server.faults = {f"{method} {hub.shard(0)}": [fault]}
+    hub.download("fineweb-edu", 1)
+    assert whole(server, 0, 1822)
+
+
+def test_what_arrived_before_a_fault_is_not_fetched_again(server):
+    name = hub.shard(0)
+    server.faults = {f"GET {name}": ["drop", "stall", 500, "drop", "short", "drop"]}
+    hub.download("fineweb-edu", 1)
+    size = (server.folder / name).stat().st_size
+    assert whole(server, 0, 1822) and server.sent[name] == size
+    starts = [start for n, start in server.ranges if n == name]
+    assert starts == sorted(starts)
+
+
+def test_a_server_without_ranges_sends_the_whole_file(server):
+    server.faults = {f"GET {hub.shard(0)}": ["drop", "whole"]}
+    hub.download("fineweb-edu", 1)
+    assert whole(server, 0, 1822)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(500, "500"), (429, "429"), ("wrong", "SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"), (403, "403"),
+     ("other", "got 34 of"), ("silent", "timed out")],
+)  # fmt: skip
+def test_a_fault_that_stays_is_the_reason_and_the_rest_arrives(server, fault, words, monkeypatch):
+    monkeypatch.setattr(hub, "LONGEST_PAUSE", 0.1)  # 429 asks for a second
+    server.faults = {f"GET {hub.shard(1)}": [fault] * 50}
+    start, missing = time.monotonic(), f"1 of 3 shards missing, the first because {hub.shard(1)}"
+    with pytest.raises(UserError, match=f"{missing}: .*{words}") as caught:
+        hub.download("fineweb-edu", 3)
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 8
+    assert not (data_folder() / hub.shard(1)).exists(), "nothing half-written has the name of a shard"
+    server.faults = {}
+    hub.download("fineweb-edu", 3)
+    assert whole(server, *SHARDS)
+
+
+def test_a_failed_shard_is_an_exit_code_and_one_line(server):
+    server.missing = {hub.shard(1)}
+    done = run("-n", "3")
+    assert done.returncode == 2 and "1 of 3 shards missing, the first because shard_00001.parquet" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (data_folder() / hub.shard(2)).exists() and not (data_folder() / hub.shard(1)).exists()
+    server.missing = set()
+    assert run("-n", "3").returncode == 0
+
+
+def test_many_failures_end_the_download_early(server):
+    server.missing = {hub.shard(i) for i in range(100)}
+    with pytest.raises(UserError, match="100 of 100 shards missing"):
+        hub.download("fineweb-edu", 100, workers=2)
+    assert len(server.requests) < 20
+
+
+def test_the_servers_wish_to_wait_is_respected(server):
+    server.faults = {f"GET {hub.shard(0)}": [429]}
+    start = time.monotonic()
+    hub.download("fineweb-edu", 1)
+    assert 1.0 <= time.monotonic() - start < 4.0
+
+
+def test_a_hub_that_nobody_answers_for_is_one_line_within_seconds(monkeypatch):
+    start = time.monotonic()
+    done = run("-n", "3", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1 and "fineweb-edu" in done.stderr, done.stderr
+    assert time.monotonic() - start < 8
+
+
+# -----------------------------------------------------------------------------
+# Interruptions
+
+
+def begun(count):
+    """Waits until so many bytes of training shards are here."""
+    deadline = time.time() + 30
+    while sum(p.stat().st_size for p in data_folder().glob("shard_0000*.part")) < count:
+        assert time.time() < deadline, "nothing arrives"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_download_goes_on_where_it_was(server, how):
+    server.pace = 0.02
+    command = [sys.executable, "-m", "nanochat_jax.dataset", "-n", "3"]
+    process = subprocess.Popen(command, cwd=config.REPOSITORY, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (data_folder() / VAL).exists() and process.poll() is None:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another download"):
+            hub.download("fineweb-edu", 3)
+        begun(100_000)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert how == signal.SIGKILL or "run it again to resume" in said
+    assert not (data_folder() / hub.shard(0)).exists()
+    server.pace = 0
+    hub.download("fineweb-edu", 3)
+    assert whole(server, *SHARDS)
+    sizes = sum((server.folder / hub.shard(i)).stat().st_size for i in range(3))
+    assert server.ranges and sum(server.sent[hub.shard(i)] for i in range(3)) < sizes + 3 * 70_000  # buffers on the way
+
+
+def test_training_text_is_read_while_the_rest_arrives(server):
+    server.pace = 0.01
+    arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 3, 1))
+    arriving.start()
+    while not (data_folder() / "manifest.json").exists():
+        time.sleep(0.01)
+    seen = []
+    for text in dataset.open("fineweb-edu").texts("train"):
+        seen.append((text.split()[1], (data_folder() / hub.shard(2)).exists()))
+    arriving.join()
+    assert [number for number, _ in seen] == [str(i) for i in range(3) for _ in range(20)]
+    assert not seen[0][1] and seen[-1][1], "the first were read before the last had come"
+
+
+def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
+    """While a download is at work, though nothing arrives; without one he gives up."""
+    server.faults = {f"GET {hub.shard(0)}": ["silent", "silent"]}
+    arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 1))
+    arriving.start()
+    while not (data_folder() / "manifest.json").exists():
+        time.sleep(0.01)
+    dataset.wait_for(data_folder() / hub.shard(0), patience=1.5)
+    arriving.join()
+    with pytest.raises(UserError, match="no download is running"):
+        dataset.wait_for(data_folder() / hub.shard(1), patience=1.5)
+
+
+def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):
+    """Whatever else has arrived, was asked for, or is still on its way."""
+    cfg = config.TokTrain(data="fineweb-edu", num_files=2, vocab_size=300)
+    hub.download("fineweb-edu", 1)
+    arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 3))
+    arriving.start()
+    tok_train.main(cfg)
+    arriving.join()
+    folder = config.base_dir() / "tokenizer"
+    assert metrics.read(folder)[0]["documents"] == 40
+    assert json.loads((folder / "source.json").read_text())["num_files"] == 2
+    capsys.readouterr()
+    tok_train.main(cfg)
+    assert "already" in capsys.readouterr().out
+    tok_train.main(dataclasses.replace(cfg, num_files=-1))
+    assert metrics.read(folder)[0]["documents"] == 60
+
+    for path in data_folder().iterdir():
+        os.utime(path, (0, 0))
+    with pytest.raises(UserError, match=r"shard_00003.parquet: missing, .*--num_files=4"):
+        tok_train.main(dataclasses.replace(cfg, num_files=4))
+    with pytest.raises(UserError, match="--num_files=0: expected 1 to 1822"):
+        tok_train.main(dataclasses.replace(cfg, num_files=0))
+
+
+# -----------------------------------------------------------------------------
+# What is here already
+
+
+def test_a_broken_file_is_fetched_again(server):
+    """Item 23 of upstream's bugs (#392): what is there is not always good."""
+    hub.download("fineweb-edu", 3)
+    truncated, flipped, pinned = (data_folder() / hub.shard(i) for i in range(3))
+    truncated.write_bytes(truncated.read_bytes()[:5000])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    pinned.touch()
+    server.requests.clear()
+    hub.download("fineweb-edu", 3)
+    assert whole(server, *SHARDS)
+    assert {name for method, name in server.requests if method == "GET"} == {hub.shard(0), hub.shard(1)}
+
+
+def test_verify_finds_what_changed_without_being_written(server, capsys):
+    hub.download("fineweb-edu", 1)
+    path = data_folder() / hub.shard(0)
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    hub.download("fineweb-edu", 1)
+    assert not whole(server, 0, 1822)
+    hub.download("fineweb-edu", 1, verify=True)
+    assert whole(server, 0, 1822) and f"{path} is damaged (SHA-256" in capsys.readouterr().out
+
+
+def test_files_put_here_by_hand_are_taken_unless_they_are_broken(server):
+    data_folder().mkdir(parents=True)
+    for i in SHARDS:
+        (data_folder() / hub.shard(i)).write_bytes((server.folder / hub.shard(i)).read_bytes())
+    (data_folder() / hub.shard(2)).write_bytes(b"an HTML page of a proxy")
+    assert VAL not in {path.name for path in dataset.open("fineweb-edu").train_files}, "never trained on"
+    hub.download("fineweb-edu", 3)
+    assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard(2)}
+
+
+def test_without_a_hash_from_the_server_the_first_download_is_what_later_ones_must_be(server):
+    server.hashes = False
+    hub.download("fineweb-edu", 1)
+    path = data_folder() / hub.shard(0)
+    path.unlink()
+    server.faults = {f"GET {hub.shard(0)}": ["wrong"] * 50}
+    with pytest.raises(UserError, match=r"expected [0-9a-f]{64} as the first time \(shard_00000\.parquet\.sha256\)"):
+        hub.download("fineweb-edu", 1)
+    assert not path.exists()
+    server.faults = {f"GET {hub.shard(0)}": ["drop", "wrong", "drop"]}
+    hub.download("fineweb-edu", 1)
+    assert whole(server, 0, 1822)
+
+
+def test_the_beginning_of_another_version_is_not_continued(server):
+    name = hub.shard(0)
+    server.faults = {f"GET {name}": ["drop"] + [500] * 10}
+    with pytest.raises(UserError):
+        hub.download("fineweb-edu", 1)
+    assert list(data_folder().glob(f"{name}.*.part"))
+    pq.write_table(pa.table({"text": ["another", "version"] * 2000}), server.folder / name)
+    server.faults = {}
+    hub.download("fineweb-edu", 1)
+    assert whole(server, 0, 1822) and not [start for n, start in server.ranges if n == name and start > 0][1:]
+
+
+# -----------------------------------------------------------------------------
+# Requests that make no sense
+
+
+@pytest.mark.parametrize(("number", "workers"), [(0, 4), (1823, 4), (-2, 4), (8, 0)])
+def test_wrong_values(number, workers):
+    with pytest.raises(UserError, match=f"-n {number} -w {workers}: expected 1 to 1822 shards"):
+        hub.download("fineweb-edu", number, workers)
+    with pytest.raises(UserError, match="--data=wikipedia: unknown source"):
+        hub.download("wikipedia")
+
+
+def test_opening_what_was_not_downloaded_names_the_command():
+    with pytest.raises(UserError, match=r"run python -m nanochat_jax\.dataset --data climbmix -n 8"):
+        dataset.open("climbmix")
+
+
+def test_manifest_records_what_was_asked_for(server):
+    hub.download("fineweb-edu", 2)
+    manifest = json.loads((data_folder() / "manifest.json").read_text())
+    assert manifest == {"source": "fineweb-edu", "repo": "karpathy/fineweb-edu-100b-shuffle", "shards": 2}

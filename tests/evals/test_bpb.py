@@ -1,0 +1,84 @@
+"""Bits per byte against the plain formula."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.evals import bpb
+from nanochat_jax.evals.bpb import bits_per_byte
+from nanochat_jax.model import gpt
+
+CFG = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    # The head is initialised almost to zero; a louder one makes losses differ from token to token.
+    params = gpt.init(CFG, seed=1)
+    return params | {"lm_head": params["lm_head"] * 1000}
+
+
+def make_batches(count=3, b=4, t=24):
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "inputs": rng.integers(0, 100, (b, t), dtype=np.int32),
+            "targets": rng.integers(-1, 100, (b, t), dtype=np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+def plain(params, batches, token_bytes) -> float:
+    nats = size = 0.0
+    log_probabilities = jax.jit(lambda p, ids: jax.nn.log_softmax(gpt.forward(p, CFG, ids)))
+    for batch in batches:
+        logp = np.asarray(log_probabilities(params, batch["inputs"]), np.float64)
+        for row, targets in zip(logp, batch["targets"], strict=True):
+            for position, target in enumerate(targets):
+                if target >= 0 and token_bytes[target] > 0:
+                    nats -= row[position, target]
+                    size += token_bytes[target]
+    return nats / math.log(2) / size
+
+
+def test_equals_the_plain_formula(params):
+    token_bytes = np.arange(100, dtype=np.int32) % 7  # every seventh token has no bytes
+    batches = make_batches()
+    expected = plain(params, batches, token_bytes)
+    assert bits_per_byte(params, CFG, batches, token_bytes) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_may_be_batched_in_any_way(params):
+    token_bytes = np.arange(100, dtype=np.int32) % 5
+    one = {k: np.concatenate([b[k] for b in make_batches()]) for k in ("inputs", "targets")}
+    assert bits_per_byte(params, CFG, [one], token_bytes) == pytest.approx(
+        bits_per_byte(params, CFG, make_batches(), token_bytes), rel=1e-5
+    )
+
+
+def test_bytes_are_those_given_and_not_of_decoded_text(params):
+    """A token that is half a character counts its raw bytes: twice the bytes, half the bits per byte."""
+    batches = make_batches()
+    once = bits_per_byte(params, CFG, batches, np.ones(100, np.int32))
+    assert bits_per_byte(params, CFG, batches, np.full(100, 2, np.int32)) == pytest.approx(once / 2, rel=1e-6)
+
+
+def test_no_bytes_is_infinite(params):
+    empty = [{"inputs": np.zeros((2, 8), np.int32), "targets": np.full((2, 8), -1, np.int32)}]
+    assert bits_per_byte(params, CFG, empty, np.ones(100, np.int32)) == math.inf
+    assert bits_per_byte(params, CFG, make_batches(1), np.zeros(100, np.int32)) == math.inf
+    assert bits_per_byte(params, CFG, [], np.ones(100, np.int32)) == math.inf
+
+
+def test_logits_are_never_whole():
+    """XLA's own account of the memory: a fraction of what [b,t,v] in float32 would take."""
+    cfg = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=32, vocab_size=1024, sequence_len=64)
+    shapes = jax.eval_shape(lambda: gpt.init(cfg))
+    ids, sizes = jax.ShapeDtypeStruct((2048, 64), jnp.int32), jax.ShapeDtypeStruct((1024,), jnp.int32)
+    plan = bpb._sums.lower(shapes, cfg, ids, ids, sizes, jnp.float32).compile()
+    assert plan.memory_analysis().temp_size_in_bytes < 2048 * 64 * 1024 * 4 / 2

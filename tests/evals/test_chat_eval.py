@@ -1,0 +1,304 @@
+"""Scores of chat tasks: equal to those of a plain loop, batched in any way, and honest about errors."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from serving import save_model
+
+from nanochat_jax import config, metrics, tasks
+from nanochat_jax.config import REPOSITORY, GPTConfig, UserError
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request
+from nanochat_jax.evals import chat
+from nanochat_jax.model import gpt
+from nanochat_jax.tasks import multiple_choice
+from nanochat_jax.tokenizer import Tokenizer
+from scripts import chat_eval
+
+TEXT = "Multiple Choice question: which one is it? Respond only with the letter of the correct answer. A B C D"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(50)], 320)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
+    leaves, tree = jax.tree.flatten(gpt.init(cfg, seed=0))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([jax.random.normal(k, x.shape) * 0.3 for k, x in zip(keys, leaves, strict=True)]), cfg
+
+
+class Quiz(tasks.Task):
+    """Questions of different lengths with two to five choices, some with letters that are digits."""
+
+    name, eval_type, baseline = "Quiz", "categorical", 0.25
+
+    def __len__(self):
+        return 30
+
+    def example(self, index):
+        rng = random.Random(index)
+        letters = ["A", "B", "C", "D", "E"] if index % 3 else ["1", "2", "3", "4"]
+        letters = letters[: 2 + index % 4]
+        choices = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 4))) for _ in letters]
+        return multiple_choice.conversation(" ".join(rng.choices(WORDS, k=3)), choices, letters, rng.choice(letters))
+
+    def evaluate(self, conversation, completion):
+        return multiple_choice.evaluate(conversation, completion)
+
+
+class Begin(tasks.Task):
+    """Right if the answer's first character has an even code point."""
+
+    name, eval_type = "Begin", "generative"
+
+    def __len__(self):
+        return 12
+
+    def example(self, index):
+        words = " ".join(WORDS[: index % 5 + 1])
+        return {"messages": [{"role": "user", "content": f"{words} {index}"}, {"role": "assistant", "content": "?"}]}
+
+    def evaluate(self, conversation, completion):
+        return bool(completion) and ord(completion[0]) % 2 == 0
+
+
+def test_choices_equal_a_plain_loop_however_batched(model, tokenizer):
+    params, cfg = model
+    forward = jax.jit(lambda p, i: gpt.forward(p, cfg, i))
+    right, task = [], Quiz()
+    for i in range(len(task)):
+        ids = tokenizer.render_for_completion(task[i])
+        row = np.zeros((1, cfg.sequence_len), np.int32)
+        row[0, : len(ids)] = ids
+        logits = np.asarray(forward(params, row))[0, len(ids) - 1]
+        letters = task[i]["letters"]
+        best = max(letters, key=lambda letter: logits[tokenizer.encode(letter)[0]])
+        right.append(best == task[i]["messages"][-1]["content"])
+    for batch_size in (4, 64):
+        score = chat.evaluate(params, cfg, tokenizer, task, batch_size=batch_size)
+        assert [answer["right"] for answer in score.answers] == right
+    assert 0 < sum(right) < 30 and score.n == 30 and score.truncated is None
+    assert score.score == pytest.approx(np.mean(right))
+    assert score.stderr == pytest.approx(np.std(right) / 30**0.5)
+    assert score.centered == pytest.approx((np.mean(right) - 0.25) / 0.75)
+
+
+def test_letters_that_share_their_first_token(model, tokenizer):
+    class Same(Quiz):
+        def example(self, index):
+            return multiple_choice.conversation("?", ["one", "two"], ["A", "AA"], "A")
+
+    assert tokenizer.encode("AA")[0] == tokenizer.encode("A")[0]
+    with pytest.raises(UserError, match="A, AA cannot be told apart"):
+        chat.evaluate(*model, tokenizer, Same())
+
+
+def test_generated_answers_are_judged(model, tokenizer):
+    params, cfg = model
+    task = Begin()
+    score = chat.evaluate(params, cfg, tokenizer, task, max_new_tokens=4, slots=5)
+    engine = Engine(params, cfg, tokenizer, slots=1)
+    for i, answer in enumerate(score.answers):
+        ids = tokenizer.render_for_completion(task[i])
+        [[sample]] = engine.run([Request(ids, max_tokens=4, temperature=0.0)])
+        text = tokenizer.decode(sample.ids[:-1] if sample.finish_reason == "stop" else sample.ids)
+        assert answer["answers"] == [text] and answer["finish_reasons"] == [sample.finish_reason]
+        assert answer["right"] == task.evaluate(None, text)
+    lengths = [answer["finish_reasons"] == ["length"] for answer in score.answers]
+    assert score.n == 12 and score.truncated == pytest.approx(np.mean(lengths))
+
+
+def test_one_right_sample_is_a_pass(model, tokenizer):
+    settings = {"max_new_tokens": 3, "temperature": 1.5, "top_k": 0, "slots": 8}
+    many = chat.evaluate(*model, tokenizer, Begin(), num_samples=6, **settings)
+    again = chat.evaluate(*model, tokenizer, Begin(), num_samples=6, **settings)
+    other = chat.evaluate(*model, tokenizer, Begin(), num_samples=6, seed=1, **settings)
+    assert many.answers == again.answers != other.answers
+    for answer in many.answers:
+        assert len(answer["answers"]) == 6
+        assert answer["right"] == any(Begin().evaluate(None, text) for text in answer["answers"])
+
+
+def test_max_problems_and_prompts_beyond_the_context(model, tokenizer):
+    class Long(Begin):
+        def example(self, index):
+            return {"messages": [{"role": "user", "content": "letter " * 500}, {"role": "assistant", "content": "?"}]}
+
+    assert chat.evaluate(*model, tokenizer, Begin(), max_problems=3, max_new_tokens=2).n == 3
+    assert chat.evaluate(*model, tokenizer, Begin(), max_problems=99, max_new_tokens=2).n == 12
+    assert chat.evaluate(*model, tokenizer, Long(), max_problems=2, max_new_tokens=4).truncated in (0, 0.5, 1)
+
+
+def test_a_task_for_training_is_refused(model, tokenizer):
+    class Training(Begin):
+        name, eval_type = "Training", None
+
+    with pytest.raises(UserError, match="Training: a task only for training"):
+        chat.evaluate(*model, tokenizer, Training())
+
+
+def test_chatcore_needs_all_six_tasks():
+    def score(task, value, baseline, n=100):
+        return chat.ChatScore(task, value, n, baseline, 1.0, None, [])
+
+    scores = [score(t, 0.4, 0.25 if i < 3 else 0.0) for i, t in enumerate(chat.CHATCORE_TASKS)]
+    value, stderr = chat.chat_core(scores)
+    assert value == pytest.approx((3 * 0.2 + 3 * 0.4) / 6)
+    assert stderr == pytest.approx((3 * (0.24 / 100) / 0.75**2 + 3 * 0.24 / 100) ** 0.5 / 6)
+    assert chat.chat_core(scores[1:]) is None
+    assert {tasks.task_class(name).name for name in chat.CHATCORE_TASKS} == set(chat.CHATCORE_TASKS)
+    for name in chat.CHATCORE_TASKS:
+        assert tasks.task_class(name).baseline == (0.25 if tasks.task_class(name).eval_type == "categorical" else 0)
+
+
+def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_dir, model, tokenizer, tmp_path):
+    """A task without a val split gives test problems when asked for val, and its score says so."""
+    words = tmp_path / "data" / "words" / "words_alpha.txt"
+    words.parent.mkdir(parents=True)
+    words.write_text("\n".join(f"word{i}" for i in range(200)))
+    save_model(own_base_dir, *model, tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="Sums|SpellingBee", max_problems=3, max_new_tokens=2,
+                          task_data_dir=str(tmp_path / "data"), device_type="cpu")  # fmt: skip
+    chat_eval.main(cfg)
+    tested = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
+    chat_eval.main(dataclasses.replace(cfg, split="val"))
+    records = [r for r in metrics.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
+    found = sorted((r["task"], r["split"]) for r in records)
+    assert found == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
+    assert {r["suite"] for r in records} == {"chat"}
+    answers = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
+    assert answers.keys() - tested.keys() == {"Sums-val.jsonl"} and answers.items() > tested.items()
+
+
+def test_a_sampled_chatcore_does_not_replace_the_greedy_one(own_base_dir, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "CHATCORE_TASKS", ("Sums",))
+    save_model(own_base_dir, *model, tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="Sums", max_problems=3, max_new_tokens=2, device_type="cpu")
+    chat_eval.main(cfg)
+    chat_eval.main(dataclasses.replace(cfg, temperature=1.0, num_samples=2))
+    records = metrics.read(own_base_dir / "sft_checkpoints" / "tiny")
+    kept = sorted((r["task"], r["temperature"], r["num_samples"]) for r in records if r["kind"] == "eval")
+    assert kept == [("ChatCORE", 0.0, 1), ("ChatCORE", 1.0, 2), ("Sums", 0.0, 1), ("Sums", 1.0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [([], "-i is missing"), (["-i", "best"], "-i best"), (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
+     (["-i", "sft", "-a", "SmolTalk"], "only for training"), (["-i", "sft", "-a", "Sums"], "no sft checkpoint")],
+)  # fmt: skip
+def test_what_the_script_cannot_do_is_one_line(flags, complaint):
+    command = [sys.executable, "-m", "scripts.chat_eval", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+# -----------------------------------------------------------------------------
+# Several devices: in a process of its own, since JAX counts its devices once
+
+ON_DEVICES = """
+import json, random, sys
+sys.path += ["tests/support", "tests/evals"]
+import jax
+from nanochat_jax import gpt, sharding
+from nanochat_jax.evals import bpb, chat
+from test_chat_eval import Begin, Quiz, WORDS
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.tokenizer import Tokenizer
+import numpy as np
+tokenizer = Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(50)], 320)
+cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
+one = jax.device_put(gpt.init(cfg, seed=3) | {}, jax.devices()[0])
+one = jax.tree.map(lambda x: x + 0.2, one) | {"lm_head": one["lm_head"] * 1000}
+many = jax.device_put(one, sharding.replicated(sharding.make_mesh()))
+for params in (one, many):
+    quiz = chat.evaluate(params, cfg, tokenizer, Quiz(), batch_size=6)
+    begin = chat.evaluate(params, cfg, tokenizer, Begin(), max_new_tokens=3)
+    rng = np.random.default_rng(0)
+    batch = {k: rng.integers(0, 300, (8, 16), dtype=np.int32) for k in ("inputs", "targets")}
+    bits = bpb.bits_per_byte(params, cfg, [batch], tokenizer.token_bytes())
+    print(json.dumps([jax.device_count(), quiz.answers, begin.answers, round(bits, 4)]))
+"""
+
+
+def test_four_devices_give_what_one_gives():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, many = map(json.loads, done.stdout.strip().splitlines()[-2:])
+    assert one == many and one[0] == 4
+
+
+IN_PROCESSES = """
+import json, random, sys
+sys.path += ["tests/support", "tests/evals"]
+import jax
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import devices, sharding
+from nanochat_jax.evals import batching, chat
+from test_chat_eval import Begin, Quiz, WORDS
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.tokenizer import Tokenizer
+where, count, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+devices.start("cpu", where, count, process)
+tokenizer = Tokenizer.train([" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(50)], 320)
+cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
+layout = sharding.Layout(sharding.make_mesh(), "full")
+def init():
+    params = jax.tree.map(lambda x: x + 0.2, gpt.init(cfg, seed=3))
+    return params | {"lm_head": (params["lm_head"] - 0.2) * 1000}
+params = jax.jit(init, out_shardings=layout.shardings(layout.param_specs(jax.eval_shape(init))))()
+asked = []
+class Told(Begin):
+    def __getitem__(self, i):
+        asked.append(i)
+        return super().__getitem__(i)
+begin = chat.evaluate(params, cfg, tokenizer, Told(), max_new_tokens=3)
+one = chat.evaluate(params, cfg, tokenizer, Begin(), max_new_tokens=3, max_problems=1)
+quiz = chat.evaluate(params, cfg, tokenizer, Quiz(), batch_size=6)
+asked = batching.gather([len(set(asked))])
+print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answers]))
+"""
+
+
+def in_processes(base: Path, count: int, devices: int) -> list:
+    """What process 0 of `count` comes to, each with `devices` devices, the weights cut over all of them."""
+    where = tiny.free_address() if count > 1 else ""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_PROCESSES, where, str(count), str(i)], cwd=REPOSITORY, text=True,
+            env=tiny.environment(base, devices),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * count, "".join(said[-2000:] for _, said in ended)
+    return json.loads(ended[0][0].strip().splitlines()[-1])
+
+
+def test_processes_share_the_problems_and_know_all_answers(tmp_path):
+    alone, *expected = in_processes(tmp_path, 1, 1)
+    shared, *found = in_processes(tmp_path, 2, 2)
+    assert alone == [12] and shared == [6, 6]
+    assert found == expected

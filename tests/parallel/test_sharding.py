@@ -1,0 +1,353 @@
+"""Meshes: the same training on one device and on eight however they are arranged, with the collectives we meant."""
+
+import collections
+import math
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from sharded_steps import MODEL
+
+from nanochat_jax import checkpoint, metrics
+from nanochat_jax.config import REPOSITORY, GPTConfig, Model, UserError
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel.sharding import Layout, make_mesh, share_of_rows
+from nanochat_jax.training import optim
+
+SHARDED = [
+    "data=8 optimizer", "data=8 full", "node=2,data=4 optimizer", "node=2,data=4 full", "data=4,model=2 optimizer",
+    "data=4,model=2 full",
+]  # fmt: skip
+OTHERWISE = ["one batch", "scan", "remat", "remat matmuls"]
+DEPTHS = [12, 20, 26, 32]
+TOGETHER = ["node=2,data=4 optimizer", "node=2,data=4 full"]  # what two processes do as well
+MUONS = [*(f"{depth} 8" for depth in DEPTHS), "5 12"]  # layers and width; eight devices do not divide the last
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Results of five steps by case, from a process with eight devices."""
+    out = tmp_path_factory.mktemp("steps")
+    script = REPOSITORY / "tests" / "support" / "sharded_steps.py"
+    command = [sys.executable, str(script), str(out)]
+    environment = tiny.environment(out, devices=8) | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(REPOSITORY)}
+    cases = ["one device", *OTHERWISE, *SHARDED, *(f"muon {case}" for case in MUONS)]
+    result = subprocess.run([*command, *cases], env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert "full rematerialization" not in result.stderr  # XLA found no way from one sharding to another
+    where = tiny.free_address()
+    halves = [
+        subprocess.Popen(
+            [*command, *TOGETHER], stderr=subprocess.PIPE, text=True,
+            env=environment | tiny.environment(out, devices=4) | {"PROCESS": f"{i}/2@{where}"},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    problems = [p.communicate(timeout=300)[1] for p in halves]
+    assert [p.returncode for p in halves] == [0, 0], "".join(problems)
+    return out
+
+
+@pytest.mark.parametrize("case", [*OTHERWISE, *SHARDED, *(f"{case} in 2" for case in TOGETHER)])
+def test_five_steps_are_those_of_one_device(steps, case):
+    # float64: Newton-Schulz in float32 would spread the rounding of the sums' order.
+    one, other = np.load(steps / "one device.npz"), np.load(steps / f"{case}.npz")
+    assert np.ptp(one["results"][:, 0]) > 0.01  # something is learnt
+    assert {name.split("[")[0].split(".")[1] for name in one if name != "results"} == {"params", "opt_state"}
+    for name in one:
+        np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("case", MUONS)
+def test_muon_shares_out_as_many_layers_as_there_are(steps, case):
+    """26 layers make batches of 52 matrices, which eight devices do not divide."""
+    found = np.load(steps / f"muon {case}.npz")
+    names = [name.removeprefix("one/") for name in found if name.startswith("one/")]
+    assert len(names) == 12 and all(len(found[f"one/{name}"]) == int(case.split()[0]) for name in names)
+    for name in names:
+        for how in ("all", "full"):
+            np.testing.assert_allclose(found[f"{how}/{name}"], found[f"one/{name}"], rtol=0, atol=1e-9, err_msg=name)
+
+
+def collectives(hlo: str) -> dict[bool, collections.defaultdict]:
+    """Sizes of the arrays, of more than a number, that travel by each kind of collective, by whether in a loop."""
+    found = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
+    inside = True
+    for line in hlo.splitlines():
+        if re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line):
+            inside = not line.startswith("ENTRY")
+        kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+        if match := re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line):
+            sizes = [math.prod(map(int, a.split(","))) for a in re.findall(r"\w+\[([\d,]+)\]", match[1])]
+            found[inside][match[2]] += [size for size in sizes if size > 1]
+    return found
+
+
+def test_sharded_optimizer_reduces_once_a_step(steps):
+    found = collectives((steps / "data=8 optimizer.hlo").read_text())
+    assert not any(found[True].values())  # nothing travels between micro-batches
+    assert len(found[False]["reduce-scatter"]) == 8  # one a kind of weight
+    assert not found[False]["all-reduce"]
+
+
+@pytest.mark.parametrize(("case", "data"), [("data=8 optimizer", 8), ("node=2,data=4 optimizer", 4)])
+def test_muon_sends_each_matrix_once_there_and_once_back(steps, case, data):
+    """The model has matrices of three shapes; an exchange shows as an array for each device it goes to."""
+    found = collectives((steps / f"{case}.hlo").read_text())[False]
+    assert len(found["all-to-all"]) == 3 * data
+    assert len(found["all-gather"]) == 3 + 2  # the updates, with those of embedding and head
+
+
+def test_between_nodes_only_shares_of_the_gradient_travel(steps):
+    found = collectives((steps / "node=2,data=4 optimizer.hlo").read_text())
+    assert not any(found[True].values())
+    assert sum(found[False]["reduce-scatter"]) == MODEL.num_params / 4
+    assert sum(found[False]["all-reduce"]) == MODEL.num_params / 4  # after that, so of a quarter
+
+
+def test_full_sharding_gathers_and_reduces_in_every_micro_batch(steps):
+    found = collectives((steps / "data=8 full.hlo").read_text())
+    weights = 3 * 6 + 2  # six a layer, embedding and head
+    assert len(found[True]["all-reduce"] + found[True]["reduce-scatter"]) == weights
+    assert not found[False]["all-reduce"] + found[False]["reduce-scatter"]
+    # On a CPU XLA gathers them once for all micro-batches, on a GPU in each.
+    assert len(found[True]["all-gather"] + found[False]["all-gather"]) >= weights
+    assert len(found[False]["all-to-all"]) == 2 * 3 * 8  # Muon's, there and back
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("data", [8, 3])
+def test_every_preset_can_be_cut(depth, data):
+    """Muon's state and updates have a place on any number of devices; eight leave nothing whole."""
+    model = Model(depth=depth).gpt_config(65536)
+    mesh = jax.sharding.AbstractMesh((1, data, 1), ("node", "data", "model"))
+    layout = Layout(mesh)
+    params = jax.eval_shape(lambda: gpt.init(model))
+    tx = optim.make_optimizer(model.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, layout=layout)
+    cut = layout.shard_specs(jax.eval_shape(tx.init, params))
+    for spec, leaf in zip(
+        jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, jax.P)), jax.tree.leaves(jax.eval_shape(tx.init, params)),
+        strict=True,
+    ):  # fmt: skip
+        if data == 8 and leaf.ndim:
+            assert "data" in spec, (spec, leaf.shape)
+        for axis, size in zip(spec, leaf.shape, strict=False):
+            assert axis is None or size % mesh.shape[axis] == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("data=3", "there are 1"),
+        ("data=1,data=1", "data is there twice"),
+        ("rows=2", "node=N"),
+        ("data=zero", "node=N"),
+        ("data", "node=N"),
+        ("model=2", "try"),
+    ],
+)
+def test_a_mesh_that_does_not_match_the_devices_is_refused(spec, complaint):
+    with pytest.raises(UserError, match=complaint):
+        make_mesh(spec)
+
+
+@pytest.mark.parametrize("devices", [1, 6, 8])
+@pytest.mark.parametrize("spec", ["data=7", "node=3", "model=3", "node=4,model=4", "node=2,data=2,model=16"])
+def test_the_mesh_that_is_suggested_has_as_many_devices_as_there_are(devices, spec, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    with pytest.raises(UserError) as refused:
+        make_mesh(spec)
+    suggested = str(refused.value).partition(": try ")[2]
+    assert math.prod(int(part.partition("=")[2]) for part in suggested.split(",")) == devices
+
+
+@pytest.mark.parametrize(
+    ("processes", "own", "model", "shares"),
+    [(1, 8, 2, [0]), (2, 4, 1, [0, 1]), (2, 4, 2, [0, 1]), (2, 4, 8, [0, 0]), (4, 1, 2, [0, 0, 1, 1]), (2, 3, 2, None)],
+)
+def test_processes_that_share_a_replica_read_the_same_rows(processes, own, model, shares, monkeypatch):
+    devices = [SimpleNamespace(process_index=i // own) for i in range(processes * own)]
+    data = len(devices) // model
+    mesh = SimpleNamespace(
+        devices=np.reshape(devices, (1, data, model)), shape={"node": 1, "data": data, "model": model},
+        local_devices=devices[:own],
+    )  # fmt: skip
+    if shares is None:
+        with pytest.raises(UserError, match=r"model=2 takes parts of processes of 3 dev.*: try node=1,data=6,model=1"):
+            share_of_rows(mesh)
+        return
+    found = []
+    for i in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        found.append(share_of_rows(mesh))
+    assert found == [(share, max(shares) + 1) for share in shares]
+
+
+def test_heads_that_the_model_axis_does_not_divide_are_refused():
+    layout = Layout(jax.sharding.AbstractMesh((1, 2, 4), ("node", "data", "model")))
+    with pytest.raises(UserError, match="a head is not cut: try model=2"):
+        layout.check(GPTConfig(n_layer=2, n_head=6, n_kv_head=2, n_embd=96))
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+
+def start_together(base: Path, processes: int, devices: int, code: str = "", **changes) -> list[subprocess.Popen]:
+    """One run of base in several processes on this machine; `code` instead of `-m scripts.train`."""
+    where = tiny.free_address()
+
+    def command(i: int) -> list[str]:
+        python, *module = tiny.command("base", coordinator=where, num_processes=processes, process_id=i, **changes)
+        return [python, "-c", code, *module[2:]] if code else [python, *module]
+
+    return [
+        subprocess.Popen(
+            command(i),
+            cwd=REPOSITORY, env=tiny.environment(base, devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [r["loss"] for r in metrics.read(run) if r["kind"] == "train"]
+
+
+def place(run: Path, step: int) -> str:
+    """In the data, after a step."""
+    return (checkpoint.step_dir(run, step) / "data.json").read_text(encoding="utf-8")
+
+
+FLAGS = {"total_batch_size": 1024, "device_batch_size": 1, "eval_every": 4}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The base folder with a run of one process on eight devices in it, with the tag "one"."""
+    base = tmp_path_factory.mktemp("alone")
+    tiny.make_world(base)
+    one = tiny.run("base", base, devices=8, model_tag="one", **FLAGS)
+    assert one.returncode == 0, one.stderr
+    return base
+
+
+@pytest.mark.parametrize(("own", "mesh"), [(4, ""), (1, "model=2")])
+def test_two_processes_train_as_one(alone, own, mesh):
+    """Each with rows of its own, or with its part of a model that takes both of them."""
+    tag = f"two-of-{own}"
+    started = start_together(alone, 2, own, model_tag=tag, mesh=mesh, **FLAGS)
+    (out, problems), (silent, more_problems) = [p.communicate(timeout=300) for p in started]
+    assert [p.returncode for p in started] == [0, 0], problems + more_problems
+    assert f"{2 * own} x cpu" in out and "in 2 processes" in out
+    # Only process 0 prints, and the library, whose threads may cut each other short.
+    gloo = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
+    assert set(re.findall("[A-Za-z]+", silent)) <= set(re.findall("[A-Za-z]+", gloo)), silent
+    one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", tag))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_one_process_goes_on_where_two_were_ended(alone):
+    run = alone / "base_checkpoints" / "ended"
+    long = FLAGS | {"model_tag": "ended", "num_iterations": 60, "save_every": -1}
+    started = start_together(alone, 2, 4, **long)
+    deadline = time.monotonic() + 200
+    while len(losses(run)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started[1].terminate()  # one is told, both stop after the same step
+    (out, problems), (_, more_problems) = [p.communicate(timeout=200) for p in started]
+    assert "goes on from here" in out, problems + more_problems
+    assert all(p.returncode != 0 for p in started)
+    rest = tiny.run("base", alone, devices=8, **long)
+    assert rest.returncode == 0, rest.stderr
+    assert "resuming at step" in rest.stdout
+    assert len(losses(run)) == 60
+    whole = tiny.run("base", alone, devices=8, **long | {"model_tag": "whole"})
+    assert whole.returncode == 0, whole.stderr
+    np.testing.assert_allclose(losses(run), losses(run.with_name("whole")), rtol=1e-2)
+    assert place(run, 60) == place(run.with_name("whole"), 60)
+
+
+def test_two_processes_go_on_where_one_was_ended(alone):
+    one = alone / "base_checkpoints" / "one"
+    run = one.with_name("wider")
+    shutil.copytree(one, run, ignore=shutil.ignore_patterns("step_000008"))
+    started = start_together(alone, 2, 4, model_tag="wider", **FLAGS)
+    (out, problems), (_, more_problems) = [p.communicate(timeout=300) for p in started]
+    assert [p.returncode for p in started] == [0, 0], problems + more_problems
+    assert "resuming at step 6" in out and "in 2 processes" in out
+    np.testing.assert_allclose(losses(run), losses(one), rtol=1e-4)
+    assert place(run, 8) == place(one, 8)
+
+
+FAULT = """
+import os, signal, sys, jax
+from nanochat_jax import commandline, step
+from nanochat_jax.config import UserError
+from scripts import train
+shaped, calls = step.Geometry.shaped, []
+def fail(*args):
+    calls.append(1)
+    if len(calls) == 4 and jax.process_index() == {failing}:
+        print("now", file=sys.stderr, flush=True)
+        {fault}
+    return shaped(*args)
+step.Geometry.shaped = fail
+commandline.run(train.main, train.chosen_stage())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failing", "fault", "said", "heard"),
+    [(1, "raise UserError('made up')", "error: made up", "made up"),
+     (0, "raise OSError('made up')", "OSError: made up", "OSError: made up"),
+     (1, "os.kill(os.getpid(), signal.SIGKILL)", "now", None)],
+)  # fmt: skip
+def test_an_error_of_one_process_ends_both(alone, failing, fault, said, heard):
+    """Within seconds, each saying whose it was, or, where there was no time to tell, once its heartbeats are missed."""
+    code = FAULT.format(failing=failing, fault=fault)
+    started = start_together(alone, 2, 4, code, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+    assert any(line.strip() == "now" for line in started[failing].stderr)
+    begun = time.monotonic()
+    told = [p.communicate(timeout=150)[1] for p in started]
+    assert time.monotonic() - begun < (15 if heard else 60)
+    assert all(p.returncode != 0 for p in started), told
+    last = [["now", *problems.strip().splitlines()][-1] for problems in told]
+    assert last[failing] == said
+    if heard:
+        assert last[1 - failing] == f"error: process {failing} has ended: {heard}"
+
+
+def test_a_save_that_fails_on_one_process_ends_both(alone):
+    """First process 1's, then, when the run goes on, process 0's."""
+    run = alone / "base_checkpoints" / "failing"
+    long = FLAGS | {"model_tag": "failing", "num_iterations": 2000, "save_every": 4, "eval_every": -1}
+    for failing in (1, 0):
+        before, started = checkpoint.steps(run), start_together(alone, 2, 4, **long)
+        deadline = time.monotonic() + 200
+        while checkpoint.steps(run) == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # As a full disk, but for one of them: no file of its can grow beyond this, which only the arrays' do.
+        resource.prlimit(started[failing].pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+        told = [p.communicate(timeout=100) for p in started]
+        last = checkpoint.latest(run)
+        assert last == max(checkpoint.steps(run)) and last + 4 <= len(losses(run)) <= last + 8
+        lines = [problems.strip().splitlines() for _, problems in told]
+        ends = f"; the last good checkpoint is step {last}"
+        assert lines[failing][-1].startswith(f"error: could not save a checkpoint in {run} (")
+        assert lines[failing][-1].endswith(ends) and "File too large" in lines[failing][-1]
+        assert lines[1 - failing][-1] == f"error: another process could not save a checkpoint in {run}" + ends
+        assert [p.returncode for p in started] == [2, 2]
+        assert not [p for p in run.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
+    assert "resuming at step" in told[0][0]

@@ -1,0 +1,381 @@
+"""The terminal chat: what it shows, what it remembers, and how it is stopped."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from scripted_model import line_ids, scripted
+from serving import save_model
+
+from nanochat_jax.config import REPOSITORY, ChatCli, GPTConfig, UserError
+from nanochat_jax.conversation import PartReader
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.model import gpt
+from nanochat_jax.tasks.customjson import CustomJSON
+from nanochat_jax.tokenizer import Tokenizer
+from scripts import chat_cli
+
+CALL = ["q", "<|user_end|>", "<|assistant_start|>", "a", "<|python_start|>", "37*12", "<|python_end|>"]
+AFTER = ["<|output_end|>", "é", "!", "<|assistant_end|>"]
+ANSWER = "a[37*12 = 444]é!\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["what is 37 * 12 = 444?"] * 3, 270)
+
+
+@pytest.fixture(scope="module")
+def cfg(tokenizer):
+    return GPTConfig(1, 2, 2, 64, tokenizer.vocab_size, 128)
+
+
+@pytest.fixture(scope="module")
+def params(cfg, tokenizer):
+    return scripted(gpt.init(cfg, seed=0), cfg, tokenizer, CALL, AFTER)
+
+
+@pytest.fixture(scope="module")
+def engine(params, cfg, tokenizer):
+    return Engine(params, cfg, tokenizer, slots=1, chunk=4)
+
+
+@pytest.fixture
+def chat(engine):
+    return chat_cli.Chat(engine, ChatCli(temperature=0.0, max_new_tokens=30))
+
+
+def assistant(*parts) -> dict:
+    return {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
+
+
+def type_in(monkeypatch, *lines):
+    """Lines for input(), and then the end of the input; exceptions are raised."""
+    left = list(lines)
+
+    def read(prompt=""):
+        if not left:
+            raise EOFError
+        line = left.pop(0)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_an_answer_shows_the_call_and_no_special_tokens(chat, capsys, tokenizer):
+    chat_cli.say(chat, "q")
+    assert capsys.readouterr().out == ANSWER
+    said = [("text", "a"), ("python", "37*12"), ("python_output", "444"), ("text", "é!")]
+    assert chat.messages == [{"role": "user", "content": "q"}, assistant(*said)]
+
+
+def test_the_next_turn_sees_the_conversation(chat, engine, monkeypatch, tokenizer):
+    chat_cli.say(chat, "q")
+    requests = []
+    real = engine.stream
+    monkeypatch.setattr(engine, "stream", lambda request: requests.append(request) or real(request))
+    asked = [*chat.messages, {"role": "user", "content": "q"}]
+    chat_cli.say(chat, "q")
+    assert requests[0].ids == tokenizer.render_for_completion({"messages": asked})
+    assert len(chat.messages) == 4
+
+
+def test_text_that_names_special_tokens_stays_text(chat, tokenizer):
+    _, parts = chat.answer("<|assistant_end|>")
+    next(parts)
+    parts.close()
+    ids, _ = tokenizer.render_conversation({"messages": chat.messages})
+    assert ids.count(tokenizer.special("<|assistant_end|>")) == 1
+
+
+def test_an_answer_cut_short_is_completed(chat, engine, tokenizer):
+    chat.cfg = ChatCli(temperature=0.0, max_new_tokens=2)
+    chat_cli.say(chat, "q")
+    assert chat.messages[1] == assistant(("text", "a"))
+
+
+def test_conversation(chat, monkeypatch, capsys):
+    type_in(monkeypatch, "q", "", "  ", "clear", "q", "exit", "never read")
+    chat_cli.converse(chat)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (ANSWER * 2, "Conversation cleared.\n")
+    assert len(chat.messages) == 2
+
+
+def test_commands(chat, monkeypatch, capsys, tmp_path):
+    type_in(
+        monkeypatch, "/temperature 0.5", "/temperature 0", "/topk", "/TOPK 7", "/system Be brief.", "/system", "/save",
+        "/save x", "q", f"/save {tmp_path}/chat.jsonl", "/clear", "/system off", "q", f"/save {tmp_path}/chat.jsonl",
+        "/save /nowhere/x", "/topk x", "/topk -1", "/temperature nan", "/usr/bin is a folder", "clear as mud", "/help",
+    )  # fmt: skip
+    chat_cli.converse(chat)
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        "temperature is 0.5",
+        "temperature is 0.0",
+        "top_k is 50",
+        "top_k is 7",
+        "the system prompt is: Be brief.",
+        "the system prompt is: Be brief.",
+        "error: /save: which file? /save chat.jsonl",
+        "error: /save: nothing has been said yet",
+        f"saved in {tmp_path}/chat.jsonl",
+        "Conversation cleared.",
+        "there is no system prompt",
+        f"saved in {tmp_path}/chat.jsonl",
+        "error: /save /nowhere/x: No such file or directory",
+        "error: /topk x: expected a number, like /topk 7",
+        "error: --top_k=-1: must be 0 (off) or positive",
+        "error: --temperature=nan: must be 0 (greedy) or a positive number",
+    ]
+    assert (chat.cfg.temperature, chat.cfg.top_k) == (0, 7) and "/save FILE" in printed.out
+    # In a file of questions, lines that only look like commands are questions.
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["q", "/usr/bin is a folder", "clear as mud"]
+    with open(tmp_path / "chat.jsonl", encoding="utf-8") as file:
+        first, second = map(json.loads, file)
+    assert [message["role"] for message in first] == ["system", "user", "assistant"]
+    assert [message["role"] for message in second] == ["user", "assistant"]
+
+
+def test_the_system_prompt_is_heard(chat, engine, monkeypatch, tokenizer):
+    requests = []
+    real = engine.stream
+    monkeypatch.setattr(engine, "stream", lambda request: requests.append(request) or real(request))
+    chat.system = "Be brief."
+    chat_cli.say(chat, "q")
+    assert requests[0].ids == tokenizer.render_for_completion({"messages": chat.conversation()[:2]})
+    assert tokenizer.decode(requests[0].ids).startswith("<|bos|><|user_start|>Be brief.\n\nq")
+
+
+def test_what_is_saved_can_be_trained_on(chat, tmp_path):
+    chat.cfg = ChatCli(temperature=0.0, max_new_tokens=2)  # an answer without a tool call
+    chat_cli.say(chat, "q")
+    chat_cli.save(chat, str(tmp_path / "chat.jsonl"))
+    assert CustomJSON(tmp_path / "chat.jsonl").rows == [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    ]
+
+
+@pytest.mark.parametrize("end", ["quit", EOFError, KeyboardInterrupt])
+def test_ways_out(chat, monkeypatch, end):
+    type_in(monkeypatch, end, "never read")
+    chat_cli.converse(chat)
+    assert not chat.messages
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(chat, engine, monkeypatch, capsys, tokenizer):
+    real, steps = engine.step, []
+
+    def step():
+        steps.append(None)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real()
+
+    monkeypatch.setattr(engine, "step", step)
+    handler = signal.getsignal(signal.SIGINT)
+    type_in(monkeypatch, "q", "q")
+    chat_cli.converse(chat)
+    assert capsys.readouterr().out == f"a\n{ANSWER}"
+    assert chat.messages[1] == assistant(("text", "a")) and len(chat.messages) == 4
+    assert not engine.busy and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_ctrl_c_ends_the_program(chat, engine, monkeypatch):
+    def step():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(engine, "step", step)
+    type_in(monkeypatch, "q")
+    with pytest.raises(KeyboardInterrupt):
+        chat_cli.converse(chat)
+
+
+def test_a_full_context_drops_the_oldest_turns_and_says_so(chat, capsys, tokenizer):
+    for _ in range(8):
+        chat_cli.say(chat, "q")
+    printed = capsys.readouterr()
+    assert "[the context is full: the oldest turn was dropped]\n" in printed.err and printed.out == ANSWER * 8
+    assert len(tokenizer.render_conversation({"messages": chat.messages})[0]) <= 128
+
+
+def test_a_message_too_long_is_refused_in_a_line(chat, monkeypatch, capsys):
+    chat_cli.say(chat, "q")
+    capsys.readouterr()
+    type_in(monkeypatch, "z" * 200)
+    chat_cli.converse(chat)
+    out = capsys.readouterr().err
+    assert out.startswith("error: the message is too long: it takes 204 tokens") and out.count("\n") == 1
+    assert len(chat.messages) == 2
+
+
+def show(tokenizer, ids, color=False):
+    reader, display = PartReader(tokenizer), chat_cli.Display(color)
+    for part in [part for i in ids for part in reader.read([i])] + reader.read((), end=True):
+        display.show(*part)
+    display.finish()
+
+
+@pytest.mark.parametrize(("line", "shown"), [
+    (["é", "😀"], "é😀\n"),
+    (["<|python_start|>", "1+", "<|python_end|>", "so"], "[1+]so\n"),
+    (["<|python_start|>", "1+1"], "[1+1]\n"),
+    (["<|output_start|>", "5", "<|output_end|>"], "[5]\n"),
+    (["<|bos|>", "a", "<|user_start|>", "<|python_end|>", "<|output_end|>"], "a\n"),
+    (["\x1b[2J", "a\tb\nc\r"], "[2Ja\tb\nc\n"),
+])  # fmt: skip
+def test_display(tokenizer, capsys, line, shown):
+    show(tokenizer, line_ids(tokenizer, line))
+    assert capsys.readouterr().out == shown
+
+
+def test_calls_are_dimmed_in_color(tokenizer, capsys):
+    show(tokenizer, line_ids(tokenizer, ["a", *CALL[4:], "<|output_start|>", "444", "<|output_end|>"]), color=True)
+    assert capsys.readouterr().out == "a\033[2m[37*12 = 444]\033[0m\n"
+
+
+@pytest.mark.parametrize(("flag", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1)])
+def test_wrong_settings_name_the_flag(flag, value):
+    with pytest.raises(UserError, match=f"--{flag}={value}"):
+        chat_cli.main(ChatCli(**{flag: value}))
+
+
+# -----------------------------------------------------------------------------
+# The program
+
+
+def run_program(*args, base_dir, **kwargs):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "NANOCHAT_BASE_DIR": str(base_dir),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, "-m", "scripts.chat_cli", *args]
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+        **kwargs,
+    )
+
+
+def test_help_is_immediate(tmp_path):
+    start = time.monotonic()
+    done = run_program("--help", base_dir=tmp_path)
+    assert done.returncode == 0 and "--prompt" in done.stdout and not done.stderr
+    assert time.monotonic() - start < 3  # JAX alone takes longer on a busy machine
+
+
+class Terminal:
+    """The program in a pseudo-terminal, as somebody at a keyboard has it."""
+
+    def __init__(self, *args, base_dir):
+        self.primary, secondary = pty.openpty()
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu", "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(REPOSITORY), "TERM": "xterm",
+            "LC_ALL": "C.UTF-8",
+        }  # fmt: skip
+        # The terminal becomes that of the program, so that Ctrl-C reaches it.
+        begin = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", begin, sys.executable, "-m", "scripts.chat_cli", *args], cwd=REPOSITORY,
+            env=environment, start_new_session=True, stdin=secondary, stdout=secondary, stderr=secondary,
+        )  # fmt: skip
+        os.close(secondary)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.primary, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """What was shown up to and with `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            ready, _, _ = select.select([self.primary], [], [], 0.1)
+            assert time.monotonic() < deadline, f"never: {text!r}\n{self.seen}"
+            if ready:
+                self.seen += os.read(self.primary, 4096).decode("utf-8", "replace")
+        before, self.seen = self.seen.split(text, 1)
+        return before + text
+
+    def end(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            os.close(self.primary)
+
+
+def test_a_conversation_at_a_terminal(own_base_dir, params, cfg, tokenizer):
+    save_model(own_base_dir, params, cfg, tokenizer)
+    terminal = Terminal("-t", "0", "--max_new_tokens=40", base_dir=own_base_dir)
+    try:
+        terminal.wait_for("User: ")
+        terminal.type("q\n")
+        assert "a\x1b[2m[37*12 = 444]\x1b[0mé!" in terminal.wait_for("tokens/s]")
+        terminal.wait_for("User: ")
+        # The line is edited: the cursor goes back, a letter goes; Tab completes a command; an arrow brings a line back.
+        terminal.type("qx\x7f\n")
+        terminal.wait_for("é!")
+        terminal.wait_for("User: ")
+        terminal.type("/tem\t 0.5\n")
+        terminal.wait_for("temperature is 0.5")
+        terminal.type("/temperature 0\n/nonsense\n")
+        terminal.wait_for("/nonsense is no command; /help lists them")
+        terminal.wait_for("User: ")
+        terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: q
+        terminal.wait_for("é!")
+        terminal.wait_for("User: ")
+        # Ctrl-C drops what may be typed and not the program; twice ends it.
+        terminal.type("half a tho")
+        terminal.wait_for("half a tho")
+        time.sleep(0.5)  # CPython's input() misses a signal between the echo of a letter and its waiting for the next
+        terminal.type("\x03")
+        terminal.wait_for("Ctrl-C again ends")
+        terminal.wait_for("User: ")
+        terminal.type("q\n")
+        terminal.wait_for("é!")
+        terminal.wait_for("User: ")
+        # What is pasted is one message, however many lines it has.
+        terminal.type("\x1b[200~q\nq\x1b[201~")
+        terminal.wait_for("q")
+        terminal.type("\n")
+        terminal.wait_for("tokens/s]")
+        terminal.wait_for("User: ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.process.kill()
+    kept = own_base_dir / "chat_history"
+    assert kept.stat().st_mode & 0o777 == 0o600 and "half" not in kept.read_text()
+    assert kept.read_text().splitlines()[-7:-2] == ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "q"]
+
+
+def test_program_answers_a_saved_model(own_base_dir, params, cfg, tokenizer):
+    """-p gives the answer alone on stdout; piped input gives one answer a line; without a model, one line says so."""
+    missing = run_program("-p", "q", base_dir=own_base_dir)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: no sft checkpoint under")
+    assert missing.stderr.count("\n") == 1 and not missing.stdout
+    save_model(own_base_dir, params, cfg, tokenizer)
+    once = run_program("-p", "q", "-t", "0", base_dir=own_base_dir)
+    assert (once.returncode, once.stdout) == (0, ANSWER), once.stderr
+    assert "sft_checkpoints/tiny, step 7" in once.stderr
+    piped = run_program("-t", "0", base_dir=own_base_dir, input="q\n/topk 3\n" + "z" * 200 + "\nq\n")
+    assert (piped.returncode, piped.stdout) == (0, ANSWER * 2), piped.stderr
+    assert "top_k is 3\nerror: the message is too long" in piped.stderr

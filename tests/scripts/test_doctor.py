@@ -1,0 +1,99 @@
+"""What the doctor says of a machine and a preset."""
+
+import http.server
+import re
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny
+from huggingface_hub import constants
+
+from nanochat_jax.config import REPOSITORY
+from scripts import doctor as script
+
+# With a last line about the most memory it had, in MiB. (That of getrusage includes what its parent had at the fork.)
+DOCTOR = """
+import re, runpy
+runpy.run_module("scripts.doctor", run_name="__main__")
+print("Peak:", int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
+"""
+
+
+def doctor(base, devices, *flags):
+    command = [sys.executable, "-c", DOCTOR, *flags]
+    env = tiny.environment(base, devices) | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_preset_on_eight_devices(own_base_dir):
+    done = doctor(own_base_dir, 8, "--config=d20", "--shard=full")
+    assert done.returncode == 0, done.stderr
+    told = dict(re.findall(r"^([A-Z][^:\n]*): +(.*)$", done.stdout, re.MULTILINE))
+    assert "560,988,160 parameters" in told["Model"] and told["Mesh"] == "node=1, data=8, model=1, --shard=full"
+    assert told["Batch"].startswith("524,288 tokens = ") and "x 8 replicas x 2048" in told["Batch"]
+    assert told["On one device"].startswith("0.26 GiB of weights"), "an eighth of 561M parameters in 4 bytes"
+    assert "21,400 steps, 11,219,763,200 tokens" in told["Pretraining"]
+    assert told["Devices"].startswith("8 x cpu") or told["Devices"].startswith("1 x cpu"), told["Devices"]
+    assert re.search(r"Python 3\.\d+.*jax .*flax .*optax ", told["Versions"]) and "GiB" in told["Memory"]
+    assert {"Platform", "CPU", "Device memory", "Free disk", "Rust tokenizer"} <= told.keys()
+    assert "HF_HUB_OFFLINE" in told["Hub"]
+    assert re.search(r"matmuls in \w+ \(.*\), attention by xla \(no NVIDIA GPU\)", done.stdout)
+    assert int(told["Peak"]) < 1500, "MiB, where weights and optimizer state would be 6,000"
+
+
+def test_two_processes_are_told_as_one_machine(own_base_dir):
+    where = tiny.free_address()
+    command = [sys.executable, "-m", "scripts.doctor", f"--coordinator={where}", "--num_processes=2", "--depth=2"]
+    started = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}", "--total_batch_size=32768", "--device_batch_size=1"], cwd=REPOSITORY,
+            env=tiny.environment(own_base_dir, 4) | {"HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    (told, problems), (_, more_problems) = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [0, 0], problems + more_problems
+    assert "8 x cpu (cpu) in 2 processes" in told and "node=1, data=8, model=1" in told
+    assert "32,768 tokens = 2 x 1 rows x 8 replicas x 2048" in told
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(503 if "broken" in self.path else 200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_whether_the_hub_answers_is_told(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert re.fullmatch(r"http://127.0.0.1:\d+ answers in \d+ ms", script.hub())
+        broken = f"http://127.0.0.1:{server.server_port}/broken"
+        monkeypatch.setattr(constants, "ENDPOINT", broken)
+        assert script.hub() == f"{broken} answers with an error (503 Service Unavailable)"
+        server.shutdown()
+    with socket.socket() as taken:  # nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        for wrong in (f"http://127.0.0.1:{taken.getsockname()[1]}", "no-address"):
+            monkeypatch.setattr(constants, "ENDPOINT", wrong)
+            assert re.fullmatch(rf"{wrong} does not answer \(.+\): only local text and tasks", script.hub())
+
+
+@pytest.mark.parametrize(
+    ("devices", "flags", "words"),
+    [(6, ["--config=d20"], "--total_batch_size=524288 is not a multiple of 2048 tokens x 6 devices"),
+     (2, ["--mesh=data=3"], "there are 2: try node=1,data=2,model=1"), (1, ["--depth=0"], "--depth=0"),
+     (1, ["--device_type=tpu"], "--device_type=tpu: ")],
+)  # fmt: skip
+def test_what_cannot_be_trained_here_is_one_line(own_base_dir, devices, flags, words):
+    done = doctor(own_base_dir, devices, *flags)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,466 @@
+"""OpenAI's API, through OpenAI's own client: a real server process with a small model, and answers given in advance."""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import jax
+import numpy as np
+import openai
+import pytest
+from serving import TEXT, ScriptedEngine, command, save_model, say, serving, until
+
+from nanochat_jax.config import ChatWeb, GPTConfig
+from nanochat_jax.model import gpt
+from nanochat_jax.serve.page import FILES
+from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+CONTEXT = 128
+KEY = "a-key-of-our-own"
+MODEL = "nanochat-tiny-sft"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(iter(TEXT), 300)
+
+
+@pytest.fixture(scope="module")
+def cfg(tokenizer):
+    return GPTConfig(1, 2, 2, 32, tokenizer.vocab_size, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    """Random weights with an uneven head: varied text, special tokens never the likeliest."""
+    leaves, tree = jax.tree.flatten(gpt.init(cfg, seed=0))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    made = tree.unflatten([jax.random.normal(k, x.shape) * 0.2 for k, x in zip(keys, leaves, strict=True)])
+    return made | {"lm_head": made["lm_head"].at[cfg.vocab_size - len(SPECIAL_TOKENS) :].set(0)}
+
+
+@pytest.fixture(scope="module")
+def server(params, cfg, tokenizer, tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        save_model(base, params, cfg, tokenizer)
+    with command(base, "--slots=2", f"--api_key={KEY}", "--temperature=1", "--top_k=0") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def likelihood(params, cfg):
+    """Log-probabilities [t,v] after each token of a sequence, by the full forward; one compiled shape."""
+    forward = jax.jit(lambda ids: jax.nn.log_softmax(gpt.forward(params, cfg, ids)[0]))
+    return lambda ids: np.asarray(forward(np.array([[*ids, *[0] * (CONTEXT - len(ids))]])))[: len(ids)]
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+@contextlib.contextmanager
+def scripted(tokenizer, *answer, settings=None, **engine):
+    """A client of a server whose model always says `answer`, and its engine."""
+    script = answer[0] if callable(answer[0]) else lambda _: say(tokenizer, *answer)
+    engine = ScriptedEngine(tokenizer, script, **engine)
+    with (
+        serving(engine, settings) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=30) as client,
+    ):
+        yield client, engine
+
+
+# -----------------------------------------------------------------------------
+# A real model in a real process
+
+
+def test_models(client):
+    [model] = client.models.list().data
+    assert model.id == MODEL and client.models.retrieve(MODEL).id == MODEL
+    for ask in (
+        lambda: client.models.retrieve("gpt-4"),
+        lambda: client.chat.completions.create(model="gpt-4", messages=[user("hi")]),
+        lambda: client.completions.create(model="gpt-4", prompt="hi"),
+    ):
+        with pytest.raises(openai.NotFoundError) as refused:
+            ask()
+        assert refused.value.code == "model_not_found" and refused.value.param == "model"
+        assert MODEL in refused.value.message
+
+
+def test_the_key_is_asked_for(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            stranger.models.list()
+        assert refused.value.code == "invalid_api_key"
+    for path in ("/stats", "/metrics", "/openapi.json", "/v1/models"):
+        assert httpx.get(f"{server.url}{path}").status_code == 401
+    assert httpx.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]}).status_code == 401
+    assert {httpx.get(f"{server.url}{path}").status_code for path in (*FILES, "/health")} == {200}
+
+
+def test_a_seed_gives_the_same_chat_streamed_or_not(client, tokenizer):
+    ask = {"model": MODEL, "messages": [user("hello")], "seed": 5, "max_tokens": 12, "n": 3}
+    whole = client.chat.completions.create(**ask)
+    assert whole == client.chat.completions.create(**ask).model_copy(update={"id": whole.id, "created": whole.created})
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3 and [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert whole.choices[0].finish_reason in ("stop", "length") and whole.choices[0].message.role == "assistant"
+    prompt = tokenizer.render_for_completion({"messages": [user("hello")]})
+    assert whole.usage.prompt_tokens == len(prompt) and 3 <= whole.usage.completion_tokens <= 36
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+    streamed, reasons, usage = ["", "", ""], {}, None
+    for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        assert chunk.model == MODEL and chunk.object == "chat.completion.chunk"
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            assert choice.index not in reasons, "something came after the end"
+            streamed[choice.index] += choice.delta.content or ""
+            reasons |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+    assert streamed == texts and usage == whole.usage
+    assert [reasons[i] for i in range(3)] == [choice.finish_reason for choice in whole.choices]
+
+
+def test_greedy_chat_with_logprobs_is_what_the_model_says(client, tokenizer, likelihood):
+    messages = [{"role": "developer", "content": "Be brief."}, user([{"type": "text", "text": "hello"}])]
+    answer = client.chat.completions.create(
+        model=MODEL, messages=messages, temperature=0, max_completion_tokens=10, logprobs=True, top_logprobs=4
+    )
+    prompt = tokenizer.render_for_completion({"messages": [{"role": "system", "content": "Be brief."}, user("hello")]})
+    ids = list(prompt)
+    for token in (said := answer.choices[0].logprobs.content):
+        after = likelihood(ids)[-1]
+        ids.append(int(after.argmax()))
+        assert bytes(token.bytes) == tokenizer.decode_bytes(ids[-1:])
+        best = np.argsort(-after)[:4]
+        assert [bytes(other.bytes) for other in token.top_logprobs] == [tokenizer.decode_bytes([i]) for i in best]
+        np.testing.assert_allclose([other.logprob for other in token.top_logprobs], after[best], atol=2e-4)
+        assert token.logprob == token.top_logprobs[0].logprob
+    text = b"".join(bytes(token.bytes) for token in said).decode("utf-8", "replace")
+    assert said and text == answer.choices[0].message.content
+
+
+def test_scores_of_texts_and_ids_are_the_models(client, tokenizer, likelihood):
+    """What lm-evaluation-harness asks for: echo, logprobs, nothing or one token after it."""
+    texts = ["Why is the sky blue?", "你好, Grüße 🌍!", "37 times 12"]
+    answer = client.completions.create(model=MODEL, prompt=texts, echo=True, logprobs=2, max_tokens=0)
+    assert [choice.text for choice in answer.choices] == texts
+    assert [choice.finish_reason for choice in answer.choices] == ["length"] * 3
+    assert answer.usage.completion_tokens == 0
+    for text, choice in zip(texts, answer.choices, strict=True):
+        ids = tokenizer.encode(text, "<|bos|>")
+        after = likelihood(ids)
+        expected = [after[i, token] for i, token in enumerate(ids[1:])]
+        np.testing.assert_allclose(choice.logprobs.token_logprobs, expected, atol=2e-4)
+        for logits, token, named in zip(after, choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=False):
+            assert token in named and len(named) in (2, 3)
+            assert math.isclose(max(named.values()), logits.max(), abs_tol=2e-4)
+        whole = [not token.startswith("bytes:") for token in choice.logprobs.tokens]
+        for ok, token, start in zip(whole, choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+            assert not ok or text[start:].startswith(token)
+    # Ids are taken as they are, and of the first nothing is known. One token more is the likeliest.
+    ids = tokenizer.encode(texts[0])
+    scored = client.completions.create(
+        model=MODEL, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
+    ).choices[0].logprobs  # fmt: skip
+    after = likelihood(ids)
+    assert scored.token_logprobs[0] is None and scored.top_logprobs[0] is None
+    np.testing.assert_allclose(scored.token_logprobs[1:-1], [after[i, t] for i, t in enumerate(ids[1:])], atol=2e-4)
+    assert math.isclose(scored.token_logprobs[-1], after[-1].max(), abs_tol=2e-4)
+
+
+def test_completions_of_several_prompts(client):
+    ask = {"model": MODEL, "prompt": ["The sea", "The moon"], "n": 2, "seed": 3, "max_tokens": 6, "echo": True}
+    whole = client.completions.create(**ask)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert [choice.text[:7] for choice in whole.choices] == ["The sea"] * 2 + ["The moo"] * 2
+    streamed = ["", "", "", ""]
+    for chunk in client.completions.create(**ask, stream=True, logprobs=0):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == [choice.text for choice in whole.choices]
+    # A prompt in a batch gets what it gets alone.
+    alone = client.completions.create(**ask | {"prompt": "The sea"})
+    assert [choice.text for choice in alone.choices] == streamed[:2]
+    assert client.completions.create(model=MODEL, prompt="").usage.completion_tokens <= 16
+
+
+def test_a_prompt_longer_than_the_context(client, tokenizer):
+    long = "word " * 200
+    for ask in (
+        lambda: client.chat.completions.create(model=MODEL, messages=[user(long)]),
+        lambda: client.completions.create(model=MODEL, prompt=long),
+        lambda: client.completions.create(model=MODEL, prompt=[65] * CONTEXT),
+        lambda: client.completions.create(model=MODEL, prompt=[65] * (CONTEXT + 1), max_tokens=0),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask()
+        assert refused.value.code == "context_length_exceeded" and str(CONTEXT) in refused.value.message
+    full = client.completions.create(model=MODEL, prompt=[65] * (CONTEXT - 3), max_tokens=100, stop=["never"])
+    assert full.usage.total_tokens <= CONTEXT
+    scored = client.completions.create(model=MODEL, prompt=[65] * CONTEXT, max_tokens=0, echo=True, logprobs=0)
+    assert len(scored.choices[0].logprobs.tokens) == CONTEXT
+
+
+def value_of(server, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+def test_metrics_tell_how_busy_and_how_fast(client, server):
+    def values():
+        names = ("prompt_tokens_total", "generated_tokens_total", "time_to_first_token_seconds_count", "answers_total")
+        return np.array([value_of(server, f"nanochat_{name}") for name in names])
+
+    before = values()
+    answer = client.chat.completions.create(model=MODEL, messages=[user("hello")], max_tokens=9, n=2)
+    used = answer.usage
+    assert (values() - before).tolist() == [used.prompt_tokens, used.completion_tokens, 1, 1]
+    assert value_of(server, "nanochat_slots") == 2 and value_of(server, "nanochat_requests_running") == 0
+    assert 0 <= value_of(server, "nanochat_cache_use_ratio") <= 1
+    assert value_of(server, "nanochat_time_per_token_seconds_sum") > 0
+
+
+def test_many_at_once_and_a_client_that_cancels(server):
+    async def run():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+            ask = lambda i: client.chat.completions.create(  # noqa: E731
+                model=MODEL, messages=[user(f"number {i % 3}")], seed=i % 3, max_tokens=20
+            )
+            answers = await asyncio.gather(*(ask(i) for i in range(12)))
+            leaving = await client.completions.create(model=MODEL, prompt="The", max_tokens=100, n=50, stream=True)
+            async for _ in leaving:
+                break
+            busy = await asyncio.to_thread(value_of, server, "nanochat_requests_waiting")
+            await leaving.close()
+            return [answer.choices[0].message.content for answer in answers], busy
+
+    answers, busy = asyncio.run(run())
+    assert answers == answers[:3] * 4 and busy > 0
+    until(lambda: value_of(server, "nanochat_requests_running") == 0, seconds=5)
+    assert value_of(server, "nanochat_requests_waiting") == 0
+
+
+@pytest.mark.slow
+def test_no_request_that_the_description_suggests_is_a_server_error(server, tmp_path):
+    program = shutil.which("schemathesis", path=Path(sys.executable).parent)
+    if not program:
+        pytest.skip("no schemathesis: pip install '.[e2e]'")
+    run = [
+        program, "run", f"{server.url}/openapi.json", "--header", f"Authorization: Bearer {KEY}", "--no-color",
+        "--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--max-examples", "100", "--seed", "1",
+    ]  # fmt: skip
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "Tested: 8" in done.stdout and server.process.poll() is None
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_through_completions(server, tokenizer, params, cfg, tmp_path):
+    """LM_EVAL: its program, which is better off in an environment of its own."""
+    program = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
+    if not program:
+        pytest.skip("no lm_eval: LM_EVAL=/path/to/lm_eval")
+    questions = [{"q": "Why is the sky", "c": [" blue", " red light", " sea"], "a": i} for i in (0, 1, 2)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "sky.yaml").write_text(
+        "task: sky\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
+        f"dataset_kwargs:\n  data_files: {tmp_path}/data.jsonl\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{c}}"\ndoc_to_target: "{{a}}"\ntarget_delimiter: ""\n'
+    )
+    tokenizer.save(tmp_path / "tokenizer")
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(fast))
+    where = f"model={MODEL},base_url={server.url}/v1/completions,num_concurrent=2,max_retries=1,tokenized_requests=True"
+    run = [
+        program, "run", "--model", "local-completions", "--tasks", "sky", "--include_path", tmp_path, "--log_samples",
+        "--model_args", f"{where},tokenizer={tmp_path}/tokenizer,max_length={CONTEXT}", "--output_path", tmp_path,
+    ]  # fmt: skip
+    env = os.environ | {"OPENAI_API_KEY": KEY, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    [samples] = tmp_path.rglob("samples_sky*.jsonl")
+    likelihood = jax.jit(lambda ids: jax.nn.log_softmax(gpt.forward(params, cfg, ids)[0]))
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        for choice, [[score, _]] in zip(questions[0]["c"], sample["resps"], strict=True):
+            context, ids = tokenizer.encode(questions[0]["q"]), tokenizer.encode(questions[0]["q"] + choice)
+            after = likelihood(np.array([ids]))
+            expected = sum(after[i - 1, ids[i]] for i in range(len(context), len(ids)))
+            assert math.isclose(float(score), float(expected), abs_tol=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# Answers given in advance
+
+
+def test_stop_strings_end_the_text_wherever_they_fall(tokenizer):
+    said = "The sea is calm tonight. Grüße 🌍, the tide is full"
+    with scripted(tokenizer, said, delay=0.001) as (client, engine):
+        for stop, kept in (
+            ("calm", "The sea is "), ("T", ""), (["full!", "tide is full"], said[:-12]), ("🌍", said[:31]),
+            ("never", said), (["tonight", "sea"], "The "), ("full", said[:-4]), ("fully", said),
+        ):  # fmt: skip
+            ask = {"model": "nanochat-test-sft", "messages": [user("?")], "stop": stop}
+            whole = client.chat.completions.create(**ask, logprobs=True)
+            assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (kept, "stop")
+            tokens = b"".join(bytes(token.bytes) for token in whole.choices[0].logprobs.content)
+            assert tokens.startswith(kept.encode()) and len(tokens) <= len(kept.encode()) + 12
+            streamed = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**ask, stream=True)]
+            assert "".join(streamed) == kept and not any("\ufffd" in piece for piece in streamed)
+            assert whole.usage.completion_tokens <= len(tokenizer.encode(said)) + 1
+    assert set(engine.cancelled) and not engine._left
+
+
+def test_a_stop_string_in_one_of_several_samples_ends_only_that(tokenizer):
+    def counting(request):
+        return say(tokenizer, f"{request.seed} a b c d e f")
+
+    with scripted(tokenizer, counting, slots=2) as (client, _):
+        ask = lambda seed, stop: client.chat.completions.create(  # noqa: E731
+            model=None, messages=[user("?")], seed=seed, stop=stop
+        ).choices[0]
+        assert ask(1, "c").message.content == "1 a b " and ask(2, "f").message.content == "2 a b c d e "
+
+
+def test_tool_calls_are_not_text(tokenizer):
+    answer = ("37 times 12 is ", ("python", "37*12"), ("python_output", "444"), "444.")
+    with scripted(tokenizer, *answer) as (client, _):
+        whole = client.chat.completions.create(model="nanochat-test-sft", messages=[user("37*12?")], logprobs=True)
+        assert whole.choices[0].message.content == "37 times 12 is 444."
+        tokens = [token.token for token in whole.choices[0].logprobs.content]
+        assert "".join(tokens) == "37 times 12 is 444."
+        assert whole.usage.completion_tokens == len(say(tokenizer, *answer))
+
+
+def test_the_last_message_of_the_assistant_is_continued(tokenizer):
+    with scripted(tokenizer, " there") as (client, engine):
+        said = [user("37*12?"), {"role": "assistant", "content": "It is"}]
+        answer = client.chat.completions.create(model="nanochat-test-sft", messages=said)
+        assert answer.choices[0].message.content == " there"
+        ids = list(engine.requests[0].ids)
+        assert tokenizer.decode(ids).endswith("<|assistant_start|>It is")
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back(tokenizer):
+    endless = lambda _: tokenizer.encode("and so on ") * 500  # noqa: E731
+    settings = ChatWeb(max_waiting=1)
+    with (
+        scripted(tokenizer, endless, slots=1, delay=0.01, settings=settings) as (client, _),
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(2):
+            stack.enter_context(client.completions.create(model=None, prompt="go", max_tokens=400, stream=True))
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model=None, prompt="go")
+        assert int(refused.value.response.headers["retry-after"]) > 0 and refused.value.code == "server_busy"
+
+
+def test_time_runs_out(tokenizer):
+    endless = lambda _: tokenizer.encode("and so on ") * 500  # noqa: E731
+    with scripted(tokenizer, endless, slots=1, delay=0.05, settings=ChatWeb(timeout=0.5)) as (client, engine):
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.completions.create(model=None, prompt="go", max_tokens=500)
+        assert failed.value.status_code == 504 and failed.value.code == "timeout"
+        heard = []
+        with pytest.raises(openai.APIError, match=r"0.5 seconds"):
+            for chunk in client.completions.create(model=None, prompt="go", max_tokens=500, stream=True):
+                heard.append(chunk.choices[0].text)
+        assert heard
+        until(lambda: len(engine.cancelled) == 2)
+
+
+def test_an_engine_that_dies_is_an_error_in_the_stream(tokenizer):
+    def dying(request):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with scripted(tokenizer, dying) as (client, _):
+        with pytest.raises(openai.APIError, match="stopped working") as failed:
+            list(client.chat.completions.create(model=None, messages=[user("hi")], stream=True))
+        assert "RESOURCE" not in str(failed.value)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.chat.completions.create(model=None, messages=[user("hi")])
+        assert refused.value.status_code == 503
+
+
+BAD = [
+    ("chat/completions", {}, "messages"),
+    ("chat/completions", {"messages": []}, "messages"),
+    ("chat/completions", {"messages": "hi"}, "messages"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ("chat/completions", {"messages": [user("x"), user("y")]}, "messages"),
+    ("chat/completions", {"messages": [user([{"type": "image_url", "text": "x"}])]}, "messages[0].content[0].type"),
+    ("chat/completions", {"messages": [user([{"type": "python", "text": "x"}])]}, "messages[0].content"),
+    ("chat/completions", {"messages": [user("x")], "temperature": 2.1}, "temperature"),
+    ("chat/completions", {"messages": [user("x")], "temperature": math.nan}, "temperature"),
+    ("chat/completions", {"messages": [user("x")], "top_p": -0.1}, "top_p"),
+    ("chat/completions", {"messages": [user("x")], "top_p": math.inf}, "top_p"),
+    ("chat/completions", {"messages": [user("x")], "n": 0}, "n"),
+    ("chat/completions", {"messages": [user("x")], "n": 129}, "n"),
+    ("chat/completions", {"messages": [user("x")], "max_tokens": 0}, "max_tokens"),
+    ("chat/completions", {"messages": [user("x")], "max_tokens": -5}, "max_tokens"),
+    ("chat/completions", {"messages": [user("x")], "max_tokens": 1e999}, "max_tokens"),
+    ("chat/completions", {"messages": [user("x")], "top_logprobs": 21}, "top_logprobs"),
+    ("chat/completions", {"messages": [user("x")], "top_logprobs": 2}, "top_logprobs"),
+    ("chat/completions", {"messages": [user("x")], "stop": [""]}, "stop[0]"),
+    ("chat/completions", {"messages": [user("x")], "stop": ["x"] * 17}, "stop"),
+    ("chat/completions", {"messages": [user("x")], "seed": "x"}, "seed"),
+    ("chat/completions", {"messages": [user("x")], "seed": 2**63}, "seed"),
+    ("chat/completions", {"messages": [user("x")], "tools": [{"type": "function"}]}, "tools"),
+    ("chat/completions", {"messages": [user("x")], "response_format": {"type": "json_object"}}, "response_format"),
+    ("chat/completions", {"messages": [user("x")], "presence_penalty": 0.5}, "presence_penalty"),
+    ("completions", {"prompt": []}, "prompt"),
+    ("completions", {"prompt": [[]]}, "prompt[0]"),
+    ("completions", {"prompt": [1.5]}, "prompt[0]"),
+    ("completions", {"prompt": ["x", 1]}, "prompt[1]"),
+    ("completions", {"prompt": ["x"] * 65, "n": 2}, "n"),
+    ("completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
+    ("completions", {"prompt": "x", "suffix": "y"}, "suffix"),
+    ("completions", {"prompt": "x", "best_of": 2}, "best_of"),
+]
+
+
+def test_mistakes_are_named_in_openais_shape(tokenizer):
+    with scripted(tokenizer, "ok") as (client, engine), httpx.Client(base_url=str(client.base_url), timeout=10) as http:
+        for path, body, param in BAD:
+            answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400, (body, answer.text)
+            error = answer.json()["error"]
+            assert error["param"] == param and error["type"] == "invalid_request_error", (body, error)
+            assert error["message"].startswith(param), (body, error)
+        for method, path, status in (("GET", "nothing", 404), ("GET", "completions", 405), ("POST", "models", 405)):
+            answer = http.request(method, path)
+            assert answer.status_code == status and answer.json()["error"]["message"]
+        for method, url in (("GET", "/nope"), ("POST", "/completions"), ("GET", "/v1/nothing")):
+            answer = http.request(method, str(client.base_url.copy_with(raw_path=url.encode())))
+            error = answer.json()["error"]
+            assert answer.status_code == 404 and error["type"] == "not_found_error"
+            assert repr(url) in error["message"] and "/v1" in error["message"]
+        body = json.dumps({"messages": [user("x")]})
+        for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/jsonish"}):
+            error = http.post("chat/completions", content=body, headers=headers).json()["error"]
+            assert error["code"] == "invalid_content_type" and "Content-Type: application/json" in error["message"]
+        kind = {"Content-Type": "application/json; charset=utf-8"}
+        assert http.post("chat/completions", content="{", headers=kind).json()["error"]["code"] == "invalid_json"
+        # Neutral values of what is not supported, unknown fields, and null are no mistakes.
+        fine = {"presence_penalty": 0, "tools": None, "response_format": {"type": "text"}, "user": "me", "stop": None,
+                "stream_options": None, "logit_bias": {}, "best_of": 1, "n": None, "seed": -1, "top_p": 0}  # fmt: skip
+        assert http.post("chat/completions", json={"messages": [user("x")]} | fine).status_code == 200
+    assert len(engine.requests) == 1

@@ -1,0 +1,420 @@
+"""The web server over real HTTP: what it streams, what it refuses, and that nobody can take a slot away with him."""
+
+import contextlib
+import json
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+
+import httpx
+import pytest
+from serving import TEXT, ScriptedEngine, say, serving, until
+
+from nanochat_jax.config import ChatWeb, GPTConfig, UserError
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.model import gpt
+from nanochat_jax.serve.page import FILES, UI
+from nanochat_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(iter(TEXT), 300)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with httpx.Client(timeout=30) as client:
+        yield client
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def chat(client, server, messages, **fields) -> list[dict]:
+    """All events of one answer."""
+    response = client.post(f"{server.url}/chat/completions", json={"messages": messages, **fields})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.content.decode("utf-8").split("\n\n")
+    assert blocks.pop() == "" and all(block.startswith("data: ") for block in blocks)
+    return [json.loads(block[6:]) for block in blocks]
+
+
+def text_of(events: list[dict]) -> str:
+    return "".join(event.get("token", "") for event in events)
+
+
+# -----------------------------------------------------------------------------
+# Streaming
+
+
+def test_streams_whole_characters_and_tool_calls(tokenizer, client):
+    answer = ("Grüße 你好🌍, ", ("python", "37*12"), ("python_output", "444"), " is it.\n\ndata: x")
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, *answer))
+    with serving(engine) as server:
+        events = chat(client, server, [user("37*12?")])
+    assert text_of(events) == "Grüße 你好🌍,  is it.\n\ndata: x"
+    assert not any("\ufffd" in event.get("token", "") for event in events)
+    assert all(event["gpu"] == 0 for event in events if "token" in event)
+    tools = [event for event in events if "python" in event or "output" in event]
+    assert tools == [{"python": "37*12"}, {"output": "444"}]
+    assert events[-1] == {"done": True}
+
+
+def test_tokens_arrive_while_the_answer_is_being_written(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "a" * 20), delay=0.05)
+    with (
+        serving(engine) as server,
+        client.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("hi")]}) as response,
+    ):
+        times = [time.monotonic() for line in response.iter_lines() if "token" in line]
+    assert times[-1] - times[0] > 0.2
+
+
+def test_says_that_an_answer_was_cut(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "abcdefghij " * 20))
+    with serving(engine) as server:
+        events = chat(client, server, [user("hi")], max_tokens=3)
+    assert events[-2:] == [{"cut": "length"}, {"done": True}]
+
+
+def test_settings_of_the_request_and_the_defaults(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    with serving(engine, ChatWeb(temperature=0.5, top_k=7, max_new_tokens=20)) as server:
+        chat(client, server, [user("hi")])
+        chat(client, server, [user("hi")], temperature=0, top_k=0, max_tokens=4000, seed=11, unknown="ignored")
+    default, asked = engine.requests.values()
+    assert (default.temperature, default.top_k, default.max_tokens) == (0.5, 7, 20)
+    assert (asked.temperature, asked.top_k, asked.max_tokens, asked.seed) == (0, 0, 20, 11)
+    assert default.seed != asked.seed
+
+
+def test_what_the_engine_cannot_do_ends_nobody_elses_answers(tokenizer, client):
+    class Strict(ScriptedEngine):
+        def check(self, request):
+            if request.temperature < 0:
+                raise UserError(f"temperature is {request.temperature}")
+
+        def add(self, request):
+            self.check(request)
+            return super().add(request)
+
+    engine = Strict(tokenizer, lambda _: say(tokenizer, "ok"))
+    with serving(engine, ChatWeb(temperature=-1.0)) as server:
+        refused = client.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]})
+        assert (refused.status_code, refused.json()) == (400, {"detail": "temperature is -1.0"})
+        assert text_of(chat(client, server, [user("hi")], temperature=1)) == "ok"
+
+
+def test_parts_are_rendered_with_special_tokens_and_text_never_is(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user("1+1"),
+        assistant(parts),
+        user("<|assistant_end|><|python_start|>"),
+    ]
+    with serving(engine) as server:
+        chat(client, server, messages)
+    ids = list(engine.requests[0].ids)
+    assert ids == tokenizer.render_for_completion({"messages": messages})
+    assert ids.count(tokenizer.special("<|python_start|>")) == 1
+    assert ids.count(tokenizer.special("<|assistant_end|>")) == 1
+
+
+def test_oldest_turns_are_dropped_when_the_context_is_full(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"), context=128)
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, *[m for i in range(10) for m in (user(f"question {i}"), assistant("yes"))], user("and now?")]
+    with serving(engine) as server:
+        events = chat(client, server, messages)
+    dropped = events[0]["dropped"]
+    assert 0 < dropped < 20 and dropped % 2 == 0
+    request = engine.requests[0]
+    assert list(request.ids) == tokenizer.render_for_completion({"messages": [system, *messages[1 + dropped :]]})
+    assert len(request.ids) + request.max_tokens <= 128
+    # One turn more would not have fitted.
+    more = tokenizer.render_for_completion({"messages": [system, *messages[dropped - 1 :]]})
+    assert len(more) > 128 - 128 // 4
+
+
+def test_the_assistants_last_message_is_continued(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, " more"))
+    call = [{"type": "text", "text": "It is "}, {"type": "python", "text": "37*12"}]
+    with serving(engine) as server:
+        assert text_of(chat(client, server, [user("Go on."), assistant("Well,")])) == " more"
+        chat(client, server, [user("37*12?"), assistant([*call, {"type": "python_output", "text": "444"}])])
+        chat(client, server, [user("37*12?"), assistant(call)])
+    ends = ["Well,", "37*12<|python_end|><|output_start|>444<|output_end|>", "It is "]  # a call is made again
+    for request, end in zip(engine.requests.values(), ends, strict=True):
+        assert tokenizer.decode(request.ids).endswith(end)
+        assert tokenizer.decode(request.ids).count("<|assistant_start|>") == 1
+
+
+# -----------------------------------------------------------------------------
+# What is refused
+
+BAD = [
+    ({}, "messages"),
+    ({"messages": []}, "1 to 500"),
+    ({"messages": [user("x")] * 501}, "1 to 500"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "user, assistant, system"),
+    ({"messages": [user("")]}, "1 to 8000"),
+    ({"messages": [user("x" * 8001)]}, "8001 characters"),
+    ({"messages": [user("x" * 7000), assistant("y" * 9000)] * 2 + [user("x" * 7000)]}, "32000"),
+    ({"messages": [user("x"), user("y")]}, "messages[1]"),
+    ({"messages": [user("x"), {"role": "system", "content": "y"}]}, "must be user or assistant"),
+    ({"messages": [assistant("y"), user("x")]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "messages[0].content"),
+    ({"messages": [user("x"), assistant([{"type": "image", "text": "x"}]), user("x")]}, "messages[1].content[0].type"),
+    ({"messages": [user("x")], "temperature": 2.1}, "temperature"),
+    ({"messages": [user("x")], "temperature": float("nan")}, "temperature"),
+    ({"messages": [user("x")], "top_k": 201}, "top_k"),
+    ({"messages": [user("x")], "top_k": -1}, "top_k"),
+    ({"messages": [user("x")], "max_tokens": 0}, "max_tokens"),
+    ({"messages": [user("x")], "max_tokens": 4097}, "max_tokens"),
+    ({"messages": [user("x")], "seed": 2**31}, "seed"),
+    ({"messages": [user("word " * 500)]}, "too long"),
+]
+
+
+def test_mistakes_are_answered_with_400_and_the_reason(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    with serving(engine) as server:
+        url = f"{server.url}/chat/completions"
+        for body, reason in BAD:
+            response = client.post(url, content=json.dumps(body), headers={"Content-Type": "application/json"})
+            assert response.status_code == 400, (body, response.text)
+            assert reason in response.json()["detail"], (body, response.text)
+        for content in (b"", b"{", b"[1]", b"\xff\xfe", b'{"messages": "hi"}', b"[" * 10_000):
+            assert client.post(url, content=content, headers={"Content-Type": "application/json"}).status_code == 400
+        # Without the JSON type a foreign web page could post here, since browsers do not ask first for plain text.
+        plain = client.post(url, content=json.dumps({"messages": [user("x")]}), headers={"Content-Type": "text/plain"})
+        assert plain.status_code == 400 and "Content-Type: application/json" in plain.json()["detail"]
+        assert client.post(url, content=b" " * (2 << 20)).status_code == 413
+        half_an_emoji = json.dumps({"messages": [user("still there? \ud83c")]})  # browsers can send that
+        response = client.post(url, content=half_an_emoji, headers={"Content-Type": "application/json"})
+        assert response.status_code == 200 and response.text.endswith('data: {"done": true}\n\n')
+    assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("cors", ["", "http://friend.example, http://other.example"])
+def test_other_web_sites_have_no_access_unless_told(tokenizer, client, cors):
+    settings = ChatWeb(cors=cors, api_key="secret")
+    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok")), settings) as server:
+        for origin in ("http://elsewhere.example", "http://friend.example"):
+            ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+            for response in (
+                client.options(f"{server.url}/v1/chat/completions", headers={"Origin": origin} | ask),
+                client.get(f"{server.url}/health", headers={"Origin": origin}),
+                client.get(f"{server.url}/v1/models", headers={"Origin": origin, "Authorization": "Bearer secret"}),
+            ):
+                allowed = response.headers.get("access-control-allow-origin")
+                assert allowed == (origin if "friend" in origin and cors else None)
+                assert "access-control-allow-credentials" not in response.headers
+
+
+def test_the_key(tokenizer, client):
+    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok")), ChatWeb(api_key="gehéim")) as server:
+        url = f"{server.url}/chat/completions"
+        wrong = ["", "gehéim", "Basic gehéim", "Bearer", "Bearer gehéi", "Bearer gehéimm"]
+        for given in [{}, *({"Authorization": value.encode()} for value in wrong)]:
+            refused = client.post(url, json={"messages": [user("x")]}, headers=given)
+            assert refused.status_code == 401 and "key" in refused.json()["detail"]
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for given in ("Bearer gehéim", "bearer  gehéim"):
+            answer = client.post(url, json={"messages": [user("x")]}, headers={"Authorization": given.encode()})
+            assert answer.status_code == 200
+        refused = 'nanochat_refused_total{status="401"} 7.0'
+        assert refused in client.get(f"{server.url}/metrics", headers={"Authorization": "Bearer gehéim".encode()}).text
+
+
+def test_conversations_are_logged_only_when_asked(tokenizer, client, caplog):
+    for log_chats in (False, True):
+        engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "a private answer"))
+        with serving(engine, ChatWeb(log_chats=log_chats)) as server:
+            chat(client, server, [user("a private question")])
+            client.post(f"{server.url}/v1/completions", json={"prompt": "a private text", "temperature": "private"})
+        assert ("private" in caplog.text) == log_chats
+    record = json.loads(caplog.messages[-1])
+    assert "a private question" in record["prompt"] and record["end"] == "stop"
+    assert record["answers"] == ["a private answer<|assistant_end|>"]
+
+
+# -----------------------------------------------------------------------------
+# Many clients
+
+
+def endless(tokenizer):
+    return lambda _: tokenizer.encode("and so on ") * 500
+
+
+def stats(client, server) -> dict:
+    return client.get(f"{server.url}/stats").json()
+
+
+def test_a_client_that_leaves_frees_its_slot(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), slots=2, context=100_000, delay=0.01)
+    with serving(engine, ChatWeb(max_new_tokens=4096)) as server, contextlib.ExitStack() as leaving:
+        for _ in range(3):  # two are served, the third waits
+            other = leaving.enter_context(httpx.Client(timeout=30))
+            request = other.build_request(
+                "POST", f"{server.url}/chat/completions", json={"messages": [user("go")], "max_tokens": 4096}
+            )
+            response = other.send(request, stream=True)
+            leaving.callback(response.close)
+            assert response.status_code == 200
+        until(lambda: stats(client, server)["busy_workers"] == 2)
+        assert stats(client, server)["waiting"] == 1
+        assert stats(client, server)["available_workers"] == 0
+        leaving.close()
+        until(lambda: stats(client, server)["available_workers"] == 2, seconds=3)
+        assert stats(client, server)["waiting"] == 0
+        assert sorted(engine.cancelled) == [0, 1, 2]
+
+
+def test_every_client_gets_his_own_answer(tokenizer, client):
+    def echo(request):
+        ids = list(request.ids)
+        start, end = tokenizer.special("<|user_start|>"), tokenizer.special("<|user_end|>")
+        return [*ids[ids.index(start) + 1 : ids.index(end)], tokenizer.special("<|assistant_end|>")]
+
+    engine = ScriptedEngine(tokenizer, echo, slots=3, delay=0.001)
+    with serving(engine) as server, ThreadPoolExecutor(12) as pool:
+        said = [f"I am number {i} 🌍" for i in range(36)]
+        heard = list(pool.map(lambda text: text_of(chat(client, server, [user(text)])), said))
+    assert heard == said
+
+
+def test_tells_the_place_in_the_queue_and_refuses_when_too_many_wait(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), slots=1, delay=0.01)
+    with serving(engine, ChatWeb(max_waiting=2)) as server, contextlib.ExitStack() as stack:
+        streams = []
+        for _ in range(3):
+            other = stack.enter_context(httpx.Client(timeout=30))
+            ask = other.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]})
+            streams.append(stack.enter_context(ask).iter_lines())
+            line = next(streams[-1])
+            assert line == f'data: {{"waiting": {len(streams) - 1}}}' if streams[1:] else "token" in line
+        refused = client.post(f"{server.url}/chat/completions", json={"messages": [user("go")]})
+    assert refused.status_code == 429
+    assert "busy" in refused.json()["detail"] and int(refused.headers["retry-after"]) > 0
+
+
+def test_time_runs_out_and_frees_the_slot(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), slots=1, delay=0.01)
+    with serving(engine, ChatWeb(timeout=0.4)) as server, ThreadPoolExecutor(2) as pool:
+        start = time.monotonic()
+        answers = list(pool.map(lambda _: chat(client, server, [user("go")]), range(2)))  # one waits all the time
+        assert 0.4 <= time.monotonic() - start < 3
+        assert all(events[-2:] == [{"error": "no complete answer within 0.4 seconds"}, {"done": True}]
+                   for events in answers)  # fmt: skip
+        until(lambda: stats(client, server)["busy_workers"] == 0, seconds=2)
+
+
+def test_health_answers_while_the_model_computes(tokenizer, client):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), delay=1.0)  # a step holds its thread for a second
+    with (
+        serving(engine, ChatWeb(slots=2)) as server,
+        client.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]}),
+        httpx.Client() as other,
+    ):
+        start = time.monotonic()
+        for _ in range(5):
+            health = other.get(f"{server.url}/health")
+        assert time.monotonic() - start < 0.5
+    assert health.status_code == 200
+    assert health.json()["status"] == "ok" and health.json()["model"] == "nanochat-test-sft"
+
+
+def test_an_engine_that_fails_is_reported(tokenizer, client):
+    def broken(request):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with serving(ScriptedEngine(tokenizer, broken)) as server:
+        events = chat(client, server, [user("hi")])
+        assert "error" in events[0] and "RESOURCE" not in events[0]["error"]
+        assert client.get(f"{server.url}/health").status_code == 503
+        assert client.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]}).status_code == 503
+
+
+def test_shuts_down_within_seconds_in_the_middle_of_an_answer(tokenizer):
+    engine = ScriptedEngine(tokenizer, endless(tokenizer), delay=0.02)
+    with serving(engine) as server:
+        lines = []
+
+        def read():
+            with (
+                contextlib.suppress(httpx.HTTPError),
+                httpx.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("go")]}) as response,
+            ):
+                lines.extend(response.iter_lines())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(0.3)
+        start = time.monotonic()
+        server.stop()
+        reader.join(5)
+        assert time.monotonic() - start < 5 and not reader.is_alive()
+
+
+# -----------------------------------------------------------------------------
+# The real engine, and the page's files
+
+
+def test_the_real_engine_gives_the_same_answer_alone_and_in_a_crowd(tokenizer, client):
+    cfg = GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
+    engine = Engine(gpt.init(cfg, seed=1), cfg, tokenizer, slots=2)
+    with serving(engine) as server, ThreadPoolExecutor(4) as pool:
+        options = {"max_tokens": 24, "temperature": 1.0}
+        ask = lambda seed: chat(client, server, [user("hello")], seed=seed, **options)  # noqa: E731
+        alone = ask(3)
+        crowd = list(pool.map(ask, (3, 4, 3, 5, 3)))
+    crowd = [[event for event in events if "waiting" not in event] for events in crowd]
+    assert all(events[-1] == {"done": True} for events in crowd)
+    assert crowd[0] == crowd[2] == crowd[4] == alone
+    assert len({json.dumps(events) for events in crowd}) == 3
+
+
+def test_serves_the_page_from_any_folder(tokenizer, client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}
+    kinds["js"] = "text/javascript; charset=utf-8"
+    with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
+        for address, name in FILES.items():
+            answer = client.get(server.url + address)
+            assert answer.status_code == 200 and answer.content == (UI / name).read_bytes()
+            assert answer.headers["content-type"] == kinds[name.rpartition(".")[2]]
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cache-control"] == "no-cache"
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'; script-src 'self'; style-src 'self';" in policy and "unsafe" not in policy
+            text = answer.text.replace("http://www.w3.org/2000/svg", "")  # a name, which nobody fetches
+            assert "innerHTML" not in text and "http://" not in text and "https://" not in text
+            # What one file names is there too, at an address relative to its own.
+            named = re.findall(r'(?:src|href)="([^"]+)"|^import .* from "([^"]+)"', text, re.MULTILINE)
+            assert {"/" + (link or module.removeprefix("./")) for link, module in named} <= set(FILES)
+            assert all(link or module.startswith("./") for link, module in named)
+
+
+def test_serves_nothing_else_of_the_folder(tokenizer):
+    assert sorted(FILES.values()) == sorted(path.name for path in UI.iterdir())
+    paths = "/index.html /ui/page.js /page.py /../app.py /%2e%2e/app.py /..%2fapp.py /page.js/ /page.js/../../app.py"
+    with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
+        for path in paths.split():
+            connection = HTTPConnection("127.0.0.1", server.port, timeout=10)  # which sends a path as it is
+            connection.request("GET", path)
+            response = connection.getresponse()
+            assert response.status == (307 if path == "/page.js/" else 404), path  # to the address without the slash
+            assert b"import" not in response.read(), path
+            connection.close()

@@ -1,0 +1,331 @@
+"""Tasks: the specification's formats, honest splits, right answers, and clear words where data are missing."""
+
+import http.server
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax import tasks
+from nanochat_jax.config import REPOSITORY, UserError
+from nanochat_jax.engine.calculator import use_calculator
+from nanochat_jax.tasks import source, spellingbee, words
+from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
+
+# -----------------------------------------------------------------------------
+# Formats of the specification
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("key", "name", "file"),
+    [
+        ("gsm8k_train", "gsm8k", "gsm8k/train"), ("gsm8k_test", "gsm8k", "gsm8k/test"),
+        ("mmlu_test", "mmlu", "mmlu/test"), ("arc_easy_test", "arc-easy", "arc/ARC-Easy/test"),
+        ("arc_challenge_train", "arc-challenge", "arc/ARC-Challenge/train"),
+        ("humaneval_test", "humaneval", "humaneval/HumanEval"),
+    ],
+)  # fmt: skip
+def test_conversations_equal_the_recorded_ones(golden_dir, data_dir, key, name, file):
+    rows = source.JsonRows([source.find(data_dir / f"{file}.jsonl")])
+    for recorded in json.loads((golden_dir / "tasks.json").read_text(encoding="utf-8"))["tasks"][key]:
+        conversation = tasks.TASKS[name].conversation(rows[recorded["row"]])
+        assert conversation["messages"] == recorded["messages"]
+        assert conversation.get("letters") == recorded.get("letters")
+
+
+@pytest.mark.golden
+def test_extracted_answers_equal_the_recorded_ones(golden_dir):
+    for case in json.loads((golden_dir / "tasks.json").read_text(encoding="utf-8"))["gsm8k_extract"]:
+        assert extract_answer(case["text"]) == case["answer"]
+
+
+def test_gsm8k_judges_by_the_text_after_the_mark():
+    conversation = GSM8K.conversation({"question": "?", "answer": "It is <<2*5=10>>10, or <<3*4==12>>\n#### 1,010"})
+    assert [part["text"] for part in conversation["messages"][1]["content"]] == [
+        "It is ", "2*5", "10", "10, or ", "3*4=", "12", "\n#### 1,010",
+    ]  # fmt: skip
+    task = GSM8K.__new__(GSM8K)
+    assert task.evaluate(conversation, "so\n#### 1010") and task.reward(conversation, "#### 1,010") == 1.0
+    for wrong in ("1010", "#### 1010.0", "#### 1011 #### 1010", "####1010", ""):
+        assert not task.evaluate(conversation, wrong)
+
+
+def test_rows_come_in_the_permutation_of_seed_42(data_dir):
+    task = tasks.load("GSM8K", "test", data_dir=data_dir)
+    rows = source.JsonRows([data_dir / "gsm8k" / "test.jsonl.gz"])
+    order = np.random.default_rng(42).permutation(1319)
+    assert [task[i] for i in range(20)] == [GSM8K.conversation(rows[int(order[i])]) for i in range(20)]
+
+
+def test_sizes_of_the_real_data(data_dir):
+    sizes = {"gsm8k": 1319, "mmlu": 14042, "arc-easy": 2376, "arc-challenge": 1172, "humaneval": 164}
+    assert {name: len(tasks.load(name, "test", data_dir=data_dir)) for name in sizes} == sizes
+    assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train stands in
+
+
+def test_val_is_the_test_split_where_there_is_no_other(data_dir):
+    for name in ("gsm8k", "humaneval", "spellingbee", "smoltalk"):
+        val, test = (tasks.load(name, split, data_dir=data_dir) for split in ("val", "test"))
+        assert len(val) == len(test) and val[3] == test[3] and val.split == val[:3].split == "test"
+    for name in ("sums", "twostep", "choice", "identity"):
+        val, test = (tasks.load(name, split) for split in ("val", "test"))
+        assert len(val) == len(test) and val[3] != test[3]
+        assert (val.split, tasks.load(name, "val", rows=5).split, test.split) == ("val", "val", "test")
+
+
+def test_categorical_answers_are_one_of_the_letters(data_dir):
+    for name, split in (("mmlu", "train"), ("arc-easy", "train"), ("ARC-Challenge", "test"), ("choice", "test")):
+        task = tasks.load(name, split, data_dir=data_dir, rows=500)
+        assert task.eval_type == "categorical" and task.baseline == 0.25
+        for conversation in task:
+            user, answer = (message["content"] for message in conversation["messages"])
+            assert answer in conversation["letters"] and f"={answer}\n" in user
+            assert task.evaluate(conversation, answer) and not task.evaluate(conversation, "no")
+
+
+# -----------------------------------------------------------------------------
+# Slices, repetitions, mixtures
+
+
+def test_slices_end_where_the_task_ends():
+    task = tasks.load("sums", "test")
+    assert len(task[990:5000]) == 10 and len(task[2000:3000]) == 0 and len(task[10:0]) == 0
+    assert len(task[1:10:4]) == 3 and task[1:10:4][2] == task[9]
+    assert task[5:100][3:10][0] == task[8] and task[-1] == task[999]
+    assert [c for c in task[:3]] == [task[0], task[1], task[2]]
+    for index in (1000, -1001):
+        with pytest.raises(IndexError, match="1000 rows"):
+            task[index]
+    assert task[:3].eval_type == "generative" and task[:3].evaluate(task[0], "#### x") is False
+
+
+def test_rows_cuts_and_repeats():
+    task = tasks.load("identity", "test")
+    assert len(tasks.load("identity", "test", rows=7)) == 7
+    twice = tasks.load("identity", "test", rows=2 * len(task) + 1)
+    assert len(twice) == 2 * len(task) + 1 and twice[len(task) + 3] == task[3] and twice[2 * len(task)] == task[0]
+
+
+def test_mixtures_are_shuffled_once_and_deterministic():
+    counts = {"sums": 50, "choice": 30, "identity": 20}
+    first, second = (tasks.mixture(counts, "train") for _ in range(2))
+    assert len(first) == 100 and [first[i] for i in range(100)] == [second[i] for i in range(100)]
+    assert Counter(c["task"] for c in first) == {0: 50, 1: 30, 2: 20}
+    # The order is Random(42)'s shuffle of the concatenation, as the specification has it.
+    expected = list(range(100))
+    random.Random(42).shuffle(expected)
+    assert first.order == expected
+    assert tasks.mixture(counts, "train", seed=1).order != expected
+    reward = tasks.mixture({"sums": 3, "twostep": 3}, "train")
+    for conversation in reward:
+        assert reward.reward(conversation, conversation["messages"][1]["content"][-1]["text"]) == 1.0
+
+
+# -----------------------------------------------------------------------------
+# Spelling
+
+
+def test_spelling_words_are_disjoint_and_answers_right(data_dir):
+    train, test = (tasks.load("spellingbee", split, data_dir=data_dir) for split in ("train", "test"))
+    assert not set(train.words) & set(test.words) and len(train) == 80_000 and len(test) == 256
+    assert len(train.words) + len(test.words) == 370_099
+    for conversation in test:
+        parts = conversation["messages"][1]["content"]
+        assert use_calculator(parts[2]["text"]) == parts[3]["text"] == extract_answer(parts[4]["text"])
+        word, letter = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", parts[2]["text"]).groups()
+        assert f"{word}:{','.join(word)}" in parts[0]["text"] and words.held_out(word)
+        assert parts[0]["text"].count(" hit! count=") == word.count(letter)
+        assert test.evaluate(conversation, "".join(part["text"] for part in parts))
+        assert word in conversation["messages"][0]["content"] and letter in conversation["messages"][0]["content"]
+    spelling = tasks.load("simplespelling", "train", data_dir=data_dir)
+    assert len({spelling[i]["messages"][0]["content"] for i in range(1000)}) == 1000
+    assert spelling.evaluate(spelling[0], spellingbee.spell(spelling.words[0]))
+
+
+def test_words_come_from_the_corpus_and_stay(own_base_dir):
+    corpus = own_base_dir / "data" / "local"
+    corpus.mkdir(parents=True)
+    rare = "unlikely_name othername.attribute foo_bar x1y Capital http://example.org/path ab verylongwordindeed"
+    text = " ".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26)) + " the the " + rare
+    pq.write_table(pa.table({"text": [text, None, text, text]}), corpus / "shard_00000.parquet")
+    found = words.load("train") + words.load("test")
+    assert len(found) == 677 and found[0] == "the" and "wordaa" in found and "name" not in found
+    words._all_words.cache_clear()
+    (corpus / "shard_00000.parquet").unlink()
+    assert words.load("train") + words.load("test") == found
+    assert len(tasks.load("spellingbee", "test")) == 256
+
+
+def test_no_words_is_an_error_not_an_empty_task():
+    with pytest.raises(UserError, match="--task_data_dir"):
+        tasks.load("spellingbee", "train")
+
+
+# -----------------------------------------------------------------------------
+# Conversations from files
+
+
+def test_smoltalk_from_a_folder_of_conversations(data_dir):
+    train, test = (tasks.load("smoltalk", split, data_dir=data_dir) for split in ("train", "test"))
+    assert len(train) + len(test) == 2156 + 1923 + 4535 and len(test) > 200 and train.eval_type is None
+    openings = [{c["messages"][0]["content"] for c in task} for task in (train, test)]
+    assert not openings[0] & openings[1]
+
+
+def test_unicode_line_separators_do_not_cut_a_row(tmp_path):
+    messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "ü\x0b"}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(messages, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    task = tasks.load(f"CustomJSON:{path}", "train", rows=3)
+    assert len(task) == 3 and task[2]["messages"] == messages
+
+
+GOOD = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("{}", "list of messages"),
+        (json.dumps(GOOD[:1]), "at least two"),
+        (json.dumps([{"role": "system", "content": "s"}, GOOD[0]]), "at least two"),
+        (json.dumps(GOOD[::-1]), "'assistant', expected 'user'"),
+        (json.dumps([GOOD[0], {"role": "assistant"}]), "must be text"),
+    ],
+)
+def test_customjson_names_the_line_that_is_wrong(tmp_path, line, complaint):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"mine\.jsonl:2: .*{complaint}"):
+        tasks.load(f"customjson:{path}", "train")
+
+
+def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text("\n", encoding="utf-8")
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "no answer"}\n{"broken\n', encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    for name, split, complaint in [
+        ("gsm9k", "test", "unknown task 'gsm9k'; there are MMLU, ARC-Easy"),
+        ("gsm8k", "dev", "expected train, val or test"),
+        ("gsm8k", "train", "empty"),
+        ("mmlu", "test", r"mmlu/test\.jsonl"),
+        ("humaneval", "train", "no train split"),
+        ("customjson", "train", "customjson:PATH"),
+        (f"customjson:{tmp_path}/none.jsonl", "train", "no such file"),
+        (f"customjson:{tmp_path}/empty.jsonl", "train", "empty"),
+    ]:
+        with pytest.raises(UserError, match=complaint) as caught:
+            tasks.load(name, split, data_dir=tmp_path)
+        assert "\n" not in str(caught.value)
+    test = tasks.load("gsm8k", "test", data_dir=tmp_path)
+    with pytest.raises(UserError, match=r"fields of this task|not JSON"):
+        list(test)
+    with pytest.raises(UserError, match="empty mixture"):
+        tasks.mixture({}, "train")
+    with pytest.raises(UserError, match="number of rows"):
+        tasks.load("sums", "train", rows=-1)
+    with pytest.raises(NotImplementedError, match="only for training"):
+        tasks.load("smoltalk", "train", data_dir=_chat(tmp_path)).evaluate({}, "")
+
+
+def _chat(folder: Path) -> Path:
+    (folder / "smoltalk").mkdir()
+    (folder / "smoltalk" / "train.jsonl").write_text(json.dumps({"messages": GOOD}) + "\n", encoding="utf-8")
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# The hub, played by a server of our own
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as downloading one parquet file takes."""
+
+    file = b""
+    asked: list[str] = []  # noqa: RUF012
+    sha = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self):
+        Hub.asked.append(self.path)
+        if self.path.startswith("/api/datasets/openai/gsm8k"):
+            names = ["README.md", "main/test/0000.parquet", "socratic/test/0000.parquet"]
+            body = {"id": "openai/gsm8k", "sha": self.sha, "siblings": [{"rfilename": name} for name in names]}
+            self.answer(json.dumps(body).encode(), "application/json")
+        elif self.path == f"/datasets/openai/gsm8k/resolve/{self.sha}/main/test/0000.parquet":
+            self.answer(self.file, "application/octet-stream")
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes, kind: str):
+        self.send_response(200)
+        for name, value in {
+            "Content-Type": kind, "Content-Length": str(len(body)), "ETag": '"abc"', "X-Repo-Commit": self.sha,
+        }.items():  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def ask_hub(endpoint: str, base: Path, name: str = "gsm8k", split: str = "test") -> subprocess.CompletedProcess:
+    """Loads a task in a process of its own, because huggingface_hub reads its endpoint at import."""
+    code = f"""
+from nanochat_jax import tasks
+try:
+    task = tasks.load({name!r}, {split!r})
+    print(len(task), task[0]["messages"][0]["content"])
+except ValueError as error:
+    print("UserError:", error)
+"""
+    env = os.environ | {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(base / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90,
+                          cwd=REPOSITORY)  # fmt: skip
+
+
+def test_the_hub_is_asked_once(own_base_dir, tmp_path):
+    rows = [{"question": f"question {i}", "answer": f"#### {i}"} for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "gsm8k.parquet")
+    Hub.file = (tmp_path / "gsm8k.parquet").read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        first = ask_hub(endpoint, own_base_dir)
+        expected = f"5 question {np.random.default_rng(42).permutation(5)[0]}"
+        assert first.stdout.splitlines()[-1] == expected, first.stderr[-2000:]
+        asked = len(Hub.asked)
+        again = ask_hub(endpoint, own_base_dir)
+        assert again.stdout.splitlines() == [expected] and len(Hub.asked) == asked
+        other = ask_hub(endpoint, own_base_dir, split="train")
+        assert "no main/train" in other.stdout and "--task_data_dir" in other.stdout
+        unknown = ask_hub(endpoint, own_base_dir, name="mmlu")
+        assert "UserError: cais/mmlu" in unknown.stdout and "--task_data_dir" in unknown.stdout
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_unreachable_hub_is_one_line_naming_the_way_out(own_base_dir):
+    run = ask_hub("http://127.0.0.1:9", own_base_dir)
+    assert run.stdout.startswith("UserError: openai/gsm8k cannot be had") and run.stdout.count("\n") == 1
+    assert "--task_data_dir" in run.stdout and run.returncode == 0

@@ -1,0 +1,104 @@
+"""Rollouts become rows: what is trained on, with which weight, and in which order problems come."""
+
+import math
+
+import numpy as np
+import pytest
+
+from nanochat_jax.config import Rl, UserError
+from nanochat_jax.engine.request import Sample
+from nanochat_jax.training import rl
+
+PAD = 99
+
+
+def rollout(prompt, ids, mask, reward, advantage):
+    sample = Sample(ids=ids, mask=mask, logprobs=[0.0] * len(ids), finish_reason="stop")
+    return rl.Rollout(prompt, sample, reward, advantage)
+
+
+def test_prompt_forced_tokens_and_padding_are_not_trained_on_and_the_end_is():
+    group = [rollout([1, 2, 3], [10, 11, 12, 13], [1, 0, 0, 1], 1.0, 0.5), rollout([1], [20, 21], [1, 1], 0.0, -0.5)]
+    batch = rl.as_batch(group, 8, PAD)
+    np.testing.assert_array_equal(batch["inputs"][0], [1, 2, 3, 10, 11, 12, 13, PAD])
+    np.testing.assert_array_equal(batch["targets"][0], [-1, -1, 10, -1, -1, 13, -1, -1])  # 13 ends the answer
+    np.testing.assert_array_equal(batch["targets"][1], [20, 21, -1, -1, -1, -1, -1, -1])
+    np.testing.assert_array_equal(batch["weights"][:, 0], [0.5, -0.5])
+
+
+def test_advantages_are_rewards_minus_the_mean_of_the_group():
+    class Task:
+        def __getitem__(self, i):
+            return i
+
+        def reward(self, problem, text):
+            return float(text.startswith(str(problem)))
+
+    class Tokenizer:
+        def render_for_completion(self, problem, max_tokens):
+            return [problem]
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    class Engine:
+        cfg = type("Cfg", (), {"sequence_len": 64})
+
+        def run(self, requests):
+            assert all(r.n == 4 and r.temperature == 1.0 for r in requests)
+            assert len({r.seed for r in requests}) == len(requests)
+            answers = [[Sample([first, 0], [1, 1], [0.0, 0.0], "stop") for first in (7, 7, 7, 5)] for _ in requests]
+            return answers
+
+    cfg = Rl(num_samples=4, max_new_tokens=8)
+    group = rl.rollouts(Engine(), Tokenizer(), Task(), [7, 5, 3], cfg, seed=0)
+    assert [r.reward for r in group] == [1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert [r.advantage for r in group] == [0.25] * 3 + [-0.75] + [-0.25] * 3 + [0.75] + [0.0] * 4
+
+
+def group(first, *rewards):
+    mean = sum(rewards) / len(rewards)
+    return [rollout([first], [i], [1], r, r - mean) for i, r in enumerate(rewards)]
+
+
+def test_what_can_teach_something_is_trained_on_first_and_filled_up_with_the_rest():
+    sampled = group(1, 1, 1) + group(2, 0, 1) + group(3, 0, 0) + group(4, 1, 0)
+    for count, expected in (1, [2]), (2, [2, 4]), (3, [2, 4, 1]):
+        chosen = rl.informative(sampled, count, size=2)
+        assert [r.prompt[0] for r in chosen] == [e for e in expected for _ in range(2)]
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 4), (3, 8), (5, 5)])
+def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(size, count):
+    walk = [i for step in range(2 * size) for i in rl.problems_of(step, size, count, seed=1)]
+    for epoch in range(len(walk) // size):
+        assert sorted(walk[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert walk != [i for step in range(2 * size) for i in rl.problems_of(step, size, count, seed=2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"device_batch_size": 0}, "--device_batch_size=0 does not divide the 4 answers a device .* try 1"),
+     ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 devices.*: try 2"),
+     ({"num_samples": 3, "examples_per_step": 1}, "--examples_per_step=1 x --num_samples=3 answers do not divide")],
+)  # fmt: skip
+def test_answers_that_cannot_be_cut_name_the_flags_of_this_stage(changes, words):
+    cfg = Rl(**{"examples_per_step": 2, "num_samples": 4, "device_batch_size": 4} | changes)
+    with pytest.raises(UserError, match=words) as caught:
+        rl.geometry_of_answers(cfg, 2, 2, 64)
+    assert "total_batch_size" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"examples_per_step": 0}, {"num_samples": 1}, {"oversampling": 0}, {"top_k": -1},
+                                     {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan},
+                                     {"eval_examples": 0}, {"eval_samples": 0}])  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused_by_their_flag(changes):
+    rl.check(Rl())
+    (name,) = changes
+    with pytest.raises(UserError, match=f"--{name}=.*: must be at least"):
+        rl.check(Rl(**changes))
+
+
+def test_answers_are_cut_into_micro_batches():
+    shape = rl.geometry_of_answers(Rl(examples_per_step=4, num_samples=4, device_batch_size=2), 4, 2, 64)
+    assert (shape.micro, shape.rows, shape.replicas, shape.padding) == (4, 2, 2, 0)

@@ -1,0 +1,346 @@
+"""How a run starts: a start that is refused changes nothing, one that is not goes on from what is good."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from nanochat_jax import checkpoint, commandline, config, dataset, metrics
+from nanochat_jax.config import UserError
+from nanochat_jax.data import dataloader
+from nanochat_jax.evals.bpb import bits_per_byte
+from nanochat_jax.training import optim
+from nanochat_jax.training.run import open_run
+from nanochat_jax.training.train import train
+from scripts import base_loss
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base folder with corpus, tokenizer and a finished run, `made`, with the steps 2, 4, 6 and 8."""
+    base = tmp_path_factory.mktemp("world")
+    tiny.make_world(base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        train(settings("made"))
+    return base
+
+
+@pytest.fixture(autouse=True)
+def in_world(own_base_dir, world, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+
+
+@pytest.fixture
+def run(world, request):
+    """A copy of that run, with the test's name for a tag."""
+    folder = checkpoint.run_dir("base", re.sub(r"\W+", "-", request.node.name))
+    shutil.copytree(checkpoint.run_dir("base", "made"), folder)
+    return folder
+
+
+def settings(tag, **changes):
+    return tiny.base_config(**({"model_tag": tag, "keep_last": 9} | changes))
+
+
+def contents(run):
+    """Every file of a run and its neighbours of the same name, but the lock."""
+    files = [p for p in run.parent.rglob("*") if p.is_file() and run.name in str(p) and p.name != "lock"]
+    return {p: p.read_bytes() for p in files}
+
+
+# -----------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("resume", "changes"),
+    [("4", {"matrix_lr": 0.03}), ("4", {"mesh": "data=3"}), ("4", {"device_batch_size": 3}),
+     ("never", {"mesh": "data=3"}), ("never", {"device_batch_size": 3}), ("never", {"data": "fineweb-edu"}),
+     ("never", {"remat": "ful"})],
+)  # fmt: skip
+def test_a_refused_start_changes_nothing(run, resume, changes):
+    before = contents(run)
+    with pytest.raises(UserError):
+        train(settings(run.name, resume=resume, **changes))
+    assert contents(run) == before
+
+
+def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
+    other = dataclasses.replace(dataset.open(), hash="another")
+    monkeypatch.setattr(dataset, "open", lambda *args: other)
+    before = contents(run)
+    with pytest.raises(UserError, match="the text is not that of"):
+        train(settings(run.name, resume="4"))
+    assert contents(run) == before
+
+
+def test_a_run_of_other_conversations_changes_nothing(world):
+    """In another order, though the settings compare equal; or with other content."""
+    ours = world / "ours.jsonl"
+    ours.write_text("".join(chat(f"Question {i}") for i in range(9)))
+    mixture = f"sums=20,customjson:{ours}=9"
+    flags = {"model_tag": "talk", "source": "base", "num_iterations": 4}
+    first = tiny.run("mid", world, mixture=mixture, **flags)
+    assert first.returncode == 0, first.stderr
+    run = checkpoint.run_dir("mid", "talk")
+    before = contents(run)
+
+    def refused(mixture: str, words: str) -> None:
+        again = tiny.run("mid", world, mixture=mixture, resume="2", **flags)
+        assert again.returncode == 2 and again.stderr.count("\n") == 1 and words in again.stderr, again.stderr
+        assert contents(run) == before
+
+    refused(f"customjson:{ours}=9,sums=20", "the conversations are not those of")
+    refused(f"sums=21,customjson:{ours}=9", "a run started from other settings (mixture: ")
+    ours.write_text(ours.read_text().replace("Question 3", "Question ?"))
+    refused(mixture, "(other content)")
+
+
+def chat(question: str) -> str:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "So it is."}]
+    return json.dumps(messages) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "words"),
+    [("rl", {"mixture": "sums=10,smoltalk=0"}, "--mixture: smoltalk has no answers that can be generated and judged"),
+     ("rl", {"examples_per_step": 0}, "--examples_per_step=0"),
+     ("sft", {"eval_metrics_tasks": "sums|customjson:{base}/chats.jsonl"}, "CustomJSON is only for training"),
+     ("sft", {"eval_metrics_tasks": "sums|mmul"}, "unknown task 'mmul'")],
+)  # fmt: skip
+def test_tasks_are_looked_at_before_the_first_step(world, stage, changes, words):
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+    (world / "chats.jsonl").write_text(json.dumps(messages) + "\n")
+    if stage == "sft":
+        changes = {"eval_metrics_every": 200, "eval_metrics_tasks": changes["eval_metrics_tasks"].format(base=world)}
+    result = tiny.run(stage, world, model_tag="early", source="base", **changes)
+    assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not (checkpoint.run_dir(stage, "early") / metrics.LOG).exists()
+
+
+def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
+    train(settings(run.name, resume="never", num_iterations=2))
+    (aside,) = run.parent.glob(f".{run.name}.*")
+    assert checkpoint.steps(aside) == [2, 4, 6, 8] and checkpoint.steps(run) == [2]
+    assert [r["step"] for r in metrics.read(run) if r["kind"] == "train"] == [1, 2]
+
+
+# -----------------------------------------------------------------------------
+# Settings that came, changed or went since a run was saved
+
+
+def with_config(run, step, change):
+    """Makes the checkpoint of a step one of other settings."""
+    folder = checkpoint.step_dir(run, step)
+    meta = checkpoint.read_meta(run, step)
+    change(meta["config"])
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._write_manifest(folder)
+
+
+@pytest.mark.parametrize("last", [8, 4])
+def test_a_setting_that_is_new_or_gone_stops_no_run(run, last, capsys):
+    def older(config):
+        del config["window_pattern"], config["weight_decay"]
+        config["moon_phase"] = 3
+
+    for step in (6, 8):
+        if step > last:
+            shutil.rmtree(checkpoint.step_dir(run, step))
+    with_config(run, last, older)
+    train(settings(run.name))
+    said = capsys.readouterr().out
+    assert ("is finished (step 8)" if last == 8 else "resuming at step 4") in said
+    assert "ignored: moon_phase" in said
+    with pytest.raises(UserError, match=r"settings \(weight_decay: 0.0, now 0.1\)"):
+        train(settings(run.name, resume=str(last), weight_decay=0.1))
+
+
+# -----------------------------------------------------------------------------
+# The future a run leaves behind
+
+
+def test_runs_and_steps_set_aside_within_a_second_are_all_kept(tmp_path):
+    for i in range(3):
+        for folder in (run := tmp_path / "run", run / "step_000004"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "note").write_text(str(i))
+        checkpoint.abandon_after(run, 3)
+    kept = [path.read_text() for path in run.glob("abandoned_step_000004.*/note")]
+    assert sorted(kept) == ["0", "1", "2"]
+    for _ in range(3):
+        checkpoint.move_aside(run)
+        run.mkdir()
+    assert len(list(tmp_path.glob(".run.*"))) == 3
+
+
+def test_what_was_logged_of_abandoned_steps_is_gone(run):
+    metrics.append(run, "eval", "base", 8, suite="core", task="hellaswag", score=0.5)
+    train(settings(run.name, resume="4", num_iterations=8, eval_every=3))
+    records = metrics.read(run)
+    assert not [r for r in records if r["kind"] == "eval"]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [r["step"] for r in records if r["kind"] == "val"] == [6, 8]  # 8 once, 3 was not due the first time
+
+
+# -----------------------------------------------------------------------------
+# What is damaged, what is missing
+
+
+@pytest.mark.parametrize("good", [4, None])
+def test_damaged_steps_are_moved_aside_and_cost_no_good_one(run, good):
+    damaged = [step for step in (2, 4, 6, 8) if not good or step > good]
+    for step in damaged:
+        (checkpoint.step_dir(run, step) / "data.json").write_text("{}")
+    train(settings(run.name, keep_last=1, save_every=2, num_iterations=8))
+    assert checkpoint.steps(run) == [8] and checkpoint.latest(run) == 8
+    aside = sorted(p.name.split(".")[0] for p in run.glob("abandoned_*"))
+    assert aside == [f"abandoned_step_{step:06d}" for step in damaged]
+
+
+def test_a_stage_takes_the_weights_alone_from_the_one_before(world):
+    cfg = commandline.parse(config.Mid, tiny.command("mid", model_tag="made")[4:])
+    with open_run(cfg, optim.momentum_warmup) as run:
+        params, used, *_ = checkpoint.restore(checkpoint.run_dir("base", "made"), 8, *run.state)
+        fresh = run.optimizer.init(params)
+        jax.tree.map(np.testing.assert_array_equal, run.state.params, params)
+        jax.tree.map(np.testing.assert_array_equal, run.state.opt_state, fresh)
+        assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (used, fresh)), strict=True))
+        assert (run.step, run.data, run.totals["tokens"]) == (0, None, 0)
+
+
+def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
+    for stage, steps in (("base", 2), ("mid", 4)):
+        assert (ended := tiny.run(stage, world, model_tag="child", num_iterations=steps)).returncode == 0, ended.stderr
+    base, mid = (checkpoint.run_dir(stage, "child") for stage in ("base", "mid"))
+    shutil.rmtree(checkpoint.step_dir(mid, 4))
+    parent = checkpoint.read_meta(mid, 2)["parent"]
+    aside = base.parent.with_name("elsewhere")
+    base.parent.rename(aside)
+    try:
+        gone = tiny.run("mid", world, model_tag="child", num_iterations=4)
+        assert gone.returncode == 0 and "resuming at step 2" in gone.stdout, gone.stderr
+        assert checkpoint.read_meta(mid, 4)["parent"] == parent
+        assert "no base checkpoint" in tiny.run("mid", world, model_tag="orphan").stderr
+    finally:
+        aside.rename(base.parent)
+    (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained anew
+    assert "started from other weights" in tiny.run("mid", world, model_tag="child", num_iterations=4).stderr
+
+
+# -----------------------------------------------------------------------------
+# Text that arrives meanwhile
+
+
+def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
+    """In the second epoch the order of the files depends on their number."""
+    whole = dataset.open()
+    parts = []
+    for i in range(5):
+        texts = list(whole.texts("train"))[i * 4 : i * 4 + 4]
+        parts.append(tmp_path / f"part_{i}.parquet")
+        pq.write_table(pa.table({"text": texts}), parts[-1])
+
+    def run(tag, files, **changes):
+        source = dataclasses.replace(whole, train_files=tuple(parts[:files]))
+        monkeypatch.setattr(dataset, "open", lambda *args: source)
+        train(settings(tag, num_iterations=20, save_every=10, keep_last=9, **changes))
+        folder = checkpoint.run_dir("base", tag)
+        assert checkpoint.read_meta(folder, 20)["text"]["files"] == 3
+        records = [r for r in metrics.read(folder) if r["kind"] == "train"]
+        return {r["step"]: (r["loss"], r["shard"], r["epoch"]) for r in records}
+
+    expected = run("few", 3)
+    assert max(epoch for *_, epoch in expected.values()) > 1
+    run("more", 3)
+    assert run("more", 5, resume="10") == expected
+    with pytest.raises(UserError, match=r"is of 3 files of texts, there are 2: .* -n 3$"):
+        run("more", 2, resume="10")
+
+
+def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
+    with_config(run, 8, lambda config: config.update(packing="crop"))
+    (tmp_path / "a.txt").write_text("\n\n".join(f"the cat sees {i} dogs near a tree" for i in range(900)))
+    shutil.copy(tmp_path / "a.txt", tmp_path / "b.txt")
+
+    def measured(**changes):
+        base_loss.main(
+            config.BaseLoss(
+                model_tag=run.name, split_tokens=64 * 40, device_batch_size=4, compute_dtype="float32", **changes
+            )
+        )
+        return re.search(r"val bits per byte: ([\d.]+) .* tokens of (\w+)", said := capsys.readouterr().out), said
+
+    found, said = measured()
+    source, model = dataset.open(), checkpoint.load_model("base", run.name)
+    batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
+    expected = bits_per_byte(model.params, model.config, batches, model.tokenizer.token_bytes())
+    batches.close()
+    assert float(found[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in said
+    found, said = measured(data_dir=str(tmp_path))
+    assert "(other source, hash, validation)" in said and found[2] in tmp_path.name
+
+
+# -----------------------------------------------------------------------------
+# wandb
+
+
+class FakeWandb:
+    """As much of wandb as a run uses; `runs` are those that were begun or gone on with."""
+
+    def __init__(self):
+        self.runs, self.finished = [], 0
+
+    def init(self, *, id, **kwargs):
+        self.id = id or f"made-up-{len(self.runs)}"
+        self.runs.append({"id": self.id, "logged": []} | kwargs)
+        return self
+
+    def log(self, fields):
+        self.runs[-1]["logged"].append(fields)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_a_run_that_goes_on_is_one_run_on_wandb(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for _ in range(2):
+        train(settings(run.name, resume="6", run="shown"))
+    train(settings(run.name, resume="6", run="dummy"))
+    first, second = fake.runs
+    assert first["id"] == second["id"] and fake.finished == 2
+    assert first["resume"] == "allow" and first["name"] == "shown" and first["project"] == "nanochat"
+    assert [r["step"] for r in first["logged"] if "train/loss" in r] == [7, 8]
+    train(settings(run.name, resume="never", run="shown", num_iterations=1))
+    assert fake.runs[-1]["id"] != first["id"], "a new run"
+
+
+# -----------------------------------------------------------------------------
+# Time
+
+
+def test_saving_is_no_part_of_a_step(world, monkeypatch):
+    save = checkpoint.Saver.save
+
+    def slowly(self, *args):
+        time.sleep(1.5)
+        save(self, *args)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", slowly)
+    train(settings("slow", num_iterations=3, save_every=2))
+    records = metrics.read(checkpoint.run_dir("base", "slow"))
+    assert all(r["save_seconds"] >= 1.5 for r in records if r["kind"] == "checkpoint")
+    (third,) = (r for r in records if r["kind"] == "train" and r["step"] == 3)
+    assert third["loader_wait"] < 1.5 and third["dt"] < 1.5

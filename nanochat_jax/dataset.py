@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
-from nanochat_jax.data import docstrings, hub
+from nanochat_jax.data import hub, local_corpus
 from nanochat_jax.data.hub import first_line
 from nanochat_jax.files import sha256
 
@@ -261,7 +261,7 @@ def _open_local() -> Source:
     if (folder / "manifest.json").exists():
         return _open_built(folder)
     print("building the local corpus from installed documentation (once, under a minute)", flush=True)
-    train, val, versions = docstrings.corpus(PACKAGES)
+    train, val, versions = local_corpus.corpus(PACKAGES)
     source = _build(folder, "local", train, val, row_group=256, versions=versions)
     chars = sum(map(len, train)) / 1e6
     print(f"local corpus: {chars:.1f}M characters in {len(train):,} documents, {folder}", flush=True)
@@ -404,10 +404,10 @@ def main(cfg: config.Dataset) -> None:
     train, val = len(source.train_files), len(source.val_files)
     print(f"{source.name}: {train} training and {val} validation files in {source.val_files[0].parent}")
     if cfg.tokenize:
-        from nanochat_jax.data import tokenized
+        from nanochat_jax.data import token_cache
         from nanochat_jax.tokenizer import Tokenizer
 
-        tokenized.build(source, Tokenizer.load(config.base_dir() / "tokenizer"))
+        token_cache.build(source, Tokenizer.load(config.base_dir() / "tokenizer"))
 
 
 if __name__ == "__main__":

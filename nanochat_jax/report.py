@@ -19,10 +19,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, machine, metrics
+from nanochat_jax import checkpoint, config, environment, run_log
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 from nanochat_jax.files import read_json, write_text
-from nanochat_jax.metrics import clock
+from nanochat_jax.run_log import clock
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
@@ -96,17 +96,17 @@ class Run:
 def find_run(stage: str, tag: str = "") -> Run | None:
     """The run of a stage: the one called `tag`, or the one saved last; None where there is none."""
     root = base_dir() / f"{stage}_checkpoints"
-    folders = [p.parent for p in root.glob(f"*/{metrics.LOG}") if not p.parent.name.startswith(".")]
+    folders = [p.parent for p in root.glob(f"*/{run_log.LOG}") if not p.parent.name.startswith(".")]
     folders = [p for p in folders if not tag or p.name == tag]
     if not folders:
         return None
 
     def saved(folder: Path) -> tuple[float, float]:
         manifests = [p.stat().st_mtime for p in folder.glob(f"step_*/{checkpoint.MANIFEST}")]
-        return max(manifests, default=0.0), (folder / metrics.LOG).stat().st_mtime
+        return max(manifests, default=0.0), (folder / run_log.LOG).stat().st_mtime
 
     folder = max(folders, key=saved)
-    records = [r for r in metrics.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
+    records = [r for r in run_log.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
     steps = checkpoint.steps(folder)
     step = steps[-1] if steps else None
     meta = checkpoint.read_meta(folder, step) if steps else {}
@@ -120,7 +120,9 @@ def find_run(stage: str, tag: str = "") -> Run | None:
 def reset(tag: str = "") -> Path:
     """Remembers now as the start of the runs called `tag`, and the machine."""
     path = _folder(tag) / "start.json"
-    write_text(path, json.dumps({"time": round(time.time(), 3), "environment": machine.environment()}, indent=1) + "\n")
+    write_text(
+        path, json.dumps({"time": round(time.time(), 3), "environment": environment.environment()}, indent=1) + "\n"
+    )
     return path
 
 
@@ -143,7 +145,7 @@ def _folder(tag: str) -> Path:
 def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     """Writes report.md into the base folder and a copy to `output`. UserError if there is nothing to report on."""
     runs = {stage: run for stage in STAGES if (run := find_run(stage, tag))}
-    tokenizer = metrics.read(base_dir() / "tokenizer")
+    tokenizer = run_log.read(base_dir() / "tokenizer")
     if not runs and (tag or not tokenizer):
         where = f"a run called {tag!r}" if tag else "a tokenizer or a run"
         raise UserError(f"nothing to report on: {base_dir()} does not hold {where} yet")
@@ -166,7 +168,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
 
 
 def _header(start: dict) -> str:
-    now = machine.environment()
+    now = environment.environment()
     facts = start.get("environment") or now
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     changed = [f"{k.lower()} {now[k]}" for k in ("Code", "Devices", "Versions") if facts.get(k) != now[k]]

@@ -21,7 +21,7 @@ def main(cfg: config.BaseEval) -> None:
 
     import jax
 
-    from nanochat_jax import checkpoint, metrics
+    from nanochat_jax import checkpoint, run_log
     from nanochat_jax.evals import core
     from nanochat_jax.parallel import sharding
 
@@ -41,7 +41,7 @@ def main(cfg: config.BaseEval) -> None:
         log(one.task, one.score, one.stderr, one.n, one.baseline, one.centered, one.seconds)
 
     def log(task: str, score, stderr, n, baseline, centered, seconds) -> None:
-        metrics.append(
+        run_log.append(
             model.run_dir, "eval", model.stage, model.step, task=task, suite="core", score=score, stderr=stderr, n=n,
             baseline=baseline, centered=centered, seconds=round(seconds, 3), max_per_task=cfg.max_per_task,
         )  # fmt: skip

@@ -17,13 +17,13 @@ def main(cfg: config.BaseLoss) -> None:
 
     import jax
 
-    from nanochat_jax import checkpoint, metrics
+    from nanochat_jax import checkpoint, run_log
     from nanochat_jax.data import dataloader
     from nanochat_jax.evals.batching import num_rows
     from nanochat_jax.evals.bpb import bits_per_byte
     from nanochat_jax.parallel import sharding
     from nanochat_jax.progress import Progress
-    from nanochat_jax.training.evaluations import complete
+    from nanochat_jax.training.validation import complete
 
     for name in ("device_batch_size", "split_tokens"):
         if getattr(cfg, name) < 1:
@@ -46,14 +46,14 @@ def main(cfg: config.BaseLoss) -> None:
             bpb = bits_per_byte(params, model.config, counted, model.tokenizer.token_bytes(), dtype)
         loader.close()
         print(f"{split} bits per byte: {bpb:.6f} ({counted.tokens:,} tokens of {source.name})", flush=True)
-        metrics.append(
+        run_log.append(
             model.run_dir, "eval", model.stage, model.step, task=f"{split}_bpb", suite="bpb", score=bpb, stderr=None,
             n=counted.tokens, baseline=None, seconds=round(time.monotonic() - start, 3),
         )  # fmt: skip
 
     for prompt, text in complete(model.params, model.config, model.tokenizer, dtype):
         print(f"  {prompt}{text!r}")
-        metrics.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
+        run_log.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
 
 
 def text_of(meta: dict, cfg: config.BaseLoss):

@@ -21,7 +21,7 @@ def main(cfg: config.ChatEval) -> None:
     devices.start(cfg.device_type)
     import jax
 
-    from nanochat_jax import checkpoint, metrics, tasks
+    from nanochat_jax import checkpoint, run_log, tasks
     from nanochat_jax.evals import chat
     from nanochat_jax.parallel import sharding
 
@@ -48,7 +48,7 @@ def main(cfg: config.ChatEval) -> None:
         print(f"{score.task}: {score.score:.4f} ± {score.stderr:.4f} (n={score.n:,})", flush=True)
         name = score.task if task.split == "test" else f"{score.task}-{task.split}"
         write_answers(folder / f"{name}.jsonl", score.answers)
-        metrics.append(
+        run_log.append(
             model.run_dir, "eval", model.stage, model.step, task=score.task, suite="chat", split=task.split,
             score=score.score, stderr=score.stderr, n=score.n, baseline=score.baseline, truncated=score.truncated,
             seconds=round(score.seconds, 3), num_samples=cfg.num_samples, temperature=cfg.temperature,
@@ -57,7 +57,7 @@ def main(cfg: config.ChatEval) -> None:
     tested = [score for task, score in zip(loaded, scores, strict=True) if task.split == "test"]
     total = chat.chat_core(tested)
     if total:
-        metrics.append(
+        run_log.append(
             model.run_dir, "eval", model.stage, model.step, task="ChatCORE", suite="chat", split="test",
             score=total[0], stderr=total[1], n=sum(s.n for s in tested if s.task in chat.CHATCORE_TASKS),
             baseline=0.0, seconds=round(sum(s.seconds for s in tested), 3), num_samples=cfg.num_samples,

@@ -16,9 +16,9 @@ GIB = 2**30
 
 def main(cfg: config.Doctor) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may be using the GPU
-    from nanochat_jax import machine
+    from nanochat_jax import environment
 
-    for name, value in machine.environment().items():
+    for name, value in environment.environment().items():
         line(name, value)
     line("Free disk", free_disk())
     line("Rust tokenizer", rust_tokenizer())
@@ -93,7 +93,7 @@ def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
     import jax
     import numpy as np
 
-    from nanochat_jax import metrics
+    from nanochat_jax import run_log
     from nanochat_jax.model import gpt
     from nanochat_jax.parallel import devices, sharding
     from nanochat_jax.training import optim
@@ -136,7 +136,7 @@ def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
     unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
     seconds = devices.expected_seconds(flops)
-    line("Expected time", f"{metrics.clock(seconds)} at an MFU of 50%" if seconds else unknown)
+    line("Expected time", f"{run_log.clock(seconds)} at an MFU of 50%" if seconds else unknown)
 
 
 if __name__ == "__main__":

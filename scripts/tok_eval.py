@@ -94,7 +94,7 @@ useful for tracing maternal lineages over a few thousand years.
 
 
 def main(cfg: config.TokEval) -> None:
-    from nanochat_jax import dataset, metrics
+    from nanochat_jax import dataset, run_log
     from nanochat_jax.tokenizer import Tokenizer
 
     folder = config.base_dir() / "tokenizer"
@@ -123,7 +123,7 @@ def main(cfg: config.TokEval) -> None:
     _print_table(texts, counts)
     for task, text in texts.items():
         peers = {_field(label): counts[label][task] if label in counts else None for label in PEERS}
-        metrics.append(
+        run_log.append(
             folder, kind="tok_eval", stage="tok", step=0, task=task, source=source.name,
             bytes=len(text.encode("utf-8")), tokens=counts["ours"][task], **peers,
         )  # fmt: skip

@@ -26,7 +26,7 @@ Unicode: 你好世界 🌍"""
 
 
 def main(cfg: config.TokTrain) -> None:
-    from nanochat_jax import dataset, metrics
+    from nanochat_jax import dataset, run_log
     from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     for name in ("max_chars", "doc_cap"):
@@ -72,7 +72,7 @@ def main(cfg: config.TokTrain) -> None:
     tokenizer.save(new)
     (new / "source.json").write_text(json.dumps(recipe | {"hash": tokenizer.hash}, indent=2) + "\n", encoding="utf-8")
     lengths = tokenizer.token_bytes()[: -len(SPECIAL_TOKENS)]
-    metrics.append(
+    run_log.append(
         new, kind="tok_train", stage="tok", step=0, task="train", **recipe, **counted, seconds=round(seconds, 3),
         reached_vocab_size=tokenizer.vocab_size, special_tokens=len(SPECIAL_TOKENS), peak_memory_bytes=_peak_memory(),
         token_bytes_min=int(lengths.min()), token_bytes_max=int(lengths.max()),

@@ -17,7 +17,7 @@ def main(cfg: config.Train) -> None:
     if cfg.stage == "rl":
         from nanochat_jax.training.rl import train
     else:
-        from nanochat_jax.training.train import train
+        from nanochat_jax.training.loop import train
     train(cfg)
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, metrics
+from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import attention, gpt
 from nanochat_jax.training import optim
+from nanochat_jax.training.loop import train
 from nanochat_jax.training.run import compiled_memory, open_run
 from nanochat_jax.training.step import TrainState, estimated_memory, make_step
-from nanochat_jax.training.train import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +79,7 @@ def test_a_run_chooses_kernel_precision_and_batch_by_itself(own_base_dir, capsys
     said = capsys.readouterr().out
     assert "matmuls in bfloat16 (the GPU has bf16 units), attention by cudnn (tried, it runs)" in said
     assert "1 micro-batches x 32 rows" in said  # all of them fit
-    losses = [r["loss"] for r in metrics.read(checkpoint.run_dir("base", "auto")) if r["kind"] == "train"]
+    losses = [r["loss"] for r in run_log.read(checkpoint.run_dir("base", "auto")) if r["kind"] == "train"]
     assert len(losses) == 8 and losses[-1] < losses[0]
 
 

@@ -8,23 +8,23 @@ import time
 
 import pytest
 
-from nanochat_jax import machine, metrics, report
+from nanochat_jax import environment, report, run_log
 from nanochat_jax.config import UserError, base_dir
 
 
 def train_log(stage, tag="d4", steps=40, finished=True):
     """A run's folder with a log and a checkpoint."""
     run = base_dir() / f"{stage}_checkpoints" / tag
-    metrics.append(run, "config", stage, 0, config={})
+    run_log.append(run, "config", stage, 0, config={})
     (run / "config.json").write_text(json.dumps({"tag": tag, "depth": 4, "matrix_lr": 0.5, "num_iterations": 40}))
     for step in range(1, steps + 1):
         loss = 6 * math.exp(-step / 15) + 2
         extra = {"reward": 0.1 + step / 100} if stage == "rl" else {"tok_per_s": 1000.0 + step, "mfu": None}
-        metrics.append(run, "train", stage, step, loss=loss, lr_mult=1.0, dt=0.5, tokens=step * 4096, flops=1e9 * step,
+        run_log.append(run, "train", stage, step, loss=loss, lr_mult=1.0, dt=0.5, tokens=step * 4096, flops=1e9 * step,
                        **extra)  # fmt: skip
         if step % 10 == 0:
             passed = {"pass@1": step / 100, "pass@8": step / 50, "n": 200}
-            metrics.append(run, "val", stage, step, **(passed if stage == "rl" else {"bpb": loss / 3}))
+            run_log.append(run, "val", stage, step, **(passed if stage == "rl" else {"bpb": loss / 3}))
     if finished:
         step_dir = run / f"step_{steps:06d}"
         step_dir.mkdir(parents=True)
@@ -36,13 +36,13 @@ def train_log(stage, tag="d4", steps=40, finished=True):
 
 def score(run, stage, task, value, suite="chat", step=40, **fields):
     fields = {"stderr": 0.01, "n": 1319, "baseline": 0.0, "seconds": 12.0} | fields
-    metrics.append(run, "eval", stage, step, task=task, suite=suite, score=value, **fields)
+    run_log.append(run, "eval", stage, step, task=task, suite=suite, score=value, **fields)
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """The machine's devices are asked for in another process, which takes seconds."""
-    monkeypatch.setattr(machine, "_devices", lambda: "1 x cpu (cpu)")
+    monkeypatch.setattr(environment, "_devices", lambda: "1 x cpu (cpu)")
 
 
 @pytest.fixture
@@ -50,13 +50,13 @@ def road(quick):
     """All stages, each evaluated, after a reset."""
     report.reset()
     tok = base_dir() / "tokenizer"
-    metrics.append(tok, "tok_train", "tok", 0, task="train", source="local", chars=12_345_678, reached_vocab_size=4096,
+    run_log.append(tok, "tok_train", "tok", 0, task="train", source="local", chars=12_345_678, reached_vocab_size=4096,
                    seconds=61.0)  # fmt: skip
-    metrics.append(tok, "tok_eval", "tok", 0, task="news", bytes=1000, tokens=250, gpt2_tokens=300, gpt4_tokens=None)
+    run_log.append(tok, "tok_eval", "tok", 0, task="news", bytes=1000, tokens=250, gpt2_tokens=300, gpt4_tokens=None)
     base = train_log("base")
     score(base, "base", "copa", 0.6, "core", centered=0.2, n=100)
     score(base, "base", "CORE", 0.1234, "core", n=50_000)
-    metrics.append(base, "sample", "base", 40, task="The capital of France is", text=" `Paris`\n| <b>")
+    run_log.append(base, "sample", "base", 40, task="The capital of France is", text=" `Paris`\n| <b>")
     for stage in ("mid", "sft"):
         run = train_log(stage)
         for task in ("ARC-Easy", "GSM8K", "SpellingBee", "ChatCORE", "Sums"):
@@ -114,7 +114,7 @@ def test_stages_may_be_missing(quick, tmp_path):
     with pytest.raises(UserError, match="nothing to report on"):
         report.generate(output=tmp_path / "report.md")
     run = train_log("base", steps=1, finished=False)  # just begun
-    metrics.append(run, "core", "base", 1, core=0.05)
+    run_log.append(run, "core", "base", 1, core=0.05)
     text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
     assert row(text, "CORE")[1] == "0.0500 (in training)" and "Midtraining" not in text
     assert row(text, "ChatCORE")[1:] == ["-"] * 4 and "| GSM8K |" not in text  # no row of nothing but dashes
@@ -147,14 +147,14 @@ def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):
     text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
     assert row(text.split("## Super")[0], "Sums")[3].startswith("0.9500")
     assert "0.97" not in text and "TwoStep" not in text
-    assert [r["score"] for r in metrics.read(run) if r.get("task") == "Sums"] == [0.95, 0.97]
+    assert [r["score"] for r in run_log.read(run) if r.get("task") == "Sums"] == [0.95, 0.97]
 
 
 def test_the_run_saved_last_or_the_one_named(quick, tmp_path):
     train_log("base", "old")
     time.sleep(0.05)
     train_log("base", "new")
-    metrics.append(base_dir() / "base_checkpoints" / "old", "note", "base", 40, text="touched later")
+    run_log.append(base_dir() / "base_checkpoints" / "old", "note", "base", 40, text="touched later")
     assert report.find_run("base").tag == "new"
     assert report.find_run("base", "old").tag == "old"
     assert report.find_run("base", "none") is None

@@ -17,7 +17,7 @@ import numpy as np
 
 from nanochat_jax import dataset
 from nanochat_jax.config import UserError
-from nanochat_jax.data import packing, tokenized
+from nanochat_jax.data import packing, token_cache
 
 TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
 CHARS_AT_ONCE = 2_000_000  # but not more than this: what waits to be packed is part of the state
@@ -122,7 +122,7 @@ def epoch_tokens(files: Sequence[Path], tokenizer, twins: Path | None = None, sa
     tokens a byte of the first documents times the bytes of eight files that are here. NaN while none is here."""
     counts = []
     for path in files[:8]:
-        if twin := tokenized.find(path, twins):
+        if twin := token_cache.find(path, twins):
             counts.append(len(twin.tokens) + len(twin.chars))  # with a BOS a document
             twin.close()
     if counts:
@@ -205,7 +205,7 @@ class Documents:
     def _open(self, path: Path) -> int:
         """Opens a file, waiting for it if it is still on its way; the number of its row groups."""
         if path != self._path:
-            file = tokenized.find(path, self.twins)
+            file = token_cache.find(path, self.twins)
             if file is None:
                 dataset.wait_for(path, self.stop)
                 file = dataset.parquet(path)
@@ -218,7 +218,7 @@ class Documents:
         """Makes a row group of the open file the one that documents are taken from."""
         if index == self._group:
             return
-        if isinstance(self._file, tokenized.Twin):
+        if isinstance(self._file, token_cache.Twin):
             self._docs, self._chars = self._file.read(index)
         else:
             self._docs = dataset.read_row_group(self._file, self._path, index)
@@ -227,7 +227,7 @@ class Documents:
 
     def _tokens(self, docs: list[str] | list[np.ndarray]) -> list[np.ndarray]:
         """Texts, or tokens without BOS, as documents."""
-        if isinstance(self._file, tokenized.Twin):
+        if isinstance(self._file, token_cache.Twin):
             return [packing.document(np.concatenate([[self.bos], ids])) for ids in docs]
         tokens, offsets = self.tokenizer.encode_batch(docs, prepend=self.bos)
         return [packing.document(ids) for ids in np.split(tokens, offsets[1:-1])]

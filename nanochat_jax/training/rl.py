@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import config, metrics, tasks
+from nanochat_jax import config, run_log, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
@@ -166,11 +166,11 @@ def train(cfg: config.Rl) -> None:
             if step > run.step + 1:
                 pace.append(sampling + training)
                 run.totals["seconds"] += pace[-1]
-            eta = metrics.clock((steps - step) * float(np.mean(pace))) if pace else "n/a"
+            eta = run_log.clock((steps - step) * float(np.mean(pace))) if pace else "n/a"
             log(run, step, steps, sampled, results, lr_mult, sampling, training, eta)
         engine.close()
         run.finish(step)
-        print(f"rl: done, {step} steps in {metrics.clock(run.totals['seconds'])}")
+        print(f"rl: done, {step} steps in {run_log.clock(run.totals['seconds'])}")
 
 
 def check(cfg: config.Rl) -> None:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax import checkpoint, config, files, machine, metrics
+from nanochat_jax import checkpoint, config, environment, files, run_log
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes, sharding
@@ -72,23 +72,23 @@ class Run:
     totals: dict  # seconds, tokens and FLOPs spent so far
     identity: dict  # what a continuation must agree with
     metrics: dict  # what was logged last of each of MEASURED
-    wandb: metrics.Wandb | None = None  # of process 0, from `begin` on
+    wandb: run_log.Wandb | None = None  # of process 0, from `begin` on
 
     def begin(self) -> None:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
         plain = dataclasses.asdict(self.cfg)
         processes.first(lambda: self._prepare(plain))
-        self.log("config", self.step, config=plain, versions=machine.versions(), devices=devices.describe())
+        self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
 
     def _prepare(self, plain: dict) -> None:
         self._make_room()
         files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
-        self.wandb = metrics.Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
+        self.wandb = run_log.Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
         """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future,
         and damaged ones, which would be taken for the last few to be kept."""
-        if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / metrics.LOG).exists()):
+        if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
             self.held.enter_context(checkpoint.exclusive(self.dir))  # the first lock went with the old folder
         else:
@@ -98,7 +98,7 @@ class Run:
         if jax.process_index() > 0:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
-        metrics.append(self.dir, kind, self.cfg.stage, step, **totals, **fields)
+        run_log.append(self.dir, kind, self.cfg.stage, step, **totals, **fields)
         if kind in MEASURED:
             self.metrics[kind] = {"step": step} | fields
         shown = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
@@ -107,7 +107,7 @@ class Run:
     def save(self, step: int, data: dict) -> None:
         meta = checkpoint.model_meta(self.model) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
-            "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": machine.versions(),
+            "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": environment.versions(),
             **self.identity,
         }  # fmt: skip
         timer = Timer()
@@ -264,7 +264,7 @@ def _changed_settings(cfg: Train, then: dict) -> list[str]:
 
 
 def _finished(folder: Path, step: int) -> bool:
-    notes = [r for r in metrics.read(folder) if r["kind"] == "note" and r.get("text") == "finished"]
+    notes = [r for r in run_log.read(folder) if r["kind"] == "note" and r.get("text") == "finished"]
     return any(r["step"] == step for r in notes)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, dataset, metrics, tasks
+from nanochat_jax import checkpoint, config, dataset, run_log, tasks
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.data import dataloader, tokenized
+from nanochat_jax.data import dataloader, token_cache
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training import optim
 from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
@@ -44,7 +44,7 @@ def base_stage(run: Run) -> Stage:
     shape = geometry(cfg.total_batch_size, *_how_cut(run))
     steps = horizon(cfg, model, shape.tokens)
     source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
-    text = {"packing": cfg.packing, "twins": tokenized.folder_of(source, run.tokenizer), **_process(run)}
+    text = {"packing": cfg.packing, "twins": token_cache.folder_of(source, run.tokenizer), **_process(run)}
     return Stage(
         geometry=shape,
         steps=steps,
@@ -103,9 +103,9 @@ def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> 
         there = dataloader.epoch_tokens(source.val_files, tokenizer, twins) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, there)
     shards = min(len(files), math.ceil(epochs * len(files)))
-    said = f"{source.name}, {len(files)} files of about {metrics.short(there / len(files))} tokens"
+    said = f"{source.name}, {len(files)} files of about {run_log.short(there / len(files))} tokens"
     said += ", none of them here yet" if none else ""
-    if made := tokenized.made(files, twins):
+    if made := token_cache.made(files, twins):
         said += f", {made} of them tokenized before"
     said += f"; this run needs {shards}, {epochs:.2f} epochs"
     # Up to 4, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).

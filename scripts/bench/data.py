@@ -52,7 +52,7 @@ class Settings:
 def main(cfg: Settings) -> None:
     _check(cfg)
     from nanochat_jax import dataset
-    from nanochat_jax.data import dataloader, tokenized
+    from nanochat_jax.data import dataloader, token_cache
     from nanochat_jax.tokenizer import Tokenizer
 
     dataloader.check_packing(cfg.packing)
@@ -64,7 +64,7 @@ def main(cfg: Settings) -> None:
     found = {"text": [], "tokens": []}
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(sys.stderr):
-            twins = {"text": None, "tokens": tokenized.build(source, tokenizer, Path(folder))}
+            twins = {"text": None, "tokens": token_cache.build(source, tokenizer, Path(folder))}
         for i, (kind, runs) in itertools.product(range(cfg.rounds), found.items()):
             runs.append(_measure(cfg, source, twins[kind]))
             said = f"{runs[-1]['tokens']:,} tokens in {runs[-1]['seconds']:.2f} s"

@@ -59,11 +59,11 @@ def cores() -> int:
 
 def about() -> dict:
     """Where and when it was measured."""
-    from nanochat_jax import machine
+    from nanochat_jax import environment
 
     python = sys.version.split()[0]
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": machine.cpu(), "cores": cores(), "python": python,
-            "code": machine.code()}  # fmt: skip
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": environment.cpu(), "cores": cores(), "python": python,
+            "code": environment.code()}  # fmt: skip
 
 
 def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:

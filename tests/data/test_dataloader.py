@@ -15,7 +15,7 @@ from fake_tokenizer import FakeTokenizer
 
 from nanochat_jax import dataset
 from nanochat_jax.config import REPOSITORY, UserError
-from nanochat_jax.data import dataloader, packing, tokenized
+from nanochat_jax.data import dataloader, packing, token_cache
 
 TOKENIZER = FakeTokenizer()
 T = 16
@@ -163,7 +163,7 @@ def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, 
     monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", chars)
     TOKENIZER.hash = "0" * 64
     source = dataset.Source("texts", tuple(files), (files[1],), "")
-    twins = tokenized.build(source, TOKENIZER)
+    twins = token_cache.build(source, TOKENIZER)
     text = make(method, files, seed=3, epochs=2)
     tokens = make(method, files, seed=3, epochs=2, twins=twins)
     states = []
@@ -179,7 +179,7 @@ def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, 
         expected.restore(states[i])
         np.testing.assert_equal(take(resumed), take(expected))
     text.close(), tokens.close()
-    tokenized.build(source, TOKENIZER)
+    token_cache.build(source, TOKENIZER)
     for path in files:
         path.unlink()
     assert len(take(make(method, files, seed=3, epochs=2, twins=twins))) == len(states), "the text is not needed"
@@ -222,13 +222,13 @@ def test_tokens_of_an_epoch_are_estimated(files, corpus):
 def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
     TOKENIZER.hash = "0" * 64
     source = dataset.Source("texts", tuple(files), (files[1],), "")
-    twins = tokenized.build(source, TOKENIZER)
+    twins = token_cache.build(source, TOKENIZER)
     for path in files:
         path.unlink()
     late = files[0].with_name("late.parquet")
     assert dataloader.epoch_tokens(files, TOKENIZER, twins) == len(corpus) + 60
     assert dataloader.epoch_tokens([*files, late], TOKENIZER, twins) == 1.5 * (len(corpus) + 60)
-    assert tokenized.made([*files, late], twins) == 2
+    assert token_cache.made([*files, late], twins) == 2
 
 
 def test_the_state_of_two_processes_serves_one(files):

@@ -19,7 +19,7 @@ import pytest
 
 from nanochat_jax import config, dataset
 from nanochat_jax.config import UserError
-from nanochat_jax.data import docstrings
+from nanochat_jax.data import local_corpus
 
 
 def write_jsonl(path, texts):
@@ -266,7 +266,7 @@ def small_installation(tmp_path, monkeypatch):
     for name in ("json", "email", "pydoc_data"):
         shutil.copytree(real / name, small / name)
     paths = SimpleNamespace(get_paths=lambda: {"stdlib": str(small)})
-    monkeypatch.setattr(docstrings, "sysconfig", paths)
+    monkeypatch.setattr(local_corpus, "sysconfig", paths)
     monkeypatch.setattr(dataset, "PACKAGES", ("optax", "not_installed_anywhere"))
     return small
 
@@ -291,7 +291,7 @@ def test_validation_text_is_not_in_the_training_text(small_installation):
 
     def paragraphs(split):
         plain = (re.sub(r"\W+", " ", p.lower()).strip() for t in source.texts(split) for p in t.split("\n\n"))
-        return [p for p in plain if len(p) >= docstrings.MIN_PARAGRAPH]
+        return [p for p in plain if len(p) >= local_corpus.MIN_PARAGRAPH]
 
     train, val = paragraphs("train"), paragraphs("val")
     assert len(set(train)) == len(train) and not set(train) & set(val) and val
@@ -337,14 +337,14 @@ add_newdoc("pets", "fish", """
         encoding="utf-8",
     )
     assert ast.parse(module.read_text(encoding="utf-8"))
-    found = dict(docstrings.documents("pets", str(module)))
+    found = dict(local_corpus.documents("pets", str(module)))
     assert list(found) == ["pets.Dog", "pets.fish"], "too little is left for a document of the module"
     assert found["pets.Dog"].startswith("pets.Dog\n\nBarks at strangers")
     assert "Dog().bark()\n" in found["pets.Dog"] and ">>>" not in found["pets.Dog"]
     assert "BLANKLINE" not in found["pets.Dog"] and found["pets.Dog"].endswith("Dog.bark\n\nMakes a sound.")
     assert "Is silent." in found["pets.fish"]
     (tmp_path / "old.py").write_text('print "python 2"', encoding="utf-8")
-    assert docstrings.documents("old", str(tmp_path / "old.py")) == []
+    assert local_corpus.documents("old", str(tmp_path / "old.py")) == []
 
 
 # -----------------------------------------------------------------------------

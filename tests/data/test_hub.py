@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax import config, dataset, metrics
+from nanochat_jax import config, dataset, run_log
 from nanochat_jax.config import UserError
 from nanochat_jax.data import hub
 from scripts import tok_train
@@ -383,13 +383,13 @@ def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatc
     tok_train.main(cfg)
     arriving.join()
     folder = config.base_dir() / "tokenizer"
-    assert metrics.read(folder)[0]["documents"] == 40
+    assert run_log.read(folder)[0]["documents"] == 40
     assert json.loads((folder / "source.json").read_text())["num_files"] == 2
     capsys.readouterr()
     tok_train.main(cfg)
     assert "already" in capsys.readouterr().out
     tok_train.main(dataclasses.replace(cfg, num_files=-1))
-    assert metrics.read(folder)[0]["documents"] == 60
+    assert run_log.read(folder)[0]["documents"] == 60
 
     for path in data_folder().iterdir():
         os.utime(path, (0, 0))

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from serving import save_model
 
-from nanochat_jax import config, metrics, tasks
+from nanochat_jax import config, run_log, tasks
 from nanochat_jax.config import REPOSITORY, GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
@@ -176,7 +176,7 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
     chat_eval.main(cfg)
     tested = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
     chat_eval.main(dataclasses.replace(cfg, split="val"))
-    records = [r for r in metrics.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
+    records = [r for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
     found = sorted((r["task"], r["split"]) for r in records)
     assert found == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
     assert {r["suite"] for r in records} == {"chat"}
@@ -190,7 +190,7 @@ def test_a_sampled_chatcore_does_not_replace_the_greedy_one(own_base_dir, model,
     cfg = config.ChatEval(source="sft", task_name="Sums", max_problems=3, max_new_tokens=2, device_type="cpu")
     chat_eval.main(cfg)
     chat_eval.main(dataclasses.replace(cfg, temperature=1.0, num_samples=2))
-    records = metrics.read(own_base_dir / "sft_checkpoints" / "tiny")
+    records = run_log.read(own_base_dir / "sft_checkpoints" / "tiny")
     kept = sorted((r["task"], r["temperature"], r["num_samples"]) for r in records if r["kind"] == "eval")
     assert kept == [("ChatCORE", 0.0, 1), ("ChatCORE", 1.0, 2), ("Sums", 0.0, 1), ("Sums", 1.0, 2)]
 

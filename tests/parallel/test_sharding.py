@@ -17,7 +17,7 @@ import pytest
 import tiny
 from sharded_steps import MODEL
 
-from nanochat_jax import checkpoint, metrics
+from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import REPOSITORY, GPTConfig, Model, UserError
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel.sharding import Layout, make_mesh, share_of_rows
@@ -221,7 +221,7 @@ def start_together(base: Path, processes: int, devices: int, code: str = "", **c
 
 
 def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in metrics.read(run) if r["kind"] == "train"]
+    return [r["loss"] for r in run_log.read(run) if r["kind"] == "train"]
 
 
 def place(run: Path, step: int) -> str:

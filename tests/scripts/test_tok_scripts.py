@@ -6,7 +6,7 @@ import time
 import pytest
 import tiktoken
 
-from nanochat_jax import config, metrics
+from nanochat_jax import config, run_log
 from nanochat_jax.tokenizer import Tokenizer
 from scripts import tok_eval, tok_train
 
@@ -29,7 +29,7 @@ def test_train_once_then_again(corpus, own_base_dir, capsys):
     assert first.vocab_size == 300
     record = json.loads((folder / "source.json").read_text(encoding="utf-8"))
     assert (record["max_chars"], record["doc_cap"], record["hash"]) == (1000, 20, first.hash)
-    (log,) = metrics.read(folder)
+    (log,) = run_log.read(folder)
     assert log["documents"] == 51  # the one that passes 1000 characters is the last, each cut to 20
     assert log["chars"] == 51 * 20
     assert log["peak_memory_bytes"] > 10e6 and log["seconds"] > 0
@@ -89,7 +89,7 @@ def test_eval_records_seven_texts(corpus, own_base_dir, capsys, monkeypatch):
     tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=300))
     tok_eval.main(config.TokEval())
     assert "GPT-5: skipped" in capsys.readouterr().out
-    records = [r for r in metrics.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
+    records = [r for r in run_log.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
     assert [r["task"] for r in records] == ["news", "korean", "code", "math", "science", "train", "val"]
     assert all(0 < r["tokens"] <= r["bytes"] and r["gpt5_tokens"] is None for r in records)
 
@@ -102,7 +102,7 @@ def test_eval_against_peers_that_are_there(corpus, own_base_dir, capsys, monkeyp
     tok_eval.main(config.TokEval())
     said = capsys.readouterr().out
     assert "skipped" not in said and "vocabulary: ours 300, GPT-2 256, GPT-4 256" in said
-    records = [r for r in metrics.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
+    records = [r for r in run_log.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
     for record in records:
         assert record["gpt2_tokens"] == record["gpt4_tokens"] == record["bytes"]
         [line] = [line for line in said.splitlines() if line.startswith(record["task"] + " ")]

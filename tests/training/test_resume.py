@@ -11,17 +11,17 @@ import threading
 import time
 
 import jax
-import lives
+import killable
 import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, metrics
+from nanochat_jax import checkpoint, commandline, config, dataset, run_log
 from nanochat_jax.config import STAGES, UserError
-from nanochat_jax.data import dataloader, tokenized
+from nanochat_jax.data import dataloader, token_cache
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.training import evaluations, rl
-from nanochat_jax.training import train as training
+from nanochat_jax.training import loop as training
+from nanochat_jax.training import rl, validation
 
 STEPS = {"base": 24, "mid": 24, "sft": 24, "rl": 12}
 CLOCKS = {"time", "dt", "tok_per_s", "mfu", "loader_wait", "sampling_seconds"}  # what no two runs share
@@ -54,7 +54,7 @@ def whole(world):
         for each in STAGES[: STAGES.index(stage) + 1]:
             if each not in made:
                 output = world / f"{each}.txt"
-                assert lives.run(each, world, output, **flags(world, each)) == 0, output.read_text()
+                assert killable.run(each, world, output, **flags(world, each)) == 0, output.read_text()
                 made[each] = True
         return checkpoint.run_dir(stage, "whole")
 
@@ -63,20 +63,20 @@ def whole(world):
 
 def records(run, kind="train"):
     """What was logged of each step, without clocks."""
-    return {r["step"]: {k: v for k, v in r.items() if k not in CLOCKS} for r in metrics.read(run) if r["kind"] == kind}
+    return {r["step"]: {k: v for k, v in r.items() if k not in CLOCKS} for r in run_log.read(run) if r["kind"] == kind}
 
 
 def logged(run):
-    return max((r["step"] for r in metrics.read(run) if r["kind"] == "train"), default=0)
+    return max((r["step"] for r in run_log.read(run) if r["kind"] == "train"), default=0)
 
 
 def logged_at(run, step):
-    (record,) = (r for r in metrics.read(run) if r["kind"] == "train" and r["step"] == step)
+    (record,) = (r for r in run_log.read(run) if r["kind"] == "train" and r["step"] == step)
     return record
 
 
 def lines(run):
-    log = run / metrics.LOG
+    log = run / run_log.LOG
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
@@ -116,21 +116,23 @@ def live_and_die(stage, world, whole, kills, seed):
     expected = whole(stage)
     tag = f"{stage}{kills}"
     run, output, rng = checkpoint.run_dir(stage, tag), world / f"{tag}.txt", random.Random(seed)
-    times = [r["time"] for r in metrics.read(expected) if r["kind"] == "train"]
+    times = [r["time"] for r in run_log.read(expected) if r["kind"] == "train"]
     a_step = float(np.median(np.diff(times)))
     killed, while_saving = 0, 0
     for i, target in enumerate(sorted(rng.choices(range(1, STEPS[stage] - 3), k=kills))):
         before = lines(run)
-        process = lives.start(stage, world, output, **flags(world, stage, model_tag=tag))
-        lives.until(lambda at=target, n=before: lines(run) > n + 1 and logged(run) >= at, process)  # n + 1: its start
+        process = killable.start(stage, world, output, **flags(world, stage, model_tag=tag))
+        killable.until(
+            lambda at=target, n=before: lines(run) > n + 1 and logged(run) >= at, process
+        )  # n + 1: its start
         if i % 2:
-            lives.until(lambda: unfinished(run), process)
+            killable.until(lambda: unfinished(run), process)
         else:
             time.sleep(rng.uniform(0, 2 * a_step))
-        killed += lives.kill(process)
+        killed += killable.kill(process)
         while_saving += bool(unfinished(run))
     print(f"{stage}: {killed} killed, {while_saving} of them while saving")
-    assert lives.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0, output.read_text()
+    assert killable.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0, output.read_text()
     assert killed >= 0.9 * kills and while_saving, f"{killed} killed, {while_saving} of them while saving"
     assert_same_run(run, expected)
 
@@ -153,10 +155,10 @@ def test_killed_before_the_first_step_is_as_if_never_started(stage, world, whole
     expected, tag, rng = whole(stage), f"{stage}early", random.Random(stage)
     output = world / f"{tag}.txt"
     for _ in range(10):
-        process = lives.start(stage, world, output, **flags(world, stage, model_tag=tag))
+        process = killable.start(stage, world, output, **flags(world, stage, model_tag=tag))
         time.sleep(rng.uniform(0, 2.0))
-        lives.kill(process)
-    assert lives.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0, output.read_text()
+        killable.kill(process)
+    assert killable.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0, output.read_text()
     assert_same_run(checkpoint.run_dir(stage, tag), expected)
 
 
@@ -180,14 +182,14 @@ def test_the_uninterrupted_runs_learn_something(whole):
 def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(stage, asked, world, whole):
     expected, tag = whole(stage), f"asked{asked}"
     run, output = checkpoint.run_dir(stage, tag), world / f"{stage}{tag}.txt"
-    process = lives.start(stage, world, output, **flags(world, stage, model_tag=tag, save_every=-1))
-    lives.until(lambda: logged(run) >= 5, process)
+    process = killable.start(stage, world, output, **flags(world, stage, model_tag=tag, save_every=-1))
+    killable.until(lambda: logged(run) >= 5, process)
     os.kill(process.pid, asked)
     process.join(100)
     assert process.exitcode == 128 + asked and "the same command goes on" in output.read_text()
     (step,) = checkpoint.steps(run)
     assert step == logged(run) >= 5, "not a step is lost"
-    assert lives.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0
+    assert killable.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0
     assert records(run) == records(expected)
 
 
@@ -234,7 +236,7 @@ def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
     cfg = tiny.base_config(model_tag="evaluated", num_iterations=STEPS["base"], seed=7, save_every=-1, sample_every=5)
     run = checkpoint.run_dir("base", "evaluated")
     for step in (5, 10):
-        monkeypatch.setattr(evaluations, "sample", fails_after(step - 5))
+        monkeypatch.setattr(validation, "sample", fails_after(step - 5))
         with pytest.raises(RuntimeError, match="an evaluation that fails"):
             training.train(cfg)
         assert checkpoint.latest(run) == logged(run) == step
@@ -246,7 +248,7 @@ def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
 
 def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
     """It is not preceded by a checkpoint each time; but the first time of a process is, and so is its error."""
-    real, calls, there = evaluations.validate, [], {}
+    real, calls, there = validation.validate, [], {}
 
     def validate(run, stage, step):
         calls.append(step)
@@ -255,7 +257,7 @@ def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
             raise RuntimeError("a validation that fails")
         real(run, stage, step)
 
-    monkeypatch.setattr(evaluations, "validate", validate)
+    monkeypatch.setattr(validation, "validate", validate)
     cfg = {"model_tag": "validated", "num_iterations": STEPS["base"], "seed": 7, "save_every": -1}
     run = checkpoint.run_dir("base", "validated")
     with pytest.raises(RuntimeError, match="a validation that fails"):
@@ -346,7 +348,7 @@ def test_a_run_goes_on_with_tokens_where_it_began_with_text(world, whole, capsys
     cfg = {"model_tag": "tokens", "seed": 7, "num_iterations": STEPS["base"], "save_every": 2, "keep_last": 20}
     training.train(tiny.base_config(**cfg))
     source, tokenizer = dataset.open(), Tokenizer.load(world / "tokenizer")
-    twins = tokenized.build(source, tokenizer)
+    twins = token_cache.build(source, tokenizer)
     try:
         training.train(tiny.base_config(resume="10", **cfg))
     finally:
@@ -368,13 +370,13 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(world, whole):
         pytest.skip("no right to mount a small disk")
     try:
         (run / "ballast").write_bytes(bytes(600_000))
-        code = lives.run("base", world, output, **flags(world, "base", model_tag="full", keep_last=20))
+        code = killable.run("base", world, output, **flags(world, "base", model_tag="full", keep_last=20))
         last = output.read_text().strip().splitlines()[-1]
         assert code == 2 and last.startswith("error: could not save a checkpoint") and "the disk is full" in last
         kept = checkpoint.steps(run)
         assert kept and f"the last good checkpoint is step {kept[-1]}" in last
         (run / "ballast").unlink()
-        assert lives.run("base", world, output, **flags(world, "base", model_tag="full")) == 0, output.read_text()
+        assert killable.run("base", world, output, **flags(world, "base", model_tag="full")) == 0, output.read_text()
         assert records(run) == records(whole("base"))
     finally:
         subprocess.run(["umount", "-l", str(run)], check=True)
@@ -395,12 +397,12 @@ EIGHT_ROWS = {"model_tag": "on8", "device_batch_size": 1, "total_batch_size": 51
 def test_saved_on_eight_devices_resumed_on_others(devices, mesh, world):
     eight, output = checkpoint.run_dir("base", "on8"), world / "on8.txt"
     if not eight.exists():
-        assert lives.run("base", world, output, 8, **EIGHT_ROWS) == 0, output.read_text()
+        assert killable.run("base", world, output, 8, **EIGHT_ROWS) == 0, output.read_text()
     run = checkpoint.run_dir("base", f"on{devices}{len(mesh)}")
     shutil.copytree(eight, run, ignore=shutil.ignore_patterns("step_000006", "step_000008"))
     expected = records(run)
     resumed = EIGHT_ROWS | {"model_tag": run.name} | mesh
-    assert lives.run("base", world, output, devices, **resumed) == 0, output.read_text()
+    assert killable.run("base", world, output, devices, **resumed) == 0, output.read_text()
     assert "resuming at step 4" in output.read_text()
     found = records(run)
     assert found.keys() == expected.keys() == set(range(1, 9))

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, metrics
+from nanochat_jax import checkpoint, commandline, config, dataset, run_log
 from nanochat_jax.config import UserError
 from nanochat_jax.data import dataloader
 from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.training import optim
+from nanochat_jax.training.loop import train
 from nanochat_jax.training.run import open_run
-from nanochat_jax.training.train import train
 from scripts import base_loss
 
 
@@ -125,14 +125,14 @@ def test_tasks_are_looked_at_before_the_first_step(world, stage, changes, words)
         changes = {"eval_metrics_every": 200, "eval_metrics_tasks": changes["eval_metrics_tasks"].format(base=world)}
     result = tiny.run(stage, world, model_tag="early", source="base", **changes)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
-    assert not (checkpoint.run_dir(stage, "early") / metrics.LOG).exists()
+    assert not (checkpoint.run_dir(stage, "early") / run_log.LOG).exists()
 
 
 def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
     train(settings(run.name, resume="never", num_iterations=2))
     (aside,) = run.parent.glob(f".{run.name}.*")
     assert checkpoint.steps(aside) == [2, 4, 6, 8] and checkpoint.steps(run) == [2]
-    assert [r["step"] for r in metrics.read(run) if r["kind"] == "train"] == [1, 2]
+    assert [r["step"] for r in run_log.read(run) if r["kind"] == "train"] == [1, 2]
 
 
 # -----------------------------------------------------------------------------
@@ -186,9 +186,9 @@ def test_runs_and_steps_set_aside_within_a_second_are_all_kept(tmp_path):
 
 
 def test_what_was_logged_of_abandoned_steps_is_gone(run):
-    metrics.append(run, "eval", "base", 8, suite="core", task="hellaswag", score=0.5)
+    run_log.append(run, "eval", "base", 8, suite="core", task="hellaswag", score=0.5)
     train(settings(run.name, resume="4", num_iterations=8, eval_every=3))
-    records = metrics.read(run)
+    records = run_log.read(run)
     assert not [r for r in records if r["kind"] == "eval"]
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [r["step"] for r in records if r["kind"] == "val"] == [6, 8]  # 8 once, 3 was not due the first time
@@ -258,7 +258,7 @@ def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
         train(settings(tag, num_iterations=20, save_every=10, keep_last=9, **changes))
         folder = checkpoint.run_dir("base", tag)
         assert checkpoint.read_meta(folder, 20)["text"]["files"] == 3
-        records = [r for r in metrics.read(folder) if r["kind"] == "train"]
+        records = [r for r in run_log.read(folder) if r["kind"] == "train"]
         return {r["step"]: (r["loss"], r["shard"], r["epoch"]) for r in records}
 
     expected = run("few", 3)
@@ -340,7 +340,7 @@ def test_saving_is_no_part_of_a_step(world, monkeypatch):
 
     monkeypatch.setattr(checkpoint.Saver, "save", slowly)
     train(settings("slow", num_iterations=3, save_every=2))
-    records = metrics.read(checkpoint.run_dir("base", "slow"))
+    records = run_log.read(checkpoint.run_dir("base", "slow"))
     assert all(r["save_seconds"] >= 1.5 for r in records if r["kind"] == "checkpoint")
     (third,) = (r for r in records if r["kind"] == "train" and r["step"] == 3)
     assert third["loader_wait"] < 1.5 and third["dt"] < 1.5

@@ -14,14 +14,15 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, metrics
+from nanochat_jax import checkpoint, commandline, config, dataset, run_log
 from nanochat_jax.config import REPOSITORY, GPTConfig, Model, UserError
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.training import evaluations, optim, stages
+from nanochat_jax.training import loop as train_module
+from nanochat_jax.training import optim, stages, validation
 from nanochat_jax.training import run as run_module
-from nanochat_jax.training import train as train_module
+from nanochat_jax.training.loop import StepLog, train
 from nanochat_jax.training.run import compiled_memory, open_run
 from nanochat_jax.training.step import (
     Geometry,
@@ -31,7 +32,6 @@ from nanochat_jax.training.step import (
     rows_of_examples,
     rows_that_fit,
 )
-from nanochat_jax.training.train import StepLog, train
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
 
@@ -50,7 +50,7 @@ def in_world(own_base_dir, world, monkeypatch):
 
 
 def losses(run_dir) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in metrics.read(run_dir) if r["kind"] == "train"}
+    return {r["step"]: r["loss"] for r in run_log.read(run_dir) if r["kind"] == "train"}
 
 
 # -----------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_data_that_end_skip_no_last_evaluation(world, ancestors):
     flags |= {"mixture": "sums=40", "eval_metrics_max_problems": 2, "save_every": -1}
     result = tiny.run("sft", world, model_tag="ends", source="mid", **flags)
     assert result.returncode == 0, result.stderr
-    records = metrics.read(checkpoint.run_dir("sft", "ends"))
+    records = run_log.read(checkpoint.run_dir("sft", "ends"))
     last = max(r["step"] for r in records if r["kind"] == "train")
     assert [r["step"] for r in records if r["kind"] == "val"] == list(range(last + 1))
     assert [r["step"] for r in records if r["kind"] == "eval"] == [last]
@@ -190,7 +190,7 @@ def test_eight_devices_sample_what_one_does(world, ancestors):
     for number in (1, 8):
         result = tiny.run("rl", world, number, model_tag=f"on{number}", device_batch_size=1, num_iterations=2)
         assert result.returncode == 0, result.stderr
-    one, eight = ([r for r in metrics.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8))
+    one, eight = ([r for r in run_log.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8))
     for name in ("reward", "sequence_length", "truncated", "zero_advantage"):
         assert [r[name] for r in one] == [r[name] for r in eight]
     assert eight[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4, abs=1e-6)
@@ -199,10 +199,10 @@ def test_eight_devices_sample_what_one_does(world, ancestors):
 def test_finished_run_is_left_alone_and_a_different_one_refused(world, capsys):
     cfg = tiny.base_config(model_tag="twice", num_iterations=2)
     train(cfg)
-    before = (checkpoint.run_dir("base", "twice") / metrics.LOG).read_text()
+    before = (checkpoint.run_dir("base", "twice") / run_log.LOG).read_text()
     train(cfg)
     assert "finished" in capsys.readouterr().out
-    assert (checkpoint.run_dir("base", "twice") / metrics.LOG).read_text() == before
+    assert (checkpoint.run_dir("base", "twice") / run_log.LOG).read_text() == before
     with pytest.raises(UserError, match=r"matrix_lr: 0.02, now 0.03.*--model_tag.*--resume=never"):
         train(tiny.base_config(model_tag="twice", num_iterations=2, matrix_lr=0.03))
     train(tiny.base_config(model_tag="twice", num_iterations=2, matrix_lr=0.03, resume="never"))
@@ -276,7 +276,7 @@ def test_mid_sft_and_rl_follow_each_other(world):
         more = {"eval_every": 2, "eval_examples": 3, "eval_samples": 2, "oversampling": 2} if stage == "rl" else {}
         result = tiny.run(stage, world, model_tag="road", **more)
         assert result.returncode == 0, result.stderr
-        records = metrics.read(checkpoint.run_dir(stage, "road"))
+        records = run_log.read(checkpoint.run_dir(stage, "road"))
         assert all(np.isfinite(r["loss"]) for r in records if r["kind"] == "train")
         model = checkpoint.load_model(stage, "road")
         assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
@@ -303,7 +303,7 @@ def test_compiling_is_no_part_of_any_step(world, monkeypatch):
 
     monkeypatch.setattr(train_module, "step_of", slow)
     train(tiny.base_config(model_tag="compiles", num_iterations=5, save_every=-1))
-    records = [r for r in metrics.read(checkpoint.run_dir("base", "compiles")) if r["kind"] == "train"]
+    records = [r for r in run_log.read(checkpoint.run_dir("base", "compiles")) if r["kind"] == "train"]
     assert [r["dt"] is None for r in records] == [True] + [False] * 4
     assert max(r["loader_wait"] for r in records) < 2 and max(r["dt"] for r in records[1:]) < 2
 
@@ -319,7 +319,7 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
     monkeypatch.setattr(train_module, "step_of", slow)
     monkeypatch.setattr(devices, "peak_flops", lambda: 1e9)
     train(tiny.base_config(model_tag="speed", num_iterations=5, save_every=-1))  # 2 micro-batches of 2 rows of 64
-    records = [r for r in metrics.read(checkpoint.run_dir("base", "speed")) if r["kind"] == "train"]
+    records = [r for r in run_log.read(checkpoint.run_dir("base", "speed")) if r["kind"] == "train"]
     assert [(r["counted"], r["tokens"]) for r in records] == [(256, 256 * step) for step in range(1, 6)]
     for record in records[1:-1]:  # the first one compiles, the last one waits for no other
         assert record["dt"] > 0.1
@@ -391,7 +391,7 @@ def test_memory_of_a_compiled_step_grows_with_its_rows(world):
     ("module", "name", "words"),
     [(run_module, "_initial_state", "for the weights .*--shard=full"),
      (train_module, "step_of", r"for a step: lower --device_batch_size \(now 2\)"),
-     (evaluations, "validate", "for an evaluation: turn off .*--sample_every")],
+     (validation, "validate", "for an evaluation: turn off .*--sample_every")],
 )  # fmt: skip
 def test_out_of_memory_names_the_flag(world, monkeypatch, module, name, words):
     def explode(*_):
@@ -439,7 +439,7 @@ def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
         result = tiny.run("sft", world, number, model_tag=f"on{number}", **changes)
         assert result.returncode == 0, result.stderr
     one, eight = (
-        [r for r in metrics.read(checkpoint.run_dir("sft", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
+        [r for r in run_log.read(checkpoint.run_dir("sft", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
     )
     assert [r["counted"] for r in one] == [r["counted"] for r in eight] and len(one) > 10
     np.testing.assert_allclose([r["loss"] for r in eight], [r["loss"] for r in one], rtol=2e-4)
@@ -471,27 +471,27 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     [(0, "0"), (999, "999"), (1000, "1.00K"), (12_345.6, "12.3K"), (423_456, "423K"), (6.291e9, "6.29B")],
 )
 def test_large_numbers_in_three_digits(count, said):
-    assert metrics.short(count) == said
+    assert run_log.short(count) == said
 
 
 def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):
-    metrics.append(tmp_path, "train", "base", 1, loss=3.0)
-    metrics.append(tmp_path, "train", "base", 1, loss=2.0, mfu=float("inf"))
-    with open(tmp_path / metrics.LOG, "a", encoding="utf-8") as log:
+    run_log.append(tmp_path, "train", "base", 1, loss=3.0)
+    run_log.append(tmp_path, "train", "base", 1, loss=2.0, mfu=float("inf"))
+    with open(tmp_path / run_log.LOG, "a", encoding="utf-8") as log:
         log.write('{"kind": "tra')
-    (record,) = metrics.read(tmp_path)
+    (record,) = run_log.read(tmp_path)
     assert record["loss"] == 2.0 and record["mfu"] is None
-    json.loads((tmp_path / metrics.LOG).read_text().splitlines()[1])
+    json.loads((tmp_path / run_log.LOG).read_text().splitlines()[1])
 
 
 def test_a_start_ends_what_was_logged_of_later_steps(tmp_path):
     for step in (0, 2, 4):
-        metrics.append(tmp_path, "val", "base", step, bpb=step)
-    metrics.append(tmp_path, "eval", "base", 4, suite="chat", task="Sums", score=1.0)
-    metrics.append(tmp_path, "note", "base", 4, text="finished")
-    metrics.append(tmp_path, "val", "mid", 4, bpb=9)
-    metrics.append(tmp_path, "config", "base", 2, config={})
-    metrics.append(tmp_path, "val", "base", 3, bpb=3)
-    assert [(r["kind"], r["stage"], r["step"]) for r in metrics.read(tmp_path)] == [
+        run_log.append(tmp_path, "val", "base", step, bpb=step)
+    run_log.append(tmp_path, "eval", "base", 4, suite="chat", task="Sums", score=1.0)
+    run_log.append(tmp_path, "note", "base", 4, text="finished")
+    run_log.append(tmp_path, "val", "mid", 4, bpb=9)
+    run_log.append(tmp_path, "config", "base", 2, config={})
+    run_log.append(tmp_path, "val", "base", 3, bpb=3)
+    assert [(r["kind"], r["stage"], r["step"]) for r in run_log.read(tmp_path)] == [
         ("val", "base", 0), ("val", "base", 2), ("val", "mid", 4), ("config", "base", 2), ("val", "base", 3),
     ]  # fmt: skip

@@ -16,7 +16,7 @@ import tiny
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["nanochat_jax.training.train", "nanochat_jax.training.rl", "scripts.train", "orbax.checkpoint.v1"]
+    ["nanochat_jax.training.loop", "nanochat_jax.training.rl", "scripts.train", "orbax.checkpoint.v1"]
 )
 
 

@@ -13,7 +13,7 @@ from fake_tokenizer import FakeTokenizer
 
 from nanochat_jax import config, dataset
 from nanochat_jax.config import UserError
-from nanochat_jax.data import tokenized
+from nanochat_jax.data import token_cache
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -47,10 +47,10 @@ def documents(path, tokenizer):
 @pytest.mark.parametrize(("tokenizer", "dtype"), [(Fake(), np.uint32), (Small(), np.uint16)])
 def test_a_twin_has_the_documents_of_its_text_at_their_places(tokenizer, dtype, source, monkeypatch):
     monkeypatch.setattr(dataset, "MAX_CHARS", 100)  # so that some are cut
-    folder = tokenized.build(source, tokenizer)
+    folder = token_cache.build(source, tokenizer)
     assert folder == config.base_dir() / "tokenized_data" / "texts-01234567"
     for path in (*source.train_files, *source.val_files):
-        twin, expected = tokenized.find(path, folder), documents(path, tokenizer)
+        twin, expected = token_cache.find(path, folder), documents(path, tokenizer)
         assert isinstance(twin.tokens, np.memmap) and twin.tokens.dtype == dtype
         assert twin.num_row_groups == len(expected) == 3
         for i, (ids, chars) in enumerate(expected):
@@ -60,36 +60,36 @@ def test_a_twin_has_the_documents_of_its_text_at_their_places(tokenizer, dtype, 
 
 
 def test_what_is_there_is_kept_and_what_has_changed_is_made_again(source, capsys):
-    folder = tokenized.build(source, Fake())
+    folder = token_cache.build(source, Fake())
     times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert len(times) == 6 and not list(folder.glob("*.part"))
-    tokenized.build(source, Fake())
+    token_cache.build(source, Fake())
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
     path = source.train_files[0]
     pq.write_table(pa.table({"text": ["11 12", "13"]}), path)
-    assert tokenized.find(path, folder) is None, "of another text"
-    tokenized.build(source, Fake())
-    assert [d.tolist() for d in tokenized.find(path, folder).read(0).docs] == [[11, 12], [13]]
+    assert token_cache.find(path, folder) is None, "of another text"
+    token_cache.build(source, Fake())
+    assert [d.tolist() for d in token_cache.find(path, folder).read(0).docs] == [[11, 12], [13]]
 
 
 def test_without_a_twin_or_a_folder_there_is_none(source, tmp_path):
-    assert tokenized.find(source.train_files[0], None) is None
-    assert tokenized.find(source.train_files[0], tmp_path) is None
-    folder = tokenized.build(source, Fake())
+    assert token_cache.find(source.train_files[0], None) is None
+    assert token_cache.find(source.train_files[0], tmp_path) is None
+    folder = token_cache.build(source, Fake())
     (folder / "a.index.npz").unlink()  # killed between the two
-    assert tokenized.find(source.train_files[0], folder) is None
+    assert token_cache.find(source.train_files[0], folder) is None
 
 
 def test_the_text_may_be_deleted(source):
-    folder = tokenized.build(source, Fake())
+    folder = token_cache.build(source, Fake())
     expected = documents(source.train_files[0], Fake())
     source.train_files[0].unlink()
-    twin = tokenized.find(source.train_files[0], folder)
+    twin = token_cache.find(source.train_files[0], folder)
     assert [d.tolist() for d in twin.read(2).docs] == expected[2][0]
 
 
 def test_damage_is_named(source):
-    folder, path = tokenized.build(source, Fake()), source.train_files[0]
+    folder, path = token_cache.build(source, Fake()), source.train_files[0]
     tokens, index = folder / "a.tokens.npy", folder / "a.index.npz"
     good_tokens, good_index = tokens.read_bytes(), index.read_bytes()
 
@@ -97,20 +97,20 @@ def test_damage_is_named(source):
         tokens.write_bytes(good_tokens[:place] + bytes([good_tokens[place] ^ 1]) + good_tokens[place + 1 :])
         with pytest.raises(UserError, match=r"a\.tokens\.npy: row group \d is damaged; delete it and run"):
             for i in range(3):
-                tokenized.find(path, folder).read(i)
+                token_cache.find(path, folder).read(i)
     for content in (good_tokens[:-4], good_tokens[: len(good_tokens) // 2], b""):
         tokens.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.tokens\.npy: "):
-            [tokenized.find(path, folder).read(i) for i in range(3)]
+            [token_cache.find(path, folder).read(i) for i in range(3)]
     tokens.unlink()
     with pytest.raises(UserError, match=r"a\.tokens\.npy: "):
-        tokenized.find(path, folder)
+        token_cache.find(path, folder)
     tokens.write_bytes(good_tokens)
 
     for place in range(0, len(good_index), 7):
         index.write_bytes(good_index[:place] + bytes([good_index[place] ^ 1]) + good_index[place + 1 :])
         try:
-            twin = tokenized.find(path, folder)
+            twin = token_cache.find(path, folder)
             found = twin and [[d.tolist() for d in twin.read(i).docs] for i in range(3)]
         except UserError as error:
             assert re.search(r"a\.(index\.npz|tokens\.npy): ", str(error)) and "\n" not in str(error)
@@ -118,7 +118,7 @@ def test_damage_is_named(source):
             assert found in (None, [ids for ids, _ in documents(path, Fake())]), place
     index.write_bytes(good_index[:100])
     with pytest.raises(UserError, match=r"a\.index\.npz: cannot be read"):
-        tokenized.find(path, folder)
+        token_cache.find(path, folder)
 
 
 def test_the_command(own_base_dir, monkeypatch):
@@ -128,7 +128,7 @@ def test_the_command(own_base_dir, monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, cwd=config.REPOSITORY, timeout=100)
     assert done.returncode == 0, done.stderr
     source, tokenizer = dataset.open(), Tokenizer.load(own_base_dir / "tokenizer")
-    folder = tokenized.folder_of(source, tokenizer)
-    twin = tokenized.find(source.val_files[0], folder)
+    folder = token_cache.folder_of(source, tokenizer)
+    twin = token_cache.find(source.val_files[0], folder)
     assert [d.tolist() for d in twin.read(0).docs] == documents(source.val_files[0], tokenizer)[0][0]
     assert twin.tokens.dtype == np.uint16 and f"{folder}" in done.stdout

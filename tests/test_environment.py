@@ -5,14 +5,14 @@ import subprocess
 
 import pytest
 
-from nanochat_jax import config, machine
+from nanochat_jax import config, environment
 
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    machine.versions.cache_clear()
+    environment.versions.cache_clear()
     yield
-    machine.versions.cache_clear()
+    environment.versions.cache_clear()
 
 
 def git(folder, *args):
@@ -23,20 +23,20 @@ def git(folder, *args):
 def test_the_commit_is_told_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert machine.code() == "not a git checkout" and machine.versions()["commit"] == ""
-    machine.versions.cache_clear()
+    assert environment.code() == "not a git checkout" and environment.versions()["commit"] == ""
+    environment.versions.cache_clear()
     git(tmp_path, "init", "-b", "trunk")
     git(tmp_path, "commit", "--allow-empty", "-m", "x")
-    assert re.fullmatch("commit [0-9a-f]{12} on trunk", machine.code())
-    assert re.fullmatch("[0-9a-f]{40}", machine.versions()["commit"])
+    assert re.fullmatch("commit [0-9a-f]{12} on trunk", environment.code())
+    assert re.fullmatch("[0-9a-f]{40}", environment.versions()["commit"])
     (tmp_path / "new").touch()
-    assert machine.code().endswith(" on trunk with local changes")
-    assert not machine.versions()["commit"].endswith("+"), "they came after the start"
-    machine.versions.cache_clear()
-    assert machine.versions()["commit"].endswith("+")
+    assert environment.code().endswith(" on trunk with local changes")
+    assert not environment.versions()["commit"].endswith("+"), "they came after the start"
+    environment.versions.cache_clear()
+    assert environment.versions()["commit"].endswith("+")
 
 
 def test_a_package_that_is_missing_is_no_error(monkeypatch):
-    monkeypatch.setattr(machine, "PACKAGES", ("numpy", "no-such-package"))
-    told = machine.versions()
+    monkeypatch.setattr(environment, "PACKAGES", ("numpy", "no-such-package"))
+    told = environment.versions()
     assert re.match(r"\d+\.\d+", told["numpy"]) and told["no-such-package"] == "not installed"

@@ -13,6 +13,11 @@ class UserError(ValueError):
     """Something the user can mend. Scripts print it as one line, without a traceback, and exit with 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def base_dir() -> Path:
     """$NANOCHAT_BASE_DIR (default ~/.cache/nanochat), created: everything the project writes lies below it."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()

@@ -58,16 +58,15 @@ def main(cfg: config.BaseLoss) -> None:
 
 def text_of(meta: dict, cfg: config.BaseLoss):
     """The text that is asked for, else that of the checkpoint. Says so where it is not what the run was trained on."""
-    from nanochat_jax import dataset
-    from nanochat_jax.data import hub
+    from nanochat_jax.data import hub, sources
 
     trained, settings = meta.get("text", {}), meta["config"]
     if cfg.data or cfg.data_dir:
-        source = dataset.open(cfg.data, cfg.data_dir)
+        source = sources.open(cfg.data, cfg.data_dir)
     elif trained.get("source") in ("local", *hub.SOURCES) and not settings.get("data_dir"):
-        source = dataset.open(trained["source"])
+        source = sources.open(trained["source"])
     else:  # a folder, which the run named or has from the tokenizer
-        source = dataset.open(settings.get("data"), settings.get("data_dir"))
+        source = sources.open(settings.get("data"), settings.get("data_dir"))
     here = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     if changed := ", ".join(key for key in here if here[key] != trained.get(key, here[key])):
         print(f"not the text the run was trained on (other {changed}): compare with care")

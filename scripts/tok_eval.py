@@ -94,12 +94,13 @@ useful for tracing maternal lineages over a few thousand years.
 
 
 def main(cfg: config.TokEval) -> None:
-    from nanochat_jax import dataset, run_log
+    from nanochat_jax import run_log
+    from nanochat_jax.data import sources
     from nanochat_jax.tokenizer import Tokenizer
 
     folder = config.base_dir() / "tokenizer"
     ours = Tokenizer.load(folder)
-    source = dataset.open(cfg.data, cfg.data_dir)
+    source = sources.open(cfg.data, cfg.data_dir)
     texts = {"news": NEWS, "korean": KOREAN, "code": CODE, "math": MATH, "science": SCIENCE}
     for split in ("train", "val"):
         texts[split] = "\n".join(itertools.islice(source.texts(split), SAMPLE_DOCUMENTS))

@@ -26,14 +26,15 @@ Unicode: 你好世界 🌍"""
 
 
 def main(cfg: config.TokTrain) -> None:
-    from nanochat_jax import dataset, run_log
+    from nanochat_jax import run_log
+    from nanochat_jax.data import parquet, sources
     from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     for name in ("max_chars", "doc_cap"):
         if getattr(cfg, name) < 1:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     folder = config.base_dir() / "tokenizer"
-    source = dataset.open(cfg.data, cfg.data_dir, cfg.num_files)
+    source = sources.open(cfg.data, cfg.data_dir, cfg.num_files)
     recipe = _recipe(cfg, source, folder)
     if not cfg.fresh and _recorded(folder, recipe):
         print(f"{folder} was trained with these settings already; --fresh trains it again")
@@ -47,7 +48,7 @@ def main(cfg: config.TokTrain) -> None:
     # Shards may still be on their way; the clock starts when they are here.
     try:
         for path in source.train_files:
-            dataset.wait_for(path)
+            parquet.wait_for(path)
     except config.UserError as error:
         raise config.UserError(f"{error}, or train on fewer shards (--num_files={cfg.num_files})") from None
 
@@ -55,7 +56,7 @@ def main(cfg: config.TokTrain) -> None:
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {source.name}")
     start = time.monotonic()
     counted = {"documents": 0, "chars": 0}
-    with Meter(_expected_chars(cfg, source, dataset.SHARD_CHARS)) as meter:
+    with Meter(_expected_chars(cfg, source, parquet.SHARD_CHARS)) as meter:
         texts = _documents(source, cfg.max_chars, cfg.doc_cap, counted, meter.chars)
         tokenizer = Tokenizer.train(texts, cfg.vocab_size, progress=meter.merges)
     seconds = time.monotonic() - start

@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 import grain
 import numpy as np
 
-from nanochat_jax import dataset
 from nanochat_jax.config import UserError
-from nanochat_jax.data import packing, token_cache
+from nanochat_jax.data import packing, parquet, token_cache
 
 TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
 CHARS_AT_ONCE = 2_000_000  # but not more than this: what waits to be packed is part of the state
@@ -127,12 +126,12 @@ def epoch_tokens(files: Sequence[Path], tokenizer, twins: Path | None = None, sa
             twin.close()
     if counts:
         return float(np.mean(counts)) * len(files)
-    sizes = {path: dataset.text_bytes(path) for path in [path for path in files if path.exists()][:8]}
+    sizes = {path: parquet.text_bytes(path) for path in [path for path in files if path.exists()][:8]}
     first = next((path for path, groups in sizes.items() if groups), None)
     if first is None:
         return math.nan
-    with dataset.parquet(first) as file:
-        texts = dataset.read_row_group(file, first, 0)
+    with parquet.open(first) as file:
+        texts = parquet.read_row_group(file, first, 0)
     tokens, _ = tokenizer.encode_batch(texts[:sample], prepend=tokenizer.bos)
     share = sum(map(len, texts[:sample])) / max(1, sum(map(len, texts)))
     ratio = len(tokens) / max(1.0, share * sizes[first][0])
@@ -207,8 +206,8 @@ class Documents:
         if path != self._path:
             file = token_cache.find(path, self.twins)
             if file is None:
-                dataset.wait_for(path, self.stop)
-                file = dataset.parquet(path)
+                parquet.wait_for(path, self.stop)
+                file = parquet.open(path)
             if self._file is not None:
                 self._file.close()
             self._path, self._file, self._group = path, file, None
@@ -221,7 +220,7 @@ class Documents:
         if isinstance(self._file, token_cache.Twin):
             self._docs, self._chars = self._file.read(index)
         else:
-            self._docs = dataset.read_row_group(self._file, self._path, index)
+            self._docs = parquet.read_row_group(self._file, self._path, index)
             self._chars = [len(text) for text in self._docs]
         self._group = index
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat_jax import config
-from nanochat_jax.config import UserError
+from nanochat_jax.config import UserError, first_line
 from nanochat_jax.files import exclusive, read_json, sha256, write_text
 from nanochat_jax.progress import Progress
 
@@ -318,8 +318,3 @@ def _seconds(variable: str, default: float) -> float:
         return float(os.environ.get(variable) or default)
     except ValueError:
         return default
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

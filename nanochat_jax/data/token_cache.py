@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat_jax import config, dataset
-from nanochat_jax.config import UserError
-from nanochat_jax.data.hub import first_line
+from nanochat_jax import config
+from nanochat_jax.config import UserError, first_line
+from nanochat_jax.data import parquet, sources
 from nanochat_jax.files import whole
 from nanochat_jax.progress import Progress
 
@@ -65,7 +65,7 @@ class Twin:
         del self.tokens
 
 
-def folder_of(source: dataset.Source, tokenizer) -> Path:
+def folder_of(source: sources.Source, tokenizer) -> Path:
     return config.base_dir() / "tokenized_data" / f"{source.name}-{tokenizer.hash[:8]}"
 
 
@@ -91,7 +91,7 @@ def made(files: Iterable[Path], folder: Path) -> int:
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
-def build(source: dataset.Source, tokenizer, folder: Path | None = None) -> Path:
+def build(source: sources.Source, tokenizer, folder: Path | None = None) -> Path:
     """Makes the twins that are missing, of training and validation files. Returns their folder: the one where training
     looks for them, unless another is given."""
     folder = folder or folder_of(source, tokenizer)
@@ -102,7 +102,7 @@ def build(source: dataset.Source, tokenizer, folder: Path | None = None) -> Path
         for path in files:
             twin = find(path, folder)
             if twin is None:
-                dataset.wait_for(path)
+                parquet.wait_for(path)
                 _make(path, folder, tokenizer)
                 twin = find(path, folder)
             count += len(twin.tokens)
@@ -140,9 +140,9 @@ def _make(text: Path, folder: Path, tokenizer) -> None:
 
 
 def _row_groups(text: Path) -> Iterator[list[str]]:
-    with dataset.parquet(text) as file:
+    with parquet.open(text) as file:
         for i in range(file.num_row_groups):
-            yield dataset.read_row_group(file, text, i)
+            yield parquet.read_row_group(file, text, i)
 
 
 def _paths(text: Path, folder: Path) -> tuple[Path, Path]:

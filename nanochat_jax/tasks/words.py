@@ -12,8 +12,8 @@ import re
 import zlib
 from pathlib import Path
 
-from nanochat_jax import dataset
 from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.data import parquet
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks import source
 
@@ -58,7 +58,7 @@ def _corpus_words(data: Path) -> list[str]:
     """The frequent words of the pretraining text, most frequent first."""
     shards = sorted(data.glob("*/*.parquet"), key=lambda path: (path.parent.name != "local", path))
     counts, chars = collections.Counter(), 0
-    for text in itertools.chain.from_iterable(map(dataset.texts_of, shards)):
+    for text in itertools.chain.from_iterable(map(parquet.texts_of, shards)):
         counts.update(_WORD.findall(text))
         chars += len(text)
         if chars > CORPUS_CHARS:

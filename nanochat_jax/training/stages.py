@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, dataset, run_log, tasks
+from nanochat_jax import checkpoint, config, run_log, tasks
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.data import dataloader, token_cache
+from nanochat_jax.data import dataloader, sources, token_cache
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training import optim
 from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
@@ -43,7 +43,7 @@ def base_stage(run: Run) -> Stage:
     cfg, model = run.cfg, run.model
     shape = geometry(cfg.total_batch_size, *_how_cut(run))
     steps = horizon(cfg, model, shape.tokens)
-    source = same_text(run, dataset.open(cfg.data, cfg.data_dir))
+    source = same_text(run, sources.open(cfg.data, cfg.data_dir))
     text = {"packing": cfg.packing, "twins": token_cache.folder_of(source, run.tokenizer), **_process(run)}
     return Stage(
         geometry=shape,
@@ -62,7 +62,7 @@ def base_stage(run: Run) -> Stage:
     )
 
 
-def same_text(run: Run, source: dataset.Source) -> dataset.Source:
+def same_text(run: Run, source: sources.Source) -> sources.Source:
     """The text to read, which is recorded with the checkpoints: the files a run began with, since in later epochs their
     order depends on how many there are. UserError where it is not that of the checkpoint the run goes on from."""
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
@@ -95,7 +95,7 @@ def same_tasks(run: Run, task: tasks.Mixture) -> None:
     run.identity["tasks"] = learnt
 
 
-def text_needed(source: dataset.Source, tokens: int, tokenizer, twins: Path) -> str:
+def text_needed(source: sources.Source, tokens: int, tokenizer, twins: Path) -> str:
     """How much of a source a run will read."""
     files = source.train_files
     there = dataloader.epoch_tokens(files, tokenizer, twins)

@@ -51,14 +51,13 @@ class Settings:
 
 def main(cfg: Settings) -> None:
     _check(cfg)
-    from nanochat_jax import dataset
-    from nanochat_jax.data import dataloader, token_cache
+    from nanochat_jax.data import dataloader, sources, token_cache
     from nanochat_jax.tokenizer import Tokenizer
 
     dataloader.check_packing(cfg.packing)
     tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
     with contextlib.redirect_stdout(sys.stderr):
-        source = dataset.open(cfg.data, cfg.data_dir)
+        source = sources.open(cfg.data, cfg.data_dir)
     source = dataclasses.replace(source, train_files=_needed(cfg, source, tokenizer), val_files=())
 
     found = {"text": [], "tokens": []}

@@ -74,7 +74,7 @@ def main(cfg: Settings) -> None:
 
 def _split(corpus: str) -> tuple[list[str], list[str]]:
     """Documents to train on and documents to encode."""
-    from nanochat_jax import dataset
+    from nanochat_jax.data import text_files
 
     path = Path(corpus).expanduser()
     if not corpus:
@@ -82,10 +82,10 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
     if not path.exists():
         raise UserError(f"--corpus={corpus}: no such file or folder")
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else [path]
-    files = [p for p in files if p.name.endswith(dataset.SUFFIXES)]
+    files = [p for p in files if p.name.endswith(text_files.SUFFIXES)]
     if not files:
-        raise UserError(f"--corpus={corpus}: no files ending in {', '.join(dataset.SUFFIXES)}")
-    documents = [text for file in files for text in dataset.documents(file)]
+        raise UserError(f"--corpus={corpus}: no files ending in {', '.join(text_files.SUFFIXES)}")
+    documents = [text for file in files for text in text_files.documents(file)]
     unseen = documents[UNSEEN - 1 :: UNSEEN]
     if sum(map(len, unseen)) < UNSEEN_CHARS:
         chars, least = sum(map(len, documents)), UNSEEN_CHARS * UNSEEN
@@ -214,7 +214,7 @@ def _store(path: Path, texts: list[str]) -> int:
     total = 0
     with open(path, "wb") as file:
         for text in texts:
-            data = text.encode("utf-8")  # dataset.documents leaves no lone surrogates
+            data = text.encode("utf-8")  # text_files.documents leaves no lone surrogates
             file.write(len(data).to_bytes(8, "little") + data)
             total += len(data)
     return total

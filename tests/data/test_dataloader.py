@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from fake_tokenizer import FakeTokenizer
 
-from nanochat_jax import dataset
 from nanochat_jax.config import REPOSITORY, UserError
-from nanochat_jax.data import dataloader, packing, token_cache
+from nanochat_jax.data import dataloader, packing, parquet, sources, token_cache
 
 TOKENIZER = FakeTokenizer()
 T = 16
@@ -162,7 +161,7 @@ def test_the_state_of_one_process_serves_two(files):
 def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, monkeypatch):
     monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", chars)
     TOKENIZER.hash = "0" * 64
-    source = dataset.Source("texts", tuple(files), (files[1],), "")
+    source = sources.Source("texts", tuple(files), (files[1],), "")
     twins = token_cache.build(source, TOKENIZER)
     text = make(method, files, seed=3, epochs=2)
     tokens = make(method, files, seed=3, epochs=2, twins=twins)
@@ -196,7 +195,7 @@ def test_unusable_documents_are_counted_every_epoch(files):
 
 def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     """What waits is in the state of every batch."""
-    monkeypatch.setattr(dataset, "MAX_CHARS", 500)
+    monkeypatch.setattr(parquet, "MAX_CHARS", 500)
     monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", 1000)
     path = tmp_path / "long.parquet"
     pq.write_table(pa.table({"text": [" ".join(map(str, range(1000, 21_000)))]}), path)
@@ -221,7 +220,7 @@ def test_tokens_of_an_epoch_are_estimated(files, corpus):
 
 def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
     TOKENIZER.hash = "0" * 64
-    source = dataset.Source("texts", tuple(files), (files[1],), "")
+    source = sources.Source("texts", tuple(files), (files[1],), "")
     twins = token_cache.build(source, TOKENIZER)
     for path in files:
         path.unlink()

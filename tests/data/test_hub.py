@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax import config, dataset, run_log
+from nanochat_jax import config, run_log
 from nanochat_jax.config import UserError
-from nanochat_jax.data import hub
+from nanochat_jax.data import hub, parquet, sources
 from scripts import tok_train
 
 VAL = hub.shard(1822)
@@ -181,7 +181,7 @@ def test_download_then_open(server):
     done = run("-n", "3", "-w", "2", "--data", "fineweb-edu", HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr
     assert whole(server, *SHARDS) and server.tokens == {"Bearer hf_secret"}
-    source = dataset.open("fineweb-edu")
+    source = sources.open("fineweb-edu")
     assert [p.name for p in source.train_files] == [hub.shard(i) for i in range(3)]
     assert [t.split()[1:3] for t in source.texts("train")] == [[str(i), str(j)] for i in range(3) for j in range(20)]
     assert [t.split()[1] for t in source.texts("val")] == ["1822"] * 20
@@ -189,7 +189,7 @@ def test_download_then_open(server):
     server.requests.clear()
     again = run("-n", "2")
     assert again.returncode == 0 and not server.requests, "what is there is not asked for again"
-    assert dataset.open("fineweb-edu") == source, "a smaller request takes nothing away"
+    assert sources.open("fineweb-edu") == source, "a smaller request takes nothing away"
 
 
 def test_bytes_that_lie_elsewhere_are_verified_and_the_token_stays_here(server, monkeypatch):
@@ -216,7 +216,7 @@ def test_offline_mode_is_honoured(server):
 def test_the_validation_shard_is_asked_for_first_and_is_never_trained_on(server):
     hub.download("fineweb-edu", 2)
     assert server.requests[0] == ("HEAD", VAL)
-    source = dataset.open("fineweb-edu")
+    source = sources.open("fineweb-edu")
     assert source.val_files[0].name == VAL and VAL not in {p.name for p in source.train_files}
 
 
@@ -354,7 +354,7 @@ def test_training_text_is_read_while_the_rest_arrives(server):
     while not (data_folder() / "manifest.json").exists():
         time.sleep(0.01)
     seen = []
-    for text in dataset.open("fineweb-edu").texts("train"):
+    for text in sources.open("fineweb-edu").texts("train"):
         seen.append((text.split()[1], (data_folder() / hub.shard(2)).exists()))
     arriving.join()
     assert [number for number, _ in seen] == [str(i) for i in range(3) for _ in range(20)]
@@ -368,10 +368,10 @@ def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
     arriving.start()
     while not (data_folder() / "manifest.json").exists():
         time.sleep(0.01)
-    dataset.wait_for(data_folder() / hub.shard(0), patience=1.5)
+    parquet.wait_for(data_folder() / hub.shard(0), patience=1.5)
     arriving.join()
     with pytest.raises(UserError, match="no download is running"):
-        dataset.wait_for(data_folder() / hub.shard(1), patience=1.5)
+        parquet.wait_for(data_folder() / hub.shard(1), patience=1.5)
 
 
 def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):
@@ -437,7 +437,7 @@ def test_files_put_here_by_hand_are_taken_unless_they_are_broken(server):
     for i in SHARDS:
         (data_folder() / hub.shard(i)).write_bytes((server.folder / hub.shard(i)).read_bytes())
     (data_folder() / hub.shard(2)).write_bytes(b"an HTML page of a proxy")
-    assert VAL not in {path.name for path in dataset.open("fineweb-edu").train_files}, "never trained on"
+    assert VAL not in {path.name for path in sources.open("fineweb-edu").train_files}, "never trained on"
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard(2)}
 
@@ -482,7 +482,7 @@ def test_wrong_values(number, workers):
 
 def test_opening_what_was_not_downloaded_names_the_command():
     with pytest.raises(UserError, match=r"run python -m nanochat_jax\.dataset --data climbmix -n 8"):
-        dataset.open("climbmix")
+        sources.open("climbmix")
 
 
 def test_manifest_records_what_was_asked_for(server):

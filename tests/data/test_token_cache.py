@@ -11,9 +11,9 @@ import pytest
 import tiny
 from fake_tokenizer import FakeTokenizer
 
-from nanochat_jax import config, dataset
+from nanochat_jax import config
 from nanochat_jax.config import UserError
-from nanochat_jax.data import token_cache
+from nanochat_jax.data import parquet, sources, token_cache
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -34,19 +34,19 @@ def source(tmp_path):
         texts = [" ".join(map(str, rng.integers(10, 40_000, rng.integers(0, 40)))) for _ in range(30)]
         texts[7], texts[8] = "", None
         pq.write_table(pa.table({"text": texts}), folder / f"{name}.parquet", row_group_size=10)
-    return dataset.open(data_dir=folder)
+    return sources.open(data_dir=folder)
 
 
 def documents(path, tokenizer):
     """What reading the text gives, by row group."""
-    with dataset.parquet(path) as file:
-        groups = [dataset.read_row_group(file, path, i) for i in range(file.num_row_groups)]
+    with parquet.open(path) as file:
+        groups = [parquet.read_row_group(file, path, i) for i in range(file.num_row_groups)]
     return [(tokenizer.encode(texts), [len(t) for t in texts]) for texts in groups]
 
 
 @pytest.mark.parametrize(("tokenizer", "dtype"), [(Fake(), np.uint32), (Small(), np.uint16)])
 def test_a_twin_has_the_documents_of_its_text_at_their_places(tokenizer, dtype, source, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_CHARS", 100)  # so that some are cut
+    monkeypatch.setattr(parquet, "MAX_CHARS", 100)  # so that some are cut
     folder = token_cache.build(source, tokenizer)
     assert folder == config.base_dir() / "tokenized_data" / "texts-01234567"
     for path in (*source.train_files, *source.val_files):
@@ -127,7 +127,7 @@ def test_the_command(own_base_dir, monkeypatch):
     command = [sys.executable, "-m", "nanochat_jax.dataset", "--data_dir", str(own_base_dir / "texts"), "--tokenize"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=config.REPOSITORY, timeout=100)
     assert done.returncode == 0, done.stderr
-    source, tokenizer = dataset.open(), Tokenizer.load(own_base_dir / "tokenizer")
+    source, tokenizer = sources.open(), Tokenizer.load(own_base_dir / "tokenizer")
     folder = token_cache.folder_of(source, tokenizer)
     twin = token_cache.find(source.val_files[0], folder)
     assert [d.tolist() for d in twin.read(0).docs] == documents(source.val_files[0], tokenizer)[0][0]

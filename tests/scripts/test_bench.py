@@ -10,9 +10,9 @@ import time
 import pytest
 import tiny
 
-from nanochat_jax import commandline, dataset
+from nanochat_jax import commandline
 from nanochat_jax.config import REPOSITORY, UserError
-from nanochat_jax.data import dataloader
+from nanochat_jax.data import dataloader, sources
 from nanochat_jax.tokenizer import Tokenizer
 from scripts.bench import data, decode, serve
 from scripts.bench import tokenizer as bench
@@ -219,7 +219,7 @@ def test_what_is_counted_is_made_while_the_clock_runs(world, monkeypatch):
         return real(self, cursor)
 
     monkeypatch.setattr(dataloader.Documents, "read", slow)
-    source = dataset.open()
+    source = sources.open()
     for steps, ended in ((1, False), (1000, True)):
         reads.clear()
         settings = data.Settings(total_batch_size=1024, max_seq_len=64, steps=steps, packing="stream")

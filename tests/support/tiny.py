@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import config, dataset
+from nanochat_jax import config
 from nanochat_jax.config import REPOSITORY
+from nanochat_jax.data import sources
 from nanochat_jax.tokenizer import Tokenizer
 
 FLAGS = {
@@ -36,7 +37,7 @@ def make_world(base: Path) -> None:
     (folder / "made.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        source = dataset.open(data_dir=folder)
+        source = sources.open(data_dir=folder)
     Tokenizer.train(source.texts("train"), 320).save(base / "tokenizer")
     (base / "tokenizer" / "source.json").write_text(json.dumps({"source": "", "data_dir": str(folder)}))
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from nanochat_jax import checkpoint, dataset, run_log
+from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import REPOSITORY
+from nanochat_jax.data import sources
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training.loop import train
 
@@ -41,7 +42,7 @@ def curve(text: Path, base: Path) -> list[float]:
     folder = base / "texts"
     folder.mkdir(parents=True)
     shutil.copy(text, folder)
-    Tokenizer.train(dataset.open(data_dir=folder).texts("train"), 1024).save(base / "tokenizer")
+    Tokenizer.train(sources.open(data_dir=folder).texts("train"), 1024).save(base / "tokenizer")
     train(tiny.base_config(data_dir=str(folder), model_tag="curve", **SETTINGS))
     losses = [r["loss"] for r in run_log.read(checkpoint.run_dir("base", "curve")) if r["kind"] == "train"]
     return np.reshape(losses, (-1, 20)).mean(1).tolist()

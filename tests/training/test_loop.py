@@ -14,8 +14,9 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, run_log
+from nanochat_jax import checkpoint, commandline, config, run_log
 from nanochat_jax.config import REPOSITORY, GPTConfig, Model, UserError
+from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices
 from nanochat_jax.tokenizer import Tokenizer
@@ -149,7 +150,7 @@ def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
 
 
 def test_what_a_run_needs_is_told_before_the_first_shard_has_come(world):
-    source, tokenizer = dataset.open(), Tokenizer.load(world / "tokenizer")
+    source, tokenizer = sources.open(), Tokenizer.load(world / "tokenizer")
     of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
     coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
     said = stages.text_needed(dataclasses.replace(source, train_files=coming), 3 * of, tokenizer, world / "none")

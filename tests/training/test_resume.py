@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, run_log
+from nanochat_jax import checkpoint, commandline, config, run_log
 from nanochat_jax.config import STAGES, UserError
-from nanochat_jax.data import dataloader, token_cache
+from nanochat_jax.data import dataloader, sources, token_cache
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as training
 from nanochat_jax.training import rl, validation
@@ -325,7 +325,7 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     training.train(tiny.base_config(**cfg))
     run = checkpoint.run_dir("base", "text")
     assert checkpoint.steps(run) == [2, 4]
-    source = dataset.open(data_dir=folder)
+    source = sources.open(data_dir=folder)
     text = {"source": "texts", "hash": source.hash, "validation": source.val_hash(), "files": 1}
     meta = checkpoint.read_meta(run, 4)
     assert meta["text"] == text
@@ -347,7 +347,7 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
 def test_a_run_goes_on_with_tokens_where_it_began_with_text(world, whole, capsys):
     cfg = {"model_tag": "tokens", "seed": 7, "num_iterations": STEPS["base"], "save_every": 2, "keep_last": 20}
     training.train(tiny.base_config(**cfg))
-    source, tokenizer = dataset.open(), Tokenizer.load(world / "tokenizer")
+    source, tokenizer = sources.open(), Tokenizer.load(world / "tokenizer")
     twins = token_cache.build(source, tokenizer)
     try:
         training.train(tiny.base_config(resume="10", **cfg))

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, dataset, run_log
+from nanochat_jax import checkpoint, commandline, config, run_log
 from nanochat_jax.config import UserError
-from nanochat_jax.data import dataloader
+from nanochat_jax.data import dataloader, sources
 from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.training import optim
 from nanochat_jax.training.loop import train
@@ -76,8 +76,8 @@ def test_a_refused_start_changes_nothing(run, resume, changes):
 
 
 def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
-    other = dataclasses.replace(dataset.open(), hash="another")
-    monkeypatch.setattr(dataset, "open", lambda *args: other)
+    other = dataclasses.replace(sources.open(), hash="another")
+    monkeypatch.setattr(sources, "open", lambda *args: other)
     before = contents(run)
     with pytest.raises(UserError, match="the text is not that of"):
         train(settings(run.name, resume="4"))
@@ -245,7 +245,7 @@ def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
 
 def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
     """In the second epoch the order of the files depends on their number."""
-    whole = dataset.open()
+    whole = sources.open()
     parts = []
     for i in range(5):
         texts = list(whole.texts("train"))[i * 4 : i * 4 + 4]
@@ -254,7 +254,7 @@ def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
 
     def run(tag, files, **changes):
         source = dataclasses.replace(whole, train_files=tuple(parts[:files]))
-        monkeypatch.setattr(dataset, "open", lambda *args: source)
+        monkeypatch.setattr(sources, "open", lambda *args: source)
         train(settings(tag, num_iterations=20, save_every=10, keep_last=9, **changes))
         folder = checkpoint.run_dir("base", tag)
         assert checkpoint.read_meta(folder, 20)["text"]["files"] == 3
@@ -283,7 +283,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
         return re.search(r"val bits per byte: ([\d.]+) .* tokens of (\w+)", said := capsys.readouterr().out), said
 
     found, said = measured()
-    source, model = dataset.open(), checkpoint.load_model("base", run.name)
+    source, model = sources.open(), checkpoint.load_model("base", run.name)
     batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
     expected = bits_per_byte(model.params, model.config, batches, model.tokenizer.token_bytes())
     batches.close()

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax import config, dataset
+from nanochat_jax import config
 from nanochat_jax.config import UserError
-from nanochat_jax.data import local_corpus
+from nanochat_jax.data import local_corpus, parquet, sources
 
 
 def write_jsonl(path, texts):
@@ -40,21 +40,21 @@ def test_a_folder_of_jsonl_is_converted_once_and_its_last_file_is_the_validation
     write_jsonl(tmp_path / "a.jsonl", [f"a{i}" for i in range(20)] + [""])
     write_jsonl(tmp_path / "b.jsonl.gz", [f"b{i} \u00e9" for i in range(10)])
     (tmp_path / "c.txt").write_text("one paragraph\n\nanother \u00fc", encoding="utf-8")
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     assert sorted(source.texts("train")) == sorted([f"a{i}" for i in range(20)] + [f"b{i} \u00e9" for i in range(10)])
     assert list(source.texts("val")) == ["one paragraph\n\nanother \u00fc"]
     assert list(source.texts("train")) != sorted(source.texts("train")), "files are mixed"
     assert source.train_files[0].is_relative_to(config.base_dir() / "data")
 
     capsys.readouterr()
-    assert dataset.open(data_dir=tmp_path) == source and not capsys.readouterr().out, "not converted twice"
+    assert sources.open(data_dir=tmp_path) == source and not capsys.readouterr().out, "not converted twice"
     write_jsonl(tmp_path / "a.jsonl", ["changed"])
-    assert dataset.open(data_dir=tmp_path).hash != source.hash
+    assert sources.open(data_dir=tmp_path).hash != source.hash
 
 
 def test_a_single_file_gives_its_last_hundredth_to_validation(tmp_path):
     write_jsonl(tmp_path / "only.jsonl", [str(i) for i in range(500)])
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     assert list(source.texts("val")) == [str(i) for i in range(495, 500)]
     assert sorted(map(int, source.texts("train"))) == list(range(495))
 
@@ -62,7 +62,7 @@ def test_a_single_file_gives_its_last_hundredth_to_validation(tmp_path):
 def test_parquet_files_are_read_in_place(tmp_path):
     for name in "cab":
         write_parquet(tmp_path / f"{name}.parquet", [f"{name}{i}" for i in range(10)])
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     assert [p.name for p in source.train_files] == ["a.parquet", "b.parquet"]
     assert [p.name for p in source.val_files] == ["c.parquet"]
     assert source.train_files[0].parent == tmp_path
@@ -72,7 +72,7 @@ def test_parquet_files_are_read_in_place(tmp_path):
 def test_a_large_text_file_is_cut_between_paragraphs(tmp_path):
     paragraphs = [f"{i} " + "word " * 100 for i in range(100)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     documents = [*source.texts("train"), *source.texts("val")]
     assert sorted(p for d in documents for p in d.split("\n\n")) == sorted(paragraphs)
     assert len(documents) > 3
@@ -101,7 +101,7 @@ def test_bad_files_are_named_and_nothing_half_made_is_left(name, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        dataset.open(data_dir=tmp_path / "in")
+        sources.open(data_dir=tmp_path / "in")
     assert "\n" not in str(caught.value)
     assert not list(config.base_dir().glob("data/*"))
 
@@ -111,7 +111,7 @@ def test_truncated_gzip_is_named(tmp_path):
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"cut\.jsonl\.gz: cannot be read"):
-        dataset.open(data_dir=tmp_path)
+        sources.open(data_dir=tmp_path)
 
 
 def test_a_file_that_is_damaged_inside_is_named_when_it_is_read(tmp_path):
@@ -123,7 +123,7 @@ def test_a_file_that_is_damaged_inside_is_named_when_it_is_read(tmp_path):
     where = pq.read_metadata(path).row_group(2).column(0).data_page_offset
     content[where : where + 200] = b"\xff" * 200
     path.write_bytes(content)
-    texts = dataset.open(data_dir=tmp_path).texts("train")
+    texts = sources.open(data_dir=tmp_path).texts("train")
     assert [next(texts) for _ in range(200)], "what comes before it is fine"
     with pytest.raises(UserError, match=r"a\.parquet: row group 2 cannot be read .*--verify") as caught:
         next(texts)
@@ -134,7 +134,7 @@ def test_a_parquet_file_without_rows_is_named(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["x"])
     write_parquet(tmp_path / "b.parquet", pa.array([], pa.string()))
     with pytest.raises(UserError, match=r"b\.parquet: no documents"):
-        dataset.open(data_dir=tmp_path)
+        sources.open(data_dir=tmp_path)
 
 
 def test_documents_that_are_empty_or_not_utf8_are_skipped_and_named(tmp_path, capsys):
@@ -143,21 +143,21 @@ def test_documents_that_are_empty_or_not_utf8_are_skipped_and_named(tmp_path, ca
     for kind, column in (("binary", bad), ("string", strings)):
         pq.write_table(pa.table({"text": column}), tmp_path / f"{kind}.parquet")
     (tmp_path / "val").mkdir()
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     assert list(source.texts("train")) == list(source.texts("val")) == ["one", "f\u00fcnf"]
     said = capsys.readouterr().err.splitlines()
     assert [line.split("/")[-1] for line in said] == [
         f"{kind}.parquet: row group 0: 2 of 6 documents are not UTF-8, skipped" for kind in ("binary", "string")
     ]
-    with dataset.parquet(source.train_files[0]) as file:
-        texts = dataset.read_row_group(file, source.train_files[0], 0)
+    with parquet.open(source.train_files[0]) as file:
+        texts = parquet.read_row_group(file, source.train_files[0], 0)
     assert texts == ["one", "", "", "", "f\u00fcnf", ""], "their places are kept, so that they can be counted"
 
 
 def test_a_conversion_counts_what_it_met(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", ["fine", "", "also fine", " ", "x" * 2_500_000, "half an emoji \ud83d"])
     write_jsonl(tmp_path / "b.jsonl", ["fine"])
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     assert "7 documents, 2 empty, skipped, 1 longer than 1,000,000 characters, cut" in capsys.readouterr().out
     notes = json.loads((source.train_files[0].parent / "manifest.json").read_text(encoding="utf-8"))
     assert notes["met"]["empty, skipped"] == 2
@@ -178,8 +178,8 @@ def test_a_document_of_50_mb_is_cut_and_nothing_of_it_is_lost(form, tmp_path):
         else:
             (write_parquet if form == "parquet" else write_jsonl)(path, [content])
     start = time.monotonic()
-    pieces = list(dataset.open(data_dir=tmp_path / "in").texts("train"))
-    assert max(map(len, pieces)) <= dataset.MAX_CHARS and time.monotonic() - start < 20
+    pieces = list(sources.open(data_dir=tmp_path / "in").texts("train"))
+    assert max(map(len, pieces)) <= parquet.MAX_CHARS and time.monotonic() - start < 20
     whole = [line for piece in pieces for line in piece.splitlines()]
     assert sorted(whole) == sorted(lines), "cut between lines, every line there"
     if form == "parquet":
@@ -189,31 +189,31 @@ def test_a_document_of_50_mb_is_cut_and_nothing_of_it_is_lost(form, tmp_path):
 def test_a_document_without_a_place_to_cut_is_cut_anywhere(tmp_path):
     for name in "ab":
         write_parquet(tmp_path / f"{name}.parquet", ["x" * 2_500_000])
-    pieces = list(dataset.open(data_dir=tmp_path).texts("train"))
+    pieces = list(sources.open(data_dir=tmp_path).texts("train"))
     assert [len(p) for p in pieces] == [1_000_000, 1_000_000, 500_000]
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     assert [*source.texts("train"), *source.texts("val")] == ["one", "two"]
 
 
 def test_the_validation_hash_is_that_of_the_validation_text_alone(tmp_path):
     for name in "abc":
         write_parquet(tmp_path / f"{name}.parquet", [f"{name}{i}" for i in range(10)])
-    before = dataset.open(data_dir=tmp_path).val_hash()
+    before = sources.open(data_dir=tmp_path).val_hash()
     write_parquet(tmp_path / "a.parquet", ["other"])
-    assert dataset.open(data_dir=tmp_path).val_hash() == before
+    assert sources.open(data_dir=tmp_path).val_hash() == before
     write_parquet(tmp_path / "c.parquet", ["other"])
-    assert dataset.open(data_dir=tmp_path).val_hash() != before
+    assert sources.open(data_dir=tmp_path).val_hash() != before
 
 
 def test_a_missing_column_is_named(tmp_path):
     for name in "ab":
         write_parquet(tmp_path / f"{name}.parquet", ["x"], column="content")
     with pytest.raises(UserError, match=r"a\.parquet: no column 'text', it has content"):
-        dataset.open(data_dir=tmp_path)
+        sources.open(data_dir=tmp_path)
 
 
 def test_a_column_that_is_no_text_is_named(tmp_path):
@@ -221,20 +221,20 @@ def test_a_column_that_is_no_text_is_named(tmp_path):
     for name in "ab":
         pq.write_table(pa.table({"text": [1, 2]}), tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: the column 'text' holds int64, expected string"):
-        dataset.open(data_dir=tmp_path)
+        sources.open(data_dir=tmp_path)
     for name, kind in (("a", pa.large_string()), ("b", pa.dictionary(pa.int32(), pa.string()))):
         write_parquet(tmp_path / f"{name}.parquet", pa.array(["x", "y"]).cast(kind))
-    source = dataset.open(data_dir=tmp_path)
+    source = sources.open(data_dir=tmp_path)
     assert list(source.texts("train")) == list(source.texts("val")) == ["x", "y"]
 
 
 def test_folders_that_cannot_work(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        dataset.open(data_dir=tmp_path / "nowhere")
+        sources.open(data_dir=tmp_path / "nowhere")
     with pytest.raises(UserError, match="no files ending in"):
-        dataset.open(data_dir=tmp_path)
+        sources.open(data_dir=tmp_path)
     with pytest.raises(UserError, match="--data=wikipedia: unknown source, expected fineweb-edu, climbmix or local"):
-        dataset.open("wikipedia")
+        sources.open("wikipedia")
 
 
 def test_the_tokenizers_source_is_the_default(tmp_path):
@@ -242,11 +242,11 @@ def test_the_tokenizers_source_is_the_default(tmp_path):
     record = config.base_dir() / "tokenizer" / "source.json"
     record.parent.mkdir()
     record.write_text(json.dumps({"source": None, "data_dir": str(tmp_path)}), encoding="utf-8")
-    assert dataset.open().name == tmp_path.name
+    assert sources.open().name == tmp_path.name
 
 
 def test_real_text(data_dir):
-    source = dataset.open(data_dir=data_dir / "pretrain")
+    source = sources.open(data_dir=data_dir / "pretrain")
     texts = list(source.texts("train"))
     assert len(texts) == 3192 + 141 + 618 + 299 and len(list(source.texts("val"))) == 2335
     assert min(map(len, texts)) > 0
@@ -267,27 +267,27 @@ def small_installation(tmp_path, monkeypatch):
         shutil.copytree(real / name, small / name)
     paths = SimpleNamespace(get_paths=lambda: {"stdlib": str(small)})
     monkeypatch.setattr(local_corpus, "sysconfig", paths)
-    monkeypatch.setattr(dataset, "PACKAGES", ("optax", "not_installed_anywhere"))
+    monkeypatch.setattr(local_corpus, "PACKAGES", ("optax", "not_installed_anywhere"))
     return small
 
 
 def test_the_local_corpus_is_built_once_and_the_same_again(small_installation, monkeypatch):
-    source = dataset.open()
+    source = sources.open()
     train, val = list(source.texts("train")), list(source.texts("val"))
     assert len(train) > 300 and len(val) > 2
     assert source.name == "local" and len(source.hash) == 64
     manifest = json.loads((source.train_files[0].parent / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["versions"]["optax"] and manifest["versions"]["not_installed_anywhere"] is None
 
-    monkeypatch.setattr(dataset, "PACKAGES", ("rich",))  # an install later on
-    assert dataset.open("local") == source
-    monkeypatch.setattr(dataset, "PACKAGES", ("optax", "not_installed_anywhere"))
+    monkeypatch.setattr(local_corpus, "PACKAGES", ("rich",))  # an install later on
+    assert sources.open("local") == source
+    monkeypatch.setattr(local_corpus, "PACKAGES", ("optax", "not_installed_anywhere"))
     shutil.rmtree(source.train_files[0].parent)
-    assert dataset.open("local").hash == source.hash
+    assert sources.open("local").hash == source.hash
 
 
 def test_validation_text_is_not_in_the_training_text(small_installation):
-    source = dataset.open("local")
+    source = sources.open("local")
 
     def paragraphs(split):
         plain = (re.sub(r"\W+", " ", p.lower()).strip() for t in source.texts(split) for p in t.split("\n\n"))
@@ -307,7 +307,7 @@ def test_extras_do_not_change_the_local_corpus():
             lines = [line.partition(";") for line in importlib.metadata.requires(name) or ()]
             wanted += [re.match(r"[\w.-]+", line)[0] for line, _, marker in lines if not marker]
     provides = importlib.metadata.packages_distributions()
-    for package in dataset.PACKAGES:
+    for package in local_corpus.PACKAGES:
         assert core & {name.lower().replace("_", "-") for name in provides[package]}, package
 
 
@@ -355,6 +355,6 @@ def test_a_shard_that_never_arrives_is_an_error(tmp_path):
     (tmp_path / "old").write_text("")
     os.utime(tmp_path / "old", (1, 1))
     with pytest.raises(UserError, match="missing, and no download is running"):
-        dataset.wait_for(tmp_path / "shard_00000.parquet", patience=0.1)
+        parquet.wait_for(tmp_path / "shard_00000.parquet", patience=0.1)
     with pytest.raises(UserError, match="missing, and no download is running"):
-        dataset.wait_for(tmp_path / "nowhere" / "shard_00000.parquet")
+        parquet.wait_for(tmp_path / "nowhere" / "shard_00000.parquet")

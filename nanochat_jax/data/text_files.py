@@ -1,0 +1,91 @@
+"""Documents out of text files in any format: parquet, JSON lines and plain text, one file after the other."""
+
+import gzip
+import json
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nanochat_jax.config import UserError, first_line
+from nanochat_jax.data import parquet
+
+SHUFFLE_CHARS = 1_000_000_000  # converted text is shuffled in windows of this size, which bounds the memory
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+
+
+def documents(path: Path, counts: Counter | None = None) -> Iterator[str]:
+    """Non-empty documents of one file, long ones in pieces. UserError names the file and line that cannot be read;
+    `counts` is told of all others."""
+    counts = Counter() if counts is None else counts
+    for text in parquet.texts_of(path) if path.suffix == ".parquet" else _lines_of(path):
+        counts["documents"] += 1
+        if not text.strip():
+            counts["empty, skipped"] += 1
+            continue
+        if not text.isascii() and (clean := text.encode("utf-8", "ignore").decode("utf-8")) != text:
+            counts["with lone surrogates, which are left out"] += 1
+            text = clean
+        if len(text) > parquet.MAX_CHARS:
+            counts[f"longer than {parquet.MAX_CHARS:,} characters, cut"] += 1
+        yield from parquet.split_long(text)
+
+
+def _lines_of(path: Path) -> Iterator[str]:
+    """Documents of a file that is not parquet."""
+    try:
+        if path.suffix == ".txt":
+            yield from _paragraphs(path.read_text(encoding="utf-8"))
+            return
+        opener = gzip.open if path.suffix == ".gz" else Path.open
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
+                try:
+                    line = line.decode("utf-8").lstrip("\ufeff")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not UTF-8 ({error})") from error
+                if line.strip():
+                    yield _json_text(line, where)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+
+
+def _json_text(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{where}: expected {{"text": "..."}}, got {line.strip()[:60]}')
+    return text
+
+
+def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
+    """Cuts a plain text between paragraphs into documents of about `size` characters: a whole book in one document
+    would leave nothing to shuffle."""
+    block, length = [], 0
+    for paragraph in text.split("\n\n"):
+        block.append(paragraph)
+        length += len(paragraph) + 2
+        if length >= size:
+            yield "\n\n".join(block)
+            block, length = [], 0
+    if "".join(block).strip():
+        yield "\n\n".join(block)
+
+
+def shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
+    """Training reads shards in order, so documents are mixed here, as the authors of the hub's shards did."""
+    rng, window, chars = random.Random(seed), [], 0
+    for text in texts:
+        window.append(text)
+        chars += len(text)
+        if chars >= SHUFFLE_CHARS:
+            rng.shuffle(window)
+            yield from window
+            window, chars = [], 0
+    rng.shuffle(window)
+    yield from window

@@ -1,5 +1,6 @@
 """How far something long is: a bar with the time left on a terminal, now and then a line elsewhere. On stderr."""
 
+import math
 import sys
 import time
 
@@ -57,3 +58,38 @@ class Progress:
             self._task = self._bar.add_task(self.label, total=self.total, said="")
             self._bar.start()
         self._bar.update(self._task, completed=self.done, said=said)
+
+
+class Timer:
+    """Seconds since the last lap."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        self.start, elapsed = now, now - self.start
+        return elapsed
+
+    def passed(self, seconds: float) -> bool:
+        """Whether that much time has passed; then it starts anew."""
+        if time.perf_counter() - self.start < seconds:
+            return False
+        self.lap()
+        return True
+
+
+def short(count: float) -> str:
+    """423456 -> "423K", 6.291e9 -> "6.29B"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.{max(0, 2 - int(math.log10(count / size)))}f}{unit}"
+    return f"{count:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """90 -> "1m30s"."""
+    seconds = max(0, round(seconds))
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

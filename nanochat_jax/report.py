@@ -22,7 +22,7 @@ from pathlib import Path
 from nanochat_jax import checkpoint, config, environment, run_log
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 from nanochat_jax.files import read_json, write_text
-from nanochat_jax.run_log import clock
+from nanochat_jax.progress import clock
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")

@@ -11,12 +11,9 @@ import os
 import time
 from pathlib import Path
 
-from nanochat_jax import files
-
 LOG = "log.jsonl"
 # The last three tell scores apart: of fewer problems, of sampled answers.
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
-WANDB_ID = "wandb_id"
 
 
 def append(run_dir: Path, kind: str, stage: str, step: int, **fields) -> None:
@@ -54,51 +51,3 @@ def read(run_dir: Path) -> list[dict]:
         records.pop(key, None)
         records[key] = record
     return list(records.values())
-
-
-class Wandb:
-    """A run on wandb, where one is asked for and wandb is installed; otherwise nothing. Its id is kept in the run's
-    folder, so that a run that goes on is one run there too. For process 0 alone."""
-
-    def __init__(self, run_dir: Path, stage: str, name: str, config: dict):
-        self.run = None
-        name = name or os.environ.get("WANDB_RUN", "")
-        if name in ("", "dummy"):
-            return
-        try:
-            import wandb
-        except ImportError:
-            print(f"wandb is not installed: run {name!r} is logged to {LOG} alone (pip install wandb)")
-            return
-        project = "nanochat" if stage == "base" else f"nanochat-{stage}"
-        kept = run_dir / WANDB_ID
-        known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
-        # Settings that change nothing may differ after a resume, hence allow_val_change.
-        self.run = wandb.init(
-            project=project, name=name, id=known, resume="allow", config=config, allow_val_change=True
-        )
-        files.write_text(kept, self.run.id)
-
-    def log(self, step: int, **fields) -> None:
-        if self.run:
-            self.run.log({"step": step} | fields)
-
-    def finish(self) -> None:
-        if self.run:
-            self.run.finish()
-
-
-def short(count: float) -> str:
-    """423456 -> "423K", 6.291e9 -> "6.29B"."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            return f"{count / size:.{max(0, 2 - int(math.log10(count / size)))}f}{unit}"
-    return f"{count:.0f}"
-
-
-def clock(seconds: float) -> str:
-    """90 -> "1m30s"."""
-    seconds = max(0, round(seconds))
-    hours, rest = divmod(seconds, 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

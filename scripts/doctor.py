@@ -93,12 +93,12 @@ def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
     import jax
     import numpy as np
 
-    from nanochat_jax import run_log
     from nanochat_jax.model import gpt
     from nanochat_jax.parallel import devices, sharding
+    from nanochat_jax.progress import clock
     from nanochat_jax.training import optim
+    from nanochat_jax.training.batch_shape import estimated_memory, geometry, rows_that_fit
     from nanochat_jax.training.stages import horizon
-    from nanochat_jax.training.step import estimated_memory, geometry, rows_that_fit
 
     layout.check(model)
     params = jax.eval_shape(lambda: gpt.init(model))
@@ -136,7 +136,7 @@ def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
     unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
     seconds = devices.expected_seconds(flops)
-    line("Expected time", f"{run_log.clock(seconds)} at an MFU of 50%" if seconds else unknown)
+    line("Expected time", f"{clock(seconds)} at an MFU of 50%" if seconds else unknown)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import attention, gpt
 from nanochat_jax.training import optim
+from nanochat_jax.training.batch_shape import estimated_memory
 from nanochat_jax.training.loop import train
 from nanochat_jax.training.run import compiled_memory, open_run
-from nanochat_jax.training.step import TrainState, estimated_memory, make_step
+from nanochat_jax.training.step import TrainState, make_step
 
 pytestmark = [
     pytest.mark.gpu,

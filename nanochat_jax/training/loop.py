@@ -13,11 +13,13 @@ from contextlib import ExitStack, nullcontext
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import config, run_log
+from nanochat_jax import config
 from nanochat_jax.config import UserError
 from nanochat_jax.parallel import devices, sharding
+from nanochat_jax.progress import Timer, clock, short
 from nanochat_jax.training import optim
-from nanochat_jax.training.run import Interruption, Run, Timer, open_run, out_of_memory_in_step, step_of
+from nanochat_jax.training.interruption import Interruption
+from nanochat_jax.training.run import Run, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.stages import Stage, base_stage, chat_stage
 from nanochat_jax.training.validation import Evaluation, evaluations_of
 
@@ -121,7 +123,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             log.push(step, results, lr_mult, waited, progress)
         stage.loader.close()
         run.finish(step)
-        print(f"{cfg.stage}: done, {step} steps in {run_log.clock(run.totals['seconds'])} (compilation left out)")
+        print(f"{cfg.stage}: done, {step} steps in {clock(run.totals['seconds'])} (compilation left out)")
 
 
 def _progress(run: Run, stage: Stage) -> float:
@@ -149,7 +151,7 @@ def announce(run: Run, stage: Stage) -> None:
         seconds = devices.expected_seconds(flops)
         facts["total FLOPs"] = f"{flops:.3e}"
         unknown = "n/a: this device's peak is not known; see the eta below"
-        facts["expected time"] = f"{run_log.clock(seconds)} at an MFU of 50%" if seconds else unknown
+        facts["expected time"] = f"{clock(seconds)} at an MFU of 50%" if seconds else unknown
     for name, value in facts.items():
         print(f"  {name}: {value}")
     print("compiling the first step ...", flush=True)
@@ -217,8 +219,8 @@ class StepLog:
             f"step {step}{of} ({100 * (step / self.stage.steps if self.stage.steps else progress):.1f}%)",
             f"loss {self._smooth / self._weight:.4f}", f"grad {grad_norm:.3f}",
             f"lr x{lr_mult:.3f}" if lr_mult != 1 else "",
-            f"{1000 * dt:.0f} ms" if dt else "compiled", f"{run_log.short(speed)} tok/s" if speed else "",
-            f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"{run_log.short(self.run.totals['tokens'])} tokens", _place(info),
+            f"{1000 * dt:.0f} ms" if dt else "compiled", f"{short(speed)} tok/s" if speed else "",
+            f"mfu {mfu:.1%}" if mfu else "mfu n/a", f"{short(self.run.totals['tokens'])} tokens", _place(info),
             f"waste {info['waste']:.1%}",
             f"skipped {info['skipped']:,}" if info.get("skipped") else "",
             f"wait {1000 * waited:.0f} ms", f"eta {self._eta(step, progress)}",
@@ -229,7 +231,7 @@ class StepLog:
         if not self._steps_timed:
             return "n/a"
         left = self.stage.steps - step if self.stage.steps else step * (1 - progress) / max(progress, 1e-6)
-        return run_log.clock(left * self._seconds_timed / self._steps_timed)
+        return clock(left * self._seconds_timed / self._steps_timed)
 
 
 def _place(info: dict) -> str:

@@ -17,17 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import config, run_log, tasks
+from nanochat_jax import config, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request, Sample
 from nanochat_jax.parallel import devices, sharding
+from nanochat_jax.progress import Timer, clock
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
 from nanochat_jax.training import optim
-from nanochat_jax.training.run import Interruption, Run, Timer, open_run, out_of_memory_in_step, step_of
+from nanochat_jax.training.batch_shape import Geometry
+from nanochat_jax.training.interruption import Interruption
+from nanochat_jax.training.run import Run, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.stages import same_tasks
-from nanochat_jax.training.step import Geometry
 
 SLOTS = 64  # answers a device generates at once
 SHORTEST = 64  # tokens; rows of shorter answers are padded to it
@@ -166,11 +168,11 @@ def train(cfg: config.Rl) -> None:
             if step > run.step + 1:
                 pace.append(sampling + training)
                 run.totals["seconds"] += pace[-1]
-            eta = run_log.clock((steps - step) * float(np.mean(pace))) if pace else "n/a"
+            eta = clock((steps - step) * float(np.mean(pace))) if pace else "n/a"
             log(run, step, steps, sampled, results, lr_mult, sampling, training, eta)
         engine.close()
         run.finish(step)
-        print(f"rl: done, {step} steps in {run_log.clock(run.totals['seconds'])}")
+        print(f"rl: done, {step} steps in {clock(run.totals['seconds'])}")
 
 
 def check(cfg: config.Rl) -> None:

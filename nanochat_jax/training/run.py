@@ -10,9 +10,7 @@ A run may start in four ways, tried in this order:
 import dataclasses
 import hashlib
 import json
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,9 +25,11 @@ from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes, sharding
 from nanochat_jax.parallel.sharding import Layout
+from nanochat_jax.progress import Timer
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
 from nanochat_jax.training.step import TrainState, execution, make_step
+from nanochat_jax.training.wandb_log import Wandb
 
 # Settings that may differ between a run and its continuation: they do not change what is computed.
 FREE = {
@@ -72,7 +72,7 @@ class Run:
     totals: dict  # seconds, tokens and FLOPs spent so far
     identity: dict  # what a continuation must agree with
     metrics: dict  # what was logged last of each of MEASURED
-    wandb: run_log.Wandb | None = None  # of process 0, from `begin` on
+    wandb: Wandb | None = None  # of process 0, from `begin` on
 
     def begin(self) -> None:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
@@ -83,7 +83,7 @@ class Run:
     def _prepare(self, plain: dict) -> None:
         self._make_room()
         files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
-        self.wandb = run_log.Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
+        self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
         """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future,
@@ -316,60 +316,3 @@ def compiled_memory(run: Run, micro: int, rows: int) -> int:
     step = step_of(run)
     used = step.lower(like, {"inputs": ids, "targets": ids}, jnp.float32(1)).compile().memory_analysis()
     return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-
-
-class Interruption:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop, so that the loop can save first. A second Ctrl-C ends
-    the process at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        self._old: dict = {}
-        self._waiting = False
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While the loop waits for what may take long to come: the wish is an InterruptedError there."""
-        self._waiting = True
-        try:
-            if self.signal:
-                raise InterruptedError
-            yield
-        finally:
-            self._waiting = False
-
-    def __enter__(self) -> "Interruption":
-        self._old = {s: signal.signal(s, self._wish) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
-
-    def _wish(self, signum, frame) -> None:
-        if self.signal == signal.SIGINT == signum:
-            raise KeyboardInterrupt
-        self.signal = signum
-        print("\nstopping after this step; the state will be saved (Ctrl-C again: at once)", flush=True)
-        if self._waiting:
-            self._waiting = False
-            raise InterruptedError
-
-
-class Timer:
-    """Seconds since the last lap."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        self.start, elapsed = now, now - self.start
-        return elapsed
-
-    def passed(self, seconds: float) -> bool:
-        """Whether that much time has passed; then it starts anew."""
-        if time.perf_counter() - self.start < seconds:
-            return False
-        self.lap()
-        return True

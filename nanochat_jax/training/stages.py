@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, run_log, tasks
+from nanochat_jax import checkpoint, config, progress, tasks
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.data import dataloader, sources, token_cache
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training import optim
+from nanochat_jax.training.batch_shape import Geometry, geometry, geometry_of_rows, rows_of_examples, rows_that_fit
 from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
-from nanochat_jax.training.step import Geometry, geometry, geometry_of_rows, rows_of_examples, rows_that_fit
 
 
 @dataclass
@@ -103,7 +103,7 @@ def text_needed(source: sources.Source, tokens: int, tokenizer, twins: Path) -> 
         there = dataloader.epoch_tokens(source.val_files, tokenizer, twins) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, there)
     shards = min(len(files), math.ceil(epochs * len(files)))
-    said = f"{source.name}, {len(files)} files of about {run_log.short(there / len(files))} tokens"
+    said = f"{source.name}, {len(files)} files of about {progress.short(there / len(files))} tokens"
     said += ", none of them here yet" if none else ""
     if made := token_cache.made(files, twins):
         said += f", {made} of them tokenized before"

@@ -19,20 +19,15 @@ from nanochat_jax.config import REPOSITORY, GPTConfig, Model, UserError
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices
+from nanochat_jax.progress import short
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as train_module
 from nanochat_jax.training import optim, stages, validation
 from nanochat_jax.training import run as run_module
+from nanochat_jax.training.batch_shape import Geometry, geometry_of_rows, rows_of_examples, rows_that_fit
 from nanochat_jax.training.loop import StepLog, train
 from nanochat_jax.training.run import compiled_memory, open_run
-from nanochat_jax.training.step import (
-    Geometry,
-    TrainState,
-    geometry_of_rows,
-    make_step,
-    rows_of_examples,
-    rows_that_fit,
-)
+from nanochat_jax.training.step import TrainState, make_step
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
 
@@ -472,7 +467,7 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     [(0, "0"), (999, "999"), (1000, "1.00K"), (12_345.6, "12.3K"), (423_456, "423K"), (6.291e9, "6.29B")],
 )
 def test_large_numbers_in_three_digits(count, said):
-    assert run_log.short(count) == said
+    assert short(count) == said
 
 
 def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):

@@ -26,7 +26,7 @@ def main(cfg: config.BaseEval) -> None:
     from nanochat_jax.parallel import sharding
 
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.precision(cfg.compute_dtype, model=model.config)
+    dtype = devices.choose_precision(cfg.compute_dtype, model=model.config)
     bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     start = time.monotonic()

@@ -29,7 +29,7 @@ def main(cfg: config.BaseLoss) -> None:
         if getattr(cfg, name) < 1:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.precision(cfg.compute_dtype, model=model.config)
+    dtype = devices.choose_precision(cfg.compute_dtype, model=model.config)
     source = text_of(model.meta, cfg)
     packing = model.meta["config"].get("packing", "split")
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))

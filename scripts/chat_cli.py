@@ -39,7 +39,7 @@ def main(cfg: config.ChatCli) -> None:
     devices.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-        dtype = devices.precision(cfg.compute_dtype)
+        dtype = devices.choose_precision(cfg.compute_dtype)
     engine = Engine(model.params, model.config, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
     chat = Chat(engine, cfg)
     try:

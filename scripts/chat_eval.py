@@ -34,7 +34,7 @@ def main(cfg: config.ChatEval) -> None:
     checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # before anything is downloaded for it
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.precision(cfg.compute_dtype, model=model.config)
+    dtype = devices.choose_precision(cfg.compute_dtype, model=model.config)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
     scores = []

@@ -50,7 +50,7 @@ def main(cfg: config.ChatWeb) -> None:
         if len(chosen) < cfg.num_gpus:
             raise config.UserError(f"--num_gpus={cfg.num_gpus}: there is no more than {len(chosen)} device(s) here")
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-        dtype = devices.precision(cfg.compute_dtype)
+        dtype = devices.choose_precision(cfg.compute_dtype)
         engines = [
             Engine(
                 jax.device_put(model.params, device), model.config, model.tokenizer, slots=cfg.slots, dtype=dtype,

@@ -33,7 +33,7 @@ def main(cfg: config.Doctor) -> None:
     line("Device memory", device_memory())
     tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
     model = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
-    dtype = devices.precision(cfg.compute_dtype, cfg.attention, model)
+    dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model)
     plan(cfg, model, sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard), dtype)
 
 

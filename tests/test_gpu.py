@@ -36,9 +36,9 @@ def test_flash_attention_equals_the_blocks_forward_and_backward(window):
         spread = lambda *qkv: attention.causal_attention(*qkv, window).astype(jnp.float32).var()  # noqa: E731
         return jax.value_and_grad(spread, (0, 1, 2))(q, k, v)
 
-    assert attention.choose("", jnp.bfloat16, HEADS)[0] == "cudnn"
+    assert attention.choose_kernel("", jnp.bfloat16, HEADS)[0] == "cudnn"
     flash = run()
-    attention.choose("xla", jnp.bfloat16, HEADS)
+    attention.choose_kernel("xla", jnp.bfloat16, HEADS)
     for a, b in zip(jax.tree.leaves(flash), jax.tree.leaves(run()), strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=2e-2)
 
@@ -63,7 +63,7 @@ def test_a_step_with_flash_attention_equals_one_without():
     batch = {"inputs": ids[..., :-1], "targets": ids[..., 1:]}
     results = {}
     for kernel in attention.KERNELS:
-        assert attention.choose(kernel, jnp.bfloat16, cfg)[0] == kernel
+        assert attention.choose_kernel(kernel, jnp.bfloat16, cfg)[0] == kernel
         params = jax.tree.map(lambda p: p + 0.02, gpt.init(cfg))  # away from the zeros of the initialisation
         state, step = TrainState(params, tx.init(params)), make_step(cfg, tx, jnp.bfloat16)
         results[kernel] = [float(x) for x in list(step(state, batch, jnp.float32(1))[1].values())]

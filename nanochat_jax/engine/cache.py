@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model.attention import accumulator
+from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
 SMALLEST = 128  # positions; below this, attention costs little next to the weights
@@ -36,7 +36,7 @@ def make(cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, where: jax.sha
 def dtype_for(dtype: jnp.dtype) -> jnp.dtype:
     """What keys and values are kept in: `dtype`, but float32 on a CPU, where XLA's batched bf16 products take up to 12
     times as long."""
-    return jnp.dtype(accumulator(dtype) if jax.default_backend() == "cpu" else dtype)
+    return jnp.dtype(accum_dtype(dtype) if jax.default_backend() == "cpu" else dtype)
 
 
 def resize(cache: KV, size: int) -> KV:

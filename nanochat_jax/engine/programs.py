@@ -16,7 +16,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import sampler
 from nanochat_jax.model import gpt
-from nanochat_jax.model.attention import accumulator
+from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
 MAX_STOP_IDS = 8
@@ -54,7 +54,7 @@ def _stack(params: gpt.Params) -> gpt.Params:
 def _head(params: gpt.Params, cfg: GPTConfig, x: jax.Array) -> jax.Array:
     """`gpt.head` with the weights as they are laid out here."""
     return gpt.soft_capped(
-        jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accumulator(x.dtype)), cfg
+        jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accum_dtype(x.dtype)), cfg
     )
 
 

@@ -10,17 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.model.precision import accum_dtype
 
 KERNELS = ("cudnn", "xla")
-_chosen = "xla"  # by `choose`, once a process
+_chosen = "xla"  # by `choose_kernel`, once a process
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """What sums over operands of `dtype` are formed in: float32, or float64 where that is asked for."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def choose(asked: str, dtype: jnp.dtype, model: GPTConfig) -> tuple[str, str]:
+def choose_kernel(asked: str, dtype: jnp.dtype, model: GPTConfig) -> tuple[str, str]:
     """The kernel that `causal_attention` uses from now on, and why: `asked`, or cuDNN where it runs, else XLA.
 
     cuDNN is tried by running it forward and backward on a small input with the heads and windows of `model`: whether it
@@ -89,11 +85,11 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
         end = start + block
         first = max(0, start - window) if window else 0
         rows, seen = q[..., start:end, :], slice(first, end)
-        scores = jnp.einsum("bngtk,bnsk->bngts", rows, k[:, :, seen], preferred_element_type=accumulator(q.dtype))
+        scores = jnp.einsum("bngtk,bnsk->bngts", rows, k[:, :, seen], preferred_element_type=accum_dtype(q.dtype))
         scores *= d**-0.5
         visible = _visible(jnp.arange(start, end), jnp.arange(first, end), window)
         weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
-        out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, seen], preferred_element_type=accumulator(q.dtype)))
+        out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, seen], preferred_element_type=accum_dtype(q.dtype)))
     return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(b, t, h, d).astype(v.dtype)
 
 
@@ -113,9 +109,9 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
     n, dtype = k.shape[1], q.dtype
     # [b,n,g,t,k] as in `_xla`: not every CPU has a bf16 dot for another order.
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
-    scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accumulator(q.dtype)) * d**-0.5
+    scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accum_dtype(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bngts,bnsk->bngtk", weights, v, preferred_element_type=accumulator(q.dtype))
+    out = jnp.einsum("bngts,bnsk->bngtk", weights, v, preferred_element_type=accum_dtype(q.dtype))
     return jnp.moveaxis(out, 3, 1).reshape(b, t, h, d).astype(dtype)

@@ -24,7 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.model.attention import accumulator, cached_attention, causal_attention
+from nanochat_jax.model.attention import cached_attention, causal_attention
+from nanochat_jax.model.precision import accum_dtype
 
 Params = dict  # nested dict of arrays, as `init` makes it
 
@@ -60,7 +61,7 @@ def _dense(x, w, dtype):
     Plain autodiff would hand float32 cotangents to the two matmuls of the backward pass,
     which then miss the fast bf16 kernels on GPUs and CPUs alike. The weight gradient is float32.
     """
-    y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accumulator(dtype))
+    y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accum_dtype(dtype))
     return y.astype(dtype)
 
 
@@ -71,9 +72,9 @@ def _dense_forward(x, w, dtype):
 def _dense_backward(dtype, saved, g):
     x, w = saved
     g = g.astype(dtype)
-    dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accumulator(dtype))
+    dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
     # Contracted over (b, t) unflattened: flattening first takes XLA:CPU off its fast path.
-    dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accumulator(dtype))
+    dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accum_dtype(dtype))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -82,7 +83,7 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 def norm(x: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last axis, without gain; statistics in float32, result in x's dtype."""
-    y = x.astype(accumulator(x.dtype))
+    y = x.astype(accum_dtype(x.dtype))
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
@@ -96,7 +97,7 @@ def rotary(positions: jax.Array, cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [b,t,h,k] in the planes (j, j + k/2), by *minus* the angle, as nanochat's checkpoints expect."""
-    x1, x2 = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
+    x1, x2 = jnp.split(x.astype(accum_dtype(x.dtype)), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
 
 
@@ -271,7 +272,7 @@ def decode(params: Params, cfg: GPTConfig, ids: jax.Array, cache: dict, dtype: j
 def head(params: Params, cfg: GPTConfig, x: jax.Array) -> jax.Array:
     """Hidden states [..., d] -> soft-capped logits [..., vocab_size] in float32, the padding cut off."""
     w = params["lm_head"].astype(x.dtype)
-    return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accumulator(x.dtype)), cfg)
+    return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accum_dtype(x.dtype)), cfg)
 
 
 def soft_capped(z: jax.Array, cfg: GPTConfig) -> jax.Array:

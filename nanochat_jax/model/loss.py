@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.model.attention import accumulator
+from nanochat_jax.model.precision import accum_dtype
 
 
 def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
@@ -45,7 +45,7 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: flo
 
 def _losses(x, w, targets, softcap):
     """Losses [b,t] of one chunk, with what their gradient needs: capped logits, log-sum-exp, one-hot, counted."""
-    z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accumulator(x.dtype))
+    z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accum_dtype(x.dtype))
     z = softcap * jnp.tanh(z / softcap)
     lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     counted = targets >= 0
@@ -62,13 +62,13 @@ def _forward(x, head, targets, weights, softcap, chunks):
         losses, z, lse, right, counted = _losses(x, w, targets, softcap)
         dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
         dz = dz.astype(x.dtype)
-        dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accumulator(x.dtype)).astype(x.dtype)
+        dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accum_dtype(x.dtype)).astype(x.dtype)
         # As [v,d] it would be slow on CPUs.
-        dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=accumulator(x.dtype))
+        dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=accum_dtype(x.dtype))
         return dw, ((weights * losses).sum(), dx)
 
     split = [_split(a, chunks) for a in (x, targets, weights)]
-    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accumulator(x.dtype)), split)
+    dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accum_dtype(x.dtype)), split)
     # Of a single chunk XLA would make the product [v,d], for which not every CPU has a bf16 dot.
     dw = jax.lax.optimization_barrier(dw).T
     return losses.sum(), (_join(dx), dw.astype(head.dtype))

@@ -73,50 +73,26 @@ def describe() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){count}, jax {jax.__version__}"
 
 
-def precision(compute_dtype: str, attention: str = "", model: GPTConfig | None = None) -> "jnp.dtype":
+def choose_precision(compute_dtype: str, attention: str = "", model: GPTConfig | None = None) -> "jnp.dtype":
     """Chooses the dtype of matmul operands, and for `model` the kernel of `causal_attention` (decoding has its own and
     needs none). Prints the choice with its reasons."""
     import jax
     import jax.numpy as jnp
 
     from nanochat_jax.model import attention as kernels
+    from nanochat_jax.model.choose_precision import choose_dtype
 
     dtype, why = choose_dtype(compute_dtype)
     if dtype == jnp.float32 and jax.default_backend() != "cpu":  # else GPUs and TPUs round the operands (TF32, bf16)
         jax.config.update("jax_default_matmul_precision", "highest")
     line = f"devices: {describe()}; matmuls in {dtype.__name__} ({why})"
     if model is not None:
-        kernel, because = kernels.choose(attention, dtype, model)
+        kernel, because = kernels.choose_kernel(attention, dtype, model)
         if processes.least(kernel == "cudnn") < (kernel == "cudnn"):  # all compile the same program
-            kernel, because = kernels.choose("xla", dtype, model)[0], "cuDNN failed in another process"
+            kernel, because = kernels.choose_kernel("xla", dtype, model)[0], "cuDNN failed in another process"
         line += f", attention by {kernel} ({because})"
     print(line)
     return dtype
-
-
-def choose_dtype(asked: str):
-    """The dtype of matmul operands, and why it was chosen."""
-    import jax
-    import jax.numpy as jnp
-
-    known = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-    if asked:
-        if asked not in known:
-            raise UserError(f"--compute_dtype={asked}: must be bfloat16 or float32")
-        return known[asked], "as asked"
-    device = jax.devices()[0]
-    if device.platform == "gpu":
-        capable = float(getattr(device, "compute_capability", "0")) >= 8
-        return (jnp.bfloat16, "the GPU has bf16 units") if capable else (jnp.float32, "this GPU has no bf16 units")
-    if device.platform == "tpu":
-        return jnp.bfloat16, "TPUs multiply in bf16"
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            amx = "amx_bf16" in info.read()
-    except OSError:
-        amx = False
-    # Without AMX, bf16 matmuls are slower than float32 ones on a CPU (measured: 0.6x with AVX512-BF16).
-    return (jnp.bfloat16, "the CPU has AMX") if amx else (jnp.float32, "a CPU without AMX multiplies float32 faster")
 
 
 def peak_flops() -> float | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.model.attention import accumulator
+from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel.sharding import Layout
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients tuned for a steep start; 5 iterations
@@ -30,7 +30,7 @@ def orthogonalize(g: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # the Gram matrix on the short side
-    size = jnp.linalg.norm(x.astype(accumulator(dtype)), axis=(-2, -1), keepdims=True)
+    size = jnp.linalg.norm(x.astype(accum_dtype(dtype)), axis=(-2, -1), keepdims=True)
     x = x / (size + 1e-7).astype(dtype)
     for _ in range(5):
         gram = x @ x.mT

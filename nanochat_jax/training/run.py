@@ -142,7 +142,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         layout = Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
         layout.check(model)
         print(f"{cfg.stage}: {folder}")
-        dtype = devices.precision(cfg.compute_dtype, cfg.attention, model)
+        dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model)
         optimizer = optim.make_optimizer(
             model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,

@@ -46,7 +46,7 @@ def make(job: dict) -> dict:
 def engine(job: dict) -> dict:
     """Seconds and tokens of the engine, as many slots as clients, for all but the first round, which warms."""
     model = checkpoint.load_model(STAGE, TAG)
-    dtype = devices.precision("")
+    dtype = devices.choose_precision("")
     engine = Engine(model.params, model.config, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)
     requests = [
         Request(

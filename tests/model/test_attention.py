@@ -34,23 +34,23 @@ def asked(monkeypatch):
 
 
 def test_without_a_gpu_it_is_xla():
-    assert attention.choose("", jnp.bfloat16, MODEL) == ("xla", "no NVIDIA GPU")
-    assert attention.choose("xla", jnp.bfloat16, MODEL) == ("xla", "as asked")
+    assert attention.choose_kernel("", jnp.bfloat16, MODEL) == ("xla", "no NVIDIA GPU")
+    assert attention.choose_kernel("xla", jnp.bfloat16, MODEL) == ("xla", "as asked")
 
 
 def test_on_a_gpu_it_is_cudnn_if_that_runs_when_tried(monkeypatch, asked):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention.choose("", jnp.float32, MODEL) == ("xla", "cuDNN has no float32 kernel")
-    assert attention.choose("xla", jnp.bfloat16, MODEL) == ("xla", "as asked") and not asked
-    assert attention.choose("", jnp.bfloat16, MODEL) == ("cudnn", "tried, it runs") and asked
-    assert attention.choose("cudnn", jnp.bfloat16, MODEL) == ("cudnn", "tried, it runs")
+    assert attention.choose_kernel("", jnp.float32, MODEL) == ("xla", "cuDNN has no float32 kernel")
+    assert attention.choose_kernel("xla", jnp.bfloat16, MODEL) == ("xla", "as asked") and not asked
+    assert attention.choose_kernel("", jnp.bfloat16, MODEL) == ("cudnn", "tried, it runs") and asked
+    assert attention.choose_kernel("cudnn", jnp.bfloat16, MODEL) == ("cudnn", "tried, it runs")
 
 
 def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # that is all: cuDNN is tried, and fails
-    kernel, reason = attention.choose("", jnp.bfloat16, MODEL)
+    kernel, reason = attention.choose_kernel("", jnp.bfloat16, MODEL)
     assert kernel == "xla" and reason.startswith("cuDNN failed: ") and "\n" not in reason
-    devices.precision("bfloat16", model=MODEL)
+    devices.choose_precision("bfloat16", model=MODEL)
     assert f"matmuls in bfloat16 (as asked), attention by xla ({reason})" in capsys.readouterr().out
 
 
@@ -62,12 +62,12 @@ def test_cudnn_is_tried_with_the_heads_of_the_model(monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    assert attention.choose("", jnp.bfloat16, heads_of(40))[0] == "cudnn"
-    assert attention.choose("", jnp.bfloat16, heads_of(36)) == (
+    assert attention.choose_kernel("", jnp.bfloat16, heads_of(40))[0] == "cudnn"
+    assert attention.choose_kernel("", jnp.bfloat16, heads_of(36)) == (
         "xla", "cuDNN failed: The head dim must be a multiple of 8, but got 36."
     )  # fmt: skip
     with pytest.raises(UserError, match="--attention=cudnn does not run here: The head dim must be a multiple of 8"):
-        attention.choose("cudnn", jnp.bfloat16, heads_of(36))
+        attention.choose_kernel("cudnn", jnp.bfloat16, heads_of(36))
 
 
 def test_cudnn_is_tried_with_grouped_heads_and_every_window_forward_and_backward(monkeypatch):
@@ -80,14 +80,14 @@ def test_cudnn_is_tried_with_grouped_heads_and_every_window_forward_and_backward
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
     model = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=256, sequence_len=1024, window_pattern="SL")
-    assert attention.choose("", jnp.bfloat16, model)[0] == "cudnn"
+    assert attention.choose_kernel("", jnp.bfloat16, model)[0] == "cudnn"
     assert set(tried) == {(4, 2, None), (4, 2, (256, 0))}
 
 
 def test_all_processes_take_the_kernel_that_runs_in_all(monkeypatch, asked, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(processes, "least", lambda here: False)
-    devices.precision("bfloat16", model=MODEL)
+    devices.choose_precision("bfloat16", model=MODEL)
     assert (
         attention._chosen == "xla" and "attention by xla (cuDNN failed in another process)" in capsys.readouterr().out
     )
@@ -95,11 +95,11 @@ def test_all_processes_take_the_kernel_that_runs_in_all(monkeypatch, asked, caps
 
 def test_a_kernel_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="--attention=flash: must be one of cudnn, xla"):
-        attention.choose("flash", jnp.bfloat16, MODEL)
+        attention.choose_kernel("flash", jnp.bfloat16, MODEL)
     with pytest.raises(UserError, match="--attention=cudnn needs --compute_dtype=bfloat16, not float32"):
-        attention.choose("cudnn", jnp.float32, MODEL)
+        attention.choose_kernel("cudnn", jnp.float32, MODEL)
     with pytest.raises(UserError, match="--attention=cudnn does not run here: ") as error:
-        attention.choose("cudnn", jnp.bfloat16, MODEL)
+        attention.choose_kernel("cudnn", jnp.bfloat16, MODEL)
     assert "\n" not in str(error.value)
 
 

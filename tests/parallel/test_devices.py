@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from nanochat_jax.config import UserError
+from nanochat_jax.model.precision import choose_dtype
 from nanochat_jax.parallel import devices
 
 
@@ -20,7 +21,7 @@ from nanochat_jax.parallel import devices
 def test_precision_is_what_the_device_is_good_at(monkeypatch, platform, capability, dtype, why):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert devices.choose_dtype("") == (dtype, why)
+    assert choose_dtype("") == (dtype, why)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "highest"), ("bfloat16", None)])
@@ -28,7 +29,7 @@ def test_float32_is_float32_on_a_gpu_too(monkeypatch, dtype, precision):
     """JAX's default there is TF32, of ten bits."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     try:
-        devices.precision(dtype)
+        devices.choose_precision(dtype)
         assert jax.config.jax_default_matmul_precision == precision
     finally:
         jax.config.update("jax_default_matmul_precision", None)
@@ -42,16 +43,16 @@ def test_a_cpu_multiplies_in_bfloat16_where_it_has_amx(monkeypatch, flags, dtype
         return io.StringIO(f"flags : {flags}\n") if path == "/proc/cpuinfo" else opened(path, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "open", read)
-    chosen, why = devices.choose_dtype("")
+    chosen, why = choose_dtype("")
     assert chosen == dtype and "AMX" in why
 
 
 def test_the_flag_overrides_and_the_choice_is_printed_with_its_reason(capsys):
-    assert devices.precision("bfloat16") == jnp.bfloat16 and devices.precision("float32") == jnp.float32
+    assert devices.choose_precision("bfloat16") == jnp.bfloat16 and devices.choose_precision("float32") == jnp.float32
     out = capsys.readouterr().out
     assert "matmuls in bfloat16 (as asked)" in out and "matmuls in float32 (as asked)" in out
     with pytest.raises(UserError, match="--compute_dtype=float16: must be bfloat16 or float32"):
-        devices.precision("float16")
+        devices.choose_precision("float16")
 
 
 @pytest.mark.parametrize(

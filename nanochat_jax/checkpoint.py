@@ -312,11 +312,11 @@ def _set_aside(folder: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Model:
+class TrainedModel:
     """A trained model: float32 parameters on one device, its shape, its tokenizer, and where it came from."""
 
     params: dict
-    config: GPTConfig
+    model_cfg: GPTConfig
     tokenizer: "Tokenizer"
     stage: str
     tag: str
@@ -366,7 +366,7 @@ def _nothing_saved(stage: str, tag: str) -> UserError:
     return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {there}{command}")
 
 
-def load_model(stage: str, tag: str = "", step: int = -1) -> Model:
+def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
     """Finds a checkpoint, verifies it, and loads its parameters onto the first device. Prints the choice."""
     import jax
 
@@ -376,14 +376,14 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> Model:
         raise UserError("a model is evaluated and talked to in one process, on all devices of one host: start one task")
     run, step = find(stage, tag, step)
     meta = read_meta(run, step)
-    cfg = GPTConfig(**meta["model"])
+    model_cfg = GPTConfig(**meta["model"])
     tokenizer = load_tokenizer(meta, run)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.eval_shape(lambda: gpt.init(cfg))
+    abstract = jax.eval_shape(lambda: gpt.init(model_cfg))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     params = restore_params(run, step, abstract)
-    print(f"model: {run.relative_to(base_dir())}, step {step} ({cfg.num_params / 1e6:,.1f}M parameters)")
-    return Model(params, cfg, tokenizer, stage, run.name, step, run, meta)
+    print(f"model: {run.relative_to(base_dir())}, step {step} ({model_cfg.num_params / 1e6:,.1f}M parameters)")
+    return TrainedModel(params, model_cfg, tokenizer, stage, run.name, step, run, meta)
 
 
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
@@ -397,6 +397,6 @@ def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
     raise UserError(f"{run} was trained with a tokenizer ({wanted[:8]}) that is not under {base_dir()}")
 
 
-def model_meta(cfg: GPTConfig) -> dict:
+def model_meta(model_cfg: GPTConfig) -> dict:
     """The entry of meta.json that `load_model` builds the GPTConfig from."""
-    return {"model": asdict(cfg)}
+    return {"model": asdict(model_cfg)}

@@ -102,7 +102,7 @@ def setting(default, help: str, auto: bool = False):
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFlags:
     """The model's shape, wherever it can be given."""
 
     depth: int = setting(20, "layers; the one dial: width, heads and horizon follow from it")
@@ -167,7 +167,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Base(Model, Train):
+class Base(ModelFlags, Train):
     """Pretraining on documents."""
 
     table: ClassVar[str] = "base"

@@ -24,7 +24,7 @@ def load(folder: Path) -> tuple[dict, GPTConfig]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "nanochat":
         raise UserError(f"{folder}: model_type is {config.get('model_type')!r}, not 'nanochat'")
-    cfg = GPTConfig(
+    model_cfg = GPTConfig(
         n_layer=config["num_hidden_layers"],
         n_head=config["num_attention_heads"],
         n_kv_head=config["num_key_value_heads"],
@@ -36,10 +36,10 @@ def load(folder: Path) -> tuple[dict, GPTConfig]:
         softcap=config["final_logit_softcapping"],
     )
     tensors = load_file(folder / "model.safetensors")
-    pad = [(0, cfg.padded_vocab - cfg.vocab_size), (0, 0)]
+    pad = [(0, model_cfg.padded_vocab - model_cfg.vocab_size), (0, 0)]
 
     def stack(name: str) -> np.ndarray:
-        layers = [tensors[f"model.layers.{i}.{LAYER_NAMES[name]}.weight"].T for i in range(cfg.n_layer)]
+        layers = [tensors[f"model.layers.{i}.{LAYER_NAMES[name]}.weight"].T for i in range(model_cfg.n_layer)]
         return np.stack(layers).astype(np.float32)
 
     params = {
@@ -47,4 +47,4 @@ def load(folder: Path) -> tuple[dict, GPTConfig]:
         "lm_head": np.pad(tensors["lm_head.weight"].astype(np.float32), pad),
         "blocks": {name: stack(name) for name in LAYER_NAMES},
     }
-    return params, cfg
+    return params, model_cfg

@@ -26,7 +26,7 @@ def main(cfg: config.BaseEval) -> None:
     from nanochat_jax.parallel import sharding
 
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.choose_precision(cfg.compute_dtype, model=model.config)
+    dtype = devices.choose_precision(cfg.compute_dtype, model_cfg=model.model_cfg)
     bundle = core.find_bundle(cfg.core_dir)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     start = time.monotonic()
@@ -47,7 +47,7 @@ def main(cfg: config.BaseEval) -> None:
         )  # fmt: skip
 
     result = core.evaluate(
-        params, model.config, model.tokenizer, bundle, dtype=dtype, batch_size=cfg.device_batch_size,
+        params, model.model_cfg, model.tokenizer, bundle, dtype=dtype, batch_size=cfg.device_batch_size,
         max_per_task=cfg.max_per_task, report=tell,
     )  # fmt: skip
     log("CORE", result.core, result.stderr, result.n, 0.0, result.core, time.monotonic() - start)

@@ -29,7 +29,7 @@ def main(cfg: config.BaseLoss) -> None:
         if getattr(cfg, name) < 1:
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.choose_precision(cfg.compute_dtype, model=model.config)
+    dtype = devices.choose_precision(cfg.compute_dtype, model_cfg=model.model_cfg)
     source = text_of(model.meta, cfg)
     packing = model.meta["config"].get("packing", "split")
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
@@ -39,11 +39,11 @@ def main(cfg: config.BaseLoss) -> None:
     for split, files in (("train", source.train_files), ("val", source.val_files)):
         start = time.monotonic()
         loader = dataloader.val_batches(
-            files, model.tokenizer, rows, model.config.sequence_len, cfg.split_tokens, packing=packing
+            files, model.tokenizer, rows, model.model_cfg.sequence_len, cfg.split_tokens, packing=packing
         )
-        with Progress(f"{split}, batches", -(-cfg.split_tokens // (rows * model.config.sequence_len))) as progress:
+        with Progress(f"{split}, batches", -(-cfg.split_tokens // (rows * model.model_cfg.sequence_len))) as progress:
             counted = Counted(loader, progress)
-            bpb = bits_per_byte(params, model.config, counted, model.tokenizer.token_bytes(), dtype)
+            bpb = bits_per_byte(params, model.model_cfg, counted, model.tokenizer.token_bytes(), dtype)
         loader.close()
         print(f"{split} bits per byte: {bpb:.6f} ({counted.tokens:,} tokens of {source.name})", flush=True)
         run_log.append(
@@ -51,7 +51,7 @@ def main(cfg: config.BaseLoss) -> None:
             n=counted.tokens, baseline=None, seconds=round(time.monotonic() - start, 3),
         )  # fmt: skip
 
-    for prompt, text in complete(model.params, model.config, model.tokenizer, dtype):
+    for prompt, text in complete(model.params, model.model_cfg, model.tokenizer, dtype):
         print(f"  {prompt}{text!r}")
         run_log.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
 

@@ -40,7 +40,7 @@ def main(cfg: config.ChatCli) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
         dtype = devices.choose_precision(cfg.compute_dtype)
-    engine = Engine(model.params, model.config, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
+    engine = Engine(model.params, model.model_cfg, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
     chat = Chat(engine, cfg)
     try:
         if cfg.prompt:
@@ -86,7 +86,7 @@ class Chat:
 
         text = text.encode("utf-8", "replace").decode()  # a terminal may hand over half a character
         question = {"role": "user", "content": text}
-        context, longest = self.engine.cfg.sequence_len, self.cfg.max_new_tokens
+        context, longest = self.engine.model_cfg.sequence_len, self.cfg.max_new_tokens
         ids, dropped = prompt(self.engine.tokenizer, self.conversation([question]), context, longest)
         del self.messages[:dropped]
         return dropped, self._stream(question, ids, stop)

@@ -34,13 +34,13 @@ def main(cfg: config.ChatEval) -> None:
     checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # before anything is downloaded for it
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.choose_precision(cfg.compute_dtype, model=model.config)
+    dtype = devices.choose_precision(cfg.compute_dtype, model_cfg=model.model_cfg)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
     scores = []
     for task in loaded:
         score = chat.evaluate(
-            params, model.config, model.tokenizer, task, dtype=dtype, batch_size=cfg.batch_size,
+            params, model.model_cfg, model.tokenizer, task, dtype=dtype, batch_size=cfg.batch_size,
             max_problems=cfg.max_problems, num_samples=cfg.num_samples, temperature=cfg.temperature, top_k=cfg.top_k,
             max_new_tokens=cfg.max_new_tokens, slots=cfg.slots, seed=cfg.seed,
         )  # fmt: skip

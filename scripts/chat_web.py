@@ -53,7 +53,7 @@ def main(cfg: config.ChatWeb) -> None:
         dtype = devices.choose_precision(cfg.compute_dtype)
         engines = [
             Engine(
-                jax.device_put(model.params, device), model.config, model.tokenizer, slots=cfg.slots, dtype=dtype,
+                jax.device_put(model.params, device), model.model_cfg, model.tokenizer, slots=cfg.slots, dtype=dtype,
                 chunk=CHUNK,
             )
             for device in chosen

@@ -32,9 +32,9 @@ def main(cfg: config.Doctor) -> None:
 
     line("Device memory", device_memory())
     tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
-    model = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
-    dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model)
-    plan(cfg, model, sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard), dtype)
+    model_cfg = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
+    dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
+    plan(cfg, model_cfg, sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard), dtype)
 
 
 def line(name: str, value: str) -> None:
@@ -88,7 +88,7 @@ def device_memory() -> str:
     return f"{stats['bytes_limit'] / GIB:.1f} GiB each, {stats.get('bytes_in_use', 0) / GIB:.1f} in use"
 
 
-def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
+def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout, dtype) -> None:
     """What of the model lies on one device, and how long pretraining would take."""
     import jax
     import numpy as np
@@ -100,9 +100,11 @@ def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
     from nanochat_jax.training.batch_shape import estimated_memory, geometry, rows_that_fit
     from nanochat_jax.training.stages import horizon
 
-    layout.check(model)
-    params = jax.eval_shape(lambda: gpt.init(model))
-    tx = optim.make_optimizer(model.n_embd, embedding_lr=0, unembedding_lr=0, matrix_lr=0, dtype=dtype, layout=layout)
+    layout.check(model_cfg)
+    params = jax.eval_shape(lambda: gpt.init(model_cfg))
+    tx = optim.make_optimizer(
+        model_cfg.n_embd, embedding_lr=0, unembedding_lr=0, matrix_lr=0, dtype=dtype, layout=layout
+    )
     opt_state = jax.eval_shape(tx.init, params)
 
     def share(tree, specs) -> float:
@@ -116,17 +118,17 @@ def plan(cfg: config.Doctor, model: config.GPTConfig, layout, dtype) -> None:
     def fit(rows: int) -> int:
         """Training compiles to know; here it is estimated, without what --shard and --remat save."""
         try:
-            return rows_that_fit(model, rows, need=lambda micro, rows: estimated_memory(model, rows))
+            return rows_that_fit(model_cfg, rows, need=lambda micro, rows: estimated_memory(model_cfg, rows))
         except UserError as error:  # which advises what may have been done already
             line("Memory", f"roughly estimated, {str(error).partition(':')[0]}, less what --shard and --remat save")
             return 1
 
     replicas = sharding.replicas(layout.mesh)
-    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model.sequence_len, replicas, fit)
-    steps = horizon(cfg, model, shape.tokens)
-    flops = steps * shape.tokens * model.flops_per_token
+    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
+    steps = horizon(cfg, model_cfg, shape.tokens)
+    flops = steps * shape.tokens * model_cfg.flops_per_token
     line("Preset", cfg.preset or "none (--config=NAME): the defaults")
-    line("Model", f"{model.n_layer} layers, width {model.n_embd}, {model.num_params:,} parameters")
+    line("Model", f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.num_params:,} parameters")
     line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
     line(

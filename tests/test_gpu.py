@@ -106,7 +106,7 @@ def test_memory_as_compiled_is_what_a_step_takes(own_base_dir):
     }  # fmt: skip
     with open_run(tiny.base_config(model_tag="memory", device_batch_size=64, **flags), 0.95) as run:
         needed = compiled_memory(run, 1, 64)
-        estimated = estimated_memory(run.model, 64)
+        estimated = estimated_memory(run.model_cfg, 64)
     train(tiny.base_config(model_tag="memory", device_batch_size=64, **flags))
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
     assert peak < 1.1 * needed and 0.25 * needed < estimated < 4 * needed

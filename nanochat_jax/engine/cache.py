@@ -26,11 +26,16 @@ def bucket(length: int, limit: int, smallest: int = SMALLEST) -> int:
     return min(limit, max(smallest, 1 << max(length - 1, 0).bit_length()))
 
 
-def make(cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, where: jax.sharding.Sharding | None = None) -> KV:
+def make(
+    model_cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, where: jax.sharding.Sharding | None = None
+) -> KV:
     """An empty cache of `slots` rows with `size` positions, for a model that computes in `dtype`. Zeros, since masked
     garbage could be NaN."""
-    shape = (slots, cfg.n_kv_head, size, cfg.head_dim)
-    return {name: [jnp.zeros(shape, dtype_for(dtype), device=where) for _ in range(cfg.n_layer)] for name in ("k", "v")}
+    shape = (slots, model_cfg.n_kv_head, size, model_cfg.head_dim)
+    return {
+        name: [jnp.zeros(shape, dtype_for(dtype), device=where) for _ in range(model_cfg.n_layer)]
+        for name in ("k", "v")
+    }
 
 
 def dtype_for(dtype: jnp.dtype) -> jnp.dtype:

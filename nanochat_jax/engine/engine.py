@@ -41,7 +41,7 @@ SMALLEST_PROMPT = 32  # length bucket
 
 
 class Engine:
-    """`params` of shape `cfg` behind `slots` samples at a time, decoded `chunk` tokens at a time in `dtype`.
+    """`params` of shape `model_cfg` behind `slots` samples at a time, decoded `chunk` tokens at a time in `dtype`.
 
     The tokenizer is used for the ids of special tokens and for the calculator's text. Dtype and slots are fixed, so
     that what a request gets never follows the load, up to rounding: what the cache holds of a prompt's beginning may
@@ -49,11 +49,11 @@ class Engine:
     """
 
     def __init__(
-        self, params: gpt.Params, cfg: GPTConfig, tokenizer, slots: int = 8, dtype=jnp.float32, chunk: int = 16
+        self, params: gpt.Params, model_cfg: GPTConfig, tokenizer, slots: int = 8, dtype=jnp.float32, chunk: int = 16
     ):
         if slots < 1:
             raise UserError(f"slots is {slots}: must be at least 1")
-        self.cfg, self.tokenizer, self.slots, self.dtype, self.chunk = cfg, tokenizer, slots, dtype, chunk
+        self.model_cfg, self.tokenizer, self.slots, self.dtype, self.chunk = model_cfg, tokenizer, slots, dtype, chunk
         self._special = {
             name: tokenizer.special(f"<|{name}|>")
             for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end", "bos")
@@ -66,7 +66,7 @@ class Engine:
         self._next_id = 0
         self.set_params(params)
         where = sharding.rows(self._mesh) or self._params["wte"].sharding
-        self._cache = kv.make(cfg, slots, kv.bucket(0, cfg.sequence_len), dtype, where)
+        self._cache = kv.make(model_cfg, slots, kv.bucket(0, model_cfg.sequence_len), dtype, where)
 
     def set_params(self, params: gpt.Params) -> None:
         """Generates with these weights from now on. The engine must be idle, and float32 arrays may be shared with it:
@@ -173,10 +173,10 @@ class Engine:
     def warm(self, temperature: float, top_k: int) -> Iterator[int]:
         """Compiles what requests with these settings need, for prompts of one bucket after the other. The engine must
         be idle whenever it is asked to go on; yields the bucket's size after every few programs."""
-        context, size = self.cfg.sequence_len, 0
+        context, size = self.model_cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            prompt = [size % self.cfg.vocab_size] * max(1, size - 4)  # new, and so computed whole
+            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # new, and so computed whole
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
             yield size
@@ -196,7 +196,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """UserError for what cannot be generated. Any thread may ask."""
-        context, vocab = self.cfg.sequence_len, self.cfg.vocab_size
+        context, vocab = self.model_cfg.sequence_len, self.model_cfg.vocab_size
         if len(request.ids) == 0:
             raise UserError("the prompt is empty: it needs at least one token, such as <|bos|>")
         if len(request.ids) > context:
@@ -243,7 +243,7 @@ class Engine:
         settings = self._settings(rows)
         position = np.array([row.length + 1 if row else 0 for row in rows], np.int32)
         prefilled = np.array([started.get(slot, 0) for slot in range(self.slots)], np.int32)
-        plan = sampler.plan(settings, self.cfg.vocab_size)
+        plan = sampler.plan(settings, self.model_cfg.vocab_size)
         out = programs.first(
             batch.logits, prefilled, settings, position, plan=plan, top=self._top(rows), mesh=self._mesh
         )
@@ -268,7 +268,7 @@ class Engine:
             padded[0, : len(piece)] = piece
             batch.prefix, logits = programs.extend(
                 self._params, padded, np.array([len(piece)], np.int32), batch.prefix, np.array([start], np.int32),
-                cfg=self.cfg, dtype=self.dtype,
+                model_cfg=self.model_cfg, dtype=self.dtype,
             )  # fmt: skip
             batch.done = start + width
             if batch.done >= len(ids):
@@ -303,8 +303,10 @@ class Engine:
         for i, prompt in enumerate(prompts):
             lengths[i] = len(prompt.request.ids)
             ids[i, : lengths[i]] = prompt.request.ids
-        top = min(TOP_LOGPROBS, self.cfg.vocab_size) if score else None
-        prefix, logits, scored = programs.prefill(self._params, ids, lengths, cfg=self.cfg, dtype=self.dtype, top=top)
+        top = min(TOP_LOGPROBS, self.model_cfg.vocab_size) if score else None
+        prefix, logits, scored = programs.prefill(
+            self._params, ids, lengths, model_cfg=self.model_cfg, dtype=self.dtype, top=top
+        )
         scores = [None] * len(prompts)
         if score:
             scored = jax.device_get(scored)
@@ -312,7 +314,7 @@ class Engine:
         return Prefilled(prefix, logits, length, prompts, scores)
 
     def _bucket(self, prompt: Prompt) -> int:
-        return kv.bucket(len(prompt.request.ids), self.cfg.sequence_len, SMALLEST_PROMPT)
+        return kv.bucket(len(prompt.request.ids), self.model_cfg.sequence_len, SMALLEST_PROMPT)
 
     def _in_pieces(self, prompt: Prompt, length: int) -> Prefilled | None:
         """The row that the pieces of a prompt go to: a copy of one that begins like it, where that spares work, or an
@@ -320,11 +322,11 @@ class Engine:
         ids = prompt.request.ids
         slot, shared = self._slots.longest(ids[:-1])  # what follows the last token is yet to be computed
         if _spares(shared, len(ids), length):
-            size = kv.bucket(length, self.cfg.sequence_len)
+            size = kv.bucket(length, self.model_cfg.sequence_len)
             row = kv.row(self._cache, np.int32(slot), size=size, mesh=self._mesh)
         elif length > PREFILL_CHUNK:
             size, shared = length, 0
-            row = kv.make(self.cfg, 1, size, self.dtype, self._params["wte"].sharding)
+            row = kv.make(self.model_cfg, 1, size, self.dtype, self._params["wte"].sharding)
         else:
             return None
         return Prefilled(row, None, size, [prompt], [None], shared, shared)
@@ -340,7 +342,7 @@ class Engine:
         default = (self._special["assistant_end"], self._special["bos"])
         stop_ids = default if request.stop_ids is None else tuple(request.stop_ids)
         # The last token need not fit into the context, since nothing is computed from it.
-        left = min(request.max_tokens, self.cfg.sequence_len - len(request.ids) + 1)
+        left = min(request.max_tokens, self.model_cfg.sequence_len - len(request.ids) + 1)
         return Row(prompt.id, prompt.started, request, stop_ids, list(request.ids), left)
 
     # -----------------------------------------------------------------------------
@@ -353,8 +355,8 @@ class Engine:
         schedule = self._schedule()
         self._cache, out = programs.decode(
             self._params, self._cache, schedule, settings,
-            cfg=self.cfg, dtype=self.dtype, python_end=self._special["python_end"],
-            plan=sampler.plan(settings, self.cfg.vocab_size), top=self._top(self._slots.rows), mesh=self._mesh,
+            model_cfg=self.model_cfg, dtype=self.dtype, python_end=self._special["python_end"],
+            plan=sampler.plan(settings, self.model_cfg.vocab_size), top=self._top(self._slots.rows), mesh=self._mesh,
         )  # fmt: skip
         tokens, logprobs, counts, *top = jax.device_get(out)
         events = []
@@ -379,7 +381,7 @@ class Engine:
     def _fit(self, at_least: int = 0) -> None:
         """Gives the cache the smallest size that holds all rows to the end of the next chunk."""
         needed = [row.length + min(self.chunk, row.left) for row in self._slots.rows if row]
-        size = kv.bucket(max(at_least, *needed), self.cfg.sequence_len)
+        size = kv.bucket(max(at_least, *needed), self.model_cfg.sequence_len)
         if size != self._size:
             self._cache = kv.resize(self._cache, size)
         self._slots.cut(size)
@@ -391,14 +393,14 @@ class Engine:
             seed=np.array([r.seed % 2**32 if r else 0 for r in requests], np.uint32),
             sample=np.array([row.sample if row else 0 for row in rows], np.int32),
             temperature=np.array([r.temperature if r else 0 for r in requests], np.float32),
-            top_k=np.array([min(r.top_k, self.cfg.vocab_size) if r else 0 for r in requests], np.int32),
+            top_k=np.array([min(r.top_k, self.model_cfg.vocab_size) if r else 0 for r in requests], np.int32),
             top_p=np.array([r.top_p if r else 1 for r in requests], np.float32),
         )
 
     def _top(self, rows: list[Row | None]) -> int:
         """How many of the likeliest tokens the device must name."""
         asked = any(row.request.top_logprobs for row in rows if row)
-        return min(TOP_LOGPROBS, self.cfg.vocab_size) if asked else 0
+        return min(TOP_LOGPROBS, self.model_cfg.vocab_size) if asked else 0
 
     def _schedule(self) -> Schedule:
         b = self.slots

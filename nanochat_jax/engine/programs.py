@@ -51,29 +51,29 @@ def _stack(params: gpt.Params) -> gpt.Params:
     return {"wte": params["wte"], "lm_head": params["head"].T, "blocks": blocks}
 
 
-def _head(params: gpt.Params, cfg: GPTConfig, x: jax.Array) -> jax.Array:
+def _head(params: gpt.Params, model_cfg: GPTConfig, x: jax.Array) -> jax.Array:
     """`gpt.head` with the weights as they are laid out here."""
     return gpt.soft_capped(
-        jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accum_dtype(x.dtype)), cfg
+        jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accum_dtype(x.dtype)), model_cfg
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "top"))
-def prefill(params, ids, length, *, cfg: GPTConfig, dtype, top: int | None = None):
+@functools.partial(jax.jit, static_argnames=("model_cfg", "dtype", "top"))
+def prefill(params, ids, length, *, model_cfg: GPTConfig, dtype, top: int | None = None):
     """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows, next-token logits [p,v], scores.
 
     With `top`, scores are the log-probabilities [p,t] of each token's follower, and after each token the `top`
     likeliest ones and theirs [p,t,top]; otherwise None.
     """
     rows, size = ids.shape
-    empty = kv.make(cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
-    x, prefix, logits = _append(params, ids, length, empty, cfg, dtype)
+    empty = kv.make(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
+    x, prefix, logits = _append(params, ids, length, empty, model_cfg, dtype)
     if top is None:
         return prefix, logits, None
 
     def score(inputs):
         x, following = inputs
-        logits = _head(params, cfg, x)
+        logits = _head(params, model_cfg, x)
         return sampler.log_prob(logits, following), *sampler.likeliest(logits, top)
 
     # By position: the logits of a whole prompt at once would take more memory than the model.
@@ -82,19 +82,19 @@ def prefill(params, ids, length, *, cfg: GPTConfig, dtype, top: int | None = Non
     return prefix, logits, jax.tree.map(lambda scored: jnp.swapaxes(scored, 0, 1), scores)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnames="prefix")
-def extend(params, ids, length, prefix, start, *, cfg: GPTConfig, dtype):
+@functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"), donate_argnames="prefix")
+def extend(params, ids, length, prefix, start, *, model_cfg: GPTConfig, dtype):
     """A piece of long prompts: `length` [p] of ids [p,t], padded on the right, go to position `start` [p] of the cache
     rows `prefix` -> the rows, next-token logits [p,v]. The caller keeps start + t within the rows."""
-    _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, cfg, dtype)
+    _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, model_cfg, dtype)
     return prefix, logits
 
 
-def _append(params, ids, length, cache, cfg: GPTConfig, dtype):
+def _append(params, ids, length, cache, model_cfg: GPTConfig, dtype):
     """ids [p,t], of which `length` [p] count, behind those in `cache` -> hidden states [p,t,d], rows, logits [p,v]."""
-    x, cache = gpt.decode(_stack(params), cfg, ids, cache, dtype)
+    x, cache = gpt.decode(_stack(params), model_cfg, ids, cache, dtype)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
-    return x, {"k": cache["k"], "v": cache["v"]}, _head(params, cfg, last)
+    return x, {"k": cache["k"], "v": cache["v"]}, _head(params, model_cfg, last)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "top", "mesh"))
@@ -111,10 +111,20 @@ def first(logits, row, settings, position, *, plan: sampler.Plan, top: int, mesh
 
 
 @functools.partial(
-    jax.jit, static_argnames=("cfg", "dtype", "python_end", "plan", "top", "mesh"), donate_argnames="cache"
+    jax.jit, static_argnames=("model_cfg", "dtype", "python_end", "plan", "top", "mesh"), donate_argnames="cache"
 )
 def decode(
-    params, cache, schedule, settings, *, cfg: GPTConfig, dtype, python_end: int, plan: sampler.Plan, top: int, mesh
+    params,
+    cache,
+    schedule,
+    settings,
+    *,
+    model_cfg: GPTConfig,
+    dtype,
+    python_end: int,
+    plan: sampler.Plan,
+    top: int,
+    mesh,
 ):
     """A chunk of decoding -> (cache, (tokens [b,steps], log-probabilities [b,steps], how many of them count [b],
     the `top` likeliest tokens [b,steps,top] of each step, their log-probabilities)).
@@ -126,8 +136,8 @@ def decode(
         def step(carry, inputs):
             cache, token, length, left, active = carry
             i, forced = inputs
-            x, new = gpt.decode(_stack(params), cfg, token[:, None], cache | {"length": length}, dtype)
-            logits = _head(params, cfg, x[:, 0])
+            x, new = gpt.decode(_stack(params), model_cfg, token[:, None], cache | {"length": length}, dtype)
+            logits = _head(params, model_cfg, x[:, 0])
             sampled = sampler.sample(logits, settings, length + 1, plan)
             token = jnp.where(active, jnp.where(i < schedule.forced_count, forced, sampled), token)
             emitted = (token, sampler.log_prob(logits, token), active, *sampler.likeliest(logits, top))

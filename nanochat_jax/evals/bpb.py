@@ -20,7 +20,7 @@ from nanochat_jax.model.loss import num_chunks, token_losses
 
 def bits_per_byte(
     params: gpt.Params,
-    cfg: GPTConfig,
+    model_cfg: GPTConfig,
     batches: Iterable[dict[str, np.ndarray]],
     token_bytes: np.ndarray,
     dtype: jnp.dtype = jnp.float32,
@@ -34,7 +34,7 @@ def bits_per_byte(
     sums = []
     for batch in batches:
         inputs, targets = (put_local(params, batch[name]) for name in ("inputs", "targets"))
-        sums.append(_sums(params, cfg, inputs, targets, token_bytes, dtype))
+        sums.append(_sums(params, model_cfg, inputs, targets, token_bytes, dtype))
         if len(sums) > 2:  # waits for the batch before the last: the device stays busy, the queue stays short
             jax.block_until_ready(sums[-3])
     # Added up on the host: millions of nats are beyond what float32 adds exactly.
@@ -43,11 +43,13 @@ def bits_per_byte(
     return nats / (math.log(2) * size) if size else math.inf
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _sums(params, cfg, inputs, targets, token_bytes, dtype) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"))
+def _sums(params, model_cfg, inputs, targets, token_bytes, dtype) -> tuple[jax.Array, jax.Array]:
     """Nats and bytes of one batch."""
-    x = gpt.hidden(params, cfg, inputs, dtype)
+    x = gpt.hidden(params, model_cfg, inputs, dtype)
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     counted = jnp.where(size > 0, targets, -1)
-    losses = token_losses(x, params["lm_head"][: cfg.vocab_size], counted, cfg.softcap, num_chunks(*inputs.shape))
+    losses = token_losses(
+        x, params["lm_head"][: model_cfg.vocab_size], counted, model_cfg.softcap, num_chunks(*inputs.shape)
+    )
     return losses.sum(), size.sum()

@@ -40,7 +40,7 @@ class ChatScore(Score):
 
 def evaluate(
     params: gpt.Params,
-    cfg: GPTConfig,
+    model_cfg: GPTConfig,
     tokenizer,
     task: Task,
     *,
@@ -67,12 +67,12 @@ def evaluate(
     start = time.monotonic()
     n = len(task) if max_problems <= 0 else min(max_problems, len(task))
     if task.eval_type == "categorical":
-        answers = _choose(params, cfg, tokenizer, task, n, dtype, batch_size)
+        answers = _choose(params, model_cfg, tokenizer, task, n, dtype, batch_size)
         truncated = None
     else:
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "n": num_samples}
         own = range(jax.process_index(), n, jax.process_count())  # problems of this process
-        samples = _generate(params, cfg, tokenizer, task, own, dtype, slots, seed, settings)
+        samples = _generate(params, model_cfg, tokenizer, task, own, dtype, slots, seed, settings)
         answers = gather(_judge(tokenizer, task, own, samples))
         truncated = float(np.mean([reason == "length" for a in answers for reason in a["finish_reasons"]]))
     score = sum(answer["right"] for answer in answers) / n
@@ -91,13 +91,13 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
 # Multiple choice: the likeliest of the problem's letters right after the prompt
 
 
-def _choose(params, cfg: GPTConfig, tokenizer, task: Task, n: int, dtype, batch_size: int) -> list[dict]:
+def _choose(params, model_cfg: GPTConfig, tokenizer, task: Task, n: int, dtype, batch_size: int) -> list[dict]:
     """The letter chosen in each problem, and whether it is right."""
     rows, answers = num_rows(params, batch_size), []
     with Progress(task.name, n) as progress:
         for first in range(0, n, WINDOW):
             problems = [task[i] for i in range(first, min(first + WINDOW, n))]
-            chosen = _choices(params, cfg, tokenizer, problems, dtype, rows)
+            chosen = _choices(params, model_cfg, tokenizer, problems, dtype, rows)
             for i, (problem, choice) in enumerate(zip(problems, chosen, strict=True), first):
                 letter = problem["letters"][choice]
                 answers.append({"problem": i, "answer": letter, "right": bool(task.evaluate(problem, letter))})
@@ -105,19 +105,19 @@ def _choose(params, cfg: GPTConfig, tokenizer, task: Task, n: int, dtype, batch_
     return answers
 
 
-def _choices(params, cfg: GPTConfig, tokenizer, problems: list[dict], dtype, rows: int) -> np.ndarray:
+def _choices(params, model_cfg: GPTConfig, tokenizer, problems: list[dict], dtype, rows: int) -> np.ndarray:
     """Position of the likeliest letter in each problem's list, [problems]."""
-    prompts = [np.asarray(tokenizer.render_for_completion(p, max_tokens=cfg.sequence_len)) for p in problems]
+    prompts = [np.asarray(tokenizer.render_for_completion(p, max_tokens=model_cfg.sequence_len)) for p in problems]
     letters = [_letter_ids(tokenizer, tuple(p["letters"])) for p in problems]
     width = max(8, *map(len, letters))  # 8: one shape for all usual tasks
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
     results, choices = [], np.zeros(len(problems), int)
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
-        ids = padded([prompts[i] for i in chosen], rows, cfg.sequence_len, fill=tokenizer.bos)
+        ids = padded([prompts[i] for i in chosen], rows, model_cfg.sequence_len, fill=tokenizer.bos)
         last = fixed_rows([len(prompts[i]) - 1 for i in chosen], rows)
         listed = fixed_rows([letters[i] + [-1] * (width - len(letters[i])) for i in chosen], rows)
-        results.append((chosen, _likeliest(params, cfg, *(put(params, a) for a in (ids, last, listed)), dtype)))
+        results.append((chosen, _likeliest(params, model_cfg, *(put(params, a) for a in (ids, last, listed)), dtype)))
     for chosen, result in results:  # read only now, so that the devices never wait for the host
         choices[chosen] = fetch(result)[: len(chosen)]
     return choices
@@ -132,12 +132,12 @@ def _letter_ids(tokenizer, letters: tuple[str, ...]) -> list[int]:
     return ids
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _likeliest(params, cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"))
+def _likeliest(params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype) -> jax.Array:
     """Which of letters [b,c] (-1: none) has the highest logit after position last [b] of ids [b,t]; int32 [b]."""
-    x = gpt.hidden(params, cfg, ids, dtype)
+    x = gpt.hidden(params, model_cfg, ids, dtype)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    logits = jnp.take_along_axis(gpt.head(params, cfg, x), jnp.maximum(letters, 0), axis=1)
+    logits = jnp.take_along_axis(gpt.head(params, model_cfg, x), jnp.maximum(letters, 0), axis=1)
     return jnp.argmax(jnp.where(letters < 0, -jnp.inf, logits), axis=1)
 
 
@@ -145,34 +145,34 @@ def _likeliest(params, cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters:
 # Generated answers
 
 
-def _generate(params, cfg, tokenizer, task, own: range, dtype, slots, seed, settings) -> list[list[Sample]]:
+def _generate(params, model_cfg, tokenizer, task, own: range, dtype, slots, seed, settings) -> list[list[Sample]]:
     """The samples of each problem in `own`, from one engine a device."""
     if mesh := sharding.mesh_of(params):  # whole on every device, wherever training keeps them; all processes do this
         params = jax.device_put(gpt.cast(params, dtype), sharding.replicated(mesh))
     requests = [
-        Request(tokenizer.render_for_completion(task[i], max_tokens=cfg.sequence_len), seed=seed + i, **settings)
+        Request(tokenizer.render_for_completion(task[i], max_tokens=model_cfg.sequence_len), seed=seed + i, **settings)
         for i in own
     ]
     if not requests:
         return []
     devices = _devices(params)[: len(requests)]
-    slots = slots or _slots_that_fit(cfg, dtype)
+    slots = slots or _slots_that_fit(model_cfg, dtype)
     wanted = len(requests) * settings["n"]
     with Progress(task.name, wanted) as progress:
         if len(devices) == 1:
-            return _run(params, devices[0], cfg, tokenizer, requests, slots, dtype, progress)
+            return _run(params, devices[0], model_cfg, tokenizer, requests, slots, dtype, progress)
         # Every device takes each so manieth problem; in threads, as an engine mostly waits for its device.
         share = len(devices)
         with ThreadPoolExecutor(share) as pool:
             parts = [
-                pool.submit(_run, params, device, cfg, tokenizer, requests[i::share], slots, dtype, progress)
+                pool.submit(_run, params, device, model_cfg, tokenizer, requests[i::share], slots, dtype, progress)
                 for i, device in enumerate(devices)
             ]
         results = [part.result() for part in parts]
     return [results[i % share][i // share] for i in range(len(requests))]
 
 
-def _run(params, device, cfg, tokenizer, requests, slots, dtype, progress: Progress) -> list[list[Sample]]:
+def _run(params, device, model_cfg, tokenizer, requests, slots, dtype, progress: Progress) -> list[list[Sample]]:
     """Answers requests on one device."""
     done = 0
 
@@ -184,7 +184,7 @@ def _run(params, device, cfg, tokenizer, requests, slots, dtype, progress: Progr
     slots = min(slots, sum(request.n for request in requests))
     with jax.default_device(device):
         local = jax.tree.map(lambda x: _on(device, x), params)
-        engine = Engine(local, cfg, tokenizer, slots=slots, dtype=dtype)
+        engine = Engine(local, model_cfg, tokenizer, slots=slots, dtype=dtype)
         try:
             return engine.run(requests, progress=count)
         finally:
@@ -203,15 +203,15 @@ def _devices(params: gpt.Params) -> list:
     return [device for device in local if device in there]
 
 
-def _slots_that_fit(cfg: GPTConfig, dtype) -> int:
+def _slots_that_fit(model_cfg: GPTConfig, dtype) -> int:
     """As many rows of a full context as a third of the free memory holds, a power of two; the rest is for copies."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats:
         return 8
     size = jnp.dtype(dtype).itemsize
-    row = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * cfg.sequence_len * size
-    free = 0.9 * stats["bytes_limit"] - stats["bytes_in_use"] - size * cfg.num_params
+    row = 2 * model_cfg.n_layer * model_cfg.n_kv_head * model_cfg.head_dim * model_cfg.sequence_len * size
+    free = 0.9 * stats["bytes_limit"] - stats["bytes_in_use"] - size * model_cfg.num_params
     return min(MAX_SLOTS, 2 ** int(math.log2(max(1.0, free / 3 / row))))
 
 

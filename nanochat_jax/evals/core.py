@@ -63,7 +63,7 @@ class CoreResult:
 
 def evaluate(
     params: gpt.Params,
-    cfg: GPTConfig,
+    model_cfg: GPTConfig,
     tokenizer,
     bundle: Path,
     *,
@@ -80,13 +80,13 @@ def evaluate(
     tasks, scores = read_tasks(bundle), []
     for i, task in enumerate(tasks, 1):
         name = f"CORE {i}/{len(tasks)} {task.label}"
-        scores.append(evaluate_task(params, cfg, tokenizer, task, dtype, batch_size, max_per_task, name))
+        scores.append(evaluate_task(params, model_cfg, tokenizer, task, dtype, batch_size, max_per_task, name))
         report(scores[-1])
     return CoreResult(scores)
 
 
 def evaluate_task(
-    params: gpt.Params, cfg: GPTConfig, tokenizer, task: CoreTask, dtype: jnp.dtype = jnp.float32, batch_size: int = 32,
+    params: gpt.Params, model_cfg: GPTConfig, tokenizer, task: CoreTask, dtype: jnp.dtype = jnp.float32, batch_size: int = 32,
     max_per_task: int = -1, label: str = "",
 ) -> CoreScore:  # fmt: skip
     """The score of one task."""
@@ -101,9 +101,9 @@ def evaluate_task(
         judged = None
         for first in range(0, len(items), WINDOW):
             window = range(first, min(first + WINDOW, len(items)))
-            spans = _spans(tokenizer, task, items, window, cfg.sequence_len)
+            spans = _spans(tokenizer, task, items, window, model_cfg.sequence_len)
             truncated += sum(span.truncated for options in spans for span in options)
-            scores = _dispatch(params, cfg, [s for options in spans for s in options], dtype, rows, tokenizer.bos)
+            scores = _dispatch(params, model_cfg, [s for options in spans for s in options], dtype, rows, tokenizer.bos)
             # Read one window late: the next one is tokenized while the devices compute.
             if judged is not None:
                 right += _count_right(task, items, *judged)
@@ -198,15 +198,15 @@ def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
 # Scores
 
 
-def _dispatch(params, cfg, spans: list[Span], dtype, rows: int, bos: int) -> list[tuple]:
+def _dispatch(params, model_cfg, spans: list[Span], dtype, rows: int, bos: int) -> list[tuple]:
     """Sends the spans to the devices in batches of like length: [(positions in spans, mean losses, all right)]."""
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
     results = []
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
-        ids = padded([spans[i].ids for i in chosen], rows, cfg.sequence_len, fill=bos)
+        ids = padded([spans[i].ids for i in chosen], rows, model_cfg.sequence_len, fill=bos)
         bounds = fixed_rows([(spans[i].start, len(spans[i].ids)) for i in chosen], rows)
-        loss, right = _score(params, cfg, put(params, ids), put(params, bounds), dtype)
+        loss, right = _score(params, model_cfg, put(params, ids), put(params, bounds), dtype)
         results.append((chosen, loss, right))
     return results
 
@@ -224,11 +224,11 @@ def _count_right(task: CoreTask, items: Sequence[dict], window: range, spans: li
     return sum(answer == items[i]["gold"] for i, answer in zip(window, answers, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _score(params, cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"))
+def _score(params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """Mean loss [b] in nats over positions bounds[:, 0] <= i < bounds[:, 1] of ids [b,t], and whether each of these
     tokens is the argmax (bool [b])."""
-    loss, right = token_scores(params, cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
+    loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
     position = jnp.arange(1, ids.shape[1] + 1)[None]  # of the token that is predicted
     scored = (bounds[:, :1] <= position) & (position < bounds[:, 1:])
     mean = jnp.where(scored, loss, 0.0).sum(axis=1) / scored.sum(axis=1)
@@ -236,21 +236,21 @@ def _score(params, cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype) -> 
 
 
 def token_scores(
-    params: gpt.Params, cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: jnp.dtype = jnp.float32
+    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: jnp.dtype = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
     """Loss in nats (float32 [b,t]) of targets [b,t] after ids [b,t], and whether each is the argmax (bool [b,t]).
 
     The head runs over slices of t, so that the logits are never there as a whole.
     """
     b, t = ids.shape
-    x = gpt.hidden(params, cfg, ids, dtype)
-    size = min(t, max(1, LOGITS_AT_ONCE // (b * cfg.vocab_size)))
+    x = gpt.hidden(params, model_cfg, ids, dtype)
+    size = min(t, max(1, LOGITS_AT_ONCE // (b * model_cfg.vocab_size)))
     slices = -(-t // size)
     pad = slices * size - t
     x, targets = jnp.pad(x, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
 
     def one(i):
-        z = gpt.head(params, cfg, jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1))
+        z = gpt.head(params, model_cfg, jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1))
         y = jax.lax.dynamic_slice_in_dim(targets, i * size, size, axis=1)
         loss = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
         return loss, jnp.argmax(z, axis=-1) == y

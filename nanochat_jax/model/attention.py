@@ -16,7 +16,7 @@ KERNELS = ("cudnn", "xla")
 _chosen = "xla"  # by `choose_kernel`, once a process
 
 
-def choose_kernel(asked: str, dtype: jnp.dtype, model: GPTConfig) -> tuple[str, str]:
+def choose_kernel(asked: str, dtype: jnp.dtype, model_cfg: GPTConfig) -> tuple[str, str]:
     """The kernel that `causal_attention` uses from now on, and why: `asked`, or cuDNN where it runs, else XLA.
 
     cuDNN is tried by running it forward and backward on a small input with the heads and windows of `model`: whether it
@@ -33,14 +33,14 @@ def choose_kernel(asked: str, dtype: jnp.dtype, model: GPTConfig) -> tuple[str, 
             raise UserError(f"--attention=cudnn needs --compute_dtype=bfloat16, not {jnp.dtype(dtype).name}")
         _chosen, reason = "xla", "cuDNN has no float32 kernel"
     else:
-        failure = _try_cudnn(dtype, model)
+        failure = _try_cudnn(dtype, model_cfg)
         if failure and asked:
             raise UserError(f"--attention=cudnn does not run here: {failure}")
         _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "tried, it runs")
     return _chosen, reason
 
 
-def _try_cudnn(dtype: jnp.dtype, model: GPTConfig) -> str:
+def _try_cudnn(dtype: jnp.dtype, model_cfg: GPTConfig) -> str:
     """The first line of what goes wrong, empty if nothing does."""
 
     @functools.partial(jax.jit, static_argnums=3)
@@ -48,8 +48,10 @@ def _try_cudnn(dtype: jnp.dtype, model: GPTConfig) -> str:
         return jax.grad(lambda *qkv: _cudnn(*qkv, window).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
     try:
-        q, kv = (jnp.ones((1, 128, heads, model.head_dim), dtype) for heads in (model.n_head, model.n_kv_head))
-        for window in sorted(set(model.windows)):
+        q, kv = (
+            jnp.ones((1, 128, heads, model_cfg.head_dim), dtype) for heads in (model_cfg.n_head, model_cfg.n_kv_head)
+        )
+        for window in sorted(set(model_cfg.windows)):
             jax.block_until_ready(gradients(q, kv, kv, window))
     except Exception as error:  # whatever it is, XLA does the work
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -87,10 +87,10 @@ def norm(x: jax.Array, eps: float) -> jax.Array:
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def rotary(positions: jax.Array, cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
+def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles, float32 [..., 1, k/2] for integer positions [...]."""
-    half = cfg.head_dim // 2
-    frequency = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half = model_cfg.head_dim // 2
+    frequency = model_cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -108,8 +108,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 class Blocks(nnx.Module):
     """The weights of all transformer blocks, stacked over layers."""
 
-    def __init__(self, cfg: GPTConfig, rngs: nnx.Rngs):
-        l, d, q, kv = cfg.n_layer, cfg.n_embd, cfg.n_embd, cfg.n_kv_head * cfg.head_dim
+    def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
+        l, d, q, kv = model_cfg.n_layer, model_cfg.n_embd, model_cfg.n_embd, model_cfg.n_kv_head * model_cfg.head_dim
 
         def uniform(*shape):  # standard deviation 1/sqrt(d)
             bound = (3 / d) ** 0.5
@@ -124,36 +124,36 @@ class Blocks(nnx.Module):
 class GPT(nnx.Module):
     """wte and lm_head are [v, d], v padded to a multiple of 64."""
 
-    def __init__(self, cfg: GPTConfig, rngs: nnx.Rngs):
-        self.cfg = cfg
-        self.wte = nnx.Param(jax.random.normal(rngs(), (cfg.padded_vocab, cfg.n_embd)))
-        self.lm_head = nnx.Param(jax.random.normal(rngs(), (cfg.padded_vocab, cfg.n_embd)) * 0.001)
-        self.blocks = Blocks(cfg, rngs)
+    def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
+        self.model_cfg = model_cfg
+        self.wte = nnx.Param(jax.random.normal(rngs(), (model_cfg.padded_vocab, model_cfg.n_embd)))
+        self.lm_head = nnx.Param(jax.random.normal(rngs(), (model_cfg.padded_vocab, model_cfg.n_embd)) * 0.001)
+        self.blocks = Blocks(model_cfg, rngs)
 
     def __call__(
         self, ids: jax.Array, dtype: jnp.dtype, cache: dict | None = None, execution: Execution = PLAIN
     ) -> tuple[jax.Array, dict | None]:
         """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens in it."""
-        cfg, b, t = self.cfg, *ids.shape
-        if t > cfg.sequence_len:
-            raise UserError(f"{t} tokens in a row, expected at most the context of {cfg.sequence_len}")
+        model_cfg, b, t = self.model_cfg, *ids.shape
+        if t > model_cfg.sequence_len:
+            raise UserError(f"{t} tokens in a row, expected at most the context of {model_cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
-        angles = rotary(start[:, None] + jnp.arange(t)[None], cfg)
+        angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
         # Gathered before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.
-        x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), cfg.norm_eps)
+        x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
-            return norm(_stack(x, stacked, angles, cfg, execution), cfg.norm_eps), None
+            return norm(_stack(x, stacked, angles, model_cfg, execution), model_cfg.norm_eps), None
         keys, values = [], []
         weights = _unstack(stacked)
-        for i, window in enumerate(cfg.windows):
+        for i, window in enumerate(model_cfg.windows):
             with jax.named_scope(f"block{i}"):
-                q, k, v = _qkv(x, weights[i], angles, cfg)
+                q, k, v = _qkv(x, weights[i], angles, model_cfg)
                 keys.append(_write(cache["k"][i], k, start))
                 values.append(_write(cache["v"][i], v, start))
                 y = cached_attention(q, keys[i], values[i], start, window)
-                x = _rest_of_block(x, y, weights[i], cfg)
-        return norm(x, cfg.norm_eps), {"k": keys, "v": values, "length": start + t}
+                x = _rest_of_block(x, y, weights[i], model_cfg)
+        return norm(x, model_cfg.norm_eps), {"k": keys, "v": values, "length": start + t}
 
 
 BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
@@ -179,46 +179,46 @@ def _unstack(stacked: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
     return [dict(zip(layers, ws, strict=True)) for ws in zip(*layers.values(), strict=True)]
 
 
-def _qkv(x: jax.Array, w: dict, angles: tuple, cfg: GPTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _qkv(x: jax.Array, w: dict, angles: tuple, model_cfg: GPTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [b,t,d] -> q [b,t,h,k], k and v [b,t,n,k], q and k rotated and normed."""
     b, t, _ = x.shape
-    y = norm(x, cfg.norm_eps)
-    q = dense(y, w["wq"], x.dtype).reshape(b, t, cfg.n_head, cfg.head_dim)
-    k = dense(y, w["wk"], x.dtype).reshape(b, t, cfg.n_kv_head, cfg.head_dim)
-    v = dense(y, w["wv"], x.dtype).reshape(b, t, cfg.n_kv_head, cfg.head_dim)
-    return norm(rotate(q, *angles), cfg.norm_eps), norm(rotate(k, *angles), cfg.norm_eps), v
+    y = norm(x, model_cfg.norm_eps)
+    q = dense(y, w["wq"], x.dtype).reshape(b, t, model_cfg.n_head, model_cfg.head_dim)
+    k = dense(y, w["wk"], x.dtype).reshape(b, t, model_cfg.n_kv_head, model_cfg.head_dim)
+    v = dense(y, w["wv"], x.dtype).reshape(b, t, model_cfg.n_kv_head, model_cfg.head_dim)
+    return norm(rotate(q, *angles), model_cfg.norm_eps), norm(rotate(k, *angles), model_cfg.norm_eps), v
 
 
-def _rest_of_block(x: jax.Array, y: jax.Array, w: dict, cfg: GPTConfig) -> jax.Array:
+def _rest_of_block(x: jax.Array, y: jax.Array, w: dict, model_cfg: GPTConfig) -> jax.Array:
     """Adds what the attention's result y [b,t,h,k] and the MLP say to x [b,t,d]."""
     x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
-    y = dense(norm(x, cfg.norm_eps), w["w_in"], x.dtype)
+    y = dense(norm(x, model_cfg.norm_eps), w["w_in"], x.dtype)
     return x + dense(jnp.square(jax.nn.relu(y)), w["w_out"], x.dtype)
 
 
-def _stack(x: jax.Array, stacked: dict, angles: tuple, cfg: GPTConfig, execution: Execution) -> jax.Array:
+def _stack(x: jax.Array, stacked: dict, angles: tuple, model_cfg: GPTConfig, execution: Execution) -> jax.Array:
     """All blocks over whole sequences x [b,t,d]."""
 
     def block(x, w, window):
         w = {name: execution.gather(name, layer) for name, layer in w.items()}
-        q, k, v = _qkv(x, w, angles, cfg)
-        return _rest_of_block(x, causal_attention(q, k, v, window), w, cfg)
+        q, k, v = _qkv(x, w, angles, model_cfg)
+        return _rest_of_block(x, causal_attention(q, k, v, window), w, model_cfg)
 
     if execution.remat_policy is not None:
         block = jax.checkpoint(block, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
         # A scan would copy each layer's weights out of the stack and its gradients into it.
-        for i, (w, window) in enumerate(zip(_unstack(stacked), cfg.windows, strict=True)):
+        for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
         return x
     # Scanned by the period of the windows: a window is a constant of the kernel.
-    l, windows = cfg.n_layer, cfg.windows
+    l, windows = model_cfg.n_layer, model_cfg.windows
     period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
 
     def blocks(x, ws):
         for i in range(period):
-            x = block(x, {name: w[i] for name, w in ws.items()}, cfg.windows[i])
+            x = block(x, {name: w[i] for name, w in ws.items()}, model_cfg.windows[i])
         return x, None
 
     periods = {name: w.reshape(-1, period, *w.shape[1:]) for name, w in stacked.items()}
@@ -235,54 +235,54 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 # Pure functions of the parameters
 
 
-def init(cfg: GPTConfig, seed: int = 42) -> Params:
+def init(model_cfg: GPTConfig, seed: int = 42) -> Params:
     """Fresh float32 parameters: {wte, lm_head, blocks: {wq, wk, wv, wo, w_in, w_out}}."""
-    return nnx.to_pure_dict(nnx.state(GPT(cfg, nnx.Rngs(seed)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(GPT(model_cfg, nnx.Rngs(seed)), nnx.Param))
 
 
 @functools.cache
-def _definition(cfg: GPTConfig):
+def _definition(model_cfg: GPTConfig):
     """The model without its weights: built abstractly, once a shape."""
-    return nnx.split(nnx.eval_shape(lambda: GPT(cfg, nnx.Rngs(0))), nnx.Param, ...)
+    return nnx.split(nnx.eval_shape(lambda: GPT(model_cfg, nnx.Rngs(0))), nnx.Param, ...)
 
 
-def bind(params: Params, cfg: GPTConfig) -> GPT:
+def bind(params: Params, model_cfg: GPTConfig) -> GPT:
     """The module with `params` as its weights."""
-    graphdef, abstract, rest = _definition(cfg)
+    graphdef, abstract, rest = _definition(model_cfg)
     state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one stays abstract
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state, rest)
 
 
 def hidden(
-    params: Params, cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32, execution: Execution = PLAIN
+    params: Params, model_cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32, execution: Execution = PLAIN
 ) -> jax.Array:
     """ids [b,t] -> hidden states [b,t,d] after the final norm, in `dtype`."""
-    return bind(params, cfg)(ids, dtype, execution=execution)[0]
+    return bind(params, model_cfg)(ids, dtype, execution=execution)[0]
 
 
-def decode(params: Params, cfg: GPTConfig, ids: jax.Array, cache: dict, dtype: jnp.dtype = jnp.float32):
+def decode(params: Params, model_cfg: GPTConfig, ids: jax.Array, cache: dict, dtype: jnp.dtype = jnp.float32):
     """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], the longer cache).
 
     cache = {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}. The caller keeps length + t <= s.
     """
-    return bind(params, cfg)(ids, dtype, cache)
+    return bind(params, model_cfg)(ids, dtype, cache)
 
 
-def head(params: Params, cfg: GPTConfig, x: jax.Array) -> jax.Array:
+def head(params: Params, model_cfg: GPTConfig, x: jax.Array) -> jax.Array:
     """Hidden states [..., d] -> soft-capped logits [..., vocab_size] in float32, the padding cut off."""
     w = params["lm_head"].astype(x.dtype)
-    return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accum_dtype(x.dtype)), cfg)
+    return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accum_dtype(x.dtype)), model_cfg)
 
 
-def soft_capped(z: jax.Array, cfg: GPTConfig) -> jax.Array:
+def soft_capped(z: jax.Array, model_cfg: GPTConfig) -> jax.Array:
     """What the head says [..., v] -> logits [..., vocab_size], the padding cut off."""
-    return cfg.softcap * jnp.tanh(z[..., : cfg.vocab_size] / cfg.softcap)
+    return model_cfg.softcap * jnp.tanh(z[..., : model_cfg.vocab_size] / model_cfg.softcap)
 
 
-def forward(params: Params, cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def forward(params: Params, model_cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """ids [b,t] -> logits [b,t,vocab_size] in float32."""
-    return head(params, cfg, hidden(params, cfg, ids, dtype))
+    return head(params, model_cfg, hidden(params, model_cfg, ids, dtype))
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:

@@ -73,23 +73,23 @@ def describe() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){count}, jax {jax.__version__}"
 
 
-def choose_precision(compute_dtype: str, attention: str = "", model: GPTConfig | None = None) -> "jnp.dtype":
+def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConfig | None = None) -> "jnp.dtype":
     """Chooses the dtype of matmul operands, and for `model` the kernel of `causal_attention` (decoding has its own and
     needs none). Prints the choice with its reasons."""
     import jax
     import jax.numpy as jnp
 
     from nanochat_jax.model import attention as kernels
-    from nanochat_jax.model.choose_precision import choose_dtype
+    from nanochat_jax.model.precision import choose_dtype
 
     dtype, why = choose_dtype(compute_dtype)
     if dtype == jnp.float32 and jax.default_backend() != "cpu":  # else GPUs and TPUs round the operands (TF32, bf16)
         jax.config.update("jax_default_matmul_precision", "highest")
     line = f"devices: {describe()}; matmuls in {dtype.__name__} ({why})"
-    if model is not None:
-        kernel, because = kernels.choose_kernel(attention, dtype, model)
+    if model_cfg is not None:
+        kernel, because = kernels.choose_kernel(attention, dtype, model_cfg)
         if processes.least(kernel == "cudnn") < (kernel == "cudnn"):  # all compile the same program
-            kernel, because = kernels.choose_kernel("xla", dtype, model)[0], "cuDNN failed in another process"
+            kernel, because = kernels.choose_kernel("xla", dtype, model_cfg)[0], "cuDNN failed in another process"
         line += f", attention by {kernel} ({because})"
     print(line)
     return dtype

@@ -150,13 +150,13 @@ class Layout:
     def full(self) -> bool:
         return self.shard == "full"
 
-    def check(self, model: GPTConfig) -> None:
+    def check(self, model_cfg: GPTConfig) -> None:
         """UserError for heads that the model axis does not divide; whatever else it does not divide stays whole."""
         size = self.mesh.shape["model"]
-        if model.n_head % size or model.n_kv_head % size:
+        if model_cfg.n_head % size or model_cfg.n_kv_head % size:
             raise UserError(
-                f"--mesh: model={size} does not divide {model.n_head} heads and {model.n_kv_head} key/value heads, and "
-                f"a head is not cut: try model={math.gcd(math.gcd(model.n_head, model.n_kv_head), size)}"
+                f"--mesh: model={size} does not divide {model_cfg.n_head} heads and {model_cfg.n_kv_head} key/value heads, and "
+                f"a head is not cut: try model={math.gcd(math.gcd(model_cfg.n_head, model_cfg.n_kv_head), size)}"
             )
 
     def shard_specs(self, tree, along: tuple[str, ...] = ("data", "model")):

@@ -109,11 +109,11 @@ def create_app(
             "num_gpus": len(worker.alive),
             "available_workers": worker.slots - worker.running,
             "model": name,
-            "context": engine.cfg.sequence_len,
+            "context": engine.model_cfg.sequence_len,
             "defaults": {
                 "temperature": settings.temperature,
                 "top_k": settings.top_k,
-                "max_tokens": min(settings.max_new_tokens, engine.cfg.sequence_len),
+                "max_tokens": min(settings.max_new_tokens, engine.model_cfg.sequence_len),
             },
         }
         return JSONResponse(body, status_code=200 if ready else 503)
@@ -173,7 +173,7 @@ def check(messages: list[Message]) -> None:
 
 def to_request(body: ChatRequest, engine: Engine, settings: ChatWeb) -> tuple[EngineRequest, int]:
     """The engine's request, and how many of the oldest messages were dropped. UserError if it cannot fit."""
-    context = engine.cfg.sequence_len
+    context = engine.model_cfg.sequence_len
     max_tokens = min(body.max_tokens or settings.max_new_tokens, settings.max_new_tokens)
     messages = [message.model_dump() for message in body.messages]
     ids, dropped = prompt(engine.tokenizer, messages, context, max_tokens)

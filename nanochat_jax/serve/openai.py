@@ -121,7 +121,7 @@ def routes(engine: Engine, worker: Pool, settings: ChatWeb, name: str) -> APIRou
     """The endpoints, for the application to include."""
     router = APIRouter(prefix="/v1")
     started = int(time.time())
-    context = engine.cfg.sequence_len
+    context = engine.model_cfg.sequence_len
     model = {"id": name, "object": "model", "created": started, "owned_by": "nanochat", "max_model_len": context}
 
     @router.get("/models")
@@ -225,7 +225,7 @@ def to_request(
     body: Generation, engine: Engine, settings: ChatWeb, ids: list[int], most: int, param: str, **more
 ) -> Request:
     """ApiError if the prompt leaves no room for an answer, or the engine cannot do it."""
-    context = engine.cfg.sequence_len
+    context = engine.model_cfg.sequence_len
     most = min(most, settings.max_new_tokens)
     if len(ids) + min(most, 1) > context:
         reason = f"{param}: {len(ids)} tokens, and the model's context holds {context}, the answer included"

@@ -162,7 +162,7 @@ class EngineWorker:
     @property
     def cache_use(self) -> float:
         """Share of the cache that holds tokens."""
-        return self._engine.cached / (self.slots * self._engine.cfg.sequence_len)
+        return self._engine.cached / (self.slots * self._engine.model_cfg.sequence_len)
 
     def _samples(self) -> int:
         with self._lock:

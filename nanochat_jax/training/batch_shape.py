@@ -106,7 +106,7 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 # What fits
 
 
-def rows_that_fit(model: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
+def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
     """How many of a device's `rows` it can take at once: the most that divide them and whose step needs no more than
     `limit` bytes (default: the device's memory). On a CPU as many as make 8,192 tokens; more gain nothing.
 
@@ -116,11 +116,11 @@ def rows_that_fit(model: GPTConfig, rows: int, need: Callable[[int, int], int], 
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
-            return max(n for n in divisors if n <= max(1, 8192 // model.sequence_len))
+            return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
         limit = processes.least(int(0.95 * stats["bytes_limit"]) // MIB) * MIB
     # To know what a step needs means to compile it. Twice what is likely to fit is the first to be tried.
     likely = 1
-    while 2 * likely <= rows and estimated_memory(model, 2 * likely) <= limit:
+    while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:
         likely *= 2
     at = max(i for i, n in enumerate(divisors) if n <= 2 * likely)
     used = {}
@@ -137,13 +137,13 @@ def rows_that_fit(model: GPTConfig, rows: int, need: Callable[[int, int], int], 
         if fits(n):
             return n
     raise UserError(
-        f"one row of {model.sequence_len} tokens needs {used[1] / 2**30:.1f} GiB, the device has {limit / 2**30:.1f}: "
+        f"one row of {model_cfg.sequence_len} tokens needs {used[1] / 2**30:.1f} GiB, the device has {limit / 2**30:.1f}: "
         "try --remat=full or --shard=full, or a smaller --max_seq_len"
     )
 
 
-def estimated_memory(model: GPTConfig, rows: int) -> int:
+def estimated_memory(model_cfg: GPTConfig, rows: int) -> int:
     """Bytes, without compiling: weights, gradients and optimizer state, a chunk of logits, and about 17 activations of
     the width a layer and token, in two bytes each."""
-    activations = 2 * 17 * model.n_layer * model.n_embd * model.sequence_len * rows
-    return 16 * model.num_params + 12 * 8192 * model.padded_vocab + activations
+    activations = 2 * 17 * model_cfg.n_layer * model_cfg.n_embd * model_cfg.sequence_len * rows
+    return 16 * model_cfg.num_params + 12 * 8192 * model_cfg.padded_vocab + activations

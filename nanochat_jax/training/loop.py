@@ -113,7 +113,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             progress = step / stage.steps if stage.steps else _progress(run, stage)
             lr_mult = stage.lr_mult(step, progress)
             waited = log.timer.lap() if log.timed else 0.0
-            arrays = stage.geometry.shaped(batch, run.layout.mesh, run.model.vocab_size)
+            arrays = stage.geometry.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
             if jax.process_count() > 1:  # all stop after the same step: where its results, with all wishes, are read
                 wish = interruption.signal is not None or run.saver.failed
                 arrays["stop"] = sharding.put_flag(run.layout.mesh, wish)
@@ -132,14 +132,14 @@ def _progress(run: Run, stage: Stage) -> float:
 
 def announce(run: Run, stage: Stage) -> None:
     """Everything derived, before the first step."""
-    g, model = stage.geometry, run.model
+    g, model_cfg = stage.geometry, run.model_cfg
     epochs = getattr(run.cfg, "num_epochs", 1)  # midtraining has one
     passes = "one pass over the data" if epochs == 1 else f"{epochs} passes over the data"
     facts = {
-        "model": f"{model.n_layer} layers, width {model.n_embd}, {model.n_head} heads ({model.n_kv_head} kv), "
-        f"vocabulary {model.vocab_size:,}, context {model.sequence_len}",
-        "parameters": f"{model.num_params:,}",
-        "FLOPs a token": f"{model.flops_per_token:.3e}",
+        "model": f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.n_head} heads ({model_cfg.n_kv_head} kv), "
+        f"vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
+        "parameters": f"{model_cfg.num_params:,}",
+        "FLOPs a token": f"{model_cfg.flops_per_token:.3e}",
         "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.replicas} replicas x {g.seq_len}"
         + (f", less {g.padding} empty rows" if g.padding else ""),
         "mesh": sharding.describe(run.layout.mesh),
@@ -147,7 +147,7 @@ def announce(run: Run, stage: Stage) -> None:
         **stage.facts,
     }
     if stage.steps:
-        flops = stage.steps * g.tokens * model.flops_per_token
+        flops = stage.steps * g.tokens * model_cfg.flops_per_token
         seconds = devices.expected_seconds(flops)
         facts["total FLOPs"] = f"{flops:.3e}"
         unknown = "n/a: this device's peak is not known; see the eta below"
@@ -193,7 +193,7 @@ class StepLog:
                 f"the last good checkpoint is kept in {self.run.dir}"
             )
         tokens = self.stage.geometry.tokens
-        flops = tokens * self.run.model.flops_per_token
+        flops = tokens * self.run.model_cfg.flops_per_token
         totals = self.run.totals
         totals["tokens"] += tokens
         totals["flops"] += flops

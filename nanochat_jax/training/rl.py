@@ -51,7 +51,7 @@ class Rollout:
 def rollouts(engine: Engine, tokenizer, task, indices: list[int], cfg: config.Rl, seed: int) -> list[Rollout]:
     """`num_samples` answers to each of the problems, rewarded and compared within their group."""
     problems = [task[i] for i in indices]
-    room = engine.cfg.sequence_len - cfg.max_new_tokens
+    room = engine.model_cfg.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(p, max_tokens=room) for p in problems]
     requests = [
         Request(
@@ -105,12 +105,14 @@ def train(cfg: config.Rl) -> None:
             return
         if jax.process_count() > 1:
             raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
-        if cfg.max_new_tokens > run.model.sequence_len - SHORTEST_PROMPT:
+        if cfg.max_new_tokens > run.model_cfg.sequence_len - SHORTEST_PROMPT:
             raise UserError(
-                f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model.sequence_len} tokens, "
-                f"prompts included: try {run.model.sequence_len // 2}"
+                f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model_cfg.sequence_len} tokens, "
+                f"prompts included: try {run.model_cfg.sequence_len // 2}"
             )
-        shape = geometry_of_answers(cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model.sequence_len)
+        shape = geometry_of_answers(
+            cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model_cfg.sequence_len
+        )
         for name in cfg.mixture:
             if tasks.task_class(name).eval_type != "generative":
                 raise UserError(f"--mixture: {name} has no answers that can be generated and judged: try gsm8k=0")
@@ -131,7 +133,7 @@ def train(cfg: config.Rl) -> None:
         slots = min(drawn * cfg.num_samples, SLOTS * jax.device_count())
         less = "lower --num_samples, --examples_per_step or --max_new_tokens"
         held.enter_context(devices.out_of_memory_explained("the answers", less))
-        engine = Engine(run.state.params, run.model, run.tokenizer, slots=slots, dtype=run.dtype)
+        engine = Engine(run.state.params, run.model_cfg, run.tokenizer, slots=slots, dtype=run.dtype)
         step, saved_at, timer = run.step, run.step if run.data is not None else -1, Timer()
         pace = []  # seconds a step, without the first of this process: it compiles
         while True:
@@ -214,21 +216,21 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
 def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: float) -> dict:
     """One policy-gradient step on the answers of a step; the state of `run` becomes the new one."""
     longest = max(len(r.prompt) + len(r.sample.ids) for r in group)
-    length = bucket(longest - 1, run.model.sequence_len, SHORTEST)  # few lengths: each is a compilation
+    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths: each is a compilation
     batch = as_batch(group, length, run.tokenizer.special("<|assistant_end|>"))
-    arrays = shape.shaped(batch, run.layout.mesh, run.model.vocab_size)
+    arrays = shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
     results = {k: float(v) for k, v in results.items()}
     if not np.isfinite([results["loss"], results["grad_norm"]]).all():
         raise UserError(f"the loss is {results['loss']}: lower the learning rates; the last checkpoint is in {run.dir}")
     run.totals["tokens"] += len(group) * length
-    run.totals["flops"] += len(group) * length * run.model.flops_per_token
+    run.totals["flops"] += len(group) * length * run.model_cfg.flops_per_token
     return results
 
 
 def announce(run: Run, shape: Geometry, problems: int, drawn: int, steps: int) -> None:
     cfg = run.cfg
-    print(f"  parameters: {run.model.num_params:,}, FLOPs a token: {run.model.flops_per_token:.3e}")
+    print(f"  parameters: {run.model_cfg.num_params:,}, FLOPs a token: {run.model_cfg.flops_per_token:.3e}")
     names = ", ".join(cfg.mixture)
     print(
         f"  task: {names}, {problems:,} problems; {drawn} a step, {cfg.num_samples} answers each, "
@@ -272,7 +274,7 @@ def evaluate(run: Run, engine: Engine, task, step: int) -> None:
     problems = [task[i] for i in range(count)]
     requests = [
         Request(
-            ids=run.tokenizer.render_for_completion(p, max_tokens=run.model.sequence_len - cfg.max_new_tokens),
+            ids=run.tokenizer.render_for_completion(p, max_tokens=run.model_cfg.sequence_len - cfg.max_new_tokens),
             max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, n=cfg.eval_samples,
             seed=_seed(cfg.seed, 1, i),
         )

@@ -59,7 +59,7 @@ INSTEAD = "choose another --model_tag, or move the run aside with --resume=never
 class Run:
     cfg: Train
     dir: Path
-    model: GPTConfig
+    model_cfg: GPTConfig
     tokenizer: Tokenizer
     layout: Layout
     dtype: jnp.dtype
@@ -105,7 +105,7 @@ class Run:
         self.wandb.log(step, **shown)
 
     def save(self, step: int, data: dict) -> None:
-        meta = checkpoint.model_meta(self.model) | {
+        meta = checkpoint.model_meta(self.model_cfg) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
             "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": environment.versions(),
             **self.identity,
@@ -138,21 +138,21 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             print(f"{cfg.stage}: {folder} is finished (step {step})")
             yield None
             return
-        model, tokenizer = _shape_and_tokenizer(cfg, folder, step, origin)
+        model_cfg, tokenizer = _shape_and_tokenizer(cfg, folder, step, origin)
         layout = Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
-        layout.check(model)
+        layout.check(model_cfg)
         print(f"{cfg.stage}: {folder}")
-        dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model)
+        dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
         optimizer = optim.make_optimizer(
-            model.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
+            model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
         few = "try --shard=full on several devices, or a smaller model"
         with devices.out_of_memory_explained("the weights and the optimizer's state", few):
-            state, data, totals = _initial_state(cfg, model, origin, optimizer, layout, folder, step)
+            state, data, totals = _initial_state(cfg, model_cfg, origin, optimizer, layout, folder, step)
         saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count())
         run = Run(
-            cfg, folder, model, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,
+            cfg, folder, model_cfg, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,
             identity, {} if step is None else checkpoint.read_meta(folder, step).get("metrics", {}),
         )  # fmt: skip
         try:
@@ -269,12 +269,12 @@ def _finished(folder: Path, step: int) -> bool:
 
 
 def _initial_state(
-    cfg: Train, model: GPTConfig, origin, optimizer, layout: Layout, folder: Path, step: int | None
+    cfg: Train, model_cfg: GPTConfig, origin, optimizer, layout: Layout, folder: Path, step: int | None
 ):  # fmt: skip
     """(state, position in the data or None, totals): restored, or from the stage before, or fresh."""
 
     def fresh():
-        params = gpt.init(model, cfg.seed)
+        params = gpt.init(model_cfg, cfg.seed)
         return TrainState(params, optimizer.init(params))
 
     abstract = jax.eval_shape(fresh)
@@ -298,7 +298,7 @@ def _initial_state(
 
 def step_of(run: Run) -> Callable:
     """The step of a run, not yet compiled."""
-    return make_step(run.model, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
+    return make_step(run.model_cfg, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
 
 
 def out_of_memory_in_step(rows: int):
@@ -310,7 +310,7 @@ def out_of_memory_in_step(rows: int):
 def compiled_memory(run: Run, micro: int, rows: int) -> int:
     """Bytes of one device that the compiled step holds at its peak."""
     mesh = run.layout.mesh
-    shape = (micro, rows * sharding.replicas(mesh), run.model.sequence_len)
+    shape = (micro, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows_of_micro_batches(mesh))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
     step = step_of(run)

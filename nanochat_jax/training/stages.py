@@ -35,29 +35,34 @@ def _process(run: Run) -> dict:
 
 def _how_cut(run: Run) -> tuple:
     """What `geometry` and `geometry_of_rows` want to know besides the batch."""
-    fit = functools.partial(rows_that_fit, run.model, need=functools.partial(compiled_memory, run))
-    return run.cfg.device_batch_size, run.model.sequence_len, sharding.replicas(run.layout.mesh), fit
+    fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
+    return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 
 
 def base_stage(run: Run) -> Stage:
-    cfg, model = run.cfg, run.model
+    cfg, model_cfg = run.cfg, run.model_cfg
     shape = geometry(cfg.total_batch_size, *_how_cut(run))
-    steps = horizon(cfg, model, shape.tokens)
+    steps = horizon(cfg, model_cfg, shape.tokens)
     source = same_text(run, sources.open(cfg.data, cfg.data_dir))
     text = {"packing": cfg.packing, "twins": token_cache.folder_of(source, run.tokenizer), **_process(run)}
     return Stage(
         geometry=shape,
         steps=steps,
         loader=dataloader.base_loader(
-            source.train_files, run.tokenizer, shape.total_rows, model.sequence_len, seed=cfg.seed, **text
+            source.train_files, run.tokenizer, shape.total_rows, model_cfg.sequence_len, seed=cfg.seed, **text
         ),
         validation=lambda: dataloader.val_batches(
-            source.val_files, run.tokenizer, shape.rows * shape.replicas, model.sequence_len, cfg.eval_tokens, **text
+            source.val_files,
+            run.tokenizer,
+            shape.rows * shape.replicas,
+            model_cfg.sequence_len,
+            cfg.eval_tokens,
+            **text,
         ),
         lr_mult=lambda step, _: optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac),
         facts={
             "text": text_needed(source, steps * shape.tokens, run.tokenizer, text["twins"]),
-            "tokens a parameter": f"{steps * shape.tokens / model.num_params:.2f}",
+            "tokens a parameter": f"{steps * shape.tokens / model_cfg.num_params:.2f}",
         },
     )
 
@@ -112,14 +117,14 @@ def text_needed(source: sources.Source, tokens: int, tokenizer, twins: Path) -> 
     return said + (" (more than 4: new text would teach more)" if epochs > 4 else "")
 
 
-def horizon(cfg: config.Base, model: GPTConfig, tokens: int) -> int:
+def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
     """Steps of `tokens` tokens: as many as given, else FLOPs if given, else tokens in proportion to the parameters."""
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations
     elif cfg.target_flops > 0:
-        steps = round(cfg.target_flops / (model.flops_per_token * tokens))
+        steps = round(cfg.target_flops / (model_cfg.flops_per_token * tokens))
     else:
-        steps = int(cfg.target_param_data_ratio * model.num_params) // tokens
+        steps = int(cfg.target_param_data_ratio * model_cfg.num_params) // tokens
     if steps < 1:
         raise UserError(f"the horizon comes to {steps} steps of {tokens:,} tokens: raise --num_iterations")
     return steps
@@ -127,7 +132,7 @@ def horizon(cfg: config.Base, model: GPTConfig, tokens: int) -> int:
 
 def chat_stage(run: Run) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
-    cfg, model, mid = run.cfg, run.model, run.cfg.stage == "mid"
+    cfg, model_cfg, mid = run.cfg, run.model_cfg, run.cfg.stage == "mid"
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
     same_tasks(run, task)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
@@ -135,7 +140,7 @@ def chat_stage(run: Run) -> Stage:
     if cfg.total_batch_size:
         shape = geometry(cfg.total_batch_size, *_how_cut(run))
     else:  # finetuning alone has no default
-        rows = rows_of_examples(cfg.target_examples_per_step, length, model.sequence_len)
+        rows = rows_of_examples(cfg.target_examples_per_step, length, model_cfg.sequence_len)
         shape = geometry_of_rows(rows, *_how_cut(run))
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
@@ -144,12 +149,12 @@ def chat_stage(run: Run) -> Stage:
         geometry=shape,
         steps=steps,
         loader=loader(
-            task, run.tokenizer, shape.total_rows, model.sequence_len, epochs=epochs, seed=cfg.seed,
+            task, run.tokenizer, shape.total_rows, model_cfg.sequence_len, epochs=epochs, seed=cfg.seed,
             padding=shape.padding,
         ),
         validation=lambda: loader(
-            held_out, run.tokenizer, shape.rows * shape.replicas, model.sequence_len, epochs=1,
-            max_rows=max(1, cfg.eval_tokens // model.sequence_len),
+            held_out, run.tokenizer, shape.rows * shape.replicas, model_cfg.sequence_len, epochs=1,
+            max_rows=max(1, cfg.eval_tokens // model_cfg.sequence_len),
         ),
         lr_mult=lambda step, progress: cfg.init_lr_frac * (optim.late_decay if mid else optim.linear_decay)(progress),
         facts={

@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
 
 
 def make_step(
-    model: GPTConfig, optimizer: optax.GradientTransformation, dtype, grad_clip: float = 0.0,
+    model_cfg: GPTConfig, optimizer: optax.GradientTransformation, dtype, grad_clip: float = 0.0,
     layout: Layout | None = None, execution: gpt.Execution = gpt.PLAIN,
 ) -> Callable:  # fmt: skip
     """step(state, batch, lr_mult) -> (state, metrics), jitted, its state donated.
@@ -40,12 +40,12 @@ def make_step(
         execution = dataclasses.replace(execution, gather=layout.gather)
 
     def loss_sum(params, batch):
-        x = gpt.hidden(params, model, batch["inputs"], dtype, execution)
-        head = execution.gather("lm_head", params["lm_head"])[: model.vocab_size]
+        x = gpt.hidden(params, model_cfg, batch["inputs"], dtype, execution)
+        head = execution.gather("lm_head", params["lm_head"])[: model_cfg.vocab_size]
         rows, time = batch["targets"].shape
         weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
         chunks = num_chunks(rows if apart else rows // replicas, time)  # of what one device holds
-        return cross_entropy(x, head, batch["targets"], weights, model.softcap, chunks)
+        return cross_entropy(x, head, batch["targets"], weights, model_cfg.softcap, chunks)
 
     def gradients(params, batch):
         """(sum of losses, its gradient); over one micro-batch, or as many as the batch has."""

@@ -66,7 +66,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals.bpb import bits_per_byte
 
     batches = stage.validation()
-    bpb = bits_per_byte(run.state.params, run.model, batches, run.tokenizer.token_bytes(), run.dtype)
+    bpb = bits_per_byte(run.state.params, run.model_cfg, batches, run.tokenizer.token_bytes(), run.dtype)
     batches.close()
     run.log("val", step, bpb=bpb)
     print(f"step {step} | validation bits per byte {bpb:.6f}", flush=True)
@@ -81,7 +81,7 @@ def core_metric(run: Run, stage: Stage, step: int) -> None:
         print(f"step {step} | CORE skipped: {error}")
         return
     result = core.evaluate(
-        run.state.params, run.model, run.tokenizer, bundle, max_per_task=run.cfg.core_metric_max_per_task,
+        run.state.params, run.model_cfg, run.tokenizer, bundle, max_per_task=run.cfg.core_metric_max_per_task,
         dtype=run.dtype,
     )  # fmt: skip
     run.log("core", step, core=result.core, stderr=result.stderr, n=result.n)
@@ -90,17 +90,17 @@ def core_metric(run: Run, stage: Stage, step: int) -> None:
 
 def sample(run: Run, stage: Stage, step: int) -> None:
     """What the model makes of seven prompts, greedily."""
-    for prompt, text in complete(run.state.params, run.model, run.tokenizer, run.dtype):
+    for prompt, text in complete(run.state.params, run.model_cfg, run.tokenizer, run.dtype):
         run.log("sample", step, task=prompt, text=text)
         print(f"  {prompt}{text!r}")
 
 
-def complete(params, model: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -> list[tuple[str, str]]:
+def complete(params, model_cfg: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -> list[tuple[str, str]]:
     """Greedy continuations of SAMPLE_PROMPTS, as (prompt, continuation)."""
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
 
-    engine = Engine(params, model, tokenizer, slots=len(SAMPLE_PROMPTS), dtype=dtype)
+    engine = Engine(params, model_cfg, tokenizer, slots=len(SAMPLE_PROMPTS), dtype=dtype)
     requests = [
         Request(ids=tokenizer.encode(p, prepend=tokenizer.bos), max_tokens=new_tokens, temperature=0.0)
         for p in SAMPLE_PROMPTS
@@ -115,7 +115,7 @@ def task_metrics(run: Run, stage: Stage, step: int, judged: list[tasks.Task]) ->
 
     for task in judged:
         score = chat.evaluate(
-            run.state.params, run.model, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
+            run.state.params, run.model_cfg, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
             dtype=run.dtype,
         )  # fmt: skip
         run.log(

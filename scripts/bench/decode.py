@@ -57,7 +57,7 @@ def main(cfg: Settings) -> None:
         raise UserError(f"--device_type={cfg.device_type}: JAX finds no such device ({error})") from error
     cfg = _complete(cfg, device["platform"])
     batches, dtypes = [int(size) for size in cfg.batches.split(",")], cfg.dtypes.split(",")
-    shape = config.Model(depth=cfg.depth, max_seq_len=cfg.prompt + cfg.new).gpt_config(cfg.vocab_size)
+    shape = config.ModelFlags(depth=cfg.depth, max_seq_len=cfg.prompt + cfg.new).gpt_config(cfg.vocab_size)
     tools, versions = {"ours": sys.executable}, {"ours": f"jax {device['version']}"}
     if cfg.peer:
         python = cfg.peer_python or sys.executable

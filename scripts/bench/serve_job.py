@@ -47,7 +47,7 @@ def engine(job: dict) -> dict:
     """Seconds and tokens of the engine, as many slots as clients, for all but the first round, which warms."""
     model = checkpoint.load_model(STAGE, TAG)
     dtype = devices.choose_precision("")
-    engine = Engine(model.params, model.config, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)
+    engine = Engine(model.params, model.model_cfg, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)
     requests = [
         Request(
             request["prompt"], request["max_tokens"], request["temperature"], request["top_k"], seed=request["seed"]

@@ -50,7 +50,7 @@ def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch,
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # that is all: cuDNN is tried, and fails
     kernel, reason = attention.choose_kernel("", jnp.bfloat16, MODEL)
     assert kernel == "xla" and reason.startswith("cuDNN failed: ") and "\n" not in reason
-    devices.choose_precision("bfloat16", model=MODEL)
+    devices.choose_precision("bfloat16", model_cfg=MODEL)
     assert f"matmuls in bfloat16 (as asked), attention by xla ({reason})" in capsys.readouterr().out
 
 
@@ -87,7 +87,7 @@ def test_cudnn_is_tried_with_grouped_heads_and_every_window_forward_and_backward
 def test_all_processes_take_the_kernel_that_runs_in_all(monkeypatch, asked, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(processes, "least", lambda here: False)
-    devices.choose_precision("bfloat16", model=MODEL)
+    devices.choose_precision("bfloat16", model_cfg=MODEL)
     assert (
         attention._chosen == "xla" and "attention by xla (cuDNN failed in another process)" in capsys.readouterr().out
     )

@@ -33,7 +33,7 @@ class ScriptedEngine:
 
     def __init__(self, tokenizer, script, slots: int = 2, context: int = 256, delay: float = 0.0):
         self.tokenizer, self.script, self.slots, self.delay = tokenizer, script, slots, delay
-        self.cfg = GPTConfig(sequence_len=context, vocab_size=tokenizer.vocab_size)
+        self.model_cfg = GPTConfig(sequence_len=context, vocab_size=tokenizer.vocab_size)
         self.requests, self.cancelled = {}, []
         self._waiting, self._left = [], {}
 
@@ -85,11 +85,11 @@ def until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def save_model(base: Path, params, cfg: GPTConfig, tokenizer) -> None:
+def save_model(base: Path, params, model_cfg: GPTConfig, tokenizer) -> None:
     """A checkpoint of stage sft, tag tiny, in $NANOCHAT_BASE_DIR, which must be `base`."""
     tokenizer.save(base / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir("sft", "tiny"), keep_last=1)
-    saver.save(7, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(cfg) | {"tokenizer": tokenizer.hash})
+    saver.save(7, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(model_cfg) | {"tokenizer": tokenizer.hash})
     saver.wait()
 
 

@@ -285,7 +285,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
     found, said = measured()
     source, model = sources.open(), checkpoint.load_model("base", run.name)
     batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
-    expected = bits_per_byte(model.params, model.config, batches, model.tokenizer.token_bytes())
+    expected = bits_per_byte(model.params, model.model_cfg, batches, model.tokenizer.token_bytes())
     batches.close()
     assert float(found[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in said
     found, said = measured(data_dir=str(tmp_path))

@@ -86,8 +86,8 @@ def evaluate(
 
 
 def evaluate_task(
-    params: gpt.Params, model_cfg: GPTConfig, tokenizer, task: CoreTask, dtype: jnp.dtype = jnp.float32, batch_size: int = 32,
-    max_per_task: int = -1, label: str = "",
+    params: gpt.Params, model_cfg: GPTConfig, tokenizer, task: CoreTask, dtype: jnp.dtype = jnp.float32,
+    batch_size: int = 32, max_per_task: int = -1, label: str = "",
 ) -> CoreScore:  # fmt: skip
     """The score of one task."""
     start = time.monotonic()

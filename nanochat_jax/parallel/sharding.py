@@ -152,11 +152,11 @@ class Layout:
 
     def check(self, model_cfg: GPTConfig) -> None:
         """UserError for heads that the model axis does not divide; whatever else it does not divide stays whole."""
-        size = self.mesh.shape["model"]
-        if model_cfg.n_head % size or model_cfg.n_kv_head % size:
+        size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
+        if heads % size or kv_heads % size:
             raise UserError(
-                f"--mesh: model={size} does not divide {model_cfg.n_head} heads and {model_cfg.n_kv_head} key/value heads, and "
-                f"a head is not cut: try model={math.gcd(math.gcd(model_cfg.n_head, model_cfg.n_kv_head), size)}"
+                f"--mesh: model={size} does not divide {heads} heads and {kv_heads} key/value heads, and a head is not "
+                f"cut: try model={math.gcd(heads, kv_heads, size)}"
             )
 
     def shard_specs(self, tree, along: tuple[str, ...] = ("data", "model")):

@@ -137,8 +137,8 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
         if fits(n):
             return n
     raise UserError(
-        f"one row of {model_cfg.sequence_len} tokens needs {used[1] / 2**30:.1f} GiB, the device has {limit / 2**30:.1f}: "
-        "try --remat=full or --shard=full, or a smaller --max_seq_len"
+        f"one row of {model_cfg.sequence_len} tokens needs {used[1] / 2**30:.1f} GiB, "
+        f"the device has {limit / 2**30:.1f}: try --remat=full or --shard=full, or a smaller --max_seq_len"
     )
 
 

@@ -136,8 +136,8 @@ def announce(run: Run, stage: Stage) -> None:
     epochs = getattr(run.cfg, "num_epochs", 1)  # midtraining has one
     passes = "one pass over the data" if epochs == 1 else f"{epochs} passes over the data"
     facts = {
-        "model": f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.n_head} heads ({model_cfg.n_kv_head} kv), "
-        f"vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
+        "model": f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.n_head} heads "
+        f"({model_cfg.n_kv_head} kv), vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
         "parameters": f"{model_cfg.num_params:,}",
         "FLOPs a token": f"{model_cfg.flops_per_token:.3e}",
         "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.replicas} replicas x {g.seq_len}"

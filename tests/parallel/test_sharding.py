@@ -18,7 +18,7 @@ import tiny
 from sharded_steps import MODEL
 
 from nanochat_jax import checkpoint, run_log
-from nanochat_jax.config import REPOSITORY, GPTConfig, Model, UserError
+from nanochat_jax.config import REPOSITORY, GPTConfig, ModelFlags, UserError
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel.sharding import Layout, make_mesh, share_of_rows
 from nanochat_jax.training import optim
@@ -128,7 +128,7 @@ def test_full_sharding_gathers_and_reduces_in_every_micro_batch(steps):
 @pytest.mark.parametrize("data", [8, 3])
 def test_every_preset_can_be_cut(depth, data):
     """Muon's state and updates have a place on any number of devices; eight leave nothing whole."""
-    model = Model(depth=depth).gpt_config(65536)
+    model = ModelFlags(depth=depth).gpt_config(65536)
     mesh = jax.sharding.AbstractMesh((1, data, 1), ("node", "data", "model"))
     layout = Layout(mesh)
     params = jax.eval_shape(lambda: gpt.init(model))

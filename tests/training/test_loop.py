@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from nanochat_jax import checkpoint, commandline, config, run_log
-from nanochat_jax.config import REPOSITORY, GPTConfig, Model, UserError
+from nanochat_jax.config import REPOSITORY, GPTConfig, ModelFlags, UserError
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices
@@ -358,7 +358,7 @@ def test_automatic_device_batch_is_the_largest_divisor_that_fits(rows, fits):
 
 def test_automatic_device_batch_takes_what_the_estimate_did_not_expect():
     """What --shard=full and --remat save, for instance."""
-    d20 = Model(depth=20).gpt_config(65536)
+    d20 = ModelFlags(depth=20).gpt_config(65536)
     tried = []
 
     def need(micro, n):
@@ -367,7 +367,7 @@ def test_automatic_device_batch_takes_what_the_estimate_did_not_expect():
 
     assert rows_that_fit(d20, 256, need, limit=75 * 10**9) == 128
     assert tried == sorted(tried) and len(tried) <= 5
-    huge = Model(depth=60).gpt_config(65536)
+    huge = ModelFlags(depth=60).gpt_config(65536)
     assert rows_that_fit(huge, 16, lambda micro, n: 10**10 + n * 3 * 10**9, limit=75 * 10**9) == 16
 
 

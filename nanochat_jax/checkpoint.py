@@ -73,7 +73,7 @@ class Saver:
         self.wait()
         target = self._target = step_dir(self.run, step)
         # What is there is torn, damaged or from before a resume: it does not count.
-        processes.first(lambda: shutil.rmtree(target) if target.exists() else None)
+        processes.broadcast_from_0(lambda: shutil.rmtree(target) if target.exists() else None)
         meta = json.dumps(meta, indent=1)  # now: the caller goes on changing what it holds
         try:
             writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
@@ -143,13 +143,14 @@ class Saver:
             raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last()}") from error
 
     def _wait_together(self) -> None:
-        while UNDER_WAY in (states := processes.gather(self._state())) and FAILED not in states:
+        while UNDER_WAY in (states := processes.all_gather(self._state())) and FAILED not in states:
             if self._thread:
                 self._thread.join(0.1)
         if FAILED not in states:
             return
         error = self._error
-        processes.leave()  # the thread may be waiting, for up to 20 minutes, for what another process should have done
+        # The thread may wait up to 20 minutes for what another process should have done.
+        processes.disconnect()
         if self._thread:
             self._thread.join()
         self._thread, self._error = None, error

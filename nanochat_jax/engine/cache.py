@@ -59,7 +59,7 @@ def resize(cache: KV, size: int) -> KV:
 def row(cache: KV, slot: jax.Array, *, size: int, mesh) -> KV:
     """A copy of one row, with `size` positions, whole on every device."""
     one = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
-    return sharding.everywhere(one, mesh)
+    return sharding.replicate(one, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=1)

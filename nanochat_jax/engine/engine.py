@@ -65,7 +65,7 @@ class Engine:
         self._prefilled: Prefilled | None = None
         self._next_id = 0
         self.set_params(params)
-        where = sharding.rows(self._mesh) or self._params["wte"].sharding
+        where = sharding.batch_sharding(self._mesh) or self._params["wte"].sharding
         self._cache = kv.make(model_cfg, slots, kv.bucket(0, model_cfg.sequence_len), dtype, where)
 
     def set_params(self, params: gpt.Params) -> None:

@@ -107,7 +107,7 @@ def first(logits, row, settings, position, *, plan: sampler.Plan, top: int, mesh
         token = sampler.sample(logits, settings, position, plan)
         return token, sampler.log_prob(logits, token), *sampler.likeliest(logits, top)
 
-    return sharding.everywhere(sharding.by_rows(draw, mesh)(logits, row, settings, position), mesh)
+    return sharding.replicate(sharding.shard_map_rows(draw, mesh)(logits, row, settings, position), mesh)
 
 
 @functools.partial(
@@ -152,5 +152,5 @@ def decode(
         (cache, *_), (tokens, logprobs, counts, *likeliest) = jax.lax.scan(step, carry, inputs)
         return cache, (tokens.T, logprobs.T, counts.sum(0), *(jnp.swapaxes(x, 0, 1) for x in likeliest))
 
-    cache, out = sharding.by_rows(chunk, mesh)(params, cache, schedule, settings)
-    return cache, sharding.everywhere(out, mesh)
+    cache, out = sharding.shard_map_rows(chunk, mesh)(params, cache, schedule, settings)
+    return cache, sharding.replicate(out, mesh)

@@ -48,7 +48,7 @@ def num_rows(params: gpt.Params, batch_size: int) -> int:
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
     """Rows that every process holds in full, onto the devices."""
-    place = sharding.rows(sharding.mesh_of(params))
+    place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None:
         return jnp.asarray(rows)
     return jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])
@@ -56,7 +56,7 @@ def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
 
 def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
     """Rows of which every process holds its own, as one array of all of them."""
-    place = sharding.rows(sharding.mesh_of(params))
+    place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None or isinstance(rows, jax.Array):
         return jnp.asarray(rows)
     return jax.make_array_from_process_local_data(place, rows)

@@ -88,7 +88,7 @@ def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConf
     line = f"devices: {describe()}; matmuls in {dtype.__name__} ({why})"
     if model_cfg is not None:
         kernel, because = kernels.choose_kernel(attention, dtype, model_cfg)
-        if processes.least(kernel == "cudnn") < (kernel == "cudnn"):  # all compile the same program
+        if processes.all_min(kernel == "cudnn") < (kernel == "cudnn"):  # all compile the same program
             kernel, because = kernels.choose_kernel("xla", dtype, model_cfg)[0], "cuDNN failed in another process"
         line += f", attention by {kernel} ({because})"
     print(line)

@@ -63,7 +63,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
         raise UserError(f"could not join the other processes: {str(error).splitlines()[0]}{hint}") from None
 
 
-def first(decide: Callable[[], T]) -> T:
+def broadcast_from_0(decide: Callable[[], T]) -> T:
     """What `decide` returns on process 0 (anything JSON can hold), told to all. An error it raises there ends all of
     them, or the others would wait for ever: a UserError as such, any other as what it is on process 0 alone."""
     import jax
@@ -76,7 +76,7 @@ def first(decide: Callable[[], T]) -> T:
             answer = {"value": decide()}
         except Exception as error:
             answer, failed = {"error": str(error), "mendable": isinstance(error, UserError)}, error
-    answer = json.loads(_told(json.dumps(answer).encode()))
+    answer = json.loads(_broadcast_text(json.dumps(answer).encode()))
     if failed is not None:
         raise failed
     if "error" in answer:
@@ -84,7 +84,7 @@ def first(decide: Callable[[], T]) -> T:
     return answer["value"]
 
 
-def _told(text: bytes) -> bytes:
+def _broadcast_text(text: bytes) -> bytes:
     """The text of process 0, on all: its length first, since the others must have as much room."""
     from jax.experimental import multihost_utils
 
@@ -93,21 +93,21 @@ def _told(text: bytes) -> bytes:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8))
 
 
-def gather(number: int) -> list[int]:
+def all_gather(number: int) -> list[int]:
     """The number of each process, told to all, which must ask at the same point."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
-def least(number: int) -> int:
+def all_min(number: int) -> int:
     """The least of the processes' numbers, which must ask at the same point."""
     import jax
 
-    return number if jax.process_count() == 1 else min(gather(number))
+    return number if jax.process_count() == 1 else min(all_gather(number))
 
 
-def leave() -> None:
+def disconnect() -> None:
     """Takes leave of the other processes, once all of them do. What still waits for one of them gets an error."""
     import jax
 
@@ -115,7 +115,7 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Within it an error of one process alone ends the others too, with a line that says whose it was: without, it
     would wait five minutes for them to exit, and they for its part of the next step. One that is killed is missed after
     HEARTBEAT seconds; what JAX then tells the others is a page long."""
@@ -133,7 +133,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         ended.set()
         _tell(error)
-        _leave_with_the_others()
+        _disconnect_or_exit()
         raise
     finally:
         ended.set()
@@ -165,17 +165,17 @@ def _listen(ended: threading.Event) -> None:
             return
         if told and not ended.wait(GRACE):
             print(f"error: {told[0][1]}", file=sys.stderr)
-            _leave_with_the_others()
+            _disconnect_or_exit()
             _exit_now()
 
 
-def _leave_with_the_others() -> None:
+def _disconnect_or_exit() -> None:
     """Takes leave of the other processes if they do so too within a few seconds, as with an error they all have. Else
     this process will exit without: its connections close, and what waits at their other ends gets an error."""
 
     def try_to_leave() -> None:
         with contextlib.suppress(Exception):
-            leave()
+            disconnect()
 
     leaving = threading.Thread(target=try_to_leave, daemon=True)
     leaving.start()

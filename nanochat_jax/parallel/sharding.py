@@ -17,7 +17,7 @@ from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
 AXES = ("node", "data", "model")
-ROWS = ("node", "data")  # the axes that share out a batch's rows
+BATCH_AXES = ("node", "data")  # the axes that share out a batch's rows
 GATHERED = "gathered weight"
 
 
@@ -57,7 +57,7 @@ def replicas(mesh: Mesh) -> int:
     return mesh.shape["node"] * mesh.shape["data"]
 
 
-def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+def process_rows(mesh: Mesh) -> tuple[int, int]:
     """(Which share of a batch's rows this process reads, of how many). Processes that hold one replica together, along
     the model axis, read the same rows."""
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
@@ -78,11 +78,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def put_rows(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     """This process's rows [micro, rows, t] of a batch as a global array, its rows spread over the replicas."""
-    return jax.make_array_from_process_local_data(rows_of_micro_batches(mesh), batch)
+    return jax.make_array_from_process_local_data(micro_batch_sharding(mesh), batch)
 
 
-def rows_of_micro_batches(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(None, ROWS))
+def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
@@ -101,12 +101,12 @@ def mesh_of(params):
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
-def rows(mesh):
+def batch_sharding(mesh):
     """Arrays whose first axis is spread over the data axis. No mesh: None, JAX's word for one device."""
-    return None if mesh is None else NamedSharding(mesh, P(ROWS))
+    return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
 
-def by_rows(function, mesh):
+def shard_map_rows(function, mesh):
     """`function(shared, *rows) -> rows`, each device computing its share of the rows without a word to the others.
 
     The first axis of every array in `rows` and of what is returned is that of the rows. No mesh: `function` itself.
@@ -115,14 +115,14 @@ def by_rows(function, mesh):
         return function
 
     def spread(shared, *arrays):
-        own = P(ROWS)
+        own = P(BATCH_AXES)
         specs = (P(), *[own] * len(arrays))
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own)(shared, *arrays)
 
     return spread
 
 
-def everywhere(arrays, mesh):
+def replicate(arrays, mesh):
     """Within jit: the arrays whole on every device, so that every process can read them. No mesh: as they are."""
     return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
@@ -195,19 +195,19 @@ class Layout:
 
         def split(x):
             x = x.reshape(x.shape[0], replicas(self.mesh), -1, x.shape[-1])
-            return self.constrain(x, P(None, ROWS))
+            return self.constrain(x, P(None, BATCH_AXES))
 
         return jax.tree.map(split, batch)
 
-    def own(self, tree):
+    def constrain_per_replica(self, tree):
         """Leaves [replicas, ...] of (losses, gradients), each replica holding its own."""
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), tree[1])
-        return self.constrain(tree, (P(ROWS), self._of_replicas(single)))
+        return self.constrain(tree, (P(BATCH_AXES), self._of_replicas(single)))
 
     def _of_replicas(self, single):
-        return jax.tree.map(lambda spec: P(ROWS, *spec), self.compute_specs(single), is_leaf=_is_spec)
+        return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
-    def reduce(self, grads):
+    def reduce_scatter_grads(self, grads):
         """Gradients [replicas, ...], a replica's own each -> their sum, every replica holding its share."""
 
         def one(g, spec):
@@ -227,7 +227,7 @@ class Layout:
             check_vma=False,  # an axis of one needs no reduction, which the check does not see
         )(grads)  # fmt: skip
 
-    def spread(self, x: jax.Array) -> jax.Array:
+    def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
         """Matrices [n, in, out], `in` cut along data -> whole ones, their number, padded, shared out instead.
 
         Spelled out, since XLA's partitioner finds this exchange on some meshes only, and else gathers everything.

@@ -117,7 +117,7 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
             return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
-        limit = processes.least(int(0.95 * stats["bytes_limit"]) // MIB) * MIB
+        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB
     # To know what a step needs means to compile it. Twice what is likely to fit is the first to be tried.
     likely = 1
     while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:

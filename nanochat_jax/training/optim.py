@@ -75,7 +75,7 @@ def _orthogonalize_all(x: jax.Array, dtype: jnp.dtype, layout: Layout | None) ->
     """x [n, in, out], each device taking its share of the n."""
     if layout is None or layout.mesh.size == 1:
         return orthogonalize(x, dtype).astype(x.dtype)
-    y = orthogonalize(layout.spread(x), dtype)
+    y = orthogonalize(layout.all_to_all_matrices(x), dtype)
     if not layout.full:
         y = layout.constrain(y, P())  # gathered before it is widened: half the bytes
     return y[: x.shape[0]].astype(x.dtype)

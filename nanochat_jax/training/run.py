@@ -77,7 +77,7 @@ class Run:
     def begin(self) -> None:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
         plain = dataclasses.asdict(self.cfg)
-        processes.first(lambda: self._prepare(plain))
+        processes.broadcast_from_0(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
 
     def _prepare(self, plain: dict) -> None:
@@ -129,9 +129,9 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
     """
     _check(cfg)
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    with processes.together(), ExitStack() as held:
+    with processes.fail_together(), ExitStack() as held:
         # Process 0 decides and holds the lock; several processes see one file system.
-        origin, tag, step, finished, identity = processes.first(lambda: _plan(cfg, held))
+        origin, tag, step, finished, identity = processes.broadcast_from_0(lambda: _plan(cfg, held))
         origin = (Path(origin[0]), origin[1]) if origin else None
         folder = checkpoint.run_dir(cfg.stage, tag)
         if finished:
@@ -311,7 +311,7 @@ def compiled_memory(run: Run, micro: int, rows: int) -> int:
     """Bytes of one device that the compiled step holds at its peak."""
     mesh = run.layout.mesh
     shape = (micro, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows_of_micro_batches(mesh))
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
     step = step_of(run)
     used = step.lower(like, {"inputs": ids, "targets": ids}, jnp.float32(1)).compile().memory_analysis()

@@ -29,7 +29,7 @@ class Stage:
 
 
 def _process(run: Run) -> dict:
-    index, count = sharding.share_of_rows(run.layout.mesh)
+    index, count = sharding.process_rows(run.layout.mesh)
     return {"process_index": index, "process_count": count}
 
 

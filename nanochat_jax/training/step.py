@@ -51,7 +51,7 @@ def make_step(
         """(sum of losses, its gradient); over one micro-batch, or as many as the batch has."""
         gradient_of = jax.value_and_grad(loss_sum)
         if apart:
-            gradient_of = jax.vmap(gradient_of, in_axes=(None, 0), spmd_axis_name=sharding.ROWS)
+            gradient_of = jax.vmap(gradient_of, in_axes=(None, 0), spmd_axis_name=sharding.BATCH_AXES)
             batch = layout.by_replica(batch)
         if batch["targets"].shape[0] == 1:
             return gradient_of(params, jax.tree.map(lambda x: x[0], batch))
@@ -62,7 +62,7 @@ def make_step(
         like = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], batch))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         if apart:
-            zero = layout.own(zero)
+            zero = layout.constrain_per_replica(zero)
         return jax.lax.scan(accumulate, zero, batch)[0]
 
     def step(state: TrainState, batch: dict, lr_mult: jax.Array):
@@ -70,7 +70,7 @@ def make_step(
         stop = batch.get("stop")
         loss, grads = gradients(params, {k: v for k, v in batch.items() if k != "stop"})
         if apart:
-            loss, grads = loss.sum(), layout.reduce(grads)
+            loss, grads = loss.sum(), layout.reduce_scatter_grads(grads)
         count = (batch["targets"] >= 0).sum()
         scale = 1.0 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)

@@ -76,7 +76,7 @@ def core_metric(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals import core
 
     try:
-        bundle = Path(processes.first(lambda: str(core.find_bundle(run.cfg.core_dir))))
+        bundle = Path(processes.broadcast_from_0(lambda: str(core.find_bundle(run.cfg.core_dir))))
     except UserError as error:
         print(f"step {step} | CORE skipped: {error}")
         return

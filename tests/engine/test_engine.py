@@ -477,7 +477,7 @@ for params, slots in ((one, 16), (many, 16), (many, 6)):
         answers.append([events[0].reused, [token for event in events for token in event.ids]])
     module.PREFILL_CHUNK = 512
     cache = engine._cache["k"] + engine._cache["v"]
-    spread = all(x.sharding.is_equivalent_to(sharding.rows(mesh), x.ndim) for x in cache)
+    spread = all(x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), x.ndim) for x in cache)
     print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
 """
 

@@ -110,13 +110,13 @@ from nanochat_jax.config import UserError
 me = int(sys.argv[2])
 devices.start("cpu", sys.argv[1], 2, me)
 say = lambda text: print(text, file=sys.stderr)
-assert processes.first(lambda: "x" * 10_000 if me == 0 else None) == "x" * 10_000
+assert processes.broadcast_from_0(lambda: "x" * 10_000 if me == 0 else None) == "x" * 10_000
 for error in (UserError("mend it"), OSError("no such thing")):
     def fail():
         assert me == 0, "decided on another process"
         raise error
     try:
-        processes.first(fail)
+        processes.broadcast_from_0(fail)
     except Exception as met:
         say(f"{type(met).__name__}: {met}")
 """
@@ -138,11 +138,11 @@ from nanochat_jax.parallel import devices, processes
 from nanochat_jax.config import UserError
 me = int(sys.argv[2])
 devices.start("cpu", sys.argv[1], 2, me)
-with processes.together():
-    processes.first(lambda: None)
+with processes.fail_together():
+    processes.broadcast_from_0(lambda: None)
     if me == {failing}:
         raise {error}
-    processes.first(lambda: None)  # the other's part never comes
+    processes.broadcast_from_0(lambda: None)  # the other's part never comes
 """
 
 

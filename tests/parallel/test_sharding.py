@@ -20,7 +20,7 @@ from sharded_steps import MODEL
 from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import REPOSITORY, GPTConfig, ModelFlags, UserError
 from nanochat_jax.model import gpt
-from nanochat_jax.parallel.sharding import Layout, make_mesh, share_of_rows
+from nanochat_jax.parallel.sharding import Layout, make_mesh, process_rows
 from nanochat_jax.training import optim
 
 SHARDED = [
@@ -183,12 +183,12 @@ def test_processes_that_share_a_replica_read_the_same_rows(processes, own, model
     )  # fmt: skip
     if shares is None:
         with pytest.raises(UserError, match=r"model=2 takes parts of processes of 3 dev.*: try node=1,data=6,model=1"):
-            share_of_rows(mesh)
+            process_rows(mesh)
         return
     found = []
     for i in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda i=i: i)
-        found.append(share_of_rows(mesh))
+        found.append(process_rows(mesh))
     assert found == [(share, max(shares) + 1) for share in shares]
 
 

@@ -97,7 +97,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout, dtype) -> None
     from nanochat_jax.parallel import devices, sharding
     from nanochat_jax.progress import clock
     from nanochat_jax.training import optim
-    from nanochat_jax.training.batch_shape import estimated_memory, geometry, rows_that_fit
+    from nanochat_jax.training.batch_shape import batch_shape, estimated_memory, rows_that_fit
     from nanochat_jax.training.stages import horizon
 
     layout.check(model_cfg)
@@ -118,23 +118,20 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout, dtype) -> None
     def fit(rows: int) -> int:
         """Training compiles to know; here it is estimated, without what --shard and --remat save."""
         try:
-            return rows_that_fit(model_cfg, rows, need=lambda micro, rows: estimated_memory(model_cfg, rows))
+            return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
         except UserError as error:  # which advises what may have been done already
             line("Memory", f"roughly estimated, {str(error).partition(':')[0]}, less what --shard and --remat save")
             return 1
 
     replicas = sharding.replicas(layout.mesh)
-    shape = geometry(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
+    shape = batch_shape(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
     steps = horizon(cfg, model_cfg, shape.tokens)
     flops = steps * shape.tokens * model_cfg.flops_per_token
     line("Preset", cfg.preset or "none (--config=NAME): the defaults")
     line("Model", f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.num_params:,} parameters")
     line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
-    line(
-        "Batch",
-        f"{shape.tokens:,} tokens = {shape.micro} x {shape.rows} rows x {shape.replicas} replicas x {shape.seq_len}",
-    )
+    line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
     unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
     seconds = devices.expected_seconds(flops)

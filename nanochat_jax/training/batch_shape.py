@@ -17,11 +17,11 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Geometry:
+class BatchShape:
     """A step's rows: `micro` micro-batches of `rows` rows on each of the replicas (devices, or groups of them along
     the model axis), `seq_len` tokens a row. The last `padding` of all rows are without targets."""
 
-    micro: int
+    grad_accum_steps: int
     rows: int
     replicas: int
     seq_len: int
@@ -30,11 +30,14 @@ class Geometry:
     @property
     def total_rows(self) -> int:
         """Those with something in them."""
-        return self.micro * self.rows * self.replicas - self.padding
+        return self.grad_accum_steps * self.rows * self.replicas - self.padding
 
     @property
     def tokens(self) -> int:
         return self.total_rows * self.seq_len
+
+    def __str__(self) -> str:
+        return f"{self.grad_accum_steps} gradient accumulation steps x {self.rows} rows x {self.replicas} replicas"
 
     def shaped(self, batch: dict[str, np.ndarray], mesh, vocab_size: int) -> dict[str, jax.Array]:
         """[rows of this process, t] -> global arrays [micro, rows, t] on the devices.
@@ -48,14 +51,14 @@ class Geometry:
                     f"token id {id} among the {name} is outside the vocabulary of {vocab_size:,}: "
                     "the tokenizer is not the one this model was made for"
                 )
-        local = {k: v.reshape(self.micro, -1, v.shape[-1]) for k, v in batch.items()}
+        local = {k: v.reshape(self.grad_accum_steps, -1, v.shape[-1]) for k, v in batch.items()}
         return {k: sharding.put_rows(mesh, v) for k, v in local.items()}
 
 
-def geometry(
+def batch_shape(
     total_batch_size: int, device_batch_size: int, seq_len: int, devices: int = 1,
     fit: Callable[[int], int] | None = None,
-) -> Geometry:  # fmt: skip
+) -> BatchShape:  # fmt: skip
     """Cuts `total_batch_size` tokens into rows and micro-batches. UserError where it does not divide.
 
     `devices` is how many take rows of their own. A `device_batch_size` of 0 leaves it to `fit`, which says how many of
@@ -76,12 +79,12 @@ def geometry(
             f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {devices} devices): "
             f"try {math.gcd(rows, max(1, device_batch_size))}"
         )
-    return Geometry(rows // device_batch_size, device_batch_size, devices, seq_len)
+    return BatchShape(rows // device_batch_size, device_batch_size, devices, seq_len)
 
 
-def geometry_of_rows(
+def batch_shape_of_rows(
     total_rows: int, device_batch_size: int, seq_len: int, devices: int, fit: Callable[[int], int]
-) -> Geometry:
+) -> BatchShape:
     """Cuts as many rows over any number of devices: what does not divide is made up with padding.
 
     `device_batch_size` and `fit` as in `geometry`, but that of a step with fewer rows a device takes those at once.
@@ -90,8 +93,8 @@ def geometry_of_rows(
         raise UserError(f"--device_batch_size={device_batch_size}: must be at least 1, or auto")
     share = -(-total_rows // devices)
     rows = min(device_batch_size, share) or fit(share)
-    micro = -(-share // rows)
-    return Geometry(micro, rows, devices, seq_len, padding=micro * rows * devices - total_rows)
+    grad_accum_steps = -(-share // rows)
+    return BatchShape(grad_accum_steps, rows, devices, seq_len, padding=grad_accum_steps * rows * devices - total_rows)
 
 
 def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:

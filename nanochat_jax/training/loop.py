@@ -44,7 +44,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         place = stage.loader.state()  # after the last batch that was trained on
         saved_at = run.step if run.data is not None else -1
         evaluated_at: dict[Evaluation, int] = {}
-        held.enter_context(out_of_memory_in_step(stage.geometry.rows))  # which is told a step late
+        held.enter_context(out_of_memory_in_step(stage.batch_shape.rows))  # which is told a step late
 
         def save() -> None:
             nonlocal saved_at
@@ -113,7 +113,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             progress = step / stage.steps if stage.steps else _progress(run, stage)
             lr_mult = stage.lr_mult(step, progress)
             waited = log.timer.lap() if log.timed else 0.0
-            arrays = stage.geometry.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
+            arrays = stage.batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
             if jax.process_count() > 1:  # all stop after the same step: where its results, with all wishes, are read
                 wish = interruption.signal is not None or run.saver.failed
                 arrays["stop"] = sharding.put_flag(run.layout.mesh, wish)
@@ -132,7 +132,7 @@ def _progress(run: Run, stage: Stage) -> float:
 
 def announce(run: Run, stage: Stage) -> None:
     """Everything derived, before the first step."""
-    g, model_cfg = stage.geometry, run.model_cfg
+    g, model_cfg = stage.batch_shape, run.model_cfg
     epochs = getattr(run.cfg, "num_epochs", 1)  # midtraining has one
     passes = "one pass over the data" if epochs == 1 else f"{epochs} passes over the data"
     facts = {
@@ -140,8 +140,7 @@ def announce(run: Run, stage: Stage) -> None:
         f"({model_cfg.n_kv_head} kv), vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
         "parameters": f"{model_cfg.num_params:,}",
         "FLOPs a token": f"{model_cfg.flops_per_token:.3e}",
-        "batch": f"{g.tokens:,} tokens = {g.micro} micro-batches x {g.rows} rows x {g.replicas} replicas x {g.seq_len}"
-        + (f", less {g.padding} empty rows" if g.padding else ""),
+        "batch": f"{g.tokens:,} tokens = {g} x {g.seq_len}" + (f", less {g.padding} empty rows" if g.padding else ""),
         "mesh": sharding.describe(run.layout.mesh),
         "steps": f"{stage.steps} ({stage.steps * g.tokens:,} tokens)" if stage.steps else passes,
         **stage.facts,
@@ -192,7 +191,7 @@ class StepLog:
                 f"the loss is {loss}, its gradient's norm {grad_norm} at step {step}: lower the learning rates; "
                 f"the last good checkpoint is kept in {self.run.dir}"
             )
-        tokens = self.stage.geometry.tokens
+        tokens = self.stage.batch_shape.tokens
         flops = tokens * self.run.model_cfg.flops_per_token
         totals = self.run.totals
         totals["tokens"] += tokens

@@ -26,7 +26,7 @@ from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.progress import Timer, clock
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
 from nanochat_jax.training import optim
-from nanochat_jax.training.batch_shape import Geometry
+from nanochat_jax.training.batch_shape import BatchShape
 from nanochat_jax.training.interruption import Interruption
 from nanochat_jax.training.run import Run, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.stages import same_tasks
@@ -110,7 +110,7 @@ def train(cfg: config.Rl) -> None:
                 f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model_cfg.sequence_len} tokens, "
                 f"prompts included: try {run.model_cfg.sequence_len // 2}"
             )
-        shape = geometry_of_answers(
+        shape = batch_shape_of_answers(
             cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model_cfg.sequence_len
         )
         for name in cfg.mixture:
@@ -190,7 +190,7 @@ def check(cfg: config.Rl) -> None:
             raise UserError(f"--{name}={value}: must be at least {limit}{why}")
 
 
-def geometry_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> Geometry:
+def batch_shape_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
     """The answers of a step as rows. UserError where they do not divide over `count` devices, of which
     `replicas` take rows of their own, or into micro-batches."""
     answers = cfg.examples_per_step * cfg.num_samples
@@ -203,7 +203,7 @@ def geometry_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int)
             f"--device_batch_size={rows} does not divide the {share} answers a device ({flags} / {replicas} devices): "
             f"try {math.gcd(share, max(1, rows))}"
         )
-    return Geometry(share // rows, rows, replicas, seq_len)
+    return BatchShape(share // rows, rows, replicas, seq_len)
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
@@ -213,7 +213,7 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
     return [int(orders[p // size][p % size]) for p in positions]
 
 
-def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: float) -> dict:
+def update(run: Run, step_fn, group: list[Rollout], shape: BatchShape, lr_mult: float) -> dict:
     """One policy-gradient step on the answers of a step; the state of `run` becomes the new one."""
     longest = max(len(r.prompt) + len(r.sample.ids) for r in group)
     length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths: each is a compilation
@@ -228,7 +228,7 @@ def update(run: Run, step_fn, group: list[Rollout], shape: Geometry, lr_mult: fl
     return results
 
 
-def announce(run: Run, shape: Geometry, problems: int, drawn: int, steps: int) -> None:
+def announce(run: Run, shape: BatchShape, problems: int, drawn: int, steps: int) -> None:
     cfg = run.cfg
     print(f"  parameters: {run.model_cfg.num_params:,}, FLOPs a token: {run.model_cfg.flops_per_token:.3e}")
     names = ", ".join(cfg.mixture)
@@ -237,7 +237,7 @@ def announce(run: Run, shape: Geometry, problems: int, drawn: int, steps: int) -
         f"{cfg.examples_per_step} to train on"
     )
     mesh = sharding.describe(run.layout.mesh)
-    print(f"  batch: {shape.micro} micro-batches x {shape.rows} rows x {shape.replicas} replicas (mesh {mesh})")
+    print(f"  batch: {shape} (mesh {mesh})")
     print(f"  steps: {steps}")
     print("compiling ...", flush=True)
 

@@ -307,10 +307,10 @@ def out_of_memory_in_step(rows: int):
     return devices.out_of_memory_explained("a step", f"{less}try --remat=full or --shard=full")
 
 
-def compiled_memory(run: Run, micro: int, rows: int) -> int:
+def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
     """Bytes of one device that the compiled step holds at its peak."""
     mesh = run.layout.mesh
-    shape = (micro, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
+    shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
     step = step_of(run)

@@ -12,7 +12,13 @@ from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.data import dataloader, sources, token_cache
 from nanochat_jax.parallel import sharding
 from nanochat_jax.training import optim
-from nanochat_jax.training.batch_shape import Geometry, geometry, geometry_of_rows, rows_of_examples, rows_that_fit
+from nanochat_jax.training.batch_shape import (
+    BatchShape,
+    batch_shape,
+    batch_shape_of_rows,
+    rows_of_examples,
+    rows_that_fit,
+)
 from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
 
 
@@ -20,7 +26,7 @@ from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
 class Stage:
     """One of base, mid and sft, for a run."""
 
-    geometry: Geometry
+    batch_shape: BatchShape
     steps: int | None  # optimizer steps, None: until the loader ends
     loader: dataloader.Loader
     validation: Callable[[], dataloader.Loader]
@@ -41,12 +47,12 @@ def _how_cut(run: Run) -> tuple:
 
 def base_stage(run: Run) -> Stage:
     cfg, model_cfg = run.cfg, run.model_cfg
-    shape = geometry(cfg.total_batch_size, *_how_cut(run))
+    shape = batch_shape(cfg.total_batch_size, *_how_cut(run))
     steps = horizon(cfg, model_cfg, shape.tokens)
     source = same_text(run, sources.open(cfg.data, cfg.data_dir))
     text = {"packing": cfg.packing, "twins": token_cache.folder_of(source, run.tokenizer), **_process(run)}
     return Stage(
-        geometry=shape,
+        batch_shape=shape,
         steps=steps,
         loader=dataloader.base_loader(
             source.train_files, run.tokenizer, shape.total_rows, model_cfg.sequence_len, seed=cfg.seed, **text
@@ -138,15 +144,15 @@ def chat_stage(run: Run) -> Stage:
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     if cfg.total_batch_size:
-        shape = geometry(cfg.total_batch_size, *_how_cut(run))
+        shape = batch_shape(cfg.total_batch_size, *_how_cut(run))
     else:  # finetuning alone has no default
         rows = rows_of_examples(cfg.target_examples_per_step, length, model_cfg.sequence_len)
-        shape = geometry_of_rows(rows, *_how_cut(run))
+        shape = batch_shape_of_rows(rows, *_how_cut(run))
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
     epochs = None if steps else (1 if mid else cfg.num_epochs)
     loader = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process(run))
     return Stage(
-        geometry=shape,
+        batch_shape=shape,
         steps=steps,
         loader=loader(
             task, run.tokenizer, shape.total_rows, model_cfg.sequence_len, epochs=epochs, seed=cfg.seed,

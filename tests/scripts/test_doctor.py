@@ -58,7 +58,7 @@ def test_two_processes_are_told_as_one_machine(own_base_dir):
     (told, problems), (_, more_problems) = [p.communicate(timeout=120) for p in started]
     assert [p.returncode for p in started] == [0, 0], problems + more_problems
     assert "8 x cpu (cpu) in 2 processes" in told and "node=1, data=8, model=1" in told
-    assert "32,768 tokens = 2 x 1 rows x 8 replicas x 2048" in told
+    assert "32,768 tokens = 2 gradient accumulation steps x 1 rows x 8 replicas x 2048" in told
 
 
 class Answer(http.server.BaseHTTPRequestHandler):

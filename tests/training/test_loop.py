@@ -24,7 +24,7 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as train_module
 from nanochat_jax.training import optim, stages, validation
 from nanochat_jax.training import run as run_module
-from nanochat_jax.training.batch_shape import Geometry, geometry_of_rows, rows_of_examples, rows_that_fit
+from nanochat_jax.training.batch_shape import BatchShape, batch_shape_of_rows, rows_of_examples, rows_that_fit
 from nanochat_jax.training.loop import StepLog, train
 from nanochat_jax.training.run import compiled_memory, open_run
 from nanochat_jax.training.step import TrainState, make_step
@@ -53,14 +53,14 @@ def losses(run_dir) -> dict[int, float]:
 # The step
 
 
-def one_step(micro: int, clip: float = 0.0, weights=None, tx=None):
+def one_step(grad_accum_steps: int, clip: float = 0.0, weights=None, tx=None):
     """Loss, gradient norm and new parameters after one step on 8 rows cut into `micro` micro-batches."""
     tx = tx or optim.make_optimizer(MODEL.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)
     params = gpt.init(MODEL, seed=1)
     ids = jax.random.randint(jax.random.key(0), (8, 17), 0, 100)
     targets = jnp.where(jnp.arange(8)[:, None] + jnp.arange(16)[None] < 12, ids[:, 1:], -1)  # rows count unequally
     batch = {"inputs": ids[:, :-1], "targets": targets} | ({} if weights is None else {"weights": weights})
-    batch = {k: v.reshape(micro, -1, 16) for k, v in batch.items()}
+    batch = {k: v.reshape(grad_accum_steps, -1, 16) for k, v in batch.items()}
     state, results = make_step(MODEL, tx, jnp.float32, clip)(TrainState(params, tx.init(params)), batch, 1.0)
     return results, state.params
 
@@ -347,9 +347,9 @@ def test_what_cannot_work_is_refused(world, changes, words):
 def test_automatic_device_batch_is_the_largest_divisor_that_fits(rows, fits):
     tried = []
 
-    def need(micro, n):
+    def need(grad_accum_steps, n):
         tried.append(n)
-        assert micro * n == rows
+        assert grad_accum_steps * n == rows
         return 10**8 + n * 10**6
 
     assert rows_that_fit(MODEL, rows, need, limit=10**8 + 45 * 10**5) == fits
@@ -361,19 +361,19 @@ def test_automatic_device_batch_takes_what_the_estimate_did_not_expect():
     d20 = ModelFlags(depth=20).gpt_config(65536)
     tried = []
 
-    def need(micro, n):
+    def need(grad_accum_steps, n):
         tried.append(n)
         return 10**9 + n * 3 * 10**8
 
     assert rows_that_fit(d20, 256, need, limit=75 * 10**9) == 128
     assert tried == sorted(tried) and len(tried) <= 5
     huge = ModelFlags(depth=60).gpt_config(65536)
-    assert rows_that_fit(huge, 16, lambda micro, n: 10**10 + n * 3 * 10**9, limit=75 * 10**9) == 16
+    assert rows_that_fit(huge, 16, lambda grad_accum_steps, n: 10**10 + n * 3 * 10**9, limit=75 * 10**9) == 16
 
 
 def test_automatic_device_batch_says_what_to_do_when_nothing_fits():
     with pytest.raises(UserError, match="--remat=full"):
-        rows_that_fit(MODEL, 8, lambda micro, n: 2**30, limit=2**20)
+        rows_that_fit(MODEL, 8, lambda grad_accum_steps, n: 2**30, limit=2**20)
 
 
 def test_memory_of_a_compiled_step_grows_with_its_rows(world):
@@ -401,11 +401,11 @@ def test_out_of_memory_names_the_flag(world, monkeypatch, module, name, words):
 def test_ids_outside_the_vocabulary_are_refused():
     batch = {"inputs": np.zeros((2, 64), np.int32), "targets": np.full((2, 64), 320, np.int32)}
     with pytest.raises(UserError, match="token id 320 among the targets is outside the vocabulary of 320"):
-        Geometry(1, 2, 1, 64).shaped(batch, None, 320)
+        BatchShape(1, 2, 1, 64).shaped(batch, None, 320)
     for changed, words in (({"inputs": -1}, "id -1 among the inputs"), ({"targets": -2}, "id -2 among the targets")):
         batch = {name: np.full((2, 64), changed.get(name, 0), np.int32) for name in ("inputs", "targets")}
         with pytest.raises(UserError, match=words):
-            Geometry(1, 2, 1, 64).shaped(batch, None, 320)
+            BatchShape(1, 2, 1, 64).shaped(batch, None, 320)
 
 
 def test_rows_of_conversations_are_no_more_than_asked():
@@ -420,7 +420,7 @@ def test_rows_of_conversations_are_no_more_than_asked():
 @pytest.mark.parametrize("devices", [1, 8, 16])
 @pytest.mark.parametrize("at_once", [0, 1, 4])
 def test_as_many_rows_are_cut_over_any_number_of_devices(rows, devices, at_once):
-    shape = geometry_of_rows(rows, at_once, 64, devices, fit=lambda share: 1)
+    shape = batch_shape_of_rows(rows, at_once, 64, devices, fit=lambda share: 1)
     assert shape.total_rows == rows and shape.tokens == 64 * rows
     assert shape.padding < devices * shape.rows and shape.rows <= max(1, at_once)
     if devices == 1 and not at_once:

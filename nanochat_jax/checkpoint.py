@@ -234,7 +234,7 @@ def restore(run: Path, step: int, params, opt_state):
     from orbax.checkpoint import v1 as ocp
 
     folder = step_dir(run, step)
-    _same_shapes(folder, params=params, optimizer=opt_state)
+    _check_shapes(folder, params=params, optimizer=opt_state)
     items = ocp.load_checkpointables(folder.resolve(), {"params": params, "optimizer": opt_state})
     data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     return items["params"], items["optimizer"], data, read_meta(run, step)
@@ -244,11 +244,11 @@ def restore_params(run: Path, step: int, params):
     """The parameters alone, like the tree given (arrays or ShapeDtypeStructs with shardings)."""
     from orbax.checkpoint import v1 as ocp
 
-    _same_shapes(step_dir(run, step), params=params)
+    _check_shapes(step_dir(run, step), params=params)
     return ocp.load_checkpointables(step_dir(run, step).resolve(), {"params": params})["params"]
 
 
-def _same_shapes(folder: Path, **wanted) -> None:
+def _check_shapes(folder: Path, **wanted) -> None:
     """UserError where the arrays of a checkpoint are not those of the trees; Orbax's own complaint is pages long."""
     import jax
     from orbax.checkpoint import v1 as ocp

@@ -74,22 +74,22 @@ def _close(held: list[grain.DatasetIterator], stop: threading.Event) -> None:
 
 def base_loader(
     files: Sequence[Path], tokenizer, rows: int, seq_len: int, *, packing: str = "split", seed: int = 0,
-    epochs: int | None = None, twins: Path | None = None, process_index: int = 0, process_count: int = 1,
+    epochs: int | None = None, cache_dir: Path | None = None, process_index: int = 0, process_count: int = 1,
 ) -> Loader:  # fmt: skip
     """Pretraining batches from parquet files: `rows` rows of the global batch, of which this process gets its share.
     Ends after `epochs` passes, the last batch filled up with rows without targets; None: never. Files that have a twin
     in the folder `twins` (see tokenized.py) are not tokenized again; the batches are the same."""
-    documents = Documents(files, tokenizer, seed, epochs, twins)
+    documents = Documents(files, tokenizer, seed, epochs, cache_dir)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
 
 
 def val_batches(
     files: Sequence[Path], tokenizer, rows: int, seq_len: int, num_tokens: int | None, *, packing: str = "split",
-    twins: Path | None = None, process_index: int = 0, process_count: int = 1,
+    cache_dir: Path | None = None, process_index: int = 0, process_count: int = 1,
 ) -> Loader:  # fmt: skip
     """The first `num_tokens` tokens (rounded down to rows; at least one; None: all) of the files, the same ones in the
     same rows whatever `rows` is. The last batch is filled up with rows without targets."""
-    documents = Documents(files, tokenizer, None, 1, twins)
+    documents = Documents(files, tokenizer, None, 1, cache_dir)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count, max_rows))
 
@@ -116,14 +116,14 @@ def mean_tokens(task, tokenizer, sample: int = 500) -> float:
     return float(np.mean([len(tokenizer.render_conversation(task[int(i)], max_tokens=NO_LIMIT)[0]) for i in indices]))
 
 
-def epoch_tokens(files: Sequence[Path], tokenizer, twins: Path | None = None, sample: int = 256) -> float:
+def epoch_tokens(files: Sequence[Path], tokenizer, cache_dir: Path | None = None, sample: int = 256) -> float:
     """About how many tokens the files hold: as many a file as in those of the first eight that have a twin, else as the
     tokens a byte of the first documents times the bytes of eight files that are here. NaN while none is here."""
     counts = []
     for path in files[:8]:
-        if twin := token_cache.find(path, twins):
-            counts.append(len(twin.tokens) + len(twin.chars))  # with a BOS a document
-            twin.close()
+        if cached := token_cache.find(path, cache_dir):
+            counts.append(len(cached.tokens) + len(cached.chars))  # with a BOS a document
+            cached.close()
     if counts:
         return float(np.mean(counts)) * len(files)
     sizes = {path: parquet.text_bytes(path) for path in [path for path in files if path.exists()][:8]}
@@ -149,11 +149,11 @@ class Documents:
     start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0, "skipped": 0}
 
     def __init__(
-        self, files: Sequence[Path], tokenizer, seed: int | None, epochs: int | None, twins: Path | None = None
+        self, files: Sequence[Path], tokenizer, seed: int | None, epochs: int | None, cache_dir: Path | None = None
     ):  # fmt: skip
         assert len(files), "no files to read"
         self.files, self.tokenizer, self.seed, self.epochs = list(files), tokenizer, seed, epochs
-        self.twins = twins
+        self.cache_dir = cache_dir
         self.bos = tokenizer.bos
         self.stop = threading.Event()
         self._path, self._file = None, None
@@ -204,7 +204,7 @@ class Documents:
     def _open(self, path: Path) -> int:
         """Opens a file, waiting for it if it is still on its way; the number of its row groups."""
         if path != self._path:
-            file = token_cache.find(path, self.twins)
+            file = token_cache.find(path, self.cache_dir)
             if file is None:
                 parquet.wait_for(path, self.stop)
                 file = parquet.open(path)
@@ -217,7 +217,7 @@ class Documents:
         """Makes a row group of the open file the one that documents are taken from."""
         if index == self._group:
             return
-        if isinstance(self._file, token_cache.Twin):
+        if isinstance(self._file, token_cache.TokenCache):
             self._docs, self._chars = self._file.read(index)
         else:
             self._docs = parquet.read_row_group(self._file, self._path, index)
@@ -226,7 +226,7 @@ class Documents:
 
     def _tokens(self, docs: list[str] | list[np.ndarray]) -> list[np.ndarray]:
         """Texts, or tokens without BOS, as documents."""
-        if isinstance(self._file, token_cache.Twin):
+        if isinstance(self._file, token_cache.TokenCache):
             return [packing.document(np.concatenate([[self.bos], ids])) for ids in docs]
         tokens, offsets = self.tokenizer.encode_batch(docs, prepend=self.bos)
         return [packing.document(ids) for ids in np.split(tokens, offsets[1:-1])]

@@ -34,7 +34,7 @@ class RowGroup(NamedTuple):
     chars: np.ndarray
 
 
-class Twin:
+class TokenCache:
     """The tokens of one text file, memory-mapped. UserError where a row group is damaged."""
 
     def __init__(self, tokens: Path, index):
@@ -69,7 +69,7 @@ def folder_of(source: sources.Source, tokenizer) -> Path:
     return config.base_dir() / "tokenized_data" / f"{source.name}-{tokenizer.hash[:8]}"
 
 
-def find(text: Path, folder: Path | None) -> Twin | None:
+def find(text: Path, folder: Path | None) -> TokenCache | None:
     """The twin of a text file, if there is one in `folder` and it is of this text. The text itself may be gone."""
     if folder is None:
         return None
@@ -83,7 +83,7 @@ def find(text: Path, folder: Path | None) -> Twin | None:
         raise UserError(f"{index}: cannot be read ({first_line(error)}); {MEND}") from error
     if index["format"] != FORMAT or (text.exists() and str(index["text"]) != _fingerprint(text)):
         return None
-    return Twin(tokens, index)
+    return TokenCache(tokens, index)
 
 
 def made(files: Iterable[Path], folder: Path) -> int:
@@ -100,13 +100,13 @@ def build(source: sources.Source, tokenizer, folder: Path | None = None) -> Path
     count = 0
     with Progress(f"{source.name}, files tokenized", len(files)) as progress:
         for path in files:
-            twin = find(path, folder)
-            if twin is None:
+            cached = find(path, folder)
+            if cached is None:
                 parquet.wait_for(path)
                 _make(path, folder, tokenizer)
-                twin = find(path, folder)
-            count += len(twin.tokens)
-            twin.close()
+                cached = find(path, folder)
+            count += len(cached.tokens)
+            cached.close()
             progress.advance(note=f"{count / 1e6:,.0f}M tokens")
     print(f"{source.name}: {count:,} tokens of {len(files)} files in {folder}")
     return folder

@@ -29,7 +29,7 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import BatchShape
 from nanochat_jax.training.interruption import Interruption
 from nanochat_jax.training.run import Run, open_run, out_of_memory_in_step, step_of
-from nanochat_jax.training.stages import same_tasks
+from nanochat_jax.training.stages import pin_tasks
 
 SLOTS = 64  # answers a device generates at once
 SHORTEST = 64  # tokens; rows of shorter answers are padded to it
@@ -125,7 +125,7 @@ def train(cfg: config.Rl) -> None:
                 f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} problems a step: "
                 f"there are only {len(task)}"
             )
-        same_tasks(run, task)
+        pin_tasks(run, task)
         step_fn = step_of(run)
         run.begin()
         announce(run, shape, len(task), drawn, steps)

@@ -182,7 +182,7 @@ def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int
     step = _step_to_resume(cfg, folder)
     if step is not None:
         meta = checkpoint.read_meta(folder, step)
-        _same_run(cfg, folder, meta)
+        _check_same_run(cfg, folder, meta)
         return None, tag, step, _finished(folder, step), {"parent": meta["parent"]}
     origin = _origin(cfg)
     return (str(origin[0]), origin[1]) if origin else None, tag, None, False, {"parent": _content(cfg, origin)}
@@ -237,7 +237,7 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     return step
 
 
-def _same_run(cfg: Train, folder: Path, meta: dict) -> None:
+def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
     """UserError where the run in `folder` is not the one that is asked for."""
     other = "weights" if _starts_elsewhere(cfg, meta["parent"]) else ""
     if changed := _changed_settings(cfg, meta["config"]):

@@ -49,8 +49,8 @@ def base_stage(run: Run) -> Stage:
     cfg, model_cfg = run.cfg, run.model_cfg
     shape = batch_shape(cfg.total_batch_size, *_how_cut(run))
     steps = horizon(cfg, model_cfg, shape.tokens)
-    source = same_text(run, sources.open(cfg.data, cfg.data_dir))
-    text = {"packing": cfg.packing, "twins": token_cache.folder_of(source, run.tokenizer), **_process(run)}
+    source = pin_text(run, sources.open(cfg.data, cfg.data_dir))
+    text = {"packing": cfg.packing, "cache_dir": token_cache.folder_of(source, run.tokenizer), **_process(run)}
     return Stage(
         batch_shape=shape,
         steps=steps,
@@ -67,13 +67,13 @@ def base_stage(run: Run) -> Stage:
         ),
         lr_mult=lambda step, _: optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac),
         facts={
-            "text": text_needed(source, steps * shape.tokens, run.tokenizer, text["twins"]),
+            "text": describe_data(source, steps * shape.tokens, run.tokenizer, text["cache_dir"]),
             "tokens a parameter": f"{steps * shape.tokens / model_cfg.num_params:.2f}",
         },
     )
 
 
-def same_text(run: Run, source: sources.Source) -> sources.Source:
+def pin_text(run: Run, source: sources.Source) -> sources.Source:
     """The text to read, which is recorded with the checkpoints: the files a run began with, since in later epochs their
     order depends on how many there are. UserError where it is not that of the checkpoint the run goes on from."""
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
@@ -93,7 +93,7 @@ def same_text(run: Run, source: sources.Source) -> sources.Source:
     return dataclasses.replace(source, train_files=source.train_files[:count])
 
 
-def same_tasks(run: Run, task: tasks.Mixture) -> None:
+def pin_tasks(run: Run, task: tasks.Mixture) -> None:
     """Records with the checkpoints what conversations are learnt from: names and rows in their order, which shuffles
     them, and a hash of samples of them. UserError where the run goes on from a checkpoint of others."""
     learnt = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
@@ -106,17 +106,17 @@ def same_tasks(run: Run, task: tasks.Mixture) -> None:
     run.identity["tasks"] = learnt
 
 
-def text_needed(source: sources.Source, tokens: int, tokenizer, twins: Path) -> str:
+def describe_data(source: sources.Source, tokens: int, tokenizer, cache_dir: Path) -> str:
     """How much of a source a run will read."""
     files = source.train_files
-    there = dataloader.epoch_tokens(files, tokenizer, twins)
+    there = dataloader.epoch_tokens(files, tokenizer, cache_dir)
     if none := math.isnan(there):  # the validation shard is, and about as large
-        there = dataloader.epoch_tokens(source.val_files, tokenizer, twins) / len(source.val_files) * len(files)
+        there = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, there)
     shards = min(len(files), math.ceil(epochs * len(files)))
     said = f"{source.name}, {len(files)} files of about {progress.short(there / len(files))} tokens"
     said += ", none of them here yet" if none else ""
-    if made := token_cache.made(files, twins):
+    if made := token_cache.made(files, cache_dir):
         said += f", {made} of them tokenized before"
     said += f"; this run needs {shards}, {epochs:.2f} epochs"
     # Up to 4, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
@@ -140,7 +140,7 @@ def chat_stage(run: Run) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
     cfg, model_cfg, mid = run.cfg, run.model_cfg, run.cfg.stage == "mid"
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
-    same_tasks(run, task)
+    pin_tasks(run, task)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     length = dataloader.mean_tokens(task, run.tokenizer)
     if cfg.total_batch_size:

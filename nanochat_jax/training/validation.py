@@ -48,12 +48,12 @@ def evaluations_of(cfg: Train) -> list[Evaluation]:
     if cfg.stage == "base":
         return [*all_stages, Evaluation(core_metric, cfg.core_metric_every), Evaluation(sample, cfg.sample_every)]
     if cfg.stage == "sft" and cfg.eval_metrics_every > 0:
-        judge = functools.partial(task_metrics, judged=judged_tasks(cfg))
+        judge = functools.partial(task_metrics, judged=tasks_to_evaluate(cfg))
         return [*all_stages, Evaluation(judge, cfg.eval_metrics_every)]
     return all_stages
 
 
-def judged_tasks(cfg: config.Sft) -> list[tasks.Task]:
+def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
     """The tasks of --eval_metrics_tasks, loaded before the first step: what is wrong with them is said then."""
     loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
     for task in loaded:

@@ -63,9 +63,9 @@ def main(cfg: Settings) -> None:
     found = {"text": [], "tokens": []}
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(sys.stderr):
-            twins = {"text": None, "tokens": token_cache.build(source, tokenizer, Path(folder))}
+            cache_dir = {"text": None, "tokens": token_cache.build(source, tokenizer, Path(folder))}
         for i, (kind, runs) in itertools.product(range(cfg.rounds), found.items()):
-            runs.append(_measure(cfg, source, twins[kind]))
+            runs.append(_measure(cfg, source, cache_dir[kind]))
             said = f"{runs[-1]['tokens']:,} tokens in {runs[-1]['seconds']:.2f} s"
             print(f"round {i + 1} of {cfg.rounds}: from {kind}, {said}", file=sys.stderr, flush=True)
 
@@ -114,7 +114,7 @@ def _needed(cfg: Settings, source, tokenizer) -> tuple[Path, ...]:
 # Measuring
 
 
-def _measure(cfg: Settings, source, twins: Path | None) -> dict:
+def _measure(cfg: Settings, source, cache_dir: Path | None) -> dict:
     """One pass over the files: batches, tokens to predict, seconds, seconds of the CPU, and whether the text ended."""
     from nanochat_jax.data import dataloader
     from nanochat_jax.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ def _measure(cfg: Settings, source, twins: Path | None) -> dict:
     rows, counts = cfg.total_batch_size // cfg.max_seq_len, []
     start, cpu = time.perf_counter(), time.process_time()
     loader = dataloader.base_loader(
-        source.train_files, tokenizer, rows, cfg.max_seq_len, packing=cfg.packing, epochs=1, twins=twins
+        source.train_files, tokenizer, rows, cfg.max_seq_len, packing=cfg.packing, epochs=1, cache_dir=cache_dir
     )
     try:
         while len(counts) < cfg.steps and (batch := next(loader, None)) is not None:

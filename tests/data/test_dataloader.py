@@ -162,17 +162,17 @@ def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, 
     monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", chars)
     TOKENIZER.hash = "0" * 64
     source = sources.Source("texts", tuple(files), (files[1],), "")
-    twins = token_cache.build(source, TOKENIZER)
+    cache_dir = token_cache.build(source, TOKENIZER)
     text = make(method, files, seed=3, epochs=2)
-    tokens = make(method, files, seed=3, epochs=2, twins=twins)
+    tokens = make(method, files, seed=3, epochs=2, cache_dir=cache_dir)
     states = []
     for batch in text:
         np.testing.assert_equal(batch, next(tokens))
         assert text.info == tokens.info and text.state() == tokens.state()
         states.append(text.state())
     for i in (1, len(states) // 2):  # from text to tokens, and with one of the files tokenized alone
-        (twins / "a.index.npz").unlink(missing_ok=True)
-        resumed = make(method, files, seed=3, epochs=2, twins=twins)
+        (cache_dir / "a.index.npz").unlink(missing_ok=True)
+        resumed = make(method, files, seed=3, epochs=2, cache_dir=cache_dir)
         resumed.restore(states[i])
         expected = make(method, files, seed=3, epochs=2)
         expected.restore(states[i])
@@ -181,7 +181,9 @@ def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, 
     token_cache.build(source, TOKENIZER)
     for path in files:
         path.unlink()
-    assert len(take(make(method, files, seed=3, epochs=2, twins=twins))) == len(states), "the text is not needed"
+    assert len(take(make(method, files, seed=3, epochs=2, cache_dir=cache_dir))) == len(states), (
+        "the text is not needed"
+    )
 
 
 def test_unusable_documents_are_counted_every_epoch(files):
@@ -221,13 +223,13 @@ def test_tokens_of_an_epoch_are_estimated(files, corpus):
 def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
     TOKENIZER.hash = "0" * 64
     source = sources.Source("texts", tuple(files), (files[1],), "")
-    twins = token_cache.build(source, TOKENIZER)
+    cache_dir = token_cache.build(source, TOKENIZER)
     for path in files:
         path.unlink()
     late = files[0].with_name("late.parquet")
-    assert dataloader.epoch_tokens(files, TOKENIZER, twins) == len(corpus) + 60
-    assert dataloader.epoch_tokens([*files, late], TOKENIZER, twins) == 1.5 * (len(corpus) + 60)
-    assert token_cache.made([*files, late], twins) == 2
+    assert dataloader.epoch_tokens(files, TOKENIZER, cache_dir) == len(corpus) + 60
+    assert dataloader.epoch_tokens([*files, late], TOKENIZER, cache_dir) == 1.5 * (len(corpus) + 60)
+    assert token_cache.made([*files, late], cache_dir) == 2
 
 
 def test_the_state_of_two_processes_serves_one(files):

@@ -50,13 +50,13 @@ def test_a_twin_has_the_documents_of_its_text_at_their_places(tokenizer, dtype, 
     folder = token_cache.build(source, tokenizer)
     assert folder == config.base_dir() / "tokenized_data" / "texts-01234567"
     for path in (*source.train_files, *source.val_files):
-        twin, expected = token_cache.find(path, folder), documents(path, tokenizer)
-        assert isinstance(twin.tokens, np.memmap) and twin.tokens.dtype == dtype
-        assert twin.num_row_groups == len(expected) == 3
+        cached, expected = token_cache.find(path, folder), documents(path, tokenizer)
+        assert isinstance(cached.tokens, np.memmap) and cached.tokens.dtype == dtype
+        assert cached.num_row_groups == len(expected) == 3
         for i, (ids, chars) in enumerate(expected):
-            docs, lengths = twin.read(i)
+            docs, lengths = cached.read(i)
             assert [d.tolist() for d in docs] == ids and lengths.tolist() == chars
-        twin.close()
+        cached.close()
 
 
 def test_what_is_there_is_kept_and_what_has_changed_is_made_again(source, capsys):
@@ -84,8 +84,8 @@ def test_the_text_may_be_deleted(source):
     folder = token_cache.build(source, Fake())
     expected = documents(source.train_files[0], Fake())
     source.train_files[0].unlink()
-    twin = token_cache.find(source.train_files[0], folder)
-    assert [d.tolist() for d in twin.read(2).docs] == expected[2][0]
+    cached = token_cache.find(source.train_files[0], folder)
+    assert [d.tolist() for d in cached.read(2).docs] == expected[2][0]
 
 
 def test_damage_is_named(source):
@@ -110,8 +110,8 @@ def test_damage_is_named(source):
     for place in range(0, len(good_index), 7):
         index.write_bytes(good_index[:place] + bytes([good_index[place] ^ 1]) + good_index[place + 1 :])
         try:
-            twin = token_cache.find(path, folder)
-            found = twin and [[d.tolist() for d in twin.read(i).docs] for i in range(3)]
+            cached = token_cache.find(path, folder)
+            found = cached and [[d.tolist() for d in cached.read(i).docs] for i in range(3)]
         except UserError as error:
             assert re.search(r"a\.(index\.npz|tokens\.npy): ", str(error)) and "\n" not in str(error)
         else:
@@ -129,6 +129,6 @@ def test_the_command(own_base_dir, monkeypatch):
     assert done.returncode == 0, done.stderr
     source, tokenizer = sources.open(), Tokenizer.load(own_base_dir / "tokenizer")
     folder = token_cache.folder_of(source, tokenizer)
-    twin = token_cache.find(source.val_files[0], folder)
-    assert [d.tolist() for d in twin.read(0).docs] == documents(source.val_files[0], tokenizer)[0][0]
-    assert twin.tokens.dtype == np.uint16 and f"{folder}" in done.stdout
+    cached = token_cache.find(source.val_files[0], folder)
+    assert [d.tolist() for d in cached.read(0).docs] == documents(source.val_files[0], tokenizer)[0][0]
+    assert cached.tokens.dtype == np.uint16 and f"{folder}" in done.stdout

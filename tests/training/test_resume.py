@@ -348,11 +348,11 @@ def test_a_run_goes_on_with_tokens_where_it_began_with_text(world, whole, capsys
     cfg = {"model_tag": "tokens", "seed": 7, "num_iterations": STEPS["base"], "save_every": 2, "keep_last": 20}
     training.train(tiny.base_config(**cfg))
     source, tokenizer = sources.open(), Tokenizer.load(world / "tokenizer")
-    twins = token_cache.build(source, tokenizer)
+    cache_dir = token_cache.build(source, tokenizer)
     try:
         training.train(tiny.base_config(resume="10", **cfg))
     finally:
-        shutil.rmtree(twins)
+        shutil.rmtree(cache_dir)
     assert re.search(r"tokens, 1 of them tokenized before; this run needs 1,", capsys.readouterr().out)
     run = checkpoint.run_dir("base", "tokens")
     assert records(run) == records(whole("base"))

@@ -59,7 +59,7 @@ def main(cfg: config.ChatWeb) -> None:
             for device in chosen
         ]  # fmt: skip
         model = dataclasses.replace(model, params={})  # the engines hold their own, cast
-        warming = [engine.warm(cfg.temperature, cfg.top_k) for engine in engines]
+        warming = [engine.warmup(cfg.temperature, cfg.top_k) for engine in engines]
         for engine_warming in warming:  # what a short prompt needs; longer ones' turn comes while nobody asks anything
             next(engine_warming)
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warming)

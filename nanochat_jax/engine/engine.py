@@ -28,8 +28,8 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import programs, sampler
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.engine.programs import MAX_STOP_IDS, Schedule
-from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Likeliest, Request, Sample, Scores
-from nanochat_jax.engine.slots import Prefilled, Prompt, Row, Slots, common
+from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Request, Sample, Scores, TopLogprobs
+from nanochat_jax.engine.slots import Prefilled, Prompt, Sequence, Slots, common_prefix_length
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
 
@@ -170,7 +170,7 @@ class Engine:
             return self._admit(free)
         return self._advance() if self.running else []
 
-    def warm(self, temperature: float, top_k: int) -> Iterator[int]:
+    def warmup(self, temperature: float, top_k: int) -> Iterator[int]:
         """Compiles what requests with these settings need, for prompts of one bucket after the other. The engine must
         be idle whenever it is asked to go on; yields the bucket's size after every few programs."""
         context, size = self.model_cfg.sequence_len, 0
@@ -250,8 +250,8 @@ class Engine:
         tokens, logprobs, *top = (x[:, None] for x in jax.device_get(out))
         for slot, i in started.items():
             new = tokens[slot].tolist(), logprobs[slot].tolist(), [1], [x[slot] for x in top]
-            done.append(self._record(slot, *new, batch.scores[i], batch.reused))
-            batch.reused = 0  # the other samples' prompt is the same one
+            done.append(self._record(slot, *new, batch.scores[i], batch.cached_tokens))
+            batch.cached_tokens = 0  # the other samples' prompt is the same one
         return done
 
     def _prefill(self, free: int) -> bool:
@@ -290,7 +290,7 @@ class Engine:
         def alike(other: Prompt) -> bool:
             if self._bucket(other) != length or other.request.score != score:
                 return False
-            shared = 0 if score or other is prompt else common(other.request.ids[:-1], prompt.request.ids)
+            shared = 0 if score or other is prompt else common_prefix_length(other.request.ids[:-1], prompt.request.ids)
             return not _spares(shared, len(other.request.ids), length)
 
         prompts = list(islice(filter(alike, self._queue), min(free, PREFILL_ROWS)))
@@ -336,14 +336,14 @@ class Engine:
         if self._prefilled and not self._prefilled.left:
             self._prefilled = None
 
-    def _row(self, prompt: Prompt) -> Row:
+    def _row(self, prompt: Prompt) -> Sequence:
         """The next sample of `prompt`, as it is before its first token."""
         request = prompt.request
         default = (self._special["assistant_end"], self._special["bos"])
         stop_ids = default if request.stop_ids is None else tuple(request.stop_ids)
         # The last token need not fit into the context, since nothing is computed from it.
         left = min(request.max_tokens, self.model_cfg.sequence_len - len(request.ids) + 1)
-        return Row(prompt.id, prompt.started, request, stop_ids, list(request.ids), left)
+        return Sequence(prompt.id, prompt.started, request, stop_ids, list(request.ids), left)
 
     # -----------------------------------------------------------------------------
     # Decoding
@@ -386,7 +386,7 @@ class Engine:
             self._cache = kv.resize(self._cache, size)
         self._slots.cut(size)
 
-    def _settings(self, rows: list[Row | None]) -> sampler.Settings:
+    def _settings(self, rows: list[Sequence | None]) -> sampler.Settings:
         """How to sample for each slot; empty ones are greedy, which costs nothing."""
         requests = [row.request if row else None for row in rows]
         return sampler.Settings(
@@ -397,7 +397,7 @@ class Engine:
             top_p=np.array([r.top_p if r else 1 for r in requests], np.float32),
         )
 
-    def _top(self, rows: list[Row | None]) -> int:
+    def _top(self, rows: list[Sequence | None]) -> int:
         """How many of the likeliest tokens the device must name."""
         asked = any(row.request.top_logprobs for row in rows if row)
         return min(TOP_LOGPROBS, self.model_cfg.vocab_size) if asked else 0
@@ -423,7 +423,7 @@ class Engine:
 
     def _record(
         self, slot: int, ids: list[int], logprobs: list[float], mask: list[int], top: list[np.ndarray],
-        scores: Scores | None = None, reused: int = 0,
+        scores: Scores | None = None, cached_tokens: int = 0,
     ) -> Event:  # fmt: skip
         """Takes note of a row's new tokens: frees its slot if it is complete, else runs the tool it called."""
         row = self._slots.rows[slot]
@@ -436,10 +436,10 @@ class Engine:
             for token in ids:
                 self._follow(row, token)
         asked = row.request.top_logprobs
-        named = _likeliest(*top, asked) if asked else None
-        return Event(row.id, row.sample, ids, mask, logprobs, reason, named, scores, reused)
+        named = _top_logprobs(*top, asked) if asked else None
+        return Event(row.id, row.sample, ids, mask, logprobs, reason, named, scores, cached_tokens)
 
-    def _follow(self, row: Row, token: int) -> None:
+    def _follow(self, row: Sequence, token: int) -> None:
         """The tool state machine: python_start, an expression, python_end -> the result is forced, if there is one."""
         if token == self._special["python_start"]:
             row.expression = []
@@ -469,7 +469,7 @@ def _spares(shared: int, tokens: int, length: int) -> bool:
     return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
 
 
-def _likeliest(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[Likeliest]:
+def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:
     """Rows of tokens and log-probabilities, each [t,top], as lists of pairs."""
     pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in pairs]
@@ -478,7 +478,7 @@ def _likeliest(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[Likeli
 def _scores(request: Request, logprobs: np.ndarray, ids: np.ndarray, top: np.ndarray) -> Scores:
     """Scores of a prompt from what the device says after each of its tokens, the padding behind them included."""
     known = len(request.ids) - 1
-    named = _likeliest(ids[:known], top[:known], request.top_logprobs)
+    named = _top_logprobs(ids[:known], top[:known], request.top_logprobs)
     return Scores([None, *logprobs[:known].tolist()], [None, *named])
 
 

@@ -74,7 +74,7 @@ def prefill(params, ids, length, *, model_cfg: GPTConfig, dtype, top: int | None
     def score(inputs):
         x, following = inputs
         logits = _head(params, model_cfg, x)
-        return sampler.log_prob(logits, following), *sampler.likeliest(logits, top)
+        return sampler.log_prob(logits, following), *sampler.top_logprobs(logits, top)
 
     # By position: the logits of a whole prompt at once would take more memory than the model.
     by_position = jnp.swapaxes(x, 0, 1), jnp.roll(ids, -1, axis=1).T
@@ -105,7 +105,7 @@ def first(logits, row, settings, position, *, plan: sampler.Plan, top: int, mesh
     def draw(logits, row, settings, position):
         logits = logits[row]
         token = sampler.sample(logits, settings, position, plan)
-        return token, sampler.log_prob(logits, token), *sampler.likeliest(logits, top)
+        return token, sampler.log_prob(logits, token), *sampler.top_logprobs(logits, top)
 
     return sharding.replicate(sharding.shard_map_rows(draw, mesh)(logits, row, settings, position), mesh)
 
@@ -140,7 +140,7 @@ def decode(
             logits = _head(params, model_cfg, x[:, 0])
             sampled = sampler.sample(logits, settings, length + 1, plan)
             token = jnp.where(active, jnp.where(i < schedule.forced_count, forced, sampled), token)
-            emitted = (token, sampler.log_prob(logits, token), active, *sampler.likeliest(logits, top))
+            emitted = (token, sampler.log_prob(logits, token), active, *sampler.top_logprobs(logits, top))
             length, left = length + active, left - active
             ends = (token[:, None] == schedule.stop).any(-1) | (left <= 0)
             pauses = schedule.tools & (token == python_end)
@@ -149,8 +149,8 @@ def decode(
 
         carry = (cache, schedule.token, schedule.length, schedule.left, schedule.active)
         inputs = (jnp.arange(schedule.forced.shape[1]), schedule.forced.T)
-        (cache, *_), (tokens, logprobs, counts, *likeliest) = jax.lax.scan(step, carry, inputs)
-        return cache, (tokens.T, logprobs.T, counts.sum(0), *(jnp.swapaxes(x, 0, 1) for x in likeliest))
+        (cache, *_), (tokens, logprobs, counts, *top_logprobs) = jax.lax.scan(step, carry, inputs)
+        return cache, (tokens.T, logprobs.T, counts.sum(0), *(jnp.swapaxes(x, 0, 1) for x in top_logprobs))
 
     cache, out = sharding.shard_map_rows(chunk, mesh)(params, cache, schedule, settings)
     return cache, sharding.replicate(out, mesh)

@@ -23,7 +23,7 @@ class Request:
     score: bool = False  # whether the prompt's tokens get log-probabilities too
 
 
-Likeliest = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
+TopLogprobs = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scores:
     """How likely each token of a prompt was after those before it; of the first nothing is known."""
 
     logprobs: list[float | None]
-    top: list[Likeliest | None]  # as many as `top_logprobs` asked for
+    top: list[TopLogprobs | None]  # as many as `top_logprobs` asked for
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Event:
     mask: list[int]  # 1: sampled, 0: forced
     logprobs: list[float]  # under the full softmax at temperature 1; of forced tokens too
     finish_reason: str | None
-    top: list[Likeliest] | None = None  # beside each token, if `top_logprobs` asked for it
+    top: list[TopLogprobs] | None = None  # beside each token, if `top_logprobs` asked for it
     scores: Scores | None = None  # with the first event of a sample, if `score` asked for it
-    reused: int = 0  # tokens of the prompt that were computed before, with the first event of the first sample
+    cached_tokens: int = 0  # tokens of the prompt that were computed before, with the first event of the first sample
 
 
 @dataclass(frozen=True)

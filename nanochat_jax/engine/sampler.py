@@ -93,7 +93,7 @@ def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def likeliest(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
+def top_logprobs(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     """The `top` likeliest tokens [b,top] of logits [b,v] and their log-probabilities; empty arrays for 0."""
     if not top:
         return jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), logits.dtype)

@@ -1,7 +1,6 @@
 """What the host knows of the slots: which sample sits in each, and whose keys and values an empty one still holds."""
 
-from collections import deque
-from collections.abc import Sequence
+from collections import abc, deque
 from dataclasses import dataclass, field
 
 import jax
@@ -34,7 +33,7 @@ class Prefilled:
     prompts: list[Prompt]
     scores: list[Scores | None]
     done: int = 0
-    reused: int = 0
+    cached_tokens: int = 0
 
     @property
     def left(self) -> int:
@@ -42,7 +41,7 @@ class Prefilled:
 
 
 @dataclass
-class Row:
+class Sequence:
     """A sample in its slot: `ids` are prompt and answer so far. All but the last of them are in the cache."""
 
     id: int
@@ -68,7 +67,7 @@ class Slots:
     """
 
     def __init__(self, count: int):
-        self.rows: list[Row | None] = [None] * count
+        self.rows: list[Sequence | None] = [None] * count
         self._kept: list[list[int]] = [[] for _ in range(count)]  # tokens in the cache rows of empty slots
         self._left_at = [0] * count  # when each was left, in departures
         self._departures = 0
@@ -77,7 +76,7 @@ class Slots:
         """Slots without a sample, those first that have been so for longest."""
         return sorted((i for i, row in enumerate(self.rows) if row is None), key=self._left_at.__getitem__)
 
-    def enter(self, slot: int, row: Row) -> None:
+    def enter(self, slot: int, row: Sequence) -> None:
         self.rows[slot], self._kept[slot] = row, []
 
     def leave(self, slot: int) -> None:
@@ -98,14 +97,14 @@ class Slots:
         row = self.rows[slot]
         return row.length if row else len(self._kept[slot])
 
-    def longest(self, ids: Sequence[int]) -> tuple[int, int]:
+    def longest(self, ids: abc.Sequence[int]) -> tuple[int, int]:
         """The slot whose cache row begins with the most tokens of `ids`, and how many these are."""
         known = (row.ids[:-1] if row else kept for row, kept in zip(self.rows, self._kept, strict=True))
-        shared = [common(tokens, ids) for tokens in known]
+        shared = [common_prefix_length(tokens, ids) for tokens in known]
         count = max(shared)
         return shared.index(count), count
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
     """How many tokens a and b have in common at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -117,7 +117,9 @@ def _choices(params, model_cfg: GPTConfig, tokenizer, problems: list[dict], dtyp
         ids = padded([prompts[i] for i in chosen], rows, model_cfg.sequence_len, fill=tokenizer.bos)
         last = fixed_rows([len(prompts[i]) - 1 for i in chosen], rows)
         listed = fixed_rows([letters[i] + [-1] * (width - len(letters[i])) for i in chosen], rows)
-        results.append((chosen, _likeliest(params, model_cfg, *(put(params, a) for a in (ids, last, listed)), dtype)))
+        results.append(
+            (chosen, _choose_letter(params, model_cfg, *(put(params, a) for a in (ids, last, listed)), dtype))
+        )
     for chosen, result in results:  # read only now, so that the devices never wait for the host
         choices[chosen] = fetch(result)[: len(chosen)]
     return choices
@@ -133,7 +135,9 @@ def _letter_ids(tokenizer, letters: tuple[str, ...]) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"))
-def _likeliest(params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype) -> jax.Array:
+def _choose_letter(
+    params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype
+) -> jax.Array:
     """Which of letters [b,c] (-1: none) has the highest logit after position last [b] of ids [b,t]; int32 [b]."""
     x = gpt.hidden(params, model_cfg, ids, dtype)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

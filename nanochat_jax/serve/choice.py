@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat_jax.conversation import PartReader
-from nanochat_jax.engine.request import Event, Likeliest, Scores
+from nanochat_jax.engine.request import Event, Scores, TopLogprobs
 from nanochat_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -15,7 +15,7 @@ class Token:
     id: int
     start: int  # characters before it
     logprob: float | None
-    top: Likeliest | None
+    top: TopLogprobs | None
 
 
 class Choice:

@@ -268,14 +268,14 @@ class Choices:
             for s in range(request.n)
         }
         self._begun = set()
-        self._reused = 0  # tokens of the prompts that were in the cache
+        self._cached_tokens = 0  # tokens of the prompts that were in the cache
 
     def read(self, event: Event) -> tuple[int, str, list[Token], str | None]:
         """Index of the choice, its new text, with its tokens, and why it ended if it did just now.
 
         A choice begins with the echo of its prompt. One that has met a stop string gives up its slot.
         """
-        self._reused += event.reused
+        self._cached_tokens += event.cached_tokens
         key = event.request, event.sample
         choice, ended = self._choices[key], self._choices[key].finish_reason
         text, tokens = choice.read(event)
@@ -306,7 +306,7 @@ class Choices:
             "prompt_tokens": asked,
             "completion_tokens": generated,
             "total_tokens": asked + generated,
-            "prompt_tokens_details": {"cached_tokens": self._reused},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
 

@@ -256,7 +256,7 @@ class EngineWorker:
             timing.first = now
             self.metrics.first_token.observe(now - timing.submitted)
             self.metrics.prompt_tokens.inc(sum(len(request.ids) for request in answer.requests))
-        self.metrics.reused_tokens.inc(event.reused)
+        self.metrics.reused_tokens.inc(event.cached_tokens)
         timing.tokens += len(event.ids)
         self.metrics.generated_tokens.inc(len(event.ids))
         if self.log_chats:

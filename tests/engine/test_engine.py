@@ -139,20 +139,20 @@ def test_a_long_prompt_is_prefilled_in_pieces_while_others_go_on(engine, params,
 def greedy(engine, ids, max_tokens=20, **more) -> tuple[list[int], int]:
     """The continuation of `ids`, and how many of them were in the cache."""
     events = list(engine.stream(Request(ids, max_tokens=max_tokens, temperature=0, stop_ids=(), **more)))
-    return [token for event in events for token in event.ids], events[0].reused
+    return [token for event in events for token in event.ids], events[0].cached_tokens
 
 
 def test_the_next_turn_of_a_chat_goes_on_from_the_last_one(engine, params, full):
     engine.set_params(params)
     turn = prompt(70)
-    answer, reused = greedy(engine, turn)
-    assert reused == 0
+    answer, cached_tokens = greedy(engine, turn)
+    assert cached_tokens == 0
     for _ in range(2):  # the second time both turns are there
         engine.run([Request(prompt(5, 1), max_tokens=9, temperature=0)])  # somebody else, in another slot
         turn = [*turn, *answer, *prompt(4, 2)]
         before = len(turn) - 4
-        answer, reused = greedy(engine, turn)
-        assert reused == before - 1  # of the last token of an answer nothing has been computed
+        answer, cached_tokens = greedy(engine, turn)
+        assert cached_tokens == before - 1  # of the last token of an answer nothing has been computed
         assert answer == full(params, [*turn, *answer[:-1]])[len(turn) - 1 :].argmax(-1).tolist()
 
 
@@ -170,7 +170,7 @@ def test_a_system_prompt_is_shared_with_samples_under_way(engine, params, full):
             text = [token for e in events if (e.request, e.sample) == (id, sample) for token in e.ids]
             logits = full(params, [*request.ids, *text[:-1]])
             assert text == logits[len(request.ids) - 1 :].argmax(-1).tolist()
-    assert [sum(e.reused for e in events if e.request == id) for id in ids] == [0, 90, 90]  # once a request
+    assert [sum(e.cached_tokens for e in events if e.request == id) for id in ids] == [0, 90, 90]  # once a request
 
 
 def test_what_is_left_in_a_slot_ends_with_its_use(engine, params, full):
@@ -180,8 +180,8 @@ def test_what_is_left_in_a_slot_ends_with_its_use(engine, params, full):
     # In its slots others come and go, and the cache shrinks to 128 positions, of which the last is written over.
     engine.run([Request(prompt(5, i), max_tokens=9, temperature=0) for i in range(2)])
     longer = [*turn, *answer, *prompt(4, 2)]
-    again, reused = greedy(engine, longer)
-    assert reused == 127 and again == full(params, [*longer, *again[:-1]])[len(longer) - 1 :].argmax(-1).tolist()
+    again, cached_tokens = greedy(engine, longer)
+    assert cached_tokens == 127 and again == full(params, [*longer, *again[:-1]])[len(longer) - 1 :].argmax(-1).tolist()
     engine.run([Request(prompt(5, i), max_tokens=9, temperature=0) for i in range(3)])  # a sample in every slot
     assert greedy(engine, longer)[1] == 0
     stopped = engine.add(Request(longer, max_tokens=20, temperature=0, stop_ids=()))
@@ -200,7 +200,7 @@ def test_a_sample_that_ends_where_the_cache_does_is_not_reused_to_its_last_token
     answer, _ = greedy(engine, turn, max_tokens=30)  # to position 127 of 128; the rest of its last chunk writes there
     request = Request([*turn, *answer, *prompt(4, 2)], max_tokens=8, temperature=0, stop_ids=())
     events = list(engine.stream(request))
-    assert events[0].reused == 127
+    assert events[0].cached_tokens == 127
     again = Sample(*([x for e in events for x in getattr(e, name)] for name in ("ids", "mask", "logprobs")), "length")
     check_logprobs(again, request, full(params, [*request.ids, *again.ids]))
 
@@ -493,5 +493,5 @@ def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
     assert one == [one[0], False, [16]]
     assert many == [one[0], True, [2]]  # the cache of 16 slots: two rows on each of 8 devices
     assert undivided == [one[0], False, [6]]  # 6 slots do not divide, and every device decodes them all
-    assert [reused for reused, _ in one[0][4:]] == [143, 0]
+    assert [cached_tokens for cached_tokens, _ in one[0][4:]] == [143, 0]
     assert one[0][0][0][1].count(0) == 3  # the call was answered: <|output_start|> 36 <|output_end|>

@@ -110,7 +110,7 @@ def test_compiles_while_nobody_asks_and_lets_requests_go_before(tokenizer):
 def test_a_warmed_engine_compiles_no_more_than_copies(tokenizer, model, caplog):
     params, cfg = model
     engine = Engine(params, cfg, tokenizer, slots=4, chunk=8)
-    sizes = list(engine.warm(0.8, 50))
+    sizes = list(engine.warmup(0.8, 50))
     assert sizes == sorted(sizes) and set(sizes) == {32, 64, 128, 192} and not engine.busy
     with serving(engine) as server:
         jax.config.update("jax_log_compiles", True)  # in every thread

@@ -23,8 +23,8 @@ export function resize() {
   try { sessionStorage.setItem("nanochat.draft", input.value); } catch { /* without storage, a reload loses the draft */ }
 }
 
-// Whether a key press sends the message. A phone has no Shift+Enter, so Enter starts a new
-// line there; in an input method, Enter selects a word.
+// Whether a key press sends the message. A phone has no Shift+Enter, so Enter starts a new line there. In an input
+// method, Enter selects a word.
 export const sends = event => event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch.matches;
 
 input.addEventListener("input", resize);

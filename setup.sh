@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with the project, the Rust tokenizer and the extras named as arguments in it; sourced by speedrun_jax.sh
-# and tests/run.sh. Done once: as long as nothing it was made from changes, it is found finished.
+# Creates .venv with the project, the Rust tokenizer and the extras named as arguments, and puts it on PATH. Sourced by
+# speedrun_jax.sh and tests/run.sh. Later calls return at once, unless one of its sources has changed.
 #
 #   source setup.sh serve report
 
@@ -17,7 +17,7 @@ find_python() {
         "install it (e.g. apt-get install python3-venv, or https://docs.astral.sh/uv) or set PYTHON=/path/to/python3"
 }
 
-# The GPU build of JAX for this driver: CUDA 13 needs driver 580, CUDA 12 runs on older ones.
+# Prints the extra with the GPU build of JAX for this driver: CUDA 13 needs driver 580, CUDA 12 runs on older ones.
 gpu_extra() {
     local driver
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1) || return 0
@@ -28,20 +28,20 @@ gpu_extra() {
 usable() { .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 make_environment() {
-    # One at a time: two at once would install into each other's environment. Not every system has flock.
+    # Only one setup at a time, because two would install into the same environment. Some systems have no flock.
     if command -v flock >/dev/null; then
         exec 9>"${TMPDIR:-/tmp}/nanochat-setup-$(pwd | sha256sum | cut -c1-16)-$(id -u).lock"
-        flock -n 9 || { echo "== waiting for another set-up of .venv"; flock 9; }
+        flock -n 9 || { echo "== waiting for another setup of .venv to finish"; flock 9; }
     fi
-    make_environment_alone "$@"
+    build_environment "$@"
     if command -v flock >/dev/null; then exec 9>&-; fi
 }
 
-make_environment_alone() {
+build_environment() {
     local wanted have source wheels build python
     wanted=$(echo "$* $(gpu_extra)" | xargs)
     source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum | cut -c1-16)
-    # .venv/.made: the hash of what it was made from, and the extras that are in it.
+    # .venv/.made holds the hash of the sources and the installed extras.
     have=$(usable && cat .venv/.made 2>/dev/null || true)
     if [ "${have%% *}" = "$source" ]; then
         local missing=
@@ -53,7 +53,7 @@ make_environment_alone() {
         command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
     fi
     command -v uv >/dev/null || usable || python=$(find_python) || exit 2
-    echo "== setting up .venv [$wanted]: the Python packages and the Rust tokenizer, one to three minutes, once"
+    echo "== setting up .venv [$wanted]: Python packages and the Rust tokenizer; takes one to three minutes, once"
     if command -v uv >/dev/null; then
         usable || uv venv --quiet --clear --seed --python '>=3.11' .venv
         install() { uv pip install --quiet --python .venv/bin/python "$@"; }
@@ -62,12 +62,12 @@ make_environment_alone() {
         install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
     fi
     if [ "${have%% *}" != "$source" ]; then
-        # The tokenizer's crate compiles, in release mode, while the Python packages download.
+        # Compile the tokenizer's crate in release mode while the Python packages download.
         wheels=$(mktemp -d)
         .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$wheels" ./rustbpe &
         build=$!
     fi
-    install -e ".[${wanted// /,}]" || fail "installing the Python packages failed: see above, then run this again"
+    install -e ".[${wanted// /,}]" || fail "installing the Python packages failed: see above, fix it and run this again"
     if [ -n "${build:-}" ]; then
         wait "$build" || fail "building the Rust tokenizer failed: see above; Rust 1.85 or newer is needed (rustup update)"
         install --force-reinstall --no-deps "$wheels"/*.whl

@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# The whole road, top to bottom: from a bare machine to a model one can talk to.
+# The whole pipeline, top to bottom: from a bare machine to a model you can talk to.
 #
-#   bash speedrun_jax.sh              what this machine can do: d20 on NVIDIA GPUs, cpu without
-#   bash speedrun_jax.sh d26          a preset of configs/ (or CONFIG=path/to/preset.toml bash speedrun_jax.sh)
-#   bash speedrun_jax.sh --rl         with reinforcement learning at the end (always in the cpu preset)
-#   bash speedrun_jax.sh --fresh      start over; what was there is moved aside
+#   bash speedrun_jax.sh              the preset for this machine: d20 with NVIDIA GPUs, cpu without
+#   bash speedrun_jax.sh d26          a preset from configs/ (or CONFIG=path/to/preset.toml bash speedrun_jax.sh)
+#   bash speedrun_jax.sh --rl         reinforcement learning as the last stage (always on in the cpu preset)
+#   bash speedrun_jax.sh --fresh      start over; existing results are moved aside
 #
-# Kill it anywhere and start it again: it goes on where it was. Everything it makes lies in $NANOCHAT_BASE_DIR
-# (default ~/.cache/nanochat). WANDB_RUN=name logs to wandb as well, where that is installed.
+# Kill it at any point and run it again: it resumes where it stopped. It writes everything to $NANOCHAT_BASE_DIR
+# (default ~/.cache/nanochat). WANDB_RUN=name also logs to wandb, if it is installed.
 
 set -euo pipefail
-road=$(realpath "${BASH_SOURCE[0]}")
+script=$(realpath "${BASH_SOURCE[0]}")
 
-preset=${CONFIG:-} rl= fresh=
+# -----------------------------------------------------------------------------
+# Arguments, preset and folders
+
+preset=${CONFIG:-} rl='' fresh=''
 for argument in "$@"; do
     case $argument in
-        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$road"; exit 0 ;;
+        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$script"; exit 0 ;;
         --rl) rl=1 ;;
         --fresh) fresh=1 ;;
         -*) echo "error: unknown option $argument (see --help)" >&2; exit 2 ;;
@@ -23,7 +26,7 @@ for argument in "$@"; do
     esac
 done
 
-# Which model: by what this machine has.
+# Without a preset, choose one by whether this machine has a GPU.
 if [ -z "$preset" ]; then
     if gpus=$(nvidia-smi --list-gpus 2>/dev/null) && [ -n "$gpus" ]; then
         preset=d20
@@ -33,115 +36,137 @@ if [ -z "$preset" ]; then
         echo "preset cpu: no NVIDIA GPU here (nvidia-smi lists none)"
     fi
 fi
-# Paths were meant from where the caller is.
+
+# Resolve relative paths against the caller's folder before leaving it.
 base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 base=$(realpath -m "${base/#\~/$HOME}")
 [ ! -f "$preset" ] || preset=$(realpath "$preset")
 [ -z "${CORE_DIR:-}" ] || CORE_DIR=$(realpath "$CORE_DIR")
-cd "$(dirname "$road")"
+cd "$(dirname "$script")"
 if [ ! -f "configs/$preset.toml" ] && { [ ! -f "$preset" ] || [[ "$preset" != *.toml ]]; }; then
-    echo "error: no preset $preset, nor a file of that name that ends in .toml; there are:" \
+    echo "error: no preset or .toml file named $preset; the presets are:" \
         "$(cd configs && echo *.toml | sed 's/\.toml//g')" >&2
     exit 2
 fi
 
-# The environment, with what the road needs beyond the core: the web chat and the report's plots.
+# Set up .venv with the extras for the web chat (serve) and the report's plots (report).
 source setup.sh serve report
 
 export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
 tag=$(basename "$preset" .toml)
-marks=$base/road/$tag
-few=()
-if [ "$tag" = cpu ]; then rl=1 few=(-x 100); fi # a small model learns enough to show in seconds
+marks=$base/road/$tag # one empty file per finished evaluation
+mid_limit=()
+if [ "$tag" = cpu ]; then rl=1 mid_limit=(-x 100); fi # always RL; only 100 problems per task after midtraining
 
 if [ -n "$fresh" ]; then
     old=$base/before-$(date +%Y%m%d-%H%M%S)
     mkdir -p "$old"
-    for made in "report/$tag" "road/$tag" {base,mid,sft,rl}_checkpoints/"$tag"; do
-        if [ -e "$base/$made" ]; then mkdir -p "$old/$(dirname "$made")" && mv "$base/$made" "$old/$made"; fi
+    for path in "report/$tag" "road/$tag" {base,mid,sft,rl}_checkpoints/"$tag"; do
+        if [ -e "$base/$path" ]; then mkdir -p "$old/$(dirname "$path")" && mv "$base/$path" "$old/$path"; fi
     done
-    echo "starting over; what was there is in $old"
+    echo "starting over; previous results are in $old"
 fi
-mkdir -p "$marks" || { echo "error: set NANOCHAT_BASE_DIR to a folder that can be written" >&2; exit 2; }
+mkdir -p "$marks" || { echo "error: cannot write to $base: set NANOCHAT_BASE_DIR to a writable folder" >&2; exit 2; }
 
-say() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
+# -----------------------------------------------------------------------------
+# How a stage is run, and when it is skipped
 
-# Training knows by itself whether it is done. An evaluation is done when what it judged is not newer than its mark; two
-# files made within a few milliseconds have one time, so "older" would be too much to ask.
-judged() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
-train() { say "train $1"; python -m scripts.train --stage="$1" --config="$preset"; }
-judge() {
+banner() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
+
+# is_current MARK INPUT: whether the mark exists and its input is not newer. Equal times count as current, because two
+# files written within a few milliseconds of each other can have the same time.
+is_current() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
+
+# train STAGE: scripts.train itself detects a finished run.
+train() { banner "train $1"; python -m scripts.train --stage="$1" --config="$preset"; }
+
+# evaluate STAGE MARK MODULE ARGUMENTS...: skipped if the mark is current with the stage's latest checkpoint.
+evaluate() {
     local stage=$1 mark=$marks/$2; shift 2
     local newest
     newest=$(ls -t "$base/${stage}_checkpoints/$tag"/step_*/manifest.json | head -n 1)
-    if judged "$mark" "$newest"; then say "${mark##*/}: done before"; return; fi
-    say "${mark##*/}"
+    if is_current "$mark" "$newest"; then banner "${mark##*/}: already done"; return; fi
+    banner "${mark##*/}"
     python -m "$@" --config="$preset" || return
     touch "$mark"
 }
 
-# What would be trained here: a batch that this machine cannot take is better said before the download than after.
+# -----------------------------------------------------------------------------
+# Text and tokenizer
+
+# Check before the download that this machine can train the preset: a batch that does not fit should fail now.
 [ "$tag" = cpu ] || python -m scripts.doctor --config="$preset"
 [ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
 
-# Text and tokenizer. The validation shard and one more tell whether the hub can be reached; the rest comes meanwhile,
-# in order, and the tokenizer waits for those that it is trained on: as many as its settings say.
+# Download the validation shard and one training shard first, which shows whether the hub can be reached. The rest
+# downloads in order in the background; tokenizer training waits for the shards it needs, as many as its settings say.
 if [ "$tag" != cpu ]; then
     python -m nanochat_jax.dataset --config="$preset" -n 1
     python -m nanochat_jax.dataset --config="$preset" &
     download=$!
     trap 'kill "$download" 2>/dev/null || true' EXIT
 fi
-say "tokenizer"
+banner "tokenizer"
 python -m scripts.tok_train --config="$preset" ${fresh:+--fresh}
-if ! judged "$marks/tok_eval" "$base/tokenizer/nanochat.json"; then
+if ! is_current "$marks/tok_eval" "$base/tokenizer/nanochat.json"; then
     python -m scripts.tok_eval --config="$preset"
     touch "$marks/tok_eval"
 fi
 if [ -n "${download:-}" ]; then
-    say "waiting for the text"
+    banner "waiting for the download"
     wait "$download"
     trap - EXIT
 fi
 
-# Pretraining: the model learns to predict text.
+# -----------------------------------------------------------------------------
+# Pretraining: the model learns to predict text
+
 train base
-judge base base_loss scripts.base_loss -i base -g "$tag"
+evaluate base base_loss scripts.base_loss -i base -g "$tag"
 core=${CORE_DIR:-$base/eval_bundle}
 if [ -d "$core" ]; then
-    judge base base_eval scripts.base_eval -i base -g "$tag" --core_dir="$core"
+    evaluate base base_eval scripts.base_eval -i base -g "$tag" --core_dir="$core"
 elif [ "$tag" = cpu ]; then
-    say "CORE skipped: its bundle is not in $core, and this preset does not download it (CORE_DIR=... if you have it)"
+    banner "CORE skipped: no bundle in $core, and this preset does not download it (set CORE_DIR if you have it)"
 else
     code=0
-    judge base base_eval scripts.base_eval -i base -g "$tag" || code=$?
+    evaluate base base_eval scripts.base_eval -i base -g "$tag" || code=$?
     case $code in
         0) ;;
-        2) say "CORE skipped, see above (CORE_DIR=... if you have its bundle)" ;; # what can be mended outside of here
+        2) banner "CORE skipped, see above (set CORE_DIR if you have its bundle)" ;; # an error that the user can fix
         *) exit "$code" ;;
     esac
 fi
 
-# Midtraining: the format of conversations, tools and multiple choice.
+# -----------------------------------------------------------------------------
+# Midtraining: the model learns the format of conversations, tools and multiple choice
+
 train mid
-judge mid chat_eval_mid scripts.chat_eval -i mid -g "$tag" "${few[@]}"
+evaluate mid chat_eval_mid scripts.chat_eval -i mid -g "$tag" "${mid_limit[@]}"
 
-# Supervised finetuning: to answer, and to stop.
+# -----------------------------------------------------------------------------
+# Supervised finetuning: the model learns to answer, and to stop
+
 train sft
-judge sft chat_eval_sft scripts.chat_eval -i sft -g "$tag"
+evaluate sft chat_eval_sft scripts.chat_eval -i sft -g "$tag"
 
-# Reinforcement learning: to be right more often.
+# -----------------------------------------------------------------------------
+# Reinforcement learning: the model learns to be right more often
+
 last=sft
 if [ -n "$rl" ]; then
     train rl
-    judge rl chat_eval_rl scripts.chat_eval -i rl -g "$tag"
+    evaluate rl chat_eval_rl scripts.chat_eval -i rl -g "$tag"
     last=rl
 fi
 
-say "report"
+# -----------------------------------------------------------------------------
+# Report, and a first question
+
+banner "report"
 python -m nanochat_jax.report generate -g "$tag"
 
-say "a question"
+banner "a sample question"
 question="What is 37 * 12?"
 echo "> $question"
 python -m scripts.chat_cli -i "$last" -g "$tag" -p "$question"

@@ -1,52 +1,53 @@
 #!/usr/bin/env bash
-# Sets up .venv where that is needed and runs the tests. Arguments go to pytest: bash tests/run.sh -k tokenizer
-# Left out unless chosen with -m: slow, parity (Hugging Face's libraries: source setup.sh dev parity), browser
-# (Chromium), gpu.
+# Sets up .venv if needed and runs the tests. Arguments go to pytest: bash tests/run.sh -k tokenizer
+# Not run unless selected with -m: slow, parity (needs Hugging Face's libraries: source setup.sh dev parity), browser
+# (needs Chromium), gpu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit 0 ;; esac
 
 source setup.sh dev
 
-rust() {
+check_rust() {
     cd rustbpe
     cargo test --quiet
-    # Not every Rust comes with these two.
+    # Some Rust installations lack clippy and rustfmt.
     if cargo clippy --version >/dev/null 2>&1; then
         cargo clippy --quiet --all-targets --all-features -- -D warnings
     else
-        echo "clippy is missing, its check is left out: rustup component add clippy, or apt-get install rust-clippy"
+        echo "clippy is missing, skipping its check: rustup component add clippy, or apt-get install rust-clippy"
     fi
     if cargo fmt --version >/dev/null 2>&1; then
         cargo fmt --check
     else
-        echo "rustfmt is missing, its check is left out: rustup component add rustfmt, or apt-get install rustfmt"
+        echo "rustfmt is missing, skipping its check: rustup component add rustfmt, or apt-get install rustfmt"
     fi
 }
 
 ruff check .
 ruff format --check --quiet .
 
-# Beside the Python tests, which wait a lot; what it says is shown after theirs.
-said=$(mktemp) log=$(mktemp)
-trap 'rm -f "$said" "$log"' EXIT
-(set -e; rust) >"$said" 2>&1 &
-crate=$!
+# Check the Rust crate in the background, because the Python tests are often idle; print its output after theirs.
+rust_log=$(mktemp) pytest_log=$(mktemp)
+trap 'rm -f "$rust_log" "$pytest_log"' EXIT
+(set -e; check_rust) >"$rust_log" 2>&1 &
+rust_check=$!
 
-chosen=("$@")
-[[ " $* " == *" -m "* ]] || chosen=(-m "not slow and not parity and not browser and not gpu" "$@")
+pytest_args=("$@")
+[[ " $* " == *" -m "* ]] || pytest_args=(-m "not slow and not parity and not browser and not gpu" "$@")
 status=0
-# Four at a time even on two cores: much of the time is waiting, for processes that start, stop and are killed.
-python -m pytest -n 4 --dist loadfile "${chosen[@]}" 2>&1 | tee "$log" || status=$?
-wait "$crate" || { status=1; echo "error: the crate's tests or checks failed:"; }
-cat "$said"
-tail -n 1 "$log"
+# Four workers even on two cores: much of the time goes into waiting for processes to start, stop or be killed.
+python -m pytest -n 4 --dist loadfile "${pytest_args[@]}" 2>&1 | tee "$pytest_log" || status=$?
+wait "$rust_check" || { status=1; echo "error: the tests or checks of the Rust crate failed:"; }
+cat "$rust_log"
+tail -n 1 "$pytest_log"
 
-# With the test data there, nothing may be skipped for want of them; other reasons are told by pytest and are no error.
+# If the test data is present, no test may be skipped for lack of it. Pytest lists the tests skipped for other reasons,
+# which are not an error.
 data=${NANOCHAT_TEST_DATA:-../shared}
-missing=$(grep '^SKIPPED .*no test data' "$log" || true)
+missing=$(grep '^SKIPPED .*no test data' "$pytest_log" || true)
 if [ -d "$data/golden" ] && [ -n "$missing" ] && [ $# -eq 0 ]; then
-    echo "error: tests were skipped although there are test data in $data" >&2
+    echo "error: tests were skipped for lack of test data, although $data has it" >&2
     exit 1
 fi
 exit "$status"

@@ -1,4 +1,4 @@
-// The list of conversations beside the one shown: opening, deleting, exporting and importing them.
+// The sidebar: the list of saved conversations, to open, delete, export and import.
 
 import { input, touch } from "./composer.js";
 import { chat, running, turnTo } from "./conversation.js";
@@ -45,7 +45,7 @@ function removeChat(id) {
   forget(id);
 }
 
-// One conversation a line, as a list of messages: what training reads, and what this page imports.
+// Saves one conversation per line, as a list of messages. Training and importChats read this format.
 function download(chats, name) {
   const lines = chats.map(({ system, messages }) => JSON.stringify([
     ...(system ? [{ role: "system", content: system }] : []), ...messages.map(({ role, content }) => ({ role, content })),
@@ -63,14 +63,14 @@ async function importChats(file) {
     try {
       const all = JSON.parse(line), system = all[0]?.role === "system" ? String(all[0].content) : "";
       const messages = (system ? all.slice(1) : all).map(({ role, content }) => ({ role, content }));
-      if (!isConversation(messages)) throw new Error("no conversation");
+      if (!isConversation(messages)) throw new Error("not a conversation");
       last = { ...newChat(), updated: Date.now() + count++, system, messages };
       keep("chat." + last.id, last);
     } catch { bad++; }
   }
   listChats();
   if (last && !running) openChat(last.id);
-  const skipped = bad ? `; ${bad} ${bad === 1 ? "line is" : "lines are"} no conversation` : "";
+  const skipped = bad ? `; ${bad} ${bad === 1 ? "line is not a conversation" : "lines are not conversations"}` : "";
   note(`${count} ${count === 1 ? "conversation" : "conversations"} imported${skipped}`);
 }
 

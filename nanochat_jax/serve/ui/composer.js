@@ -1,4 +1,4 @@
-// The message box, which grows with its text and keeps it over a reload.
+// The message box: it grows with its text and keeps the draft over a reload.
 
 import { $ } from "./dom.js";
 
@@ -20,10 +20,11 @@ export function grow(area) {
 export function resize() {
   grow(input);
   send.disabled = !send.classList.contains("busy") && !input.value.trim();
-  try { sessionStorage.setItem("nanochat.draft", input.value); } catch { /* it is lost on a reload then */ }
+  try { sessionStorage.setItem("nanochat.draft", input.value); } catch { /* without storage, a reload loses the draft */ }
 }
 
-// On a phone Enter is the only way to a new line; in an input method it chooses a word.
+// Whether a key press sends the message. A phone has no Shift+Enter, so Enter starts a new line there. In an input
+// method, Enter selects a word.
 export const sends = event => event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch.matches;
 
 input.addEventListener("input", resize);

@@ -1,4 +1,4 @@
-// The conversation shown: its messages in the log, asking, answering, changing.
+// The open conversation: its messages in the log, and sending, answering and editing them.
 
 import { fill, grow, input, resize, send, sends } from "./composer.js";
 import { button, copy, element, sentence } from "./dom.js";
@@ -7,19 +7,19 @@ import { answerView, append, parts, plain } from "./message.js";
 import { Refused, request, Unreachable } from "./server.js";
 import { changed, forget, keep, newChat } from "./storage.js";
 
-export let chat = newChat();  // the conversation shown: {id, updated, system, messages}
-export let running = null;    // the answer being written: {message, view, controller, before, replaced}
-const views = new Map();  // message -> its place in the log
+export let chat = newChat();  // the open conversation: {id, updated, system, messages}
+export let running = null;    // the answer being generated: {message, view, controller, before, replaced}
+const views = new Map();  // message -> its view in the log
 
 export function saveChat() {
   if (!chat.messages.length) return;
   chat.updated = Date.now();
   keep("chat." + chat.id, chat);
-  history.replaceState(null, "", "#" + chat.id);  // a reload comes back to it
+  history.replaceState(null, "", "#" + chat.id);  // a reload opens it again
   changed();
 }
 
-// Opens another conversation.
+// Switches to another conversation.
 export function turnTo(next) {
   leave();
   chat = next;
@@ -27,7 +27,7 @@ export function turnTo(next) {
   render();
 }
 
-// Leaves the running answer, keeping what there is of it.
+// Aborts the running answer and keeps what has been received.
 export function leave() {
   if (!running) return;
   const { message, controller } = running;
@@ -37,7 +37,7 @@ export function leave() {
 }
 
 // ---------------------------------------------------------------------------
-// Its messages
+// Messages
 
 function addUser(message) {
   const body = element("div", "body", message.content);
@@ -64,7 +64,7 @@ export function render() {
   follow();
 }
 
-// Takes the message and everything after it out of the conversation.
+// Removes the message and everything after it from the conversation.
 function truncate(message) {
   const index = chat.messages.indexOf(message);
   for (const gone of chat.messages.splice(index)) {
@@ -74,7 +74,7 @@ function truncate(message) {
   for (const row of log.querySelectorAll(".note, .trouble, .forgotten")) row.remove();
 }
 
-// Turns a message into a box to change it in. Nothing is lost before it is sent.
+// Replaces a message with a text box to edit it. Later messages are removed only when the edit is sent.
 export function edit(message) {
   if (running || log.querySelector(".edit")) return;
   const row = views.get(message).row, area = element("textarea"), shown = [...row.children];
@@ -100,10 +100,10 @@ export function edit(message) {
   area.setSelectionRange(area.value.length, area.value.length);
 }
 
-// The server takes so many characters; older turns than these would not fit the model's context anyway.
+// The server's limits on a request. Turns beyond them would not fit the model's context anyway.
 const MAX_CHARS = 32000, MAX_MESSAGES = 500;
 
-// Index of the first message worth sending: that of a user, as it must be.
+// Index of the first message to send, always a user's: the oldest turns are left out if the request would be too large.
 function firstToSend() {
   const messages = chat.messages, size = message => parts(message).reduce((n, part) => n + part.text.length, 0);
   let first = 0, total = messages.reduce((n, message) => n + size(message), chat.system.length);
@@ -114,19 +114,19 @@ function firstToSend() {
   return first;
 }
 
-// Marks the place before which the conversation no longer fits the model's context.
+// Marks where the model's context begins: the first `count` messages no longer fit.
 function markForgotten(count) {
   log.querySelector(".forgotten")?.remove();
   const view = count && views.get(chat.messages[count]);
-  if (view) view.row.before(element("div", "forgotten", "too long ago: the model no longer sees what is above"));
+  if (view) view.row.before(element("div", "forgotten", "the messages above no longer fit the model's context"));
 }
 
 // ---------------------------------------------------------------------------
-// Its answers
+// Answers
 
 export function ask(text) {
   const last = chat.messages[chat.messages.length - 1];
-  if (last?.role === "user") {  // not answered yet: both are one message
+  if (last?.role === "user") {  // not answered yet: merge both into one message
     text = last.content + "\n\n" + text;
     truncate(last);
   }
@@ -137,13 +137,13 @@ export function ask(text) {
   answer();
 }
 
-// Answers the last message, anew if it has an answer already; or goes on with `cut`, an answer that is not complete.
+// Answers the last message, replacing its answer if it has one; or continues `cut`, an incomplete answer.
 async function answer(cut) {
   if (running) return;
   clearTrouble();
   const last = chat.messages[chat.messages.length - 1], replaced = !cut && last.role === "assistant" ? last : null;
   if (replaced) truncate(replaced);
-  if (cut && parts(cut).at(-1)?.type === "python") parts(cut).pop();  // a call without its result is made again
+  if (cut && parts(cut).at(-1)?.type === "python") parts(cut).pop();  // a tool call without a result is generated again
   const asked = structuredClone(chat.messages.map(({ role, content }) => ({ role, content })));
   const message = cut ?? { role: "assistant", content: "" };
   const view = cut ? views.get(cut) : addAnswer(message);
@@ -169,17 +169,17 @@ async function answer(cut) {
       break;
     }
   }
-  if (running !== job) return;  // another conversation has been opened
+  if (running !== job) return;  // the user has opened another conversation
   const stopped = message.remark === "stopped";
   settle();
   if (failure) refuse(failure, replaced);
   else if (chat.messages.includes(message)) say(message.remark ? `The answer ends here: ${message.remark}.` : "The answer is complete.");
-  else if (!replaced) trouble(stopped ? "Not answered yet" : "The model had no answer", button("Try again", "pill", () => answer()));
+  else if (!replaced) trouble(stopped ? "Not answered yet" : "The model gave no answer", button("Try again", "pill", () => answer()));
 }
 
 const came = ({ message, before }) => JSON.stringify(message.content) !== before;
 
-// Ends the running answer where it is. If nothing came of it, what it should have replaced comes back.
+// Ends the running answer. If it is empty, restores the answer that it was to replace.
 function settle() {
   const { message, view, replaced } = running;
   if (plain(message) || parts(message).length > 1) view.finish();
@@ -194,7 +194,7 @@ function settle() {
   saveChat();
 }
 
-// What the server will not answer goes back into the message box, unless something else is being typed there.
+// Shows an error. A message that the server refused goes back into the message box, unless the box already has text.
 function refuse(failure, replaced) {
   const question = chat.messages[chat.messages.length - 1];
   if (replaced || question.role === "assistant") trouble(failure.message);
@@ -209,7 +209,7 @@ function refuse(failure, replaced) {
   }
 }
 
-// One attempt. Adds to `message` what comes; an error says why it is not the whole answer.
+// Makes one request and appends what arrives to `message`. Throws if the answer is not complete.
 async function receive(asked, message, view, signal) {
   const first = firstToSend(), system = chat.system ? [{ role: "system", content: chat.system }] : [];
   markForgotten(first);
@@ -227,17 +227,18 @@ async function receive(asked, message, view, signal) {
         if (Date.now() - chat.updated > 1000) saveChat();
       } else if (event.waiting) view.wait(`The server is busy: number ${event.waiting} in the queue.`);
       else if (event.dropped) markForgotten(first + event.dropped);
-      else if (event.cut) message.remark = "cut off: the answer reached its longest length";
+      else if (event.cut) message.remark = "cut off: the answer reached its maximum length";
       else if (event.error) throw new Unreachable(sentence(event.error), 0);
       else if (event.done) done = true;
     }
   } catch (error) {
-    throw error instanceof Unreachable ? error : new Unreachable("the connection broke off", 0);
+    throw error instanceof Unreachable ? error : new Unreachable("the connection was lost", 0);
   }
-  if (!done) throw new Unreachable("the connection broke off", 0);
+  if (!done) throw new Unreachable("the connection was lost", 0);
 }
 
-// Waits before the next attempt, and says so; false: stopped. "Try now" and the network's return end it early.
+// Counts down to the next attempt; resolves to false if the user stops it. "Try now" or the return of the network ends
+// the wait early.
 function pause(error, attempt, view, signal) {
   let left = Math.round(Math.max(error.seconds || 1, Math.min(15, 1.6 ** attempt)));
   return new Promise(resolve => {
@@ -255,7 +256,7 @@ function pause(error, attempt, view, signal) {
     addEventListener("online", end);
     signal.addEventListener("abort", end);
     view.wait(text, button("Try now", "", end));
-    if (!attempt) say(`${error.message} Trying again until it does.`);
+    if (!attempt) say(`${error.message} Trying again until it responds.`);
     show();
   });
 }

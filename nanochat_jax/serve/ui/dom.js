@@ -1,4 +1,4 @@
-// Elements made one by one. Text only ever enters through text nodes, so what a model writes stays text.
+// Helpers to create elements. All text is inserted as text nodes, so the model's output can never become HTML.
 
 export const $ = id => document.getElementById(id);
 
@@ -35,7 +35,7 @@ export function sentence(text) {
 export async function copy(text, source) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {  // only pages from this machine or over HTTPS have a clipboard
+  } catch {  // the clipboard API works only on localhost and over HTTPS
     const area = element("textarea", "unseen", text);
     document.body.append(area);
     area.select();

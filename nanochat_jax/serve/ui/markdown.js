@@ -1,5 +1,5 @@
-// Markdown, as much of it as models write. Elements are made one by one and strings become text nodes; no string is
-// ever read as HTML. A tool call stands in the text as one character of Unicode's private area.
+// Renders the subset of Markdown that models write. Elements are created one by one and strings inserted as text nodes;
+// no string is ever parsed as HTML. In the text, one character of Unicode's private use area stands for a tool call.
 
 import { button, copy, element } from "./dom.js";
 
@@ -51,7 +51,7 @@ function codeBlock(language, code, tools) {
   return element("div", "code", element("div", "", element("span", "", language || "text"), button_), pre);
 }
 
-// A list from line i on; items of another kind begin another list. Returns the line after it.
+// Renders the list that begins at line i; an item of another kind begins a new list. Returns the line after the list.
 function list(lines, i, out, tools, depth) {
   const first = ITEM.exec(lines[i]), ordered = /\d/.test(first[2]), indent = first[1].length;
   const node = element(ordered ? "ol" : "ul");
@@ -67,7 +67,7 @@ function list(lines, i, out, tools, depth) {
         else break;
       } else if (margin > indent) item.push(lines[i].slice(Math.min(margin, width)));
       else if (ITEM.test(lines[i]) || FENCE.test(lines[i]) || HEADING.test(lines[i]) || QUOTE.test(lines[i]) || RULE.test(lines[i])) break;
-      else item.push(lines[i].trim());  // a line that goes on without indentation
+      else item.push(lines[i].trim());  // a continuation line without indentation
     }
     node.append(element("li", "", markdown(item.join("\n"), tools, depth + 1)));
     while (i + 1 < lines.length && !lines[i].trim() && ITEM.exec(lines[i + 1])?.[1].length === indent) i++;
@@ -87,17 +87,17 @@ function table(lines, i, out, tools) {
   return i;
 }
 
-// Sums are full of asterisks, so emphasis neither begins nor ends inside a word or beside a space.
+// Sums are full of asterisks, so emphasis neither begins nor ends inside a word or next to a space.
 const INLINE = new RegExp([
   "\\\\([\\\\`*_{}\\[\\]()#+.!~|>-])",                                            // 1 an escaped character
   "(`{1,20})([^`](?:.{0,999}?[^`])?)\\2(?!`)",                                         // 2, 3 code
   "!?\\[([^\\]\\n]{0,999})\\]\\(\\s*<?([^)\\s>]{1,2000})>?(?:\\s+\"[^\"\\n]{0,200}\")?\\s*\\)",  // 4, 5 a link
-  "(https?:\\/\\/[^\\s<>()\\[\\]]{0,1999}[^\\s<>()\\[\\].,;:!?'\"*_])",            // 6 an address
+  "(https?:\\/\\/[^\\s<>()\\[\\]]{0,1999}[^\\s<>()\\[\\].,;:!?'\"*_])",            // 6 a bare URL
   "(?<![\\w*])\\*\\*(?=[^\\s*])(.{1,999}?)(?<=[^\\s*])\\*\\*(?![\\w*])",           // 7 strong
   "(?<![\\w_])__(?=[^\\s_])(.{1,999}?)(?<=[^\\s_])__(?![\\w_])",                   // 8 strong
   "(?<![\\w*])\\*(?=[^\\s*])(.{1,999}?)(?<=[^\\s*])\\*(?![\\w*])",                 // 9 emphasis
   "(?<![\\w_])_(?=[^\\s_])(.{1,999}?)(?<=[^\\s_])_(?![\\w_])",                     // 10 emphasis
-  "~~(?=[^\\s~])(.{1,999}?)(?<=[^\\s~])~~",                                        // 11 struck out
+  "~~(?=[^\\s~])(.{1,999}?)(?<=[^\\s~])~~",                                        // 11 strikethrough
 ].join("|"), "gs");
 
 function inline(node, text, tools, depth = 0) {
@@ -117,10 +117,10 @@ function inline(node, text, tools, depth = 0) {
   return withTools(node, text.slice(end), tools);
 }
 
-// Only addresses that open a page or a letter; of any other, such as javascript:, what the model wrote is shown.
+// Links only to web pages and email addresses; shows any other target, such as javascript:, as plain text.
 function link(label, target, tools, depth) {
   let url = null;
-  try { url = new URL(target); } catch { /* no address */ }
+  try { url = new URL(target); } catch { /* not a URL */ }
   if (!url || !["http:", "https:", "mailto:"].includes(url.protocol)) return document.createTextNode(`${label} (${target})`);
   const node = inline(element("a"), label, tools, depth + 1);
   node.href = url.href;

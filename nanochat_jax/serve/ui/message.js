@@ -1,7 +1,7 @@
-// A message and the place of an answer in the log.
+// Messages, and the view of an answer in the log.
 //
-// A message is {role, content, remark}: content of an answer with tool calls is a list of {type, text}; remark says why
-// an answer is not complete.
+// A message is {role, content, remark}. The content of an answer with tool calls is a list of {type, text}; the remark
+// says why an answer is incomplete.
 
 import { button, copy, element } from "./dom.js";
 import { addRow, follow } from "./log.js";
@@ -17,15 +17,15 @@ export function append(message, type, text) {
   message.content = all.every(part => part.type === "text") ? all.map(part => part.text).join("") : all;
 }
 
-// The place of an answer. begin() shows that it is on its way, update() what has come of it, finish() what can be done:
-// `answer`, called without a message for another answer, with it to go on.
+// The view of an answer. begin() shows that it is coming, update() draws what has arrived, and finish() adds the
+// buttons, which call answer() to regenerate the answer and answer(message) to continue it.
 export function answerView(message, answer) {
   const typing = element("span", "typing", element("i"), element("i"), element("i"));
   typing.setAttribute("role", "img");
   typing.setAttribute("aria-label", "nanochat is thinking");
   const body = element("div", "body"), waiting = element("div", "waiting"), actions = element("div", "actions");
   const row = addRow("assistant", element("span", "unseen", "nanochat:"), body, waiting, actions);
-  const tools = [];    // one element a call, kept while the text around it is drawn again and again
+  const tools = [];    // one element per tool call, kept while the text around it is redrawn
   let due = 0, took = 0;
 
   function source() {
@@ -52,7 +52,7 @@ export function answerView(message, answer) {
     cancelAnimationFrame(due);
     due = 0;
     const start = performance.now(), fresh = [...markdown(source(), tools).childNodes];
-    // Only what has changed is replaced, so that text can be selected while more of it comes.
+    // Replace only what has changed, so that text can be selected while more arrives.
     fresh.forEach((child, i) => {
       const old = body.childNodes[i];
       if (!old) body.append(child);
@@ -68,7 +68,7 @@ export function answerView(message, answer) {
     begin() { tools.length = 0; actions.replaceChildren(); view.wait(typing); },
     wait(...children) { waiting.replaceChildren(...children); follow(); },
     typing() { view.wait(typing); },
-    // As often as the screen shows it, but never so often that drawing takes most of the time.
+    // Redraws at most once per frame, and less often when drawing is slow, so that it never takes most of the time.
     update() {
       if (!due) due = requestAnimationFrame(() => took > 8 ? setTimeout(draw, 3 * took) : draw());
     },

@@ -1,4 +1,4 @@
-// The page as a whole: its commands, its keys, and how it starts.
+// The entry point: commands, keyboard shortcuts and startup.
 
 import { narrow, openChat, show, sideFits, toggleSide } from "./chats.js";
 import { fill, input, sends } from "./composer.js";
@@ -10,11 +10,11 @@ import { applyTheme, options } from "./settings.js";
 import { changed, newChat, setting, settings } from "./storage.js";
 
 const COMMANDS = {
-  "/temperature 0.8": "0 to 2: higher is more daring",
-  "/topk 50": "0 to 200: words to choose from, 0 for all",
-  "/system You are brief.": "what the model is told before this conversation; off: nothing",
-  "/clear": "begin a new chat; this one stays in the list",
-  "/help": "this list",
+  "/temperature 0.8": "0 to 2: higher gives more varied answers",
+  "/topk 50": "0 to 200: sample from the k likeliest tokens; 0: from all",
+  "/system You are brief.": "instructions to the model for this conversation; off: none",
+  "/clear": "start a new chat; this one stays in the list",
+  "/help": "show this list",
 };
 
 function help() {
@@ -36,14 +36,14 @@ function command(text) {
   else if (name === "/topk") set("top_k", "top-k", 0, 200, true);
   else if (name === "/system") {
     if (value !== undefined) {
-      const told = text.trim().slice(name.length).trim();
-      chat.system = told.toLowerCase() === "off" ? "" : told;
+      const prompt = text.trim().slice(name.length).trim();
+      chat.system = prompt.toLowerCase() === "off" ? "" : prompt;
       saveChat();
     }
     note(chat.system ? `the system prompt is: ${chat.system}` : "there is no system prompt");
   } else if (name === "/clear") show(newChat());
   else if (name === "/help") help();
-  else { note(`${name} is no command; /help lists them`); return false; }
+  else { note(`there is no command ${name}; /help lists the commands`); return false; }
   return true;
 }
 
@@ -85,8 +85,8 @@ addEventListener("keydown", event => {
     show(newChat());
   }
 });
-addEventListener("pagehide", leave);  // what has been written so far is there after a reload
-addEventListener("storage", event => {  // another window of this page
+addEventListener("pagehide", leave);  // keeps a partial answer over a reload
+addEventListener("storage", event => {  // changed in another window of this page
   if (!event.key?.startsWith("nanochat.")) return;
   applyTheme();
   if (event.key === "nanochat.chat." + chat.id && !running && event.newValue) openChat(chat.id);

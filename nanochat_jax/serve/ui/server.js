@@ -1,16 +1,16 @@
-// Talking to the server: whether it is there, what it answers, and why it does not.
+// Communication with the server: its health, its answers and its errors.
 
 import { $, sentence } from "./dom.js";
 import { settings } from "./storage.js";
 
-export let server = {};  // what /health says: the model, its context, the defaults
+export let server = {};  // the response of /health: the model, its context, the defaults
 
-export class Refused extends Error {}      // the server will not answer this, however often it is asked
-export class Unreachable extends Error {   // it may, later: busy, gone, or starting again
+export class Refused extends Error {}      // the server rejects the request; retrying is no use
+export class Unreachable extends Error {   // the server is busy, gone or restarting; retrying may help
   constructor(message, seconds) { super(message); this.seconds = seconds; }
 }
 
-// The events that answer the messages, or an error.
+// Sends the messages and returns the events of the answer; throws an error if the request fails.
 export async function request(messages, signal) {
   const { temperature, top_k, max_tokens, key } = settings();
   const headers = { "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) };
@@ -25,15 +25,15 @@ async function refusal(response) {
   const detail = await response.json().then(body => body.detail, () => "");
   const text = typeof detail === "string" && detail ? detail : `The server answered ${response.status}.`;
   if (response.status === 401) {
-    dispatchEvent(new Event("nokey"));  // the settings open then
-    return new Error(settings().key ? "The server does not know this key." : "The server asks for a key: see the settings.");
+    dispatchEvent(new Event("nokey"));  // opens the settings
+    return new Error(settings().key ? "The server does not accept this key." : "The server requires a key: enter it in the settings.");
   }
   if (response.status === 429) return new Unreachable("The server is busy.", Number(response.headers.get("Retry-After")));
   if (response.status >= 500) return new Unreachable(sentence(text), 0);
   return new Refused(text);
 }
 
-// The JSON of server-sent events. Neither an event nor a character need arrive in one piece.
+// Parses server-sent events as JSON. Events, and even characters, may arrive in pieces.
 export async function* events(stream) {
   const reader = stream.getReader(), decoder = new TextDecoder();
   let buffer = "";

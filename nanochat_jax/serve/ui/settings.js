@@ -1,4 +1,4 @@
-// The settings: the dialog they are changed in, and the colours.
+// The settings dialog, and the colour theme.
 
 import { input, touch } from "./composer.js";
 import { chat, saveChat } from "./conversation.js";

@@ -1,8 +1,8 @@
-// What the browser keeps. Without storage (a private window, a full disk) the page works and forgets.
+// Storage in the browser. Without it (a private window, a full disk), the page works but keeps nothing over a reload.
 
 import { note } from "./log.js";
 
-let crowded = false;  // the browser has refused to keep a conversation, and the reader knows
+let crowded = false;  // saving has failed, and the user has been told
 
 export function recall(key, otherwise) {
   try { return JSON.parse(localStorage.getItem("nanochat." + key)) ?? otherwise; } catch { return otherwise; }
@@ -13,7 +13,7 @@ export function keep(key, value) {
     if (value === undefined) localStorage.removeItem("nanochat." + key);
     else localStorage.setItem("nanochat." + key, JSON.stringify(value));
   } catch {
-    if (!crowded) note("the browser keeps no more conversations: export some and delete them");
+    if (!crowded) note("the browser cannot save more conversations: export some and delete them");
     crowded = true;
   }
 }
@@ -31,7 +31,7 @@ export function savedChats() {
     .sort((a, b) => b.updated - a.updated);
 }
 
-// Whether messages from elsewhere (a file, another version of this page) can be shown and sent.
+// Whether messages from outside (a file, another version of this page) can be shown and sent.
 export function isConversation(messages) {
   const part = p => ["text", "python", "python_output"].includes(p?.type) && typeof p.text === "string";
   return Array.isArray(messages) && messages.length > 0 && messages.every((message, i) =>
@@ -47,5 +47,5 @@ export function forget(id) {
   changed();
 }
 
-// The list of conversations (chats.js) is drawn again then.
+// Makes chats.js redraw the list of conversations.
 export function changed() { dispatchEvent(new Event("chats")); }

@@ -259,7 +259,7 @@ def test_export_and_import(chat, tmp_path):
     chat.page.set_input_files("#import", path)
     chat.until("chat.messages.length")
     assert len(chat.texts("#chats .open")) == 2
-    assert chat.texts(".note") == ["2 conversations imported; 3 lines are no conversation"]
+    assert chat.texts(".note") == ["2 conversations imported; 3 lines are not conversations"]
     assert chat.js("chat.system") == "You are brief."
 
 
@@ -289,4 +289,4 @@ def test_without_storage_the_page_works_and_forgets(chat):
     chat.js(f"() => {{ Storage.prototype.setItem = {full}; }}")
     chat.ask("hello")
     assert chat.said() == ["hello", "nothing to add"]
-    assert chat.texts(".note") == ["the browser keeps no more conversations: export some and delete them"]
+    assert chat.texts(".note") == ["the browser cannot save more conversations: export some and delete them"]

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed and runs the tests. Arguments go to pytest: bash tests/run.sh -k tokenizer
+# Sets up .venv if needed, runs the static checks (ruff, ty, import-linter, codespell) and the tests. Arguments go to
+# pytest: bash tests/run.sh -k tokenizer
 # Not run unless selected with -m: slow, parity (needs Hugging Face's libraries: source setup.sh dev parity), browser
-# (needs Chromium), gpu.
+# (needs Chromium), gpu. With --cov, the share of lines that the tests ran is printed for every room.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit 0 ;; esac
+
+pytest_args=() coverage=
+for argument in "$@"; do
+    if [ "$argument" = --cov ]; then coverage=1; else pytest_args+=("$argument"); fi
+done
 
 source setup.sh dev
 
@@ -26,6 +32,9 @@ check_rust() {
 
 ruff check .
 ruff format --check --quiet .
+ty check --quiet
+lint-imports --no-logo
+codespell
 
 # Check the Rust crate in the background, because the Python tests are often idle; print its output after theirs.
 rust_log=$(mktemp) pytest_log=$(mktemp)
@@ -33,13 +42,14 @@ trap 'rm -f "$rust_log" "$pytest_log"' EXIT
 (set -e; check_rust) >"$rust_log" 2>&1 &
 rust_check=$!
 
-pytest_args=("$@")
-[[ " $* " == *" -m "* ]] || pytest_args=(-m "not slow and not parity and not browser and not gpu" "$@")
+[[ " ${pytest_args[*]} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu")
+[ -z "$coverage" ] || pytest_args+=(--cov --cov-report=json:.coverage.json)
 status=0
 # Four workers even on two cores: much of the time goes into waiting for processes to start, stop or be killed.
 python -m pytest -n 4 --dist loadfile "${pytest_args[@]}" 2>&1 | tee "$pytest_log" || status=$?
 wait "$rust_check" || { status=1; echo "error: the tests or checks of the Rust crate failed:"; }
 cat "$rust_log"
+[ -z "$coverage" ] || python tests/support/coverage_by_room.py .coverage.json
 tail -n 1 "$pytest_log"
 
 # If the test data is present, no test may be skipped for lack of it. Pytest lists the tests skipped for other reasons,

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::encode::Encoder;
-use crate::parallel::{Piece, Pieces, Plan, Taker, share};
+use crate::parallel::{Piece, Pieces, Plan, TextSink, parallel_fold};
 
 /// An integer type for token ids that is wide enough for the vocabulary.
 pub trait Id: Copy + Default + Send + Sync {
@@ -45,11 +45,11 @@ impl Encoder {
     pub fn encode_batch<I: Id, T: AsRef<str> + Send + Sync, E: From<String>>(
         &self,
         plan: Plan,
-        produce: impl FnOnce(&mut Taker<T>) -> Result<(), E>,
+        produce: impl FnOnce(&mut TextSink<T>) -> Result<(), E>,
     ) -> Result<Encoded<I, T>, E> {
-        let mut pieces = Pieces::new(self.splitter(), plan.piece);
+        let mut pieces = Pieces::new(self.splitter(), plan.piece_bytes);
         let failed = AtomicBool::new(false);
-        let start = || (vec![], Output { ids: vec![], pieces: vec![], counts: vec![], error: None });
+        let init = || (vec![], Output { ids: vec![], pieces: vec![], counts: vec![], error: None });
         let step = |(scratch, output): &mut (Vec<u32>, Output<I, T>), piece: Piece<T>| {
             if !failed.load(Relaxed) {
                 output.error = self.encode_piece(scratch, output, &piece).err();
@@ -57,7 +57,7 @@ impl Encoder {
             }
             output.pieces.push((piece, output.ids.len()));
         };
-        let (produced, states): (Result<(), E>, _) = share(plan.threads, start, step, |send| {
+        let (produced, states): (Result<(), E>, _) = parallel_fold(plan.threads, init, step, |send| {
             produce(&mut |text| {
                 pieces.add(text, send);
                 !failed.load(Relaxed)
@@ -70,7 +70,7 @@ impl Encoder {
         if let Some(error) = outputs.iter().find_map(|output| output.error.clone()) {
             return Err(error.into());
         }
-        let mut offsets = vec![0; pieces.len + 1];
+        let mut offsets = vec![0; pieces.num_texts + 1];
         for &(number, count) in outputs.iter().flat_map(|output| &output.counts) {
             offsets[number + 1] += count as i64;
         }
@@ -123,7 +123,7 @@ impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
         }
         spans.sort_unstable_by_key(|(position, _)| *position);
         let copy = |_: &mut (), (from, to): (&[I], &mut [I])| to.copy_from_slice(from);
-        share(
+        parallel_fold(
             threads,
             || (),
             copy,
@@ -141,7 +141,7 @@ impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parallel::all;
+    use crate::parallel::feed_all;
     use crate::split::{GPT4_PATTERN, Splitter};
 
     fn random_texts(mut state: u64) -> Vec<String> {
@@ -161,8 +161,9 @@ mod tests {
             for seed in 0..40 {
                 let texts = random_texts(seed);
                 let each: Vec<Vec<u32>> = texts.iter().map(|text| encoder.encode(text).unwrap()).collect();
-                for (threads, piece) in [(1, 1), (1, 1 << 17), (2, 3), (3, 1), (5, 20), (2, 300), (2, 1 << 17)] {
-                    let encoded = encoder.encode_batch::<u16, _, _>(Plan { threads, piece }, all(&texts)).unwrap();
+                for (threads, piece_bytes) in [(1, 1), (1, 1 << 17), (2, 3), (3, 1), (5, 20), (2, 300), (2, 1 << 17)] {
+                    let encoded =
+                        encoder.encode_batch::<u16, _, _>(Plan { threads, piece_bytes }, feed_all(&texts)).unwrap();
                     let mut ids = vec![0; encoded.len()];
                     encoded.write(threads, &mut ids);
                     assert_eq!(ids, each.concat().iter().map(|&id| id as u16).collect::<Vec<_>>());
@@ -176,10 +177,10 @@ mod tests {
     #[test]
     fn a_failing_pattern_and_a_failing_producer_end_the_work() {
         let encoder = Encoder::new(Splitter::new(r"a|\b").unwrap(), &[]);
-        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), all(["aaa", "b"]));
+        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(["aaa", "b"]));
         assert!(result.err().unwrap().starts_with("text 1: "));
         // Without end: that the pattern has failed must reach whoever produces.
-        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), all(std::iter::repeat("b")));
+        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(std::iter::repeat("b")));
         assert!(result.err().unwrap().starts_with("text "));
         let result = encoder.encode_batch::<u16, &str, String>(Plan::new(Some(3)), |_| Err("stop".to_string()));
         assert_eq!(result.err().unwrap(), "stop");

@@ -9,7 +9,7 @@ use rustc_hash::FxHashMap;
 use crate::chunk::Key;
 
 /// How many ids lie beside a key.
-pub const INLINE: usize = 3;
+pub const INLINE_IDS: usize = 3;
 
 /// 8 MB of them. Half as many lose a tenth of the speed on prose with a vocabulary of 32,768, twice as many gain little.
 const BUCKETS: usize = 1 << 17;
@@ -18,19 +18,19 @@ const BUCKETS: usize = 1 << 17;
 const MAP_BYTES: usize = 4 << 20;
 
 /// No longer chunks in the map: they hardly come back, and a text without borders must not fill it.
-const LONGEST: usize = 128;
+const MAX_MAP_CHUNK: usize = 128;
 
 /// The ids of a short chunk: `ids[..len]`. Free where the key is 0.
 #[derive(Clone, Copy, Default)]
 pub struct Entry {
     key: Key,
-    pub ids: [u32; INLINE],
+    pub ids: [u32; INLINE_IDS],
     pub len: u32,
 }
 
 impl Entry {
     fn new(key: Key, ids: &[u32]) -> Self {
-        let mut entry = Self { key, ids: [0; INLINE], len: ids.len() as u32 };
+        let mut entry = Self { key, ids: [0; INLINE_IDS], len: ids.len() as u32 };
         entry.ids[..ids.len()].copy_from_slice(ids);
         entry
     }
@@ -57,26 +57,26 @@ impl Default for Cache {
 impl Cache {
     /// Where a key belongs. Asks for that place, to have it at hand when `get` comes.
     #[inline(always)]
-    pub fn place(&self, key: Key) -> usize {
-        let place = key.hash() % BUCKETS;
+    pub fn prefetch(&self, key: Key) -> usize {
+        let bucket = key.hash() % BUCKETS;
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a hint, which reads nothing as far as the program can tell; every x86-64 has it.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>((&raw const self.buckets[place]).cast());
+            _mm_prefetch::<_MM_HINT_T0>((&raw const self.buckets[bucket]).cast());
         }
-        place
+        bucket
     }
 
     /// What lies at its `place` for this key. Both ways are compared without a branch, which would be mispredicted.
     #[inline(always)]
-    pub fn get(&self, place: usize, key: Key) -> Option<&Entry> {
-        let Bucket(ways) = &self.buckets[place % BUCKETS];
+    pub fn get(&self, bucket: usize, key: Key) -> Option<&Entry> {
+        let Bucket(ways) = &self.buckets[bucket % BUCKETS];
         let entry = &ways[usize::from(ways[1].key == key)];
         (entry.key == key).then_some(entry)
     }
 
-    /// Keeps a short chunk of at most INLINE ids; of the two that were in its place, the one behind goes.
+    /// Keeps a short chunk of at most INLINE_IDS ids; of the two that were in its place, the one behind goes.
     pub fn put(&mut self, key: Key, ids: &[u32]) {
         let Bucket([first, second]) = &mut self.buckets[key.hash() % BUCKETS];
         *second = std::mem::replace(first, Entry::new(key, ids));
@@ -95,7 +95,7 @@ impl Cache {
     }
 
     pub fn put_long(&mut self, chunk: &[u8], ids: &[u32]) {
-        if chunk.len() > LONGEST {
+        if chunk.len() > MAX_MAP_CHUNK {
             return;
         }
         let bytes = chunk.len() + 4 * ids.len() + 64; // with what an entry and two allocations take

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 /// The longest chunk that fits into a key beside its length.
-pub const SHORT: usize = 15;
+pub const MAX_SHORT: usize = 15;
 
 /// Where a chunk lies in its text, and its key.
 #[derive(Clone, Copy, Default, Debug, PartialEq)]
@@ -39,7 +39,7 @@ impl Key {
 
     pub fn of(chunk: &[u8]) -> Self {
         let mut block = [0; 16];
-        if chunk.len() > SHORT {
+        if chunk.len() > MAX_SHORT {
             return Self(LONG | chunk.len() as u128);
         }
         block[..chunk.len()].copy_from_slice(chunk);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use rustc_hash::FxHashMap;
 
 use crate::chunk::Key;
-use crate::parallel::{Piece, Pieces, Plan, Taker, share};
+use crate::parallel::{Piece, Pieces, Plan, TextSink, parallel_fold};
 use crate::split::Splitter;
 
 /// Chunks with their counts. Short chunks are their own keys (see `chunk`), in a table of open addressing.
@@ -23,9 +23,9 @@ impl ChunkCounts {
     pub fn of_texts<T: AsRef<str> + Send + Sync, E: From<String>>(
         splitter: &Splitter,
         plan: Plan,
-        produce: impl FnOnce(&mut Taker<T>) -> Result<(), E>,
+        produce: impl FnOnce(&mut TextSink<T>) -> Result<(), E>,
     ) -> Result<Self, E> {
-        let mut pieces = Pieces::new(splitter, plan.piece);
+        let mut pieces = Pieces::new(splitter, plan.piece_bytes);
         let failed = AtomicBool::new(false);
         let step = |state: &mut Result<Self, String>, piece: Piece<T>| {
             if let Ok(counts) = state {
@@ -38,7 +38,7 @@ impl ChunkCounts {
                 }
             }
         };
-        let (produced, states): (Result<(), E>, _) = share(
+        let (produced, states): (Result<(), E>, _) = parallel_fold(
             plan.threads,
             || Ok(Self::default()),
             step,

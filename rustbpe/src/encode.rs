@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use crate::cache::{self, Cache};
-use crate::chunk::{Chunk, Key, SHORT};
+use crate::chunk::{Chunk, Key, MAX_SHORT};
 use crate::merge::{MergeTable, Pair};
 use crate::split::Splitter;
 
@@ -112,16 +112,16 @@ impl Encoder {
     /// word make it wherever its bytes are a chunk.
     fn new_cache(&self) -> Cache {
         let mut cache = Cache::default();
-        for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= SHORT) {
+        for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= MAX_SHORT) {
             cache.put_if_free(Key::of(token), &[id as u32]);
         }
         cache
     }
 
-    /// How many places `encode_with` needs: one a byte, the most ids there can be, and some, since it writes INLINE
+    /// How many places `encode_with` needs: one a byte, the most ids there can be, and some, since it writes INLINE_IDS
     /// ids at a time.
     pub fn room_for(text: &str) -> usize {
-        text.len() + cache::INLINE
+        text.len() + cache::INLINE_IDS
     }
 
     /// Writes the ids of `text` to the beginning of `out` and returns how many they are.
@@ -130,21 +130,21 @@ impl Encoder {
         let mut chunks = self.splitter.chunks(text);
         // Some chunks ahead, so that their places in the cache arrive from memory while others are split and looked up.
         let mut ahead = [Chunk::default(); AHEAD];
-        let mut places = [0; AHEAD];
+        let mut buckets = [0; AHEAD];
         loop {
             let mut len = 0;
             while len < AHEAD {
                 let Some(chunk) = chunks.next() else { break };
                 ahead[len] = chunk?;
-                places[len] = cache.place(ahead[len].key);
+                buckets[len] = cache.prefetch(ahead[len].key);
                 len += 1;
             }
-            for (chunk, &place) in ahead[..len].iter().zip(&places) {
-                if let Some(entry) = cache.get(place, chunk.key) {
-                    out[at..at + cache::INLINE].copy_from_slice(&entry.ids);
+            for (chunk, &bucket) in ahead[..len].iter().zip(&buckets) {
+                if let Some(entry) = cache.get(bucket, chunk.key) {
+                    out[at..at + cache::INLINE_IDS].copy_from_slice(&entry.ids);
                     at += entry.len as usize;
                 } else {
-                    at += self.encode_unknown(cache, chunk.key, &bytes[chunk.range()], &mut out[at..]);
+                    at += self.encode_miss(cache, chunk.key, &bytes[chunk.range()], &mut out[at..]);
                 }
             }
             if len < AHEAD {
@@ -155,13 +155,13 @@ impl Encoder {
 
     /// The same for a chunk that is not at hand, which is remembered.
     #[cold]
-    fn encode_unknown(&self, cache: &mut Cache, key: Key, chunk: &[u8], out: &mut [u32]) -> usize {
+    fn encode_miss(&self, cache: &mut Cache, key: Key, chunk: &[u8], out: &mut [u32]) -> usize {
         if let Some(ids) = cache.get_long(chunk) {
             out[..ids.len()].copy_from_slice(ids);
             return ids.len();
         }
         let len = self.table.merge(chunk, out);
-        if key.is_short() && len <= cache::INLINE {
+        if key.is_short() && len <= cache::INLINE_IDS {
             cache.put(key, &out[..len]);
         } else {
             cache.put_long(chunk, &out[..len]);
@@ -191,7 +191,7 @@ impl Encoder {
 mod tests {
     use super::*;
     use crate::count::ChunkCounts;
-    use crate::parallel::{Plan, all};
+    use crate::parallel::{Plan, feed_all};
     use crate::split::GPT4_PATTERN;
     use crate::train::learn_merges;
 
@@ -201,7 +201,7 @@ mod tests {
 
     fn encoder() -> Encoder {
         let text = "aaaa aaab abab hello yellow fellow héé hé naïve ".repeat(3) + &"ab".repeat(40) + &"b".repeat(33);
-        let chunks = ChunkCounts::of_texts(&splitter(), Plan::new(None), all([text])).unwrap();
+        let chunks = ChunkCounts::of_texts(&splitter(), Plan::new(None), feed_all([text])).unwrap();
         Encoder::new(splitter(), &learn_merges(chunks, 80, |_| Ok::<_, String>(())).unwrap())
     }
 

@@ -10,7 +10,7 @@ pub type Pair = (u32, u32);
 const NONE: u32 = u32::MAX;
 
 /// Chunks longer than this are merged through a heap (n log n): searching for the best pair again and again is quadratic.
-const SHORT: usize = 96;
+const HEAP_ABOVE: usize = 96;
 
 /// What two neighbouring tokens become. A merge's id is also its rank, since ids are given in the order of learning.
 pub struct MergeTable {
@@ -67,7 +67,7 @@ impl MergeTable {
     pub fn merge(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         match chunk.len() {
             0..=16 => self.merge_short::<16>(chunk, out),
-            17..=SHORT => self.merge_short::<SHORT>(chunk, out),
+            17..=HEAP_ABOVE => self.merge_short::<HEAP_ABOVE>(chunk, out),
             _ => self.merge_long(chunk, out),
         }
     }
@@ -75,18 +75,18 @@ impl MergeTable {
     /// The pair with the lowest id first, the leftmost of equal ones, found by looking at all. At most `N` bytes.
     fn merge_short<const N: usize>(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         // What the part at this place and the next one would become.
-        let mut gains = [NONE; N];
+        let mut ranks = [NONE; N];
         let mut len = chunk.len();
         for (part, &byte) in out.iter_mut().zip(chunk) {
             *part = u32::from(byte);
         }
-        for (gain, pair) in gains.iter_mut().zip(chunk.windows(2)) {
-            *gain = self.get_bytes(pair[0], pair[1]);
+        for (rank, pair) in ranks.iter_mut().zip(chunk.windows(2)) {
+            *rank = self.get_bytes(pair[0], pair[1]);
         }
         while len > 1 {
             // The place in the low bits: one minimum finds both.
-            let lowest = |best: u64, (i, &gain): (usize, &u32)| best.min(u64::from(gain) << 8 | i as u64);
-            let best = gains[..len - 1].iter().enumerate().fold(u64::MAX, lowest);
+            let lowest = |best: u64, (i, &rank): (usize, &u32)| best.min(u64::from(rank) << 8 | i as u64);
+            let best = ranks[..len - 1].iter().enumerate().fold(u64::MAX, lowest);
             let (at, id) = ((best & 0xff) as usize, (best >> 8) as u32);
             if id == NONE {
                 break;
@@ -97,13 +97,13 @@ impl MergeTable {
                 out[i] = out[i + 1];
             }
             for i in at..len - 1 {
-                gains[i] = gains[i + 1];
+                ranks[i] = ranks[i + 1];
             }
             if at > 0 {
-                gains[at - 1] = self.get(out[at - 1], id);
+                ranks[at - 1] = self.get(out[at - 1], id);
             }
             if at + 1 < len {
-                gains[at] = self.get(id, out[at + 1]);
+                ranks[at] = self.get(id, out[at + 1]);
             }
         }
         len
@@ -130,21 +130,21 @@ impl MergeTable {
             next[at] = next[right];
             if next[at] < len {
                 previous[next[at]] = at;
-                let gained = self.get(id, parts[next[at]]);
-                if gained != NONE {
-                    heap.push(Reverse((gained, at)));
+                let rank = self.get(id, parts[next[at]]);
+                if rank != NONE {
+                    heap.push(Reverse((rank, at)));
                 }
             }
             if at > 0 {
                 let left = previous[at];
-                let gained = self.get(parts[left], id);
-                if gained != NONE {
-                    heap.push(Reverse((gained, left)));
+                let rank = self.get(parts[left], id);
+                if rank != NONE {
+                    heap.push(Reverse((rank, left)));
                 }
             }
         }
         let alive = parts.into_iter().filter(|&id| id != NONE);
-        out.iter_mut().zip(alive).map(|(place, id)| *place = id).count()
+        out.iter_mut().zip(alive).map(|(slot, id)| *slot = id).count()
     }
 }
 
@@ -166,7 +166,7 @@ mod tests {
     fn both_orders_agree() {
         let table = table();
         let mut state = 3u64;
-        for len in 1..=SHORT {
+        for len in 1..=HEAP_ABOVE {
             for _ in 0..20 {
                 let draw = |_| {
                     state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -174,7 +174,7 @@ mod tests {
                 };
                 let chunk: Vec<u8> = (0..len).map(draw).collect();
                 let (mut short, mut long) = (vec![0; len], vec![0; len]);
-                let short_len = table.merge_short::<SHORT>(&chunk, &mut short);
+                let short_len = table.merge_short::<HEAP_ABOVE>(&chunk, &mut short);
                 let long_len = table.merge_long(&chunk, &mut long);
                 assert_eq!(short[..short_len], long[..long_len], "{chunk:?}");
             }

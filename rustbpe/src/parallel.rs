@@ -13,10 +13,10 @@ use crate::split::Splitter;
 static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
 
 /// More help nobody, whatever a caller asks for.
-const MOST_THREADS: usize = 1024;
+const MAX_THREADS: usize = 1024;
 
 /// What a text weighs beside its bytes, so that a piece of empty ones ends too.
-pub const TEXT_BYTES: usize = 64;
+pub const TEXT_OVERHEAD: usize = 64;
 
 /// How work is shared out.
 #[derive(Clone, Copy)]
@@ -24,14 +24,14 @@ pub struct Plan {
     /// At most so many at once, the calling one included.
     pub threads: usize,
     /// Bytes of text worth handing over.
-    pub piece: usize,
+    pub piece_bytes: usize,
 }
 
 impl Plan {
     /// One thread a core where `threads` is None. A piece is a fraction of a millisecond's work, and small enough to
     /// lie in a core's cache with its ids.
     pub fn new(threads: Option<usize>) -> Self {
-        Self { threads: threads.unwrap_or(*CORES).min(MOST_THREADS), piece: 1 << 17 }
+        Self { threads: threads.unwrap_or(*CORES).min(MAX_THREADS), piece_bytes: 1 << 17 }
     }
 }
 
@@ -39,10 +39,10 @@ impl Plan {
 pub type Sender<'s, Item> = dyn FnMut(Item) + Send + 's;
 
 /// Takes texts one by one; false: no more are wanted, for something has failed.
-pub type Taker<'s, T> = dyn FnMut(T) -> bool + Send + 's;
+pub type TextSink<'s, T> = dyn FnMut(T) -> bool + Send + 's;
 
 /// Hands over what an iterator yields.
-pub fn all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut Taker<T>) -> Result<(), String> {
+pub fn feed_all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut TextSink<T>) -> Result<(), String> {
     |take| {
         texts.into_iter().all(take);
         Ok(())
@@ -52,9 +52,9 @@ pub fn all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut Taker<T>) 
 /// Runs `step` on every item that `produce` hands over, on `threads` threads, this one included. Each has a state of
 /// its own from `start`; the states are returned in no particular order. This thread helps when the others cannot keep
 /// up, and after the last item; a single item starts no thread. At most four items a thread wait.
-pub fn share<Item: Send, State: Send, R>(
+pub fn parallel_fold<Item: Send, State: Send, R>(
     threads: usize,
-    start: impl Fn() -> State + Sync,
+    init: impl Fn() -> State + Sync,
     step: impl Fn(&mut State, Item) + Sync,
     produce: impl FnOnce(&mut Sender<Item>) -> R,
 ) -> (R, Vec<State>) {
@@ -62,14 +62,14 @@ pub fn share<Item: Send, State: Send, R>(
     let receiver = Mutex::new(receiver);
     let next = || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv().ok();
     let work = || {
-        let mut state = start();
+        let mut state = init();
         while let Some(item) = next() {
             step(&mut state, item);
         }
         state
     };
     thread::scope(|scope| {
-        let mut own = start();
+        let mut own = init();
         let mut helpers = vec![];
         let mut first = true;
         let result = produce(&mut |item| {
@@ -124,13 +124,13 @@ pub struct Pieces<'s, T> {
     texts: Vec<T>,
     bytes: usize,
     /// How many texts have been added.
-    pub len: usize,
+    pub num_texts: usize,
 }
 
 impl<'s, T: AsRef<str> + Send + Sync> Pieces<'s, T> {
     /// A piece has about `piece_bytes` bytes.
     pub fn new(splitter: &'s Splitter, piece_bytes: usize) -> Self {
-        Self { splitter, piece_bytes, texts: vec![], bytes: 0, len: 0 }
+        Self { splitter, piece_bytes, texts: vec![], bytes: 0, num_texts: 0 }
     }
 
     pub fn add(&mut self, text: T, send: &mut Sender<Piece<T>>) {
@@ -139,14 +139,14 @@ impl<'s, T: AsRef<str> + Send + Sync> Pieces<'s, T> {
             self.flush(send);
             let text = Arc::new(text);
             for bytes in self.splitter.parts((*text).as_ref(), self.piece_bytes) {
-                send(Piece::Part { number: self.len, text: text.clone(), bytes });
+                send(Piece::Part { number: self.num_texts, text: text.clone(), bytes });
             }
-            self.len += 1;
+            self.num_texts += 1;
             return;
         }
         self.texts.push(text);
-        self.bytes += len + TEXT_BYTES;
-        self.len += 1;
+        self.bytes += len + TEXT_OVERHEAD;
+        self.num_texts += 1;
         if self.bytes >= self.piece_bytes {
             self.flush(send);
         }
@@ -155,7 +155,7 @@ impl<'s, T: AsRef<str> + Send + Sync> Pieces<'s, T> {
     /// Sends what is left.
     pub fn flush(&mut self, send: &mut Sender<Piece<T>>) {
         if !self.texts.is_empty() {
-            let first = self.len - self.texts.len();
+            let first = self.num_texts - self.texts.len();
             send(Piece::Texts { first, texts: std::mem::take(&mut self.texts) });
             self.bytes = 0;
         }
@@ -182,7 +182,7 @@ mod tests {
     fn every_item_is_done_once_on_at_most_so_many_threads() {
         for threads in 1..6 {
             for items in [0, 1, 2, 3, 10, 1000] {
-                let (sent, states) = share(
+                let (sent, states) = parallel_fold(
                     threads,
                     std::vec::Vec::new,
                     |done: &mut Vec<usize>, item| done.push(item),

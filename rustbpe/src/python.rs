@@ -13,7 +13,7 @@ use crate::batch::Id;
 use crate::count::ChunkCounts;
 use crate::encode::Encoder;
 use crate::merge::Pair;
-use crate::parallel::{Plan, TEXT_BYTES, Taker};
+use crate::parallel::{Plan, TEXT_OVERHEAD, TextSink};
 use crate::split::{GPT4_PATTERN, Splitter};
 use crate::train::learn_merges;
 
@@ -21,10 +21,10 @@ use crate::train::learn_merges;
 const BUFFER_BYTES: usize = 1 << 18;
 
 /// Encoding a shorter text takes microseconds: letting go of the GIL would cost more than it gives others.
-const KEEP_GIL: usize = 4096;
+const KEEP_GIL_BELOW: usize = 4096;
 
 /// How often a long merge loop looks for Ctrl-C and reports progress.
-const TICK: Duration = Duration::from_millis(100);
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Byte-level BPE tokenizer: ids 0 to 255 are the bytes, id 256 + i the i-th merge. Untrained, it knows bytes only.
 /// Any number of threads may use it at once; training puts new merges in place when it is done.
@@ -108,11 +108,11 @@ impl Tokenizer {
         py: Python<'_>,
         iterator: Py<PyAny>,
         vocab_size: &Bound<'_, PyAny>,
-        #[pyo3(from_py_with = nearest)] buffer_size: i64,
+        #[pyo3(from_py_with = saturating_i64)] buffer_size: i64,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
     ) -> Fallible<()> {
-        let num_merges = u32::try_from(nearest(vocab_size)?)
+        let num_merges = u32::try_from(saturating_i64(vocab_size)?)
             .ok()
             .and_then(|size| size.checked_sub(256))
             .ok_or_else(|| format!("vocab_size is {vocab_size}, expected 256 (the bytes) to {}", u32::MAX))?
@@ -120,8 +120,8 @@ impl Tokenizer {
         let buffer_size = at_least_one("buffer_size", buffer_size)?;
         let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
         let encoder = py.detach(|| {
-            let chunks = ChunkCounts::of_texts(&splitter, Plan::new(None), |take| {
-                Python::attach(|py| feed(iterator.bind(py), "the iterator", buffer_size, take))
+            let chunks = ChunkCounts::of_texts(&splitter, Plan::new(None), |sink| {
+                Python::attach(|py| feed(iterator.bind(py), "the iterator", buffer_size, sink))
             })?;
             if chunks.is_empty() {
                 let what = "the corpus is empty: the iterator yielded no text, or none that the pattern matches";
@@ -129,7 +129,7 @@ impl Tokenizer {
             }
             let mut last = Instant::now();
             let merges = learn_merges(chunks, num_merges, |done| {
-                if last.elapsed() < TICK && done < num_merges {
+                if last.elapsed() < REPORT_INTERVAL && done < num_merges {
                     return Ok(());
                 }
                 last = Instant::now();
@@ -175,7 +175,7 @@ impl Tokenizer {
     /// The ids of a text, on this thread. What the pattern does not match is left out; GPT-4's matches everything.
     fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Fallible<Vec<u32>> {
         let encoder = self.encoder();
-        let ids = if text.len() < KEEP_GIL { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
+        let ids = if text.len() < KEEP_GIL_BELOW { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
         Ok(ids?)
     }
 
@@ -183,7 +183,7 @@ impl Tokenizer {
     fn batch_encode<'py>(&self, py: Python<'py>, texts: Py<PyAny>) -> Fallible<Vec<Bound<'py, PyList>>> {
         let encoder = self.encoder();
         let plan = Plan::new(None);
-        let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |take| feed_batch(&texts, take)))?;
+        let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |sink| feed_batch(&texts, sink)))?;
         let mut ids = vec![0; encoded.len()];
         py.detach(|| encoded.write(plan.threads, &mut ids));
         let lists = encoded.offsets.windows(2).map(|w| PyList::new(py, &ids[w[0] as usize..w[1] as usize]));
@@ -200,7 +200,7 @@ impl Tokenizer {
         texts: Py<PyAny>,
         num_threads: Option<Bound<'py, PyAny>>,
     ) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let num_threads = num_threads.map(|n| at_least_one("num_threads", nearest(&n)?)).transpose()?;
+        let num_threads = num_threads.map(|n| at_least_one("num_threads", saturating_i64(&n)?)).transpose()?;
         let plan = Plan::new(num_threads);
         let encoder = self.encoder();
         if encoder.vocab_size() <= 1 << 16 {
@@ -221,8 +221,8 @@ impl Tokenizer {
     }
 }
 
-/// A whole number, or the nearest that 64 bits hold: all that are larger are as good or as bad.
-fn nearest(value: &Bound<'_, PyAny>) -> PyResult<i64> {
+/// A whole number, or the nearest that 64 bits hold: larger ones are accepted or refused alike.
+fn saturating_i64(value: &Bound<'_, PyAny>) -> PyResult<i64> {
     match value.extract() {
         Err(error) if out_of_range(value.py(), &error) => Ok(if value.lt(0)? { i64::MIN } else { i64::MAX }),
         extracted => extracted,
@@ -245,7 +245,7 @@ fn encode_flat<'py, I: Id + Element>(
     plan: Plan,
     dtype: &str,
 ) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-    let encoded = py.detach(|| encoder.encode_batch::<I, _, Failure>(plan, |take| feed_batch(texts, take)))?;
+    let encoded = py.detach(|| encoder.encode_batch::<I, _, Failure>(plan, |sink| feed_batch(texts, sink)))?;
     let tokens = new_array(py, encoded.len(), dtype, |out| py.detach(|| encoded.write(plan.threads, out)))?;
     let offsets = new_array(py, encoded.offsets.len(), "int64", |out| out.copy_from_slice(&encoded.offsets))?;
     Ok((tokens, offsets))
@@ -260,19 +260,19 @@ fn new_array<'py, T: Element>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let array = py.import("numpy")?.call_method1("empty", (len, dtype))?;
     let buffer = PyBuffer::<T>::get(&array)?;
-    let mut place = buffer.as_slice_ptr().expect("a new array is contiguous");
+    let mut values = buffer.as_slice_ptr().expect("a new array is contiguous");
     // SAFETY: the array is new, so nobody else has it, and `buffer` keeps it in place. T is a plain number, for which
     // any bits are a value.
-    fill(unsafe { place.as_mut() });
+    fill(unsafe { values.as_mut() });
     Ok(array)
 }
 
-fn feed_batch(texts: &Py<PyAny>, take: &mut Taker<PyBackedStr>) -> Fallible<()> {
-    Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, take))
+fn feed_batch(texts: &Py<PyAny>, sink: &mut TextSink<PyBackedStr>) -> Fallible<()> {
+    Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, sink))
 }
 
 /// Hands over the texts of an iterable, a buffer at a time. They are borrowed from Python, not copied.
-fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, take: &mut Taker<PyBackedStr>) -> Fallible<()> {
+fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, sink: &mut TextSink<PyBackedStr>) -> Fallible<()> {
     if iterable.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err("expected an iterable of str, got one str: put it in a list").into());
     }
@@ -284,10 +284,10 @@ fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, take: &mut 
         while texts.len() < buffer_size && bytes < BUFFER_BYTES {
             let Some((position, item)) = items.next() else { break };
             let text = borrow_text(item?, what, position)?;
-            bytes += text.len() + TEXT_BYTES;
+            bytes += text.len() + TEXT_OVERHEAD;
             texts.push(text);
         }
-        let more = !texts.is_empty() && py.detach(|| texts.into_iter().all(&mut *take));
+        let more = !texts.is_empty() && py.detach(|| texts.into_iter().all(&mut *sink));
         py.check_signals()?;
         if !more {
             return Ok(());

@@ -18,7 +18,7 @@ use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, HirKind};
 
-use crate::chunk::{Chunk, Key, SHORT};
+use crate::chunk::{Chunk, Key, MAX_SHORT};
 
 /// The classes of characters that the pattern tells apart.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -288,7 +288,7 @@ fn scan_short(bytes: &[u8; 16], guesses: &Guesses) -> Option<(usize, Key)> {
     // Only the first byte of a word may be something other than a letter.
     let len = guess.len(end_of_letters(bytes, 1));
     let is_right = guess.is_right_before(class(len & 15));
-    (is_right && len <= SHORT).then(|| (len, Key::of_block(u128::from_le_bytes(*bytes), len)))
+    (is_right && len <= MAX_SHORT).then(|| (len, Key::of_block(u128::from_le_bytes(*bytes), len)))
 }
 
 /// Class and byte length of the character at `at`; (End, 0) past the end. `text` must be valid UTF-8, and `at` must lie

@@ -244,13 +244,13 @@ impl Trainer {
 mod tests {
     use super::*;
     use crate::chunk::Chunk;
-    use crate::parallel::{Plan, all};
+    use crate::parallel::{Plan, feed_all};
     use crate::split::{GPT4_PATTERN, Splitter};
     use std::collections::BTreeMap;
     use std::convert::Infallible;
 
     fn count(texts: &[String], plan: Plan) -> ChunkCounts {
-        ChunkCounts::of_texts(&Splitter::new(GPT4_PATTERN).unwrap(), plan, all(texts)).unwrap()
+        ChunkCounts::of_texts(&Splitter::new(GPT4_PATTERN).unwrap(), plan, feed_all(texts)).unwrap()
     }
 
     fn learn(texts: &[String], num_merges: usize) -> Vec<Pair> {
@@ -308,8 +308,9 @@ mod tests {
         let expected = learn(&texts, 60);
         let whole = [texts.concat()];
         let expected_whole = learn(&whole, 60);
-        for (threads, piece) in [(1, 1 << 17), (2, 10), (5, 1), (3, 500)] {
-            let learn = |texts| learn_merges(count(texts, Plan { threads, piece }), 60, |_| Ok::<_, Infallible>(()));
+        for (threads, piece_bytes) in [(1, 1 << 17), (2, 10), (5, 1), (3, 500)] {
+            let learn =
+                |texts| learn_merges(count(texts, Plan { threads, piece_bytes }), 60, |_| Ok::<_, Infallible>(()));
             assert_eq!(learn(&texts), Ok(expected.clone()));
             assert_eq!(learn(&whole), Ok(expected_whole.clone()));
         }

@@ -1,4 +1,5 @@
-//! Many texts at once, on all cores, into one array.
+//! Encodes many texts on all cores. In: texts. Out: one array of the ids of all texts, and the offset of each text in
+//! it.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -22,26 +23,30 @@ impl Id for u32 {
     }
 }
 
-/// The ids of many texts, still where the threads wrote them.
+/// The ids of many texts, still in the buffers of the threads that encoded them.
 pub struct Encoded<I, T> {
     outputs: Vec<Output<I, T>>,
-    /// The ids of text i are those from `offsets[i]` to `offsets[i + 1]`.
+    /// Text i has the ids from `offsets[i]` to `offsets[i + 1]`.
     pub offsets: Vec<i64>,
 }
 
-/// What one thread wrote.
+/// What one thread has encoded.
 struct Output<I, T> {
     ids: Vec<I>,
-    /// The pieces it took, each with the end of its ids. Kept until the end: whoever made the texts drops them.
+    /// The pieces that the thread encoded, each with the end of its ids in `ids`. They are kept to the end, so that the
+    /// thread that made the texts also frees them.
     pieces: Vec<(Piece<T>, usize)>,
-    /// (number of a text, how many ids it or a part of it has).
+    /// Number of a text, and how many ids it has, or the part of it in this piece.
     counts: Vec<(usize, usize)>,
     error: Option<String>,
 }
 
 impl Encoder {
-    /// Encodes the texts that `produce` hands over as `plan` says. `produce` goes on while the others
-    /// work; its error ends the work and is returned, and so is a pattern that fails: no more texts are wanted.
+    /// Encodes the texts that `produce` passes to its sink, on the threads of `plan`. `produce` runs while the other
+    /// threads encode. Its error ends the encoding and is returned. So is an error of the pattern, after which the sink
+    /// returns false.
+    ///
+    /// "aa", "", "b" -> ids [97, 97, 98], offsets [0, 2, 2, 3] (without merges)
     pub fn encode_batch<I: Id, T: AsRef<str> + Send + Sync, E: From<String>>(
         &self,
         plan: Plan,
@@ -102,7 +107,7 @@ impl Encoder {
 }
 
 impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
-    /// How many ids there are in all.
+    /// The total number of ids.
     pub fn len(&self) -> usize {
         self.offsets.last().copied().unwrap_or(0) as usize
     }
@@ -111,7 +116,7 @@ impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
         self.len() == 0
     }
 
-    /// Copies all ids in order to `out`, which has their number as its length.
+    /// Copies all ids in order to `out`, whose length must be `len()`.
     pub fn write(&self, threads: usize, mut out: &mut [I]) {
         let mut spans = vec![];
         for output in &self.outputs {
@@ -154,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn many_texts_on_many_threads_are_as_one_by_one() {
+    fn a_batch_on_many_threads_equals_one_text_at_a_time() {
         for pattern in [GPT4_PATTERN, r"\p{L}+|\P{L}"] {
             let merges = [(97, 97), (97, 98), (256, 256), (32, 97), (259, 97), (0xc3, 0xa9), (10, 10)];
             let encoder = Encoder::new(Splitter::new(pattern).unwrap(), &merges);
@@ -175,11 +180,11 @@ mod tests {
     }
 
     #[test]
-    fn a_failing_pattern_and_a_failing_producer_end_the_work() {
+    fn an_error_of_the_pattern_or_of_the_producer_ends_the_work() {
         let encoder = Encoder::new(Splitter::new(r"a|\b").unwrap(), &[]);
         let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(["aaa", "b"]));
         assert!(result.err().unwrap().starts_with("text 1: "));
-        // Without end: that the pattern has failed must reach whoever produces.
+        // The texts never end, so the producer must learn that the pattern has failed.
         let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(std::iter::repeat("b")));
         assert!(result.err().unwrap().starts_with("text "));
         let result = encoder.encode_batch::<u16, &str, String>(Plan::new(Some(3)), |_| Err("stop".to_string()));

@@ -1,5 +1,5 @@
-//! Splits text by the GPT-4 pattern with hand-written code. It is many times faster than a backtracking regex engine, and
-//! it needs no stack, which a long run of characters could overflow.
+//! Splits text by the GPT-4 pattern with hand-written code. It is many times faster than a backtracking regex engine,
+//! and it needs no stack, which a long run of characters could overflow.
 //!
 //! In: a text and the pattern's n, the most digits in one chunk. Out: the chunks, which together cover the text.
 //! The pattern is
@@ -115,7 +115,8 @@ pub fn cut_from(text: &str, from: usize) -> usize {
     (from.max(1)..text.len()).find(is_cut).unwrap_or(text.len())
 }
 
-/// The index of the first byte at or after `from` that is not an ASCII letter; 16 if all are. Compares 16 bytes at once.
+/// The index of the first byte at or after `from` that is not an ASCII letter; 16 if all are. Compares 16 bytes at
+/// once.
 ///
 /// b" the end of the ", 1 -> 4
 #[cfg(target_arch = "x86_64")]
@@ -215,7 +216,8 @@ impl Guess {
         Self(len | (followers as u32) << 16)
     }
 
-    /// The length of the chunk: `word_len` if it is a word. Bit masks select it, because a branch would be mispredicted.
+    /// The length of the chunk: `word_len` if it is a word. Bit masks select it, because a branch would be
+    /// mispredicted.
     #[inline(always)]
     fn len(self, word_len: usize) -> usize {
         (self.0 & 3) as usize | word_len & (self.0 >> 8 & 31) as usize

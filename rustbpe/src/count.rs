@@ -61,8 +61,10 @@ impl ChunkCounts {
         for counts in states {
             total = total.plus(counts?);
         }
-        if total.total_len() + total.len() >= u32::MAX as usize {
-            return Err("the distinct chunks of the corpus are more than 4 GB".to_string().into());
+        let num_positions = total.total_len() + total.len();
+        if num_positions >= u32::MAX as usize {
+            let limit = "more than the 4 GB that training can index: train on fewer texts";
+            return Err(format!("the distinct chunks of the corpus take {num_positions} bytes, {limit}").into());
         }
         Ok(total)
     }

@@ -36,11 +36,11 @@ impl Encoder {
     /// [.., "ab", "abc"] -> merges (97, 98), (256, 99)
     pub fn from_tokens(splitter: Splitter, tokens: &[Vec<u8>]) -> Result<Self, String> {
         if tokens.len() < 256 {
-            return Err(format!("{} tokens, expected at least the 256 bytes", tokens.len()));
+            return Err(format!("got {} tokens, expected at least the 256 bytes", tokens.len()));
         }
         let mut encoder = Self::of_bytes(splitter, tokens.len() - 256);
         if let Some(id) = (0..256).find(|&id| tokens[id] != [id as u8]) {
-            return Err(format!("token {id} is {:02x?}, expected the byte {id:02x}", tokens[id]));
+            return Err(format!("token {id} is {:02x?}, expected the byte [{id:02x}]", tokens[id]));
         }
         let mut parts = vec![];
         for (id, bytes) in tokens.iter().enumerate().skip(256) {
@@ -48,7 +48,11 @@ impl Encoder {
             let len = encoder.table.merge(bytes, &mut parts);
             match parts[..len] {
                 [left, right] => encoder.push((left, right)),
-                _ => return Err(format!("token {id} ({bytes:02x?}) is not the union of two earlier tokens")),
+                _ => {
+                    let ids = &parts[..len];
+                    let found = format!("the merges before it encode its bytes as {ids:?}, expected two ids");
+                    return Err(format!("token {id} ({bytes:02x?}) is not a merge of two earlier tokens: {found}"));
+                }
             }
         }
         Ok(encoder)

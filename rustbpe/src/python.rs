@@ -83,7 +83,9 @@ impl Tokenizer {
     #[staticmethod]
     fn from_mergeable_ranks(py: Python<'_>, pattern: &str, ranks: &Bound<'_, PyAny>) -> Fallible<Self> {
         let ranks: Vec<(Vec<u8>, usize)> = ranks.extract().map_err(|error| match out_of_range(py, &error) {
-            true => PyValueError::new_err(format!("the ranks hold a number that is no byte and no rank ({error})")),
+            true => PyValueError::new_err(format!(
+                "the ranks hold a number that is neither a byte (0 to 255) nor a rank (0 or more): {error}"
+            )),
             false => error,
         })?;
         py.detach(|| {
@@ -91,8 +93,13 @@ impl Tokenizer {
             for (bytes, rank) in ranks {
                 match tokens.get_mut(rank) {
                     Some(slot @ None) => *slot = Some(bytes),
-                    Some(_) => return Err(format!("rank {rank} occurs twice").into()),
-                    None => return Err(format!("rank {rank} leaves a gap: there are {} tokens", tokens.len()).into()),
+                    Some(_) => return Err(format!("rank {rank} occurs twice, expected each rank once").into()),
+                    None => {
+                        let last = tokens.len() - 1;
+                        return Err(
+                            format!("rank {rank} leaves a gap, expected each rank from 0 to {last} once").into()
+                        );
+                    }
                 }
             }
             let tokens: Vec<Vec<u8>> = tokens.into_iter().map(|t| t.expect("every rank should occur once")).collect();

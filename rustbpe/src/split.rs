@@ -13,6 +13,9 @@ use crate::scan::{self, Scanner};
 pub const GPT4_PATTERN: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
+/// Ends the errors about matches of the empty string, with which the splitter would never advance.
+const NON_EMPTY: &str = "expected at least one character in every match";
+
 pub struct Splitter {
     pattern: String,
     engine: Engine,
@@ -31,9 +34,10 @@ impl Splitter {
         let engine = match digits {
             Some(digits) => Engine::Scanner(digits),
             None => {
-                let regex = Regex::new(pattern).map_err(|e| format!("pattern does not compile: {e}"))?;
+                let regex =
+                    Regex::new(pattern).map_err(|e| format!("the pattern {pattern:?} does not compile: {e}"))?;
                 if matches!(regex.is_match(""), Ok(true)) {
-                    return Err(format!("pattern {pattern:?} can match nothing, so it would never move on"));
+                    return Err(format!("the pattern {pattern:?} can match the empty string, {NON_EMPTY}"));
                 }
                 Engine::Regex(Box::new(regex))
             }
@@ -105,13 +109,20 @@ impl Iterator for Chunks<'_> {
 #[inline(never)]
 fn next_match(text: &str, matches: &mut Matches<str>, end: &mut usize) -> Option<Result<Chunk, String>> {
     Some(match matches.next()? {
-        Ok(found) if found.range().is_empty() => Err(format!("the pattern matches nothing at byte {}", found.start())),
+        Ok(found) if found.range().is_empty() => {
+            Err(format!("the pattern matches the empty string at byte {}, {NON_EMPTY}", found.start()))
+        }
         // The caller's buffer has room for one id per byte, so no byte may come twice.
-        Ok(found) if found.start() < *end => Err(format!("the pattern reaches back behind byte {end}")),
+        Ok(found) if found.start() < *end => {
+            let (start, fix) = (found.start(), r"remove \K from its lookbehinds");
+            Err(format!(
+                "the pattern's matches overlap: one ends at byte {end}, the next begins at byte {start}: {fix}"
+            ))
+        }
         Ok(found) => {
             *end = found.end();
             Ok(Chunk::new(text.as_bytes(), found.range()))
         }
-        Err(error) => Err(format!("the pattern fails: {error}")),
+        Err(error) => Err(format!("the pattern fails after byte {end}: {error} (simplify the pattern)")),
     })
 }

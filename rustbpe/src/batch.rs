@@ -1,5 +1,4 @@
-//! Encodes many texts on all cores. In: texts. Out: one array of the ids of all texts, and the offset of each text in
-//! it.
+//! Encodes many texts on all cores. In: texts. Out: one array of all their ids, and the offset of each text.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -36,7 +35,7 @@ struct Output<I, T> {
     /// The pieces that the thread encoded, each with the end of its ids in `ids`. They are kept to the end, so that the
     /// thread that made the texts also frees them.
     pieces: Vec<(Piece<T>, usize)>,
-    /// Number of a text, and how many ids it has, or the part of it in this piece.
+    /// The number of a text, and how many ids the text (or its part in one piece) has.
     counts: Vec<(usize, usize)>,
     error: Option<String>,
 }

@@ -13,7 +13,7 @@
 //! - `merge`: the best pair of a chunk is found by looking at all of them, or with a heap if the chunk is long.
 //! - `count`: each thread counts into a hash table of its own; the tables are added at the end.
 //! - `train`: a merge costs time only for the occurrences of its pair, however long the chunks are. Nothing is hashed:
-//!   each position knows its pair.
+//!   each position stores the index of its pair.
 //! - `parallel`: texts go to the threads in pieces that fit a core's cache, and large texts are cut, so no core idles.
 //!   The calling thread prepares the next pieces meanwhile, and takes work when the others fall behind.
 //! - `batch`: each thread writes into a buffer of its own, and the buffers are copied in parallel into one array.

@@ -22,7 +22,7 @@ pub const TEXT_OVERHEAD: usize = 64;
 pub struct Plan {
     /// The most threads that run at once, including the calling thread.
     pub threads: usize,
-    /// The size of a piece: about so many bytes of text.
+    /// The approximate size of a piece, in bytes of text.
     pub piece_bytes: usize,
 }
 
@@ -42,8 +42,8 @@ pub type TextSink<'s, T> = dyn FnMut(T) -> bool + Send + 's;
 
 /// Passes every text of an iterator to the sink, until the sink returns false.
 pub fn feed_all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut TextSink<T>) -> Result<(), String> {
-    |take| {
-        texts.into_iter().all(take);
+    |sink| {
+        texts.into_iter().all(sink);
         Ok(())
     }
 }

@@ -24,7 +24,10 @@ fuzz_target!(|data: &[u8]| {
     // Invalid bytes become U+FFFD, so that every input is a text.
     let text = String::from_utf8_lossy(data);
     for (digits, regex) in (1..).zip(REGEXES.iter()) {
-        let expected: Vec<_> = regex.chunks(&text).map(|chunk| chunk.expect("the pattern should stay within the backtracking limit").range()).collect();
+        let expected: Vec<_> = regex
+            .chunks(&text)
+            .map(|chunk| chunk.expect("the pattern should stay within the backtracking limit").range())
+            .collect();
         assert_eq!(scan(&text, digits).collect::<Vec<_>>(), expected);
         let at = cut_from(&text, text.len() / 2);
         let right = scan(&text[at..], digits).map(|range| range.start + at..range.end + at);

@@ -1,9 +1,9 @@
-//! Many texts at once, on all cores, into one array.
+//! Encodes many texts on all cores. In: texts. Out: one array of all their ids, and the offset of each text.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::encode::Encoder;
-use crate::parallel::{Piece, Pieces, Plan, Taker, share};
+use crate::parallel::{Piece, Pieces, Plan, TextSink, parallel_fold};
 
 /// An integer type for token ids that is wide enough for the vocabulary.
 pub trait Id: Copy + Default + Send + Sync {
@@ -22,34 +22,38 @@ impl Id for u32 {
     }
 }
 
-/// The ids of many texts, still where the threads wrote them.
+/// The ids of many texts, still in the buffers of the threads that encoded them.
 pub struct Encoded<I, T> {
     outputs: Vec<Output<I, T>>,
-    /// The ids of text i are those from `offsets[i]` to `offsets[i + 1]`.
+    /// Text i has the ids from `offsets[i]` to `offsets[i + 1]`.
     pub offsets: Vec<i64>,
 }
 
-/// What one thread wrote.
+/// What one thread has encoded.
 struct Output<I, T> {
     ids: Vec<I>,
-    /// The pieces it took, each with the end of its ids. Kept until the end: whoever made the texts drops them.
+    /// The pieces that the thread encoded, each with the end of its ids in `ids`. They are kept to the end, so that the
+    /// thread that made the texts also frees them.
     pieces: Vec<(Piece<T>, usize)>,
-    /// (number of a text, how many ids it or a part of it has).
+    /// The number of a text, and how many ids the text (or its part in one piece) has.
     counts: Vec<(usize, usize)>,
     error: Option<String>,
 }
 
 impl Encoder {
-    /// Encodes the texts that `produce` hands over as `plan` says. `produce` goes on while the others
-    /// work; its error ends the work and is returned, and so is a pattern that fails: no more texts are wanted.
+    /// Encodes the texts that `produce` passes to its sink, on the threads of `plan`. `produce` runs while the other
+    /// threads encode. Its error ends the encoding and is returned. So is an error of the pattern, after which the sink
+    /// returns false.
+    ///
+    /// "aa", "", "b" -> ids [97, 97, 98], offsets [0, 2, 2, 3] (without merges)
     pub fn encode_batch<I: Id, T: AsRef<str> + Send + Sync, E: From<String>>(
         &self,
         plan: Plan,
-        produce: impl FnOnce(&mut Taker<T>) -> Result<(), E>,
+        produce: impl FnOnce(&mut TextSink<T>) -> Result<(), E>,
     ) -> Result<Encoded<I, T>, E> {
-        let mut pieces = Pieces::new(self.splitter(), plan.piece);
+        let mut pieces = Pieces::new(self.splitter(), plan.piece_bytes);
         let failed = AtomicBool::new(false);
-        let start = || (vec![], Output { ids: vec![], pieces: vec![], counts: vec![], error: None });
+        let init = || (vec![], Output { ids: vec![], pieces: vec![], counts: vec![], error: None });
         let step = |(scratch, output): &mut (Vec<u32>, Output<I, T>), piece: Piece<T>| {
             if !failed.load(Relaxed) {
                 output.error = self.encode_piece(scratch, output, &piece).err();
@@ -57,7 +61,7 @@ impl Encoder {
             }
             output.pieces.push((piece, output.ids.len()));
         };
-        let (produced, states): (Result<(), E>, _) = share(plan.threads, start, step, |send| {
+        let (produced, states): (Result<(), E>, _) = parallel_fold(plan.threads, init, step, |send| {
             produce(&mut |text| {
                 pieces.add(text, send);
                 !failed.load(Relaxed)
@@ -70,7 +74,7 @@ impl Encoder {
         if let Some(error) = outputs.iter().find_map(|output| output.error.clone()) {
             return Err(error.into());
         }
-        let mut offsets = vec![0; pieces.len + 1];
+        let mut offsets = vec![0; pieces.num_texts + 1];
         for &(number, count) in outputs.iter().flat_map(|output| &output.counts) {
             offsets[number + 1] += count as i64;
         }
@@ -102,7 +106,7 @@ impl Encoder {
 }
 
 impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
-    /// How many ids there are in all.
+    /// The total number of ids.
     pub fn len(&self) -> usize {
         self.offsets.last().copied().unwrap_or(0) as usize
     }
@@ -111,7 +115,7 @@ impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
         self.len() == 0
     }
 
-    /// Copies all ids in order to `out`, which has their number as its length.
+    /// Copies all ids in order to `out`, whose length must be `len()`.
     pub fn write(&self, threads: usize, mut out: &mut [I]) {
         let mut spans = vec![];
         for output in &self.outputs {
@@ -123,7 +127,7 @@ impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
         }
         spans.sort_unstable_by_key(|(position, _)| *position);
         let copy = |_: &mut (), (from, to): (&[I], &mut [I])| to.copy_from_slice(from);
-        share(
+        parallel_fold(
             threads,
             || (),
             copy,
@@ -141,7 +145,7 @@ impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parallel::all;
+    use crate::parallel::feed_all;
     use crate::split::{GPT4_PATTERN, Splitter};
 
     fn random_texts(mut state: u64) -> Vec<String> {
@@ -154,15 +158,16 @@ mod tests {
     }
 
     #[test]
-    fn many_texts_on_many_threads_are_as_one_by_one() {
+    fn a_batch_on_many_threads_equals_one_text_at_a_time() {
         for pattern in [GPT4_PATTERN, r"\p{L}+|\P{L}"] {
             let merges = [(97, 97), (97, 98), (256, 256), (32, 97), (259, 97), (0xc3, 0xa9), (10, 10)];
             let encoder = Encoder::new(Splitter::new(pattern).unwrap(), &merges);
             for seed in 0..40 {
                 let texts = random_texts(seed);
                 let each: Vec<Vec<u32>> = texts.iter().map(|text| encoder.encode(text).unwrap()).collect();
-                for (threads, piece) in [(1, 1), (1, 1 << 17), (2, 3), (3, 1), (5, 20), (2, 300), (2, 1 << 17)] {
-                    let encoded = encoder.encode_batch::<u16, _, _>(Plan { threads, piece }, all(&texts)).unwrap();
+                for (threads, piece_bytes) in [(1, 1), (1, 1 << 17), (2, 3), (3, 1), (5, 20), (2, 300), (2, 1 << 17)] {
+                    let encoded =
+                        encoder.encode_batch::<u16, _, _>(Plan { threads, piece_bytes }, feed_all(&texts)).unwrap();
                     let mut ids = vec![0; encoded.len()];
                     encoded.write(threads, &mut ids);
                     assert_eq!(ids, each.concat().iter().map(|&id| id as u16).collect::<Vec<_>>());
@@ -174,12 +179,12 @@ mod tests {
     }
 
     #[test]
-    fn a_failing_pattern_and_a_failing_producer_end_the_work() {
+    fn an_error_of_the_pattern_or_of_the_producer_ends_the_work() {
         let encoder = Encoder::new(Splitter::new(r"a|\b").unwrap(), &[]);
-        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), all(["aaa", "b"]));
+        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(["aaa", "b"]));
         assert!(result.err().unwrap().starts_with("text 1: "));
-        // Without end: that the pattern has failed must reach whoever produces.
-        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), all(std::iter::repeat("b")));
+        // The texts never end, so the producer must learn that the pattern has failed.
+        let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(std::iter::repeat("b")));
         assert!(result.err().unwrap().starts_with("text "));
         let result = encoder.encode_batch::<u16, &str, String>(Plan::new(Some(3)), |_| Err("stop".to_string()));
         assert_eq!(result.err().unwrap(), "stop");

@@ -1,42 +1,40 @@
-//! Which ids a chunk has become before: text repeats its words, and finding one again is much cheaper than merging.
-//!
-//! A chunk of up to 15 bytes lies with its ids in half a cache line: most of text costs one multiplication, one line and
-//! two comparisons a chunk. Longer ones, and those of many ids, are in an ordinary map. One thread uses a cache at a
-//! time, so nothing is locked.
+//! Caches the ids of chunks that were encoded before. In: a chunk. Out: its ids, if it is cached. A chunk of up to 15
+//! bytes and three ids takes half a cache line; longer chunks, and chunks with more ids, go to an ordinary hash map.
+//! Only one thread uses a cache at a time, so it needs no lock.
 
 use rustc_hash::FxHashMap;
 
 use crate::chunk::Key;
 
-/// How many ids lie beside a key.
-pub const INLINE: usize = 3;
+/// How many ids fit beside a key.
+pub const INLINE_IDS: usize = 3;
 
-/// 8 MB of them. Half as many lose a tenth of the speed on prose with a vocabulary of 32,768, twice as many gain little.
+/// The buckets take 8 MB. Half as many make prose a tenth slower with a vocabulary of 32,768; twice as many gain little.
 const BUCKETS: usize = 1 << 17;
 
-/// What the map may hold, keys and ids, before it is emptied.
+/// The map is emptied before its keys and ids take more memory than this.
 const MAP_BYTES: usize = 4 << 20;
 
-/// No longer chunks in the map: they hardly come back, and a text without borders must not fill it.
-const LONGEST: usize = 128;
+/// Longer chunks are not cached: they hardly ever recur, and a text without chunk boundaries would fill the map.
+const MAX_MAP_CHUNK: usize = 128;
 
-/// The ids of a short chunk: `ids[..len]`. Free where the key is 0.
+/// A short chunk and its ids, `ids[..len]`. The key 0 marks a free entry.
 #[derive(Clone, Copy, Default)]
 pub struct Entry {
     key: Key,
-    pub ids: [u32; INLINE],
+    pub ids: [u32; INLINE_IDS],
     pub len: u32,
 }
 
 impl Entry {
     fn new(key: Key, ids: &[u32]) -> Self {
-        let mut entry = Self { key, ids: [0; INLINE], len: ids.len() as u32 };
+        let mut entry = Self { key, ids: [0; INLINE_IDS], len: ids.len() as u32 };
         entry.ids[..ids.len()].copy_from_slice(ids);
         entry
     }
 }
 
-/// Two entries that share a hash: one cache line. The later one comes first.
+/// Two entries in one cache line; the newer one comes first.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Bucket([Entry; 2]);
@@ -49,40 +47,41 @@ pub struct Cache {
 
 impl Default for Cache {
     fn default() -> Self {
-        let buckets = vec![Bucket::default(); BUCKETS].try_into().ok().expect("as many as asked for");
+        let buckets =
+            vec![Bucket::default(); BUCKETS].try_into().ok().expect("the vector should have BUCKETS elements");
         Self { buckets, map: FxHashMap::default(), map_bytes: 0 }
     }
 }
 
 impl Cache {
-    /// Where a key belongs. Asks for that place, to have it at hand when `get` comes.
+    /// Returns the bucket of a key, and starts to load it from memory for the `get` that follows.
     #[inline(always)]
-    pub fn place(&self, key: Key) -> usize {
-        let place = key.hash() % BUCKETS;
+    pub fn prefetch(&self, key: Key) -> usize {
+        let bucket = key.hash() % BUCKETS;
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a hint, which reads nothing as far as the program can tell; every x86-64 has it.
+        // SAFETY: a prefetch is only a hint and cannot fault, and every x86-64 processor has the instruction.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>((&raw const self.buckets[place]).cast());
+            _mm_prefetch::<_MM_HINT_T0>((&raw const self.buckets[bucket]).cast());
         }
-        place
+        bucket
     }
 
-    /// What lies at its `place` for this key. Both ways are compared without a branch, which would be mispredicted.
+    /// The entry of `key` in its `bucket`. Both ways are compared without a branch, which would be mispredicted.
     #[inline(always)]
-    pub fn get(&self, place: usize, key: Key) -> Option<&Entry> {
-        let Bucket(ways) = &self.buckets[place % BUCKETS];
+    pub fn get(&self, bucket: usize, key: Key) -> Option<&Entry> {
+        let Bucket(ways) = &self.buckets[bucket % BUCKETS];
         let entry = &ways[usize::from(ways[1].key == key)];
         (entry.key == key).then_some(entry)
     }
 
-    /// Keeps a short chunk of at most INLINE ids; of the two that were in its place, the one behind goes.
+    /// Stores a short chunk of at most INLINE_IDS ids in place of the older entry of its bucket.
     pub fn put(&mut self, key: Key, ids: &[u32]) {
         let Bucket([first, second]) = &mut self.buckets[key.hash() % BUCKETS];
         *second = std::mem::replace(first, Entry::new(key, ids));
     }
 
-    /// Keeps a short chunk if there is room.
+    /// Stores a short chunk if its bucket has a free entry.
     pub fn put_if_free(&mut self, key: Key, ids: &[u32]) {
         let Bucket(ways) = &mut self.buckets[key.hash() % BUCKETS];
         if let Some(free) = ways.iter_mut().find(|entry| entry.key == Key::default()) {
@@ -95,10 +94,10 @@ impl Cache {
     }
 
     pub fn put_long(&mut self, chunk: &[u8], ids: &[u32]) {
-        if chunk.len() > LONGEST {
+        if chunk.len() > MAX_MAP_CHUNK {
             return;
         }
-        let bytes = chunk.len() + 4 * ids.len() + 64; // with what an entry and two allocations take
+        let bytes = chunk.len() + 4 * ids.len() + 64; // 64: the map's entry and two allocations
         if self.map_bytes + bytes > MAP_BYTES {
             self.map.clear();
             self.map_bytes = 0;

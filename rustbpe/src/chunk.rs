@@ -1,23 +1,26 @@
-//! A chunk of text, and the number by which a short one is known.
+//! A chunk of text and its key. In: the bytes of a chunk. Out: a 128-bit key that contains a short chunk completely, so
+//! that comparing keys compares chunks.
 
 use std::ops::Range;
 
-/// The longest chunk that fits into a key beside its length.
-pub const SHORT: usize = 15;
+/// The most bytes of a chunk that fit into a key together with its length.
+pub const MAX_SHORT: usize = 15;
 
-/// Where a chunk lies in its text, and its key.
+/// Where a chunk starts in its text, and its key.
 #[derive(Clone, Copy, Default, Debug, PartialEq)]
 pub struct Chunk {
     pub start: usize,
     pub key: Key,
 }
 
-/// A short chunk: its bytes, with its length on top, so that chunks that end in zeros differ. A longer one: only that
-/// it is longer, and its length. No key is 0.
+/// For a short chunk: its bytes, and its length in the highest byte, so that chunks that end in zero bytes differ. For
+/// a longer chunk: a mark in the highest byte, and its length. No chunk has the key 0, so 0 can mark an empty slot.
+///
+/// b"ab" -> 0x02000000000000000000000000006261
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub struct Key(u128);
 
-/// The lowest so many bytes.
+/// MASKS[n] keeps the lowest n bytes.
 const MASKS: [u128; 16] = {
     let mut masks = [0; 16];
     let mut len = 1;
@@ -31,7 +34,7 @@ const MASKS: [u128; 16] = {
 const LONG: u128 = 0xff << 120;
 
 impl Key {
-    /// The key of the first `len` bytes of `block`, 1 to 15.
+    /// The key of the first `len` bytes of `block`; `len` is 1 to 15.
     #[inline(always)]
     pub fn of_block(block: u128, len: usize) -> Self {
         Self(block & MASKS[len & 15] | (len as u128) << 120)
@@ -39,7 +42,7 @@ impl Key {
 
     pub fn of(chunk: &[u8]) -> Self {
         let mut block = [0; 16];
-        if chunk.len() > SHORT {
+        if chunk.len() > MAX_SHORT {
             return Self(LONG | chunk.len() as u128);
         }
         block[..chunk.len()].copy_from_slice(chunk);
@@ -51,18 +54,18 @@ impl Key {
         self.0 < LONG
     }
 
-    /// The length of the chunk.
+    /// The length of the chunk in bytes.
     #[inline(always)]
     pub fn chunk_len(self) -> usize {
         if self.is_short() { (self.0 >> 120) as usize } else { self.0 as usize }
     }
 
-    /// The bytes of a short chunk are the first `chunk_len()` of these.
+    /// The first `chunk_len()` of these are the bytes of a short chunk.
     pub fn bytes(self) -> [u8; 16] {
         self.0.to_le_bytes()
     }
 
-    /// Both halves of the product of both halves: one multiplication mixes all bits.
+    /// Multiplies the halves of the key and folds the product: one multiplication mixes all bits.
     #[inline(always)]
     pub fn hash(self) -> usize {
         let low = self.0 as u64 ^ 0x9e37_79b9_7f4a_7c15;

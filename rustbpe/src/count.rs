@@ -1,31 +1,36 @@
-//! How often each distinct chunk of a corpus occurs: all that training needs to know of it.
+//! Counts how often each distinct chunk of a corpus occurs, which is all that training needs. In: the texts of the
+//! corpus. Out: its distinct chunks with their counts.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rustc_hash::FxHashMap;
 
 use crate::chunk::Key;
-use crate::parallel::{Piece, Pieces, Plan, Taker, share};
+use crate::parallel::{Piece, Pieces, Plan, TextSink, parallel_fold};
 use crate::split::Splitter;
 
-/// Chunks with their counts. Short chunks are their own keys (see `chunk`), in a table of open addressing.
+/// Distinct chunks with their counts. Short chunks are stored as keys (see `chunk`), longer ones as bytes.
 #[derive(Default)]
 pub struct ChunkCounts {
-    /// Key 0 is a free slot. A power of two of slots, at most three quarters full.
+    /// A hash table with open addressing, at most three quarters full. Its size is a power of two; key 0 marks a free
+    /// slot.
     short: Vec<(Key, i64)>,
     num_short: usize,
     long: FxHashMap<Box<[u8]>, i64>,
 }
 
 impl ChunkCounts {
-    /// Counts the chunks of the texts that `produce` hands over, as `plan` says. `produce` goes on while the
-    /// others count; its error ends the work and is returned, and so is a pattern that fails: no more texts are wanted.
+    /// Counts the chunks of the texts that `produce` passes to its sink, on the threads of `plan`. `produce` runs while
+    /// the other threads count. Its error ends the counting and is returned. So is an error of the pattern, after which
+    /// the sink returns false.
+    ///
+    /// "a cat", "a cat" -> {"a": 2, " cat": 2}
     pub fn of_texts<T: AsRef<str> + Send + Sync, E: From<String>>(
         splitter: &Splitter,
         plan: Plan,
-        produce: impl FnOnce(&mut Taker<T>) -> Result<(), E>,
+        produce: impl FnOnce(&mut TextSink<T>) -> Result<(), E>,
     ) -> Result<Self, E> {
-        let mut pieces = Pieces::new(splitter, plan.piece);
+        let mut pieces = Pieces::new(splitter, plan.piece_bytes);
         let failed = AtomicBool::new(false);
         let step = |state: &mut Result<Self, String>, piece: Piece<T>| {
             if let Ok(counts) = state {
@@ -38,7 +43,7 @@ impl ChunkCounts {
                 }
             }
         };
-        let (produced, states): (Result<(), E>, _) = share(
+        let (produced, states): (Result<(), E>, _) = parallel_fold(
             plan.threads,
             || Ok(Self::default()),
             step,
@@ -56,8 +61,10 @@ impl ChunkCounts {
         for counts in states {
             total = total.plus(counts?);
         }
-        if total.total_len() + total.len() >= u32::MAX as usize {
-            return Err("the distinct chunks of the corpus are more than 4 GB".to_string().into());
+        let num_positions = total.total_len() + total.len();
+        if num_positions >= u32::MAX as usize {
+            let limit = "more than the 4 GB that training can index: train on fewer texts";
+            return Err(format!("the distinct chunks of the corpus take {num_positions} bytes, {limit}").into());
         }
         Ok(total)
     }
@@ -116,7 +123,7 @@ impl ChunkCounts {
         }
     }
 
-    /// The sum of both; the smaller is added to the larger.
+    /// The sum of both. Adds the smaller to the larger, because that is less work.
     fn plus(self, other: Self) -> Self {
         let (mut large, small) = if self.len() >= other.len() { (self, other) } else { (other, self) };
         for (key, count) in small.short.into_iter().filter(|&(key, _)| key != Key::default()) {
@@ -128,7 +135,7 @@ impl ChunkCounts {
         large
     }
 
-    /// How many distinct chunks there are.
+    /// The number of distinct chunks.
     pub fn len(&self) -> usize {
         self.num_short + self.long.len()
     }
@@ -137,7 +144,7 @@ impl ChunkCounts {
         self.len() == 0
     }
 
-    /// The bytes of all distinct chunks.
+    /// The total number of bytes in the distinct chunks.
     pub fn total_len(&self) -> usize {
         let short: usize = self.short.iter().map(|slot| slot.0.chunk_len()).sum();
         short + self.long.keys().map(|chunk| chunk.len()).sum::<usize>()

@@ -1,13 +1,14 @@
-//! Encoding and decoding with learned merges.
+//! Encodes and decodes with learned merges. In: a text, or token ids. Out: its token ids, or their bytes. Decoding an
+//! encoded text returns its bytes, unless the pattern leaves out some of the text.
 
 use std::sync::{Mutex, PoisonError};
 
 use crate::cache::{self, Cache};
-use crate::chunk::{Chunk, Key, SHORT};
+use crate::chunk::{Chunk, Key, MAX_SHORT};
 use crate::merge::{MergeTable, Pair};
 use crate::split::Splitter;
 
-/// How many chunks are split before they are looked up.
+/// How many chunks are split before the first of them is looked up.
 const AHEAD: usize = 32;
 
 pub struct Encoder {
@@ -17,27 +18,29 @@ pub struct Encoder {
     /// The bytes of all tokens, end to end: those of token i are `bytes[starts[i]..starts[i + 1]]`.
     bytes: Vec<u8>,
     starts: Vec<usize>,
-    /// Caches nobody uses just now: as many as threads have ever encoded at once.
+    /// The caches that no thread is using. There are as many caches as threads have ever encoded at once.
     caches: Mutex<Vec<Cache>>,
 }
 
 impl Encoder {
-    /// Ids 0..=255 are the bytes, id 256 + i the i-th merge.
+    /// Ids 0 to 255 are the bytes, and id 256 + i is the i-th merge.
     pub fn new(splitter: Splitter, merges: &[Pair]) -> Self {
         let mut encoder = Self::of_bytes(splitter, merges.len());
         merges.iter().for_each(|&pair| encoder.push(pair));
         encoder
     }
 
-    /// From the bytes of all tokens in the order of their ids. The merge behind a token is what its bytes become under
-    /// the merges before it; fails, naming the token, where that is not two tokens.
+    /// Makes an encoder from the bytes of all tokens in the order of their ids. The merges before a token turn its
+    /// bytes into two tokens, and those two are its merge. Fails, naming the token, if they are not two.
+    ///
+    /// [.., "ab", "abc"] -> merges (97, 98), (256, 99)
     pub fn from_tokens(splitter: Splitter, tokens: &[Vec<u8>]) -> Result<Self, String> {
         if tokens.len() < 256 {
-            return Err(format!("{} tokens, expected at least the 256 bytes", tokens.len()));
+            return Err(format!("got {} tokens, expected at least the 256 bytes", tokens.len()));
         }
         let mut encoder = Self::of_bytes(splitter, tokens.len() - 256);
         if let Some(id) = (0..256).find(|&id| tokens[id] != [id as u8]) {
-            return Err(format!("token {id} is {:02x?}, expected the byte {id:02x}", tokens[id]));
+            return Err(format!("token {id} is {:02x?}, expected the byte [{id:02x}]", tokens[id]));
         }
         let mut parts = vec![];
         for (id, bytes) in tokens.iter().enumerate().skip(256) {
@@ -45,7 +48,11 @@ impl Encoder {
             let len = encoder.table.merge(bytes, &mut parts);
             match parts[..len] {
                 [left, right] => encoder.push((left, right)),
-                _ => return Err(format!("token {id} ({bytes:02x?}) is not the union of two earlier tokens")),
+                _ => {
+                    let ids = &parts[..len];
+                    let found = format!("the merges before it encode its bytes as {ids:?}, expected two ids");
+                    return Err(format!("token {id} ({bytes:02x?}) is not a merge of two earlier tokens: {found}"));
+                }
             }
         }
         Ok(encoder)
@@ -79,17 +86,17 @@ impl Encoder {
         &self.merges
     }
 
-    /// 256 bytes and the merges.
+    /// The number of tokens: 256 bytes and the merges.
     pub fn vocab_size(&self) -> usize {
         self.starts.len() - 1
     }
 
-    /// The bytes of every token, by id.
+    /// The bytes of every token, in the order of their ids.
     pub fn tokens(&self) -> impl Iterator<Item = &[u8]> {
         self.starts.windows(2).map(|w| &self.bytes[w[0]..w[1]])
     }
 
-    /// Fails only where the pattern does (see `Splitter::chunks`).
+    /// The ids of a text. Fails only if the pattern does (see `Splitter::chunks`).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
         let mut ids = vec![0; Self::room_for(text)];
         let len = self.with_cache(|cache| self.encode_with(cache, text, &mut ids))?;
@@ -97,8 +104,8 @@ impl Encoder {
         Ok(ids)
     }
 
-    /// Lends a cache that no other thread uses meanwhile. Caches live as long as the encoder, so that what one call
-    /// has seen speeds up the next.
+    /// Calls `use_it` with a cache that no other thread uses meanwhile. Caches live as long as the encoder, so that one
+    /// call speeds up the next.
     pub fn with_cache<R>(&self, use_it: impl FnOnce(&mut Cache) -> R) -> R {
         let free = || self.caches.lock().unwrap_or_else(PoisonError::into_inner);
         let cache = free().pop();
@@ -108,43 +115,43 @@ impl Encoder {
         result
     }
 
-    /// A cache that knows the vocabulary: a token's bytes become that token, since the merges that made it in some
-    /// word make it wherever its bytes are a chunk.
+    /// A cache filled from the vocabulary. A chunk equal to a token's bytes is encoded as that token, because the
+    /// merges that made the token apply to the chunk too.
     fn new_cache(&self) -> Cache {
         let mut cache = Cache::default();
-        for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= SHORT) {
+        for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= MAX_SHORT) {
             cache.put_if_free(Key::of(token), &[id as u32]);
         }
         cache
     }
 
-    /// How many places `encode_with` needs: one a byte, the most ids there can be, and some, since it writes INLINE
-    /// ids at a time.
+    /// The length that `encode_with` needs `out` to have: one id per byte is the most there can be, and a few more,
+    /// because it writes INLINE_IDS ids at a time.
     pub fn room_for(text: &str) -> usize {
-        text.len() + cache::INLINE
+        text.len() + cache::INLINE_IDS
     }
 
-    /// Writes the ids of `text` to the beginning of `out` and returns how many they are.
+    /// Writes the ids of `text` to the beginning of `out`, and returns how many there are.
     pub fn encode_with(&self, cache: &mut Cache, text: &str, out: &mut [u32]) -> Result<usize, String> {
         let (bytes, mut at) = (text.as_bytes(), 0);
         let mut chunks = self.splitter.chunks(text);
-        // Some chunks ahead, so that their places in the cache arrive from memory while others are split and looked up.
+        // While these chunks are split, the cache lines of the first ones arrive from memory.
         let mut ahead = [Chunk::default(); AHEAD];
-        let mut places = [0; AHEAD];
+        let mut buckets = [0; AHEAD];
         loop {
             let mut len = 0;
             while len < AHEAD {
                 let Some(chunk) = chunks.next() else { break };
                 ahead[len] = chunk?;
-                places[len] = cache.place(ahead[len].key);
+                buckets[len] = cache.prefetch(ahead[len].key);
                 len += 1;
             }
-            for (chunk, &place) in ahead[..len].iter().zip(&places) {
-                if let Some(entry) = cache.get(place, chunk.key) {
-                    out[at..at + cache::INLINE].copy_from_slice(&entry.ids);
+            for (chunk, &bucket) in ahead[..len].iter().zip(&buckets) {
+                if let Some(entry) = cache.get(bucket, chunk.key) {
+                    out[at..at + cache::INLINE_IDS].copy_from_slice(&entry.ids);
                     at += entry.len as usize;
                 } else {
-                    at += self.encode_unknown(cache, chunk.key, &bytes[chunk.range()], &mut out[at..]);
+                    at += self.encode_miss(cache, chunk.key, &bytes[chunk.range()], &mut out[at..]);
                 }
             }
             if len < AHEAD {
@@ -153,15 +160,15 @@ impl Encoder {
         }
     }
 
-    /// The same for a chunk that is not at hand, which is remembered.
+    /// Writes the ids of a chunk that `Cache::get` does not find, and caches them.
     #[cold]
-    fn encode_unknown(&self, cache: &mut Cache, key: Key, chunk: &[u8], out: &mut [u32]) -> usize {
+    fn encode_miss(&self, cache: &mut Cache, key: Key, chunk: &[u8], out: &mut [u32]) -> usize {
         if let Some(ids) = cache.get_long(chunk) {
             out[..ids.len()].copy_from_slice(ids);
             return ids.len();
         }
         let len = self.table.merge(chunk, out);
-        if key.is_short() && len <= cache::INLINE {
+        if key.is_short() && len <= cache::INLINE_IDS {
             cache.put(key, &out[..len]);
         } else {
             cache.put_long(chunk, &out[..len]);
@@ -169,7 +176,7 @@ impl Encoder {
         len
     }
 
-    /// Fails, naming the id, on one outside the vocabulary.
+    /// The bytes of ids. Fails, naming the id, if one is outside the vocabulary.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, String> {
         let mut bytes = Vec::with_capacity(5 * ids.len());
         for &id in ids {
@@ -181,7 +188,7 @@ impl Encoder {
         Ok(bytes)
     }
 
-    /// What is wrong with an id that is not in the vocabulary.
+    /// The error message for an id outside the vocabulary.
     pub fn outside(&self, id: &dyn std::fmt::Display) -> String {
         format!("token id {id} is outside the vocabulary (0 to {})", self.vocab_size() - 1)
     }
@@ -191,7 +198,7 @@ impl Encoder {
 mod tests {
     use super::*;
     use crate::count::ChunkCounts;
-    use crate::parallel::{Plan, all};
+    use crate::parallel::{Plan, feed_all};
     use crate::split::GPT4_PATTERN;
     use crate::train::learn_merges;
 
@@ -201,12 +208,12 @@ mod tests {
 
     fn encoder() -> Encoder {
         let text = "aaaa aaab abab hello yellow fellow héé hé naïve ".repeat(3) + &"ab".repeat(40) + &"b".repeat(33);
-        let chunks = ChunkCounts::of_texts(&splitter(), Plan::new(None), all([text])).unwrap();
+        let chunks = ChunkCounts::of_texts(&splitter(), Plan::new(None), feed_all([text])).unwrap();
         Encoder::new(splitter(), &learn_merges(chunks, 80, |_| Ok::<_, String>(())).unwrap())
     }
 
     #[test]
-    fn every_token_is_what_its_bytes_become() {
+    fn the_bytes_of_a_token_encode_to_that_token() {
         let encoder = encoder();
         for (id, bytes) in encoder.tokens().enumerate() {
             let mut ids = vec![0; bytes.len()];
@@ -228,9 +235,9 @@ mod tests {
     }
 
     #[test]
-    fn what_the_cache_has_seen_changes_nothing() {
-        // More distinct chunks than the smallest cache has places, of lengths on both sides of a key's, many of more
-        // ids than an entry holds; zero bytes at their ends.
+    fn the_cache_does_not_change_the_ids() {
+        // Chunks both shorter and longer than a key holds, many with more ids than an entry holds, some that end in
+        // zero bytes; the first 5,000 words come again, from the cache.
         let encoder = encoder();
         let mut state = 5u64;
         let mut draw = |n: usize| {
@@ -250,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_megabyte_of_one_letter_is_no_trouble() {
+    fn a_megabyte_of_one_letter_round_trips() {
         let encoder = encoder();
         let text = "a".repeat(1_000_000);
         assert_eq!(encoder.decode(&encoder.encode(&text).unwrap()).unwrap(), text.as_bytes());

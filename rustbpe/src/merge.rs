@@ -1,4 +1,4 @@
-//! Merging a chunk: bytes become tokens by the learned merges, the earliest learned first.
+//! Applies the learned merges to one chunk, the earliest learned first. In: the bytes of a chunk. Out: its token ids.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -9,15 +9,16 @@ pub type Pair = (u32, u32);
 /// Stands for "no token".
 const NONE: u32 = u32::MAX;
 
-/// Chunks longer than this are merged through a heap (n log n): searching for the best pair again and again is quadratic.
-const SHORT: usize = 96;
+/// Longer chunks are merged with a heap, in n log n time; searching all pairs before each merge is quadratic.
+const HEAP_ABOVE: usize = 96;
 
-/// What two neighbouring tokens become. A merge's id is also its rank, since ids are given in the order of learning.
+/// Maps a pair of tokens to the token they merge into. That id is also the merge's rank, because ids are assigned in
+/// the order of learning.
 pub struct MergeTable {
-    /// Open addressing, at most half full; an empty slot holds NONE.
+    /// A hash table with open addressing, at most half full. An empty slot has the id NONE.
     slots: Vec<(Pair, u32)>,
     shift: u32,
-    /// The same for two bytes, by `left * 256 + right`: every chunk begins with those, and a look-up is one load.
+    /// The ids for pairs of bytes, at `left * 256 + right`. Every chunk begins as bytes, and this look-up is one load.
     bytes: Vec<u32>,
 }
 
@@ -28,7 +29,7 @@ impl MergeTable {
         Self { slots: vec![((0, 0), NONE); slots], shift: 64 - slots.ilog2(), bytes: vec![NONE; 1 << 16] }
     }
 
-    /// `pair` becomes `id`. At most `capacity` times, each time with another pair.
+    /// Adds the merge of `pair` into `id`. May be called `capacity` times, each time with another pair.
     pub fn insert(&mut self, pair: Pair, id: u32) {
         if pair.0 < 256 && pair.1 < 256 {
             self.bytes[(pair.0 << 8 | pair.1) as usize] = id;
@@ -40,12 +41,13 @@ impl MergeTable {
         self.slots[at] = (pair, id);
     }
 
+    /// The slot where the search for a pair begins.
     #[inline]
     fn home(&self, (left, right): Pair) -> usize {
         ((u64::from(left) << 32 | u64::from(right)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize
     }
 
-    /// NONE where the two do not merge.
+    /// The token that two tokens merge into; NONE if they do not merge.
     #[inline]
     fn get(&self, left: u32, right: u32) -> u32 {
         let mut at = self.home((left, right));
@@ -63,30 +65,31 @@ impl MergeTable {
         self.bytes[usize::from(left) << 8 | usize::from(right)]
     }
 
-    /// Writes the ids of one chunk to the beginning of `out`, which has a place for every byte; returns their number.
+    /// Writes the ids of one chunk to the beginning of `out`, which must have room for one id per byte. Returns how
+    /// many there are: b"aaa" -> [256, 97], 2 (if "aa" is token 256)
     pub fn merge(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         match chunk.len() {
             0..=16 => self.merge_short::<16>(chunk, out),
-            17..=SHORT => self.merge_short::<SHORT>(chunk, out),
+            17..=HEAP_ABOVE => self.merge_short::<HEAP_ABOVE>(chunk, out),
             _ => self.merge_long(chunk, out),
         }
     }
 
-    /// The pair with the lowest id first, the leftmost of equal ones, found by looking at all. At most `N` bytes.
+    /// Merges the pair of the lowest rank first, the leftmost among equals. Searches all pairs. For up to `N` bytes.
     fn merge_short<const N: usize>(&self, chunk: &[u8], out: &mut [u32]) -> usize {
-        // What the part at this place and the next one would become.
-        let mut gains = [NONE; N];
+        // ranks[i] is the id that parts i and i + 1 would merge into.
+        let mut ranks = [NONE; N];
         let mut len = chunk.len();
         for (part, &byte) in out.iter_mut().zip(chunk) {
             *part = u32::from(byte);
         }
-        for (gain, pair) in gains.iter_mut().zip(chunk.windows(2)) {
-            *gain = self.get_bytes(pair[0], pair[1]);
+        for (rank, pair) in ranks.iter_mut().zip(chunk.windows(2)) {
+            *rank = self.get_bytes(pair[0], pair[1]);
         }
         while len > 1 {
-            // The place in the low bits: one minimum finds both.
-            let lowest = |best: u64, (i, &gain): (usize, &u32)| best.min(u64::from(gain) << 8 | i as u64);
-            let best = gains[..len - 1].iter().enumerate().fold(u64::MAX, lowest);
+            // The index is in the low bits, so that one minimum finds both rank and index.
+            let lowest = |best: u64, (i, &rank): (usize, &u32)| best.min(u64::from(rank) << 8 | i as u64);
+            let best = ranks[..len - 1].iter().enumerate().fold(u64::MAX, lowest);
             let (at, id) = ((best & 0xff) as usize, (best >> 8) as u32);
             if id == NONE {
                 break;
@@ -97,19 +100,19 @@ impl MergeTable {
                 out[i] = out[i + 1];
             }
             for i in at..len - 1 {
-                gains[i] = gains[i + 1];
+                ranks[i] = ranks[i + 1];
             }
             if at > 0 {
-                gains[at - 1] = self.get(out[at - 1], id);
+                ranks[at - 1] = self.get(out[at - 1], id);
             }
             if at + 1 < len {
-                gains[at] = self.get(id, out[at + 1]);
+                ranks[at] = self.get(id, out[at + 1]);
             }
         }
         len
     }
 
-    /// The same order through a heap over a linked list of parts.
+    /// Merges in the same order as `merge_short`, with a heap over a linked list of parts.
     fn merge_long(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         let len = chunk.len();
         let mut parts: Vec<u32> = chunk.iter().map(|&b| u32::from(b)).collect();
@@ -120,7 +123,8 @@ impl MergeTable {
             .filter(|entry| entry.0.0 != NONE)
             .collect();
         while let Some(Reverse((id, at))) = heap.pop() {
-            // An entry is stale when either part has been merged away; a dead part holds NONE, which no merge has.
+            // An entry is stale if either part has been merged since. A part that is gone holds NONE, which never
+            // merges.
             let right = next[at];
             if right >= len || self.get(parts[at], parts[right]) != id {
                 continue;
@@ -130,21 +134,21 @@ impl MergeTable {
             next[at] = next[right];
             if next[at] < len {
                 previous[next[at]] = at;
-                let gained = self.get(id, parts[next[at]]);
-                if gained != NONE {
-                    heap.push(Reverse((gained, at)));
+                let rank = self.get(id, parts[next[at]]);
+                if rank != NONE {
+                    heap.push(Reverse((rank, at)));
                 }
             }
             if at > 0 {
                 let left = previous[at];
-                let gained = self.get(parts[left], id);
-                if gained != NONE {
-                    heap.push(Reverse((gained, left)));
+                let rank = self.get(parts[left], id);
+                if rank != NONE {
+                    heap.push(Reverse((rank, left)));
                 }
             }
         }
         let alive = parts.into_iter().filter(|&id| id != NONE);
-        out.iter_mut().zip(alive).map(|(place, id)| *place = id).count()
+        out.iter_mut().zip(alive).map(|(slot, id)| *slot = id).count()
     }
 }
 
@@ -152,7 +156,7 @@ impl MergeTable {
 mod tests {
     use super::*;
 
-    /// "aa", "aaaa", "ab", "abab", "bb", "ll", "el", "ell", "é" and a few that overlap them.
+    /// "aa", "aaaa", "ab", "abab", "bb", "ll", "el", "ell", "é" and two that overlap with them.
     fn table() -> MergeTable {
         let merges =
             [(97, 97), (256, 256), (97, 98), (258, 258), (98, 98), (108, 108), (101, 108), (262, 108), (0xc3, 0xa9)];
@@ -163,10 +167,10 @@ mod tests {
     }
 
     #[test]
-    fn both_orders_agree() {
+    fn both_ways_of_merging_agree() {
         let table = table();
         let mut state = 3u64;
-        for len in 1..=SHORT {
+        for len in 1..=HEAP_ABOVE {
             for _ in 0..20 {
                 let draw = |_| {
                     state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -174,7 +178,7 @@ mod tests {
                 };
                 let chunk: Vec<u8> = (0..len).map(draw).collect();
                 let (mut short, mut long) = (vec![0; len], vec![0; len]);
-                let short_len = table.merge_short::<SHORT>(&chunk, &mut short);
+                let short_len = table.merge_short::<HEAP_ABOVE>(&chunk, &mut short);
                 let long_len = table.merge_long(&chunk, &mut long);
                 assert_eq!(short[..short_len], long[..long_len], "{chunk:?}");
             }

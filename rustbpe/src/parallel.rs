@@ -1,6 +1,5 @@
-//! Texts shared out among threads.
-//!
-//! Plain threads that end with the call: a pool would not survive a fork, and data loaders fork.
+//! Distributes texts over threads. In: texts, one by one. Out: the state that each thread has built from its share.
+//! The threads end with each call, because a pool of threads would not survive a fork, and data loaders fork.
 
 use std::ops::Range;
 use std::sync::mpsc::{TrySendError, sync_channel};
@@ -9,52 +8,55 @@ use std::thread;
 
 use crate::split::Splitter;
 
-/// As many threads as the machine has cores for this process.
+/// The number of cores that this process may use.
 static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
 
-/// More help nobody, whatever a caller asks for.
-const MOST_THREADS: usize = 1024;
+/// The most threads that are used, whatever the caller asks for. More would help nobody.
+const MAX_THREADS: usize = 1024;
 
-/// What a text weighs beside its bytes, so that a piece of empty ones ends too.
-pub const TEXT_BYTES: usize = 64;
+/// What a text adds to the size of its piece besides its bytes, so that a piece of empty texts is sent too.
+pub const TEXT_OVERHEAD: usize = 64;
 
-/// How work is shared out.
+/// How work is distributed over threads.
 #[derive(Clone, Copy)]
 pub struct Plan {
-    /// At most so many at once, the calling one included.
+    /// The most threads that run at once, including the calling thread.
     pub threads: usize,
-    /// Bytes of text worth handing over.
-    pub piece: usize,
+    /// The approximate size of a piece, in bytes of text.
+    pub piece_bytes: usize,
 }
 
 impl Plan {
-    /// One thread a core where `threads` is None. A piece is a fraction of a millisecond's work, and small enough to
-    /// lie in a core's cache with its ids.
+    /// Uses one thread per core if `threads` is None. A piece is work for a fraction of a millisecond, and small enough
+    /// to fit into a core's cache together with its ids.
     pub fn new(threads: Option<usize>) -> Self {
-        Self { threads: threads.unwrap_or(*CORES).min(MOST_THREADS), piece: 1 << 17 }
+        Self { threads: threads.unwrap_or(*CORES).min(MAX_THREADS), piece_bytes: 1 << 17 }
     }
 }
 
-/// Takes items one by one and hands them to threads.
+/// Takes items one by one and passes them to the threads.
 pub type Sender<'s, Item> = dyn FnMut(Item) + Send + 's;
 
-/// Takes texts one by one; false: no more are wanted, for something has failed.
-pub type Taker<'s, T> = dyn FnMut(T) -> bool + Send + 's;
+/// Takes texts one by one. It returns false if something has failed and no more texts are wanted.
+pub type TextSink<'s, T> = dyn FnMut(T) -> bool + Send + 's;
 
-/// Hands over what an iterator yields.
-pub fn all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut Taker<T>) -> Result<(), String> {
-    |take| {
-        texts.into_iter().all(take);
+/// Passes every text of an iterator to the sink, until the sink returns false.
+pub fn feed_all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut TextSink<T>) -> Result<(), String> {
+    |sink| {
+        texts.into_iter().all(sink);
         Ok(())
     }
 }
 
-/// Runs `step` on every item that `produce` hands over, on `threads` threads, this one included. Each has a state of
-/// its own from `start`; the states are returned in no particular order. This thread helps when the others cannot keep
-/// up, and after the last item; a single item starts no thread. At most four items a thread wait.
-pub fn share<Item: Send, State: Send, R>(
+/// Folds the items that `produce` sends. Up to `threads` threads work, including this one. Each has its own state, made
+/// by `init`, and adds its items to it with `step`. Returns the result of `produce`, and the states in no particular
+/// order.
+///
+/// This thread runs `step` too when the others fall behind, and after the last item. A single item starts no thread.
+/// The queue holds four items per thread at most.
+pub fn parallel_fold<Item: Send, State: Send, R>(
     threads: usize,
-    start: impl Fn() -> State + Sync,
+    init: impl Fn() -> State + Sync,
     step: impl Fn(&mut State, Item) + Sync,
     produce: impl FnOnce(&mut Sender<Item>) -> R,
 ) -> (R, Vec<State>) {
@@ -62,19 +64,19 @@ pub fn share<Item: Send, State: Send, R>(
     let receiver = Mutex::new(receiver);
     let next = || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv().ok();
     let work = || {
-        let mut state = start();
+        let mut state = init();
         while let Some(item) = next() {
             step(&mut state, item);
         }
         state
     };
     thread::scope(|scope| {
-        let mut own = start();
+        let mut own = init();
         let mut helpers = vec![];
         let mut first = true;
         let result = produce(&mut |item| {
             if !std::mem::take(&mut first) && helpers.len() + 1 < threads {
-                // Where no thread can be had, this one does the work.
+                // If the system cannot start a thread, this one does the work.
                 helpers.extend(thread::Builder::new().spawn_scoped(scope, work));
             }
             if let Err(TrySendError::Full(item) | TrySendError::Disconnected(item)) = sender.try_send(item) {
@@ -92,14 +94,14 @@ pub fn share<Item: Send, State: Send, R>(
     })
 }
 
-/// Work for one thread: some neighbouring texts, or a part of a large one. Texts are numbered from 0.
+/// Work for one thread: several consecutive texts, or a part of a large one. Texts are numbered from 0.
 pub enum Piece<T> {
     Texts { first: usize, texts: Vec<T> },
     Part { number: usize, text: Arc<T>, bytes: Range<usize> },
 }
 
 impl<T: AsRef<str>> Piece<T> {
-    /// Pieces in this order are in the order of the texts.
+    /// A key that sorts pieces in the order of their texts.
     pub fn position(&self) -> (usize, usize) {
         match self {
             Piece::Texts { first, .. } => (*first, 0),
@@ -107,7 +109,7 @@ impl<T: AsRef<str>> Piece<T> {
         }
     }
 
-    /// Each text, or part of one, with the number of its text.
+    /// The texts of the piece, or its part of a text, each with the number of the text.
     pub fn texts(&self) -> impl Iterator<Item = (usize, &str)> {
         let (first, texts, part) = match self {
             Piece::Texts { first, texts } => (*first, &texts[..], None),
@@ -117,45 +119,46 @@ impl<T: AsRef<str>> Piece<T> {
     }
 }
 
-/// Makes pieces of texts that come one after another.
+/// Groups small texts into pieces and cuts large texts into several.
 pub struct Pieces<'s, T> {
     splitter: &'s Splitter,
     piece_bytes: usize,
     texts: Vec<T>,
     bytes: usize,
-    /// How many texts have been added.
-    pub len: usize,
+    /// The number of texts added so far.
+    pub num_texts: usize,
 }
 
 impl<'s, T: AsRef<str> + Send + Sync> Pieces<'s, T> {
-    /// A piece has about `piece_bytes` bytes.
+    /// Each piece has about `piece_bytes` bytes of text.
     pub fn new(splitter: &'s Splitter, piece_bytes: usize) -> Self {
-        Self { splitter, piece_bytes, texts: vec![], bytes: 0, len: 0 }
+        Self { splitter, piece_bytes, texts: vec![], bytes: 0, num_texts: 0 }
     }
 
+    /// Adds the next text, and sends the pieces that are complete.
     pub fn add(&mut self, text: T, send: &mut Sender<Piece<T>>) {
         let len = text.as_ref().len();
         if len >= 2 * self.piece_bytes {
             self.flush(send);
             let text = Arc::new(text);
             for bytes in self.splitter.parts((*text).as_ref(), self.piece_bytes) {
-                send(Piece::Part { number: self.len, text: text.clone(), bytes });
+                send(Piece::Part { number: self.num_texts, text: text.clone(), bytes });
             }
-            self.len += 1;
+            self.num_texts += 1;
             return;
         }
         self.texts.push(text);
-        self.bytes += len + TEXT_BYTES;
-        self.len += 1;
+        self.bytes += len + TEXT_OVERHEAD;
+        self.num_texts += 1;
         if self.bytes >= self.piece_bytes {
             self.flush(send);
         }
     }
 
-    /// Sends what is left.
+    /// Sends the texts that have not been sent yet.
     pub fn flush(&mut self, send: &mut Sender<Piece<T>>) {
         if !self.texts.is_empty() {
-            let first = self.len - self.texts.len();
+            let first = self.num_texts - self.texts.len();
             send(Piece::Texts { first, texts: std::mem::take(&mut self.texts) });
             self.bytes = 0;
         }
@@ -168,7 +171,7 @@ mod tests {
     use crate::split::GPT4_PATTERN;
 
     #[test]
-    fn pieces_of_empty_texts_end_too() {
+    fn pieces_of_empty_texts_are_sent_too() {
         let splitter = Splitter::new(GPT4_PATTERN).unwrap();
         let mut pieces = Pieces::new(&splitter, 1 << 17);
         let mut sent = vec![];
@@ -179,10 +182,10 @@ mod tests {
     }
 
     #[test]
-    fn every_item_is_done_once_on_at_most_so_many_threads() {
+    fn every_item_is_done_once_on_at_most_the_given_threads() {
         for threads in 1..6 {
             for items in [0, 1, 2, 3, 10, 1000] {
-                let (sent, states) = share(
+                let (sent, states) = parallel_fold(
                     threads,
                     std::vec::Vec::new,
                     |done: &mut Vec<usize>, item| done.push(item),

@@ -1,4 +1,6 @@
-//! The Python module `rustbpe`: a class `Tokenizer` over the trainer and the encoder, and nothing of its own.
+//! The Python module `rustbpe`: a class `Tokenizer` around the trainer and the encoder. In: Python str, ids and
+//! iterables of them. Out: lists, bytes, str and numpy arrays. This file converts between the two sides and holds no
+//! algorithm.
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -13,30 +15,30 @@ use crate::batch::Id;
 use crate::count::ChunkCounts;
 use crate::encode::Encoder;
 use crate::merge::Pair;
-use crate::parallel::{Plan, TEXT_BYTES, Taker};
+use crate::parallel::{Plan, TEXT_OVERHEAD, TextSink};
 use crate::split::{GPT4_PATTERN, Splitter};
 use crate::train::learn_merges;
 
-/// Text that is taken from Python before the GIL is let go and threads get it.
+/// How much text is read from Python before the GIL is released and the text goes to the threads.
 const BUFFER_BYTES: usize = 1 << 18;
 
-/// Encoding a shorter text takes microseconds: letting go of the GIL would cost more than it gives others.
-const KEEP_GIL: usize = 4096;
+/// Encoding a shorter text takes microseconds, so releasing the GIL would cost more than other threads gain from it.
+const KEEP_GIL_BELOW: usize = 4096;
 
-/// How often a long merge loop looks for Ctrl-C and reports progress.
-const TICK: Duration = Duration::from_millis(100);
+/// How often training checks for Ctrl-C and reports progress while it merges.
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Byte-level BPE tokenizer: ids 0 to 255 are the bytes, id 256 + i the i-th merge. Untrained, it knows bytes only.
-/// Any number of threads may use it at once; training puts new merges in place when it is done.
+/// Byte-level BPE tokenizer. Ids 0 to 255 are the bytes, and id 256 + i is the i-th merge. An untrained tokenizer has
+/// the bytes only. Any number of threads may use it at once; training replaces the merges when it is done.
 ///
-/// Text is str without lone surrogates: those have no UTF-8, and are a UnicodeEncodeError (a ValueError) wherever text
-/// is taken, naming which text it was.
+/// Text is str without lone surrogates, which UTF-8 cannot represent. A text with one raises UnicodeEncodeError (a
+/// ValueError), which names the text if there are several.
 #[pyclass(module = "rustbpe", frozen)]
 struct Tokenizer {
     encoder: RwLock<Arc<Encoder>>,
 }
 
-/// An error of the algorithm (ValueError) or of Python.
+/// An error message of the crate, as ValueError, or an exception from Python.
 struct Failure(PyErr);
 
 impl From<String> for Failure {
@@ -76,12 +78,14 @@ impl Tokenizer {
         Ok(Self::of(Encoder::new(Splitter::new(GPT4_PATTERN)?, &[])))
     }
 
-    /// A tokenizer from its split pattern and (token bytes, rank) pairs in any order: the inverse of
-    /// get_mergeable_ranks(). ValueError where they are not those of a byte-level BPE.
+    /// Make a tokenizer from its split pattern and its (token bytes, rank) pairs in any order: the inverse of
+    /// get_mergeable_ranks(). Raises ValueError if the pairs are not those of a byte-level BPE.
     #[staticmethod]
     fn from_mergeable_ranks(py: Python<'_>, pattern: &str, ranks: &Bound<'_, PyAny>) -> Fallible<Self> {
         let ranks: Vec<(Vec<u8>, usize)> = ranks.extract().map_err(|error| match out_of_range(py, &error) {
-            true => PyValueError::new_err(format!("the ranks hold a number that is no byte and no rank ({error})")),
+            true => PyValueError::new_err(format!(
+                "the ranks hold a number that is neither a byte (0 to 255) nor a rank (0 or more): {error}"
+            )),
             false => error,
         })?;
         py.detach(|| {
@@ -89,30 +93,36 @@ impl Tokenizer {
             for (bytes, rank) in ranks {
                 match tokens.get_mut(rank) {
                     Some(slot @ None) => *slot = Some(bytes),
-                    Some(_) => return Err(format!("rank {rank} occurs twice").into()),
-                    None => return Err(format!("rank {rank} leaves a gap: there are {} tokens", tokens.len()).into()),
+                    Some(_) => return Err(format!("rank {rank} occurs twice, expected each rank once").into()),
+                    None => {
+                        let last = tokens.len() - 1;
+                        return Err(
+                            format!("rank {rank} leaves a gap, expected each rank from 0 to {last} once").into()
+                        );
+                    }
                 }
             }
-            let tokens: Vec<Vec<u8>> = tokens.into_iter().map(|t| t.expect("every rank once")).collect();
+            let tokens: Vec<Vec<u8>> = tokens.into_iter().map(|t| t.expect("every rank should occur once")).collect();
             Ok(Self::of(Encoder::from_tokens(Splitter::new(pattern)?, &tokens)?))
         })
     }
 
-    /// Learn the merges of a corpus, an iterable of str, up to a vocabulary of vocab_size (256 bytes included; less if
-    /// the corpus runs out of pairs). Texts are taken up to buffer_size at a time and counted on all cores, without the
-    /// GIL, while the next ones are read; only their distinct chunks stay in memory. The default pattern is GPT-4's.
-    /// progress(merges done, merges wanted) is called about ten times a second while merging.
+    /// Learn the merges of a corpus, an iterable of str, until the vocabulary has vocab_size tokens, including the 256
+    /// bytes. It has fewer if the corpus runs out of pairs. The texts are read up to buffer_size at a time, and counted
+    /// on all cores, without the GIL, while the next ones are read. Only their distinct chunks stay in memory. The
+    /// default pattern is GPT-4's. progress(merges done, merges wanted) is called about ten times a second during
+    /// merging.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
     fn train_from_iterator(
         &self,
         py: Python<'_>,
         iterator: Py<PyAny>,
         vocab_size: &Bound<'_, PyAny>,
-        #[pyo3(from_py_with = nearest)] buffer_size: i64,
+        #[pyo3(from_py_with = saturating_i64)] buffer_size: i64,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
     ) -> Fallible<()> {
-        let num_merges = u32::try_from(nearest(vocab_size)?)
+        let num_merges = u32::try_from(saturating_i64(vocab_size)?)
             .ok()
             .and_then(|size| size.checked_sub(256))
             .ok_or_else(|| format!("vocab_size is {vocab_size}, expected 256 (the bytes) to {}", u32::MAX))?
@@ -120,8 +130,8 @@ impl Tokenizer {
         let buffer_size = at_least_one("buffer_size", buffer_size)?;
         let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
         let encoder = py.detach(|| {
-            let chunks = ChunkCounts::of_texts(&splitter, Plan::new(None), |take| {
-                Python::attach(|py| feed(iterator.bind(py), "the iterator", buffer_size, take))
+            let chunks = ChunkCounts::of_texts(&splitter, Plan::new(None), |sink| {
+                Python::attach(|py| feed(iterator.bind(py), "the iterator", buffer_size, sink))
             })?;
             if chunks.is_empty() {
                 let what = "the corpus is empty: the iterator yielded no text, or none that the pattern matches";
@@ -129,7 +139,7 @@ impl Tokenizer {
             }
             let mut last = Instant::now();
             let merges = learn_merges(chunks, num_merges, |done| {
-                if last.elapsed() < TICK && done < num_merges {
+                if last.elapsed() < REPORT_INTERVAL && done < num_merges {
                     return Ok(());
                 }
                 last = Instant::now();
@@ -144,7 +154,7 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The size of the vocabulary: 256 bytes and the merges.
+    /// The number of tokens: 256 bytes and the merges.
     #[getter]
     fn vocab_size(&self) -> usize {
         self.encoder().vocab_size()
@@ -155,7 +165,7 @@ impl Tokenizer {
         self.encoder().splitter().pattern().to_string()
     }
 
-    /// (token bytes, id) of every token, by id.
+    /// (token bytes, id) of every token, in the order of the ids.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, usize)> {
         self.encoder().tokens().enumerate().map(|(id, bytes)| (PyBytes::new(py, bytes), id)).collect()
     }
@@ -165,34 +175,35 @@ impl Tokenizer {
         self.encoder().merges().to_vec()
     }
 
-    /// The chunks of a text, which merges never cross.
+    /// The chunks of a text. Merges never cross their boundaries.
     fn split(&self, text: PyBackedStr) -> Fallible<Vec<String>> {
         let encoder = self.encoder();
         let chunks = encoder.splitter().chunks(&text).map(|chunk| chunk.map(|chunk| text[chunk.range()].to_string()));
         Ok(chunks.collect::<Result<_, String>>()?)
     }
 
-    /// The ids of a text, on this thread. What the pattern does not match is left out; GPT-4's matches everything.
+    /// The ids of a text, encoded on this thread. Text that the pattern does not match is left out; GPT-4's pattern
+    /// matches everything.
     fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Fallible<Vec<u32>> {
         let encoder = self.encoder();
-        let ids = if text.len() < KEEP_GIL { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
+        let ids = if text.len() < KEEP_GIL_BELOW { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
         Ok(ids?)
     }
 
-    /// The ids of each text, an iterable of str, on all cores.
+    /// The ids of each text of an iterable of str, as a list per text, encoded on all cores.
     fn batch_encode<'py>(&self, py: Python<'py>, texts: Py<PyAny>) -> Fallible<Vec<Bound<'py, PyList>>> {
         let encoder = self.encoder();
         let plan = Plan::new(None);
-        let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |take| feed_batch(&texts, take)))?;
+        let encoded = py.detach(|| encoder.encode_batch::<u32, _, Failure>(plan, |sink| feed_batch(&texts, sink)))?;
         let mut ids = vec![0; encoded.len()];
         py.detach(|| encoded.write(plan.threads, &mut ids));
         let lists = encoded.offsets.windows(2).map(|w| PyList::new(py, &ids[w[0] as usize..w[1] as usize]));
         Ok(lists.collect::<PyResult<_>>()?)
     }
 
-    /// The ids of all texts, an iterable of str, end to end: (tokens, offsets), two numpy arrays. Text i has the ids
-    /// tokens[offsets[i]:offsets[i + 1]]. tokens is uint16 up to a vocabulary of 65,536, else uint32; offsets is int64.
-    /// num_threads: at most so many, by default one a core.
+    /// The ids of all texts of an iterable of str, as two numpy arrays (tokens, offsets): text i has the ids
+    /// tokens[offsets[i]:offsets[i + 1]]. tokens is uint16 if the vocabulary has up to 65,536 tokens, otherwise uint32;
+    /// offsets is int64. num_threads is the most threads to use, by default one per core.
     #[pyo3(signature = (texts, num_threads=None))]
     fn encode_batch<'py>(
         &self,
@@ -200,7 +211,7 @@ impl Tokenizer {
         texts: Py<PyAny>,
         num_threads: Option<Bound<'py, PyAny>>,
     ) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let num_threads = num_threads.map(|n| at_least_one("num_threads", nearest(&n)?)).transpose()?;
+        let num_threads = num_threads.map(|n| at_least_one("num_threads", saturating_i64(&n)?)).transpose()?;
         let plan = Plan::new(num_threads);
         let encoder = self.encoder();
         if encoder.vocab_size() <= 1 << 16 {
@@ -210,7 +221,7 @@ impl Tokenizer {
         }
     }
 
-    /// The text of ids; bytes that are not UTF-8 become U+FFFD.
+    /// The text of ids. Bytes that are not valid UTF-8 become U+FFFD.
     fn decode(&self, ids: &Bound<'_, PyAny>) -> Fallible<String> {
         Ok(String::from_utf8_lossy(&decode(&self.encoder(), ids)?).into_owned())
     }
@@ -221,8 +232,10 @@ impl Tokenizer {
     }
 }
 
-/// A whole number, or the nearest that 64 bits hold: all that are larger are as good or as bad.
-fn nearest(value: &Bound<'_, PyAny>) -> PyResult<i64> {
+/// A Python int, clamped to the range of i64. Callers accept or reject a larger int as they do the limit.
+///
+/// 2**70 -> i64::MAX
+fn saturating_i64(value: &Bound<'_, PyAny>) -> PyResult<i64> {
     match value.extract() {
         Err(error) if out_of_range(value.py(), &error) => Ok(if value.lt(0)? { i64::MIN } else { i64::MAX }),
         extracted => extracted,
@@ -245,13 +258,14 @@ fn encode_flat<'py, I: Id + Element>(
     plan: Plan,
     dtype: &str,
 ) -> Fallible<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-    let encoded = py.detach(|| encoder.encode_batch::<I, _, Failure>(plan, |take| feed_batch(texts, take)))?;
+    let encoded = py.detach(|| encoder.encode_batch::<I, _, Failure>(plan, |sink| feed_batch(texts, sink)))?;
     let tokens = new_array(py, encoded.len(), dtype, |out| py.detach(|| encoded.write(plan.threads, out)))?;
     let offsets = new_array(py, encoded.offsets.len(), "int64", |out| out.copy_from_slice(&encoded.offsets))?;
     Ok((tokens, offsets))
 }
 
-/// A numpy array, filled through the buffer protocol: the stable ABI has that, and no crate must know numpy's.
+/// A new numpy array, which `fill` writes through the buffer protocol. The stable ABI includes that protocol, so the
+/// crate needs no numpy bindings.
 fn new_array<'py, T: Element>(
     py: Python<'py>,
     len: usize,
@@ -260,19 +274,20 @@ fn new_array<'py, T: Element>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let array = py.import("numpy")?.call_method1("empty", (len, dtype))?;
     let buffer = PyBuffer::<T>::get(&array)?;
-    let mut place = buffer.as_slice_ptr().expect("a new array is contiguous");
-    // SAFETY: the array is new, so nobody else has it, and `buffer` keeps it in place. T is a plain number, for which
-    // any bits are a value.
-    fill(unsafe { place.as_mut() });
+    let mut values = buffer.as_slice_ptr().expect("a new array should be contiguous");
+    // SAFETY: the array is new, so nothing else refers to it, and `buffer` keeps it in place. T is a plain number, for
+    // which any bits are a valid value.
+    fill(unsafe { values.as_mut() });
     Ok(array)
 }
 
-fn feed_batch(texts: &Py<PyAny>, take: &mut Taker<PyBackedStr>) -> Fallible<()> {
-    Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, take))
+fn feed_batch(texts: &Py<PyAny>, sink: &mut TextSink<PyBackedStr>) -> Fallible<()> {
+    Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, sink))
 }
 
-/// Hands over the texts of an iterable, a buffer at a time. They are borrowed from Python, not copied.
-fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, take: &mut Taker<PyBackedStr>) -> Fallible<()> {
+/// Passes the texts of an iterable to the sink, up to `buffer_size` at a time. They are borrowed from Python, not
+/// copied.
+fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, sink: &mut TextSink<PyBackedStr>) -> Fallible<()> {
     if iterable.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err("expected an iterable of str, got one str: put it in a list").into());
     }
@@ -284,10 +299,10 @@ fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, take: &mut 
         while texts.len() < buffer_size && bytes < BUFFER_BYTES {
             let Some((position, item)) = items.next() else { break };
             let text = borrow_text(item?, what, position)?;
-            bytes += text.len() + TEXT_BYTES;
+            bytes += text.len() + TEXT_OVERHEAD;
             texts.push(text);
         }
-        let more = !texts.is_empty() && py.detach(|| texts.into_iter().all(&mut *take));
+        let more = !texts.is_empty() && py.detach(|| texts.into_iter().all(&mut *sink));
         py.check_signals()?;
         if !more {
             return Ok(());
@@ -304,7 +319,7 @@ fn borrow_text(item: Bound<'_, PyAny>, what: &str, position: usize) -> PyResult<
     PyBackedStr::try_from(text).inspect_err(|error| {
         if error.is_instance_of::<PyUnicodeEncodeError>(py) {
             let reason = format!("item {position} of {what} is not valid Unicode: a lone surrogate");
-            error.value(py).setattr("reason", reason).expect("the reason may be set");
+            error.value(py).setattr("reason", reason).expect("the reason should be writable");
         }
     })
 }

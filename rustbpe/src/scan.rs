@@ -1,52 +1,62 @@
-//! The GPT-4 pattern by hand: many times faster than a backtracking regex, and no stack for long runs.
+//! Splits text by the GPT-4 pattern with hand-written code. It is many times faster than a backtracking regex engine,
+//! and it needs no stack, which a long run of characters could overflow.
+//!
+//! In: a text and the pattern's n, the most digits in one chunk. Out: the chunks, which together cover the text.
+//! The pattern is
 //!
 //! ```text
 //! '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}+ | \p{N}{1,n} |  ?[^\s\p{L}\p{N}]++[\r\n]* | \s*[\r\n] |
 //! \s+(?!\S) | \s+
 //! ```
 //!
-//! Nine chunks of ten are an ASCII word behind at most one other ASCII character, and those are measured sixteen bytes
-//! at a time (`scan_short`). Everything else goes character by character (`chunk_end`), by a table of kinds that is read
-//! from the regex engine's own tables, so that the two cannot disagree about Unicode.
+//! `scan_short` takes the chunks that its table of guesses covers, about nine of ten: an ASCII word with at most one
+//! other ASCII character before it. `chunk_end` takes the rest, one character at a time. Its table of character classes
+//! is built from the regex engine's own tables, so the two cannot disagree about Unicode.
 
 use std::ops::Range;
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, HirKind};
 
-use crate::chunk::{Chunk, Key, SHORT};
+use crate::chunk::{Chunk, Key, MAX_SHORT};
 
+/// The classes of characters that the pattern tells apart.
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[repr(u8)]
-enum Kind {
-    Other,
+enum CharClass {
+    /// Whatever the classes below do not cover: punctuation, symbols, marks, control characters.
+    Symbol,
     Letter,
     Number,
+    /// White space except newlines.
     Space,
     Newline,
+    /// Past the end of the text.
     End,
 }
 
-/// The kind of every code point: flat, because a byte each is small and one load beats a search.
-static KINDS: LazyLock<Vec<Kind>> = LazyLock::new(|| {
-    let mut kinds = vec![Kind::Other; char::MAX as usize + 1];
-    for (class, kind) in [(r"\s", Kind::Space), (r"\p{L}", Kind::Letter), (r"\p{N}", Kind::Number)] {
-        for range in code_points(class) {
-            kinds[range].fill(kind);
+/// The class of every code point. One byte for each takes about a megabyte, and one load is faster than a search.
+static CHAR_CLASSES: LazyLock<Vec<CharClass>> = LazyLock::new(|| {
+    let mut classes = vec![CharClass::Symbol; char::MAX as usize + 1];
+    let sets = [(r"\s", CharClass::Space), (r"\p{L}", CharClass::Letter), (r"\p{N}", CharClass::Number)];
+    for (set, class) in sets {
+        for range in code_points(set) {
+            classes[range].fill(class);
         }
     }
-    kinds['\r' as usize] = Kind::Newline;
-    kinds['\n' as usize] = Kind::Newline;
-    kinds
+    classes['\r' as usize] = CharClass::Newline;
+    classes['\n' as usize] = CharClass::Newline;
+    classes
 });
 
-fn code_points(class: &str) -> Vec<Range<usize>> {
-    let hir = regex_syntax::parse(class).expect("a constant class parses");
-    let HirKind::Class(Class::Unicode(set)) = hir.kind() else { unreachable!("a Unicode class") };
+/// The code points of a regex class: `\s` -> [9..14, 32..33, ...]
+fn code_points(set: &str) -> Vec<Range<usize>> {
+    let hir = regex_syntax::parse(set).expect("a constant class should parse");
+    let HirKind::Class(Class::Unicode(set)) = hir.kind() else { unreachable!("the class should be a Unicode class") };
     set.ranges().iter().map(|r| r.start() as usize..r.end() as usize + 1).collect()
 }
 
-/// The chunks of a text, in order; together they cover it.
+/// Iterates over the chunks of a text in order. Together they cover it.
 pub struct Scanner<'t> {
     text: &'t [u8],
     at: usize,
@@ -55,16 +65,16 @@ pub struct Scanner<'t> {
 }
 
 impl<'t> Scanner<'t> {
-    /// `digits`: the pattern's n, 1 to 3.
+    /// `digits` is the pattern's n: 1, 2 or 3.
     pub fn new(text: &'t str, digits: usize) -> Self {
         Self { text: text.as_bytes(), at: 0, digits, guesses: &GUESSES[digits - 1] }
     }
 
     #[cold]
     #[inline(never)]
-    fn next_slowly(&mut self) -> Chunk {
+    fn next_slow(&mut self) -> Chunk {
         let start = self.at;
-        self.at = chunk_end(&KINDS, self.text, start, self.digits);
+        self.at = chunk_end(&CHAR_CLASSES, self.text, start, self.digits);
         Chunk::new(self.text, start..self.at)
     }
 }
@@ -80,39 +90,45 @@ impl Iterator for Scanner<'_> {
             self.at += len;
             return Some(Chunk { start, key });
         }
-        (!rest.is_empty()).then(|| self.next_slowly())
+        (!rest.is_empty()).then(|| self.next_slow())
     }
 }
 
-/// The first place from `from` on where `text` can be cut so that the chunks of the two parts are the chunks of the
-/// whole; the end of `text` where there is none.
+/// The first position at or after `from` where `text` can be cut so that both parts, split separately, give the chunks
+/// of the whole; the end of `text` if there is none.
 ///
-/// One kind of place is behind an ASCII letter and before what is no letter: a chunk that holds a letter ends there
-/// at the latest, and no other chunk reaches across. The other is behind a newline and before what is no white space:
-/// `[\r\n]*` and `\s*[\r\n]` take newlines up to there, and nothing that takes a newline takes anything else after it.
-/// No alternative looks back, so what follows the cut splits as if it were a text of its own.
+/// "don't stop", 1 -> 3 (before the apostrophe)
+///
+/// There are two kinds of cut. One lies after an ASCII letter and before a character that is not a letter: a chunk that
+/// contains a letter ends there at the latest, and no other chunk reaches across. The other lies after a newline and
+/// before a character that is not white space: `[\r\n]*` and `\s*[\r\n]` take all newlines up to there, and no
+/// alternative takes anything else after a newline. No alternative looks back, so the text after the cut splits as if
+/// it stood alone.
 pub fn cut_from(text: &str, from: usize) -> usize {
     let text = text.as_bytes();
-    let kinds = KINDS.as_slice();
+    let classes = CHAR_CLASSES.as_slice();
     let is_cut = |&at: &usize| match text[at - 1] {
-        b'a'..=b'z' | b'A'..=b'Z' => kind_at(kinds, text, at).0 != Kind::Letter,
-        b'\r' | b'\n' => !matches!(kind_at(kinds, text, at).0, Kind::Space | Kind::Newline),
+        b'a'..=b'z' | b'A'..=b'Z' => class_at(classes, text, at).0 != CharClass::Letter,
+        b'\r' | b'\n' => !matches!(class_at(classes, text, at).0, CharClass::Space | CharClass::Newline),
         _ => false,
     };
     (from.max(1)..text.len()).find(is_cut).unwrap_or(text.len())
 }
 
-/// Where the first byte is that is no ASCII letter, `from` that place on; 16 if there is none. Sixteen at once.
+/// The index of the first byte at or after `from` that is not an ASCII letter; 16 if all are. Compares 16 bytes at
+/// once.
+///
+/// b" the end of the ", 1 -> 4
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
     use std::arch::x86_64::{
         _mm_add_epi8, _mm_cmplt_epi8, _mm_loadu_si128, _mm_movemask_epi8, _mm_or_si128, _mm_set1_epi8,
     };
-    // SAFETY: it reads the 16 bytes; SSE2 is a part of every x86-64.
+    // SAFETY: the load reads exactly the 16 bytes of `bytes`, and every x86-64 processor has SSE2.
     let letters = unsafe {
         let lower = _mm_or_si128(_mm_loadu_si128(bytes.as_ptr().cast()), _mm_set1_epi8(0x20));
-        // As signed numbers, a to z are the 26 smallest.
+        // Shifts a to z to the 26 smallest signed bytes, since SSE2 compares bytes as signed only.
         let shifted = _mm_add_epi8(lower, _mm_set1_epi8(i8::MIN.wrapping_sub(b'a' as i8)));
         _mm_movemask_epi8(_mm_cmplt_epi8(shifted, _mm_set1_epi8(i8::MIN + 26)))
     };
@@ -122,13 +138,13 @@ fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
 #[cfg(not(target_arch = "x86_64"))]
 use portable_end_of_letters as end_of_letters;
 
-/// The same with the means of every machine: eight bytes in one number, and no sum carries into the next byte.
+/// The same without SIMD instructions: eight bytes in one integer, where no sum carries into the next byte.
 #[cfg(any(test, not(target_arch = "x86_64")))]
 #[inline(always)]
 fn portable_end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
     const ONES: u64 = u64::MAX / 0xff;
     const HIGHS: u64 = 0x80 * ONES;
-    // The high bit of each byte that is no letter.
+    // Sets the high bit of each byte that is not a letter.
     let others = |bytes: u64| {
         let lower = (bytes | (0x20 * ONES)) & !HIGHS;
         let from_a = lower + (0x80 - u64::from(b'a')) * ONES;
@@ -140,58 +156,92 @@ fn portable_end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
     (others >> (8 * from) << (8 * from)).trailing_zeros() as usize / 8
 }
 
-/// What the first bytes of a chunk are to the pattern.
+/// The classes of bytes that `scan_short` tells apart.
 #[derive(Clone, Copy)]
 #[repr(u8)]
-enum Byte {
+enum ByteClass {
     Letter,
     Digit,
-    /// The space, which may open symbols too.
+    /// The space character. Unlike a tab, it can open a chunk of symbols.
     Space,
-    /// White space that is neither that nor a newline.
+    /// ASCII white space except the space and newlines.
     Tab,
     Newline,
     Symbol,
-    /// A symbol, but letters may make a contraction of it.
+    /// A symbol, but letters after it may make it a contraction.
     Apostrophe,
-    /// Control characters, which are rare, and parts of characters beyond ASCII.
+    /// Control characters, which are rare, and the bytes of characters beyond ASCII.
     Rest,
 }
 
-const BYTES: [Byte; 256] = {
-    let mut bytes = [Byte::Rest; 256];
+const BYTE_CLASSES: [ByteClass; 256] = {
+    let mut classes = [ByteClass::Rest; 256];
     let mut byte = 0;
     while byte < 256 {
-        bytes[byte] = match byte as u8 {
-            b'a'..=b'z' | b'A'..=b'Z' => Byte::Letter,
-            b'0'..=b'9' => Byte::Digit,
-            b' ' => Byte::Space,
-            b'\t' | 0x0b | 0x0c => Byte::Tab,
-            b'\n' | b'\r' => Byte::Newline,
-            b'\'' => Byte::Apostrophe,
-            b'!'..=b'~' => Byte::Symbol,
-            _ => Byte::Rest,
+        classes[byte] = match byte as u8 {
+            b'a'..=b'z' | b'A'..=b'Z' => ByteClass::Letter,
+            b'0'..=b'9' => ByteClass::Digit,
+            b' ' => ByteClass::Space,
+            b'\t' | 0x0b | 0x0c => ByteClass::Tab,
+            b'\n' | b'\r' => ByteClass::Newline,
+            b'\'' => ByteClass::Apostrophe,
+            b'!'..=b'~' => ByteClass::Symbol,
+            _ => ByteClass::Rest,
         };
         byte += 1;
     }
-    bytes
+    classes
 };
 
-/// A chunk as its first two bytes suggest it, in one number: its length, unless it is a word (lowest byte); all ones, if
-/// it is (second); a bit for each `Byte` that proves the guess right where it stands behind the chunk (third).
-type Guess = u32;
+/// What the first two bytes of a chunk suggest about its length, packed into 32 bits to keep the table at 256 bytes:
+///
+/// - bits 0 to 7: the length; 0 for a word, whose length is measured;
+/// - bits 8 to 15: all ones for a word, otherwise 0;
+/// - bits 16 to 23: a set of `ByteClass`es, bit 16 + c for class c. If the byte after the chunk is in one of them, the
+///   guess is right.
+#[derive(Clone, Copy)]
+struct Guess(u32);
 
-/// By the first and the second byte. A look-up has no branch to mispredict, and prose has no pattern to predict.
+impl Guess {
+    /// Never right: the bytes suggest nothing.
+    const NONE: Self = Self(0);
+
+    /// A word, if a byte of one of the classes `followers` comes after it.
+    const fn word(followers: u8) -> Self {
+        Self(0xff << 8 | (followers as u32) << 16)
+    }
+
+    /// A chunk of `len` bytes (1 or 2), if a byte of one of the classes `followers` comes after it.
+    const fn of_len(len: u32, followers: u8) -> Self {
+        Self(len | (followers as u32) << 16)
+    }
+
+    /// The length of the chunk: `word_len` if it is a word. Bit masks select it, because a branch would be
+    /// mispredicted.
+    #[inline(always)]
+    fn len(self, word_len: usize) -> usize {
+        (self.0 & 3) as usize | word_len & (self.0 >> 8 & 31) as usize
+    }
+
+    /// Whether the guess is right, given the class of the byte after the chunk.
+    #[inline(always)]
+    fn is_right_before(self, follower: ByteClass) -> bool {
+        self.0 >> 16 >> follower as u32 & 1 == 1
+    }
+}
+
+/// The guesses by the class of the first byte, then of the second. A table, because the processor cannot predict
+/// branches on the text: prose has no pattern.
 type Guesses = [[Guess; 8]; 8];
 
 static GUESSES: [Guesses; 3] = [guesses(1), guesses(2), guesses(3)];
 
 const fn guesses(digits: usize) -> Guesses {
-    const ALL: [Byte; 8] = {
-        use Byte::*;
+    const ALL: [ByteClass; 8] = {
+        use ByteClass::*;
         [Letter, Digit, Space, Tab, Newline, Symbol, Apostrophe, Rest]
     };
-    let mut table = [[0; 8]; 8];
+    let mut table = [[Guess::NONE; 8]; 8];
     let mut i = 0;
     while i < 64 {
         table[i / 8][i % 8] = guess(ALL[i / 8], ALL[i % 8], digits);
@@ -200,115 +250,119 @@ const fn guesses(digits: usize) -> Guesses {
     table
 }
 
-const fn guess(first: Byte, second: Byte, digits: usize) -> Guess {
-    use Byte::*;
-    const WORD: Guess = 0xff << 8;
-    const ANY: Guess = 0xff << 16;
-    const fn behind(byte: Byte) -> Guess {
-        0x10000 << byte as Guess
+const fn guess(first: ByteClass, second: ByteClass, digits: usize) -> Guess {
+    use ByteClass::*;
+    const fn set(class: ByteClass) -> u8 {
+        1 << class as u8
     }
-    const REST: Guess = behind(Rest);
-    const DIGIT: Guess = behind(Digit);
-    const NEWLINE: Guess = behind(Newline);
-    const SYMBOL: Guess = behind(Symbol) | behind(Apostrophe);
-    const BLANK: Guess = behind(Space) | behind(Tab);
+    const ANY: u8 = 0xff;
+    const REST: u8 = set(Rest);
+    const DIGIT: u8 = set(Digit);
+    const NEWLINE: u8 = set(Newline);
+    const SYMBOL: u8 = set(Symbol) | set(Apostrophe);
+    const BLANK: u8 = set(Space) | set(Tab);
     match (first, second) {
-        (Letter, _) | (Space | Tab | Symbol, Letter) => WORD | ANY & !REST,
-        (Digit, Digit) if digits == 1 => 1 | ANY,
-        (Digit, Digit) if digits == 2 => 2 | ANY,
-        (Digit, Digit) => 2 | ANY & !(DIGIT | REST),
-        (Digit, Rest) => 0,
-        // What cannot go on: a digit, white space before a digit or a symbol, a symbol before a digit or a space.
-        (Digit, _) | (_, Digit) => 1 | ANY,
-        (Newline, Letter | Symbol | Apostrophe) | (Tab, Symbol | Apostrophe) => 1 | ANY,
-        (Symbol | Apostrophe, Space | Tab) => 1 | ANY,
-        // Symbols, and newlines behind them, go on as long as there are any.
-        (Space | Symbol | Apostrophe, Symbol | Apostrophe) => 2 | ANY & !(SYMBOL | NEWLINE | REST),
-        (Symbol | Apostrophe, Newline) => 2 | ANY & !NEWLINE,
-        (Newline, Newline) => 2 | ANY & !(NEWLINE | BLANK | REST),
-        _ => 0,
+        (Letter, _) | (Space | Tab | Symbol, Letter) => Guess::word(ANY & !REST),
+        (Digit, Digit) if digits == 1 => Guess::of_len(1, ANY),
+        (Digit, Digit) if digits == 2 => Guess::of_len(2, ANY),
+        (Digit, Digit) => Guess::of_len(2, ANY & !(DIGIT | REST)),
+        (Digit, Rest) => Guess::NONE,
+        // The second byte cannot continue a chunk that the first begins.
+        (Digit, _) | (_, Digit) => Guess::of_len(1, ANY),
+        (Newline, Letter | Symbol | Apostrophe) | (Tab, Symbol | Apostrophe) => Guess::of_len(1, ANY),
+        (Symbol | Apostrophe, Space | Tab) => Guess::of_len(1, ANY),
+        // These runs take all they can, so the byte after them must not extend them.
+        (Space | Symbol | Apostrophe, Symbol | Apostrophe) => Guess::of_len(2, ANY & !(SYMBOL | NEWLINE | REST)),
+        (Symbol | Apostrophe, Newline) => Guess::of_len(2, ANY & !NEWLINE),
+        (Newline, Newline) => Guess::of_len(2, ANY & !(NEWLINE | BLANK | REST)),
+        _ => Guess::NONE,
     }
 }
 
-/// A chunk that is an ASCII word of up to 15 bytes, with what opens it, or one or two other bytes: its length and its
-/// key. None for others.
+/// Length and key of the chunk at the start of `bytes`, if its guess is right: an ASCII word of up to 15 bytes,
+/// including the character that opens it, or another chunk of one or two bytes. None for all other chunks.
+///
+/// b" the end of the " -> (4, the key of " the")
 #[inline(always)]
 fn scan_short(bytes: &[u8; 16], guesses: &Guesses) -> Option<(usize, Key)> {
-    let kind = |at: usize| BYTES[usize::from(bytes[at])] as usize;
-    let guess = guesses[kind(0)][kind(1)];
-    // A word ends before the first byte behind its first that is no letter.
-    let len = (guess & 3) as usize | end_of_letters(bytes, 1) & (guess >> 8 & 31) as usize;
-    let right = guess >> 16 >> kind(len & 15) & 1 == 1;
-    (right && len <= SHORT).then(|| (len, Key::of_block(u128::from_le_bytes(*bytes), len)))
+    let class = |at: usize| BYTE_CLASSES[usize::from(bytes[at])];
+    let guess = guesses[class(0) as usize][class(1) as usize];
+    // Only the first byte of a word may be something other than a letter.
+    let len = guess.len(end_of_letters(bytes, 1));
+    let is_right = guess.is_right_before(class(len & 15));
+    (is_right && len <= MAX_SHORT).then(|| (len, Key::of_block(u128::from_le_bytes(*bytes), len)))
 }
 
-/// Kind and byte length of the character at `at`; (End, 0) past the end. `text` is valid UTF-8, `at` a border in it.
+/// Class and byte length of the character at `at`; (End, 0) past the end. `text` must be valid UTF-8, and `at` must lie
+/// on a character boundary.
+///
+/// "é!", 0 -> (Letter, 2)
 #[inline(always)]
-fn kind_at(kinds: &[Kind], text: &[u8], at: usize) -> (Kind, usize) {
-    let Some(&first) = text.get(at) else { return (Kind::End, 0) };
+fn class_at(classes: &[CharClass], text: &[u8], at: usize) -> (CharClass, usize) {
+    let Some(&first) = text.get(at) else { return (CharClass::End, 0) };
     if first < 0x80 {
-        return (kinds[first as usize], 1);
+        return (classes[first as usize], 1);
     }
     let tail = |i: usize| (text[at + i] & 0x3f) as usize;
     match first {
-        0x80..0xe0 => (kinds[(first as usize & 0x1f) << 6 | tail(1)], 2),
-        0xe0..0xf0 => (kinds[(first as usize & 0x0f) << 12 | tail(1) << 6 | tail(2)], 3),
-        _ => (kinds[(first as usize & 0x07) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3)], 4),
+        0x80..0xe0 => (classes[(first as usize & 0x1f) << 6 | tail(1)], 2),
+        0xe0..0xf0 => (classes[(first as usize & 0x0f) << 12 | tail(1) << 6 | tail(2)], 3),
+        _ => (classes[(first as usize & 0x07) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3)], 4),
     }
 }
 
-/// End of the run of characters of one kind that begins at `at` (which may be empty).
+/// The end of the run of characters of class `wanted` that begins at `at`. The run may be empty.
 #[inline(always)]
-fn run_end(kinds: &[Kind], text: &[u8], mut at: usize, wanted: Kind) -> usize {
+fn run_end(classes: &[CharClass], text: &[u8], mut at: usize, wanted: CharClass) -> usize {
     loop {
-        let (kind, len) = kind_at(kinds, text, at);
-        if kind != wanted {
+        let (class, len) = class_at(classes, text, at);
+        if class != wanted {
             return at;
         }
         at += len;
     }
 }
 
-/// End of the run of letters that begins at `at` (which may be empty).
+/// The end of the run of letters that begins at `at`. The run may be empty.
 #[inline(always)]
-fn letters_end(kinds: &[Kind], text: &[u8], mut at: usize) -> usize {
+fn letters_end(classes: &[CharClass], text: &[u8], mut at: usize) -> usize {
     loop {
         if let Some(bytes) = text[at..].first_chunk() {
             at += end_of_letters(bytes, 0);
         }
-        let (kind, len) = kind_at(kinds, text, at);
-        if kind != Kind::Letter {
+        let (class, len) = class_at(classes, text, at);
+        if class != CharClass::Letter {
             return at;
         }
         at += len;
     }
 }
 
-/// End of the chunk that begins at `start`. Whatever the character, some alternative of the pattern takes it, so
-/// the chunks cover the text. The alternatives are tried in the pattern's order.
-fn chunk_end(kinds: &[Kind], text: &[u8], start: usize, digits: usize) -> usize {
+/// The end of the chunk that begins at `start`. Some alternative of the pattern takes every character, so the chunks
+/// cover the text. The alternatives are tried in the pattern's order.
+fn chunk_end(classes: &[CharClass], text: &[u8], start: usize, digits: usize) -> usize {
     if text[start] == b'\'' {
         if let Some(len) = contraction(&text[start + 1..]) {
             return start + 1 + len;
         }
     }
-    let (kind, len) = kind_at(kinds, text, start);
+    let (class, len) = class_at(classes, text, start);
     let next = start + len;
-    match kind {
-        Kind::Letter => letters_end(kinds, text, next),
-        Kind::Number => number_end(kinds, text, next, digits),
-        Kind::Newline => whitespace_end(kinds, text, start),
-        _ => match (kind, kind_at(kinds, text, next).0) {
-            // One character that is no letter, number or newline may open a word: " word", "-word".
-            (_, Kind::Letter) => letters_end(kinds, text, next),
-            (Kind::Other, _) => symbols_end(kinds, text, next),
-            (_, Kind::Other) if text[start] == b' ' => symbols_end(kinds, text, next),
-            _ => whitespace_end(kinds, text, start),
+    match class {
+        CharClass::Letter => letters_end(classes, text, next),
+        CharClass::Number => number_end(classes, text, next, digits),
+        CharClass::Newline => whitespace_end(classes, text, start),
+        _ => match (class, class_at(classes, text, next).0) {
+            // One character that is not a letter, number or newline may open a word: " word", "-word".
+            (_, CharClass::Letter) => letters_end(classes, text, next),
+            (CharClass::Symbol, _) => symbols_end(classes, text, next),
+            (_, CharClass::Symbol) if text[start] == b' ' => symbols_end(classes, text, next),
+            _ => whitespace_end(classes, text, start),
         },
     }
 }
 
-/// Bytes that `(?i:[sdmt]|ll|ve|re)` takes. Case folding adds the long s (U+017F) to the letter s.
+/// How many bytes `(?i:[sdmt]|ll|ve|re)` takes. Case folding matches the long s (U+017F) to the letter s.
 fn contraction(text: &[u8]) -> Option<usize> {
     let second = text.get(1).map(u8::to_ascii_lowercase);
     match (text.first()?.to_ascii_lowercase(), second) {
@@ -319,10 +373,10 @@ fn contraction(text: &[u8]) -> Option<usize> {
     }
 }
 
-fn number_end(kinds: &[Kind], text: &[u8], mut at: usize, digits: usize) -> usize {
+fn number_end(classes: &[CharClass], text: &[u8], mut at: usize, digits: usize) -> usize {
     for _ in 1..digits {
-        let (kind, len) = kind_at(kinds, text, at);
-        if kind != Kind::Number {
+        let (class, len) = class_at(classes, text, at);
+        if class != CharClass::Number {
             break;
         }
         at += len;
@@ -330,22 +384,23 @@ fn number_end(kinds: &[Kind], text: &[u8], mut at: usize, digits: usize) -> usiz
     at
 }
 
-fn symbols_end(kinds: &[Kind], text: &[u8], at: usize) -> usize {
-    let at = run_end(kinds, text, at, Kind::Other);
-    run_end(kinds, text, at, Kind::Newline)
+fn symbols_end(classes: &[CharClass], text: &[u8], at: usize) -> usize {
+    let at = run_end(classes, text, at, CharClass::Symbol);
+    run_end(classes, text, at, CharClass::Newline)
 }
 
-/// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the last newline of the run; else all of a run that ends the text; else all but
-/// its last character, which is left to open the next word; else that character.
-fn whitespace_end(kinds: &[Kind], text: &[u8], start: usize) -> usize {
+/// `\s*[\r\n]|\s+(?!\S)|\s+` takes the run of white space up to its last newline. Without a newline, it takes the
+/// whole run at the end of the text; elsewhere all but the last character, which is left to open the next word, unless
+/// the run is that one character.
+fn whitespace_end(classes: &[CharClass], text: &[u8], start: usize) -> usize {
     let (mut at, mut last, mut after_newline) = (start, start, start);
     loop {
-        let (kind, len) = kind_at(kinds, text, at);
-        match kind {
-            Kind::Newline => after_newline = at + len,
-            Kind::Space => {}
+        let (class, len) = class_at(classes, text, at);
+        match class {
+            CharClass::Newline => after_newline = at + len,
+            CharClass::Space => {}
             _ if after_newline > start => return after_newline,
-            Kind::End => return at,
+            CharClass::End => return at,
             _ => return if last > start { last } else { at },
         }
         last = at;
@@ -358,7 +413,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn letters_end_at_the_same_place_by_all_means() {
+    fn end_of_letters_is_the_same_with_and_without_simd() {
         for byte in 0..=255u8 {
             for at in 0..=16 {
                 let mut bytes = *b"azAZmnMNbyBYpqPQ";

@@ -1,6 +1,6 @@
-//! Splits text into chunks; merges never cross a chunk's border.
-//!
-//! The GPT-4 style patterns are served by a scanner of our own, every other pattern by a regex engine.
+//! Splits text into chunks, whose boundaries merges never cross. In: a pattern and a text. Out: the chunks in order.
+//! GPT-4's pattern, with numbers of up to one, two or three digits, has a hand-written scanner (`scan`). Every other
+//! pattern runs on a regex engine.
 
 use std::ops::Range;
 
@@ -9,9 +9,12 @@ use fancy_regex::{Matches, Regex};
 use crate::chunk::Chunk;
 use crate::scan::{self, Scanner};
 
-/// GPT-4's pattern, numbers in groups of up to three digits.
+/// GPT-4's pattern, which splits numbers into groups of up to three digits.
 pub const GPT4_PATTERN: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+
+/// Ends the errors about matches of the empty string, with which the splitter would never advance.
+const NON_EMPTY: &str = "expected at least one character in every match";
 
 pub struct Splitter {
     pattern: String,
@@ -25,15 +28,16 @@ enum Engine {
 }
 
 impl Splitter {
-    /// Fails, with a sentence, on a pattern that does not compile or that matches the empty string.
+    /// Fails if the pattern does not compile or matches the empty string.
     pub fn new(pattern: &str) -> Result<Self, String> {
         let digits = (1..=3).find(|n| pattern == GPT4_PATTERN.replace("{1,3}", &format!("{{1,{n}}}")));
         let engine = match digits {
             Some(digits) => Engine::Scanner(digits),
             None => {
-                let regex = Regex::new(pattern).map_err(|e| format!("pattern does not compile: {e}"))?;
+                let regex =
+                    Regex::new(pattern).map_err(|e| format!("the pattern {pattern:?} does not compile: {e}"))?;
                 if matches!(regex.is_match(""), Ok(true)) {
-                    return Err(format!("pattern {pattern:?} can match nothing, so it would never move on"));
+                    return Err(format!("the pattern {pattern:?} can match the empty string, {NON_EMPTY}"));
                 }
                 Engine::Regex(Box::new(regex))
             }
@@ -45,14 +49,16 @@ impl Splitter {
         &self.pattern
     }
 
-    /// Whether the pattern has a scanner of its own.
+    /// Whether the hand-written scanner serves the pattern.
     pub fn is_scanner(&self) -> bool {
         matches!(self.engine, Engine::Scanner(_))
     }
 
-    /// The chunks of `text` in order. What no alternative of the pattern takes is left out, as in
-    /// tiktoken; GPT-4's takes everything. An error where a regex matches nothing, reaches back into the chunk before
-    /// (which a `\K` in a look-behind can) or gives up (its backtracking limit).
+    /// The chunks of `text` in order: "a cat" -> "a", " cat"
+    ///
+    /// Text that the pattern does not match is left out, as in tiktoken; GPT-4's pattern matches everything. The
+    /// iterator yields an error if a regex matches the empty string, if its matches overlap (`\K` in a lookbehind can
+    /// cause that), or if it reaches the engine's backtracking limit.
     #[inline]
     pub fn chunks<'t>(&'t self, text: &'t str) -> Chunks<'t> {
         match &self.engine {
@@ -61,8 +67,8 @@ impl Splitter {
         }
     }
 
-    /// Cuts `text` into parts of about `size` bytes that, each by itself, split as they do in the whole. One part where
-    /// the pattern is a regex: nothing is known about where it may be cut.
+    /// Cuts `text` into parts of about `size` bytes whose chunks, taken together, are the chunks of the whole. A regex
+    /// gets a single part, because nothing is known about where its text can be cut.
     pub fn parts(&self, text: &str, size: usize) -> Vec<Range<usize>> {
         let mut parts = vec![];
         let mut start = 0;
@@ -80,7 +86,7 @@ impl Splitter {
 
 pub enum Chunks<'t> {
     Scanner(Scanner<'t>),
-    /// `end`: that of the chunk before.
+    /// `end` is the end of the previous chunk.
     Regex {
         text: &'t str,
         matches: Box<Matches<'t, 't, str>>,
@@ -103,13 +109,20 @@ impl Iterator for Chunks<'_> {
 #[inline(never)]
 fn next_match(text: &str, matches: &mut Matches<str>, end: &mut usize) -> Option<Result<Chunk, String>> {
     Some(match matches.next()? {
-        Ok(found) if found.range().is_empty() => Err(format!("the pattern matches nothing at byte {}", found.start())),
-        // Whoever takes the chunks has room for each byte once.
-        Ok(found) if found.start() < *end => Err(format!("the pattern reaches back behind byte {end}")),
+        Ok(found) if found.range().is_empty() => {
+            Err(format!("the pattern matches the empty string at byte {}, {NON_EMPTY}", found.start()))
+        }
+        // The caller's buffer has room for one id per byte, so no byte may come twice.
+        Ok(found) if found.start() < *end => {
+            let (start, fix) = (found.start(), r"remove \K from its lookbehinds");
+            Err(format!(
+                "the pattern's matches overlap: one ends at byte {end}, the next begins at byte {start}: {fix}"
+            ))
+        }
         Ok(found) => {
             *end = found.end();
             Ok(Chunk::new(text.as_bytes(), found.range()))
         }
-        Err(error) => Err(format!("the pattern fails: {error}")),
+        Err(error) => Err(format!("the pattern fails after byte {end}: {error} (simplify the pattern)")),
     })
 }

@@ -1,4 +1,4 @@
-//! The hand-written scanner against the regex engine on the same pattern, and the places where it lets a text be cut.
+//! Compares the hand-written scanner with the regex engine on the same pattern, and checks where a text can be cut.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ fn pattern(digits: usize) -> String {
     GPT4_PATTERN.replace("{1,3}", &format!("{{1,{digits}}}"))
 }
 
-/// The regex engine: grouped, the pattern is not recognised as one that has a scanner.
+/// The regex engine for the pattern. In a group, the pattern is not recognised as the scanner's.
 fn regex(digits: usize) -> Splitter {
     let splitter = Splitter::new(&format!("(?:{})", pattern(digits))).unwrap();
     assert!(!splitter.is_scanner() && Splitter::new(&pattern(digits)).unwrap().is_scanner());
@@ -29,7 +29,7 @@ fn assert_equal(regex: &Splitter, digits: usize, text: &str) {
     }
 }
 
-/// Numbers that look random, the same every time.
+/// Pseudorandom numbers, the same in every run.
 struct Random(u64);
 
 impl Random {
@@ -43,8 +43,8 @@ impl Random {
     }
 }
 
-/// One character or more of each kind that the pattern tells apart, in one, two, three and four bytes.
-const KINDS: &str = "'sSdmtlLvVeErRaZz \t\u{b}\u{a0}\u{2003}\u{3000}\n\r\u{85}\u{2028}079²½Ⅷ٣𝟗-_.,!~{@`#$\0\u{7f}\u{301}éßſK字ªˇ𝒳😀\u{200d}’“—\u{fffd}\u{e000}";
+/// At least one character of each class that the pattern tells apart, with one, two, three and four bytes.
+const CLASSES: &str = "'sSdmtlLvVeErRaZz \t\u{b}\u{a0}\u{2003}\u{3000}\n\r\u{85}\u{2028}079²½Ⅷ٣𝟗-_.,!~{@`#$\0\u{7f}\u{301}éßſK字ªˇ𝒳😀\u{200d}’“—\u{fffd}\u{e000}";
 
 #[test]
 fn every_character_splits_as_the_regex_does() {
@@ -57,7 +57,7 @@ fn every_character_splits_as_the_regex_does() {
 }
 
 #[test]
-fn short_strings_over_one_character_of_each_kind_split_as_the_regex_does() {
+fn short_strings_over_one_character_of_each_class_split_as_the_regex_does() {
     let alphabet =
         ['\'', 's', 'L', 'v', 'E', 'ſ', ' ', '\t', '\u{2003}', '\n', '\r', '7', '½', '-', '\u{301}', '字', '😀'];
     let num = alphabet.len();
@@ -71,8 +71,8 @@ fn short_strings_over_one_character_of_each_kind_split_as_the_regex_does() {
 }
 
 #[test]
-fn the_same_with_room_for_sixteen_bytes_behind() {
-    // Words are measured in blocks of sixteen bytes only where so many are left.
+fn short_strings_before_a_long_tail_split_as_the_regex_does() {
+    // The scanner measures words in blocks of 16 bytes only where the text has that many left.
     let alphabet = ['\'', 's', 'l', ' ', '\t', '\n', '7', ',', '-', 'é', '’'];
     let num = alphabet.len();
     let regex = regex(2);
@@ -100,13 +100,13 @@ fn words_of_every_length_split_as_the_regex_does() {
 
 #[test]
 fn random_strings_split_as_the_regex_does() {
-    let kinds: Vec<char> = KINDS.chars().collect();
+    let classes: Vec<char> = CLASSES.chars().collect();
     let words: Vec<char> = "etaoinshrdluETA      ,.'-\n7é’字".chars().collect();
     let mut random = Random(1);
     for digits in 1..=3 {
         let regex = regex(digits);
         for round in 0..3000 {
-            let alphabet = if round % 2 == 0 { &kinds } else { &words };
+            let alphabet = if round % 2 == 0 { &classes } else { &words };
             let len = random.below(120);
             assert_equal(&regex, digits, &random.text(alphabet, len));
         }
@@ -120,7 +120,7 @@ fn random_code_points_split_as_the_regex_does() {
     for _ in 0..2000 {
         let text: String = (0..80)
             .filter_map(|_| {
-                // Small code points as often as large ones.
+                // Draws small code points as often as large ones.
                 let bits = 1 + random.below(21);
                 char::from_u32(random.below(1 << bits) as u32)
             })
@@ -140,7 +140,7 @@ fn long_runs_split_as_the_regex_does() {
 }
 
 #[test]
-fn a_million_of_one_kind_take_linear_time_and_no_stack() {
+fn a_million_of_one_class_take_linear_time_and_no_stack() {
     for (unit, tail, expected) in
         [(" ", "", 1), (" ", "x", 2), ("a", "", 1), ("é", "", 1), ("\n", "", 1), ("!", "\n", 1), ("7", "", 500_000)]
     {
@@ -152,7 +152,7 @@ fn a_million_of_one_kind_take_linear_time_and_no_stack() {
 #[test]
 fn a_cut_changes_no_chunk() {
     let alphabets: [Vec<char>; 3] = [
-        KINDS.chars().collect(),
+        CLASSES.chars().collect(),
         "ab' s\n\r\t .,é字7\u{3000}".chars().collect(),
         "etaoin shrdlu  ,.'\n7".chars().collect(),
     ];
@@ -194,11 +194,11 @@ fn parts_cover_the_text() {
 #[test]
 fn unusable_patterns_are_refused() {
     assert!(Splitter::new("(").err().unwrap().contains("does not compile"));
-    assert!(Splitter::new("a*").err().unwrap().contains("match nothing"));
-    // Whether it can match nothing shows only in a text.
+    assert!(Splitter::new("a*").err().unwrap().contains("match the empty string"));
+    // Only a text shows that this pattern can match the empty string.
     let splitter = Splitter::new(r"a|\b").unwrap();
-    assert!(splitter.chunks("ab").any(|chunk| chunk.is_err_and(|error| error.contains("nothing at byte"))));
-    // What overlaps would be more ids than bytes.
+    assert!(splitter.chunks("ab").any(|chunk| chunk.is_err_and(|error| error.contains("empty string at byte"))));
+    // Overlapping chunks would have more ids than the text has bytes.
     let splitter = Splitter::new(r"x(?<=\Kabx)|.").unwrap();
-    assert!(splitter.chunks("abx").any(|chunk| chunk.is_err_and(|error| error.contains("back behind byte 2"))));
+    assert!(splitter.chunks("abx").any(|chunk| chunk.is_err_and(|error| error.contains("one ends at byte 2"))));
 }

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from nanochat_jax.config import UserError
-from nanochat_jax.data import packing, parquet, token_cache
+from nanochat_jax.data import hub, packing, parquet, token_cache
 
 TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
 CHARS_AT_ONCE = 2_000_000  # but not more than this: what waits to be packed is part of the state
@@ -206,7 +206,7 @@ class Documents:
         if path != self._path:
             file = token_cache.find(path, self.cache_dir)
             if file is None:
-                parquet.wait_for(path, self.stop)
+                hub.wait_for_shard(path, self.stop)
                 file = parquet.open(path)
             if self._file is not None:
                 self._file.close()

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -98,6 +99,37 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             left = sum(not (folder / name).exists() for name in names)
             first = f"{left} of {count} shards missing, the first because {failures[0]}"
             raise UserError(f"{first}; run it again to resume")
+
+
+# -----------------------------------------------------------------------------
+# Waiting for a shard, in another process than the one that downloads it
+
+
+def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
+    """Blocks until a shard that is being downloaded has arrived, so that training can start on the first ones.
+    UserError when nothing has changed in its folder for `patience` seconds; InterruptedError once `stop` is set."""
+    stop = stop or threading.Event()
+    if not path.exists():
+        print(f"waiting for {path} to arrive", file=sys.stderr, flush=True)
+    while not path.exists():
+        if time.time() - _last_change(path.parent) > patience:
+            raise UserError(f"{path}: missing, and no download is running; run python -m nanochat_jax.dataset again")
+        if stop.wait(0.5):
+            raise InterruptedError(f"stopped waiting for {path}")
+
+
+def _last_change(folder: Path) -> float:
+    """When something in a folder was written last; a download that only waits touches its lock."""
+    times = [0.0]
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
+                times.append(entry.stat().st_mtime)
+    return max(times)
+
+
+# -----------------------------------------------------------------------------
+# A download
 
 
 @dataclass

@@ -1,10 +1,6 @@
 """Parquet files with one string column `text`: written, read by row group, and waited for while they download."""
 
-import contextlib
-import os
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -62,11 +58,17 @@ def text_bytes(path: Path) -> list[int]:
         return [sum(c.total_uncompressed_size for c in of if c.path_in_schema == "text") for of in columns]
 
 
-def texts_of(path: Path) -> Iterator[str]:
-    """All documents of a parquet file, "" for those that cannot be used."""
+def row_groups(path: Path) -> Iterator[list[str]]:
+    """The documents of a parquet file by row group, "" for those that cannot be used."""
     with open(path) as file:
         for i in range(file.num_row_groups):
-            yield from read_row_group(file, path, i)
+            yield read_row_group(file, path, i)
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """All documents of a parquet file, "" for those that cannot be used."""
+    for texts in row_groups(path):
+        yield from texts
 
 
 def _decoded(data: bytes | None) -> str | None:
@@ -85,29 +87,6 @@ def split_long(text: str) -> list[str]:
         pieces.append(text[start:cut])
         start = cut
     return [*pieces, text[start:]]
-
-
-def wait_for(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Blocks until a shard that is being downloaded has arrived, so that training can start on the first ones.
-    UserError when nothing has changed in its folder for `patience` seconds; InterruptedError once `stop` is set."""
-    stop = stop or threading.Event()
-    if not path.exists():
-        print(f"waiting for {path} to arrive", file=sys.stderr, flush=True)
-    while not path.exists():
-        if time.time() - _last_change(path.parent) > patience:
-            raise UserError(f"{path}: missing, and no download is running; run python -m nanochat_jax.dataset again")
-        if stop.wait(0.5):
-            raise InterruptedError(f"stopped waiting for {path}")
-
-
-def _last_change(folder: Path) -> float:
-    """When something in a folder was written last; a download that only waits touches its lock."""
-    times = [0.0]
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
-                times.append(entry.stat().st_mtime)
-    return max(times)
 
 
 def write_shards(folder: Path, stem: str, texts: Iterable[str], digest, row_group: int = ROW_GROUP) -> int:

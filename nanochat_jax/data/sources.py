@@ -34,7 +34,7 @@ class Source:
     def texts(self, split: str) -> Iterator[str]:
         """Documents of "train" or "val" in file order, without end markers. Waits for shards still on their way."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
-            parquet.wait_for(path)
+            hub.wait_for_shard(path)
             yield from filter(None, parquet.texts_of(path))
 
     def val_hash(self) -> str:

@@ -11,7 +11,7 @@ the other: a run may go on from text to tokens and back, and a file without a tw
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError, first_line
-from nanochat_jax.data import parquet, sources
+from nanochat_jax.data import hub, parquet, sources
 from nanochat_jax.files import whole
 from nanochat_jax.progress import Progress
 
@@ -102,7 +102,7 @@ def build(source: sources.Source, tokenizer, folder: Path | None = None) -> Path
         for path in files:
             cached = find(path, folder)
             if cached is None:
-                parquet.wait_for(path)
+                hub.wait_for_shard(path)
                 _make(path, folder, tokenizer)
                 cached = find(path, folder)
             count += len(cached.tokens)
@@ -116,7 +116,7 @@ def _make(text: Path, folder: Path, tokenizer) -> None:
     """Writes one twin; the index last, so that it is whole or not there."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths, chars, groups, checksums = [], [0], [], [0], []
-    for texts in _row_groups(text):
+    for texts in parquet.row_groups(text):
         tokens, offsets = tokenizer.encode_batch(texts)
         lengths += np.diff(offsets).tolist()
         chars += map(len, texts)
@@ -137,12 +137,6 @@ def _make(text: Path, folder: Path, tokenizer) -> None:
             chars=np.asarray(chars, np.uint32), groups=np.asarray(groups, np.int64),
             checksums=np.asarray(checksums, np.uint32),
         )  # fmt: skip
-
-
-def _row_groups(text: Path) -> Iterator[list[str]]:
-    with parquet.open(text) as file:
-        for i in range(file.num_row_groups):
-            yield parquet.read_row_group(file, text, i)
 
 
 def _paths(text: Path, folder: Path) -> tuple[Path, Path]:

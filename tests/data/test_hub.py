@@ -21,7 +21,7 @@ import pytest
 
 from nanochat_jax import config, run_log
 from nanochat_jax.config import UserError
-from nanochat_jax.data import hub, parquet, sources
+from nanochat_jax.data import hub, sources
 from scripts import tok_train
 
 VAL = hub.shard(1822)
@@ -368,10 +368,10 @@ def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
     arriving.start()
     while not (data_folder() / "manifest.json").exists():
         time.sleep(0.01)
-    parquet.wait_for(data_folder() / hub.shard(0), patience=1.5)
+    hub.wait_for_shard(data_folder() / hub.shard(0), patience=1.5)
     arriving.join()
     with pytest.raises(UserError, match="no download is running"):
-        parquet.wait_for(data_folder() / hub.shard(1), patience=1.5)
+        hub.wait_for_shard(data_folder() / hub.shard(1), patience=1.5)
 
 
 def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):

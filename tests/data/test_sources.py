@@ -19,7 +19,7 @@ import pytest
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError
-from nanochat_jax.data import local_corpus, parquet, sources
+from nanochat_jax.data import hub, local_corpus, parquet, sources
 
 
 def write_jsonl(path, texts):
@@ -355,6 +355,6 @@ def test_a_shard_that_never_arrives_is_an_error(tmp_path):
     (tmp_path / "old").write_text("")
     os.utime(tmp_path / "old", (1, 1))
     with pytest.raises(UserError, match="missing, and no download is running"):
-        parquet.wait_for(tmp_path / "shard_00000.parquet", patience=0.1)
+        hub.wait_for_shard(tmp_path / "shard_00000.parquet", patience=0.1)
     with pytest.raises(UserError, match="missing, and no download is running"):
-        parquet.wait_for(tmp_path / "nowhere" / "shard_00000.parquet")
+        hub.wait_for_shard(tmp_path / "nowhere" / "shard_00000.parquet")

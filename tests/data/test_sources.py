@@ -337,14 +337,14 @@ add_newdoc("pets", "fish", """
         encoding="utf-8",
     )
     assert ast.parse(module.read_text(encoding="utf-8"))
-    found = dict(local_corpus.documents("pets", str(module)))
+    found = dict(local_corpus.module_documents("pets", str(module)))
     assert list(found) == ["pets.Dog", "pets.fish"], "too little is left for a document of the module"
     assert found["pets.Dog"].startswith("pets.Dog\n\nBarks at strangers")
     assert "Dog().bark()\n" in found["pets.Dog"] and ">>>" not in found["pets.Dog"]
     assert "BLANKLINE" not in found["pets.Dog"] and found["pets.Dog"].endswith("Dog.bark\n\nMakes a sound.")
     assert "Is silent." in found["pets.fish"]
     (tmp_path / "old.py").write_text('print "python 2"', encoding="utf-8")
-    assert local_corpus.documents("old", str(tmp_path / "old.py")) == []
+    assert local_corpus.module_documents("old", str(tmp_path / "old.py")) == []
 
 
 # -----------------------------------------------------------------------------

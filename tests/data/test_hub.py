@@ -24,7 +24,7 @@ from nanochat_jax.config import UserError
 from nanochat_jax.data import hub, sources
 from scripts import tok_train
 
-VAL = hub.shard(1822)
+VAL = hub.shard_name(1822)
 SHARDS = (0, 1, 2, 1822)
 
 
@@ -139,7 +139,7 @@ def server(tmp_path, monkeypatch):
     folder.mkdir()
     for i in SHARDS:
         texts = [f"document {i} {j} {rng.randbytes(2000).hex()}" for j in range(20)]
-        pq.write_table(pa.table({"text": texts}), folder / hub.shard(i), row_group_size=4)
+        pq.write_table(pa.table({"text": texts}), folder / hub.shard_name(i), row_group_size=4)
     with serving(folder) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
@@ -154,7 +154,7 @@ def data_folder():
 
 def whole(server, *numbers):
     """Whether the shards are here as the hub has them, and nothing else but their hashes."""
-    names = {hub.shard(i) for i in numbers}
+    names = {hub.shard_name(i) for i in numbers}
     here = {p.name for p in data_folder().iterdir()}
     assert here - {"manifest.json", "lock"} == names | {f"{name}.sha256" for name in names}
     for name in names:
@@ -182,7 +182,7 @@ def test_download_then_open(server):
     assert done.returncode == 0, done.stderr
     assert whole(server, *SHARDS) and server.tokens == {"Bearer hf_secret"}
     source = sources.open("fineweb-edu")
-    assert [p.name for p in source.train_files] == [hub.shard(i) for i in range(3)]
+    assert [p.name for p in source.train_files] == [hub.shard_name(i) for i in range(3)]
     assert [t.split()[1:3] for t in source.texts("train")] == [[str(i), str(j)] for i in range(3) for j in range(20)]
     assert [t.split()[1] for t in source.texts("val")] == ["1822"] * 20
 
@@ -197,7 +197,7 @@ def test_bytes_that_lie_elsewhere_are_verified_and_the_token_stays_here(server, 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with serving(server.folder) as store:
         server.elsewhere = f"http://localhost:{store.server_port}"
-        store.faults = {f"GET {hub.shard(0)}": ["drop", "wrong", "drop"]}
+        store.faults = {f"GET {hub.shard_name(0)}": ["drop", "wrong", "drop"]}
         hub.download("fineweb-edu", 1)
         assert whole(server, 0, 1822)
         assert server.tokens == {"Bearer hf_secret"} and store.tokens == {None}
@@ -225,7 +225,7 @@ def test_progress_tells_files_speed_and_time_left(server, monkeypatch, capsys):
     monkeypatch.setattr("nanochat_jax.progress.BETWEEN_LINES", 0.0)
     for i in range(3):
         texts = [random.Random(j).randbytes(500_000).hex() for j in range(5)]
-        pq.write_table(pa.table({"text": texts}), server.folder / hub.shard(i))
+        pq.write_table(pa.table({"text": texts}), server.folder / hub.shard_name(i))
     server.pace = 0.002
     hub.download("fineweb-edu", 3, workers=3)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fineweb-edu, MB")]
@@ -239,13 +239,13 @@ def test_progress_tells_files_speed_and_time_left(server, monkeypatch, capsys):
 @pytest.mark.parametrize("fault", [500, 503, 408, 429, "drop", "short", "stall", "silent", "wrong", "other"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_a_fault_that_passes_is_survived(server, fault, method):
-    server.faults = {f"{method} {hub.shard(0)}": [fault]}
+    server.faults = {f"{method} {hub.shard_name(0)}": [fault]}
     hub.download("fineweb-edu", 1)
     assert whole(server, 0, 1822)
 
 
 def test_what_arrived_before_a_fault_is_not_fetched_again(server):
-    name = hub.shard(0)
+    name = hub.shard_name(0)
     server.faults = {f"GET {name}": ["drop", "stall", 500, "drop", "short", "drop"]}
     hub.download("fineweb-edu", 1)
     size = (server.folder / name).stat().st_size
@@ -255,7 +255,7 @@ def test_what_arrived_before_a_fault_is_not_fetched_again(server):
 
 
 def test_a_server_without_ranges_sends_the_whole_file(server):
-    server.faults = {f"GET {hub.shard(0)}": ["drop", "whole"]}
+    server.faults = {f"GET {hub.shard_name(0)}": ["drop", "whole"]}
     hub.download("fineweb-edu", 1)
     assert whole(server, 0, 1822)
 
@@ -267,36 +267,36 @@ def test_a_server_without_ranges_sends_the_whole_file(server):
 )  # fmt: skip
 def test_a_fault_that_stays_is_the_reason_and_the_rest_arrives(server, fault, words, monkeypatch):
     monkeypatch.setattr(hub, "LONGEST_PAUSE", 0.1)  # 429 asks for a second
-    server.faults = {f"GET {hub.shard(1)}": [fault] * 50}
-    start, missing = time.monotonic(), f"1 of 3 shards missing, the first because {hub.shard(1)}"
+    server.faults = {f"GET {hub.shard_name(1)}": [fault] * 50}
+    start, missing = time.monotonic(), f"1 of 3 shards missing, the first because {hub.shard_name(1)}"
     with pytest.raises(UserError, match=f"{missing}: .*{words}") as caught:
         hub.download("fineweb-edu", 3)
     assert "\n" not in str(caught.value) and time.monotonic() - start < 8
-    assert not (data_folder() / hub.shard(1)).exists(), "nothing half-written has the name of a shard"
+    assert not (data_folder() / hub.shard_name(1)).exists(), "nothing half-written has the name of a shard"
     server.faults = {}
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS)
 
 
 def test_a_failed_shard_is_an_exit_code_and_one_line(server):
-    server.missing = {hub.shard(1)}
+    server.missing = {hub.shard_name(1)}
     done = run("-n", "3")
     assert done.returncode == 2 and "1 of 3 shards missing, the first because shard_00001.parquet" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert (data_folder() / hub.shard(2)).exists() and not (data_folder() / hub.shard(1)).exists()
+    assert (data_folder() / hub.shard_name(2)).exists() and not (data_folder() / hub.shard_name(1)).exists()
     server.missing = set()
     assert run("-n", "3").returncode == 0
 
 
 def test_many_failures_end_the_download_early(server):
-    server.missing = {hub.shard(i) for i in range(100)}
+    server.missing = {hub.shard_name(i) for i in range(100)}
     with pytest.raises(UserError, match="100 of 100 shards missing"):
         hub.download("fineweb-edu", 100, workers=2)
     assert len(server.requests) < 20
 
 
 def test_the_servers_wish_to_wait_is_respected(server):
-    server.faults = {f"GET {hub.shard(0)}": [429]}
+    server.faults = {f"GET {hub.shard_name(0)}": [429]}
     start = time.monotonic()
     hub.download("fineweb-edu", 1)
     assert 1.0 <= time.monotonic() - start < 4.0
@@ -339,12 +339,12 @@ def test_an_interrupted_download_goes_on_where_it_was(server, how):
         process.kill()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert how == signal.SIGKILL or "run it again to resume" in said
-    assert not (data_folder() / hub.shard(0)).exists()
+    assert not (data_folder() / hub.shard_name(0)).exists()
     server.pace = 0
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS)
-    sizes = sum((server.folder / hub.shard(i)).stat().st_size for i in range(3))
-    assert server.ranges and sum(server.sent[hub.shard(i)] for i in range(3)) < sizes + 3 * 70_000  # buffers on the way
+    sizes = sum((server.folder / hub.shard_name(i)).stat().st_size for i in range(3))
+    assert server.ranges and sum(server.sent[hub.shard_name(i)] for i in range(3)) < sizes + 3 * 70_000  # buffers on the way
 
 
 def test_training_text_is_read_while_the_rest_arrives(server):
@@ -355,7 +355,7 @@ def test_training_text_is_read_while_the_rest_arrives(server):
         time.sleep(0.01)
     seen = []
     for text in sources.open("fineweb-edu").texts("train"):
-        seen.append((text.split()[1], (data_folder() / hub.shard(2)).exists()))
+        seen.append((text.split()[1], (data_folder() / hub.shard_name(2)).exists()))
     arriving.join()
     assert [number for number, _ in seen] == [str(i) for i in range(3) for _ in range(20)]
     assert not seen[0][1] and seen[-1][1], "the first were read before the last had come"
@@ -363,15 +363,15 @@ def test_training_text_is_read_while_the_rest_arrives(server):
 
 def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
     """While a download is at work, though nothing arrives; without one he gives up."""
-    server.faults = {f"GET {hub.shard(0)}": ["silent", "silent"]}
+    server.faults = {f"GET {hub.shard_name(0)}": ["silent", "silent"]}
     arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 1))
     arriving.start()
     while not (data_folder() / "manifest.json").exists():
         time.sleep(0.01)
-    hub.wait_for_shard(data_folder() / hub.shard(0), patience=1.5)
+    hub.wait_for_shard(data_folder() / hub.shard_name(0), patience=1.5)
     arriving.join()
     with pytest.raises(UserError, match="no download is running"):
-        hub.wait_for_shard(data_folder() / hub.shard(1), patience=1.5)
+        hub.wait_for_shard(data_folder() / hub.shard_name(1), patience=1.5)
 
 
 def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):
@@ -406,7 +406,7 @@ def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatc
 def test_a_broken_file_is_fetched_again(server):
     """Item 23 of upstream's bugs (#392): what is there is not always good."""
     hub.download("fineweb-edu", 3)
-    truncated, flipped, pinned = (data_folder() / hub.shard(i) for i in range(3))
+    truncated, flipped, pinned = (data_folder() / hub.shard_name(i) for i in range(3))
     truncated.write_bytes(truncated.read_bytes()[:5000])
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
@@ -415,12 +415,12 @@ def test_a_broken_file_is_fetched_again(server):
     server.requests.clear()
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS)
-    assert {name for method, name in server.requests if method == "GET"} == {hub.shard(0), hub.shard(1)}
+    assert {name for method, name in server.requests if method == "GET"} == {hub.shard_name(0), hub.shard_name(1)}
 
 
 def test_verify_finds_what_changed_without_being_written(server, capsys):
     hub.download("fineweb-edu", 1)
-    path = data_folder() / hub.shard(0)
+    path = data_folder() / hub.shard_name(0)
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -435,29 +435,29 @@ def test_verify_finds_what_changed_without_being_written(server, capsys):
 def test_files_put_here_by_hand_are_taken_unless_they_are_broken(server):
     data_folder().mkdir(parents=True)
     for i in SHARDS:
-        (data_folder() / hub.shard(i)).write_bytes((server.folder / hub.shard(i)).read_bytes())
-    (data_folder() / hub.shard(2)).write_bytes(b"an HTML page of a proxy")
+        (data_folder() / hub.shard_name(i)).write_bytes((server.folder / hub.shard_name(i)).read_bytes())
+    (data_folder() / hub.shard_name(2)).write_bytes(b"an HTML page of a proxy")
     assert VAL not in {path.name for path in sources.open("fineweb-edu").train_files}, "never trained on"
     hub.download("fineweb-edu", 3)
-    assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard(2)}
+    assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard_name(2)}
 
 
 def test_without_a_hash_from_the_server_the_first_download_is_what_later_ones_must_be(server):
     server.hashes = False
     hub.download("fineweb-edu", 1)
-    path = data_folder() / hub.shard(0)
+    path = data_folder() / hub.shard_name(0)
     path.unlink()
-    server.faults = {f"GET {hub.shard(0)}": ["wrong"] * 50}
+    server.faults = {f"GET {hub.shard_name(0)}": ["wrong"] * 50}
     with pytest.raises(UserError, match=r"expected [0-9a-f]{64} as the first time \(shard_00000\.parquet\.sha256\)"):
         hub.download("fineweb-edu", 1)
     assert not path.exists()
-    server.faults = {f"GET {hub.shard(0)}": ["drop", "wrong", "drop"]}
+    server.faults = {f"GET {hub.shard_name(0)}": ["drop", "wrong", "drop"]}
     hub.download("fineweb-edu", 1)
     assert whole(server, 0, 1822)
 
 
 def test_the_beginning_of_another_version_is_not_continued(server):
-    name = hub.shard(0)
+    name = hub.shard_name(0)
     server.faults = {f"GET {name}": ["drop"] + [500] * 10}
     with pytest.raises(UserError):
         hub.download("fineweb-edu", 1)

@@ -23,7 +23,7 @@ T = 16
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
     """So that the small corpora of these tests are larger than what waits to be packed."""
-    monkeypatch.setattr(packing, "CHOICE", {"split": 12, "crop": 12, "whole": 8})
+    monkeypatch.setattr(packing, "BUFFER_DOCUMENTS", {"split": 12, "crop": 12, "whole": 8})
     monkeypatch.setattr(dataloader, "TOKENIZE_AT_ONCE", 4)
     monkeypatch.setattr(dataloader, "RENDER_AT_ONCE", 3)
 
@@ -229,7 +229,7 @@ def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
     late = files[0].with_name("late.parquet")
     assert dataloader.epoch_tokens(files, TOKENIZER, cache_dir) == len(corpus) + 60
     assert dataloader.epoch_tokens([*files, late], TOKENIZER, cache_dir) == 1.5 * (len(corpus) + 60)
-    assert token_cache.made([*files, late], cache_dir) == 2
+    assert token_cache.num_cached([*files, late], cache_dir) == 2
 
 
 def test_the_state_of_two_processes_serves_one(files):

@@ -144,7 +144,7 @@ def test_masked_tokens_are_inputs_but_not_targets():
 
 
 def test_padding_has_no_targets_even_though_bos_is_zero():
-    batch = packing.as_batch(packing.padding(5, BOS)[None])
+    batch = packing.as_batch(packing.empty_row(5, BOS)[None])
     assert (batch["inputs"] == BOS).all() and (batch["targets"] == -1).all()
 
 

@@ -167,9 +167,11 @@ class BestFit:
 
 
 class Stream:
-    """Documents end to end, split every T tokens (nanochat's method in 2025): nothing is lost, but a row may begin
-    anywhere. Unlike there, the last target of a row is also the first input of the next, so that the rows do not depend
-    on the batch size."""
+    """Documents end to end, split every T tokens (nanochat's method in 2025).
+
+    Nothing is lost, but a row may begin anywhere. Unlike in nanochat, the last target of a row is also the first input
+    of the next, so that the rows do not depend on the batch size.
+    """
 
     def __init__(self, width: int, bos: int):
         self.width, self.bos = width, bos

@@ -1,11 +1,14 @@
-"""The command that gets pretraining text: python -m nanochat_jax.dataset -n 240. What it does lies in data/."""
+"""The command that downloads, builds or converts pretraining text: python -m nanochat_jax.dataset -n 240.
+
+The work is done in nanochat_jax/data.
+"""
 
 from nanochat_jax import commandline, config
 from nanochat_jax.data import hub, sources
 
 
 def main(cfg: config.Dataset) -> None:
-    """Downloads, builds or converts, so that training finds the text ready."""
+    """Gets the text that `cfg` names, and tokenizes it if asked to, so that training finds it ready."""
     if not cfg.data_dir and cfg.data != "local":
         hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify)
     source = sources.open(cfg.data, cfg.data_dir or None)

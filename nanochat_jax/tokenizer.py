@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizer with nine special tokens, and conversations as (ids, mask).
 
-The merges are learned by our Rust crate. tiktoken encodes single texts; whole batches of documents go through our own
-encoder, which gives the same ids. Ids: the 256 bytes, the merges in the order learned, the special tokens.
-Special tokens come only from names given by the program: text is always encoded as ordinary text.
+Our Rust crate learns the merges. tiktoken encodes single texts; whole batches of documents go through our own encoder,
+which gives the same ids. Ids: the 256 bytes, then the merges in the order learned, then the special tokens. Special
+tokens come only from names given by the program: text is always encoded as ordinary text.
 """
 
 import codecs
@@ -10,6 +10,8 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, overload
 
 import numpy as np
 import tiktoken
@@ -18,53 +20,57 @@ from nanochat_jax import tokenizer_file
 from nanochat_jax.config import UserError
 
 SPECIAL_TOKENS = (
-    "<|bos|>",  # begins every document, and so also ends the one before
+    "<|bos|>",  # begins every document, and so also ends the previous one
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
     "<|python_start|>",  # the assistant calls the calculator
     "<|python_end|>",
-    "<|output_start|>",  # what the calculator answered
+    "<|output_start|>",  # the calculator's result
     "<|output_end|>",
 )
 
-# GPT-4's pattern, but numbers in groups of at most two digits: three would spend a small vocabulary on numbers.
+# GPT-4's pattern, but with numbers in groups of at most two digits: three would use up much of a small vocabulary.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# tiktoken's regex panics on very long runs of white space, so long texts are left to our own encoder (same ids).
-LONG_TEXT = 1 << 16
+# tiktoken's regex panics on very long runs of white space, so long texts go to our own encoder (same ids).
+LONG_TEXT = 1 << 16  # characters
 
-SHORTEST_PROMPT = 4  # tokens: <|bos|>, a user's message without text, <|assistant_start|>
+SHORTEST_PROMPT = 4  # tokens: <|bos|>, a user message without text, <|assistant_start|>
+NO_LIMIT = 1 << 30  # `max_tokens` of a conversation that must not be truncated
 
-# What may stand between special tokens of an assistant message: (before, after, supervised). The model learns to call
-# the calculator, not to predict what it answers.
-PARTS = {
+# The parts of an assistant message: the special tokens before and after each, and whether it is supervised. The model
+# learns to call the calculator, not to predict its results.
+PARTS: dict[str, tuple[str | None, str | None, int]] = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
     "python_output": ("<|output_start|>", "<|output_end|>", 0),
 }
 
 
-def crate():
-    """The module of our Rust crate. UserError if it is not built, in which case an empty package of the same name is
-    found from the repository root, or PyPI's rustbpe, or an older build: none of them can do encode_batch."""
+def rust_crate() -> ModuleType:
+    """Imports our Rust crate. UserError if it is not built.
+
+    Without it, the import may still find something: the folder rustbpe, as an empty package, from the repository root;
+    PyPI's rustbpe; or an older build. None of them has encode_batch.
+    """
     try:
         import rustbpe
     except ImportError:
         rustbpe = None
-    if not hasattr(getattr(rustbpe, "Tokenizer", None), "encode_batch"):
+    if rustbpe is None or not hasattr(getattr(rustbpe, "Tokenizer", None), "encode_batch"):
         raise UserError("this version's Rust tokenizer is not built: run pip install ./rustbpe in the repository")
     return rustbpe
 
 
 class Tokenizer:
-    """Made by `train` or `load`."""
+    """Encodes and decodes text and conversations. Made by `Tokenizer.train` or `Tokenizer.load`."""
 
-    def __init__(self, core):
-        """`core`: a trained rustbpe.Tokenizer."""
+    def __init__(self, core: Any):
+        """`core` is a trained rustbpe.Tokenizer, which has no type stubs."""
         self._core = core
         ranks = dict(core.get_mergeable_ranks())
         self._special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -76,16 +82,18 @@ class Tokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None) -> "Tokenizer":
-        """Learns a vocabulary of `vocab_size` tokens, special ones included; fewer where the texts run out of pairs.
-        `progress(merges done, merges wanted)` is called now and then. UserError: no text, or too small a vocabulary."""
+        """Learns a vocabulary of `vocab_size` tokens, special tokens included; fewer if the texts run out of pairs.
+
+        `progress(merges_done, merges_wanted)` is called now and then. UserError: no text, or too small a vocabulary.
+        """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(f"vocab_size={vocab_size}: must be at least {smallest}, the bytes and the special tokens")
-        core = crate().Tokenizer()
+        core = rust_crate().Tokenizer()
         try:
             core.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
         except UserError:
-            raise  # from the iterator of texts
+            raise  # from the iterator `texts`
         except ValueError as error:
             raise UserError(f"cannot train a tokenizer: {error}") from error
         return Tokenizer(core)
@@ -95,30 +103,31 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
-        """Reads what `save` wrote. UserError says which file is missing, damaged or foreign, and why."""
+        """Reads what `save` wrote. UserError says which file is missing, damaged or from another program, and why."""
         path = Path(directory) / "tokenizer.json"
         text, ranks = tokenizer_file.read(Path(directory), SPLIT_PATTERN, SPECIAL_TOKENS)
-        module = crate()
+        crate = rust_crate()
         try:
-            tokenizer = Tokenizer(module.Tokenizer.from_mergeable_ranks(SPLIT_PATTERN, ranks))
+            tokenizer = Tokenizer(crate.Tokenizer.from_mergeable_ranks(SPLIT_PATTERN, ranks))
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
         if tokenizer._json != text:
-            what = tokenizer_file.difference(text, tokenizer._json)
-            raise UserError(f"{path}: {what} differs from what this program writes for the same vocabulary")
+            part = tokenizer_file.difference(text, tokenizer._json)
+            raise UserError(f"{path}: {part} differs from what this program writes for the same vocabulary")
         return tokenizer
 
     def save(self, directory: Path) -> None:
-        """Writes tokenizer.json and nanochat.json into `directory`, made if need be."""
+        """Writes tokenizer.json and nanochat.json into `directory`, which is created if needed."""
         tokenizer_file.write(Path(directory), self._json, self.vocab_size, self._special)
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of the saved tokenizer.json: two tokenizers are the same exactly when it is."""
+        """SHA-256 (hex) of the saved tokenizer.json: the same if and only if the tokenizers are."""
         return tokenizer_file.sha256(self._json)
 
     @functools.cached_property
     def _json(self) -> str:
+        """The text of tokenizer.json."""
         tokens = [token for token, _ in self._core.get_mergeable_ranks()]
         return tokenizer_file.layout(self._core.get_pattern(), tokens, self._core.get_merges(), self._special)
 
@@ -126,22 +135,32 @@ class Tokenizer:
     # Text
 
     def special(self, name: str) -> int:
-        """Id of a special token. ValueError lists the names there are."""
+        """Id of a special token. ValueError lists the names that exist."""
         if name not in self._special:
-            raise ValueError(f"{name!r} is no special token, expected one of {', '.join(SPECIAL_TOKENS)}")
+            raise ValueError(f"{name!r} is not a special token, expected one of {', '.join(SPECIAL_TOKENS)}")
         return self._special[name]
 
-    def _id(self, token: int | str) -> int:
-        """An id, or that of a special token's name."""
-        return self.special(token) if isinstance(token, str) else self._known([token])[0]
+    def _token_id(self, token: int | str) -> int:
+        """An id, unchanged, or that of a special token's name: "<|bos|>" -> 65527."""
+        return self.special(token) if isinstance(token, str) else self._check_ids([token])[0]
 
-    def _known(self, ids: Iterable[int]) -> list[int]:
-        """Ids as int, whatever kind of whole number they were; ValueError for one outside the vocabulary."""
+    def _check_ids(self, ids: Iterable[int]) -> list[int]:
+        """The ids as a list of int, from any integer type. ValueError for one outside the vocabulary."""
         ids = list(map(operator.index, ids))
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is outside the vocabulary (0 to {self.vocab_size - 1})")
         return ids
+
+    @overload
+    def encode(
+        self, text: str, prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
+    ) -> list[int]: ...
+
+    @overload
+    def encode(
+        self, text: list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
+    ) -> list[list[int]]: ...
 
     def encode(
         self,
@@ -150,9 +169,12 @@ class Tokenizer:
         append: int | str | None = None,
         num_threads: int = 8,
     ) -> list[int] | list[list[int]]:
-        """Ids of a text, or a list of ids for each of many. `prepend` and `append`: an id or a special token's name."""
-        before = [] if prepend is None else [self._id(prepend)]
-        after = [] if append is None else [self._id(append)]
+        """Ids of a text, or of each text in a list. `prepend` and `append` are ids or names of special tokens.
+
+        TypeError for anything but str, ValueError for an unknown token.
+        """
+        before = [] if prepend is None else [self._token_id(prepend)]
+        after = [] if append is None else [self._token_id(append)]
         if isinstance(text, str):
             return before + self._encode(text) + after
         if not isinstance(text, list):
@@ -164,18 +186,19 @@ class Tokenizer:
                 raise TypeError(f"item {i} of the batch is {type(t).__name__}, expected str")
         batch = [[] if len(t) <= LONG_TEXT else self._encode(t) for t in text]
         short = [i for i, t in enumerate(text) if len(t) <= LONG_TEXT]
-        found = self._encoding.encode_ordinary_batch([text[i] for i in short], num_threads=num_threads)
-        for i, ids in zip(short, found, strict=True):
+        encoded = self._encoding.encode_ordinary_batch([text[i] for i in short], num_threads=num_threads)
+        for i, ids in zip(short, encoded, strict=True):
             batch[i] = ids
         return [before + ids + after for ids in batch] if before or after else batch
 
     __call__ = encode
 
     def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts at once, the same as `encode` gives, from our own encoder on all cores: for data pipelines.
+        """Ids of many texts at once, for data pipelines: those of `encode`, but from our own encoder on all cores.
 
-        Returns tokens, uint16[n] where the vocabulary fits and else uint32[n], and offsets int64[len(texts) + 1]: those
-        of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` (an id or a special token's name) begins each.
+        Returns tokens, uint16[n] (uint32[n] if the vocabulary needs it), and offsets, int64[len(texts) + 1]: the tokens
+        of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` is an id or the name of a special token. TypeError
+        for anything but a list of str.
         """
         if not isinstance(texts, list):
             raise TypeError(f"encode_batch takes a list of str, got {type(texts).__name__}")
@@ -183,14 +206,15 @@ class Tokenizer:
             tokens, offsets = self._core.encode_batch(texts)
         except UnicodeEncodeError:
             tokens, offsets = self._core.encode_batch([_without_surrogates(text) for text in texts])
-        # The encoder knows no special tokens: the vocabulary may pass 65,536 with them.
+        # The encoder does not know the special tokens, and with them the vocabulary may exceed 65,536.
         tokens = tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, copy=False)
         if prepend is not None:
-            tokens = np.insert(tokens, offsets[:-1], self._id(prepend))
+            tokens = np.insert(tokens, offsets[:-1], self._token_id(prepend))
             offsets = offsets + np.arange(len(offsets))
         return tokens, offsets
 
     def _encode(self, text: str) -> list[int]:
+        """Ids of one text, by tiktoken if it is short."""
         if len(text) <= LONG_TEXT:
             return self._encoding.encode_ordinary(text)
         try:
@@ -199,16 +223,17 @@ class Tokenizer:
             return self._core.encode(_without_surrogates(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids. Bytes that are not UTF-8 become U+FFFD; special tokens their names."""
+        """Text of ids. Bytes that are not UTF-8 become U+FFFD, special tokens their names. ValueError for an id outside
+        the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of ids. ValueError for an id outside the vocabulary."""
-        return self._encoding.decode_bytes(self._known(ids))
+        return self._encoding.decode_bytes(self._check_ids(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """int32[vocab_size]: length in bytes of each token, 0 for special ones. Raw bytes: decoding a token that is
-        not UTF-8 by itself to text first would count it wrongly."""
+        """int32[vocab_size]: length in bytes of each token, 0 for special tokens. Counts raw bytes: decoding a token
+        that is not UTF-8 by itself would change its length."""
         lengths = [len(token) for token, _ in self._core.get_mergeable_ranks()]
         return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
@@ -216,45 +241,62 @@ class Tokenizer:
     # Conversations
 
     def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """A conversation as ids and their mask (1: supervised), both cut on the right to `max_tokens`.
+        """A conversation as ids and their mask (1: supervised), both truncated on the right to `max_tokens`.
 
-        Supervised is what the assistant must learn to say: its text, its calculator calls and <|assistant_end|>; not
-        what starts its turn, nor what the calculator answers. UserError for messages in the wrong order or shape.
+        The assistant is to learn its text, its calculator calls and <|assistant_end|>; not <|assistant_start|>, nor the
+        calculator's results. UserError for messages in the wrong order or of the wrong form.
+
+        >>> tokenizer = Tokenizer.train(["a short text"], vocab_size=265)
+        >>> question, answer = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+        >>> ids, mask = tokenizer.render_conversation({"messages": [question, answer]})
+        >>> for i, supervised in zip(ids, mask): print(i, tokenizer.decode([i]), supervised)
+        256 <|bos|> 0
+        257 <|user_start|> 0
+        49 1 0
+        43 + 0
+        49 1 0
+        63 ? 0
+        258 <|user_end|> 0
+        259 <|assistant_start|> 0
+        50 2 1
+        260 <|assistant_end|> 1
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more")
-        system, messages = _check(conversation)
+        system, messages = _check_conversation(conversation)
         ids, mask = [self.bos], [0]
         for i, message in enumerate(messages):
-            turn_ids, turn_mask = self._turn(message, system if i == 0 else None)
-            ids += turn_ids
-            mask += turn_mask
+            message_ids, message_mask = self._render_message(message, system if i == 0 else None)
+            ids += message_ids
+            mask += message_mask
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict, max_tokens: int = 2048) -> list[int]:
         """Ids of a prompt for the assistant's next message; a final message of the assistant is left out.
 
-        What is too long loses its oldest turns (the system message stays), and a last message that is too long by
-        itself loses its beginning. The specification cuts the end instead, and with it the question and <|user_end|>.
+        A conversation that is too long loses its oldest turns, but not the system message; a last message that is too
+        long by itself loses its beginning. The specification truncates the end instead, and with it the question and
+        <|user_end|>. UserError for messages in the wrong order or of the wrong form.
         """
         if max_tokens < SHORTEST_PROMPT:
             least = f"{SHORTEST_PROMPT}, the special tokens of a prompt"
             raise ValueError(f"max_tokens is {max_tokens}, expected at least {least}")
-        system, messages = _check(conversation)
+        system, messages = _check_conversation(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        turns = [self._turn(message)[0] for message in messages]
-        for first in range(0, len(turns), 2):
+        rendered = [self._render_message(message)[0] for message in messages]
+        kept = rendered
+        for dropped in range(0, len(rendered), 2):
             if system is not None:
-                turns[first] = self._turn(messages[first], system)[0]
-            kept = turns[first:]
+                rendered[dropped] = self._render_message(messages[dropped], system)[0]
+            kept = rendered[dropped:]
             if 2 + sum(map(len, kept)) <= max_tokens:
                 break
-        ids = [self.bos, *(i for turn in kept for i in turn), self.special("<|assistant_start|>")]
+        ids = [self.bos, *(i for message_ids in kept for i in message_ids), self.special("<|assistant_start|>")]
         return ids if len(ids) <= max_tokens else ids[:2] + ids[len(ids) - max_tokens + 2 :]
 
-    def _turn(self, message: dict, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Ids and mask of one checked message; `system` is put before the text of a user's, with a blank line."""
+    def _render_message(self, message: dict, system: str | None = None) -> tuple[list[int], list[int]]:
+        """Ids and mask of one checked message. `system` is put before the text of a user message, with a blank line."""
         ids, mask = [], []
 
         def add(new: list[int], supervised: int) -> None:
@@ -275,7 +317,7 @@ class Tokenizer:
         return ids, mask
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
-        """The tokens for a terminal, separated by bars: green supervised, red not, with their ids in grey if asked."""
+        """The tokens for a terminal, separated by bars: supervised ones green, others red, and ids grey."""
         shown = []
         for i, supervised in zip(ids, mask, strict=True):
             color = "\033[92m" if supervised else "\033[91m"
@@ -284,34 +326,36 @@ class Tokenizer:
 
 
 def _without_surrogates(text: str) -> str:
-    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD, and two halves of a character the character: tiktoken's
-    way."""
+    """Replaces lone surrogates, which UTF-8 cannot hold, by U+FFFD, and joins two halves of a character, as tiktoken
+    does: "\\ud83d\\ude00 \\ud83d" -> "😀 \\ufffd"."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time; bytes of an unfinished UTF-8 character are held back."""
+    """Decodes ids that come one at a time; the bytes of an unfinished UTF-8 character are held back."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
+        """The text that one more id completes: "" or whole characters."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD; then ready for another text."""
+        """What was held back, as U+FFFD. The decoder is then ready for another text."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
 
 
 # -----------------------------------------------------------------------------
-# Conversations: what is allowed
+# Which conversations are allowed
 
 
-def _check(conversation: dict) -> tuple[str | None, list[dict]]:
-    """The system message, if there is one, and the others, which alternate between user and assistant."""
+def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
+    """The system message's text (None: no such message), and the other messages, which alternate user, assistant, ...
+    UserError names the first message that is wrong."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError('a conversation is {"messages": [...]} with at least one message of role user')
@@ -329,20 +373,21 @@ def _check(conversation: dict) -> tuple[str | None, list[dict]]:
     for i, message in enumerate(messages[offset:], offset):
         expected = "user" if (i - offset) % 2 == 0 else "assistant"
         if message["role"] != expected:
-            allowed = "system (only first), user and assistant, the last two in turn"
+            allowed = "system (only first), then user and assistant in turn"
             raise UserError(f"messages[{i}]: role is {message['role']!r}, expected {expected!r}; roles are {allowed}")
         _check_content(i, message)
     return system, messages[offset:]
 
 
 def _check_content(i: int, message: dict) -> None:
+    """UserError if the content of message i has the wrong type or parts."""
     role, content = message["role"], message["content"]
     if isinstance(content, str):
         return
     if role == "user" or not isinstance(content, list):
-        wanted = "a str" if role == "user" else "a str or a list of parts"
-        raise UserError(f"messages[{i}]: content of role {role} must be {wanted}, got {type(content).__name__}")
+        expected = "a str" if role == "user" else "a str or a list of parts"
+        raise UserError(f"messages[{i}]: content of role {role} must be {expected}, got {type(content).__name__}")
     for j, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") not in list(PARTS) or not isinstance(part.get("text"), str):
-            wanted = f'{{"type": {"|".join(PARTS)}, "text": str}}'
-            raise UserError(f"messages[{i}].content[{j}]: expected {wanted}, got {str(part)[:80]}")
+            expected = f'{{"type": {"|".join(PARTS)}, "text": str}}'
+            raise UserError(f"messages[{i}].content[{j}]: expected {expected}, got {str(part)[:80]}")

@@ -1,7 +1,7 @@
-"""The tokenizer on disk: tokenizer.json in the Hugging Face layout, and nanochat.json with its version and checksum.
+"""Reads and writes a tokenizer's files: tokenizer.json (Hugging Face layout) and nanochat.json (version, checksum).
 
-JSON, never pickle: a file from elsewhere may be wrong, but it cannot run anything. What is read must be, to the byte,
-what this program writes for the vocabulary in it; everything else is refused with a line that says why.
+JSON, never pickle: a file from elsewhere may be wrong, but it cannot run code. A file is accepted only if it is, byte
+for byte, what this program writes for the vocabulary in it; anything else is refused with a line that says why.
 """
 
 import functools
@@ -17,7 +17,7 @@ FORMAT, VERSION = "nanochat-tokenizer", 1
 
 
 def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) -> None:
-    """Writes both files into `directory`, made if need be; `text` is that of tokenizer.json."""
+    """Writes both files into `directory`, which is created if needed; `text` is the content of tokenizer.json."""
     directory.mkdir(parents=True, exist_ok=True)
     about = {
         "format": FORMAT,
@@ -31,13 +31,16 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
 
 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
-    """The text of tokenizer.json and the (token bytes, id) pairs in it. UserError says which of the two files is
-    missing, damaged or foreign, and why; foreign is also one with another split pattern or other special tokens."""
+    """The text of tokenizer.json and the (token bytes, id) pairs in it.
+
+    UserError says which of the two files is missing, damaged or from another program, and why. Another split pattern or
+    other special tokens are refused too.
+    """
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
         if not path.exists():
-            how = "train a tokenizer with python -m scripts.tok_train, and the --config of this command if it has one"
-            raise UserError(f"{path} does not exist: {how}")
+            fix = "train a tokenizer with python -m scripts.tok_train, and the --config of this command if it has one"
+            raise UserError(f"{path} does not exist: {fix}")
     about = _parse(_read(ours), ours)
     if about.get("format") != FORMAT:
         raise UserError(f"{ours}: format is {about.get('format')!r}, expected {FORMAT!r}")
@@ -47,13 +50,13 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
     if about.get("sha256") != hashlib.sha256(data).hexdigest():
         raise UserError(
             f"{theirs}: its SHA-256 is not the one in {ours.name}; it was changed or damaged: "
-            "run tok_train again with the settings it was made with"
+            "run tok_train again with the same settings"
         )
 
     ranks, special = _vocabulary(_parse(data, theirs), theirs, pattern)
-    wanted = {name: len(ranks) + i for i, name in enumerate(special_names)}
-    if special != wanted:
-        raise UserError(f"{theirs}: special tokens are {special}, expected {wanted}")
+    expected = {name: len(ranks) + i for i, name in enumerate(special_names)}
+    if special != expected:
+        raise UserError(f"{theirs}: special tokens are {special}, expected {expected}")
     for key, value in {"vocab_size": len(ranks) + len(special), "special_tokens": special}.items():
         if about.get(key) != value:
             raise UserError(f"{ours}: {key} is {about.get(key)!r}, {theirs.name} says {value!r}")
@@ -61,7 +64,7 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
 
 
 def sha256(text: str) -> str:
-    """Of tokenizer.json, as hex."""
+    """SHA-256 (hex) of the text of tokenizer.json."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -70,12 +73,12 @@ def sha256(text: str) -> str:
 
 
 def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], special: dict[str, int]) -> str:
-    """The text of tokenizer.json. `tokens` by id, without the special ones; `merges` as pairs of ids."""
+    """The text of tokenizer.json. `tokens` are ordered by id, without special tokens; `merges` are pairs of ids."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     names = ["".join(_alphabet()[b] for b in token) for token in tokens]
-    whole = {
+    content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -97,33 +100,34 @@ def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], spe
             "merges": [[names[left], names[right]] for left, right in merges],
         },
     }
-    return json.dumps(whole, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def difference(found: str, expected: str) -> str:
-    """What differs between two texts of tokenizer.json, for a message."""
-    found, expected = json.loads(found), json.loads(expected)
-    for a, b, where in ((found, expected, ""), (found["model"], expected["model"], "model.")):
+def difference(actual: str, expected: str) -> str:
+    """The first part in which two texts of tokenizer.json differ, for an error message: "model.merges"."""
+    first, second = json.loads(actual), json.loads(expected)
+    for a, b, prefix in ((first, second, ""), (first["model"], second["model"], "model.")):
         for key in [*b, *(k for k in a if k not in b)]:
             if key != "model" and (key not in a or key not in b or a[key] != b[key]):
-                return where + (key if key in b else repr(key))  # a strange one may hold anything
+                return prefix + (key if key in b else repr(key))  # an unknown key may contain anything
     return "the order or the spacing"
 
 
-def _vocabulary(whole: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
-    """(token bytes, id) pairs, every id from 0 on once, and the special tokens of a parsed tokenizer.json."""
-    model = whole.get("model")
+def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
+    """The (token bytes, id) pairs of a parsed tokenizer.json, with every id from 0 on exactly once, and its special
+    tokens: [(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}."""
+    model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
-    if kind != "BPE":
+    if not isinstance(model, dict) or kind != "BPE":
         raise UserError(f"{path}: the model is of type {kind!r}, expected 'BPE'")
     try:
-        found = whole["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        special = {token["content"]: token["id"] for token in whole["added_tokens"]}
+        its_pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        special = {token["content"]: token["id"] for token in content["added_tokens"]}
         vocab = dict(model["vocab"].items())
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a byte-level BPE with a split pattern ({error!r})") from error
-    if found != pattern:
-        raise UserError(f"{path}: text is split by {found!r}, in this program by {pattern!r}")
+    if its_pattern != pattern:
+        raise UserError(f"{path}: text is split by {its_pattern!r}, in this program by {pattern!r}")
 
     byte_of = {c: b for b, c in _alphabet().items()}
     ranks = []
@@ -141,7 +145,8 @@ def _vocabulary(whole: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes
 
 @functools.cache
 def _alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where it is a visible character, else one from U+0100 on."""
+    """GPT-2's printable character for each byte: the byte itself if it is visible, otherwise one from U+0100 on.
+    ord("a") -> "a", ord(" ") -> "Ġ"."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in visible)
     return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -152,6 +157,7 @@ def _alphabet() -> dict[int, str]:
 
 
 def _read(path: Path) -> bytes:
+    """The content of a file. UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:  # a folder of that name, no permission
@@ -159,9 +165,10 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(data: bytes, path: Path) -> dict:
+    """The object in a JSON file: b'{"version": 1}' -> {"version": 1}. `path` names the file in a UserError."""
     try:
         value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -51,7 +51,7 @@ def rust_tokenizer() -> str:
     from nanochat_jax import tokenizer
 
     try:
-        tokenizer.crate()
+        tokenizer.rust_crate()
     except UserError as error:
         return str(error)
     return "built"

@@ -27,7 +27,7 @@ Unicode: 你好世界 🌍"""
 
 def main(cfg: config.TokTrain) -> None:
     from nanochat_jax import run_log
-    from nanochat_jax.data import parquet, sources
+    from nanochat_jax.data import hub, parquet, sources
     from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     for name in ("max_chars", "doc_cap"):
@@ -48,7 +48,7 @@ def main(cfg: config.TokTrain) -> None:
     # Shards may still be on their way; the clock starts when they are here.
     try:
         for path in source.train_files:
-            parquet.wait_for(path)
+            hub.wait_for_shard(path)
     except config.UserError as error:
         raise config.UserError(f"{error}, or train on fewer shards (--num_files={cfg.num_files})") from None
 

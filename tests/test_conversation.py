@@ -1,4 +1,4 @@
-"""Conversations become prompts that fit, and answers become parts that can be shown and sent back."""
+"""Conversations become prompts that fit the context; answers become parts that can be shown and sent back."""
 
 import subprocess
 import sys
@@ -75,7 +75,7 @@ def test_answer_goes_back_into_the_conversation_as_it_was(tokenizer):
     asked = [user("37*12?"), message(tokenizer, ids), user("sure?")]
     rendered = tokenizer.render_for_completion({"messages": asked})
     assert "".join(f"{i}," for i in ids) in "".join(f"{i}," for i in rendered)
-    # One that was cut is completed, wherever that was.
+    # An answer that was truncated anywhere is completed.
     for end in range(len(ids)):
         rendered = tokenizer.render_for_completion({"messages": [asked[0], message(tokenizer, ids[:end]), asked[2]]})
         assert rendered.count(tokenizer.special("<|assistant_end|>")) == 1
@@ -85,7 +85,7 @@ def test_answer_goes_back_into_the_conversation_as_it_was(tokenizer):
 
 
 def test_neither_jax_nor_the_web_server_is_needed():
-    """The terminal reads conversations too, and the server's extra need not be installed for that."""
+    """The terminal reads conversations too, and must not need the server's extra for that."""
     program = "import sys, nanochat_jax.conversation; print(*(m for m in ('jax', 'fastapi') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr

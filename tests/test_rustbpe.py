@@ -1,5 +1,6 @@
-"""The Rust crate: equal to a slow twin, to its peers and to recorded merges, in any thread and at any length."""
+"""The Rust crate: equal to a slow implementation, to its peers and to recorded merges, in any thread, at any length."""
 
+import doctest
 import gzip
 import inspect
 import json
@@ -35,6 +36,11 @@ def english():
     return english_tokenizer()
 
 
+def test_the_examples_of_the_slow_implementation_hold():
+    results = doctest.testmod(slow_bpe)
+    assert results.attempted >= 4 and not results.failed
+
+
 @settings(max_examples=150, deadline=None)
 @given(corpora, st.integers(256, 300), st.sampled_from([SPLIT_PATTERN, GPT2_PATTERN]), dense)
 def test_equals_the_slow_twin(texts, vocab_size, pattern, other):
@@ -47,8 +53,8 @@ def test_equals_the_slow_twin(texts, vocab_size, pattern, other):
         assert ours.encode(text) == slow_bpe.encode(text, merges, pattern)
 
 
-# What the pattern tells apart, and what lies around it: words, contractions, numbers, all sorts of white space.
-# Later versions of Unicode may give letters to code points that earlier ones leave free.
+# What the pattern distinguishes, and characters close to that: words, contractions, numbers, many kinds of white space.
+# Only assigned code points: a later version of Unicode may make letters of those that an earlier one leaves free.
 assigned = st.characters(exclude_categories=("Cs", "Cn"))
 near_the_pattern = st.text(
     alphabet="aZé字ſ'sTlLvErRdDmM  \t\u00a0\u2003\n\r\u2028\x0b079²Ⅷ,.-’“\u0301\u200d😀\0", max_size=80
@@ -79,8 +85,8 @@ def test_bytes_round_trip_as_ids(english, data):
 
 
 def test_tokens_are_raw_bytes(english):
-    # A token that is a part of a character has the length of its bytes, not of the U+FFFD it shows as: bits per byte
-    # are counted from these (upstream #693).
+    # A token that is part of a character must count its own bytes, not those of the U+FFFD it is displayed as: bits per
+    # byte depend on it (upstream #693).
     ranks = dict(english.get_mergeable_ranks())
     parts = [token for token in ranks if len(token.decode("utf-8", errors="ignore").encode("utf-8")) < len(token)]
     assert any(len(token) > 1 for token in parts)
@@ -114,7 +120,7 @@ def test_recorded_merges(golden_dir, data_dir):
         texts = [json.loads(line)["text"] for line in file]
     ours = trained(iter(texts), len(golden["ranks"]), pattern=golden["pattern"])
     assert [[token.hex(), rank] for token, rank in ours.get_mergeable_ranks()] == golden["ranks"]
-    # The twin takes its time: the first merges of the corpus, and the recorded texts with all of them.
+    # The slow implementation takes its time: it learns the first merges only, and encodes the recorded texts with all.
     merges, pattern = ours.get_merges(), golden["pattern"]
     assert slow_bpe.train(texts, 256 + 20, pattern) == merges[:20]
     for case in json.loads((golden_dir / "encode.json").read_text(encoding="utf-8")):
@@ -122,7 +128,7 @@ def test_recorded_merges(golden_dir, data_dir):
 
 
 def test_stands_in_for_the_package_of_pypi():
-    # rustbpe 0.1.0: the same names and places of arguments; what is ours comes behind.
+    # rustbpe 0.1.0: the same names and positions of arguments; our own arguments come after them.
     signatures = {
         "train_from_iterator": "(self, /, iterator, vocab_size, buffer_size=8192, pattern=None",
         "encode": "(self, /, text",
@@ -179,7 +185,7 @@ def test_flat_arrays_equal_one_by_one(english, texts, num_threads):
 def test_a_large_text_is_encoded_in_parallel_and_the_same(english, num_threads):
     words = "The quick brown fox, naïve café.\n\n  你好 12345 don't stop  \r\n\tthe lazy dog's 😀 "
     large = "".join(words[i % 17 :] + str(i * i) for i in range(25_000))
-    whole = "x" * 700_000 + "你" * 300_000  # nowhere to cut
+    whole = "x" * 700_000 + "你" * 300_000  # nowhere to split
     texts = ["short", large, "", whole, "the end"]
     assert flat(english, texts, num_threads=num_threads) == [english.encode(text) for text in texts]
 
@@ -192,7 +198,7 @@ def test_flat_arrays_of_nothing(english):
 
 
 def test_flat_tokens_are_wide_enough_for_the_vocabulary():
-    # All bytes and pairs of bytes, as many as make 65,536 tokens and one more.
+    # Bytes and pairs of bytes: 65,536 tokens, and one more.
     ranks = [bytes([b]) for b in range(256)] + [bytes([i, j]) for i in range(256) for j in range(256)]
     for size, dtype in [(65_536, np.uint16), (65_537, np.uint32)]:
         some = [(token, rank) for rank, token in enumerate(ranks[:size])]
@@ -205,17 +211,17 @@ def test_flat_tokens_are_wide_enough_for_the_vocabulary():
 def test_threads_may_share_a_tokenizer(english):
     texts = [f"the quick {i} brown dogs {'fox' * (i % 50)} don't {i * 7}" for i in range(3000)]
     expected = english.batch_encode(texts)
-    found = [None] * 6
+    results = [None] * 6
 
     def work(i):
-        found[i] = [english.encode(text) for text in texts] if i % 2 else flat(english, texts)
+        results[i] = [english.encode(text) for text in texts] if i % 2 else flat(english, texts)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(found))]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(ids == expected for ids in found)
+    assert all(ids == expected for ids in results)
 
 
 def test_a_tokenizer_may_be_used_while_it_is_trained():
@@ -267,8 +273,8 @@ print(train(1200) - few, 1200 * len(text))
 
 @pytest.mark.parametrize("work", ["train_from_iterator", "encode", "encode_batch", "batch_encode"])
 def test_other_threads_run_meanwhile(work):
-    # One text, and a pattern without a scanner, so that it takes a while on any machine: all that could let them run is
-    # letting go of the GIL while it is counted or encoded.
+    # One text, and a pattern that has no scanner of its own in the crate, so that this takes a while on any machine.
+    # Other threads can only run if the GIL is released while the text is counted or encoded.
     pattern, text = r"\w+|\W", "some words, and 12 more. " * 100_000
     tokenizer = trained(["a word, and another"], 260, pattern=pattern)
     call = {

@@ -1,4 +1,4 @@
-"""The Rust crate, given what it cannot take, or told to stop: an error that names the culprit, and nothing broken."""
+"""The Rust crate refuses invalid input and can be interrupted: an error names the cause, and nothing is left broken."""
 
 import itertools
 import signal
@@ -40,7 +40,7 @@ def test_items_that_are_not_text_are_named():
 
 
 def test_lone_surrogates_are_errors_that_name_the_text(english):
-    # str may hold them, UTF-8 cannot. UnicodeEncodeError is a ValueError.
+    # A str may contain them, UTF-8 may not. UnicodeEncodeError is a ValueError.
     for text in ["\ud800", "a\udfff b", "\udc00\ud800"]:
         with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
             english.encode(text)
@@ -167,7 +167,7 @@ ENDLESS = {
     "waiting for text": "slow()",
     "reading text": "iter(lambda: 'some text ' * 1000, None)",
     "reading empty text": "iter(str, None)",
-    "merging": "words()",  # so many distinct ones that merging takes long after the short reading
+    "merging": "words()",  # so many distinct words that merging takes much longer than reading
 }
 
 

@@ -1,6 +1,7 @@
-"""Special tokens, text, conversations and streaming; equal to what other implementations recorded."""
+"""Special tokens, text, conversations and streaming; equal to results recorded from other implementations."""
 
 import argparse
+import doctest
 import email.message
 import gzip
 import inspect
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rustbpe
+from nanochat_jax import tokenizer as tokenizer_module
 from nanochat_jax.config import UserError
 from nanochat_jax.tokenizer import LONG_TEXT, SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer
 
@@ -27,7 +29,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def every_pair():
-    """With nearly every pair of bytes: ids tell where text was split. With its special tokens it passes 65,536."""
+    """Nearly every pair of bytes is a token, so that ids show where text was split. Special tokens make it more than
+    65,536 tokens."""
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)][: (1 << 16) - 256 - 3]
     ranks = [(bytes([b]), b) for b in range(256)] + [(pair, 256 + i) for i, pair in enumerate(pairs)]
     return Tokenizer(rustbpe.Tokenizer.from_mergeable_ranks(SPLIT_PATTERN, ranks))
@@ -50,6 +53,11 @@ def assistant(content):
 
 def chat(*messages):
     return {"messages": list(messages)}
+
+
+def test_the_examples_in_the_docstrings_hold():
+    results = doctest.testmod(tokenizer_module)
+    assert results.attempted >= 4 and not results.failed
 
 
 # -----------------------------------------------------------------------------
@@ -122,7 +130,8 @@ ADVERSARIAL = {
 
 
 def test_the_data_pipelines_encoder_equals_tiktoken():
-    """On real text and on what breaks encoders. On a million spaces tiktoken panics: there ours is only consistent."""
+    """On real text and on text that breaks encoders. On a million spaces tiktoken panics, so ours is only checked for
+    consistency."""
     real = [inspect.getsource(module) for module in (argparse, email.message, json.decoder, inspect)]
     ours = Tokenizer.train(real, 2000)
     texts = [*real, *ADVERSARIAL.values(), "".join(real)]
@@ -131,7 +140,7 @@ def test_the_data_pipelines_encoder_equals_tiktoken():
     for text, ids in zip(texts, batch, strict=True):
         if text != ADVERSARIAL["spaces"]:
             assert ids == ours._encoding.encode_ordinary(text)
-        assert ids == ours.encode(text)  # some of which it leaves to our encoder
+        assert ids == ours.encode(text)  # which leaves long texts to our encoder
     assert ours.decode(batch[texts.index(ADVERSARIAL["spaces"])]) == ADVERSARIAL["spaces"]
     lines = "".join(real).splitlines(keepends=True)
     assert unbatched(ours.encode_batch(lines)) == ours.encode(lines)
@@ -145,7 +154,7 @@ def test_both_encoders_agree_on_batches(every_pair, texts):
 
 
 def test_both_encoders_agree_on_every_character(every_pair):
-    """Also on what a version of Unicode that only one of them knows has made a letter."""
+    """Also on characters that are letters only in the version of Unicode that one of them knows."""
     characters = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(characters), 4096):
         text = "".join(f"a{c} {c}1{c}\n{c}'{c}" for c in characters[start : start + 4096])
@@ -163,7 +172,7 @@ def test_batches_are_small_numbers_with_an_offset_a_text(tokenizer):
         tokenizer.encode_batch(["hi"], prepend="bos")
     with pytest.raises(TypeError):
         tokenizer.encode_batch([b"hi"])
-    # It may have to read them twice (for lone surrogates), which an iterator does not allow.
+    # Texts with lone surrogates are read twice, which an iterator does not allow.
     with pytest.raises(TypeError, match="takes a list of str, got generator"):
         tokenizer.encode_batch(text for text in ["hi", "\ud83d"])
 
@@ -245,7 +254,7 @@ def test_token_bytes_are_raw_bytes(tokenizer):
     counts = tokenizer.token_bytes()
     assert counts.dtype == np.int32
     assert counts.shape == (tokenizer.vocab_size,)
-    assert counts[:256].tolist() == [1] * 256  # also those that are no UTF-8 by themselves
+    assert counts[:256].tolist() == [1] * 256  # also those that are not UTF-8 by themselves
     assert counts[tokenizer.bos :].tolist() == [0] * 9
     assert counts[tokenizer.encode(TEXT)].sum() == len(TEXT.encode("utf-8"))
 
@@ -292,7 +301,7 @@ def test_training_refuses_what_cannot_be_a_vocabulary():
 
 
 def test_an_unbuilt_crate_is_one_line(monkeypatch):
-    # What `import rustbpe` finds in the repository root without the wheel: the folder, as an empty package.
+    # Without the wheel, `import rustbpe` in the repository root finds the folder, as an empty package.
     monkeypatch.setitem(sys.modules, "rustbpe", types.ModuleType("rustbpe"))
     with pytest.raises(UserError, match=r"not built: run pip install \./rustbpe"):
         Tokenizer.train(["text"], 300)
@@ -310,8 +319,8 @@ def test_only_what_the_assistant_must_say_is_supervised(tokenizer):
         {"type": "text", "text": " is it"},
     ]
     ids, mask = tokenizer.render_conversation(chat(user("2+2?"), assistant(parts)))
-    said = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
-    assert said == "Well: <|python_start|>2+2<|python_end|> is it<|assistant_end|>"
+    supervised = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert supervised == "Well: <|python_start|>2+2<|python_end|> is it<|assistant_end|>"
     assert tokenizer.decode(ids) == (
         "<|bos|><|user_start|>2+2?<|user_end|><|assistant_start|>Well: <|python_start|>2+2<|python_end|>"
         "<|output_start|>4<|output_end|> is it<|assistant_end|>"
@@ -330,7 +339,7 @@ def test_system_message_is_merged_into_the_first_user_message(tokenizer):
     conversation = chat(system, user("Hi"), assistant("Hello"), user("Bye"), assistant("."))
     assert tokenizer.render_conversation(conversation) == tokenizer.render_conversation(merged)
     assert tokenizer.render_for_completion(conversation) == tokenizer.render_for_completion(merged)
-    assert conversation["messages"][1] == user("Hi")  # left as it was
+    assert conversation["messages"][1] == user("Hi")  # unchanged
 
 
 def test_rendering_is_cut_on_the_right(tokenizer):

@@ -1,4 +1,4 @@
-"""The tokenizer on disk: what is saved comes back, and every damaged or foreign file is refused with its reason."""
+"""The tokenizer on disk: what is saved is loaded again, and every damaged or foreign file is refused with a reason."""
 
 import hashlib
 import json
@@ -141,7 +141,7 @@ THEIRS_FOREIGN = {
 
 @pytest.mark.parametrize("how", THEIRS_FOREIGN)
 def test_a_foreign_tokenizer_json_says_what_is_wrong(tokenizer, tmp_path, how):
-    """Even where nanochat.json carries its checksum."""
+    """Even if nanochat.json has its checksum."""
     change, complaint = THEIRS_FOREIGN[how]
     tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"

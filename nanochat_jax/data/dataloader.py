@@ -1,8 +1,9 @@
-"""Batches for training and validation: documents -> tokens -> packed rows -> batches, as Grain pipelines.
+"""Makes batches for training and validation. In: parquet files or conversations, and a tokenizer. Out: inputs, targets.
 
-Everything is deterministic for a seed and has an exact state. The order of examples depends on the number of rows of
-the global batch alone: each process packs the whole batch and keeps its own contiguous rows, so one state serves all
-processes, and any number of them may go on from it. Reading, tokenizing and packing run ahead in a thread.
+As Grain pipelines: documents -> tokens -> packed rows -> batches. Everything is deterministic for a seed and has an
+exact state. The order of examples depends only on the number of rows in the global batch: each process packs the whole
+batch and keeps its own contiguous rows, so that one state serves all processes and any number of them may resume from
+it. Reading, tokenizing and packing run ahead in a thread.
 """
 
 import math
@@ -10,105 +11,156 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import grain
 import numpy as np
 
 from nanochat_jax.config import UserError
-from nanochat_jax.data import packing, parquet, token_cache
+from nanochat_jax.data import hub, packing, parquet, token_cache
+from nanochat_jax.tokenizer import NO_LIMIT, Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
-CHARS_AT_ONCE = 2_000_000  # but not more than this: what waits to be packed is part of the state
+CHARS_AT_ONCE = 2_000_000  # but no more than this: documents waiting to be packed are part of the state
 RENDER_AT_ONCE = 16  # conversations
 PREFETCH = 4  # batches
-NO_LIMIT = 1 << 30  # tokens of a conversation that is not to be cut
 Cursor = dict[str, Any]
 Batch = dict[str, np.ndarray]
 
 
-class Loader:
-    """Iterator over batches dict(inputs int32[b, T], targets int32[b, T], -1 = not counted) of this process's rows.
+class ChatTask(Protocol):
+    """What a loader needs of a task: its conversations by index."""
 
-    `info` tells of the last batch: epoch, progress (epochs done, as a fraction), waste, and where it was read.
-    `state()` is JSON-able and belongs to the batch handed out last, whatever the thread has prepared since.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict: ...
+
+
+class Loader:
+    """Iterator over batches {inputs: int32[b, T], targets: int32[b, T]}, the b rows of this process; target -1 is not
+    counted in the loss.
+
+    `info` describes the last batch: epoch, progress (epochs completed, as a fraction), waste, and where it was read.
+    `state()` is JSON-able and belongs to the batch returned last, whatever the thread has prepared since.
     """
 
     def __init__(self, batches: "Batches"):
         self.info: dict[str, Any] = {}
-        # Closed and let go at exit, or when the loader is dropped: what Grain finds to close while the interpreter is
-        # already being taken down, it complains about.
-        self._held = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))]
-        self._finalizer = weakref.finalize(self, _close, self._held, batches.stop)
+        # A list, so that `_close` can empty it at exit or when the loader is dropped. Close explicitly; otherwise Grain
+        # reports errors during interpreter shutdown.
+        self._iterators = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))]
+        self._finalizer = weakref.finalize(self, _close, self._iterators, batches.stop)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
+        batch = next(self._iterator)
         self.info = batch.pop("info")
         return batch
 
     def state(self) -> dict[str, Any]:
-        return self._batches.get_state()
+        """The position after the batch returned last, for `restore`."""
+        return self._iterator.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch that `state` belongs to. UserError if it is of other rows than these."""
-        self._batches.set_state(state)
+        """Continues after the batch that `state` belongs to. UserError if its rows are of another packing or width."""
+        self._iterator.set_state(state)
 
     def close(self) -> None:
         """Ends the thread; may be called twice."""
         self._finalizer()
 
     @property
-    def _batches(self) -> grain.DatasetIterator:
-        if not self._held:
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._iterators:
             raise ValueError("the loader is closed")
-        return self._held[0]
+        return self._iterators[0]
 
 
-def _close(held: list[grain.DatasetIterator], stop: threading.Event) -> None:
+def _close(iterators: list[grain.DatasetIterator], stop: threading.Event) -> None:
     stop.set()
-    held.pop().close()
+    iterators.pop().close()
 
 
 def base_loader(
-    files: Sequence[Path], tokenizer, rows: int, seq_len: int, *, packing: str = "split", seed: int = 0,
-    epochs: int | None = None, cache_dir: Path | None = None, process_index: int = 0, process_count: int = 1,
-) -> Loader:  # fmt: skip
-    """Pretraining batches from parquet files: `rows` rows of the global batch, of which this process gets its share.
-    Ends after `epochs` passes, the last batch filled up with rows without targets; None: never. Files that have a twin
-    in the folder `twins` (see tokenized.py) are not tokenized again; the batches are the same."""
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    rows: int,
+    seq_len: int,
+    *,
+    packing: str = "split",
+    seed: int = 0,
+    epochs: int | None = None,
+    cache_dir: Path | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Pretraining batches from parquet files: `rows` rows in the global batch, of which this process gets its share.
+
+    Ends after `epochs` passes (None: never); the last batch is filled up with empty rows, which have no targets. Files
+    with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again; the batches are the same.
+    """
     documents = Documents(files, tokenizer, seed, epochs, cache_dir)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
 
 
 def val_batches(
-    files: Sequence[Path], tokenizer, rows: int, seq_len: int, num_tokens: int | None, *, packing: str = "split",
-    cache_dir: Path | None = None, process_index: int = 0, process_count: int = 1,
-) -> Loader:  # fmt: skip
-    """The first `num_tokens` tokens (rounded down to rows; at least one; None: all) of the files, the same ones in the
-    same rows whatever `rows` is. The last batch is filled up with rows without targets."""
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    rows: int,
+    seq_len: int,
+    num_tokens: int | None,
+    *,
+    packing: str = "split",
+    cache_dir: Path | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Validation batches: the first `num_tokens` tokens of the files, in whole rows, at least one (None: all).
+
+    What is in the rows does not depend on `rows`, their number in a batch. The last batch is filled up with empty rows.
+    """
     documents = Documents(files, tokenizer, None, 1, cache_dir)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count, max_rows))
 
 
 def chat_loader(
-    task, tokenizer, rows: int, seq_len: int, *, supervise: str = "all", epochs: int | None = None, seed: int = 0,
-    max_rows: int | None = None, padding: int = 0, process_index: int = 0, process_count: int = 1,
-) -> Loader:  # fmt: skip
-    """Batches of conversations, shuffled anew each epoch. supervise="all" (midtraining): split packing, loss on every
-    token. "mask" (finetuning): conversations whole, cut only if longer than a row, loss on the assistant's tokens; a
-    conversation without any is skipped. `info` counts those `truncated` and `skipped`. `max_rows` ends it early.
-    `padding` rows without targets follow the `rows` of every batch, for devices that those do not divide over."""
+    task: ChatTask,
+    tokenizer: Tokenizer,
+    rows: int,
+    seq_len: int,
+    *,
+    supervise: str = "all",
+    epochs: int | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+    padding: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Batches of conversations, reshuffled in each epoch. UserError if the task has none.
+
+    supervise="all" (midtraining): split packing, loss on every token. "mask" (finetuning): whole conversations,
+    truncated only if longer than a row, loss on the assistant's tokens; a conversation without any is skipped. `info`
+    counts the `truncated` and `skipped` ones. `max_rows` ends the batches early. Every batch has `padding` empty rows
+    after its `rows`, for devices among which the rows alone cannot be divided evenly.
+    """
     assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
     conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
     method = "whole" if supervise == "mask" else "split"
     return Loader(Batches(conversations, method, rows, seq_len, process_index, process_count, max_rows, padding))
 
 
-def mean_tokens(task, tokenizer, sample: int = 500) -> float:
+# -----------------------------------------------------------------------------
+# How much text there is
+
+
+def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> float:
     """Mean length of a task's conversations in tokens, estimated from `sample` of them, evenly spaced."""
     if not len(task):
         raise UserError("the task has no conversations")
@@ -116,74 +168,91 @@ def mean_tokens(task, tokenizer, sample: int = 500) -> float:
     return float(np.mean([len(tokenizer.render_conversation(task[int(i)], max_tokens=NO_LIMIT)[0]) for i in indices]))
 
 
-def epoch_tokens(files: Sequence[Path], tokenizer, cache_dir: Path | None = None, sample: int = 256) -> float:
-    """About how many tokens the files hold: as many a file as in those of the first eight that have a twin, else as the
-    tokens a byte of the first documents times the bytes of eight files that are here. NaN while none is here."""
+def epoch_tokens(
+    files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path | None = None, sample: int = 256
+) -> float:
+    """Estimates how many tokens the files hold, with a BOS per document.
+
+    From the first eight files: the mean of those with cached tokens, or else the bytes of those that have arrived times
+    the tokens per byte in the first `sample` documents. NaN if none has arrived.
+    """
     counts = []
     for path in files[:8]:
         if cached := token_cache.find(path, cache_dir):
-            counts.append(len(cached.tokens) + len(cached.chars))  # with a BOS a document
+            counts.append(len(cached.tokens) + len(cached.chars))  # with a BOS per document
             cached.close()
     if counts:
         return float(np.mean(counts)) * len(files)
     sizes = {path: parquet.text_bytes(path) for path in [path for path in files if path.exists()][:8]}
-    first = next((path for path, groups in sizes.items() if groups), None)
-    if first is None:
+    path = next((path for path, groups in sizes.items() if groups), None)
+    if path is None:
         return math.nan
-    with parquet.open(first) as file:
-        texts = parquet.read_row_group(file, first, 0)
+    with parquet.open(path) as file:
+        texts = parquet.read_row_group(file, path, 0)
     tokens, _ = tokenizer.encode_batch(texts[:sample], prepend=tokenizer.bos)
     share = sum(map(len, texts[:sample])) / max(1, sum(map(len, texts)))
-    ratio = len(tokens) / max(1.0, share * sizes[first][0])
-    return ratio * sum(map(sum, sizes.values())) / len(sizes) * len(files)
+    tokens_per_byte = len(tokens) / max(1.0, share * sizes[path][0])
+    return tokens_per_byte * sum(map(sum, sizes.values())) / len(sizes) * len(files)
 
 
 # -----------------------------------------------------------------------------
-# Where documents come from. A cursor says what to read next; `read` gives the documents there and the next cursor.
+# Documents and Conversations: a cursor says what to read next; `read` returns the documents there and the next cursor
 
 
 class Documents:
-    """Tokenized documents of parquet files. In the first epoch the files come in their order, since the later ones may
-    still be on their way, in later epochs shuffled; the row groups of a file are shuffled always. seed None: never."""
+    """Tokenized documents of parquet files.
+
+    In the first epoch files come in their own order, since later ones may still be arriving; in the following epochs
+    they are shuffled. The row groups of a file are always shuffled. seed None: nothing is.
+    """
 
     start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0, "skipped": 0}
 
     def __init__(
-        self, files: Sequence[Path], tokenizer, seed: int | None, epochs: int | None, cache_dir: Path | None = None
-    ):  # fmt: skip
+        self,
+        files: Sequence[Path],
+        tokenizer: Tokenizer,
+        seed: int | None,
+        epochs: int | None,
+        cache_dir: Path | None = None,
+    ):
         assert len(files), "no files to read"
         self.files, self.tokenizer, self.seed, self.epochs = list(files), tokenizer, seed, epochs
         self.cache_dir = cache_dir
         self.bos = tokenizer.bos
         self.stop = threading.Event()
-        self._path, self._file = None, None
-        self._group, self._docs, self._chars = None, [], []
+        # The open file, and its row group that documents are taken from.
+        self._path: Path | None = None
+        self._file: pq.ParquetFile | token_cache.TokenCache | None = None
+        self._group: int | None = None
+        self._docs: list = []  # str, or tokens int[n] without BOS
+        self._chars: Sequence[int] | np.ndarray = []  # of each document
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
-        """None at the end. Reads one row group at a time and tokenizes it in pieces."""
-        epoch, file, row_group, first = (cursor[k] for k in ("epoch", "file", "row_group", "document"))
+        """The documents at a cursor and the next cursor; None at the end. Tokenizes a row group in several steps."""
+        epoch, file, row_group, begin = (cursor[k] for k in ("epoch", "file", "row_group", "document"))
         if epoch == self.epochs:
             return None
         num_groups = self._open(self._nth_file(epoch, file))
         if num_groups:
-            self._read(int(self._shuffled(num_groups, epoch, 1 + file)[row_group]))
-        chars = np.cumsum(self._chars[first : first + TOKENIZE_AT_ONCE]) if num_groups else []
-        last = first + max(1, int(np.searchsorted(chars, CHARS_AT_ONCE, side="right")))
-        docs = self._tokens(self._docs[first:last]) if num_groups else []
+            self._read_row_group(int(self._shuffled(num_groups, epoch, 1 + file)[row_group]))
+        chars = np.cumsum(self._chars[begin : begin + TOKENIZE_AT_ONCE]) if num_groups else []
+        end = begin + max(1, int(np.searchsorted(chars, CHARS_AT_ONCE, side="right")))
+        docs = self._tokenize(self._docs[begin:end]) if num_groups else []
         usable = [ids for ids in docs if len(ids) > 1]
         skipped = cursor.get("skipped", 0) + len(docs) - len(usable)
 
-        if not num_groups or last >= len(self._docs):
-            row_group, last = row_group + 1, 0
+        if not num_groups or end >= len(self._docs):
+            row_group, end = row_group + 1, 0
         if row_group >= num_groups:
             file, row_group = file + 1, 0
         if file == len(self.files):
             epoch, file = epoch + 1, 0
-        following = {"epoch": epoch, "file": file, "row_group": row_group, "document": last}
+        following = {"epoch": epoch, "file": file, "row_group": row_group, "document": end}
         return usable, following | {"skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Where a cursor stands."""
+        """Where a cursor stands: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}."""
         epoch, file = cursor["epoch"], cursor["file"]
         done = epoch == self.epochs
         num_groups = 1 if done else self._open(self._nth_file(epoch, file)) if cursor["row_group"] else 1
@@ -193,28 +262,31 @@ class Documents:
         return place | {"skipped": cursor.get("skipped", 0)}
 
     def _nth(self, epoch: int, i: int) -> int:
+        """Index of the i-th file to read in an epoch."""
         return int(self._shuffled(len(self.files), epoch, 0)[i]) if epoch else i
 
     def _nth_file(self, epoch: int, i: int) -> Path:
         return self.files[self._nth(epoch, i)]
 
-    def _shuffled(self, n: int, epoch: int, what: int) -> np.ndarray:
-        return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, what]).permutation(n)
+    def _shuffled(self, n: int, epoch: int, stream: int) -> np.ndarray:
+        """0 to n - 1 in the random order of an epoch. Stream 0 orders the files, 1 + file its row groups."""
+        return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, stream]).permutation(n)
 
     def _open(self, path: Path) -> int:
-        """Opens a file, waiting for it if it is still on its way; the number of its row groups."""
-        if path != self._path:
+        """Opens a file, waiting for it if it is still arriving. Returns the number of its row groups."""
+        if self._file is None or path != self._path:
             file = token_cache.find(path, self.cache_dir)
             if file is None:
-                parquet.wait_for(path, self.stop)
+                hub.wait_for_shard(path, self.stop)
                 file = parquet.open(path)
             if self._file is not None:
                 self._file.close()
             self._path, self._file, self._group = path, file, None
         return self._file.num_row_groups
 
-    def _read(self, index: int) -> None:
-        """Makes a row group of the open file the one that documents are taken from."""
+    def _read_row_group(self, index: int) -> None:
+        """Loads the documents of a row group of the open file, unless they are loaded already."""
+        assert self._file is not None and self._path is not None, "no file is open"
         if index == self._group:
             return
         if isinstance(self._file, token_cache.TokenCache):
@@ -224,8 +296,8 @@ class Documents:
             self._chars = [len(text) for text in self._docs]
         self._group = index
 
-    def _tokens(self, docs: list[str] | list[np.ndarray]) -> list[np.ndarray]:
-        """Texts, or tokens without BOS, as documents."""
+    def _tokenize(self, docs: list) -> list[np.ndarray]:
+        """["Hi"] (or its tokens without BOS) -> [int32[bos, 72, 105]]."""
         if isinstance(self._file, token_cache.TokenCache):
             return [packing.document(np.concatenate([[self.bos], ids])) for ids in docs]
         tokens, offsets = self.tokenizer.encode_batch(docs, prepend=self.bos)
@@ -233,29 +305,29 @@ class Documents:
 
 
 class Conversations:
-    """Rendered conversations of a task, shuffled in every epoch. With `max_tokens` they are cut there and carry their
-    mask; without, they are whole and every token is a target."""
+    """Rendered conversations of a task, reshuffled in every epoch. With `max_tokens` they are truncated to it and carry
+    their mask; with None they are complete and every token is a target."""
 
     start: ClassVar[Cursor] = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
 
-    def __init__(self, task, tokenizer, max_tokens: int | None, seed: int, epochs: int | None):
+    def __init__(self, task: ChatTask, tokenizer: Tokenizer, max_tokens: int | None, seed: int, epochs: int | None):
         if not len(task):
             raise UserError("the task has no conversations")
         self.task, self.tokenizer, self.max_tokens, self.seed, self.epochs = task, tokenizer, max_tokens, seed, epochs
         self.bos = tokenizer.bos
         self.stop = threading.Event()
-        self._epoch, self._order = -1, None
+        self._epoch, self._order = -1, np.arange(0)
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
-        """None at the end."""
-        epoch, first = cursor["epoch"], cursor["position"]
+        """The conversations at a cursor and the next cursor; None at the end."""
+        epoch, begin = cursor["epoch"], cursor["position"]
         if epoch == self.epochs:
             return None
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
         docs, truncated, skipped = [], cursor["truncated"], cursor["skipped"]
-        for i in self._order[first : first + RENDER_AT_ONCE]:
-            # One token more than fits is asked for, which tells a conversation that was cut from one that just fits.
+        for i in self._order[begin : begin + RENDER_AT_ONCE]:
+            # One token more than fits, to tell a conversation that is too long from one that just fits.
             limit = NO_LIMIT if self.max_tokens is None else self.max_tokens + 1
             ids, mask = self.tokenizer.render_conversation(self.task[int(i)], max_tokens=limit)
             if self.max_tokens is None:
@@ -267,13 +339,13 @@ class Conversations:
                 docs.append(packing.document(ids, mask))
             else:
                 skipped += 1
-        position = first + RENDER_AT_ONCE
-        epoch, position = (epoch + 1, 0) if position >= len(self.task) else (epoch, position)
+        end = begin + RENDER_AT_ONCE
+        epoch, position = (epoch + 1, 0) if end >= len(self.task) else (epoch, end)
         return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Where a cursor stands. Conversations that wait to be placed are not progress, or the learning rate of a small
-        task would end before its training does."""
+        """Where a cursor stands. The `waiting` conversations, read but not yet placed in a row, do not count as
+        progress: otherwise the learning rate of a small task would reach its end before training does."""
         consumed = cursor["epoch"] * len(self.task) + cursor["position"] - waiting
         counts = {k: cursor[k] for k in ("epoch", "truncated", "skipped")}
         return {**counts, "shard": None, "row_group": None, "progress": max(0, consumed) / len(self.task)}
@@ -284,27 +356,34 @@ class Conversations:
 
 
 def check_packing(method: str) -> None:
-    """UserError for a way of packing that there is not."""
-    if method not in ("stream", *packing.CHOICE):
+    """UserError for an unknown packing method."""
+    if method not in ("stream", *packing.BUFFER_DOCUMENTS):
         raise UserError(f"--packing={method}: expected split, crop or stream")
 
 
 class Batches(grain.IterDataset):
-    """Documents packed into batches; see Loader for what they are."""
+    """Documents packed into batches; see Loader for their contents."""
 
     def __init__(
-        self, documents: Documents | Conversations, method: str, rows: int, seq_len: int, process_index: int = 0,
-        process_count: int = 1, max_rows: int | None = None, padding: int = 0,
-    ):  # fmt: skip
+        self,
+        documents: Documents | Conversations,
+        method: str,
+        rows: int,
+        seq_len: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        max_rows: int | None = None,
+        padding: int = 0,
+    ):
         super().__init__()
         check_packing(method)
         padded = rows + padding
         if rows < 1 or padded % process_count:
             raise UserError(f"a batch of {padded} rows cannot be shared by {process_count} processes: use a multiple")
         share = padded // process_count
-        self.mine = slice(process_index * share, (process_index + 1) * share)
+        self.own_rows = slice(process_index * share, (process_index + 1) * share)
         self.documents, self.method, self.rows, self.max_rows = documents, method, rows, max_rows
-        self.padded = padded
+        self.padded_rows = padded
         self.width = seq_len + 1
         self.stop = documents.stop
 
@@ -313,42 +392,45 @@ class Batches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """One pass over Batches; not thread-safe, as Grain's iterators are."""
+    """One pass over Batches; not thread-safe, like all Grain iterators."""
 
     def __init__(self, batches: Batches):
         super().__init__()
-        self._of = batches
+        self._batches = batches
+        self._documents = batches.documents
         bos = batches.documents.bos
         stream = batches.method == "stream"
         self._packer = (
             packing.Stream(batches.width, bos) if stream else packing.BestFit(batches.method, batches.width, bos)
         )
         self._cursor = dict(batches.documents.start)
-        self._rows = 0  # handed out so far
+        self._rows = 0  # of the global batch, returned so far
 
     def __next__(self) -> dict[str, Any]:
         rows = []
-        while len(rows) < self._of.rows and (row := self._row()) is not None:
+        while len(rows) < self._batches.rows and (row := self._row()) is not None:
             rows.append(row)
         if not rows:
             raise StopIteration
-        empty = packing.padding(self._of.width, self._of.documents.bos)
-        rows += [empty] * (self._of.padded - len(rows))
-        info = self._of.documents.info(self._cursor, len(self._packer))
-        return packing.as_batch(np.stack(rows[self._of.mine])) | {"info": info | {"waste": self._packer.waste}}
+        empty = packing.empty_row(self._batches.width, self._documents.bos)
+        rows += [empty] * (self._batches.padded_rows - len(rows))
+        info = self._documents.info(self._cursor, len(self._packer))
+        own_rows = np.stack(rows[self._batches.own_rows])
+        return packing.as_batch(own_rows) | {"info": info | {"waste": self._packer.waste}}
 
     def _row(self) -> np.ndarray | None:
-        if self._rows == self._of.max_rows:
+        """The next packed row; None at the end."""
+        if self._rows == self._batches.max_rows:
             return None
-        start = self._cursor["epoch"]
-        while self._packer.hungry:
-            if (found := self._of.documents.read(self._cursor)) is None:
+        epoch = self._cursor["epoch"]
+        while self._packer.needs_documents:
+            if (result := self._documents.read(self._cursor)) is None:
                 break
-            documents, self._cursor = found
+            documents, self._cursor = result
             for document in documents:
                 self._packer.add(document)
-            if not len(self._packer) and self._cursor["epoch"] > start + 1:
-                break  # or an endless loader of nothing would search forever
+            if not len(self._packer) and self._cursor["epoch"] > epoch + 1:
+                break  # a whole epoch without a usable document: an endless loader would search forever
         if not len(self._packer):
             if not self._rows:
                 raise UserError("nothing to train on: every document is empty, or has no token to learn from")
@@ -357,12 +439,12 @@ class BatchIterator(grain.DatasetIterator):
         return self._packer.row()
 
     def get_state(self) -> dict[str, Any]:
-        kind = {"packing": self._of.method, "width": self._of.width}
+        kind = {"packing": self._batches.method, "width": self._batches.width}
         return {**kind, "rows": self._rows, "cursor": dict(self._cursor), "packer": self._packer.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for key, here in (("packing", self._of.method), ("width", self._of.width)):
-            if state.get(key) != here:
-                raise UserError(f"the saved data position has {key} {state.get(key)}, this run {here}: keep the first")
+        for key, current in (("packing", self._batches.method), ("width", self._batches.width)):
+            if (saved := state.get(key)) != current:
+                raise UserError(f"the saved data position has {key} {saved}, this run {current}: keep {key} {saved}")
         self._cursor, self._rows = dict(state["cursor"]), state["rows"]
         self._packer.restore(state["packer"])

@@ -1,13 +1,17 @@
-"""Shards of text from the Hugging Face hub: in parallel, resumed after an interruption, verified.
+"""Downloads shards of pretraining text from the Hugging Face hub. In: a source's name. Out: parquet files, verified.
 
-    <base>/data/<source>/shard_00000.parquet          whole and verified, or not there
-    <base>/data/<source>/shard_00000.parquet.sha256   what it hashes to, as `sha256sum -c` reads it
-    <base>/data/<source>/shard_00000.parquet.*.part   its beginning, named after the version it is of
-    <base>/data/<source>/manifest.json                how many were asked for
+Only text shards: the rows of tasks are downloaded by tasks/source.py. Shards are fetched in parallel, and a download
+that was interrupted is resumed.
+
+    <base>/data/<source>/shard_00000.parquet          complete and verified, or not there
+    <base>/data/<source>/shard_00000.parquet.sha256   its SHA-256, in the format of `sha256sum -c`
+    <base>/data/<source>/shard_00000.parquet.*.part   its beginning, named after the version it belongs to
+    <base>/data/<source>/manifest.json                how many shards were requested
 
 Addresses, tokens, mirrors and offline mode are huggingface_hub's: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. The transfer
-is not: the library (2.4) throws away what it has when it is interrupted, compares sizes but no hashes, and needs 23 s
-to notice that nobody answers. The hash is the hub's; where a mirror gives none, it is the first download's.
+is ours: the library (2.4) discards a partial file when it is interrupted, compares sizes but not hashes, and takes 23 s
+to notice that a server does not answer. The expected hash is the hub's; if a mirror reports none, it is that of the
+first download.
 """
 
 import contextlib
@@ -18,7 +22,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,24 +38,29 @@ SOURCES = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
 }
-TRIES = 5  # in a row without a new byte
-FEW_TRIES = 3  # where no server answers, or it sends the wrong bytes
+TRIES = 5  # in a row, none of which transferred a byte
+FEW_TRIES = 3  # if no server answers, or if it sends the wrong bytes
 PAUSE = 0.5  # seconds before the second try, doubled before each further one
-LONGEST_PAUSE = 300.0  # seconds; the hub counts requests over five minutes
+LONGEST_PAUSE = 300.0  # seconds; the hub limits the requests in five minutes
 
 
-def shard(index: int) -> str:
+def shard_name(index: int) -> str:
+    """7 -> "shard_00007.parquet"."""
     return f"shard_{index:05d}.parquet"
 
 
 def folder_of(source: str) -> Path:
+    """The folder that holds the shards of a source."""
     return config.base_dir() / "data" / source
 
 
 def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
-    """(training shards, validation shard) that `download` was asked for, arrived or not, so that their order never
-    depends on what has arrived; with `num_files` as many of them, asked for yet or not. UserError where nothing was."""
-    folder, last = folder_of(source), shard(SOURCES[source][1])
+    """(training shards, validation shard) that `download` was asked for. UserError if nothing was downloaded.
+
+    Shards that have not arrived yet are included, so that the order never depends on what has. `num_files`: exactly
+    this many training shards, even if more or fewer were requested (-1: all that were).
+    """
+    folder, last = folder_of(source), shard_name(SOURCES[source][1])
     if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
         raise UserError(f"--num_files={num_files}: expected 1 to {SOURCES[source][1]} shards of {source} (-1: all)")
     command = f"python -m nanochat_jax.dataset --data {source} -n 8"
@@ -58,65 +68,103 @@ def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
         raise UserError(f"{source}: no validation shard {folder / last}; run {command}")
     count = read_json(folder / "manifest.json").get("shards")
     if num_files > 0:
-        train = [folder / shard(i) for i in range(num_files)]
-    elif count is None:  # put here by other means
+        train = [folder / shard_name(i) for i in range(num_files)]
+    elif count is None:  # copied here by hand
         train = [p for p in sorted(folder.glob("shard_*.parquet")) if p.name != last]
     else:
-        train = [folder / shard(i) for i in range(count)]
+        train = [folder / shard_name(i) for i in range(count)]
     if not train:
         raise UserError(f"{source}: no training shards in {folder}; run {command}")
     return train, folder / last
 
 
 def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = False) -> None:
-    """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder; what is
-    there is kept, what was begun goes on. Files that have changed since they were verified are hashed again, with
-    `verify` all of them, and the damaged ones fetched anew. UserError if any shard is missing in the end."""
+    """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. UserError
+    if any shard is missing in the end.
+
+    Existing shards are kept and partial ones resumed. Shards that changed since they were verified are hashed again,
+    with `verify` all of them; damaged ones are fetched again.
+    """
     if source not in SOURCES:
         raise UserError(f"--data={source}: unknown source, expected {' or '.join(SOURCES)}")
     repo, last = SOURCES[source]
     if num_files > last or num_files == 0 or num_files < -1 or workers < 1:
         raise UserError(f"-n {num_files} -w {workers}: expected 1 to {last} shards (-1: all) and at least one worker")
     count = last if num_files == -1 else num_files
-    names = [shard(i) for i in range(count)]
+    names = [shard_name(i) for i in range(count)]
     folder = folder_of(source)
     # Two downloads into one folder would write the same partial files.
     with exclusive(folder, f"another download into {folder} is running: wait for it, or end it"):
         job = Job(repo, folder)
-        there = [name for name in [shard(last), *names] if (folder / name).exists()]
-        with job.threads(workers) as pool, Progress("verifying, files", len(there)) as progress:
-            for _ in pool.map(lambda name: _verify(job, name, verify), there):
-                job.alive()
+        existing = [name for name in [shard_name(last), *names] if (folder / name).exists()]
+        with job.threads(workers) as pool, Progress("verifying, files", len(existing)) as progress:
+            for _ in pool.map(lambda name: _verify(job, name, verify), existing):
+                job.touch_lock()
                 progress.advance()
-        # The validation shard comes first and alone: it is needed whatever happens, and where the hub cannot be
-        # reached this says so once and soon.
-        if failures := _fetch_all(job, [shard(last)], f"{source}, validation shard, MB", 1):
+        # The validation shard comes first and alone: it is always needed, and if the hub cannot be reached, this fails
+        # once and early.
+        if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
-        asked = max(count, read_json(folder / "manifest.json").get("shards", 0))  # asking for less takes nothing away
-        write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": asked}) + "\n")
+        # A smaller request takes nothing away.
+        requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
+        write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
         if failures := _fetch_all(job, names, f"{source}, MB", workers):
-            left = sum(not (folder / name).exists() for name in names)
-            first = f"{left} of {count} shards missing, the first because {failures[0]}"
-            raise UserError(f"{first}; run it again to resume")
+            missing = sum(not (folder / name).exists() for name in names)
+            message = f"{missing} of {count} shards missing, the first because {failures[0]}"
+            raise UserError(f"{message}; run it again to resume")
+
+
+# -----------------------------------------------------------------------------
+# Waiting for a shard that another process downloads
+
+
+def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
+    """Blocks until a shard that is being downloaded has arrived, so that training can start on the first ones.
+
+    UserError if nothing has changed in its folder for `patience` seconds; InterruptedError once `stop` is set.
+    """
+    stop = stop or threading.Event()
+    if not path.exists():
+        print(f"waiting for {path} to arrive", file=sys.stderr, flush=True)
+    while not path.exists():
+        if time.time() - _last_change(path.parent) > patience:
+            raise UserError(f"{path}: missing, and no download is running; run python -m nanochat_jax.dataset again")
+        if stop.wait(0.5):
+            raise InterruptedError(f"stopped waiting for {path}")
+
+
+def _last_change(folder: Path) -> float:
+    """When a file in the folder was last modified, in seconds since the epoch. A download touches its lock even while
+    it only waits."""
+    times = [0.0]
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # a temporary file that has been renamed since
+                times.append(entry.stat().st_mtime)
+    return max(times)
+
+
+# -----------------------------------------------------------------------------
+# A download
 
 
 @dataclass
 class Job:
-    """What the threads of one download share; each writes under the names of its own shards alone."""
+    """State that the threads of one download share. Each thread writes only to the entries of its own shards."""
 
     repo: str
     folder: Path
     stop: threading.Event = field(default_factory=threading.Event)
-    came: dict[str, int] = field(default_factory=dict)  # bytes of a shard that were transferred
-    to_come: dict[str, int] = field(default_factory=dict)  # and how many these will have been in the end
+    received: dict[str, int] = field(default_factory=dict)  # bytes of a shard transferred so far
+    expected: dict[str, int] = field(default_factory=dict)  # what `received` will be when the shard is complete
 
-    def alive(self) -> None:
-        """Tells those who wait for a shard that somebody is at work on it."""
+    def touch_lock(self) -> None:
+        """Shows `wait_for_shard` in other processes that the download is still running."""
         os.utime(self.folder / "lock")
 
     @contextlib.contextmanager
-    def threads(self, workers: int) -> Iterator[ThreadPoolExecutor]:
-        """Ends what its threads are doing when the block ends, in whatever way."""
+    def threads(self, workers: int) -> Generator[ThreadPoolExecutor, None, None]:
+        """A thread pool for the block; its threads are stopped when the block ends, also by an exception."""
         pool = ThreadPoolExecutor(workers)
         try:
             yield pool
@@ -130,31 +178,30 @@ class Job:
 
 
 class Stopped(Exception):
-    """The download is to end."""
+    """The download has been told to stop."""
 
 
-class Wrong(Exception):
-    """What arrived is not what was promised."""
+class BadContent(Exception):
+    """A complete file whose size, hash or format is wrong."""
 
 
 def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str]:
-    """Fetches the shards that are missing, in parallel. Returns what went wrong, one line a shard; stops early where
-    it goes wrong again and again."""
+    """Fetches the missing shards in parallel and returns one line per failure. Many failures stop it early."""
     missing = [name for name in names if not (job.folder / name).exists()]
-    job.came, job.to_come = dict.fromkeys(missing, 0), {}
+    job.received, job.expected = dict.fromkeys(missing, 0), {}
     failures = []
     with job.threads(workers) as pool, Progress(label, None) as progress:
         pending = {pool.submit(_fetch, job, name) for name in missing}
-        while pending and len(failures) < 2 * workers:  # many: it is not about single shards
+        while pending and len(failures) < 2 * workers:  # more: the cause is not a single shard
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            job.alive()
+            job.touch_lock()
             failures += [failure for future in done if (failure := future.result())]
             arrived = len(missing) - len(pending) - len(failures)
-            begun, here = list(job.to_come.values()), sum(list(job.came.values()))
-            # Shards are about of one size, so those that have not begun are as large as the others.
-            progress.total = int(sum(begun) / max(1, len(begun)) * (len(missing) - len(failures)) / 1e6) or None
-            speed = here / 1e6 / max(progress.seconds, 1e-9)
-            progress.reach(int(here / 1e6), f"{arrived}/{len(missing)} files, {speed:.1f} MB/s")
+            sizes, received = list(job.expected.values()), sum(list(job.received.values()))
+            # Shards are all about the same size, so those not yet begun are assumed to be as large as the others.
+            progress.total = int(sum(sizes) / max(1, len(sizes)) * (len(missing) - len(failures)) / 1e6) or None
+            speed = received / 1e6 / max(progress.seconds, 1e-9)
+            progress.reach(int(received / 1e6), f"{arrived}/{len(missing)} files, {speed:.1f} MB/s")
     return failures
 
 
@@ -163,26 +210,26 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
 
 
 def _fetch(job: Job, name: str) -> str:
-    """Fetches one shard. Returns "" or, in one line, why it is not there."""
+    """Fetches one shard, with retries. Returns "", or one line that says why it failed."""
     tries = 0
     while True:
-        before = job.came[name]
+        before = job.received[name]
         try:
             _transfer(job, name)
             return ""
         except Stopped:
             return f"{name}: stopped"
-        except Exception as error:  # the library's, those of its HTTP client, ours: each ends as a line
+        except Exception as error:  # from the library, its HTTP client or us: each becomes one line
             reason = f"{name}: {first_line(error)}"
-            progressed = job.came[name] > before and not isinstance(error, Wrong)
+            progressed = job.received[name] > before and not isinstance(error, BadContent)
             tries = 1 if progressed else tries + 1
-            allowed, pause = _patience(error)
+            allowed, pause = _retry_limits(error)
             if tries >= allowed or job.stop.wait(pause or min(PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)):
                 return reason
 
 
-def _patience(error: Exception) -> tuple[int, float]:
-    """How many tries an error is worth, and the seconds to wait where the server says how long (0: it does not)."""
+def _retry_limits(error: Exception) -> tuple[int, float]:
+    """How many tries this error is worth, and how many seconds the server asked us to wait (0: it did not say)."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -193,35 +240,35 @@ def _patience(error: Exception) -> tuple[int, float]:
     if response is None:
         return FEW_TRIES, 0
     if response.status_code not in (408, 429) and response.status_code < 500:
-        return 1, 0  # it is not there, or not for us
+        return 1, 0  # it does not exist, or we may not read it
     limits = response.headers.get("Retry-After", ""), response.headers.get("RateLimit", "")
-    told = re.fullmatch(r"(\d+)", limits[0]) or re.search(r"\bt=(\d+)", limits[1])
-    return TRIES, min(float(told[1]), LONGEST_PAUSE) if told else 0
+    seconds = re.fullmatch(r"(\d+)", limits[0]) or re.search(r"\bt=(\d+)", limits[1])
+    return TRIES, min(float(seconds[1]), LONGEST_PAUSE) if seconds else 0
 
 
 def _transfer(job: Job, name: str) -> None:
-    """One try: asks for the shard's size and hash, continues its partial file, verifies and names it."""
+    """Tries once: asks for the shard's size and hash, completes its partial file, verifies and renames it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    # The endpoint is read here, since the library reads it once when it is imported.
+    # The endpoint is read here, because the library reads it only once, when it is imported.
     url = hf_hub_url(job.repo, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
     about = get_hf_file_metadata(url, timeout=_seconds("HF_HUB_ETAG_TIMEOUT", 5.0))
     path = job.folder / name
-    digest, pinned = _sha256_of(about.etag), _pinned(path)
-    if digest and pinned and digest != pinned:
-        print(f"{name}: the hub has another version now, SHA-256 {digest}, once {pinned}", flush=True)
+    digest, recorded = _as_sha256(about.etag), _recorded_hash(path)
+    if digest and recorded and digest != recorded:
+        print(f"{name}: the hub now has another version, SHA-256 {digest} instead of {recorded}", flush=True)
     version = hashlib.sha256((about.etag or "").encode()).hexdigest()[:16]
     part = path.with_name(f"{name}.{version}.part")
     for other in path.parent.glob(f"{name}.*.part"):
         if other != part:
             other.unlink()
-    _append(job, name, url, part, about.size)
-    expected = digest or (f"{pinned} as the first time ({_pin(path).name})" if pinned else "")
+    _complete(job, name, url, part, about.size)
+    expected = digest or (f"{recorded} as the first time ({_hash_file(path).name})" if recorded else "")
     _accept(part, path, expected, about.size)
 
 
-def _append(job: Job, name: str, url: str, part: Path, size: int | None) -> None:
-    """Adds to the partial file what is missing."""
+def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> None:
+    """Downloads the rest of a partial file, or all of it if the server cannot send a range."""
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers
 
@@ -232,17 +279,17 @@ def _append(job: Job, name: str, url: str, part: Path, size: int | None) -> None
         start = 0
     headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     timeout = _seconds("HF_HUB_DOWNLOAD_TIMEOUT", 10.0)
-    came = job.came[name]
-    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
-        hf_raise_for_status(answer)
-        if answer.status_code != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+    before = job.received[name]
+    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        hf_raise_for_status(response)
+        if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             start = 0  # the whole file is coming
-        job.to_come[name] = came + (int(answer.headers.get("Content-Length", 0)) if size is None else size - start)
+        job.expected[name] = before + (int(response.headers.get("Content-Length", 0)) if size is None else size - start)
         with open(part, "r+b" if start else "wb") as file:
             file.seek(start)
-            for block in answer.iter_bytes():
+            for block in response.iter_bytes():
                 file.write(block)
-                job.came[name] += len(block)
+                job.received[name] += len(block)
                 if job.stop.is_set():
                     raise Stopped
             file.flush()
@@ -250,42 +297,43 @@ def _append(job: Job, name: str, url: str, part: Path, size: int | None) -> None
 
 
 def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
-    """Gives a partial file its name if it is whole. `expected` begins with its SHA-256, or is "" if nobody knows it."""
-    length, found = part.stat().st_size, sha256(part)
+    """Renames a complete partial file to `path`, deletes a bad one. `expected` begins with the SHA-256, or is ""."""
+    length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:
         raise ConnectionError(f"got {length:,} of {size:,} bytes")  # the rest may still come
     if size is not None and length > size:
         problem = f"got {length:,} bytes instead of {size:,}"
-    elif expected and not expected.startswith(found):
-        problem = f"got bytes with SHA-256 {found}, expected {expected}"
+    elif expected and not expected.startswith(digest):
+        problem = f"got bytes with SHA-256 {digest}, expected {expected}"
     else:
         problem = _problem(part)
     if problem:
         part.unlink()
-        raise Wrong(problem)
-    write_text(_pin(path), f"{found}  {path.name}\n")  # first: a shard that is there has its hash
+        raise BadContent(problem)
+    write_text(_hash_file(path), f"{digest}  {path.name}\n")  # first, so that every shard has its hash
     os.replace(part, path)
 
 
 def _verify(job: Job, name: str, always: bool) -> None:
-    """Removes a shard that is damaged, so that it is fetched again."""
+    """Deletes a shard that is damaged, so that it is fetched again. Hashes it only if it is newer than its hash, or
+    `always`."""
     path = job.folder / name
-    pinned = _pinned(path)
-    if pinned and not always and path.stat().st_mtime <= _pin(path).stat().st_mtime:
+    recorded = _recorded_hash(path)
+    if recorded and not always and path.stat().st_mtime <= _hash_file(path).stat().st_mtime:
         return
-    found = sha256(path)
-    problem = _problem(path)  # all there is to go by for a file that was put here by other means
-    if pinned and found != pinned:
-        problem = f"SHA-256 {found}, expected {pinned}"
+    digest = sha256(path)
+    problem = _problem(path)  # the only check for a file that was copied here by hand
+    if recorded and digest != recorded:
+        problem = f"SHA-256 {digest}, expected {recorded}"
     if problem:
         print(f"{path} is damaged ({problem}): fetching it again", flush=True)
         path.unlink()
     else:
-        write_text(_pin(path), f"{found}  {name}\n")
+        write_text(_hash_file(path), f"{digest}  {name}\n")
 
 
 def _problem(path: Path) -> str:
-    """What keeps a file from being read as parquet, in one line; "" if nothing does."""
+    """Why a file cannot be read as parquet, in one line; "" if it can."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -296,24 +344,26 @@ def _problem(path: Path) -> str:
     return ""
 
 
-def _pin(path: Path) -> Path:
+def _hash_file(path: Path) -> Path:
+    """shard_00000.parquet -> shard_00000.parquet.sha256."""
     return path.with_name(path.name + ".sha256")
 
 
-def _pinned(path: Path) -> str:
-    """The SHA-256 recorded for a shard, "" if there is none."""
+def _recorded_hash(path: Path) -> str:
+    """The SHA-256 (hex) recorded for a shard, "" if there is none."""
     try:
-        return _sha256_of(_pin(path).read_text(encoding="utf-8").split(" ")[0])
+        return _as_sha256(_hash_file(path).read_text(encoding="utf-8").split(" ")[0])
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def _sha256_of(etag: str | None) -> str:
-    """The hub's tag of a large file is its SHA-256; that of other servers may be anything."""
+def _as_sha256(etag: str | None) -> str:
+    """The tag itself if it is a SHA-256, as the hub's are for large files, else "": other servers may send anything."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
 
 
 def _seconds(variable: str, default: float) -> float:
+    """The number in an environment variable, or the default if it holds none."""
     try:
         return float(os.environ.get(variable) or default)
     except ValueError:

@@ -1,8 +1,9 @@
-"""The corpus that is always there: docstrings of the standard library and of installed packages.
+"""Collects the corpus that is always available: installed docstrings. In: package names. Out: training and validation
+documents, and the versions they come from.
 
-Files are parsed, never imported. A class or function with its methods is one document; what is too short for one goes
-into the document of its module. Repeated paragraphs are dropped, and a fixed share of the documents, chosen by the
-hash of their names, is held out. The same versions give the same corpus.
+Files are parsed, never imported. A class or function with its methods is one document; a docstring that is too short
+for that goes into the document of its module. Repeated paragraphs are dropped, and a fixed share of the documents,
+chosen by the hash of their names, is held out. The same versions give the same corpus.
 """
 
 import ast
@@ -28,96 +29,98 @@ PACKAGES = (
 )  # fmt: skip
 SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 MIN_CHARS = 200  # of a document
-MIN_PARAGRAPH = 60  # shorter ones (headings, "Returns") may repeat
-HELD_OUT = 64  # one document in so many is for validation
+MIN_PARAGRAPH = 60  # characters; shorter paragraphs (headings, "Returns") may repeat
+HELD_OUT = 64  # one document in this many is for validation
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def corpus(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
+def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
     """Training documents (shuffled), validation documents, and the version of every package they come from (None: not
-    installed). The standard library always belongs to it."""
-    files, versions = [], {"python": platform.python_version()}
-    files += _modules(Path(sysconfig.get_paths()["stdlib"]), "")
+    installed). The standard library is always included."""
+    files = _module_files(Path(sysconfig.get_paths()["stdlib"]), "")
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         spec = importlib.util.find_spec(package)  # of a top-level name: finds the files without importing them
         versions[package] = _version(package) if spec else None
         for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
-            files += _modules(Path(folder), package)
+            files += _module_files(Path(folder), package)
 
     # Parsing takes some 20 s on one core. Children are spawned, since a fork of a process that runs JAX may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
-        found = pool.map(documents, *zip(*sorted(files), strict=True), chunksize=64)
-        named = _without_repetitions(document for module in found for document in module)
+        modules = pool.map(module_documents, *zip(*sorted(files), strict=True), chunksize=64)
+        named = _drop_repeated_paragraphs(document for module in modules for document in module)
 
-    train = [text for name, text in named if not held_out(name)]
+    train = [text for name, text in named if not is_held_out(name)]
     random.Random(42).shuffle(train)
-    return train, [text for name, text in named if held_out(name)], versions
+    return train, [text for name, text in named if is_held_out(name)], versions
 
 
-def held_out(name: str) -> bool:
-    """Whether the document of this name is for validation. By name, so that it never depends on what else is there."""
+def is_held_out(name: str) -> bool:
+    """Whether the document of this name is for validation. Decided by name, so that it never depends on the others."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
-def documents(module: str, path: str) -> list[tuple[str, str]]:
-    """(dotted name, text) of the documents in one Python file; none if it cannot be parsed."""
+def module_documents(module: str, path: str) -> list[tuple[str, str]]:
+    """("pets.Dog", "pets.Dog\\n\\nBarks at ...") for each document in one Python file; [] if it cannot be parsed."""
     try:
         source = Path(path).read_bytes()
         if b'"""' not in source and b"'''" not in source and module != "pydoc_data.topics":
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd escapes in other people's strings
+            warnings.simplefilter("ignore")  # about invalid escapes in other people's strings
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
     if module == "pydoc_data.topics":  # the language reference, a dictionary of strings
         return [d for d in _topics(module, tree) if len(d[1]) >= MIN_CHARS]
 
-    found, short = [], _clean(ast.get_docstring(tree) or "")
+    documents, short = [], _clean(ast.get_docstring(tree) or "")
     for name, text in _sections(tree, module):
         if len(text) >= MIN_CHARS:
-            found.append((name, text))
+            documents.append((name, text))
         else:
             short += f"\n\n{text}"
     text = f"{module}\n\n{short.strip()}"
-    return [(module, text), *found] if len(text) >= MIN_CHARS else found
+    return [(module, text), *documents] if len(text) >= MIN_CHARS else documents
 
 
-def _modules(folder: Path, package: str) -> list[tuple[str, str]]:
-    """(dotted name, path) of the Python files below a folder, those of tests left out."""
-    found = []
+def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
+    """(dotted name, path) of the Python files below a folder, tests excluded: ("jax.nn", ".../jax/nn/__init__.py")."""
+    files = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in SKIP_FOLDERS)
         for name in names:
             parts = list(Path(root, name).relative_to(folder).with_suffix("").parts)
             if name.endswith(".py") and not name.startswith("test_") and not name.endswith("_test.py"):
                 parts = parts[:-1] if parts[-1] == "__init__" else parts
-                found.append((".".join([package] * bool(package) + parts) or package, str(Path(root, name))))
-    return found
+                files.append((".".join([package] * bool(package) + parts) or package, str(Path(root, name))))
+    return files
 
 
 def _version(package: str) -> str:
+    """Of an installed package: "jax" -> "0.10.2". Its distribution may have another name."""
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(distributions[0])
 
 
-def _sections(tree: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of each class and function at the top of a module, with what is inside them."""
+def _sections(tree: ast.Module, prefix: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of each class and function at the top of a module, with everything inside it."""
     for node in _definitions(tree):
-        name = f"{prefix}.{getattr(node, 'name', '')}"
-        parts = []
         if isinstance(node, ast.Call):  # add_newdoc("module", "name", "docs"): docstrings of functions written in C
             strings = [a.value for a in ast.walk(node) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             name = ".".join(s for s in strings if s.isidentifier() or re.fullmatch(r"[\w.]+", s)) or prefix
             parts = [f"{name}\n\n{_clean(s)}" for s in strings if "\n" in s]
         else:
+            name = f"{prefix}.{node.name}"
             parts = list(_docstrings(node, name))
         if parts:
             yield name, "\n\n".join(parts)
 
 
-def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """A definition's docstring under its name, and those of the definitions inside it."""
+def _docstrings(node: Definition, name: str) -> Iterator[str]:
+    """A definition's docstring under its name, then those of the definitions inside it."""
     if text := _clean(ast.get_docstring(node) or ""):
         yield f"{name}\n\n{text}"
     for child in _definitions(node):
@@ -125,10 +128,10 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
             yield from _docstrings(child, f"{name.rsplit('.', 1)[-1]}.{child.name}")
 
 
-def _definitions(node: ast.AST) -> Iterator[ast.AST]:
-    """Classes, functions and add_newdoc calls directly inside a node, looking through if, try and with."""
+def _definitions(node: ast.AST) -> Iterator[Definition | ast.Call]:
+    """Classes, functions and add_newdoc calls directly inside a node, also inside its if, try and with blocks."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(child, Definition):
             yield child
         elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
             function = child.value.func
@@ -138,16 +141,18 @@ def _definitions(node: ast.AST) -> Iterator[ast.AST]:
             yield from _definitions(child)
 
 
-def _topics(module: str, tree: ast.AST) -> Iterator[tuple[str, str]]:
+def _topics(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of each entry of the dictionaries in a module: {"if": "The if statement ..."}."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
                     yield f"{module}.{key.value}", _clean(value.value)
 
 
 def _clean(text: str) -> str:
-    """Without indentation, prompts of examples and marks meant for tools."""
+    """Removes indentation, the prompts of examples and markers meant for tools: "    >>> 1 + 1  # doctest: +SKIP" ->
+    "1 + 1"."""
     lines = []
     for line in text.expandtabs().rstrip().splitlines():
         line = re.sub(r"^(\s*)(?:>>>|\.\.\.)(?: |$)", r"\1", line)
@@ -157,9 +162,9 @@ def _clean(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def _without_repetitions(named: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drops paragraphs met before, and then documents with too little left. Scientific packages quote each other at
-    length; this also keeps the validation text out of the training text."""
+def _drop_repeated_paragraphs(named: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Drops paragraphs that occurred before, and then documents with too little left. Scientific packages quote each
+    other at length; this also keeps the validation text out of the training text."""
     seen, kept = set(), []
     for name, text in named:
         paragraphs = []
@@ -171,7 +176,7 @@ def _without_repetitions(named: Iterator[tuple[str, str]]) -> list[tuple[str, st
                     continue
                 seen.add(key)
             paragraphs.append(paragraph)
-        left = "\n\n".join(paragraphs)
-        if len(left) >= MIN_CHARS:
-            kept.append((name, left.encode("utf-8", "ignore").decode("utf-8")))  # without lone surrogates
+        remainder = "\n\n".join(paragraphs)
+        if len(remainder) >= MIN_CHARS:
+            kept.append((name, remainder.encode("utf-8", "ignore").decode("utf-8")))  # without lone surrogates
     return kept

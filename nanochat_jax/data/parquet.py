@@ -1,31 +1,41 @@
-"""Parquet files with one string column `text`: written, read by row group, and waited for while they download."""
+"""Parquet files with one string column `text`. In: a path, or texts to write. Out: documents by row group, or shards.
 
-import contextlib
-import os
+A file that cannot be used is a UserError that names it; a document that cannot be used is read as "", so that the
+others keep their positions.
+"""
+
+import itertools
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat_jax.config import UserError, first_line
 
-ROW_GROUP = 1024  # documents; the unit that is read and tokenized at once
+if TYPE_CHECKING:
+    import hashlib
+
+    import pyarrow.parquet as pq  # imported where it is used: it is slow to load
+
+ROW_GROUP = 1024  # documents; read and tokenized together
 SHARD_CHARS = 250_000_000  # about 100 MB of zstd
-MAX_CHARS = 1_000_000  # of a document; longer ones are cut, since one is tokenized and packed as a whole
-MEND = "a downloaded file is fetched again by python -m nanochat_jax.dataset --verify"
+MAX_CHARS = 1_000_000  # of a document; longer ones are split, since a document is tokenized and packed as a whole
+HOW_TO_FIX = "a downloaded file is fetched again by python -m nanochat_jax.dataset --verify"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
-def open(path: Path):
-    """A pyarrow ParquetFile with a column `text` of strings. UserError names the file that is broken or has none."""
+def open(path: Path) -> "pq.ParquetFile":
+    """Opens a parquet file that has a string column `text`. UserError names a file that is damaged or has none.
+
+    Named like gzip.open, and called the same way: parquet.open(path).
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable parquet file ({first_line(error)}); {MEND}") from error
+        raise UserError(f"{path}: not a readable parquet file ({first_line(error)}); {HOW_TO_FIX}") from error
     if "text" not in file.schema_arrow.names:
         raise UserError(f"{path}: no column 'text', it has {', '.join(file.schema_arrow.names) or 'none'}")
     kind = file.schema_arrow.field("text").type
@@ -35,9 +45,11 @@ def open(path: Path):
     return file
 
 
-def read_row_group(file, path: Path, index: int) -> list[str]:
-    """The documents of one row group of an open parquet file, those that are too long cut into several. "" stands for
-    each one that cannot be used: it is empty, or not UTF-8, which is said on stderr. UserError if nothing can be read.
+def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
+    """The documents of one row group of an open file; a document that is too long becomes several. UserError if the row
+    group cannot be read.
+
+    "" stands for a document that cannot be used: it is empty, or not UTF-8. The latter are reported on stderr.
     """
     import pyarrow as pa
 
@@ -46,103 +58,86 @@ def read_row_group(file, path: Path, index: int) -> list[str]:
         try:
             texts = column.cast(pa.string()).to_pylist()
         except (UnicodeDecodeError, pa.ArrowInvalid):
-            texts = [_decoded(data) for data in column.cast(pa.binary()).to_pylist()]
+            texts = [_decode(data) for data in column.cast(pa.binary()).to_pylist()]
             bad = sum(text is None for text in texts) - column.null_count
             print(f"{path}: row group {index}: {bad} of {len(texts)} documents are not UTF-8, skipped", file=sys.stderr)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: row group {index} cannot be read ({first_line(error)}); {MEND}") from error
+        raise UserError(f"{path}: row group {index} cannot be read ({first_line(error)}); {HOW_TO_FIX}") from error
     return [piece for text in texts for piece in split_long(text or "")]
 
 
 def text_bytes(path: Path) -> list[int]:
-    """Bytes of the row groups of a parquet file, uncompressed and with what parquet adds, from its metadata."""
+    """Uncompressed bytes of the `text` column by row group, parquet's own overhead included. Reads metadata only."""
     with open(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
-        return [sum(c.total_uncompressed_size for c in of if c.path_in_schema == "text") for of in columns]
+        return [sum(c.total_uncompressed_size for c in group if c.path_in_schema == "text") for group in columns]
+
+
+def row_groups(path: Path) -> Iterator[list[str]]:
+    """The documents of a parquet file by row group, "" for those that cannot be used."""
+    with open(path) as file:
+        for i in range(file.num_row_groups):
+            yield read_row_group(file, path, i)
 
 
 def texts_of(path: Path) -> Iterator[str]:
     """All documents of a parquet file, "" for those that cannot be used."""
-    with open(path) as file:
-        for i in range(file.num_row_groups):
-            yield from read_row_group(file, path, i)
+    for texts in row_groups(path):
+        yield from texts
 
 
-def _decoded(data: bytes | None) -> str | None:
+def _decode(data: bytes | None) -> str | None:
+    """b"caf\\xc3\\xa9" -> "café"; None if the bytes are not UTF-8."""
     try:
-        return data and data.decode("utf-8")
+        return None if data is None else data.decode("utf-8")
     except UnicodeDecodeError:
         return None
 
 
 def split_long(text: str) -> list[str]:
-    """The text in pieces of at most MAX_CHARS, cut after a line or a word where there is one. Nothing is left out."""
+    """The text in pieces of at most MAX_CHARS, split after a line or else a word where possible. Nothing is lost.
+
+    With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
+    """
     pieces, start = [], 0
     while len(text) - start > MAX_CHARS:
         middle, end = start + MAX_CHARS // 2, start + MAX_CHARS
-        cut = text.rfind("\n", middle, end) + 1 or text.rfind(" ", middle, end) + 1 or end
-        pieces.append(text[start:cut])
-        start = cut
+        split = text.rfind("\n", middle, end) + 1 or text.rfind(" ", middle, end) + 1 or end
+        pieces.append(text[start:split])
+        start = split
     return [*pieces, text[start:]]
 
 
-def wait_for(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Blocks until a shard that is being downloaded has arrived, so that training can start on the first ones.
-    UserError when nothing has changed in its folder for `patience` seconds; InterruptedError once `stop` is set."""
-    stop = stop or threading.Event()
-    if not path.exists():
-        print(f"waiting for {path} to arrive", file=sys.stderr, flush=True)
-    while not path.exists():
-        if time.time() - _last_change(path.parent) > patience:
-            raise UserError(f"{path}: missing, and no download is running; run python -m nanochat_jax.dataset again")
-        if stop.wait(0.5):
-            raise InterruptedError(f"stopped waiting for {path}")
+def write_shards(
+    folder: Path, stem: str, texts: Iterable[str], digest: "hashlib._Hash", row_group: int = ROW_GROUP
+) -> int:
+    """Writes <stem>_00000.parquet, <stem>_00001.parquet, ... and returns the number of documents in them.
 
-
-def _last_change(folder: Path) -> float:
-    """When something in a folder was written last; a download that only waits touches its lock."""
-    times = [0.0]
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
-                times.append(entry.stat().st_mtime)
-    return max(times)
-
-
-def write_shards(folder: Path, stem: str, texts: Iterable[str], digest, row_group: int = ROW_GROUP) -> int:
-    """Writes <stem>_00000.parquet, ... and feeds `digest` with what they hold. Returns the number of documents."""
+    `digest` is updated with the documents, each after its length, so that it identifies the text itself. `row_group` is
+    the number of documents in a row group.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([("text", pa.string())])
-    writer, batch, shard, chars, total = None, [], 0, 0, 0
-
-    def flush():
-        nonlocal writer, batch, shard
-        if writer is None:
-            writer = pq.ParquetWriter(
-                folder / f"{stem}_{shard:05d}.parquet", schema, compression="zstd", compression_level=3,
-                use_dictionary=False, write_statistics=False,
-            )  # fmt: skip
-            shard += 1
-        writer.write_table(pa.table({"text": batch}, schema=schema), row_group_size=row_group)
-        batch = []
-
+    texts, writer, shard, chars, total = iter(texts), None, 0, 0, 0
     try:
-        for text in texts:
-            data = text.encode("utf-8")
-            digest.update(len(data).to_bytes(8, "little") + data)
-            batch.append(text)
-            chars += len(text)
-            total += 1
-            if len(batch) == row_group:
-                flush()
-                if chars >= SHARD_CHARS:
-                    writer.close()
-                    writer, chars = None, 0
-        if batch:
-            flush()
+        while batch := list(itertools.islice(texts, row_group)):
+            for text in batch:
+                data = text.encode("utf-8")
+                digest.update(len(data).to_bytes(8, "little") + data)
+            if writer is None:
+                path = folder / f"{stem}_{shard:05d}.parquet"
+                zstd = {"compression": "zstd", "compression_level": 3}
+                writer = pq.ParquetWriter(path, schema, use_dictionary=False, write_statistics=False, **zstd)
+                shard += 1
+            writer.write_table(pa.table({"text": batch}, schema=schema), row_group_size=row_group)
+            chars += sum(map(len, batch))
+            total += len(batch)
+            if chars >= SHARD_CHARS:
+                writer.close()
+                writer, chars = None, 0
     finally:
         if writer is not None:
             writer.close()

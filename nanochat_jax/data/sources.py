@@ -1,8 +1,10 @@
-"""Where pretraining text comes from, always as parquet files with one string column `text`.
+"""Finds the pretraining text. In: a source's name or a folder. Out: a Source, training and validation parquet files.
 
-`open()` gives a Source: the training files in order, and the validation files, which are never trained on. Named
-sources are downloaded from the Hugging Face hub by `python -m nanochat_jax.dataset -n 240`; "local" is a small corpus
-made of the documentation installed with Python; any other folder of parquet, jsonl or txt files works too.
+    python -m nanochat_jax.dataset -n 240    downloads a named source from the Hugging Face hub (hub.py)
+    --data=local                             a small corpus made of the documentation installed with Python
+    --data_dir=FOLDER                        a folder of parquet, jsonl or txt files
+
+Every file has one string column `text`. The validation files are never trained on.
 """
 
 import hashlib
@@ -13,18 +15,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError
 from nanochat_jax.data import hub, local_corpus, parquet
-from nanochat_jax.data.parquet import ROW_GROUP
 from nanochat_jax.data.text_files import SUFFIXES, documents, shuffled
 from nanochat_jax.files import sha256
 
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus on disk. `hash` changes with its contents (hub shards, too big to read twice: names and sizes)."""
+    """A corpus on disk. `hash` identifies its contents: all of the text where it was written here, otherwise only file
+    names and sizes, since parquet files that are read in place may be too large to read twice."""
 
     name: str
     train_files: tuple[Path, ...]
@@ -32,13 +35,13 @@ class Source:
     hash: str
 
     def texts(self, split: str) -> Iterator[str]:
-        """Documents of "train" or "val" in file order, without end markers. Waits for shards still on their way."""
+        """Documents of "train" or "val" in file order, without end markers. Waits for shards still arriving."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
-            parquet.wait_for(path)
+            hub.wait_for_shard(path)
             yield from filter(None, parquet.texts_of(path))
 
     def val_hash(self) -> str:
-        """SHA-256 of the validation files: scores of runs are comparable where it is the same."""
+        """SHA-256 (hex) of the validation files. Scores of runs with the same one are comparable."""
         digest = hashlib.sha256()
         for path in self.val_files:
             digest.update(bytes.fromhex(sha256(path)))
@@ -46,9 +49,12 @@ class Source:
 
 
 def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
-    """The corpus called `source`, or the one in the folder `data_dir`. With neither, the one the tokenizer was trained
-    on, so that all stages read the same text; before there is a tokenizer, "local". Of a source on the hub the first
-    `num_files` training shards (-1: all that were asked for), which may still be on their way."""
+    """The corpus named `source`, or the one in the folder `data_dir`. UserError if it is not there or not usable.
+
+    With neither, the one the tokenizer was trained on, so that all stages read the same text; "local" if there is no
+    tokenizer yet. `num_files` limits a source on the hub to its first training shards (-1: all that were requested);
+    they may still be arriving. Named like gzip.open, and called the same way: sources.open(cfg.data).
+    """
     recorded = config.base_dir() / "tokenizer" / "source.json"
     if not source and not data_dir and recorded.exists():
         record = json.loads(recorded.read_text(encoding="utf-8"))
@@ -62,15 +68,15 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
     train, val = hub.shards_of(source, num_files)
-    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same however many shards of it are here
+    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same however many shards are here
 
 
 # -----------------------------------------------------------------------------
-# Corpora that are made here: the local one, and folders in other formats
+# Corpora that are written here: the local one, and folders in other formats
 
 
-def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], row_group: int, **notes) -> Source:
-    """Makes the folder `target` of shards and a manifest, whole or not at all."""
+def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], row_group: int, **notes: Any) -> Source:
+    """Writes the texts as shards and a manifest into the folder `target`, which appears complete or not at all."""
     tmp = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -85,7 +91,7 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         try:
             tmp.rename(target)
-        except OSError:  # another process was faster; what it made is the same
+        except OSError:  # another process was faster; what it wrote is the same
             if not (target / "manifest.json").exists():
                 raise
     finally:
@@ -94,18 +100,19 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
 
 
 def _open_built(folder: Path) -> Source:
+    """The corpus that `_build` wrote into `folder`."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     train, val = (tuple(sorted(folder.glob(f"{split}_*.parquet"))) for split in ("train", "val"))
     return Source(manifest["source"], train, val, manifest["hash"])
 
 
 def _open_local() -> Source:
-    """The corpus of installed documentation, built at the first call and kept: later installs do not change it."""
+    """The corpus of installed documentation, built on the first call and kept: later installs do not change it."""
     folder = config.base_dir() / "data" / "local"
     if (folder / "manifest.json").exists():
         return _open_built(folder)
     print("building the local corpus from installed documentation (once, under a minute)", flush=True)
-    train, val, versions = local_corpus.corpus(local_corpus.PACKAGES)
+    train, val, versions = local_corpus.build(local_corpus.PACKAGES)
     source = _build(folder, "local", train, val, row_group=256, versions=versions)
     chars = sum(map(len, train)) / 1e6
     print(f"local corpus: {chars:.1f}M characters in {len(train):,} documents, {folder}", flush=True)
@@ -113,11 +120,11 @@ def _open_local() -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
-    """A folder of the user's. Its last file is the validation set, or the last 1% of the documents of a single file.
-    Several parquet files are read where they are; anything else is converted and shuffled once."""
+    """The corpus in a user's folder. Its last file is the validation set; if it has only one file, the last 1% of the
+    documents are. Several parquet files are read in place; anything else is converted and shuffled once."""
     if not folder.is_dir():
-        wrong = "a file: name the folder it is in" if folder.exists() else "no such folder"
-        raise UserError(f"--data_dir={folder}: {wrong}")
+        reason = "a file: name the folder it is in" if folder.exists() else "no such folder"
+        raise UserError(f"--data_dir={folder}: {reason}")
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
     if not files:
         raise UserError(f"--data_dir={folder}: no files ending in {', '.join(SUFFIXES)}")
@@ -136,14 +143,14 @@ def _open_folder(folder: Path) -> Source:
     counts = Counter()
     train, val = _split_files(files, counts)
     notes = {"files": [p.name for p in files], "met": counts}
-    source = _build(target, folder.name, shuffled(train), val, ROW_GROUP, **notes)
-    said = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
-    print(f"{folder.name}: {said}; {target}", flush=True)
+    source = _build(target, folder.name, shuffled(train), val, parquet.ROW_GROUP, **notes)
+    summary = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+    print(f"{folder.name}: {summary}; {target}", flush=True)
     return source
 
 
-def _split_files(files: list[Path], counts: Counter) -> tuple[Iterator[str], Iterator[str]]:
-    """Training and validation documents of files in any format; `counts` says what was met."""
+def _split_files(files: list[Path], counts: Counter[str]) -> tuple[Iterator[str], Iterator[str]]:
+    """Training and validation documents of files in any format. `counts` is updated by `text_files.documents`."""
     lengths = {}
     for path in files:
         lengths[path] = sum(1 for _ in documents(path, counts))
@@ -160,5 +167,6 @@ def _split_files(files: list[Path], counts: Counter) -> tuple[Iterator[str], Ite
 
 
 def _fingerprint(files: list[Path]) -> str:
+    """SHA-256 (hex) of the files' names and sizes."""
     lines = [f"{p.name}:{p.stat().st_size}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,4 +1,7 @@
-"""Documents out of text files in any format: parquet, JSON lines and plain text, one file after the other."""
+"""Reads text files of any supported format. In: a .parquet, .jsonl, .jsonl.gz or .txt file. Out: its documents, as str.
+
+Also shuffles documents, for the corpora that sources.py writes as parquet.
+"""
 
 import gzip
 import json
@@ -15,11 +18,13 @@ SHUFFLE_CHARS = 1_000_000_000  # converted text is shuffled in windows of this s
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
-def documents(path: Path, counts: Counter | None = None) -> Iterator[str]:
-    """Non-empty documents of one file, long ones in pieces. UserError names the file and line that cannot be read;
-    `counts` is told of all others."""
+def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
+    """The non-empty documents of one file, long ones in pieces. UserError names a file or line that cannot be read.
+
+    `counts` is updated with the number of documents, and of those that are empty, too long or not valid Unicode.
+    """
     counts = Counter() if counts is None else counts
-    for text in parquet.texts_of(path) if path.suffix == ".parquet" else _lines_of(path):
+    for text in parquet.texts_of(path) if path.suffix == ".parquet" else _read_documents(path):
         counts["documents"] += 1
         if not text.strip():
             counts["empty, skipped"] += 1
@@ -32,8 +37,8 @@ def documents(path: Path, counts: Counter | None = None) -> Iterator[str]:
         yield from parquet.split_long(text)
 
 
-def _lines_of(path: Path) -> Iterator[str]:
-    """Documents of a file that is not parquet."""
+def _read_documents(path: Path) -> Iterator[str]:
+    """Documents of a .jsonl, .jsonl.gz or .txt file, empty ones included."""
     try:
         if path.suffix == ".txt":
             yield from _paragraphs(path.read_text(encoding="utf-8"))
@@ -53,6 +58,7 @@ def _lines_of(path: Path) -> Iterator[str]:
 
 
 def _json_text(line: str, where: str) -> str:
+    """'{"text": "Hello", "id": 7}' -> "Hello". `where` names the line in a UserError."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -64,8 +70,11 @@ def _json_text(line: str, where: str) -> str:
 
 
 def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
-    """Cuts a plain text between paragraphs into documents of about `size` characters: a whole book in one document
-    would leave nothing to shuffle."""
+    """Groups the paragraphs of a plain text into documents of about `size` characters: a whole book in one document
+    would leave nothing to shuffle.
+
+    With size=10: "one\\n\\ntwo\\n\\nthree" -> "one\\n\\ntwo", "three".
+    """
     block, length = [], 0
     for paragraph in text.split("\n\n"):
         block.append(paragraph)
@@ -78,7 +87,8 @@ def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
 
 
 def shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
-    """Training reads shards in order, so documents are mixed here, as the authors of the hub's shards did."""
+    """The same texts in random order. Training reads shards in order, so documents have to be mixed when they are
+    written; the authors of the shards on the hub did the same."""
     rng, window, chars = random.Random(seed), [], 0
     for text in texts:
         window.append(text)

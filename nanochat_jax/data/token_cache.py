@@ -1,52 +1,54 @@
-"""Text tokenized once: memory-mapped twins of text files, from which the loader makes the very same batches.
+"""Tokenizes text files once. In: parquet files and a tokenizer. Out: memory-mapped tokens, by document and row group.
 
     <base>/tokenized_data/<source>-<tokenizer hash>/
-        shard_00000.tokens.npy   uint16 (uint32 where the vocabulary is larger): the documents end to end, without BOS
-        shard_00000.index.npz    where documents and row groups begin, their checksums, and which text they are of
+        shard_00000.tokens.npy   uint16 (uint32 if the vocabulary needs it): the documents end to end, without BOS
+        shard_00000.index.npz    where documents and row groups begin, their checksums, and a fingerprint of the text
 
-A twin has the row groups and documents of its text, unusable ones included, so a position in the one is a position in
-the other: a run may go on from text to tokens and back, and a file without a twin is read as text. Made by
-`python -m nanochat_jax.dataset --tokenize`; worth it where tokenizing cannot keep up with the accelerators.
+The cached tokens of a file have the same row groups and documents as its text, unusable documents included. A position
+in one is therefore a position in the other: a run may resume from tokens after reading text and vice versa, gets the
+very same batches, and reads a file without cached tokens as text. Built by `python -m nanochat_jax.dataset --tokenize`;
+worth it where tokenizing cannot keep up with the accelerators.
 """
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError, first_line
-from nanochat_jax.data import parquet, sources
+from nanochat_jax.data import hub, parquet, sources
 from nanochat_jax.files import whole
 from nanochat_jax.progress import Progress
+from nanochat_jax.tokenizer import Tokenizer
 
 FORMAT = 1
-MEND = "delete it and run python -m nanochat_jax.dataset --tokenize again"
+HOW_TO_FIX = "delete it and run python -m nanochat_jax.dataset --tokenize again"
 
 
 class RowGroup(NamedTuple):
-    """Documents of a row group: their tokens without BOS, and the characters of the text each comes from."""
+    """The documents of a row group: their tokens without BOS, and the number of characters of each one's text."""
 
     docs: list[np.ndarray]
     chars: np.ndarray
 
 
 class TokenCache:
-    """The tokens of one text file, memory-mapped. UserError where a row group is damaged."""
+    """The cached tokens of one text file, memory-mapped. UserError if a row group is damaged."""
 
-    def __init__(self, tokens: Path, index):
+    def __init__(self, tokens: Path, index: Mapping[str, np.ndarray]):
         self.path = tokens
         self.offsets, self.chars = index["offsets"], index["chars"]  # of documents
         self.groups, self.checksums = index["groups"], index["checksums"]  # of row groups
         try:
             self.tokens = np.load(tokens, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{tokens}: cannot be read ({first_line(error)}); {MEND}") from error
+            raise UserError(f"{tokens}: cannot be read ({first_line(error)}); {HOW_TO_FIX}") from error
         if len(self.tokens) != self.offsets[-1]:
-            raise UserError(f"{tokens}: {len(self.tokens):,} tokens, expected {self.offsets[-1]:,}; {MEND}")
+            raise UserError(f"{tokens}: {len(self.tokens):,} tokens, expected {self.offsets[-1]:,}; {HOW_TO_FIX}")
 
     @property
     def num_row_groups(self) -> int:
@@ -54,46 +56,49 @@ class TokenCache:
 
     def read(self, index: int) -> RowGroup:
         """The documents of one row group."""
-        first, end = self.groups[index], self.groups[index + 1]
-        offsets = self.offsets[first : end + 1]
+        begin, end = self.groups[index], self.groups[index + 1]
+        offsets = self.offsets[begin : end + 1]
         tokens = np.array(self.tokens[offsets[0] : offsets[-1]])
-        if zlib.crc32(tokens) != self.checksums[index]:
-            raise UserError(f"{self.path}: row group {index} is damaged; {MEND}")
-        return RowGroup(np.split(tokens, offsets[1:-1] - offsets[0]) if end > first else [], self.chars[first:end])
+        if zlib.crc32(tokens.data) != self.checksums[index]:
+            raise UserError(f"{self.path}: row group {index} is damaged; {HOW_TO_FIX}")
+        return RowGroup(np.split(tokens, offsets[1:-1] - offsets[0]) if end > begin else [], self.chars[begin:end])
 
     def close(self) -> None:
+        """Unmaps the file."""
         del self.tokens
 
 
-def folder_of(source: sources.Source, tokenizer) -> Path:
+def folder_of(source: sources.Source, tokenizer: Tokenizer) -> Path:
+    """The folder of the cached tokens of a source under a tokenizer."""
     return config.base_dir() / "tokenized_data" / f"{source.name}-{tokenizer.hash[:8]}"
 
 
 def find(text: Path, folder: Path | None) -> TokenCache | None:
-    """The twin of a text file, if there is one in `folder` and it is of this text. The text itself may be gone."""
+    """The cached tokens of a text file; None if `folder` has none, or only those of another text. The text itself may
+    have been deleted."""
     if folder is None:
         return None
-    tokens, index = _paths(text, folder)
+    tokens, index_path = _paths(text, folder)
     try:
-        with np.load(index) as loaded:
+        with np.load(index_path) as loaded:
             index = dict(loaded)
     except FileNotFoundError:
         return None
-    except Exception as error:  # a damaged zip raises whatever its fields lead to
-        raise UserError(f"{index}: cannot be read ({first_line(error)}); {MEND}") from error
+    except Exception as error:  # a damaged zip file may raise anything
+        raise UserError(f"{index_path}: cannot be read ({first_line(error)}); {HOW_TO_FIX}") from error
     if index["format"] != FORMAT or (text.exists() and str(index["text"]) != _fingerprint(text)):
         return None
     return TokenCache(tokens, index)
 
 
-def made(files: Iterable[Path], folder: Path) -> int:
-    """How many of the files have a twin, be it of this text or not."""
+def num_cached(files: Iterable[Path], folder: Path) -> int:
+    """How many of the files have cached tokens, whether of their present text or not."""
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
-def build(source: sources.Source, tokenizer, folder: Path | None = None) -> Path:
-    """Makes the twins that are missing, of training and validation files. Returns their folder: the one where training
-    looks for them, unless another is given."""
+def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = None) -> Path:
+    """Tokenizes the training and validation files that have no cached tokens yet. Returns the folder they are in: where
+    training looks for them, unless another is given."""
     folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     files = [*source.val_files, *source.train_files]
@@ -102,9 +107,10 @@ def build(source: sources.Source, tokenizer, folder: Path | None = None) -> Path
         for path in files:
             cached = find(path, folder)
             if cached is None:
-                parquet.wait_for(path)
-                _make(path, folder, tokenizer)
+                hub.wait_for_shard(path)
+                _write(path, folder, tokenizer)
                 cached = find(path, folder)
+                assert cached is not None, f"{path} changed while it was tokenized"
             count += len(cached.tokens)
             cached.close()
             progress.advance(note=f"{count / 1e6:,.0f}M tokens")
@@ -112,45 +118,45 @@ def build(source: sources.Source, tokenizer, folder: Path | None = None) -> Path
     return folder
 
 
-def _make(text: Path, folder: Path, tokenizer) -> None:
-    """Writes one twin; the index last, so that it is whole or not there."""
+def _write(text: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    """Tokenizes one file. The index is written last, so that cached tokens are complete or not there."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths, chars, groups, checksums = [], [0], [], [0], []
-    for texts in _row_groups(text):
+    for texts in parquet.row_groups(text):
         tokens, offsets = tokenizer.encode_batch(texts)
         lengths += np.diff(offsets).tolist()
         chars += map(len, texts)
         groups.append(len(chars))
         parts.append(np.ascontiguousarray(tokens, dtype))
         checksums.append(zlib.crc32(parts[-1]))
-    tokens, index = _paths(text, folder)
-    index.unlink(missing_ok=True)
+    tokens_path, index_path = _paths(text, folder)
+    index_path.unlink(missing_ok=True)
     total = sum(lengths)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (total,)}
-    with whole(tokens) as file:
+    with whole(tokens_path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(part)
-    with whole(index) as file:
-        np.savez(
-            file, format=FORMAT, text=_fingerprint(text), offsets=np.cumsum(lengths, dtype=np.int64),
-            chars=np.asarray(chars, np.uint32), groups=np.asarray(groups, np.int64),
-            checksums=np.asarray(checksums, np.uint32),
-        )  # fmt: skip
-
-
-def _row_groups(text: Path) -> Iterator[list[str]]:
-    with parquet.open(text) as file:
-        for i in range(file.num_row_groups):
-            yield parquet.read_row_group(file, text, i)
+    index: dict[str, Any] = {
+        "format": FORMAT,
+        "text": _fingerprint(text),
+        "offsets": np.cumsum(lengths, dtype=np.int64),
+        "chars": np.asarray(chars, np.uint32),
+        "groups": np.asarray(groups, np.int64),
+        "checksums": np.asarray(checksums, np.uint32),
+    }
+    with whole(index_path) as file:
+        np.savez(file, **index)
 
 
 def _paths(text: Path, folder: Path) -> tuple[Path, Path]:
+    """a.parquet -> folder/a.tokens.npy, folder/a.index.npz."""
     return folder / f"{text.stem}.tokens.npy", folder / f"{text.stem}.index.npz"
 
 
 def _fingerprint(text: Path) -> str:
-    """Of a parquet file, without reading it all: its size and its end, where the places of all its pages stand."""
+    """Identifies a parquet file without reading all of it: its size and the hash of its end, which holds the positions
+    of all its pages."""
     size = text.stat().st_size
     with text.open("rb") as file:
         file.seek(max(0, size - (1 << 16)))

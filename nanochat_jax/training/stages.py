@@ -116,7 +116,7 @@ def describe_data(source: sources.Source, tokens: int, tokenizer, cache_dir: Pat
     shards = min(len(files), math.ceil(epochs * len(files)))
     said = f"{source.name}, {len(files)} files of about {progress.short(there / len(files))} tokens"
     said += ", none of them here yet" if none else ""
-    if made := token_cache.made(files, cache_dir):
+    if made := token_cache.num_cached(files, cache_dir):
         said += f", {made} of them tokenized before"
     said += f"; this run needs {shards}, {epochs:.2f} epochs"
     # Up to 4, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).

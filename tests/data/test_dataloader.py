@@ -1,4 +1,4 @@
-"""Loaders: exact state, order independent of processes, targets where they belong."""
+"""Loaders: exact state, an order that does not depend on the processes, and targets where they belong."""
 
 import json
 import subprocess
@@ -22,15 +22,15 @@ T = 16
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    """So that the small corpora of these tests are larger than what waits to be packed."""
-    monkeypatch.setattr(packing, "CHOICE", {"split": 12, "crop": 12, "whole": 8})
+    """So that the small corpora of these tests are larger than the packing buffer."""
+    monkeypatch.setattr(packing, "BUFFER_DOCUMENTS", {"split": 12, "crop": 12, "whole": 8})
     monkeypatch.setattr(dataloader, "TOKENIZE_AT_ONCE", 4)
     monkeypatch.setattr(dataloader, "RENDER_AT_ONCE", 3)
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Two files of three row groups; every token of the corpus is a number of its own, from 10 on."""
+    """Two files of three row groups each; every token of the corpus is a different number, from 10 on."""
     rng, paths, token = np.random.default_rng(0), [], 10
     for name in "ab":
         texts = []
@@ -49,14 +49,13 @@ def corpus(files):
 
 
 class Task(list):
-    """Conversations of one exchange; the answer to question i is made of the number 1000 + i."""
+    """Conversations of one exchange; the answer to question i repeats the number 1000 + i."""
 
     def __init__(self, n, answer=lambda i: 1 + i % 5, question=lambda i: 1 + i % 3):
-        super().__init__(
-            {"messages": [{"role": "user", "content": " ".join(["12"] * question(i))},
-                          {"role": "assistant", "content": " ".join([str(1000 + i)] * answer(i))}]}
-            for i in range(n)
-        )  # fmt: skip
+        for i in range(n):
+            user = {"role": "user", "content": " ".join(["12"] * question(i))}
+            assistant = {"role": "assistant", "content": " ".join([str(1000 + i)] * answer(i))}
+            self.append({"messages": [user, assistant]})
 
 
 def take(loader, n=None):
@@ -110,7 +109,7 @@ def test_resumed_at_every_position_equals_uninterrupted(kind, files):
     for i, state in enumerate(states):
         resumed = make(kind, files, seed=3, epochs=2)
         if i % 2:
-            next(resumed)  # one that has begun to run ahead can be sent elsewhere too
+            next(resumed)  # a loader that has already run ahead can be restored too
         resumed.restore(state)
         assert resumed.state() == state
         for expected, info in zip(batches[i:], infos[i:], strict=True):
@@ -170,7 +169,7 @@ def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, 
         np.testing.assert_equal(batch, next(tokens))
         assert text.info == tokens.info and text.state() == tokens.state()
         states.append(text.state())
-    for i in (1, len(states) // 2):  # from text to tokens, and with one of the files tokenized alone
+    for i in (1, len(states) // 2):  # resumed from text to tokens, and with only one file cached
         (cache_dir / "a.index.npz").unlink(missing_ok=True)
         resumed = make(method, files, seed=3, epochs=2, cache_dir=cache_dir)
         resumed.restore(states[i])
@@ -181,9 +180,8 @@ def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, 
     token_cache.build(source, TOKENIZER)
     for path in files:
         path.unlink()
-    assert len(take(make(method, files, seed=3, epochs=2, cache_dir=cache_dir))) == len(states), (
-        "the text is not needed"
-    )
+    batches = take(make(method, files, seed=3, epochs=2, cache_dir=cache_dir))
+    assert len(batches) == len(states), "the text is not needed"
 
 
 def test_unusable_documents_are_counted_every_epoch(files):
@@ -196,7 +194,7 @@ def test_unusable_documents_are_counted_every_epoch(files):
 
 
 def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
-    """What waits is in the state of every batch."""
+    """Documents waiting to be packed are part of the state of every batch."""
     monkeypatch.setattr(parquet, "MAX_CHARS", 500)
     monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", 1000)
     path = tmp_path / "long.parquet"
@@ -206,13 +204,13 @@ def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     for batch in loader:
         targets.append(batch["targets"])
         largest = max(largest, len(loader.state()["packer"]["tokens"]))
-    found = np.concatenate(targets)
-    assert sorted(found[found > 0].tolist()) == list(range(1000, 21_000))
-    assert largest < 20_000  # characters of base64; all of it would be 110,000
+    targets = np.concatenate(targets)
+    assert sorted(targets[targets > 0].tolist()) == list(range(1000, 21_000))
+    assert largest < 20_000  # characters of base64; the whole document would be 110,000
 
 
 def test_tokens_of_an_epoch_are_estimated(files, corpus):
-    tokens = len(corpus) + 60  # and a BOS a document
+    tokens = len(corpus) + 60  # with a BOS per document
     assert dataloader.epoch_tokens(files, TOKENIZER) == pytest.approx(tokens, rel=0.35)  # longer numbers come later
     assert dataloader.epoch_tokens(files, TOKENIZER, sample=5) == pytest.approx(tokens, rel=0.5)
     late = [*files, *(files[0].with_name(f"{i}.parquet") for i in range(8))]
@@ -220,7 +218,7 @@ def test_tokens_of_an_epoch_are_estimated(files, corpus):
     assert np.isnan(dataloader.epoch_tokens(late[2:], TOKENIZER))
 
 
-def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
+def test_tokens_of_an_epoch_are_counted_where_there_are_cached_tokens(files, corpus):
     TOKENIZER.hash = "0" * 64
     source = sources.Source("texts", tuple(files), (files[1],), "")
     cache_dir = token_cache.build(source, TOKENIZER)
@@ -229,7 +227,7 @@ def test_tokens_of_an_epoch_are_counted_where_there_are_twins(files, corpus):
     late = files[0].with_name("late.parquet")
     assert dataloader.epoch_tokens(files, TOKENIZER, cache_dir) == len(corpus) + 60
     assert dataloader.epoch_tokens([*files, late], TOKENIZER, cache_dir) == 1.5 * (len(corpus) + 60)
-    assert token_cache.made([*files, late], cache_dir) == 2
+    assert token_cache.num_cached([*files, late], cache_dir) == 2
 
 
 def test_the_state_of_two_processes_serves_one(files):
@@ -264,7 +262,7 @@ def test_seed_decides_the_order_and_epochs_differ(files):
     assert not np.array_equal(flat(first, "inputs"), flat(other, "inputs"))
     targets = flat(first, "targets")
     _, counts = np.unique(targets[targets > 0], return_counts=True)
-    assert (counts == 2).all(), "two epochs, every token twice"
+    assert (counts == 2).all(), "two epochs: every token occurs twice"
 
 
 def test_without_epochs_it_never_ends(files):
@@ -305,14 +303,14 @@ def test_sft_rows_hold_whole_conversations_with_the_mask_of_the_renderer():
         for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
             starts = np.flatnonzero(inputs == TOKENIZER.bos).tolist()
             for begin, end in zip(starts, [*starts[1:], 33], strict=True):
-                # The last token of a row is only a target; without one there, it is padding.
+                # The last token of a row is only a target; if there is none, the row ends with padding.
                 ids = inputs[begin:end].tolist() + ([int(targets[-1])] if end == 33 and targets[-1] != -1 else [])
                 mask = [0] + [int(t != -1) for t in targets[begin : begin + len(ids) - 1]]
                 if len(ids) > 1:
                     rendered.remove((tuple(ids), tuple(mask)))
                 else:
                     assert targets[begin] == -1
-    assert not rendered, "every conversation once"
+    assert not rendered, "every conversation occurs once"
 
 
 def test_padding_follows_the_same_rows():
@@ -339,7 +337,7 @@ def test_mid_supervises_every_token_and_cuts_nothing():
 
 
 def test_overlong_conversations_are_cut_and_counted_or_skipped_and_counted():
-    # 0: fits exactly; 1: the answer is cut; 2: nothing of the answer is left.
+    # 0: fits exactly; 1: the answer is truncated; 2: nothing of the answer is left.
     question, answer = [3, 3, 40], [T + 1 - 8, 60, 5]
     task = Task(3, answer=lambda i: answer[i], question=lambda i: question[i])
     loader = dataloader.chat_loader(task, TOKENIZER, 1, T, supervise="mask", epochs=1)
@@ -391,7 +389,7 @@ def test_the_first_files_are_read_while_the_next_is_on_its_way(files):
 
 
 def test_close_ends_the_thread_even_while_it_waits(files):
-    files[1].unlink()  # the thread, which runs ahead, soon waits for it
+    files[1].unlink()  # the thread runs ahead and soon waits for it
     before = threading.active_count()
     loader = make("split", files)
     for _ in range(2):
@@ -412,7 +410,7 @@ def test_batches_are_made_while_the_device_computes(files, monkeypatch):
         start = time.monotonic()
         next(loader)
         waits.append(time.monotonic() - start)
-        time.sleep(0.5)  # a step
+        time.sleep(0.5)  # a training step
     loader.close()
     assert waits[0] >= 0.2 and sum(waits[1:]) < 0.3, waits
 

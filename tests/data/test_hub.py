@@ -1,4 +1,4 @@
-"""Downloads, from a hub of our own on loopback that fails in every way a network does."""
+"""Downloads, from a local server in place of the hub that fails in every way a network does."""
 
 import contextlib
 import dataclasses
@@ -21,16 +21,16 @@ import pytest
 
 from nanochat_jax import config, run_log
 from nanochat_jax.config import UserError
-from nanochat_jax.data import hub, parquet, sources
+from nanochat_jax.data import hub, sources
 from scripts import tok_train
 
-VAL = hub.shard(1822)
+VAL = hub.shard_name(1822)
 SHARDS = (0, 1, 2, 1822)
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves a few small shards as the hub does: a HEAD for the metadata, a GET for the bytes, with ranges. `faults`
-    are what happens to the next requests for a file; what needs no fault is served."""
+    """Serves a few small shards as the hub does: HEAD for the metadata, GET for the bytes, with ranges. `faults` lists
+    what goes wrong with the next requests for a file; requests after those are served."""
 
     daemon_threads = True
 
@@ -39,7 +39,7 @@ class Hub(ThreadingHTTPServer):
         self.folder, self.requests, self.ranges, self.tokens = folder, [], [], set()
         self.faults: dict[str, list] = {}
         self.missing, self.hashes, self.sent, self.pace = set(), True, Counter(), 0.0
-        self.elsewhere = ""  # where the bytes are: the address of another server
+        self.elsewhere = ""  # address of another server that has the bytes
 
     @property
     def url(self):
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         server, name = self.server, self.path.rsplit("/", 1)[-1].split("?")[0]
         path = server.folder / name
         if "/resolve/" not in self.path:
-            return self.reply(404, b"")  # the library asks for things of its own
+            return self.reply(404, b"")  # the library also makes requests of its own
         server.requests.append((self.command, name))
         server.tokens.add(self.headers.get("Authorization"))
         if name in server.missing or not path.exists():
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             server.ranges.append((name, start))
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]
-        if fault == "short":  # and says so itself
+        if fault == "short":  # and Content-Length says so
             body = body[: len(body) // 2]
         cut = len(body) // 2 if fault in ("drop", "stall") else len(body)
         self.reply(206 if match and fault != "whole" else 200, body, headers, cut)
@@ -139,7 +139,7 @@ def server(tmp_path, monkeypatch):
     folder.mkdir()
     for i in SHARDS:
         texts = [f"document {i} {j} {rng.randbytes(2000).hex()}" for j in range(20)]
-        pq.write_table(pa.table({"text": texts}), folder / hub.shard(i), row_group_size=4)
+        pq.write_table(pa.table({"text": texts}), folder / hub.shard_name(i), row_group_size=4)
     with serving(folder) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
@@ -153,28 +153,28 @@ def data_folder():
 
 
 def whole(server, *numbers):
-    """Whether the shards are here as the hub has them, and nothing else but their hashes."""
-    names = {hub.shard(i) for i in numbers}
+    """Whether the shards on disk equal the server's. Asserts that there are no other files besides their hashes."""
+    names = {hub.shard_name(i) for i in numbers}
     here = {p.name for p in data_folder().iterdir()}
     assert here - {"manifest.json", "lock"} == names | {f"{name}.sha256" for name in names}
     for name in names:
         data = (data_folder() / name).read_bytes()
         if data != (server.folder / name).read_bytes():
             return False
-        said = (data_folder() / f"{name}.sha256").read_text()
-        assert said == f"{hashlib.sha256(data).hexdigest()}  {name}\n"  # as sha256sum writes it
+        hash_line = (data_folder() / f"{name}.sha256").read_text()
+        assert hash_line == f"{hashlib.sha256(data).hexdigest()}  {name}\n"  # as sha256sum writes it
     return True
 
 
 def run(*args, **env):
-    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    """Runs the command in its own process, because huggingface_hub reads its settings when it is imported."""
     command = [sys.executable, "-m", "nanochat_jax.dataset", *args]
     env = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **env}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=config.REPOSITORY)
 
 
 # -----------------------------------------------------------------------------
-# What goes well
+# Successful downloads
 
 
 def test_download_then_open(server):
@@ -182,22 +182,22 @@ def test_download_then_open(server):
     assert done.returncode == 0, done.stderr
     assert whole(server, *SHARDS) and server.tokens == {"Bearer hf_secret"}
     source = sources.open("fineweb-edu")
-    assert [p.name for p in source.train_files] == [hub.shard(i) for i in range(3)]
+    assert [p.name for p in source.train_files] == [hub.shard_name(i) for i in range(3)]
     assert [t.split()[1:3] for t in source.texts("train")] == [[str(i), str(j)] for i in range(3) for j in range(20)]
     assert [t.split()[1] for t in source.texts("val")] == ["1822"] * 20
 
     server.requests.clear()
     again = run("-n", "2")
-    assert again.returncode == 0 and not server.requests, "what is there is not asked for again"
+    assert again.returncode == 0 and not server.requests, "existing shards are not requested again"
     assert sources.open("fineweb-edu") == source, "a smaller request takes nothing away"
 
 
 def test_bytes_that_lie_elsewhere_are_verified_and_the_token_stays_here(server, monkeypatch):
-    """As on the hub, which sends to another host and says itself how large the file is and what it hashes to."""
+    """As on the hub, which redirects to another host but itself reports the file's size and hash."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with serving(server.folder) as store:
         server.elsewhere = f"http://localhost:{store.server_port}"
-        store.faults = {f"GET {hub.shard(0)}": ["drop", "wrong", "drop"]}
+        store.faults = {f"GET {hub.shard_name(0)}": ["drop", "wrong", "drop"]}
         hub.download("fineweb-edu", 1)
         assert whole(server, 0, 1822)
         assert server.tokens == {"Bearer hf_secret"} and store.tokens == {None}
@@ -210,7 +210,7 @@ def test_offline_mode_is_honoured(server):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert run("-n", "3").returncode == 0
     server.requests.clear()
-    assert run("-n", "3", HF_HUB_OFFLINE="1").returncode == 0 and not server.requests, "everything is there"
+    assert run("-n", "3", HF_HUB_OFFLINE="1").returncode == 0 and not server.requests, "everything is there already"
 
 
 def test_the_validation_shard_is_asked_for_first_and_is_never_trained_on(server):
@@ -225,7 +225,7 @@ def test_progress_tells_files_speed_and_time_left(server, monkeypatch, capsys):
     monkeypatch.setattr("nanochat_jax.progress.BETWEEN_LINES", 0.0)
     for i in range(3):
         texts = [random.Random(j).randbytes(500_000).hex() for j in range(5)]
-        pq.write_table(pa.table({"text": texts}), server.folder / hub.shard(i))
+        pq.write_table(pa.table({"text": texts}), server.folder / hub.shard_name(i))
     server.pace = 0.002
     hub.download("fineweb-edu", 3, workers=3)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fineweb-edu, MB")]
@@ -233,19 +233,19 @@ def test_progress_tells_files_speed_and_time_left(server, monkeypatch, capsys):
 
 
 # -----------------------------------------------------------------------------
-# What goes wrong on the way
+# Faults during the transfer
 
 
 @pytest.mark.parametrize("fault", [500, 503, 408, 429, "drop", "short", "stall", "silent", "wrong", "other"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_a_fault_that_passes_is_survived(server, fault, method):
-    server.faults = {f"{method} {hub.shard(0)}": [fault]}
+    server.faults = {f"{method} {hub.shard_name(0)}": [fault]}
     hub.download("fineweb-edu", 1)
     assert whole(server, 0, 1822)
 
 
 def test_what_arrived_before_a_fault_is_not_fetched_again(server):
-    name = hub.shard(0)
+    name = hub.shard_name(0)
     server.faults = {f"GET {name}": ["drop", "stall", 500, "drop", "short", "drop"]}
     hub.download("fineweb-edu", 1)
     size = (server.folder / name).stat().st_size
@@ -255,48 +255,54 @@ def test_what_arrived_before_a_fault_is_not_fetched_again(server):
 
 
 def test_a_server_without_ranges_sends_the_whole_file(server):
-    server.faults = {f"GET {hub.shard(0)}": ["drop", "whole"]}
+    server.faults = {f"GET {hub.shard_name(0)}": ["drop", "whole"]}
     hub.download("fineweb-edu", 1)
     assert whole(server, 0, 1822)
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [(500, "500"), (429, "429"), ("wrong", "SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"), (403, "403"),
-     ("other", "got 34 of"), ("silent", "timed out")],
-)  # fmt: skip
+    [
+        (500, "500"),
+        (429, "429"),
+        ("wrong", "SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
+        (403, "403"),
+        ("other", "got 34 of"),
+        ("silent", "timed out"),
+    ],
+)
 def test_a_fault_that_stays_is_the_reason_and_the_rest_arrives(server, fault, words, monkeypatch):
-    monkeypatch.setattr(hub, "LONGEST_PAUSE", 0.1)  # 429 asks for a second
-    server.faults = {f"GET {hub.shard(1)}": [fault] * 50}
-    start, missing = time.monotonic(), f"1 of 3 shards missing, the first because {hub.shard(1)}"
+    monkeypatch.setattr(hub, "LONGEST_PAUSE", 0.1)  # with 429 the server asks for a second
+    server.faults = {f"GET {hub.shard_name(1)}": [fault] * 50}
+    start, missing = time.monotonic(), f"1 of 3 shards missing, the first because {hub.shard_name(1)}"
     with pytest.raises(UserError, match=f"{missing}: .*{words}") as caught:
         hub.download("fineweb-edu", 3)
     assert "\n" not in str(caught.value) and time.monotonic() - start < 8
-    assert not (data_folder() / hub.shard(1)).exists(), "nothing half-written has the name of a shard"
+    assert not (data_folder() / hub.shard_name(1)).exists(), "a partial file never has the name of a shard"
     server.faults = {}
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS)
 
 
 def test_a_failed_shard_is_an_exit_code_and_one_line(server):
-    server.missing = {hub.shard(1)}
+    server.missing = {hub.shard_name(1)}
     done = run("-n", "3")
     assert done.returncode == 2 and "1 of 3 shards missing, the first because shard_00001.parquet" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert (data_folder() / hub.shard(2)).exists() and not (data_folder() / hub.shard(1)).exists()
+    assert (data_folder() / hub.shard_name(2)).exists() and not (data_folder() / hub.shard_name(1)).exists()
     server.missing = set()
     assert run("-n", "3").returncode == 0
 
 
 def test_many_failures_end_the_download_early(server):
-    server.missing = {hub.shard(i) for i in range(100)}
+    server.missing = {hub.shard_name(i) for i in range(100)}
     with pytest.raises(UserError, match="100 of 100 shards missing"):
         hub.download("fineweb-edu", 100, workers=2)
     assert len(server.requests) < 20
 
 
 def test_the_servers_wish_to_wait_is_respected(server):
-    server.faults = {f"GET {hub.shard(0)}": [429]}
+    server.faults = {f"GET {hub.shard_name(0)}": [429]}
     start = time.monotonic()
     hub.download("fineweb-edu", 1)
     assert 1.0 <= time.monotonic() - start < 4.0
@@ -315,7 +321,7 @@ def test_a_hub_that_nobody_answers_for_is_one_line_within_seconds(monkeypatch):
 
 
 def begun(count):
-    """Waits until so many bytes of training shards are here."""
+    """Waits until at least `count` bytes of training shards have arrived."""
     deadline = time.time() + 30
     while sum(p.stat().st_size for p in data_folder().glob("shard_0000*.part")) < count:
         assert time.time() < deadline, "nothing arrives"
@@ -334,17 +340,18 @@ def test_an_interrupted_download_goes_on_where_it_was(server, how):
             hub.download("fineweb-edu", 3)
         begun(100_000)
         process.send_signal(how)
-        _, said = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=20)
     finally:
         process.kill()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert how == signal.SIGKILL or "run it again to resume" in said
-    assert not (data_folder() / hub.shard(0)).exists()
+    assert how == signal.SIGKILL or "run it again to resume" in stderr
+    assert not (data_folder() / hub.shard_name(0)).exists()
     server.pace = 0
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS)
-    sizes = sum((server.folder / hub.shard(i)).stat().st_size for i in range(3))
-    assert server.ranges and sum(server.sent[hub.shard(i)] for i in range(3)) < sizes + 3 * 70_000  # buffers on the way
+    sizes = sum((server.folder / hub.shard_name(i)).stat().st_size for i in range(3))
+    sent = sum(server.sent[hub.shard_name(i)] for i in range(3))
+    assert server.ranges and sent < sizes + 3 * 70_000  # some bytes were still in buffers when it was interrupted
 
 
 def test_training_text_is_read_while_the_rest_arrives(server):
@@ -355,27 +362,27 @@ def test_training_text_is_read_while_the_rest_arrives(server):
         time.sleep(0.01)
     seen = []
     for text in sources.open("fineweb-edu").texts("train"):
-        seen.append((text.split()[1], (data_folder() / hub.shard(2)).exists()))
+        seen.append((text.split()[1], (data_folder() / hub.shard_name(2)).exists()))
     arriving.join()
     assert [number for number, _ in seen] == [str(i) for i in range(3) for _ in range(20)]
-    assert not seen[0][1] and seen[-1][1], "the first were read before the last had come"
+    assert not seen[0][1] and seen[-1][1], "the first were read before the last arrived"
 
 
 def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
-    """While a download is at work, though nothing arrives; without one he gives up."""
-    server.faults = {f"GET {hub.shard(0)}": ["silent", "silent"]}
+    """As long as a download is running, even if nothing arrives. Without one, waiting fails."""
+    server.faults = {f"GET {hub.shard_name(0)}": ["silent", "silent"]}
     arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 1))
     arriving.start()
     while not (data_folder() / "manifest.json").exists():
         time.sleep(0.01)
-    parquet.wait_for(data_folder() / hub.shard(0), patience=1.5)
+    hub.wait_for_shard(data_folder() / hub.shard_name(0), patience=1.5)
     arriving.join()
     with pytest.raises(UserError, match="no download is running"):
-        parquet.wait_for(data_folder() / hub.shard(1), patience=1.5)
+        hub.wait_for_shard(data_folder() / hub.shard_name(1), patience=1.5)
 
 
 def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatch, capsys):
-    """Whatever else has arrived, was asked for, or is still on its way."""
+    """Whatever else has arrived, was requested, or is still arriving."""
     cfg = config.TokTrain(data="fineweb-edu", num_files=2, vocab_size=300)
     hub.download("fineweb-edu", 1)
     arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 3))
@@ -400,13 +407,13 @@ def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatc
 
 
 # -----------------------------------------------------------------------------
-# What is here already
+# Files that exist already
 
 
 def test_a_broken_file_is_fetched_again(server):
-    """Item 23 of upstream's bugs (#392): what is there is not always good."""
+    """Upstream #392: an existing file is not always a good one."""
     hub.download("fineweb-edu", 3)
-    truncated, flipped, pinned = (data_folder() / hub.shard(i) for i in range(3))
+    truncated, flipped, pinned = (data_folder() / hub.shard_name(i) for i in range(3))
     truncated.write_bytes(truncated.read_bytes()[:5000])
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
@@ -415,12 +422,12 @@ def test_a_broken_file_is_fetched_again(server):
     server.requests.clear()
     hub.download("fineweb-edu", 3)
     assert whole(server, *SHARDS)
-    assert {name for method, name in server.requests if method == "GET"} == {hub.shard(0), hub.shard(1)}
+    assert {name for method, name in server.requests if method == "GET"} == {hub.shard_name(0), hub.shard_name(1)}
 
 
 def test_verify_finds_what_changed_without_being_written(server, capsys):
     hub.download("fineweb-edu", 1)
-    path = data_folder() / hub.shard(0)
+    path = data_folder() / hub.shard_name(0)
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -435,29 +442,29 @@ def test_verify_finds_what_changed_without_being_written(server, capsys):
 def test_files_put_here_by_hand_are_taken_unless_they_are_broken(server):
     data_folder().mkdir(parents=True)
     for i in SHARDS:
-        (data_folder() / hub.shard(i)).write_bytes((server.folder / hub.shard(i)).read_bytes())
-    (data_folder() / hub.shard(2)).write_bytes(b"an HTML page of a proxy")
+        (data_folder() / hub.shard_name(i)).write_bytes((server.folder / hub.shard_name(i)).read_bytes())
+    (data_folder() / hub.shard_name(2)).write_bytes(b"an HTML page of a proxy")
     assert VAL not in {path.name for path in sources.open("fineweb-edu").train_files}, "never trained on"
     hub.download("fineweb-edu", 3)
-    assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard(2)}
+    assert whole(server, *SHARDS) and {name for _, name in server.requests} == {hub.shard_name(2)}
 
 
 def test_without_a_hash_from_the_server_the_first_download_is_what_later_ones_must_be(server):
     server.hashes = False
     hub.download("fineweb-edu", 1)
-    path = data_folder() / hub.shard(0)
+    path = data_folder() / hub.shard_name(0)
     path.unlink()
-    server.faults = {f"GET {hub.shard(0)}": ["wrong"] * 50}
+    server.faults = {f"GET {hub.shard_name(0)}": ["wrong"] * 50}
     with pytest.raises(UserError, match=r"expected [0-9a-f]{64} as the first time \(shard_00000\.parquet\.sha256\)"):
         hub.download("fineweb-edu", 1)
     assert not path.exists()
-    server.faults = {f"GET {hub.shard(0)}": ["drop", "wrong", "drop"]}
+    server.faults = {f"GET {hub.shard_name(0)}": ["drop", "wrong", "drop"]}
     hub.download("fineweb-edu", 1)
     assert whole(server, 0, 1822)
 
 
 def test_the_beginning_of_another_version_is_not_continued(server):
-    name = hub.shard(0)
+    name = hub.shard_name(0)
     server.faults = {f"GET {name}": ["drop"] + [500] * 10}
     with pytest.raises(UserError):
         hub.download("fineweb-edu", 1)
@@ -469,7 +476,7 @@ def test_the_beginning_of_another_version_is_not_continued(server):
 
 
 # -----------------------------------------------------------------------------
-# Requests that make no sense
+# Invalid requests
 
 
 @pytest.mark.parametrize(("number", "workers"), [(0, 4), (1823, 4), (-2, 4), (8, 0)])

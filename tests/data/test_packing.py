@@ -1,5 +1,6 @@
 """Rows from documents: what must never be lost, and what must be counted."""
 
+import doctest
 import json
 import time
 
@@ -16,23 +17,29 @@ widths = st.integers(2, 33)
 
 
 def numbered(lengths):
-    """Documents whose tokens are all different: 1, 2, 3, ... through the whole corpus, each after a BOS."""
+    """Documents of different tokens, counted through the whole corpus: [2, 1] -> [BOS, 1, 2], [BOS, 3]."""
     starts = np.cumsum([1, *lengths])
     return [packing.document([BOS, *range(a, a + n)]) for a, n in zip(starts[:-1], lengths, strict=True)]
 
 
-def packer(method, width):
+def make_packer(method, width):
     return packing.Stream(width, BOS) if method == "stream" else packing.BestFit(method, width, BOS)
 
 
 def pack(method, width, documents):
-    box = packer(method, width)
+    """All rows of the documents, and the packer that made them."""
+    packer = make_packer(method, width)
     for document in documents:
-        box.add(document)
+        packer.add(document)
     rows = []
-    while len(box):
-        rows.append(box.row())
-    return np.stack(rows), box
+    while len(packer):
+        rows.append(packer.row())
+    return np.stack(rows), packer
+
+
+def test_the_examples_in_the_docstrings_hold():
+    results = doctest.testmod(packing)
+    assert results.attempted >= 5 and not results.failed
 
 
 def tokens(rows):
@@ -72,25 +79,25 @@ def test_split_never_joins_two_documents(lengths, width):
 
 @pytest.mark.parametrize("method", ["split", "stream"])
 def test_a_document_of_millions_of_tokens_is_not_copied_for_every_row(method):
-    box = packer(method, 2049)
-    box.add(packing.document(np.arange(20_000_000)))
+    packer = make_packer(method, 2049)
+    packer.add(packing.document(np.arange(20_000_000)))
     start = time.perf_counter()
     for _ in range(1000):
-        row = box.row()
-    assert time.perf_counter() - start < 5  # 80 MB a row would take half a minute
+        row = packer.row()
+    assert time.perf_counter() - start < 5  # copying 80 MB per row would take half a minute
     assert row[-1] == 1000 * 2048
 
 
 @settings(deadline=None)
 @given(lengths, widths)
 def test_crop_counts_what_it_throws_away(lengths, width):
-    rows, box = pack("crop", width, numbered(lengths))
+    rows, packer = pack("crop", width, numbered(lengths))
     kept = tokens(rows)
-    assert len(set(kept)) == len(kept), "nothing twice"
+    assert len(set(kept)) == len(kept), "no token occurs twice"
     assert (rows[:, 0] == BOS).all()
-    thrown_away = sum(lengths) - len(kept)
+    discarded = sum(lengths) - len(kept)
     padded = int((rows < 0).sum())
-    assert box.waste == pytest.approx((thrown_away + padded) / (rows.size + thrown_away))
+    assert packer.waste == pytest.approx((discarded + padded) / (rows.size + discarded))
 
 
 @settings(deadline=None)
@@ -121,18 +128,18 @@ def test_whole_never_cuts(lengths):
 @given(st.sampled_from(["split", "crop", "whole", "stream"]), st.lists(st.integers(1, 15), min_size=1, max_size=40))
 def test_state_round_trip_at_every_position(method, lengths):
     expected, _ = pack(method, 16, numbered(lengths))
-    box = packer(method, 16)
+    packer = make_packer(method, 16)
     for document in numbered(lengths):
-        box.add(document)
+        packer.add(document)
     for i in range(len(expected)):
-        other = packer(method, 16)
-        other.restore(json.loads(json.dumps(box.state())))
-        assert other.state() == box.state()
+        other = make_packer(method, 16)
+        other.restore(json.loads(json.dumps(packer.state())))
+        assert other.state() == packer.state()
         rest = []
         while len(other):
             rest.append(other.row())
         np.testing.assert_array_equal(np.stack(rest), expected[i:])
-        box.row()
+        packer.row()
 
 
 def test_masked_tokens_are_inputs_but_not_targets():
@@ -144,7 +151,7 @@ def test_masked_tokens_are_inputs_but_not_targets():
 
 
 def test_padding_has_no_targets_even_though_bos_is_zero():
-    batch = packing.as_batch(packing.padding(5, BOS)[None])
+    batch = packing.as_batch(packing.empty_row(5, BOS)[None])
     assert (batch["inputs"] == BOS).all() and (batch["targets"] == -1).all()
 
 
@@ -155,8 +162,8 @@ def test_a_long_document_is_cut_before_it_piles_up():
 
 
 def test_best_fit_prefers_the_largest_that_fits_then_the_oldest():
-    box = packing.BestFit("crop", 10, BOS)
+    packer = packing.BestFit("crop", 10, BOS)
     for ids in ([0, 1, 1, 1], [0, 2, 2, 2, 2, 2], [0, 3, 3, 3], [0] + [4] * 20):
-        box.add(packing.document(ids))
-    assert box.row().tolist() == [0, 2, 2, 2, 2, 2, 0, 1, 1, 1]
-    assert box.row().tolist() == [0, 3, 3, 3, 0, 4, 4, 4, 4, 4]
+        packer.add(packing.document(ids))
+    assert packer.row().tolist() == [0, 2, 2, 2, 2, 2, 0, 1, 1, 1]
+    assert packer.row().tolist() == [0, 3, 3, 3, 0, 4, 4, 4, 4, 4]

@@ -1,4 +1,4 @@
-"""Where text comes from: folders in several formats, what is wrong with them, and the local corpus."""
+"""Text sources: folders in several formats, files that are wrong, the local corpus, and waiting for shards."""
 
 import ast
 import gzip
@@ -19,7 +19,7 @@ import pytest
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError
-from nanochat_jax.data import local_corpus, parquet, sources
+from nanochat_jax.data import hub, local_corpus, parquet, sources
 
 
 def write_jsonl(path, texts):
@@ -124,7 +124,7 @@ def test_a_file_that_is_damaged_inside_is_named_when_it_is_read(tmp_path):
     content[where : where + 200] = b"\xff" * 200
     path.write_bytes(content)
     texts = sources.open(data_dir=tmp_path).texts("train")
-    assert [next(texts) for _ in range(200)], "what comes before it is fine"
+    assert [next(texts) for _ in range(200)], "everything before it is readable"
     with pytest.raises(UserError, match=r"a\.parquet: row group 2 cannot be read .*--verify") as caught:
         next(texts)
     assert "\n" not in str(caught.value)
@@ -145,13 +145,13 @@ def test_documents_that_are_empty_or_not_utf8_are_skipped_and_named(tmp_path, ca
     (tmp_path / "val").mkdir()
     source = sources.open(data_dir=tmp_path)
     assert list(source.texts("train")) == list(source.texts("val")) == ["one", "f\u00fcnf"]
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split("/")[-1] for line in said] == [
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("/")[-1] for line in lines] == [
         f"{kind}.parquet: row group 0: 2 of 6 documents are not UTF-8, skipped" for kind in ("binary", "string")
     ]
     with parquet.open(source.train_files[0]) as file:
         texts = parquet.read_row_group(file, source.train_files[0], 0)
-    assert texts == ["one", "", "", "", "f\u00fcnf", ""], "their places are kept, so that they can be counted"
+    assert texts == ["one", "", "", "", "f\u00fcnf", ""], "their positions are kept, so that they can be counted"
 
 
 def test_a_conversion_counts_what_it_met(tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_a_document_of_50_mb_is_cut_and_nothing_of_it_is_lost(form, tmp_path):
     pieces = list(sources.open(data_dir=tmp_path / "in").texts("train"))
     assert max(map(len, pieces)) <= parquet.MAX_CHARS and time.monotonic() - start < 20
     whole = [line for piece in pieces for line in piece.splitlines()]
-    assert sorted(whole) == sorted(lines), "cut between lines, every line there"
+    assert sorted(whole) == sorted(lines), "split between lines, and every line is there"
     if form == "parquet":
         assert "".join(pieces) == text
 
@@ -217,7 +217,7 @@ def test_a_missing_column_is_named(tmp_path):
 
 
 def test_a_column_that_is_no_text_is_named(tmp_path):
-    """pyarrow would make text of numbers."""
+    """pyarrow would convert numbers to text."""
     for name in "ab":
         pq.write_table(pa.table({"text": [1, 2]}), tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: the column 'text' holds int64, expected string"):
@@ -279,7 +279,7 @@ def test_the_local_corpus_is_built_once_and_the_same_again(small_installation, m
     manifest = json.loads((source.train_files[0].parent / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["versions"]["optax"] and manifest["versions"]["not_installed_anywhere"] is None
 
-    monkeypatch.setattr(local_corpus, "PACKAGES", ("rich",))  # an install later on
+    monkeypatch.setattr(local_corpus, "PACKAGES", ("rich",))  # as after a later install
     assert sources.open("local") == source
     monkeypatch.setattr(local_corpus, "PACKAGES", ("optax", "not_installed_anywhere"))
     shutil.rmtree(source.train_files[0].parent)
@@ -298,7 +298,7 @@ def test_validation_text_is_not_in_the_training_text(small_installation):
 
 
 def test_extras_do_not_change_the_local_corpus():
-    """Its packages are those that every installation of the project brings along."""
+    """Its packages are those that every installation of the project includes."""
     wanted, core = ["nanochat-jax"], set()
     while wanted:
         name = wanted.pop().lower().replace("_", "-")
@@ -337,14 +337,14 @@ add_newdoc("pets", "fish", """
         encoding="utf-8",
     )
     assert ast.parse(module.read_text(encoding="utf-8"))
-    found = dict(local_corpus.documents("pets", str(module)))
-    assert list(found) == ["pets.Dog", "pets.fish"], "too little is left for a document of the module"
-    assert found["pets.Dog"].startswith("pets.Dog\n\nBarks at strangers")
-    assert "Dog().bark()\n" in found["pets.Dog"] and ">>>" not in found["pets.Dog"]
-    assert "BLANKLINE" not in found["pets.Dog"] and found["pets.Dog"].endswith("Dog.bark\n\nMakes a sound.")
-    assert "Is silent." in found["pets.fish"]
+    documents = dict(local_corpus.module_documents("pets", str(module)))
+    assert list(documents) == ["pets.Dog", "pets.fish"], "too little is left for a document of the module itself"
+    assert documents["pets.Dog"].startswith("pets.Dog\n\nBarks at strangers")
+    assert "Dog().bark()\n" in documents["pets.Dog"] and ">>>" not in documents["pets.Dog"]
+    assert "BLANKLINE" not in documents["pets.Dog"] and documents["pets.Dog"].endswith("Dog.bark\n\nMakes a sound.")
+    assert "Is silent." in documents["pets.fish"]
     (tmp_path / "old.py").write_text('print "python 2"', encoding="utf-8")
-    assert local_corpus.documents("old", str(tmp_path / "old.py")) == []
+    assert local_corpus.module_documents("old", str(tmp_path / "old.py")) == []
 
 
 # -----------------------------------------------------------------------------
@@ -355,6 +355,6 @@ def test_a_shard_that_never_arrives_is_an_error(tmp_path):
     (tmp_path / "old").write_text("")
     os.utime(tmp_path / "old", (1, 1))
     with pytest.raises(UserError, match="missing, and no download is running"):
-        parquet.wait_for(tmp_path / "shard_00000.parquet", patience=0.1)
+        hub.wait_for_shard(tmp_path / "shard_00000.parquet", patience=0.1)
     with pytest.raises(UserError, match="missing, and no download is running"):
-        parquet.wait_for(tmp_path / "nowhere" / "shard_00000.parquet")
+        hub.wait_for_shard(tmp_path / "nowhere" / "shard_00000.parquet")

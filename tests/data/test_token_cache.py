@@ -1,4 +1,4 @@
-"""Text tokenized once: the same documents at the same places, and nothing damaged is ever read."""
+"""Cached tokens: the same documents at the same positions as in the text, and nothing damaged is ever read."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ class Small(Fake):
 
 @pytest.fixture
 def source(tmp_path):
-    """Three files of three row groups; the documents are numbers, some empty, one too long for one piece."""
+    """Three files of three row groups each. The documents are numbers; some are empty, one is null."""
     rng, folder = np.random.default_rng(0), tmp_path / "texts"
     folder.mkdir()
     for name in "abc":
@@ -38,15 +38,15 @@ def source(tmp_path):
 
 
 def documents(path, tokenizer):
-    """What reading the text gives, by row group."""
+    """[(token ids, numbers of characters) of the documents] by row group, from the text itself."""
     with parquet.open(path) as file:
         groups = [parquet.read_row_group(file, path, i) for i in range(file.num_row_groups)]
     return [(tokenizer.encode(texts), [len(t) for t in texts]) for texts in groups]
 
 
 @pytest.mark.parametrize(("tokenizer", "dtype"), [(Fake(), np.uint32), (Small(), np.uint16)])
-def test_a_twin_has_the_documents_of_its_text_at_their_places(tokenizer, dtype, source, monkeypatch):
-    monkeypatch.setattr(parquet, "MAX_CHARS", 100)  # so that some are cut
+def test_cached_tokens_have_the_documents_of_their_text_at_their_places(tokenizer, dtype, source, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_CHARS", 100)  # so that some are split
     folder = token_cache.build(source, tokenizer)
     assert folder == config.base_dir() / "tokenized_data" / "texts-01234567"
     for path in (*source.train_files, *source.val_files):
@@ -67,16 +67,16 @@ def test_what_is_there_is_kept_and_what_has_changed_is_made_again(source, capsys
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
     path = source.train_files[0]
     pq.write_table(pa.table({"text": ["11 12", "13"]}), path)
-    assert token_cache.find(path, folder) is None, "of another text"
+    assert token_cache.find(path, folder) is None, "these are of another text"
     token_cache.build(source, Fake())
     assert [d.tolist() for d in token_cache.find(path, folder).read(0).docs] == [[11, 12], [13]]
 
 
-def test_without_a_twin_or_a_folder_there_is_none(source, tmp_path):
+def test_without_cached_tokens_or_a_folder_there_is_none(source, tmp_path):
     assert token_cache.find(source.train_files[0], None) is None
     assert token_cache.find(source.train_files[0], tmp_path) is None
     folder = token_cache.build(source, Fake())
-    (folder / "a.index.npz").unlink()  # killed between the two
+    (folder / "a.index.npz").unlink()  # as if killed between writing the two files
     assert token_cache.find(source.train_files[0], folder) is None
 
 
@@ -111,11 +111,11 @@ def test_damage_is_named(source):
         index.write_bytes(good_index[:place] + bytes([good_index[place] ^ 1]) + good_index[place + 1 :])
         try:
             cached = token_cache.find(path, folder)
-            found = cached and [[d.tolist() for d in cached.read(i).docs] for i in range(3)]
+            docs = cached and [[d.tolist() for d in cached.read(i).docs] for i in range(3)]
         except UserError as error:
             assert re.search(r"a\.(index\.npz|tokens\.npy): ", str(error)) and "\n" not in str(error)
         else:
-            assert found in (None, [ids for ids, _ in documents(path, Fake())]), place
+            assert docs in (None, [ids for ids, _ in documents(path, Fake())]), place
     index.write_bytes(good_index[:100])
     with pytest.raises(UserError, match=r"a\.index\.npz: cannot be read"):
         token_cache.find(path, folder)

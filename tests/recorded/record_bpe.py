@@ -1,4 +1,4 @@
-"""Records tests/recorded/bpe_peers.json: what other trainers learn and other encoders answer.
+"""Records tests/recorded/bpe_peers.json: the tokens that other trainers learn and the ids that other encoders return.
 
 Needs an environment with PyPI's rustbpe (which has our import name), tokenizers and tiktoken:
     python tests/recorded/record_bpe.py
@@ -50,8 +50,8 @@ CASES = [
     ("many scripts", [*OTHERS.splitlines(keepends=True), VERSES], 480, TWO),
     ("code", [CODE, CODE[:200]], 380, TWO),
     ("runs", [RUNS, "aaa", "b"], 300, TWO),
-    # Hugging Face breaks ties by the order of its stand-ins for bytes, which is that of the bytes only among visible
-    # ASCII characters: no white space here.
+    # Hugging Face breaks ties by the order of the characters it substitutes for bytes. That is the order of the bytes
+    # only for visible ASCII characters, so this case has no white space.
     ("words", (VERSES + CODE).split(), 480, TWO),
 ]
 TEXTS = [
@@ -68,8 +68,8 @@ TEXTS = [
 ]
 
 
-def theirs(texts: list[str], vocab_size: int, pattern: str) -> list[bytes]:
-    """Tokens of PyPI's rustbpe, by rank."""
+def pypi_rustbpe(texts: list[str], vocab_size: int, pattern: str) -> list[bytes]:
+    """Tokens of PyPI's rustbpe in order of rank."""
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(texts, vocab_size, pattern=pattern)
     return [bytes(token) for token, _ in sorted(tokenizer.get_mergeable_ranks(), key=lambda item: item[1])]
@@ -94,7 +94,7 @@ def hugging_face(texts: list[str], vocab_size: int, pattern: str) -> list[bytes]
 def main() -> None:
     cases = []
     for name, texts, vocab_size, pattern in CASES:
-        tokens = theirs(texts, vocab_size, pattern)
+        tokens = pypi_rustbpe(texts, vocab_size, pattern)
         peer = hugging_face(texts, vocab_size, pattern)
         ranks = {token: rank for rank, token in enumerate(tokens)}
         encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})

@@ -1,10 +1,11 @@
-"""A tokenizer of words that tests can read: the interface of tokenizer.Tokenizer, as far as data loading needs it."""
+"""A tokenizer of whole words, so that tests can read ids. It has the methods of Tokenizer that data loading uses."""
 
 import numpy as np
 
 
 class FakeTokenizer:
-    """Decimal words become their own number, other words a number by their length; ids below 10 are special."""
+    """A decimal word becomes its own number, another word 10 plus its length: "12 and 345" -> 12, 13, 345. Ids below 10
+    are special tokens."""
 
     bos = 0
     user_start, user_end, assistant_start, assistant_end = 1, 2, 3, 4

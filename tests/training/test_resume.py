@@ -199,7 +199,7 @@ def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch)
 
     def stalls(self):
         if self._rows >= 6 * 4:
-            self._of.stop.wait(100)
+            self._batches.stop.wait(100)
             raise InterruptedError("stopped waiting for a shard")
         return real(self)
 

@@ -1,4 +1,4 @@
-"""The web server: the stream of an answer, health and statistics; OpenAI's API is in openai.py, the page in page.py.
+"""The web server: the stream of an answer, health and statistics; OpenAI's API is in openai_api.py, the page in page.py.
 
 `POST /chat/completions` answers with server-sent events, one JSON object a `data:` line: {"token": text, "gpu": n},
 {"python": expression} and {"output": result} for the calculator, {"waiting": place} for whom no slot is free yet,
@@ -23,12 +23,12 @@ from nanochat_jax.config import ChatWeb, UserError
 from nanochat_jax.conversation import PartReader, prompt
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request as EngineRequest
-from nanochat_jax.serve import errors, openai, page
+from nanochat_jax.serve import errors, openai_api, page
 from nanochat_jax.serve.errors import ApiError
-from nanochat_jax.serve.guard import Guard
 from nanochat_jax.serve.metrics import CONTENT_TYPE, Metrics
+from nanochat_jax.serve.middleware import Guard
 from nanochat_jax.serve.pool import Pool
-from nanochat_jax.serve.reply import HEARTBEAT, PATIENCE, Reply, data
+from nanochat_jax.serve.responses import HEARTBEAT, PATIENCE, Reply, data
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, EngineWorker
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -97,7 +97,7 @@ def create_app(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"],
         )  # fmt: skip
-    app.include_router(openai.routes(engine, worker, settings, name))
+    app.include_router(openai_api.routes(engine, worker, settings, name))
     app.include_router(page.routes())
 
     @app.get("/health")
@@ -143,7 +143,7 @@ def create_app(
         except UserError as error:
             raise ApiError(400, str(error)) from None
         except Busy:
-            raise ApiError(429, "the server is busy; try again in a moment", headers=openai.RETRY) from None
+            raise ApiError(429, "the server is busy; try again in a moment", headers=openai_api.RETRY) from None
         except EngineFailure as error:
             raise ApiError(503, str(error)) from None
         return Reply(answer, events(answer, engine.tokenizer, dropped))

@@ -21,10 +21,10 @@ from nanochat_jax.conversation import render
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import TOP_LOGPROBS, Event, Request
 from nanochat_jax.serve import errors
-from nanochat_jax.serve.choice import Choice, Token, chat_logprobs, completion_logprobs, prompt_tokens
 from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.openai_choice import Choice, Token, chat_logprobs, completion_logprobs, prompt_tokens
 from nanochat_jax.serve.pool import Pool
-from nanochat_jax.serve.reply import HEARTBEAT, PATIENCE, Reply, data
+from nanochat_jax.serve.responses import HEARTBEAT, PATIENCE, Reply, data
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, TimedOut
 from nanochat_jax.tokenizer import Tokenizer
 

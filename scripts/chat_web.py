@@ -74,7 +74,7 @@ def main(cfg: config.ChatWeb) -> None:
             def handle_exit(self, sig, frame):
                 if not self.should_exit:
                     self.config.timeout_graceful_shutdown = DRAIN[sig] + 2
-                    app.state.worker.stop_after(DRAIN[sig])
+                    app.state.pool.stop_after(DRAIN[sig])
                 super().handle_exit(sig, frame)
 
         for sig in DRAIN:  # uvicorn raises the signal again once it is done

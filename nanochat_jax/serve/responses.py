@@ -1,47 +1,51 @@
-"""What a client gets for an answer: a stream of events, or one JSON object at its end.
+"""The HTTP response to a request for text: a stream of server-sent events, or one JSON object at the end.
 
-However a reply ends (complete, failed, too late, the client gone), the slots of its answer are given back.
+However a response ends (complete, failed, timed out, client disconnected), its answer's slots are freed.
 """
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from nanochat_jax.serve.worker import Answer
 
-GRACE = 15  # seconds a client gets to read the end of an answer that has run out of time
-PATIENCE = 15  # seconds of silence after which a stream shows that it is alive, so that no proxy gives up on it
+READ_GRACE = 15  # seconds a client gets to read the rest of an answer that has timed out
+HEARTBEAT_SECONDS = 15  # silence after which a stream sends a heartbeat, so that no proxy closes the connection
 HEARTBEAT = ": still here\n\n"  # a comment, which readers of event streams skip
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not collect the tokens
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer the tokens
 
 
-class Reply(Response):
-    """Sends `content`, a stream's lines or the way to a whole response, as long as the client is there."""
+class AnswerResponse(Response):
+    """Sends `content` while the client stays connected, and closes `answer` afterwards.
 
-    def __init__(self, answer: Answer, content: AsyncIterator[str] | Callable[[], Awaitable[Response]]):
+    `content` is the lines of an event stream, or a function that waits for the answer and returns a whole response.
+    """
+
+    def __init__(self, answer: Answer, content: AsyncGenerator[str, None] | Callable[[], Awaitable[Response]]):
         self.background = None
         self._answer, self._content = answer, content
 
-    async def __call__(self, scope, receive, send) -> None:
-        work = asyncio.ensure_future(self._respond(scope, receive, send))
-        gone = asyncio.ensure_future(_gone(receive))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(scope, receive, send))
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
-            longest = self._answer.seconds + GRACE if self._answer.seconds else None
-            await asyncio.wait((work, gone), timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+            longest = self._answer.timeout + READ_GRACE if self._answer.timeout else None
+            await asyncio.wait((sending, disconnect), timeout=longest, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._answer.close()
-            finished, left = work.done(), gone.done()
-            for task in (work, gone):
+            finished, disconnected = sending.done(), disconnect.done()
+            for task in (sending, disconnect):
                 task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        if finished and not left:
-            work.result()  # raises what went wrong
+            await asyncio.gather(sending, disconnect, return_exceptions=True)
+        if finished and not disconnected:
+            sending.result()  # raises what went wrong
 
-    async def _respond(self, scope, receive, send) -> None:
-        if isinstance(self._content, AsyncIterator):
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if isinstance(self._content, AsyncGenerator):
             stream = StreamingResponse(self._content, media_type="text/event-stream", headers=STREAM_HEADERS)
             async with contextlib.aclosing(self._content):
                 await stream.stream_response(send)
@@ -50,12 +54,12 @@ class Reply(Response):
             await response(scope, receive, send)
 
 
-async def _gone(receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def data(value: dict | str) -> str:
-    """An event of a stream."""
+def sse(value: dict | str) -> str:
+    """One server-sent event: {"done": True} -> 'data: {"done": true}', and an empty line."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"data: {text}\n\n"

@@ -167,7 +167,7 @@ def test_a_slow_reader_holds_no_slot_and_gets_all_of_it(tokenizer, path):
 
 
 def test_a_client_that_never_reads_is_given_up(endless, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.serve.responses.GRACE", 0.3)
+    monkeypatch.setattr("nanochat_jax.serve.responses.READ_GRACE", 0.3)
     with serving(endless, ChatWeb(max_new_tokens=4096, timeout=0.5), send_buffer=4096) as server:
         before = len(os.listdir("/proc/self/fd"))
         clients = [post(server, path, QUESTION | {"max_tokens": 4000}, receive_buffer=4096) for path in PATHS]

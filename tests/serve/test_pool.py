@@ -80,7 +80,7 @@ def test_compiling_ahead_that_fails_ends_nothing_else(tokenizer, caplog):
     with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "fine")), warming=[warming()]) as server:
         until(lambda: not httpx.get(f"{server.url}/stats").json()["warming"])
         assert ask(server)[-1] == {"done": True}
-    assert "compiling ahead has ended: out of memory" in caplog.text
+    assert "warm-up stopped: out of memory" in caplog.text
 
 
 def test_compiles_while_nobody_asks_and_lets_requests_go_before(tokenizer):

@@ -116,7 +116,7 @@ def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0, port:
     of megabytes. `warming`: see `create_app`.
     """
     engines = engine if isinstance(engine, list) else [engine]
-    app = create_app(engines, settings or ChatWeb(), "nanochat-test-sft", warming=warming)
+    app = create_app(engines, settings or ChatWeb(), "nanochat-test-sft", warmups=warming)
     listener = socket.create_server(("127.0.0.1", port))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

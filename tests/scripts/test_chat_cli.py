@@ -125,8 +125,8 @@ def test_commands(chat, monkeypatch, capsys, tmp_path):
         "top_k is 7",
         "the system prompt is: Be brief.",
         "the system prompt is: Be brief.",
-        "error: /save: which file? /save chat.jsonl",
-        "error: /save: nothing has been said yet",
+        "error: /save: name a file, like /save chat.jsonl",
+        "error: /save: the conversation is empty",
         f"saved in {tmp_path}/chat.jsonl",
         "Conversation cleared.",
         "there is no system prompt",
@@ -337,7 +337,7 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, cfg, tokenizer):
         terminal.type("/tem\t 0.5\n")
         terminal.wait_for("temperature is 0.5")
         terminal.type("/temperature 0\n/nonsense\n")
-        terminal.wait_for("/nonsense is no command; /help lists them")
+        terminal.wait_for("there is no command /nonsense; /help lists the commands")
         terminal.wait_for("User: ")
         terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: q
         terminal.wait_for("é!")
@@ -347,7 +347,7 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, cfg, tokenizer):
         terminal.wait_for("half a tho")
         time.sleep(0.5)  # CPython's input() misses a signal between the echo of a letter and its waiting for the next
         terminal.type("\x03")
-        terminal.wait_for("Ctrl-C again ends")
+        terminal.wait_for("press Ctrl-C again to end")
         terminal.wait_for("User: ")
         terminal.type("q\n")
         terminal.wait_for("é!")

@@ -40,7 +40,7 @@ def test_a_missing_model_and_wrong_flags_are_one_line():
         ("--port=0", "no sft checkpoint"),
         ("--port=99999", "--port"),
         ("--host=256.1", "--host"),
-        ("--host=192.0.2.1", "--host=192.0.2.1: no address of this machine"),
+        ("--host=192.0.2.1", "--host=192.0.2.1: not an address of this machine"),
         ("--temperature=nan", "--temperature"),
         ("--slots=0", "--slots"),
     ):

@@ -34,8 +34,8 @@ LIMITS = {
 def main(cfg: config.ChatWeb) -> None:
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(cfg, name) <= high:
-            allowed = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be {allowed}")
+            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be {wanted}")
     cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
 
     # Bind the port before loading the model, which would be wasted time if the port is taken.

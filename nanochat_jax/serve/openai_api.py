@@ -87,7 +87,7 @@ def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
 
 
 def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """ApiError 400 for a conversation that cannot be answered."""
+    """The job of a chat completion. ApiError 400 for a conversation that cannot be answered."""
     return Job(
         requests=[schema.chat_completion_request(body, engine, cfg)],
         body=body,
@@ -101,7 +101,7 @@ def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) 
 
 
 def completion_job(body: CompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """ApiError 400 for prompts that cannot be continued."""
+    """The job of a completion. ApiError 400 for prompts that cannot be continued."""
     requests = schema.completion_requests(body, engine, cfg)
     hidden = [int(isinstance(prompt, str)) for prompt in body.prompts]  # the <|bos|> that the server added
     decode = engine.tokenizer.decode

@@ -157,7 +157,7 @@ def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request,
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises ApiError 400, with the reason, for a conversation that the page's endpoint does not take."""
+    """Raises ApiError 400, with the reason, for a conversation that the page's endpoint does not accept."""
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise ApiError(400, f"messages: got {len(messages)}, allowed are 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
@@ -175,6 +175,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def check_role(message: Message, index: int, allowed: Sequence[str]) -> None:
+    """Raises ApiError 400 unless the role of messages[index] is one of `allowed`."""
     if message.role not in allowed:
         field = f"messages[{index}].role"
         raise ApiError(400, f"{field}: got {message.role[:40]!r}, allowed are {', '.join(allowed)}", field)
@@ -189,7 +190,7 @@ def check_unsupported(body: GenerationBody) -> None:
 
 
 def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb) -> Request:
-    """ApiError 400 for a conversation that cannot be answered."""
+    """The engine's request for a chat completion. ApiError 400 for a conversation that cannot be answered."""
     ids = chat_prompt(engine.tokenizer, body.messages)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: requires logprobs to be true", "top_logprobs")
@@ -198,7 +199,7 @@ def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatW
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids that ask for the assistant's next words. ApiError 400 for messages that have no such form."""
+    """Token ids that ask for the assistant's next words. ApiError 400 for messages in the wrong order or shape."""
     rendered = []
     for i, message in enumerate(messages):
         check_role(message, i, OPENAI_ROLES)
@@ -220,7 +221,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def completion_requests(body: CompletionBody, engine: Engine, cfg: ChatWeb) -> list[Request]:
-    """One request per prompt. ApiError 400 for prompts that cannot be continued."""
+    """The engine's requests for a completion, one per prompt. ApiError 400 for prompts that cannot be continued."""
     prompts = body.prompts
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts x {body.n}: at most {MAX_CHOICES} choices", "n")
@@ -244,7 +245,10 @@ def openai_request(
     top_logprobs: int = 0,
     score: bool = False,
 ) -> Request:
-    """ApiError 400, about the field `param`, if the prompt leaves no room for an answer or the engine refuses it."""
+    """The engine's request to continue `ids` by at most `max_tokens`.
+
+    ApiError 400, about the field `param`, if the prompt leaves no room for an answer or the engine refuses it.
+    """
     context = engine.model_cfg.sequence_len
     max_tokens = min(max_tokens, cfg.max_new_tokens)
     if len(ids) + min(max_tokens, 1) > context:
@@ -267,7 +271,7 @@ def openai_request(
 def engine_request(
     body: ChatBody | GenerationBody, ids: Sequence[int], max_tokens: int, engine: Engine, cfg: ChatWeb
 ) -> Request:
-    """Asks for at most `max_tokens` after `ids`, within the context, sampled as the body or the defaults say."""
+    """Continues `ids` by at most `max_tokens`, within the context, with the body's settings or the defaults."""
     return Request(
         ids=ids,
         max_tokens=min(max_tokens, engine.model_cfg.sequence_len - len(ids)),

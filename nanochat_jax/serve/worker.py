@@ -106,7 +106,7 @@ class EngineWorker:
 
     The engine generates as many samples at once as it has slots. While `max_waiting` more are waiting for a slot, new
     requests are refused. An answer may take `timeout` seconds (0: no limit). With `log_chats`, prompts and answers are
-    logged. `warmup` compiles, one program per item, what requests will need; the worker advances it while it is idle.
+    logged. `warmup` is an iterator that compiles one program per item; the worker advances it while it is idle.
     `gpu` is the worker's number in its pool.
     """
 

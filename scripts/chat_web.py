@@ -1,7 +1,7 @@
 """Talk to the model in the browser: python -m scripts.chat_web, then open the address it prints.
 
-The page streams from POST /chat/completions of the same server, programs use OpenAI's API at /v1; everybody on --host
-and --port shares its --slots. SIGTERM lets answers under way end before the server does, Ctrl-C only for a moment.
+The page streams from POST /chat/completions of the same server, and programs use OpenAI's API under /v1; all clients of
+a server share its --slots. After SIGTERM the server first finishes running answers, after Ctrl-C only for a moment.
 """
 
 import dataclasses
@@ -12,12 +12,19 @@ import signal
 import socket
 import sys
 from contextlib import closing
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 
-CHUNK = 8  # tokens decoded between two looks: small, so that text appears evenly and a client can leave quickly
-DRAIN = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds that answers under way get after a signal
-UNREAD = 60  # seconds after which the connection of a client that has stopped reading is given up
+if TYPE_CHECKING:  # at run time these would make --help slow, and need the extra `serve`
+    import uvicorn
+
+    from nanochat_jax.serve.pool import Pool
+
+CHUNK = 8  # tokens decoded per step: few, so that text appears evenly and a client that leaves frees its slot soon
+DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds that running answers get after a signal
+UNREAD_SECONDS = 60  # after which the connection of a client that has stopped reading is closed
 LIMITS = {
     "temperature": (0, 2), "top_k": (0, 200), "max_new_tokens": (1, 4096), "num_gpus": (1, 1024), "slots": (1, 1024),
     "max_waiting": (0, 100_000), "timeout": (0, math.inf),
@@ -30,7 +37,8 @@ def main(cfg: config.ChatWeb) -> None:
             wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
             raise config.UserError(f"--{name}={getattr(cfg, name)}: must be {wanted}")
     cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
-    # The port first: loading a model only to learn that it is taken would be a waste.
+
+    # Bind the port before loading the model, which would be wasted time if the port is taken.
     with closing(bind(cfg.host, cfg.port)) as listener:
         from nanochat_jax.parallel import devices
 
@@ -46,47 +54,63 @@ def main(cfg: config.ChatWeb) -> None:
         from nanochat_jax import checkpoint
         from nanochat_jax.engine.engine import Engine
 
+        # One engine per device, each with its own copy of the weights, cast to the compute dtype.
         chosen = jax.devices()[: cfg.num_gpus]
         if len(chosen) < cfg.num_gpus:
-            raise config.UserError(f"--num_gpus={cfg.num_gpus}: there is no more than {len(chosen)} device(s) here")
+            count = len(chosen)
+            raise config.UserError(f"--num_gpus={cfg.num_gpus}: only {count} device(s) here; use --num_gpus={count}")
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
         dtype = devices.choose_precision(cfg.compute_dtype)
         engines = [
             Engine(
-                jax.device_put(model.params, device), model.model_cfg, model.tokenizer, slots=cfg.slots, dtype=dtype,
+                jax.device_put(model.params, device),
+                model.model_cfg,
+                model.tokenizer,
+                slots=cfg.slots,
+                dtype=dtype,
                 chunk=CHUNK,
             )
             for device in chosen
-        ]  # fmt: skip
-        model = dataclasses.replace(model, params={})  # the engines hold their own, cast
-        warming = [engine.warmup(cfg.temperature, cfg.top_k) for engine in engines]
-        for engine_warming in warming:  # what a short prompt needs; longer ones' turn comes while nobody asks anything
-            next(engine_warming)
-        app = create_app(engines, cfg, model.name, chosen[0].device_kind, warming)
-        listener.listen()  # whoever follows the address right away waits for a moment instead of being refused
-        print(f"chat at {url(listener)} (Ctrl-C ends it)", flush=True)
+        ]
+        model = dataclasses.replace(model, params={})  # frees the weights as they were loaded
+
+        # Compile what a short prompt needs; the server compiles the rest while it is idle.
+        warmups = [engine.warmup(cfg.temperature, cfg.top_k) for engine in engines]
+        for warmup in warmups:
+            next(warmup)
+
+        app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups)
+        listener.listen()  # now, so that a client that connects at once waits a moment instead of being refused
+        print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
-            print("whoever reaches this address can use it; --api_key=KEY asks for a key", flush=True)
-
-        class Server(uvicorn.Server):
-            """Nobody new is let in after a signal; at the end of the time for it, open answers are ended properly."""
-
-            def handle_exit(self, sig, frame):
-                if not self.should_exit:
-                    self.config.timeout_graceful_shutdown = DRAIN[sig] + 2
-                    app.state.worker.stop_after(DRAIN[sig])
-                super().handle_exit(sig, frame)
-
-        for sig in DRAIN:  # uvicorn raises the signal again once it is done
-            signal.signal(sig, leave)
-        # No access log: who asks is nobody's business.
-        Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+            print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
+        # Warnings only, and so no access log: who asks is private.
+        serve(uvicorn.Config(app, log_level="warning"), app.state.pool, listener)
 
 
-def leave(sig: int, frame) -> None:
-    """Ends the program; having been asked to is no failure.
+def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -> None:
+    """Serves until a signal comes, then ends the program."""
+    import uvicorn
 
-    Not by sys.exit: taking Python down takes longer than all the rest, and aborts if an engine's thread is compiling.
+    class Server(uvicorn.Server):
+        """After a signal, accepts no new requests, and ends answers that are unfinished when their time is up."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if not self.should_exit:
+                self.config.timeout_graceful_shutdown = DRAIN[sig] + 2
+                pool.stop_after(DRAIN[sig])
+            super().handle_exit(sig, frame)
+
+    for sig in DRAIN:  # uvicorn raises the signal again when it is done
+        signal.signal(sig, leave)
+    Server(server_cfg).run(sockets=[listener])
+
+
+def leave(sig: int, frame: FrameType | None) -> None:
+    """Ends the program. A SIGTERM is not a failure: exit code 0.
+
+    sys.exit would not do: Python's shutdown takes longer than all the rest, and aborts if an engine's thread is
+    compiling.
     """
     if sig == signal.SIGINT:
         print("stopped", file=sys.stderr, flush=True)
@@ -94,31 +118,33 @@ def leave(sig: int, frame) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at host:port that does not listen yet. UserError if there is no such address or it is taken."""
+    """A socket bound to host:port that does not listen yet. UserError if the address does not exist or is taken."""
     if not 0 <= port < 65536:
         raise config.UserError(f"--port={port}: a port is a number up to 65535, like 8000")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
-        raise config.UserError(f"--host={host}: no such address; 127.0.0.1 is this machine alone") from None
+        raise config.UserError(f"--host={host}: no such address; use 127.0.0.1 for local access") from None
     listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server just stopped
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # reuse the port of a server that has just stopped
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     try:
         listener.bind(address)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRNOTAVAIL:
-            raise config.UserError(f"--host={host}: no address of this machine; 127.0.0.1 is it alone") from None
+            reason = "not an address of this machine; use 127.0.0.1 for local access"
+            raise config.UserError(f"--host={host}: {reason}") from None
         hint = f"try another, like --port={port + 1}" if port < 65535 else "try another"
-        raise config.UserError(f"--port={port} on {host}: {os.strerror(error.errno)}; {hint}") from None
+        raise config.UserError(f"--port={port} on {host}: {error.strerror}; {hint}") from None
     return listener
 
 
 def url(listener: socket.socket) -> str:
+    """The address to open in a browser on this machine, like http://127.0.0.1:8000."""
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # every interface; this one the reader can open
+    if host in ("0.0.0.0", "::"):  # all interfaces
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from serving import TEXT, say
+from serving import TEXT, answer_ids
 
 from nanochat_jax.config import REPOSITORY, UserError
 from nanochat_jax.conversation import PartReader, message, prompt
@@ -50,7 +50,7 @@ def test_prompt_of_one_message_is_refused_when_too_long(tokenizer):
 
 
 def test_part_reader_gives_the_same_whatever_the_chunks(tokenizer):
-    ids = say(tokenizer, "é🌍 ", ("python", "'ü'.count('ü')"), ("python_output", "1"), " ünd")
+    ids = answer_ids(tokenizer, "é🌍 ", ("python", "'ü'.count('ü')"), ("python_output", "1"), " ünd")
     whole = PartReader(tokenizer).read(ids, end=True)
     assert whole == [("text", "é🌍 "), ("python", "'ü'.count('ü')"), ("python_output", "1"), ("text", " ünd")]
     for size in (1, 2, 3, 7):
@@ -71,7 +71,7 @@ def test_part_reader_gives_up_unfinished_bytes_and_blocks_at_the_end(tokenizer):
 
 
 def test_answer_goes_back_into_the_conversation_as_it_was(tokenizer):
-    ids = say(tokenizer, "it is ", ("python", "37*12"), ("python_output", "444"), "444")
+    ids = answer_ids(tokenizer, "it is ", ("python", "37*12"), ("python_output", "444"), "444")
     asked = [user("37*12?"), message(tokenizer, ids), user("sure?")]
     rendered = tokenizer.render_for_completion({"messages": asked})
     assert "".join(f"{i}," for i in ids) in "".join(f"{i}," for i in rendered)

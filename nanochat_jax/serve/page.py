@@ -1,5 +1,6 @@
-"""The page's files: read once at start, open to everybody, and nothing else of their folder."""
+"""The page's static files: read once at start and served without a key; nothing else in their folder is reachable."""
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -7,10 +8,19 @@ from fastapi.responses import Response
 
 UI = Path(__file__).parent / "ui"
 SCRIPTS = (
-    "page.js", "chats.js", "settings.js", "conversation.js", "message.js", "markdown.js", "composer.js", "server.js",
-    "storage.js", "log.js", "dom.js",
-)  # fmt: skip
-FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "logo.svg", *SCRIPTS)}  # address -> file
+    "page.js",
+    "chats.js",
+    "settings.js",
+    "conversation.js",
+    "message.js",
+    "markdown.js",
+    "composer.js",
+    "server.js",
+    "storage.js",
+    "log.js",
+    "dom.js",
+)
+FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "logo.svg", *SCRIPTS)}  # URL path -> file
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 # The page runs its own scripts and talks to its own server. Nothing else runs or is loaded, and no string becomes HTML,
@@ -27,16 +37,17 @@ HEADERS = {
 
 
 def routes() -> APIRouter:
+    """One GET route per file."""
     router = APIRouter()
     for address, name in FILES.items():
         router.add_api_route(address, _serve(UI / name), include_in_schema=False)
     return router
 
 
-def _serve(path: Path):
+def _serve(path: Path) -> Callable[[], Awaitable[Response]]:
     content = path.read_bytes()
 
-    async def serve():
+    async def serve() -> Response:
         return Response(content, media_type=TYPES[path.suffix], headers=HEADERS)
 
     return serve

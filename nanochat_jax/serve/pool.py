@@ -1,26 +1,30 @@
-"""Several engines, each with weights and cache of its own on a GPU of its own, as if they were one."""
+"""Several engines behind one interface, each with its own weights and cache on its own GPU."""
 
 import time
 from collections.abc import Sequence
 
 from nanochat_jax.engine.request import Request
+from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.worker import Answer, EngineWorker
 
 
 class Pool:
-    """Each request goes to the worker with the most room; among equals to the first, which keeps a lonely chat where
-    its earlier turns are. One that has failed gets nothing more, and the others go on."""
+    """Sends each request to the worker with the most free slots.
+
+    Ties go to the first worker, so a single chat stays where its earlier turns are cached. A worker that has failed
+    gets no more requests; the others go on.
+    """
 
     def __init__(self, workers: Sequence[EngineWorker]):
         self.workers = workers
 
     def start(self) -> None:
-        """Called in the event loop that will await the answers."""
+        """Starts the workers. Call it in the event loop that will await the answers."""
         for worker in self.workers:
             worker.start()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Ends the workers after the steps they are in, and every answer that is not complete."""
+        """Stops all workers after their current steps and ends unfinished answers; waits at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         for worker in self.workers:
             worker.ask_to_stop()
@@ -28,13 +32,20 @@ class Pool:
             worker.stop(max(0.0, deadline - time.monotonic()))
 
     def stop_after(self, seconds: float) -> None:
-        """Ends what is not complete after `seconds`. Whoever calls this lets nobody new in."""
+        """Ends unfinished answers after `seconds`. The caller must accept no new requests meanwhile."""
         for worker in self.workers:
             worker.stop_after(seconds)
 
     def submit(self, *requests: Request) -> Answer:
-        """Queues `requests` and returns their answer at once; raises what `EngineWorker.submit` does."""
-        return max(self.alive or self.workers, key=lambda worker: worker.room).submit(*requests)
+        """Queues `requests` and returns their answer at once; raises the same errors as `EngineWorker.submit`."""
+        return max(self.alive or self.workers, key=lambda worker: worker.free_slots).submit(*requests)
+
+    def publish(self, metrics: Metrics) -> None:
+        """Lets `metrics` read the pool's load whenever it is asked for."""
+        metrics.slots.set_function(lambda: self.slots)
+        metrics.running.set_function(lambda: self.running)
+        metrics.waiting.set_function(lambda: self.waiting)
+        metrics.cache_use.set_function(lambda: self.cache_use)
 
     @property
     def alive(self) -> list[EngineWorker]:
@@ -42,12 +53,12 @@ class Pool:
 
     @property
     def failure(self) -> Exception | None:
-        """Why nothing works any more; None as long as one worker does."""
+        """Why no worker works any more; None as long as one does."""
         return None if self.alive else self.workers[0].failure
 
     @property
     def warming(self) -> bool:
-        """Whether some of what requests will need is yet to be compiled."""
+        """Whether programs that requests will need are still to be compiled."""
         return any(worker.warming for worker in self.alive)
 
     @property
@@ -61,10 +72,10 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        """Samples that wait for a slot."""
+        """Samples waiting for a slot."""
         return sum(worker.waiting for worker in self.alive)
 
     @property
     def cache_use(self) -> float:
-        """Share of the caches that holds tokens."""
+        """Share of the caches that holds tokens, from 0 to 1."""
         return sum(worker.cache_use for worker in self.alive) / max(1, len(self.alive))

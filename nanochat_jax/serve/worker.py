@@ -1,8 +1,8 @@
-"""The one thread that owns the engine, and the way from the event loop to it and back.
+"""The one thread that owns an engine, and the way from the event loop to it and back.
 
 The model computes for milliseconds at a time, and the event loop that talks to the clients must not wait for it. So
-handlers only put requests on a queue and await events; the thread adds requests to the engine between two steps, and
-hands the events of a step back to the loop, all of them at once.
+handlers only put requests on a queue and await events. The thread adds requests to the engine between two steps, and
+hands all events of a step back to the event loop at once.
 """
 
 import asyncio
@@ -14,11 +14,15 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 
+from nanochat_jax.config import first_line
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Event, Request
 from nanochat_jax.serve.metrics import Metrics
 
 log = logging.getLogger("nanochat_jax.serve")
+
+SHUTTING_DOWN = "the server is shutting down"
+STOPPED_WORKING = "the model has stopped working; restart the server"
 
 
 class Busy(Exception):
@@ -26,47 +30,49 @@ class Busy(Exception):
 
 
 class EngineFailure(Exception):
-    """The request cannot be answered; the text says why, in words a client may see."""
+    """The request cannot be answered; the message says why, in words that a client may see."""
 
 
 class TimedOut(EngineFailure):
-    """The answer took longer than it may."""
+    """The answer took longer than allowed."""
 
 
 class Answer:
-    """The answer to some requests of one client: an async iterator of the engine's events.
+    """The answer to one client's requests: an async iterator of the engine's events.
 
-    `request` of an event is an index into `requests`. None among the events: nothing has happened for a while. Close
-    the answer to give up its slots.
+    In these events, `request` is an index into `requests`. Close the answer to give up its slots.
     """
 
-    def __init__(self, worker: "EngineWorker", requests: Sequence[Request], place: int):
+    def __init__(self, worker: "EngineWorker", requests: Sequence[Request], queue_position: int):
         self.requests = requests
-        self.place = place  # in the queue for a slot, when they came; 0: there was a free one
+        self.queue_position = queue_position  # on arrival; 0: a slot was free
         self.samples = sum(request.n for request in requests)
-        self.seconds = worker.seconds
+        self.timeout = worker.timeout
         self.gpu = worker.gpu
-        self.ids = {}  # the engine's names for the requests -> index; this and the next are the thread's
+        self.submitted = time.monotonic()
+        # What follows is written by the worker's thread.
+        self.indices: dict[int, int] = {}  # the engine's id of a request -> its index
         self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
-        self.timing = Timing(time.monotonic())
-        self.said: dict[tuple[int, int], list[int]] = {}  # tokens by request and sample, if they are logged
+        self.first_token_at: float | None = None  # time.monotonic
+        self.generated = 0  # tokens
+        self.logged_ids: dict[tuple[int, int], list[int]] = {}  # tokens by request and sample, if answers are logged
         self._worker = worker
-        self._events = asyncio.Queue()
+        self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
-    async def events(self, patience: float) -> AsyncIterator[Event | None]:
-        """The events as they come; None after every `patience` seconds without one.
+    async def events(self, heartbeat: float) -> AsyncIterator[Event | None]:
+        """Yields the events as they come, and None after every `heartbeat` seconds without one.
 
-        EngineFailure if they end early, TimedOut if that is for the time they take.
+        Raises EngineFailure if they end early, TimedOut if that is because the answer took too long.
         """
         while True:
-            left = self.timing.submitted + self.seconds - time.monotonic() if self.seconds else patience
+            left = self.submitted + self.timeout - time.monotonic() if self.timeout else heartbeat
             try:
-                async with asyncio.timeout(max(0, min(patience, left))):
+                async with asyncio.timeout(max(0, min(heartbeat, left))):
                     event = await self._events.get()
             except TimeoutError:
-                if left <= patience and self.seconds:
+                if left <= heartbeat and self.timeout:
                     self.close()
-                    raise TimedOut(f"no complete answer within {self.seconds:g} seconds") from None
+                    raise TimedOut(f"no complete answer within {self.timeout:g} seconds") from None
                 yield None
                 continue
             if event is None:
@@ -80,166 +86,178 @@ class Answer:
         self._worker.cancel(self, request, sample)
 
     def close(self) -> None:
-        """Cancels what is left of the answer. Does nothing after its end, so it can always be called."""
+        """Cancels whatever is unfinished. Does nothing once the answer has ended, so it can always be called."""
         self._worker.cancel(self)
 
     def put(self, event: Event | Exception | None) -> None:
-        """Called in the event loop with an event, and at the end with None or the exception to raise."""
+        """Delivers an event, and at the end None or the exception to raise. Called in the event loop."""
         self._events.put_nowait(event)
 
-
-@dataclasses.dataclass
-class Timing:
-    """When things happened to an answer (time.monotonic)."""
-
-    submitted: float
-    first: float | None = None  # token
-    tokens: int = 0
+    def seconds_per_token(self) -> float | None:
+        """Time between two tokens of a sample, averaged over the samples until now; None if none has two tokens."""
+        later = self.generated - self.samples  # tokens after the first of each sample
+        if self.first_token_at is None or later <= 0:
+            return None
+        return (time.monotonic() - self.first_token_at) * self.samples / later
 
 
 class EngineWorker:
     """Runs `engine` in a background thread for any number of clients.
 
-    The engine generates as many samples at once as it has slots; while `max_waiting` more wait for one, nobody else
-    is let in. An answer may take `seconds` (0: as long as it takes). With `log_chats` prompts and answers are logged.
-    While there is nothing to do, `warming` is asked to compile some more of what will be needed. `gpu` is its number
-    among its like.
+    The engine generates as many samples at once as it has slots. While `max_waiting` more are waiting for a slot, new
+    requests are refused. An answer may take `timeout` seconds (0: no limit). With `log_chats`, prompts and answers are
+    logged. `warmup` is an iterator that compiles one program per item; the worker advances it while it is idle.
+    `gpu` is the worker's number in its pool.
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, max_waiting: int, seconds: float, log_chats: bool = False,
-        warming: Iterator[int] | None = None, gpu: int = 0,
-    ):  # fmt: skip
-        self.slots, self.metrics, self.max_waiting, self.seconds = engine.slots, metrics, max_waiting, seconds
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        max_waiting: int,
+        timeout: float,
+        log_chats: bool = False,
+        warmup: Iterator[int] | None = None,
+        gpu: int = 0,
+    ):
+        self.slots, self.metrics, self.max_waiting, self.timeout = engine.slots, metrics, max_waiting, timeout
         self.log_chats, self.gpu = log_chats, gpu
-        self._warming = warming or iter(())
-        self.warming = warming is not None  # whether there is something left to compile
+        self.warming = warmup is not None  # whether programs are still to be compiled
         self.failure: Exception | None = None
+        self._warmup = warmup or iter(())
         self._engine = engine
         self._lock = threading.Lock()
-        self._live: set[Answer] = set()  # submitted and not over; guarded by the lock, the rest is the thread's
-        self._answers: dict[int, Answer] = {}  # what the engine is working on, by its ids
-        self._inbox = queue.SimpleQueue()
+        # Submitted and not ended; guarded by the lock. What follows belongs to the thread.
+        self._open_answers: set[Answer] = set()
+        self._answers: dict[int, Answer] = {}  # what the engine is working on, by the engine's request ids
+        self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._outbox: list[tuple[Answer, Event | Exception | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Called in the event loop that will await the answers."""
+        """Starts the thread. Call it in the event loop that will await the answers."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Lets the thread end after the step it is in, and with it every answer that is not complete."""
-        self._inbox.put(("stop", None))
+        """Makes the thread end after its current step, and every unfinished answer with it."""
+        self._inbox.put(("stop",))
 
     def stop(self, timeout: float = 5.0) -> None:
-        """The same, and waits for it."""
+        """Asks the thread to stop and waits for it, at most `timeout` seconds."""
         self.ask_to_stop()
         self._thread.join(timeout)
 
     def stop_after(self, seconds: float) -> None:
-        """Ends what is not complete after `seconds`. Whoever calls this lets nobody new in."""
-        timer = threading.Timer(seconds, self._inbox.put, [("stop", None)])
+        """Ends unfinished answers after `seconds`. The caller must accept no new requests meanwhile."""
+        timer = threading.Timer(seconds, self.ask_to_stop)
         timer.daemon = True
         timer.start()
 
     @property
-    def room(self) -> int:
-        """Slots for which there is no sample yet; negative where samples wait."""
-        return self.slots - self._samples()
+    def free_slots(self) -> int:
+        """Slots without a sample; negative if samples are waiting."""
+        return self.slots - self._unfinished()
 
     @property
     def running(self) -> int:
         """Samples being generated."""
-        return min(self._samples(), self.slots)
+        return min(self._unfinished(), self.slots)
 
     @property
     def waiting(self) -> int:
-        """Samples that wait for a slot."""
-        return max(0, self._samples() - self.slots)
+        """Samples waiting for a slot."""
+        return max(0, self._unfinished() - self.slots)
 
     @property
     def cache_use(self) -> float:
-        """Share of the cache that holds tokens."""
+        """Share of the cache that holds tokens, from 0 to 1."""
         return self._engine.cached / (self.slots * self._engine.model_cfg.sequence_len)
 
-    def _samples(self) -> int:
+    def _unfinished(self) -> int:
+        """Samples submitted and not finished."""
         with self._lock:
-            return sum(len(answer.unfinished) for answer in self._live)
+            return sum(len(answer.unfinished) for answer in self._open_answers)
 
     def submit(self, *requests: Request) -> Answer:
-        """Queues `requests` and returns their answer at once. Busy if too many wait; EngineFailure if the engine died;
-        UserError for what the engine cannot do, which in its own thread would end the service for all."""
+        """Queues `requests` and returns their answer at once.
+
+        Raises Busy if too many are waiting, EngineFailure if the engine has failed, and UserError for a request that
+        the engine cannot do: raised in the engine's thread, that would end the service for everybody.
+        """
         for request in requests:
             self._engine.check(request)
         with self._lock:
             if self.failure:
-                raise EngineFailure("the model has stopped working; restart the server")
-            live = sum(len(answer.unfinished) for answer in self._live)
-            if live >= self.slots + self.max_waiting:
+                raise EngineFailure(STOPPED_WORKING)
+            unfinished = sum(len(answer.unfinished) for answer in self._open_answers)
+            if unfinished >= self.slots + self.max_waiting:
                 raise Busy
-            answer = Answer(self, requests, max(0, live - self.slots + 1))
-            self._live.add(answer)
+            answer = Answer(self, requests, max(0, unfinished - self.slots + 1))
+            self._open_answers.add(answer)
         self._inbox.put(("add", answer))
         return answer
 
     def cancel(self, answer: Answer, *which: int) -> None:
-        """Ends `answer`, or of it only the sample (request, sample)."""
+        """Ends `answer`, or only one of its samples, given as request, sample."""
         with self._lock:
-            live = answer in self._live
-        if live:
+            is_open = answer in self._open_answers
+        if is_open:
             self._inbox.put(("cancel", answer, *which))
 
     # -----------------------------------------------------------------------------
     # In the thread
 
     def _run(self) -> None:
-        """Messages first, then one step; sleeps on the inbox when there is nothing to generate."""
+        """Reads messages, then makes one step, and so on; sleeps on the inbox while there is nothing to generate."""
         try:
             while self._read_inbox():
                 for event in self._engine.step() if self._answers else ():
-                    self._take(event)
+                    self._handle(event)
                 self._send_outbox()
-            self._end_all(EngineFailure("the server is shutting down"))
-        except Exception as error:  # an out-of-memory device, a bug: the engine's state is lost with it
+            self._end_all(EngineFailure(SHUTTING_DOWN))
+        except Exception as error:  # the device is out of memory, or a bug: the engine's state is lost
             log.exception("the engine failed")
-            self._end_all(EngineFailure("the model has stopped working; restart the server"), failure=error)
+            self._end_all(EngineFailure(STOPPED_WORKING), failure=error)
 
     def _read_inbox(self) -> bool:
-        """Handles every message there is, warming the engine or waiting for one if it is idle. False: stop."""
+        """Handles all messages; an idle engine is warmed up, or waits for the next one. False: stop."""
         while not self._answers or not self._inbox.empty():
             if self._inbox.empty() and self.warming:
-                self._warm()
+                self._warm_up()
                 continue
-            kind, *message = self._inbox.get()
+            kind, *arguments = self._inbox.get()
             if kind == "stop":
                 return False
             if kind == "add":
-                self._add(*message)
+                self._add(*arguments)
             else:
-                self._cancel(*message)
+                self._cancel(*arguments)
             self._send_outbox()
         return True
 
-    def _warm(self) -> None:
-        """Compiles some more. What fails there (a program too large for the memory) nobody may ever ask for: whoever
-        does will see it fail."""
+    def _warm_up(self) -> None:
+        """Compiles one more program.
+
+        If that fails (the program may be too large for the memory), the server goes on: perhaps no request will ever
+        need the program, and one that does will fail by itself.
+        """
         try:
-            self.warming = next(self._warming, None) is not None
+            self.warming = next(self._warmup, None) is not None
         except Exception as error:
             self.warming = False
-            log.warning("compiling ahead has ended: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            log.warning("warm-up stopped: %s", first_line(error))
 
     def _add(self, answer: Answer) -> None:
         for i, request in enumerate(answer.requests):
             id = self._engine.add(request)
-            answer.ids[id] = i
+            answer.indices[id] = i
             self._answers[id] = answer
 
     def _cancel(self, answer: Answer, request: int | None = None, sample: int | None = None) -> None:
-        for id, i in answer.ids.items():
-            if request in (None, i) and self._answers.get(id) is answer:  # otherwise it was over before the message
+        for id, i in answer.indices.items():
+            if request in (None, i) and self._answers.get(id) is answer:  # otherwise it ended before the message came
                 self._engine.cancel(id, sample)
         left = {(i, s) for i, s in answer.unfinished if (i, s) != (request, sample)} if request is not None else set()
         with self._lock:
@@ -247,20 +265,21 @@ class EngineWorker:
         if not left:
             self._end(answer, "cancelled" if request is None else "stop")
 
-    def _take(self, event: Event) -> None:
-        answer, now = self._answers[event.request], time.monotonic()
-        index, timing = answer.ids[event.request], answer.timing
+    def _handle(self, event: Event) -> None:
+        """Counts an event and puts it in the outbox; the last one ends its answer."""
+        answer = self._answers[event.request]
+        index = answer.indices[event.request]
         if (index, event.sample) not in answer.unfinished:
             return
-        if timing.first is None:
-            timing.first = now
-            self.metrics.first_token.observe(now - timing.submitted)
+        if answer.first_token_at is None:
+            answer.first_token_at = time.monotonic()
+            self.metrics.first_token.observe(answer.first_token_at - answer.submitted)
             self.metrics.prompt_tokens.inc(sum(len(request.ids) for request in answer.requests))
-        self.metrics.reused_tokens.inc(event.cached_tokens)
-        timing.tokens += len(event.ids)
+        self.metrics.cached_tokens.inc(event.cached_tokens)
+        answer.generated += len(event.ids)
         self.metrics.generated_tokens.inc(len(event.ids))
         if self.log_chats:
-            answer.said.setdefault((index, event.sample), []).extend(event.ids)
+            answer.logged_ids.setdefault((index, event.sample), []).extend(event.ids)
         self._outbox.append((answer, dataclasses.replace(event, request=index)))
         if event.finish_reason is not None:
             with self._lock:
@@ -269,38 +288,45 @@ class EngineWorker:
                 self._end(answer, event.finish_reason)
 
     def _end(self, answer: Answer, reason: str, error: EngineFailure | None = None) -> None:
-        for id in answer.ids:
+        for id in answer.indices:
             self._answers.pop(id, None)
         with self._lock:
-            if answer not in self._live:
+            if answer not in self._open_answers:
                 return
-            self._live.discard(answer)
-        self.metrics.ended(answer, reason)
+            self._open_answers.discard(answer)
+        self.metrics.answers.labels(reason).inc()
+        if (seconds := answer.seconds_per_token()) is not None:
+            self.metrics.per_token.observe(seconds)
         if self.log_chats:
-            decode = self._engine.tokenizer.decode
-            for i, request in enumerate(answer.requests):
-                answers = [decode(ids) for (j, _), ids in sorted(answer.said.items()) if i == j]
-                log.warning(json.dumps({"prompt": decode(request.ids), "answers": answers, "end": reason}))
+            self._log(answer, reason)
         self._outbox.append((answer, error))
+
+    def _log(self, answer: Answer, reason: str) -> None:
+        """Writes one JSON object per request: its prompt, its samples, and why the answer ended."""
+        decode = self._engine.tokenizer.decode
+        for i, request in enumerate(answer.requests):
+            samples = [decode(ids) for (j, _), ids in sorted(answer.logged_ids.items()) if i == j]
+            log.warning(json.dumps({"prompt": decode(request.ids), "answers": samples, "end": reason}))
 
     def _end_all(self, error: EngineFailure, failure: Exception | None = None) -> None:
         with self._lock:
             self.failure = failure or error
-            live = list(self._live)
-        for answer in live:
+            unfinished = list(self._open_answers)
+        for answer in unfinished:
             self._end(answer, "failed", error)
         self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Wakes the event loop once for everything there is: waking it for each event would take it longer."""
-        sent, self._outbox = self._outbox, []
+        """Hands the outbox to the event loop, waking it once for all events: once per event would cost it more time."""
+        outbox, self._outbox = self._outbox, []
 
         def put_all() -> None:
-            for answer, event in sent:
+            for answer, event in outbox:
                 answer.put(event)
 
-        if sent:
+        if outbox:
+            assert self._loop is not None, "start() sets the event loop before the thread runs"
             try:
                 self._loop.call_soon_threadsafe(put_all)
-            except RuntimeError:  # the loop is closed: the server has shut down, nobody listens
+            except RuntimeError:  # the loop is closed: the server has shut down, nobody is listening
                 log.debug("events came after the end of the event loop")

@@ -32,18 +32,18 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def cfg(tokenizer):
+def model_cfg(tokenizer):
     return GPTConfig(1, 2, 2, 64, tokenizer.vocab_size, 128)
 
 
 @pytest.fixture(scope="module")
-def params(cfg, tokenizer):
-    return scripted(gpt.init(cfg, seed=0), cfg, tokenizer, CALL, AFTER)
+def params(model_cfg, tokenizer):
+    return scripted(gpt.init(model_cfg, seed=0), model_cfg, tokenizer, CALL, AFTER)
 
 
 @pytest.fixture(scope="module")
-def engine(params, cfg, tokenizer):
-    return Engine(params, cfg, tokenizer, slots=1, chunk=4)
+def engine(params, model_cfg, tokenizer):
+    return Engine(params, model_cfg, tokenizer, slots=1, chunk=4)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def assistant(*parts) -> dict:
 
 
 def type_in(monkeypatch, *lines):
-    """Lines for input(), and then the end of the input; exceptions are raised."""
+    """Makes input() return `lines` and then reach the end of the input; exceptions among them are raised."""
     left = list(lines)
 
     def read(prompt=""):
@@ -73,8 +73,8 @@ def type_in(monkeypatch, *lines):
 def test_an_answer_shows_the_call_and_no_special_tokens(chat, capsys, tokenizer):
     chat_cli.say(chat, "q")
     assert capsys.readouterr().out == ANSWER
-    said = [("text", "a"), ("python", "37*12"), ("python_output", "444"), ("text", "é!")]
-    assert chat.messages == [{"role": "user", "content": "q"}, assistant(*said)]
+    parts = [("text", "a"), ("python", "37*12"), ("python_output", "444"), ("text", "é!")]
+    assert chat.messages == [{"role": "user", "content": "q"}, assistant(*parts)]
 
 
 def test_the_next_turn_sees_the_conversation(chat, engine, monkeypatch, tokenizer):
@@ -125,8 +125,8 @@ def test_commands(chat, monkeypatch, capsys, tmp_path):
         "top_k is 7",
         "the system prompt is: Be brief.",
         "the system prompt is: Be brief.",
-        "error: /save: which file? /save chat.jsonl",
-        "error: /save: nothing has been said yet",
+        "error: /save: name a file, like /save chat.jsonl",
+        "error: /save: the conversation is empty",
         f"saved in {tmp_path}/chat.jsonl",
         "Conversation cleared.",
         "there is no system prompt",
@@ -250,7 +250,7 @@ def test_wrong_settings_name_the_flag(flag, value):
 
 
 # -----------------------------------------------------------------------------
-# The program
+# The program in its own process
 
 
 def run_program(*args, base_dir, **kwargs):
@@ -280,7 +280,7 @@ def test_help_is_immediate(tmp_path):
 
 
 class Terminal:
-    """The program in a pseudo-terminal, as somebody at a keyboard has it."""
+    """The program in a pseudo-terminal, as a user at a keyboard sees it."""
 
     def __init__(self, *args, base_dir):
         self.primary, secondary = pty.openpty()
@@ -288,7 +288,7 @@ class Terminal:
             "JAX_PLATFORMS": "cpu", "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(REPOSITORY), "TERM": "xterm",
             "LC_ALL": "C.UTF-8",
         }  # fmt: skip
-        # The terminal becomes that of the program, so that Ctrl-C reaches it.
+        # Makes it the program's controlling terminal, so that Ctrl-C reaches the program.
         begin = (
             "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         )
@@ -303,18 +303,18 @@ class Terminal:
         os.write(self.primary, text.encode())
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """What was shown up to and with `text`."""
+        """Waits for `text`; returns the output up to and including it."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             ready, _, _ = select.select([self.primary], [], [], 0.1)
-            assert time.monotonic() < deadline, f"never: {text!r}\n{self.seen}"
+            assert time.monotonic() < deadline, f"never shown: {text!r}\n{self.seen}"
             if ready:
                 self.seen += os.read(self.primary, 4096).decode("utf-8", "replace")
         before, self.seen = self.seen.split(text, 1)
         return before + text
 
     def end(self) -> int:
-        """Its exit code, once it has ended by itself."""
+        """Waits for the program to end; returns its exit code."""
         try:
             return self.process.wait(20)
         finally:
@@ -322,37 +322,37 @@ class Terminal:
             os.close(self.primary)
 
 
-def test_a_conversation_at_a_terminal(own_base_dir, params, cfg, tokenizer):
-    save_model(own_base_dir, params, cfg, tokenizer)
+def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer):
+    save_model(own_base_dir, params, model_cfg, tokenizer)
     terminal = Terminal("-t", "0", "--max_new_tokens=40", base_dir=own_base_dir)
     try:
         terminal.wait_for("User: ")
         terminal.type("q\n")
         assert "a\x1b[2m[37*12 = 444]\x1b[0mé!" in terminal.wait_for("tokens/s]")
         terminal.wait_for("User: ")
-        # The line is edited: the cursor goes back, a letter goes; Tab completes a command; an arrow brings a line back.
+        # Line editing: Backspace deletes a letter, Tab completes a command, the up arrow brings back an earlier line.
         terminal.type("qx\x7f\n")
         terminal.wait_for("é!")
         terminal.wait_for("User: ")
         terminal.type("/tem\t 0.5\n")
         terminal.wait_for("temperature is 0.5")
         terminal.type("/temperature 0\n/nonsense\n")
-        terminal.wait_for("/nonsense is no command; /help lists them")
+        terminal.wait_for("there is no command /nonsense; /help lists the commands")
         terminal.wait_for("User: ")
         terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: q
         terminal.wait_for("é!")
         terminal.wait_for("User: ")
-        # Ctrl-C drops what may be typed and not the program; twice ends it.
+        # Ctrl-C discards the typed text and keeps the program running; a second one ends it.
         terminal.type("half a tho")
         terminal.wait_for("half a tho")
-        time.sleep(0.5)  # CPython's input() misses a signal between the echo of a letter and its waiting for the next
+        time.sleep(0.5)  # CPython's input() misses a signal between echoing a letter and waiting for the next
         terminal.type("\x03")
-        terminal.wait_for("Ctrl-C again ends")
+        terminal.wait_for("press Ctrl-C again to end")
         terminal.wait_for("User: ")
         terminal.type("q\n")
         terminal.wait_for("é!")
         terminal.wait_for("User: ")
-        # What is pasted is one message, however many lines it has.
+        # Pasted text is one message, however many lines it has.
         terminal.type("\x1b[200~q\nq\x1b[201~")
         terminal.wait_for("q")
         terminal.type("\n")
@@ -367,12 +367,12 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, cfg, tokenizer):
     assert kept.read_text().splitlines()[-7:-2] == ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "q"]
 
 
-def test_program_answers_a_saved_model(own_base_dir, params, cfg, tokenizer):
-    """-p gives the answer alone on stdout; piped input gives one answer a line; without a model, one line says so."""
+def test_program_answers_a_saved_model(own_base_dir, params, model_cfg, tokenizer):
+    """-p prints only the answer to stdout; piped input gets an answer per line; a missing model is a one-line error."""
     missing = run_program("-p", "q", base_dir=own_base_dir)
     assert missing.returncode == 2 and missing.stderr.startswith("error: no sft checkpoint under")
     assert missing.stderr.count("\n") == 1 and not missing.stdout
-    save_model(own_base_dir, params, cfg, tokenizer)
+    save_model(own_base_dir, params, model_cfg, tokenizer)
     once = run_program("-p", "q", "-t", "0", base_dir=own_base_dir)
     assert (once.returncode, once.stdout) == (0, ANSWER), once.stderr
     assert "sft_checkpoints/tiny, step 7" in once.stderr

@@ -1,4 +1,4 @@
-"""The command that serves: what it refuses to start with, and how it ends."""
+"""The command that starts the server: which settings it refuses, and how it ends."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def test_a_missing_model_and_wrong_flags_are_one_line():
         ("--port=0", "no sft checkpoint"),
         ("--port=99999", "--port"),
         ("--host=256.1", "--host"),
-        ("--host=192.0.2.1", "--host=192.0.2.1: no address of this machine"),
+        ("--host=192.0.2.1", "--host=192.0.2.1: not an address of this machine"),
         ("--temperature=nan", "--temperature"),
         ("--slots=0", "--slots"),
     ):
@@ -52,8 +52,8 @@ def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, own_base_
     tiny_model(tokenizer, own_base_dir, sequence_len=128)
     with command(own_base_dir, "--slots=1") as server:
         body = {"messages": [{"role": "user", "content": "a private remark"}], "max_tokens": 5}
-        said = httpx.post(f"{server.url}/chat/completions", json=body, timeout=30)
-        assert said.status_code == 200 and said.text.endswith('data: {"done": true}\n\n')
+        response = httpx.post(f"{server.url}/chat/completions", json=body, timeout=30)
+        assert response.status_code == 200 and response.text.endswith('data: {"done": true}\n\n')
         assert httpx.get(f"{server.url}/health").json()["model"] == "nanochat-tiny-sft"
         start = time.monotonic()
         server.process.send_signal(signal.SIGINT)
@@ -74,15 +74,15 @@ def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, own_base_di
                 begun.wait(30)
                 answers.append(list(lines)[-2])
 
-        threads = [threading.Thread(target=ask, args=[seed]) for seed in (1, 2)]  # one of them waits for the other
+        threads = [threading.Thread(target=ask, args=[seed]) for seed in (1, 2)]  # one waits for the other's slot
         for thread in threads:
             thread.start()
         begun.wait(30)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        while True:  # nobody gets an answer: who knocked while the door was closing is cut off, then all are refused
+        while True:  # no request is answered: the first may be disconnected, later ones are refused
             try:
-                raise AssertionError(f"let in: {httpx.get(f'{server.url}/health')}")
+                raise AssertionError(f"answered: {httpx.get(f'{server.url}/health')}")
             except httpx.ReadError:
                 time.sleep(0.1)
             except httpx.ConnectError:
@@ -95,7 +95,7 @@ def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, own_base_di
 
 
 def tiny_model(tokenizer, base, sequence_len: int) -> None:
-    cfg = GPTConfig(1, 1, 1, 16, tokenizer.vocab_size, sequence_len)
-    params = gpt.init(cfg)
-    never = [tokenizer.special("<|assistant_end|>"), tokenizer.bos]  # what would end an answer
-    save_model(base, params | {"lm_head": params["lm_head"].at[np.array(never)].set(0)}, cfg, tokenizer)
+    model_cfg = GPTConfig(1, 1, 1, 16, tokenizer.vocab_size, sequence_len)
+    params = gpt.init(model_cfg)
+    never = [tokenizer.special("<|assistant_end|>"), tokenizer.bos]  # the tokens that would end an answer
+    save_model(base, params | {"lm_head": params["lm_head"].at[np.array(never)].set(0)}, model_cfg, tokenizer)

@@ -1,4 +1,4 @@
-"""Clients that misbehave, by mistake or on purpose: the server refuses what it must, and goes on."""
+"""Clients that misbehave, by mistake or on purpose: the server refuses what it must and keeps serving the others."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import time
 
 import httpx
 import pytest
-from serving import TEXT, ScriptedEngine, say, serving, until
+from serving import TEXT, ScriptedEngine, answer_ids, serving, until
 
 from nanochat_jax.config import ChatWeb
 from nanochat_jax.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture
 def engine(tokenizer):
-    return ScriptedEngine(tokenizer, lambda _: say(tokenizer, "well and good"))
+    return ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "well and good"))
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def endless(tokenizer):
 
 
 def post(server, path: str, body, headers: str = "", receive_buffer: int = 0) -> socket.socket:
-    """A connection on which `body` was posted; nothing is read from it."""
+    """A connection on which `body` has been posted; the response is not read."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     client = socket.socket()
     if receive_buffer:
@@ -47,7 +47,7 @@ def post(server, path: str, body, headers: str = "", receive_buffer: int = 0) ->
 
 
 def read(client: socket.socket) -> bytes:
-    """Everything until the server closes the connection."""
+    """Reads until the server closes the connection."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := client.recv(65536):
@@ -57,7 +57,7 @@ def read(client: socket.socket) -> bytes:
 
 
 def answers(server) -> bool:
-    """Whether the server is well: nothing runs or waits, and it answers a question."""
+    """Whether nothing runs or waits, and the server answers a question."""
     stats = httpx.get(f"{server.url}/stats").json()
     text = httpx.post(f"{server.url}/v1/chat/completions", json=QUESTION | {"stream": False}).text
     return stats["busy_workers"] == stats["waiting"] == 0 and "well and good" in text
@@ -86,7 +86,7 @@ def test_what_is_no_request_is_400_and_the_server_goes_on(engine):
                 assert client.request(method, path).status_code == 405
             for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
                 refused = client.post(path, content=json.dumps(QUESTION), headers={"Content-Type": kind})
-                assert refused.status_code == 400  # a foreign web page could send these without asking first
+                assert refused.status_code == 400  # another site's page can send these without a preflight request
         assert client.get("/../../etc/passwd").status_code == client.get("/%00").status_code == 404
         assert answers(server)
 
@@ -108,19 +108,19 @@ def test_a_huge_body_is_413_and_is_not_held(engine):
         for path in PATHS:
             client = post(server, path, b"x" * (3 << 20))
             assert b" 413 " in read(client).split(b"\r\n")[0]
-            # In pieces without an end, and without saying how many.
+            # Chunked, without an end and without a length.
             client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
             client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
             with contextlib.suppress(ConnectionError):
                 for _ in range(1000):
                     client.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
-                pytest.fail("64 MiB were taken")
+                pytest.fail("the server accepted 64 MiB")
             client.close()
         assert answers(server)
 
 
 def test_a_body_that_never_comes_is_given_up(engine, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.serve.guard.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("nanochat_jax.serve.middleware.BODY_SECONDS", 0.3)
     with serving(engine) as server:
         for path in PATHS:
             client = post(server, path, b"", headers="Content-Length: 100\r\nX-")
@@ -149,7 +149,7 @@ def test_what_is_not_http_is_dropped(engine):
 @pytest.mark.parametrize("path", PATHS)
 def test_a_slow_reader_holds_no_slot_and_gets_all_of_it(tokenizer, path):
     text = "and so on " * 250
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, text), slots=1, context=100_000)
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, text), slots=1, context=100_000)
     with serving(engine, ChatWeb(max_new_tokens=4096), send_buffer=4096) as server:
         slow = post(server, path, QUESTION | {"max_tokens": 4000}, receive_buffer=4096)
         until(lambda: httpx.get(f"{server.url}/stats").json()["busy_workers"] == 1)
@@ -157,17 +157,17 @@ def test_a_slow_reader_holds_no_slot_and_gets_all_of_it(tokenizer, path):
         quick = httpx.post(f"{server.url}{path}", json=QUESTION | {"max_tokens": 5})
         assert quick.status_code == 200
         received = b""
-        while piece := slow.recv(512):  # and slowly
+        while piece := slow.recv(512):  # slowly
             received += piece
             if len(received) < 20_000:
                 time.sleep(0.002)
         lines = [json.loads(line[6:]) for line in received.decode().splitlines() if line.startswith("data: {")]
-        said = [line.get("token") or line.get("choices", [{}])[0].get("delta", {}).get("content") for line in lines]
-        assert "".join(piece or "" for piece in said) == text
+        pieces = [line.get("token") or line.get("choices", [{}])[0].get("delta", {}).get("content") for line in lines]
+        assert "".join(piece or "" for piece in pieces) == text
 
 
 def test_a_client_that_never_reads_is_given_up(endless, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.serve.reply.GRACE", 0.3)
+    monkeypatch.setattr("nanochat_jax.serve.responses.READ_GRACE", 0.3)
     with serving(endless, ChatWeb(max_new_tokens=4096, timeout=0.5), send_buffer=4096) as server:
         before = len(os.listdir("/proc/self/fd"))
         clients = [post(server, path, QUESTION | {"max_tokens": 4000}, receive_buffer=4096) for path in PATHS]
@@ -181,7 +181,7 @@ def test_a_client_that_never_reads_is_given_up(endless, monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
 def test_who_leaves_is_noticed_at_once(endless, path, stream):
-    """While his answer is written, and while he waits for a slot, whether he would get it as a stream or whole."""
+    """Both while the answer is generated and while it waits for a slot, streamed or not."""
     endless.delay, endless.slots = 0.02, 1
     with serving(endless, ChatWeb(max_new_tokens=4096)) as server:
         stats = lambda: httpx.get(f"{server.url}/stats").json()  # noqa: E731

@@ -1,4 +1,4 @@
-"""Two minutes of two hundred clients, half of whom leave in the middle of an answer. LOAD_SECONDS makes it shorter."""
+"""Two minutes of 200 clients, half of which leave in the middle of an answer. LOAD_SECONDS changes the duration."""
 
 import asyncio
 import json
@@ -18,11 +18,11 @@ from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CLIENTS = 200
 SECONDS = float(os.environ.get("LOAD_SECONDS", 120))
-GROWTH = 24 << 20  # bytes of memory that are no leak: buffers of connections, arenas of the allocator
+GROWTH = 24 << 20  # bytes that are not a leak: connection buffers, the allocator's arenas
 
 
 async def ask(port: int, prompt: str, leave_after: int = 0) -> str | int | None:
-    """The text of a streamed completion, None if left after so many events, or the status if refused."""
+    """The text of a streamed completion; None if the client left after `leave_after` events; the status if refused."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         fields = {"prompt": prompt, "max_tokens": 60, "temperature": 1, "top_k": 0, "seed": 7, "stream": True}
@@ -64,12 +64,12 @@ async def client(port: int, expected: dict[str, str], number: int, until: float,
 @pytest.mark.slow
 def test_two_hundred_clients_half_of_whom_leave(own_base_dir):
     tokenizer = Tokenizer.train(iter(TEXT), 300)
-    cfg = GPTConfig(2, 2, 2, 32, tokenizer.vocab_size, 128)
-    leaves, tree = jax.tree.flatten(gpt.init(cfg, seed=0))
+    model_cfg = GPTConfig(2, 2, 2, 32, tokenizer.vocab_size, 128)
+    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * 0.2 for k, x in zip(keys, leaves, strict=True)])
-    params["lm_head"] = params["lm_head"].at[cfg.vocab_size - len(SPECIAL_TOKENS) :].set(0)
-    save_model(own_base_dir, params, cfg, tokenizer)
+    params["lm_head"] = params["lm_head"].at[model_cfg.vocab_size - len(SPECIAL_TOKENS) :].set(0)
+    save_model(own_base_dir, params, model_cfg, tokenizer)
 
     with command(own_base_dir, "--slots=8") as server:
 

@@ -1,4 +1,4 @@
-"""OpenAI's API, through OpenAI's own client: a real server process with a small model, and answers given in advance."""
+"""OpenAI's API, through OpenAI's own client: first a small model in a real server process, then scripted answers."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import openai
 import pytest
-from serving import TEXT, ScriptedEngine, command, save_model, say, serving, until
+from serving import TEXT, ScriptedEngine, answer_ids, command, save_model, serving, until
 
 from nanochat_jax.config import ChatWeb, GPTConfig
 from nanochat_jax.model import gpt
@@ -33,25 +33,25 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def cfg(tokenizer):
+def model_cfg(tokenizer):
     return GPTConfig(1, 2, 2, 32, tokenizer.vocab_size, CONTEXT)
 
 
 @pytest.fixture(scope="module")
-def params(cfg):
-    """Random weights with an uneven head: varied text, special tokens never the likeliest."""
-    leaves, tree = jax.tree.flatten(gpt.init(cfg, seed=0))
+def params(model_cfg):
+    """Random weights, large enough for varied text; special tokens are never the most likely ones."""
+    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     made = tree.unflatten([jax.random.normal(k, x.shape) * 0.2 for k, x in zip(keys, leaves, strict=True)])
-    return made | {"lm_head": made["lm_head"].at[cfg.vocab_size - len(SPECIAL_TOKENS) :].set(0)}
+    return made | {"lm_head": made["lm_head"].at[model_cfg.vocab_size - len(SPECIAL_TOKENS) :].set(0)}
 
 
 @pytest.fixture(scope="module")
-def server(params, cfg, tokenizer, tmp_path_factory):
+def server(params, model_cfg, tokenizer, tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        save_model(base, params, cfg, tokenizer)
+        save_model(base, params, model_cfg, tokenizer)
     with command(base, "--slots=2", f"--api_key={KEY}", "--temperature=1", "--top_k=0") as running:
         yield running
 
@@ -63,9 +63,9 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def likelihood(params, cfg):
-    """Log-probabilities [t,v] after each token of a sequence, by the full forward; one compiled shape."""
-    forward = jax.jit(lambda ids: jax.nn.log_softmax(gpt.forward(params, cfg, ids)[0]))
+def likelihood(params, model_cfg):
+    """Log-probabilities [t,v] after each token of a sequence, by the full forward, padded to one compiled shape."""
+    forward = jax.jit(lambda ids: jax.nn.log_softmax(gpt.forward(params, model_cfg, ids)[0]))
     return lambda ids: np.asarray(forward(np.array([[*ids, *[0] * (CONTEXT - len(ids))]])))[: len(ids)]
 
 
@@ -74,12 +74,12 @@ def user(text: str) -> dict:
 
 
 @contextlib.contextmanager
-def scripted(tokenizer, *answer, settings=None, **engine):
-    """A client of a server whose model always says `answer`, and its engine."""
-    script = answer[0] if callable(answer[0]) else lambda _: say(tokenizer, *answer)
+def scripted(tokenizer, *answer, cfg=None, **engine):
+    """A client of a server whose model always gives `answer`, and its engine."""
+    script = answer[0] if callable(answer[0]) else lambda _: answer_ids(tokenizer, *answer)
     engine = ScriptedEngine(tokenizer, script, **engine)
     with (
-        serving(engine, settings) as server,
+        serving(engine, cfg) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=30) as client,
     ):
         yield client, engine
@@ -130,7 +130,7 @@ def test_a_seed_gives_the_same_chat_streamed_or_not(client, tokenizer):
         assert chunk.model == MODEL and chunk.object == "chat.completion.chunk"
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            assert choice.index not in reasons, "something came after the end"
+            assert choice.index not in reasons, "a chunk after the end of its choice"
             streamed[choice.index] += choice.delta.content or ""
             reasons |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
     assert streamed == texts and usage == whole.usage
@@ -144,7 +144,7 @@ def test_greedy_chat_with_logprobs_is_what_the_model_says(client, tokenizer, lik
     )
     prompt = tokenizer.render_for_completion({"messages": [{"role": "system", "content": "Be brief."}, user("hello")]})
     ids = list(prompt)
-    for token in (said := answer.choices[0].logprobs.content):
+    for token in (tokens := answer.choices[0].logprobs.content):
         after = likelihood(ids)[-1]
         ids.append(int(after.argmax()))
         assert bytes(token.bytes) == tokenizer.decode_bytes(ids[-1:])
@@ -152,8 +152,8 @@ def test_greedy_chat_with_logprobs_is_what_the_model_says(client, tokenizer, lik
         assert [bytes(other.bytes) for other in token.top_logprobs] == [tokenizer.decode_bytes([i]) for i in best]
         np.testing.assert_allclose([other.logprob for other in token.top_logprobs], after[best], atol=2e-4)
         assert token.logprob == token.top_logprobs[0].logprob
-    text = b"".join(bytes(token.bytes) for token in said).decode("utf-8", "replace")
-    assert said and text == answer.choices[0].message.content
+    text = b"".join(bytes(token.bytes) for token in tokens).decode("utf-8", "replace")
+    assert tokens and text == answer.choices[0].message.content
 
 
 def test_scores_of_texts_and_ids_are_the_models(client, tokenizer, likelihood):
@@ -174,7 +174,7 @@ def test_scores_of_texts_and_ids_are_the_models(client, tokenizer, likelihood):
         whole = [not token.startswith("bytes:") for token in choice.logprobs.tokens]
         for ok, token, start in zip(whole, choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
             assert not ok or text[start:].startswith(token)
-    # Ids are taken as they are, and of the first nothing is known. One token more is the likeliest.
+    # Token ids are used as they are; the first has no log-probability. One more token is the most likely one.
     ids = tokenizer.encode(texts[0])
     scored = client.completions.create(
         model=MODEL, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
@@ -195,7 +195,7 @@ def test_completions_of_several_prompts(client):
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
     assert streamed == [choice.text for choice in whole.choices]
-    # A prompt in a batch gets what it gets alone.
+    # A prompt in a batch gets the same answers as alone.
     alone = client.completions.create(**ask | {"prompt": "The sea"})
     assert [choice.text for choice in alone.choices] == streamed[:2]
     assert client.completions.create(model=MODEL, prompt="").usage.completion_tokens <= 16
@@ -272,8 +272,8 @@ def test_no_request_that_the_description_suggests_is_a_server_error(server, tmp_
 
 
 @pytest.mark.slow
-def test_lm_eval_scores_through_completions(server, tokenizer, params, cfg, tmp_path):
-    """LM_EVAL: its program, which is better off in an environment of its own."""
+def test_lm_eval_scores_through_completions(server, tokenizer, params, model_cfg, tmp_path):
+    """LM_EVAL is the path of its program, which is best installed in an environment of its own."""
     program = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
     if not program:
         pytest.skip("no lm_eval: LM_EVAL=/path/to/lm_eval")
@@ -296,7 +296,7 @@ def test_lm_eval_scores_through_completions(server, tokenizer, params, cfg, tmp_
     done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     [samples] = tmp_path.rglob("samples_sky*.jsonl")
-    likelihood = jax.jit(lambda ids: jax.nn.log_softmax(gpt.forward(params, cfg, ids)[0]))
+    likelihood = jax.jit(lambda ids: jax.nn.log_softmax(gpt.forward(params, model_cfg, ids)[0]))
     for line in samples.read_text().splitlines():
         sample = json.loads(line)
         for choice, [[score, _]] in zip(questions[0]["c"], sample["resps"], strict=True):
@@ -307,15 +307,15 @@ def test_lm_eval_scores_through_completions(server, tokenizer, params, cfg, tmp_
 
 
 # -----------------------------------------------------------------------------
-# Answers given in advance
+# Scripted answers
 
 
 def test_stop_strings_end_the_text_wherever_they_fall(tokenizer):
-    said = "The sea is calm tonight. Grüße 🌍, the tide is full"
-    with scripted(tokenizer, said, delay=0.001) as (client, engine):
+    text = "The sea is calm tonight. Grüße 🌍, the tide is full"
+    with scripted(tokenizer, text, delay=0.001) as (client, engine):
         for stop, kept in (
-            ("calm", "The sea is "), ("T", ""), (["full!", "tide is full"], said[:-12]), ("🌍", said[:31]),
-            ("never", said), (["tonight", "sea"], "The "), ("full", said[:-4]), ("fully", said),
+            ("calm", "The sea is "), ("T", ""), (["full!", "tide is full"], text[:-12]), ("🌍", text[:31]),
+            ("never", text), (["tonight", "sea"], "The "), ("full", text[:-4]), ("fully", text),
         ):  # fmt: skip
             ask = {"model": "nanochat-test-sft", "messages": [user("?")], "stop": stop}
             whole = client.chat.completions.create(**ask, logprobs=True)
@@ -324,13 +324,13 @@ def test_stop_strings_end_the_text_wherever_they_fall(tokenizer):
             assert tokens.startswith(kept.encode()) and len(tokens) <= len(kept.encode()) + 12
             streamed = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**ask, stream=True)]
             assert "".join(streamed) == kept and not any("\ufffd" in piece for piece in streamed)
-            assert whole.usage.completion_tokens <= len(tokenizer.encode(said)) + 1
+            assert whole.usage.completion_tokens <= len(tokenizer.encode(text)) + 1
     assert set(engine.cancelled) and not engine._left
 
 
 def test_a_stop_string_in_one_of_several_samples_ends_only_that(tokenizer):
     def counting(request):
-        return say(tokenizer, f"{request.seed} a b c d e f")
+        return answer_ids(tokenizer, f"{request.seed} a b c d e f")
 
     with scripted(tokenizer, counting, slots=2) as (client, _):
         ask = lambda seed, stop: client.chat.completions.create(  # noqa: E731
@@ -346,13 +346,13 @@ def test_tool_calls_are_not_text(tokenizer):
         assert whole.choices[0].message.content == "37 times 12 is 444."
         tokens = [token.token for token in whole.choices[0].logprobs.content]
         assert "".join(tokens) == "37 times 12 is 444."
-        assert whole.usage.completion_tokens == len(say(tokenizer, *answer))
+        assert whole.usage.completion_tokens == len(answer_ids(tokenizer, *answer))
 
 
 def test_the_last_message_of_the_assistant_is_continued(tokenizer):
     with scripted(tokenizer, " there") as (client, engine):
-        said = [user("37*12?"), {"role": "assistant", "content": "It is"}]
-        answer = client.chat.completions.create(model="nanochat-test-sft", messages=said)
+        messages = [user("37*12?"), {"role": "assistant", "content": "It is"}]
+        answer = client.chat.completions.create(model="nanochat-test-sft", messages=messages)
         assert answer.choices[0].message.content == " there"
         ids = list(engine.requests[0].ids)
         assert tokenizer.decode(ids).endswith("<|assistant_start|>It is")
@@ -360,9 +360,9 @@ def test_the_last_message_of_the_assistant_is_continued(tokenizer):
 
 def test_a_full_queue_is_429_with_a_time_to_come_back(tokenizer):
     endless = lambda _: tokenizer.encode("and so on ") * 500  # noqa: E731
-    settings = ChatWeb(max_waiting=1)
+    cfg = ChatWeb(max_waiting=1)
     with (
-        scripted(tokenizer, endless, slots=1, delay=0.01, settings=settings) as (client, _),
+        scripted(tokenizer, endless, slots=1, delay=0.01, cfg=cfg) as (client, _),
         contextlib.ExitStack() as stack,
     ):
         for _ in range(2):
@@ -374,7 +374,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(tokenizer):
 
 def test_time_runs_out(tokenizer):
     endless = lambda _: tokenizer.encode("and so on ") * 500  # noqa: E731
-    with scripted(tokenizer, endless, slots=1, delay=0.05, settings=ChatWeb(timeout=0.5)) as (client, engine):
+    with scripted(tokenizer, endless, slots=1, delay=0.05, cfg=ChatWeb(timeout=0.5)) as (client, engine):
         with pytest.raises(openai.InternalServerError) as failed:
             client.completions.create(model=None, prompt="go", max_tokens=500)
         assert failed.value.status_code == 504 and failed.value.code == "timeout"
@@ -459,7 +459,7 @@ def test_mistakes_are_named_in_openais_shape(tokenizer):
             assert error["code"] == "invalid_content_type" and "Content-Type: application/json" in error["message"]
         kind = {"Content-Type": "application/json; charset=utf-8"}
         assert http.post("chat/completions", content="{", headers=kind).json()["error"]["code"] == "invalid_json"
-        # Neutral values of what is not supported, unknown fields, and null are no mistakes.
+        # Neutral values of unsupported fields, unknown fields and null are accepted.
         fine = {"presence_penalty": 0, "tools": None, "response_format": {"type": "text"}, "user": "me", "stop": None,
                 "stream_options": None, "logit_bias": {}, "best_of": 1, "n": None, "seed": -1, "top_p": 0}  # fmt: skip
         assert http.post("chat/completions", json={"messages": [user("x")]} | fine).status_code == 200

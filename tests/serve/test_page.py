@@ -16,21 +16,21 @@ pytestmark = NEEDS
 
 def test_a_conversation_with_a_tool_call(chat):
     assert chat.js("document.activeElement.id") == "input"
-    chat.shoot("welcome")
+    chat.screenshot("welcome")
     chat.ask("Why is the sky blue?")
     chat.ask("And what is 37 times 12?")
     assert chat.texts(".user .body") == ["Why is the sky blue?", "And what is 37 times 12?"]
     assert chat.texts(".assistant .body")[0] == SKY
     assert chat.js("document.querySelector('.typing')") is None
-    # The call is folded; the keyboard opens it.
+    # The calculator's call is folded; the keyboard opens it.
     tool = chat.page.locator(".tool")
     assert tool.inner_text() == "calculator" and chat.texts(".assistant .body")[1].startswith("Let me see. 37 times 12")
     tool.locator("summary").press("Enter")
     assert tool.locator("code").inner_text() == "37*12" and tool.locator("output").inner_text() == "444"
-    chat.shoot("light")
-    # What the model hears next has its own tool call in it, with the special tokens it learned.
+    chat.screenshot("light")
+    # The next prompt contains the model's own call, with the special tokens it was trained on.
     chat.ask("Thank you")
-    assert "is <|python_start|>37*12<|python_end|><|output_start|>444<|output_end|> in all." in chat.sent()
+    assert "is <|python_start|>37*12<|python_end|><|output_start|>444<|output_end|> in all." in chat.last_prompt()
     assert chat.page.locator("#log").get_attribute("aria-busy") == "false"
     assert chat.texts("#status") == ["The answer is complete."]
 
@@ -48,7 +48,7 @@ def test_what_a_model_writes_stays_text(chat):
         links = chat.page.locator(".body a").evaluate_all("all => all.map(a => [a.href, a.target, a.rel])")
         addresses = ["https://example.org/a_b_c", "http://example.org/x.png"]
         assert links == [[address, "_blank", "noopener noreferrer"] for address in addresses]
-        chat.page.reload()  # and from the browser's own storage
+        chat.page.reload()  # the same again, from the browser's storage
         chat.until("chat.messages.length == 6")
     policy = chat.page.evaluate("fetch('/').then(r => r.headers.get('content-security-policy'))")
     assert "unsafe" not in policy
@@ -98,8 +98,8 @@ def test_markdown(chat):
     fence = "```sh\nls *x* <b>\n\n# no heading\n```\nafter"
     box = chat.js(html, fence)
     assert "<code>ls *x* &lt;b&gt;\n\n# no heading</code></pre></div><p>after</p>" in box and "<span>sh</span>" in box
-    assert "<code>unfinished\n- x</code>" in chat.js(html, "~~~~\nunfinished\n- x")  # while it is being written
-    # Nothing that a model can write keeps the browser busy.
+    assert "<code>unfinished\n- x</code>" in chat.js(html, "~~~~\nunfinished\n- x")  # while it is still being generated
+    # No text that a model can write keeps the browser busy.
     hostile = [
         "*" * 20_000, "**a " * 5_000, "`" * 20_000, "[" * 20_000, "[a](" * 5_000, "> " * 10_000, "- " * 10_000,
         "|" * 20_000, "# " * 10_000, "_a" * 10_000, "http://" * 3_000, "a|b\n" + "-" * 20_000,
@@ -120,21 +120,21 @@ def test_stop_keeps_what_came_frees_the_slot_and_can_be_continued(chat):
     chat.press("Enter")
     chat.until("document.querySelector('.assistant .body')?.innerText.length > 30")
     assert chat.page.locator("#send").get_attribute("aria-label") == "Stop"
-    chat.shoot("writing")
+    chat.screenshot("writing")
     chat.press("Escape")
     chat.until("!running")
     assert "stopped" in chat.texts(".assistant .actions")[0]
     until(lambda: httpx.get(f"{chat.server.url}/stats").json()["busy_workers"] == 0, seconds=3)
-    before = chat.said()[1]
+    before = chat.contents()[1]
     assert before.startswith("and so on")
     chat.button("Continue").click()
     chat.until(f"running && chat.messages[1].content.length > {len(before) + 20}")
     chat.page.click("#send")
     chat.until("!running")
-    assert chat.said()[1].startswith(before) and len(chat.said()) == 2
-    assert chat.sent().endswith(before)  # the model has been asked to go on just there
+    assert chat.contents()[1].startswith(before) and len(chat.contents()) == 2
+    assert chat.last_prompt().endswith(before)  # the model continues exactly there
     chat.ask("go on")
-    assert chat.said()[3] == "nothing to add"
+    assert chat.contents()[3] == "nothing to add"
     assert chat.page.get_by_role("button", name="Continue").locator("visible=true").count() == 0
 
 
@@ -146,7 +146,7 @@ def test_edit_and_resend(chat):
     assert area.input_value() == "second" and chat.js("document.activeElement.value") == "second"
     area.fill("never mind")
     area.press("Escape")
-    assert len(chat.said()) == 6 and chat.texts(".user .body")[1] == "second"
+    assert len(chat.contents()) == 6 and chat.texts(".user .body")[1] == "second"
     chat.press("ArrowUp")  # in the empty message box: the last message
     assert area.input_value() == "third"
     area.press("Escape")
@@ -156,7 +156,7 @@ def test_edit_and_resend(chat):
     area.press("Enter")
     chat.until("!running && chat.messages.length == 4")
     assert chat.texts(".user .body") == ["first", "second thought"]
-    assert "third" not in chat.sent() and "second thought" in chat.sent()
+    assert "third" not in chat.last_prompt() and "second thought" in chat.last_prompt()
 
 
 def test_regenerate_keeps_the_old_answer_until_a_new_one_comes(chat):
@@ -165,14 +165,14 @@ def test_regenerate_keeps_the_old_answer_until_a_new_one_comes(chat):
     before = len(chat.engine.requests)
     chat.button("Regenerate").click()
     chat.until("!running")
-    assert len(chat.engine.requests) == before + 1 and len(chat.said()) == 4
+    assert len(chat.engine.requests) == before + 1 and len(chat.contents()) == 4
     assert chat.page.get_by_role("button", name="Regenerate").locator("visible=true").count() == 1
     chat.server.stop()
     chat.button("Regenerate").click()
     chat.until("document.querySelector('.waiting').innerText || document.querySelectorAll('.waiting')[1].innerText")
     chat.press("Escape")
     chat.until("!running")
-    assert chat.said() == ["first", "nothing to add", "second", "nothing to add"]
+    assert chat.contents() == ["first", "nothing to add", "second", "nothing to add"]
 
 
 def test_copy(chat):
@@ -184,7 +184,7 @@ def test_copy(chat):
     chat.page.locator(".assistant .actions").get_by_role("button", name="Copy").click()
     chat.until("document.querySelector('.assistant .actions button').innerText == 'Copied'")
     assert chat.js("navigator.clipboard.readText()") == SHOWS
-    # Where there is no clipboard (a page over HTTP from another machine) the old way is taken.
+    # Without a clipboard (a page over HTTP from another machine), the page falls back to the old way of copying.
     chat.js("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     chat.page.locator(".user .actions").get_by_role("button", name="Copy").click()
     chat.until("document.querySelector('.user .actions button:last-child').innerText == 'Copied'")
@@ -197,7 +197,7 @@ def test_copy(chat):
 def test_several_conversations_are_kept_and_deleted(chat):
     chat.ask("Why is the sky blue?")
     chat.page.get_by_role("button", name="New chat").first.click()
-    assert chat.said() == [] and chat.page.locator("#welcome").is_visible()
+    assert chat.contents() == [] and chat.page.locator("#welcome").is_visible()
     chat.ask("37 please")
     chat.type("not sent yet")
     chat.page.reload()
@@ -208,23 +208,23 @@ def test_several_conversations_are_kept_and_deleted(chat):
     assert chat.page.locator("#chats [aria-current]").inner_text() == "37 please"
     chat.page.get_by_role("button", name="Why is the sky blue?", exact=True).click()
     assert chat.texts(".assistant .body") == [SKY]
-    chat.ask("And what is 37 times 12?")  # it goes on as if it had never been left
-    assert "Sunlight" in chat.sent() and chat.texts("#chats .open")[0] == "Why is the sky blue?"
-    chat.shoot("conversations")
+    chat.ask("And what is 37 times 12?")  # the conversation continues as if it had never been left
+    assert "Sunlight" in chat.last_prompt() and chat.texts("#chats .open")[0] == "Why is the sky blue?"
+    chat.screenshot("conversations")
 
     chat.page.once("dialog", lambda dialog: dialog.dismiss())
     chat.page.get_by_role("button", name="Delete: 37 please").click()
     assert len(chat.texts("#chats .open")) == 2
     chat.page.once("dialog", lambda dialog: dialog.accept())
     chat.page.get_by_role("button", name="Delete: 37 please").click()
-    assert chat.texts("#chats .open") == ["Why is the sky blue?"] and len(chat.said()) == 4
+    assert chat.texts("#chats .open") == ["Why is the sky blue?"] and len(chat.contents()) == 4
     chat.page.once("dialog", lambda dialog: dialog.accept())
     chat.page.get_by_role("button", name="Delete all").click()
-    assert chat.texts("#chats .open") == [] and chat.said() == []
+    assert chat.texts("#chats .open") == [] and chat.contents() == []
     assert chat.js("Object.keys(localStorage).filter(key => key.includes('chat.'))") == []
     chat.page.reload()
     chat.until("server.ready")
-    assert chat.said() == []
+    assert chat.contents() == []
 
 
 def test_export_and_import(chat, tmp_path):
@@ -269,7 +269,7 @@ def test_a_reload_in_the_middle_of_an_answer_keeps_what_came(chat):
     chat.until("document.querySelector('.assistant .body')?.innerText.length > 50")
     chat.page.reload()
     chat.until("chat.messages.length == 2")
-    assert chat.said()[1].startswith("and so on") and "stopped" in chat.texts(".assistant .actions")[0]
+    assert chat.contents()[1].startswith("and so on") and "stopped" in chat.texts(".assistant .actions")[0]
     assert chat.button("Continue").is_visible()
     until(lambda: httpx.get(f"{chat.server.url}/stats").json()["busy_workers"] == 0, seconds=3)
 
@@ -288,5 +288,5 @@ def test_without_storage_the_page_works_and_forgets(chat):
     full = "() => { throw new DOMException('full', 'QuotaExceededError'); }"
     chat.js(f"() => {{ Storage.prototype.setItem = {full}; }}")
     chat.ask("hello")
-    assert chat.said() == ["hello", "nothing to add"]
+    assert chat.contents() == ["hello", "nothing to add"]
     assert chat.texts(".note") == ["the browser cannot save more conversations: export some and delete them"]

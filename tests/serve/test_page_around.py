@@ -1,4 +1,4 @@
-"""The page around a conversation: settings, keyboard, screen readers, looks, and a server that is busy or gone."""
+"""The page around a conversation: settings, keyboard, screen readers, appearance, and a server that is busy or gone."""
 
 import httpx
 from page import NEEDS, Chat
@@ -25,27 +25,27 @@ def test_settings_reach_the_server_and_stay(chat):
     chat.page.get_by_label("Top-k").fill("0")
     chat.page.get_by_label("Length").fill("7")
     chat.page.get_by_label("Colours").select_option("dark")
-    chat.shoot("settings")
+    chat.screenshot("settings")
     chat.page.get_by_role("button", name="Done").click()
     for _ in range(2):
         chat.ask("hello")
         request = last_request(chat)
         assert (request.temperature, request.top_k, request.max_tokens) == (0.25, 0, 7)
-        assert "You are a pirate.\n\nhello" in chat.sent()
+        assert "You are a pirate.\n\nhello" in chat.last_prompt()
         assert "cut off" in chat.texts(".assistant .actions")[-1] and chat.button("Continue").is_visible()
         chat.page.reload()
         chat.until("chat.messages.length == 2")
         assert chat.js("document.documentElement.dataset.theme") == "dark"
         chat.page.get_by_role("button", name="New chat").first.click()
     chat.page.get_by_role("button", name="Settings").click()
-    chat.page.get_by_label("Temperature").fill("9")  # what the server would refuse is not sent
+    chat.page.get_by_label("Temperature").fill("9")  # a value that the server would refuse is not sent
     assert chat.page.get_by_label("Temperature").get_attribute("aria-invalid") == "true"
     chat.page.get_by_role("button", name="Defaults").click()
     chat.press("Escape")
     chat.ask("hello")
     request = last_request(chat)
     assert (request.temperature, request.top_k, request.max_tokens) == (0.8, 50, 512)
-    assert "pirate" not in chat.sent()
+    assert "pirate" not in chat.last_prompt()
 
 
 def test_commands(chat):
@@ -70,10 +70,11 @@ def test_commands(chat):
     chat.press("Enter")
     assert "/clear" in chat.texts(".note")[-1]
     chat.ask("hello")
-    assert (last_request(chat).temperature, last_request(chat).top_k) == (0.25, 0) and "Be brief." not in chat.sent()
+    assert (last_request(chat).temperature, last_request(chat).top_k) == (0.25, 0)
+    assert "Be brief." not in chat.last_prompt()
     chat.page.fill("#input", "/clear")
     chat.press("Enter")
-    assert chat.said() == [] and chat.texts(".note") == [] and chat.page.locator("#welcome").is_visible()
+    assert chat.contents() == [] and chat.texts(".note") == [] and chat.page.locator("#welcome").is_visible()
 
 
 # -----------------------------------------------------------------------------
@@ -93,9 +94,9 @@ def test_keyboard(chat):
     chat.press("Enter")
     chat.until("!running && chat.messages.length == 2")
     assert chat.js("document.activeElement.id") == "input"
-    # Everything can be reached with the Tab key, and shows where one is.
+    # Everything can be reached with the Tab key, and the focus is visible.
     chat.press("Control+Shift+O")
-    assert chat.said() == []
+    assert chat.contents() == []
     reached = set()
     for _ in range(25):
         chat.press("Tab")
@@ -126,7 +127,7 @@ def test_everything_has_a_name_for_screen_readers(chat):
 
 
 def contrast(chat, selector: str) -> float:
-    """WCAG's contrast of an element's text with the page behind it."""
+    """The WCAG contrast between an element's text and the page's background."""
     return chat.js("""selector => {
         const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
         const light = color => {
@@ -153,8 +154,8 @@ def test_dark_and_light(chromium, engine):
             colors[scheme] = chat.js("getComputedStyle(document.body).backgroundColor")
             for selector in (".assistant .body", ".actions button", "#model", "#hint", ".body a"):
                 assert contrast(chat, selector) >= 4.5, (scheme, selector)
-            chat.shoot(f"chat-{scheme}")
-            for choice in ("light", "dark", ""):  # whatever the system says
+            chat.screenshot(f"chat-{scheme}")
+            for choice in ("light", "dark", ""):  # the choice overrides the system's setting
                 chat.js("choice => { setting('theme', choice || undefined); applyTheme(); }", choice)
                 colors[scheme, choice] = chat.js("getComputedStyle(document.body).backgroundColor")
             chat.context.close()
@@ -170,9 +171,10 @@ def test_phone(chromium, engine):
         chat.page.set_viewport_size({"width": 375, "height": 700})
         chat.page.reload()
         chat.until("server.ready")
-        chat.shoot("phone-welcome")
-        assert chat.js("document.activeElement.id") != "input"  # no keyboard over half of the page
-        # Where there is no Shift, Enter is a new line.
+        chat.screenshot("phone-welcome")
+        # The message box has no focus, or an on-screen keyboard would cover half of the page.
+        assert chat.js("document.activeElement.id") != "input"
+        # On a phone, which has no Shift key, Enter starts a new line.
         chat.page.tap("#input")
         chat.type("show")
         chat.press("Enter")
@@ -182,26 +184,26 @@ def test_phone(chromium, engine):
         chat.until("!running && chat.messages.length == 2")
         chat.page.locator(".actions").get_by_role("button", name="Copy").first.tap()  # visible without hovering
         chat.ask("And what is 37 times 12?")
-        chat.shoot("phone")
+        chat.screenshot("phone")
         assert chat.js("document.documentElement.scrollWidth") <= 375
         small = chat.js("""[...document.querySelectorAll("header button:not([hidden]), #send")].filter(
             e => e.getBoundingClientRect().width < 32 || e.getBoundingClientRect().height < 32).length""")
         assert small == 0
-        # The list of conversations lies over the page, which is out of reach meanwhile.
+        # The list of conversations covers the page, which is inert meanwhile.
         chat.page.tap("#show")
         assert chat.page.locator("#side").is_visible() and chat.js("$('room').inert")
-        chat.shoot("phone-conversations")
+        chat.screenshot("phone-conversations")
         chat.page.touchscreen.tap(360, 400)
         assert chat.page.locator("#side").is_hidden() and not chat.js("$('room').inert")
         chat.page.tap("#show")
         chat.page.locator("#chats .open").tap()
-        assert chat.page.locator("#side").is_hidden() and len(chat.said()) == 4
+        assert chat.page.locator("#side").is_hidden() and len(chat.contents()) == 4
         assert not chat.problems
         chat.context.close()
 
 
 # -----------------------------------------------------------------------------
-# A server that is busy, gone, or will not
+# A server that is busy, gone, or refuses
 
 
 def test_a_server_killed_and_back_answers_what_was_asked(chat, chromium, engine):
@@ -211,19 +213,18 @@ def test_a_server_killed_and_back_answers_what_was_asked(chat, chromium, engine)
     chat.press("Enter")
     chat.until("document.querySelector('.waiting span')?.innerText.includes('does not answer')", seconds=5)
     assert chat.texts(".user .body") == ["hello", "are you there?"]
-    chat.type("and another thing")  # one can go on typing
-    chat.shoot("gone")
+    chat.type("and another thing")  # the user can go on typing
+    chat.screenshot("gone")
     chat.page.close(run_before_unload=False)
     with serving(engine, port=chat.server.port):
-        chat.page = chat.context.new_page()  # a new window finds the question, and asks again when told to
+        chat.page = chat.context.new_page()  # a new window shows the question, and sends it again on request
         chat.page.goto(chat.server.url)
         chat.page.click("#chats .open")
-        assert (
-            chat.texts(".user .body") == ["hello", "are you there?"] and "Not answered yet" in chat.texts(".trouble")[0]
-        )
+        assert chat.texts(".user .body") == ["hello", "are you there?"]
+        assert "Not answered yet" in chat.texts(".trouble")[0]
         chat.button("Try again").click()
         chat.until("!running && chat.messages.length == 4")
-        assert chat.said()[3] == "nothing to add" and chat.texts(".trouble") == []
+        assert chat.contents()[3] == "nothing to add" and chat.texts(".trouble") == []
 
 
 def test_it_tries_again_by_itself(chat, engine):
@@ -235,7 +236,7 @@ def test_it_tries_again_by_itself(chat, engine):
     chat.type("typed meanwhile")
     with serving(engine, port=chat.server.port):
         chat.until("!running && chat.messages.length == 4", seconds=20)
-        assert chat.said()[3] == "nothing to add" and chat.page.input_value("#input") == "typed meanwhile"
+        assert chat.contents()[3] == "nothing to add" and chat.page.input_value("#input") == "typed meanwhile"
 
 
 def test_stopping_to_wait_keeps_the_question(chat):
@@ -246,7 +247,7 @@ def test_stopping_to_wait_keeps_the_question(chat):
     chat.page.click("#send")
     chat.until("!running")
     assert chat.texts(".user .body") == ["are you there?"] and "Not answered yet" in chat.texts(".trouble")[0]
-    chat.type("hello?")  # both are one message then
+    chat.type("hello?")  # both become one message
     chat.press("Enter")
     chat.until("running")
     assert chat.texts(".user .body") == ["are you there?\n\nhello?"]
@@ -258,7 +259,7 @@ def test_a_server_that_dies_in_the_middle_of_an_answer(chat, engine):
     chat.until("document.querySelector('.assistant .body')?.innerText.length > 50")
     chat.server.stop()
     chat.until("!running")
-    before = chat.said()[1]
+    before = chat.contents()[1]
     assert before.startswith("and so on") and chat.texts(".assistant .actions")[0].count("\n") >= 2
     assert chat.js("chat.messages[1].remark")
     with serving(engine, port=chat.server.port):
@@ -266,7 +267,7 @@ def test_a_server_that_dies_in_the_middle_of_an_answer(chat, engine):
         chat.until(f"chat.messages[1].content.length > {len(before)}")
         chat.press("Escape")
         chat.until("!running")
-        assert chat.said()[1].startswith(before)
+        assert chat.contents()[1].startswith(before)
 
 
 def test_a_busy_server_is_waited_for(chromium, tokenizer, engine):
@@ -286,12 +287,12 @@ def test_a_busy_server_is_waited_for(chromium, tokenizer, engine):
             streams[2].__enter__()  # now the queue is full too
             chat.button("Try again").click()
             chat.until("document.querySelector('.waiting span')?.innerText.includes('busy')")
-            chat.shoot("busy")
+            chat.screenshot("busy")
             for stream in streams:
                 stream.__exit__(None, None, None)
         chat.button("Try now").click()
         chat.until("!running && chat.messages.length == 2")
-        assert chat.said() == ["hello", "nothing to add"] and not chat.problems
+        assert chat.contents() == ["hello", "nothing to add"] and not chat.problems
         chat.context.close()
 
 
@@ -309,7 +310,7 @@ def test_the_key_is_asked_for_and_kept(chromium, engine):
         chat.page.reload()
         chat.until("server.ready")
         chat.ask("again")
-        assert len(chat.said()) == 4
+        assert len(chat.contents()) == 4
         chat.context.close()
 
 
@@ -319,7 +320,7 @@ def test_an_empty_answer(chat):
     chat.button("Try again").click()
     chat.until("!running && document.querySelector('.trouble')")
     chat.ask("no more")
-    assert chat.said()[0] == "silent\n\nno more"
+    assert chat.contents()[0] == "silent\n\nno more"
 
 
 def test_a_refusal_gives_the_text_back_and_long_chats_go_on(chat):
@@ -327,16 +328,16 @@ def test_a_refusal_gives_the_text_back_and_long_chats_go_on(chat):
     chat.press("Enter")
     chat.until("document.querySelector('.trouble')")
     assert "8001 characters" in chat.texts(".trouble")[0]
-    assert chat.page.input_value("#input") == "x" * 8001 and chat.said() == [] and chat.texts("#chats .open") == []
+    assert chat.page.input_value("#input") == "x" * 8001 and chat.contents() == [] and chat.texts("#chats .open") == []
     chat.page.fill("#input", "")
-    # More characters than a request may have: the page leaves out the oldest turns and says so.
+    # With more characters than a request may have, the page leaves out the oldest turns and says so.
     chat.js("""() => {
         for (let i = 0; i < 6; i++)
             chat.messages.push({ role: "user", content: "q".repeat(7000) }, { role: "assistant", content: "a" });
         render();
     }""")
     chat.ask("and now?")
-    assert chat.said()[-1] == "nothing to add"
+    assert chat.contents()[-1] == "nothing to add"
     assert chat.page.locator(".forgotten").count() == 1
 
 

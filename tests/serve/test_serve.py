@@ -1,4 +1,4 @@
-"""The web server over real HTTP: what it streams, what it refuses, and that nobody can take a slot away with him."""
+"""The web server over real HTTP: what it streams, what it refuses, and that a client that leaves frees its slot."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from http.client import HTTPConnection
 
 import httpx
 import pytest
-from serving import TEXT, ScriptedEngine, say, serving, until
+from serving import TEXT, ScriptedEngine, answer_ids, serving, until
 
 from nanochat_jax.config import ChatWeb, GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine
@@ -58,7 +58,7 @@ def text_of(events: list[dict]) -> str:
 
 def test_streams_whole_characters_and_tool_calls(tokenizer, client):
     answer = ("Grüße 你好🌍, ", ("python", "37*12"), ("python_output", "444"), " is it.\n\ndata: x")
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, *answer))
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, *answer))
     with serving(engine) as server:
         events = chat(client, server, [user("37*12?")])
     assert text_of(events) == "Grüße 你好🌍,  is it.\n\ndata: x"
@@ -70,7 +70,7 @@ def test_streams_whole_characters_and_tool_calls(tokenizer, client):
 
 
 def test_tokens_arrive_while_the_answer_is_being_written(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "a" * 20), delay=0.05)
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "a" * 20), delay=0.05)
     with (
         serving(engine) as server,
         client.stream("POST", f"{server.url}/chat/completions", json={"messages": [user("hi")]}) as response,
@@ -80,14 +80,14 @@ def test_tokens_arrive_while_the_answer_is_being_written(tokenizer, client):
 
 
 def test_says_that_an_answer_was_cut(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "abcdefghij " * 20))
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "abcdefghij " * 20))
     with serving(engine) as server:
         events = chat(client, server, [user("hi")], max_tokens=3)
     assert events[-2:] == [{"cut": "length"}, {"done": True}]
 
 
 def test_settings_of_the_request_and_the_defaults(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok"))
     with serving(engine, ChatWeb(temperature=0.5, top_k=7, max_new_tokens=20)) as server:
         chat(client, server, [user("hi")])
         chat(client, server, [user("hi")], temperature=0, top_k=0, max_tokens=4000, seed=11, unknown="ignored")
@@ -107,7 +107,7 @@ def test_what_the_engine_cannot_do_ends_nobody_elses_answers(tokenizer, client):
             self.check(request)
             return super().add(request)
 
-    engine = Strict(tokenizer, lambda _: say(tokenizer, "ok"))
+    engine = Strict(tokenizer, lambda _: answer_ids(tokenizer, "ok"))
     with serving(engine, ChatWeb(temperature=-1.0)) as server:
         refused = client.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]})
         assert (refused.status_code, refused.json()) == (400, {"detail": "temperature is -1.0"})
@@ -115,7 +115,7 @@ def test_what_the_engine_cannot_do_ends_nobody_elses_answers(tokenizer, client):
 
 
 def test_parts_are_rendered_with_special_tokens_and_text_never_is(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok"))
     parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -132,7 +132,7 @@ def test_parts_are_rendered_with_special_tokens_and_text_never_is(tokenizer, cli
 
 
 def test_oldest_turns_are_dropped_when_the_context_is_full(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"), context=128)
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok"), context=128)
     system = {"role": "system", "content": "Be brief."}
     messages = [system, *[m for i in range(10) for m in (user(f"question {i}"), assistant("yes"))], user("and now?")]
     with serving(engine) as server:
@@ -142,19 +142,20 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(tokenizer, client):
     request = engine.requests[0]
     assert list(request.ids) == tokenizer.render_for_completion({"messages": [system, *messages[1 + dropped :]]})
     assert len(request.ids) + request.max_tokens <= 128
-    # One turn more would not have fitted.
+    # One more turn would not have fitted.
     more = tokenizer.render_for_completion({"messages": [system, *messages[dropped - 1 :]]})
     assert len(more) > 128 - 128 // 4
 
 
 def test_the_assistants_last_message_is_continued(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, " more"))
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, " more"))
     call = [{"type": "text", "text": "It is "}, {"type": "python", "text": "37*12"}]
     with serving(engine) as server:
         assert text_of(chat(client, server, [user("Go on."), assistant("Well,")])) == " more"
         chat(client, server, [user("37*12?"), assistant([*call, {"type": "python_output", "text": "444"}])])
         chat(client, server, [user("37*12?"), assistant(call)])
-    ends = ["Well,", "37*12<|python_end|><|output_start|>444<|output_end|>", "It is "]  # a call is made again
+    # A call without its result is made again.
+    ends = ["Well,", "37*12<|python_end|><|output_start|>444<|output_end|>", "It is "]
     for request, end in zip(engine.requests.values(), ends, strict=True):
         assert tokenizer.decode(request.ids).endswith(end)
         assert tokenizer.decode(request.ids).count("<|assistant_start|>") == 1
@@ -188,7 +189,7 @@ BAD = [
 
 
 def test_mistakes_are_answered_with_400_and_the_reason(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok"))
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok"))
     with serving(engine) as server:
         url = f"{server.url}/chat/completions"
         for body, reason in BAD:
@@ -197,7 +198,7 @@ def test_mistakes_are_answered_with_400_and_the_reason(tokenizer, client):
             assert reason in response.json()["detail"], (body, response.text)
         for content in (b"", b"{", b"[1]", b"\xff\xfe", b'{"messages": "hi"}', b"[" * 10_000):
             assert client.post(url, content=content, headers={"Content-Type": "application/json"}).status_code == 400
-        # Without the JSON type a foreign web page could post here, since browsers do not ask first for plain text.
+        # Otherwise another site's page could post here: browsers send no preflight request for plain text.
         plain = client.post(url, content=json.dumps({"messages": [user("x")]}), headers={"Content-Type": "text/plain"})
         assert plain.status_code == 400 and "Content-Type: application/json" in plain.json()["detail"]
         assert client.post(url, content=b" " * (2 << 20)).status_code == 413
@@ -209,8 +210,8 @@ def test_mistakes_are_answered_with_400_and_the_reason(tokenizer, client):
 
 @pytest.mark.parametrize("cors", ["", "http://friend.example, http://other.example"])
 def test_other_web_sites_have_no_access_unless_told(tokenizer, client, cors):
-    settings = ChatWeb(cors=cors, api_key="secret")
-    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok")), settings) as server:
+    cfg = ChatWeb(cors=cors, api_key="secret")
+    with serving(ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok")), cfg) as server:
         for origin in ("http://elsewhere.example", "http://friend.example"):
             ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
             for response in (
@@ -224,7 +225,7 @@ def test_other_web_sites_have_no_access_unless_told(tokenizer, client, cors):
 
 
 def test_the_key(tokenizer, client):
-    with serving(ScriptedEngine(tokenizer, lambda _: say(tokenizer, "ok")), ChatWeb(api_key="gehéim")) as server:
+    with serving(ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok")), ChatWeb(api_key="gehéim")) as server:
         url = f"{server.url}/chat/completions"
         wrong = ["", "gehéim", "Basic gehéim", "Bearer", "Bearer gehéi", "Bearer gehéimm"]
         for given in [{}, *({"Authorization": value.encode()} for value in wrong)]:
@@ -240,7 +241,7 @@ def test_the_key(tokenizer, client):
 
 def test_conversations_are_logged_only_when_asked(tokenizer, client, caplog):
     for log_chats in (False, True):
-        engine = ScriptedEngine(tokenizer, lambda _: say(tokenizer, "a private answer"))
+        engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "a private answer"))
         with serving(engine, ChatWeb(log_chats=log_chats)) as server:
             chat(client, server, [user("a private question")])
             client.post(f"{server.url}/v1/completions", json={"prompt": "a private text", "temperature": "private"})
@@ -290,9 +291,9 @@ def test_every_client_gets_his_own_answer(tokenizer, client):
 
     engine = ScriptedEngine(tokenizer, echo, slots=3, delay=0.001)
     with serving(engine) as server, ThreadPoolExecutor(12) as pool:
-        said = [f"I am number {i} 🌍" for i in range(36)]
-        heard = list(pool.map(lambda text: text_of(chat(client, server, [user(text)])), said))
-    assert heard == said
+        sent = [f"I am number {i} 🌍" for i in range(36)]
+        received = list(pool.map(lambda text: text_of(chat(client, server, [user(text)])), sent))
+    assert received == sent
 
 
 def test_tells_the_place_in_the_queue_and_refuses_when_too_many_wait(tokenizer, client):
@@ -373,8 +374,10 @@ def test_shuts_down_within_seconds_in_the_middle_of_an_answer(tokenizer):
 
 
 def test_the_real_engine_gives_the_same_answer_alone_and_in_a_crowd(tokenizer, client):
-    cfg = GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128)
-    engine = Engine(gpt.init(cfg, seed=1), cfg, tokenizer, slots=2)
+    model_cfg = GPTConfig(
+        n_layer=2, n_head=2, n_kv_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128
+    )
+    engine = Engine(gpt.init(model_cfg, seed=1), model_cfg, tokenizer, slots=2)
     with serving(engine) as server, ThreadPoolExecutor(4) as pool:
         options = {"max_tokens": 24, "temperature": 1.0}
         ask = lambda seed: chat(client, server, [user("hello")], seed=seed, **options)  # noqa: E731
@@ -399,9 +402,9 @@ def test_serves_the_page_from_any_folder(tokenizer, client, tmp_path, monkeypatc
             assert answer.headers["cache-control"] == "no-cache"
             policy = answer.headers["content-security-policy"]
             assert "default-src 'none'; script-src 'self'; style-src 'self';" in policy and "unsafe" not in policy
-            text = answer.text.replace("http://www.w3.org/2000/svg", "")  # a name, which nobody fetches
+            text = answer.text.replace("http://www.w3.org/2000/svg", "")  # a namespace, which is never fetched
             assert "innerHTML" not in text and "http://" not in text and "https://" not in text
-            # What one file names is there too, at an address relative to its own.
+            # Every file that another one names is served too, and is named relative to it.
             named = re.findall(r'(?:src|href)="([^"]+)"|^import .* from "([^"]+)"', text, re.MULTILINE)
             assert {"/" + (link or module.removeprefix("./")) for link, module in named} <= set(FILES)
             assert all(link or module.startswith("./") for link, module in named)
@@ -412,9 +415,10 @@ def test_serves_nothing_else_of_the_folder(tokenizer):
     paths = "/index.html /ui/page.js /page.py /../app.py /%2e%2e/app.py /..%2fapp.py /page.js/ /page.js/../../app.py"
     with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
         for path in paths.split():
-            connection = HTTPConnection("127.0.0.1", server.port, timeout=10)  # which sends a path as it is
+            connection = HTTPConnection("127.0.0.1", server.port, timeout=10)  # sends a path as it is
             connection.request("GET", path)
             response = connection.getresponse()
-            assert response.status == (307 if path == "/page.js/" else 404), path  # to the address without the slash
+            # 307 redirects to the path without the slash.
+            assert response.status == (307 if path == "/page.js/" else 404), path
             assert b"import" not in response.read(), path
             connection.close()

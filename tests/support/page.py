@@ -1,7 +1,8 @@
-"""The chat page in a real browser (Debian's chromium, driven by Playwright), against a real server: a pytest plugin of
-the tests that need one, with its fixtures.
+"""The chat page in a real browser (Debian's chromium, driven by Playwright), against a real server.
 
-SCREENSHOTS=folder keeps pictures of the page: light, dark, and as wide as a phone.
+A pytest plugin with the fixtures of the tests that need them.
+
+SCREENSHOTS=folder saves pictures of the page: light, dark, and as wide as a phone.
 """
 
 import os
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import TEXT, ScriptedEngine, say, serving
+from serving import TEXT, ScriptedEngine, answer_ids, serving
 
 from nanochat_jax.serve.page import FILES
 from nanochat_jax.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def chromium():
 
 
 class Chat:
-    """A page of its own, in a browser that has never seen it."""
+    """A page in a fresh browser context, without stored conversations."""
 
     def __init__(self, browser, server, engine, **options):
         self.server, self.engine, self.requests = server, engine, []
@@ -77,7 +78,7 @@ class Chat:
         self.open()
 
     def open(self) -> None:
-        """The page in a new window, or for the first time."""
+        """Opens the page, in a new window if it was open before."""
         self.page = self.context.new_page()
         self.problems = []
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -86,14 +87,14 @@ class Chat:
         self.until("document.querySelector('#model').innerText.includes('nanochat')")
 
     def js(self, script: str, *args):
-        """What a script returns that knows everything the page's modules export."""
+        """Runs `script` with everything that the page's modules export, and returns its result."""
         self.page.evaluate(EXPORTS, [f".{address}" for address in FILES if address.endswith(".js")])
         return self.page.evaluate(script, *args)
 
     def until(self, script: str, seconds: float = 10) -> None:
         deadline = time.monotonic() + seconds
         while not self.js(f"!!({script})"):
-            assert time.monotonic() < deadline, f"never: {script}\n{self.page.inner_text('body')}"
+            assert time.monotonic() < deadline, f"never true: {script}\n{self.page.inner_text('body')}"
             time.sleep(0.02)
 
     def press(self, keys: str) -> None:
@@ -114,15 +115,15 @@ class Chat:
     def button(self, name: str):
         return self.page.get_by_role("button", name=name, exact=True).locator("visible=true").last
 
-    def said(self) -> list:
-        """The conversation as the page has it."""
+    def contents(self) -> list:
+        """The contents of the messages, as the page has them."""
         return self.js("chat.messages.map(message => message.content)")
 
-    def sent(self) -> str:
+    def last_prompt(self) -> str:
         """The prompt of the last request, as text."""
         return self.engine.tokenizer.decode(list(self.engine.requests.values())[-1].ids)
 
-    def shoot(self, name: str) -> None:
+    def screenshot(self, name: str) -> None:
         if folder := os.environ.get("SCREENSHOTS"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=Path(folder, f"{name}.png"))
@@ -130,10 +131,10 @@ class Chat:
 
 @pytest.fixture
 def engine(tokenizer):
-    """What the model says, by a word in the last message."""
+    """An engine whose answer depends on a word in the last message."""
 
     def script(request):
-        said = tokenizer.decode(request.ids).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
+        message = tokenizer.decode(request.ids).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
         answers = {
             "sky": (SKY,),
             "37": SUM,
@@ -143,9 +144,9 @@ def engine(tokenizer):
             "silent": ("",),
         }
         for word, answer in answers.items():
-            if word in said:
-                return say(tokenizer, *answer)
-        return tokenizer.encode("and so on ") * 400 if "endless" in said else say(tokenizer, "nothing to add")
+            if word in message:
+                return answer_ids(tokenizer, *answer)
+        return tokenizer.encode("and so on ") * 400 if "endless" in message else answer_ids(tokenizer, "nothing to add")
 
     return ScriptedEngine(tokenizer, script, slots=2, context=4096, delay=0.001)
 
@@ -157,5 +158,5 @@ def chat(chromium, engine):
         yield chat
         chat.context.close()
         assert not chat.problems
-        # Nothing is fetched from anywhere else.
+        # The page fetches nothing from other servers.
         assert all(url.startswith((server.url, "blob:")) for url in chat.requests)

@@ -1,4 +1,4 @@
-"""What the tests of the server and of the page share: an engine that says what it is told, and a real HTTP server."""
+"""Shared by the tests of the server and of the page: an engine with scripted answers, and a real HTTP server."""
 
 import contextlib
 import os
@@ -26,9 +26,10 @@ TEXT = [
 
 
 class ScriptedEngine:
-    """The engine's interface for servers, with the answers given. `script(request)` -> token ids, generated one a step.
+    """The engine's interface for servers, with scripted answers.
 
-    `delay` seconds a step stand for the model's work.
+    `script(request)` returns the token ids of the answer, which are generated one per step. A step takes `delay`
+    seconds, in place of the model's work.
     """
 
     def __init__(self, tokenizer, script, slots: int = 2, context: int = 256, delay: float = 0.0):
@@ -40,7 +41,7 @@ class ScriptedEngine:
     cached = 0
 
     def check(self, request) -> None:
-        """Anything goes."""
+        """Accepts any request."""
 
     def add(self, request) -> int:
         id = len(self.requests)
@@ -69,8 +70,11 @@ class ScriptedEngine:
         return Event(id, 0, [token], [1], [0.0], reason)
 
 
-def say(tokenizer, *parts) -> list[int]:
-    """Token ids of an answer: text, ("python", expression) and ("python_output", result), up to its end."""
+def answer_ids(tokenizer, *parts) -> list[int]:
+    """Token ids of an answer, up to and including <|assistant_end|>.
+
+    A part is a text, ("python", expression) or ("python_output", result).
+    """
     content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p[0], "text": p[1]} for p in parts]
     conversation = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]}
     ids, _ = tokenizer.render_conversation(conversation)
@@ -78,15 +82,15 @@ def say(tokenizer, *parts) -> list[int]:
 
 
 def until(condition, seconds: float = 10.0) -> None:
-    """Waits for something to become true."""
+    """Waits until `condition()` is true."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.02)
 
 
 def save_model(base: Path, params, model_cfg: GPTConfig, tokenizer) -> None:
-    """A checkpoint of stage sft, tag tiny, in $NANOCHAT_BASE_DIR, which must be `base`."""
+    """Saves a checkpoint of stage sft, tag tiny. `base` must be $NANOCHAT_BASE_DIR."""
     tokenizer.save(base / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir("sft", "tiny"), keep_last=1)
     saver.save(7, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(model_cfg) | {"tokenizer": tokenizer.hash})
@@ -95,7 +99,7 @@ def save_model(base: Path, params, model_cfg: GPTConfig, tokenizer) -> None:
 
 @contextlib.contextmanager
 def command(base: Path, *flags: str, run: tuple[str, str] = ("-m", "scripts.chat_web")):
-    """scripts.chat_web in a process of its own, on a free port: yields its `url` and the `process`."""
+    """Runs scripts.chat_web in its own process, on a free port; yields its `url` and the `process`."""
     line = [sys.executable, *run, "--port=0", "--device_type=cpu", "--compute_dtype=float32", *flags]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base)}
     process = subprocess.Popen(line, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -109,14 +113,14 @@ def command(base: Path, *flags: str, run: tuple[str, str] = ("-m", "scripts.chat
 
 
 @contextlib.contextmanager
-def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0, port: int = 0, warming=()):
-    """A real server on the loopback interface, on a free port: yields its `url`, its `port` and a way to `stop` it.
+def serving(engine, cfg: ChatWeb | None = None, send_buffer: int = 0, port: int = 0, warmups=()):
+    """A real server on a free port of the loopback interface; yields its `url`, its `port` and a function `stop`.
 
-    `engine`: one or a list of them. `send_buffer`: bytes the system may hold for a client that does not read, instead
-    of megabytes. `warming`: see `create_app`.
+    `engine` is one engine or a list. `send_buffer` limits the bytes that the system buffers for a client that does not
+    read; the default is megabytes. `warmups`: see `create_app`.
     """
     engines = engine if isinstance(engine, list) else [engine]
-    app = create_app(engines, settings or ChatWeb(), "nanochat-test-sft", warming=warming)
+    app = create_app(engines, cfg or ChatWeb(), "nanochat-test-sft", warmups=warmups)
     listener = socket.create_server(("127.0.0.1", port))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -127,7 +131,7 @@ def serving(engine, settings: ChatWeb | None = None, send_buffer: int = 0, port:
     def stop() -> None:
         server.should_exit = True
         thread.join(20)
-        assert not thread.is_alive(), "the server does not end"
+        assert not thread.is_alive(), "the server does not stop"
 
     try:
         deadline = time.monotonic() + 20

@@ -1,0 +1,65 @@
+"""The HTTP response to a request for text: a stream of server-sent events, or one JSON object at the end.
+
+However a response ends (complete, failed, timed out, client disconnected), its answer's slots are freed.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from nanochat_jax.serve.worker import Answer
+
+READ_GRACE = 15  # seconds a client gets to read the rest of an answer that has timed out
+HEARTBEAT_SECONDS = 15  # silence after which a stream sends a heartbeat, so that no proxy closes the connection
+HEARTBEAT = ": still here\n\n"  # a comment, which readers of event streams skip
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer the tokens
+
+
+class AnswerResponse(Response):
+    """Sends `content` while the client stays connected, and closes `answer` afterwards.
+
+    `content` is the lines of an event stream, or a function that waits for the answer and returns a whole response.
+    """
+
+    def __init__(self, answer: Answer, content: AsyncGenerator[str, None] | Callable[[], Awaitable[Response]]):
+        self.background = None
+        self._answer, self._content = answer, content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(scope, receive, send))
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
+        try:
+            longest = self._answer.timeout + READ_GRACE if self._answer.timeout else None
+            await asyncio.wait((sending, disconnect), timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._answer.close()
+            finished, disconnected = sending.done(), disconnect.done()
+            for task in (sending, disconnect):
+                task.cancel()
+            await asyncio.gather(sending, disconnect, return_exceptions=True)
+        if finished and not disconnected:
+            sending.result()  # raises what went wrong
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if isinstance(self._content, AsyncGenerator):
+            stream = StreamingResponse(self._content, media_type="text/event-stream", headers=STREAM_HEADERS)
+            async with contextlib.aclosing(self._content):
+                await stream.stream_response(send)
+        else:
+            response = await self._content()
+            await response(scope, receive, send)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(value: dict | str) -> str:
+    """One server-sent event: {"done": True} -> 'data: {"done": true}', and an empty line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"data: {text}\n\n"

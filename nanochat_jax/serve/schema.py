@@ -1,0 +1,294 @@
+"""The bodies of requests, and how they reach the engine: for the page's own endpoint and for OpenAI's API.
+
+A field that is omitted or null takes the server's default. Unknown fields are ignored, as OpenAI's clients expect;
+those that would change the answer and cannot be honoured are refused. A conversation whose last message is the
+assistant's is continued there.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from nanochat_jax.config import ChatWeb, UserError
+from nanochat_jax.conversation import prompt, render
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import TOP_LOGPROBS, Request
+from nanochat_jax.serve import errors
+from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.pool import Pool
+from nanochat_jax.serve.worker import Answer, Busy, EngineFailure
+from nanochat_jax.tokenizer import Tokenizer
+
+# The page's endpoint.
+ROLES = ("user", "assistant", "system")
+MAX_MESSAGES = 500
+MAX_MESSAGE_CHARS = 8_000
+MAX_CHARS = 32_000
+
+# OpenAI's API.
+OPENAI_ROLES = ("system", "developer", "user", "assistant")
+MAX_CHOICES = 128  # samples of one request, over all its prompts
+COMPLETION_TOKENS = 16  # OpenAI's default for completions, where nothing tells a model to stop
+
+# Fields that would change the answer, with the values that ask for what happens without them.
+NEUTRAL = {
+    "audio": [],
+    "best_of": [1],
+    "frequency_penalty": [0],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "modalities": [["text"]],
+    "presence_penalty": [0],
+    "response_format": [{"type": "text"}],
+    "suffix": [""],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+}
+
+RETRY_AFTER = {"Retry-After": "2"}  # seconds
+
+
+class ContentPart(BaseModel):
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class Message(BaseModel):
+    role: str
+    content: str | list[ContentPart]
+
+    @property
+    def chars(self) -> int:
+        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+
+
+class ChatBody(BaseModel):
+    """The body of POST /chat/completions. Omitted fields take the server's defaults; unknown fields are ignored."""
+
+    messages: list[Message]
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=0, le=200, description="0: all tokens")
+    max_tokens: int | None = Field(None, ge=1, le=4096)
+    seed: int | None = Field(None, ge=0, lt=2**31)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class GenerationBody(BaseModel):
+    """The fields that chat completions and completions share. Omitted and null fields take the server's defaults."""
+
+    model_config = ConfigDict(extra="allow")  # for `check_unsupported`
+
+    model: str | None = Field(None, description="the id that /v1/models gives")
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0: greedy")
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0: all tokens")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatCompletionBody(GenerationBody):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=2000)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="the newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
+
+
+TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
+
+
+class CompletionBody(GenerationBody):
+    """The body of POST /v1/completions. A text prompt gets <|bos|> before it; token ids are used as they are."""
+
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)] = ""
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """`prompt` as a list: "a" -> ["a"], [1, 2] -> [[1, 2]], ["a", [1, 2]] -> the same."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+
+
+# -----------------------------------------------------------------------------
+# From a body to the engine's requests. Tokenizing takes time, so call these outside the event loop.
+
+
+def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request, int]:
+    """The engine's request, and the number of oldest messages that were dropped because the context is full.
+
+    ApiError 400 for a conversation that is invalid or cannot fit.
+    """
+    check_messages(body.messages)
+    max_tokens = min(body.max_tokens or cfg.max_new_tokens, cfg.max_new_tokens)
+    messages = [message.model_dump() for message in body.messages]
+    try:
+        ids, dropped = prompt(engine.tokenizer, messages, engine.model_cfg.sequence_len, max_tokens)
+    except UserError as error:
+        raise ApiError(400, str(error)) from None
+    return engine_request(body, ids, max_tokens, engine, cfg), dropped
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises ApiError 400, with the reason, for a conversation that the page's endpoint does not accept."""
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise ApiError(400, f"messages: got {len(messages)}, allowed are 1 to {MAX_MESSAGES}")
+    for i, message in enumerate(messages):
+        check_role(message, i, ROLES)
+        # The model's own messages must be accepted again, however long they were (the specification refuses them).
+        longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
+        if not 1 <= message.chars <= longest:
+            raise ApiError(400, f"messages[{i}].content: has {message.chars} characters, allowed are 1 to {longest}")
+        if not isinstance(message.content, str) and message.role != "assistant":
+            raise ApiError(400, f"messages[{i}].content: only the assistant's content may be a list of parts")
+    if (total := sum(message.chars for message in messages)) > MAX_CHARS:
+        raise ApiError(400, f"messages: {total} characters in total, at most {MAX_CHARS} are allowed")
+    if messages[-1].role == "system":
+        raise ApiError(400, f"messages[{len(messages) - 1}].role: got system, the last must be user or assistant")
+
+
+def check_role(message: Message, index: int, allowed: Sequence[str]) -> None:
+    """Raises ApiError 400 unless the role of messages[index] is one of `allowed`."""
+    if message.role not in allowed:
+        field = f"messages[{index}].role"
+        raise ApiError(400, f"{field}: got {message.role[:40]!r}, allowed are {', '.join(allowed)}", field)
+
+
+def check_unsupported(body: GenerationBody) -> None:
+    """Raises ApiError 400 for a field that would change the answer and that this server cannot honour."""
+    for field, neutral in NEUTRAL.items():
+        value = (body.model_extra or {}).get(field)
+        if value is not None and value not in neutral:
+            raise ApiError(400, f"{field}: not supported by this server", field, "unsupported_parameter")
+
+
+def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb) -> Request:
+    """The engine's request for a chat completion. ApiError 400 for a conversation that cannot be answered."""
+    ids = chat_prompt(engine.tokenizer, body.messages)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs: requires logprobs to be true", "top_logprobs")
+    max_tokens = body.max_completion_tokens or body.max_tokens or cfg.max_new_tokens
+    return openai_request(body, ids, max_tokens, "messages", engine, cfg, top_logprobs=body.top_logprobs or 0)
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids that ask for the assistant's next words. ApiError 400 for messages in the wrong order or shape."""
+    rendered = []
+    for i, message in enumerate(messages):
+        check_role(message, i, OPENAI_ROLES)
+        role = "system" if message.role == "developer" else message.role
+        content = message.content
+        if not isinstance(content, str):
+            field = f"messages[{i}].content"
+            if role == "assistant":
+                content = [part.model_dump() for part in content]
+            elif any(part.type != "text" for part in content):
+                raise ApiError(400, f"{field}: only the assistant can call the calculator", field)
+            else:
+                content = "".join(part.text for part in content)
+        rendered.append({"role": role, "content": content})
+    try:
+        return render(tokenizer, rendered)
+    except UserError as error:
+        raise ApiError(400, str(error), "messages") from None
+
+
+def completion_requests(body: CompletionBody, engine: Engine, cfg: ChatWeb) -> list[Request]:
+    """The engine's requests for a completion, one per prompt. ApiError 400 for prompts that cannot be continued."""
+    prompts = body.prompts
+    if len(prompts) * (body.n or 1) > MAX_CHOICES:
+        raise ApiError(400, f"n: {len(prompts)} prompts x {body.n}: at most {MAX_CHOICES} choices", "n")
+    max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    top_logprobs = body.logprobs or 0
+    score = max_tokens == 0 or bool(body.echo and body.logprobs is not None)
+    requests = []
+    for item in prompts:
+        ids = engine.tokenizer.encode(item, "<|bos|>") if isinstance(item, str) else item
+        requests.append(openai_request(body, ids, max_tokens, "prompt", engine, cfg, top_logprobs, score))
+    return requests
+
+
+def openai_request(
+    body: GenerationBody,
+    ids: Sequence[int],
+    max_tokens: int,
+    param: str,
+    engine: Engine,
+    cfg: ChatWeb,
+    top_logprobs: int = 0,
+    score: bool = False,
+) -> Request:
+    """The engine's request to continue `ids` by at most `max_tokens`.
+
+    ApiError 400, about the field `param`, if the prompt leaves no room for an answer or the engine refuses it.
+    """
+    context = engine.model_cfg.sequence_len
+    max_tokens = min(max_tokens, cfg.max_new_tokens)
+    if len(ids) + min(max_tokens, 1) > context:
+        reason = f"{param}: {len(ids)} tokens, but the model's context holds {context}, including the answer"
+        raise ApiError(400, reason, param, "context_length_exceeded")
+    request = dataclasses.replace(
+        engine_request(body, ids, max_tokens, engine, cfg),
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # 0 leaves the most likely token
+        n=body.n or 1,
+        top_logprobs=top_logprobs,
+        score=score,
+    )
+    try:
+        engine.check(request)
+    except UserError as error:
+        raise ApiError(400, f"{param}: {error}", param) from None
+    return request
+
+
+def engine_request(
+    body: ChatBody | GenerationBody, ids: Sequence[int], max_tokens: int, engine: Engine, cfg: ChatWeb
+) -> Request:
+    """Continues `ids` by at most `max_tokens`, within the context, with the body's settings or the defaults."""
+    return Request(
+        ids=ids,
+        max_tokens=min(max_tokens, engine.model_cfg.sequence_len - len(ids)),
+        temperature=cfg.temperature if body.temperature is None else body.temperature,
+        top_k=cfg.top_k if body.top_k is None else body.top_k,
+        seed=secrets.randbits(31) if body.seed is None else body.seed,
+    )
+
+
+def submit(pool: Pool, *requests: Request) -> Answer:
+    """Queues `requests`. ApiError if the server cannot take them: 400 for the engine's reason, 429, 503."""
+    try:
+        return pool.submit(*requests)
+    except UserError as error:
+        raise ApiError(400, str(error)) from None
+    except Busy:
+        reason = "the server is busy; try again in a moment"
+        raise ApiError(429, reason, code="server_busy", headers=RETRY_AFTER) from None
+    except EngineFailure as error:
+        raise errors.from_engine_failure(error) from None

@@ -9,7 +9,6 @@ python -m scripts.chat_cli < questions.txt        an answer to every line; what 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
 import sys
@@ -27,7 +26,6 @@ CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) no
 
 
 def main(cfg: config.ChatCli) -> None:
-    check(cfg)  # wrong flags are told before the model is loaded
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks
 
     # What the loader says goes to stderr: stdout is the conversation, for whoever reads it through a pipe.
@@ -55,16 +53,6 @@ def main(cfg: config.ChatCli) -> None:
     except BrokenPipeError:  # whoever read the output, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def check(cfg: config.ChatCli) -> None:
-    """UserError for settings that cannot be."""
-    if cfg.max_new_tokens < 1:
-        raise config.UserError(f"--max_new_tokens={cfg.max_new_tokens}: must be at least 1")
-    if not (math.isfinite(cfg.temperature) and cfg.temperature >= 0):
-        raise config.UserError(f"--temperature={cfg.temperature}: must be 0 (greedy) or a positive number")
-    if cfg.top_k < 0:
-        raise config.UserError(f"--top_k={cfg.top_k}: must be 0 (off) or positive")
 
 
 class Chat:
@@ -281,11 +269,10 @@ def command(chat: Chat, text: str) -> bool:
         field, kind = ("temperature", float) if name == "/temperature" else ("top_k", int)
         if value:
             try:
-                changed = dataclasses.replace(chat.cfg, **{field: kind(value)})
+                number = kind(value)
             except ValueError:
                 raise config.UserError(f"{text}: expected a number, like {name} {getattr(chat.cfg, field)}") from None
-            check(changed)
-            chat.cfg = changed
+            chat.cfg = dataclasses.replace(chat.cfg, **{field: number})
         note(f"{field} is {getattr(chat.cfg, field)}")
     elif name == "/system":
         if value:

@@ -18,7 +18,7 @@ def main(cfg: config.Doctor) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may be using the GPU
     from nanochat_jax import environment
 
-    for name, value in environment.environment().items():
+    for name, value in environment.describe().items():
         line(name, value)
     line("Free disk", free_disk())
     line("Rust tokenizer", rust_tokenizer())

@@ -283,12 +283,6 @@ class Conversations:
 # Batches of packed rows
 
 
-def check_packing(method: str) -> None:
-    """UserError for a way of packing that there is not."""
-    if method not in ("stream", *packing.CHOICE):
-        raise UserError(f"--packing={method}: expected split, crop or stream")
-
-
 class Batches(grain.IterDataset):
     """Documents packed into batches; see Loader for what they are."""
 
@@ -297,7 +291,7 @@ class Batches(grain.IterDataset):
         process_count: int = 1, max_rows: int | None = None, padding: int = 0,
     ):  # fmt: skip
         super().__init__()
-        check_packing(method)
+        assert method in ("stream", *packing.CHOICE), f"packing {method!r}"
         padded = rows + padding
         if rows < 1 or padded % process_count:
             raise UserError(f"a batch of {padded} rows cannot be shared by {process_count} processes: use a multiple")

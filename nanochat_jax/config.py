@@ -126,28 +126,25 @@ class Settings:
                 _check(field, getattr(self, field.name))
 
 
-def _check(field: dataclasses.Field, value: object) -> None:
-    """UserError if the range or the choices of `field` exclude `value`; numbers must also be finite."""
-    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-    if value == field.default or (field.metadata["auto"] and value == 0):
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """UserError if `value` is outside the range or the choices of `field`, or is a number that is not finite."""
+    low, high, choices, auto = (field.metadata[key] for key in ("low", "high", "choices", "auto"))
+    number = isinstance(value, int | float)
+    finite = number and -math.inf < value < math.inf  # false for NaN
+    accepted = (finite and low <= value <= high) if number else (not choices or value in choices)
+    if accepted or value == field.default or (auto and value == 0):
         return
-    if isinstance(value, int | float):
-        finite = -math.inf < value < math.inf  # false for NaN
-        if finite and low <= value <= high:
-            return
-        if high < math.inf:
-            allowed = f"from {low} to {high}"
-        elif low > -math.inf:
-            allowed = f"at least {low}" + ("" if finite else " and finite")
-        else:
-            allowed = "finite"
-    elif not choices or value in choices:
-        return
-    else:
+    if choices:
         allowed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
-    if field.metadata["auto"]:
+    elif high < math.inf:
+        allowed = f"from {low} to {high}"
+    elif low > -math.inf:
+        allowed = f"at least {low}" if finite else f"at least {low} and finite"
+    else:
+        allowed = "finite"
+    if auto:
         allowed += ", or auto"
-    elif isinstance(value, int | float) and not low <= field.default <= high:
+    elif number and not low <= field.default <= high:
         allowed += f", or {field.default}"
     given = value if field.metadata["positional"] else f"--{field.name}={value}"
     raise UserError(f"{given}: must be {allowed}")
@@ -172,6 +169,12 @@ TOP_K = "sample from the k most likely tokens (0: from all)"
 SAVE_EVERY = "steps between checkpoints (-1: only at the end, when stopped, and before tasks are evaluated)"
 EVAL_EVERY = "steps between evaluations of the validation loss (-1: only at the end)"
 EVAL_TOKENS = "tokens per evaluation of the validation loss"
+SHARD = "what the data axis shards besides the batch: optimizer state (ZeRO-1), or full: parameters as well (FSDP)"
+REMAT = "what the backward pass recomputes to save memory; matmuls: all but the results of matmuls; full: everything"
+PACKING = "how documents become rows; split: best fit, nothing lost; crop: best fit, truncated; stream: concatenated"
+COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
+AUTO_BATCH = "tokens per optimizer step (auto: rows for target_examples_per_step conversations)"
+REPORT = "reset: remember the start and the machine; generate: write the report"
 INIT_LR_FRAC = "fraction of every learning rate to start with"
 MAX_SEED = 2**31 - 1
 
@@ -219,18 +222,10 @@ class Train(Settings):
         0, "rows per device and micro-batch; lower it if memory runs out", auto=True, low=1
     )
     mesh: str = setting("", "devices per axis, as node=2,data=8,model=1 (default: all on data)")
-    shard: str = setting(
-        "optimizer", "what the data axis shards besides the batch: optimizer (ZeRO-1), or full for parameters as well "
-        "(FSDP)", choices=("optimizer", "full"),
-    )  # fmt: skip
+    shard: str = setting("optimizer", SHARD, choices=("optimizer", "full"))
     attention: str = setting("", "attention kernel (default: cuDNN where it runs)", choices=("cudnn", "xla"))
-    remat: str = setting(
-        "none", "what the backward pass recomputes to save memory: nothing, all but matmuls, or everything",
-        choices=("none", "matmuls", "full"),
-    )  # fmt: skip
-    coordinator: str = setting(
-        "", "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
-    )
+    remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
+    coordinator: str = setting("", COORDINATOR)
     num_processes: int = setting(0, "number of processes of a multi-host run with --coordinator")
     process_id: int = setting(-1, "number of this process, from 0, in a multi-host run with --coordinator")
     scan_layers: bool = setting(False, "compile one block for all layers: starts sooner, runs slower")
@@ -258,10 +253,7 @@ class Base(ModelFlags, Train):
     table: ClassVar[str] = "base"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
     data_dir: str = setting("", DATA_DIR)
-    packing: str = setting(
-        "split", "how documents become rows: split (loses no tokens), crop (best fit, truncated) or stream "
-        "(concatenated)", choices=PACKINGS,
-    )  # fmt: skip
+    packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     target_flops: float = setting(-1.0, "train for this many FLOPs (-1: off)")
     target_param_data_ratio: float = setting(20.0, "tokens per parameter to train on, unless another horizon is given")
@@ -312,10 +304,7 @@ class Sft(Train):
         MIXTURE,
     )  # fmt: skip
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, VAL_MIXTURE)
-    total_batch_size: int = setting(
-        0, "tokens per optimizer step (auto: whole rows that hold target_examples_per_step conversations)", auto=True,
-        low=1,
-    )  # fmt: skip
+    total_batch_size: int = setting(0, AUTO_BATCH, auto=True, low=1)
     target_examples_per_step: int = setting(32, "conversations per optimizer step, on average", low=1)
     num_epochs: int = setting(1, "passes over the mixture", low=1)
     init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
@@ -483,9 +472,6 @@ class ChatWeb(Load):
 class Report(Settings):
     """Write report.md: what was run, how long it took, and how good the result is."""
 
-    command: str = setting(
-        "", "reset: remember the start and the machine; generate: write the report", choices=("reset", "generate"),
-        positional=True,
-    )  # fmt: skip
+    command: str = setting("", REPORT, choices=("reset", "generate"), positional=True)
     model_tag: str = setting("", "name of the runs (default: the most recently saved run of each stage)")
     output: str = setting("report.md", "file to write a copy of the report to")

@@ -13,6 +13,7 @@ from nanochat_jax import commandline, config
 from nanochat_jax.commandline import parse
 from nanochat_jax.config import REPOSITORY, UserError
 from nanochat_jax.tokenizer import SPECIAL_TOKENS
+from scripts.bench import data, decode, serve, tokenizer
 
 PRESETS = sorted(p.stem for p in (REPOSITORY / "configs").glob("*.toml"))
 SCRIPTS = ["train", "tok_train", "tok_eval", "base_loss", "base_eval", "chat_eval", "chat_cli", "chat_web"]
@@ -125,7 +126,7 @@ def limits(cls):
             yield field
 
 
-# Every range: the setting, the nearest value that is refused, and the nearest one that is accepted.
+# Every limit: the setting, the nearest value that is refused, and the nearest one that is accepted.
 RANGES = [
     (config.Base, "depth", 0, 1), (config.Base, "aspect_ratio", 0, 1), (config.Base, "head_dim", 1, 2),
     (config.Base, "n_kv_head", -1, 1), (config.Base, "max_seq_len", 1, 2),
@@ -160,7 +161,15 @@ RANGES = [
     (config.ChatWeb, "slots", 0, 1), (config.ChatWeb, "slots", 1025, 1024),
     (config.ChatWeb, "max_waiting", -1, 0), (config.ChatWeb, "max_waiting", 100_001, 100_000),
     (config.ChatWeb, "timeout", -0.1, 0.0),
+    (data.Settings, "total_batch_size", 0, 1), (data.Settings, "max_seq_len", 0, 1), (data.Settings, "steps", 0, 1),
+    (data.Settings, "rounds", 0, 1),
+    (decode.Settings, "depth", -1, 1), (decode.Settings, "vocab_size", -1, 1), (decode.Settings, "prompt", -1, 1),
+    (decode.Settings, "new", 1, 2), (decode.Settings, "chunk", 0, 1), (decode.Settings, "rounds", 0, 1),
+    (serve.Settings, "clients", 0, 1), (serve.Settings, "requests", 0, 1), (serve.Settings, "prompt", 0, 1),
+    (serve.Settings, "new", 1, 2), (serve.Settings, "rounds", 0, 1),
+    (tokenizer.Settings, "vocab_size", 256, 257), (tokenizer.Settings, "rounds", 0, 1),
 ]  # fmt: skip
+ALL = (*commandline.COMMANDS, config.Report, data.Settings, decode.Settings, serve.Settings, tokenizer.Settings)
 SAME = {config.Doctor: config.Base, config.Mid: config.Base, config.Sft: config.Base, config.Rl: config.Base}
 
 
@@ -178,7 +187,7 @@ def test_a_number_outside_its_range_is_refused(cls, name, refused, accepted):
 
 def test_every_range_is_tested():
     tested = {(cls, name) for cls, name, *_ in RANGES}
-    for cls in commandline.COMMANDS:
+    for cls in ALL:
         for field in limits(cls):
             parent = SAME.get(cls)
             inherited = parent and parent.__dataclass_fields__.get(field.name)
@@ -209,12 +218,12 @@ def test_a_wrong_choice_is_refused_by_a_list_of_the_right_ones(cls, flag, words)
 
 
 def test_every_choice_and_every_default_is_accepted(capsys):
-    for cls in commandline.COMMANDS:
+    for cls in ALL:
         cls()
         for field in limits(cls):
             for choice in field.metadata["choices"]:
-                assert getattr(parse(cls, [f"--{field.name}={choice}"]), field.name) == choice
-            parse(cls, [f"--{field.name}={field.default}"])
+                assert getattr(cls(**{field.name: choice}), field.name) == choice
+            cls(**{field.name: field.default})
             if field.metadata["auto"]:
                 assert getattr(parse(cls, [f"--{field.name}=auto"]), field.name) == 0
         with pytest.raises(SystemExit):
@@ -226,7 +235,7 @@ def test_every_choice_and_every_default_is_accepted(capsys):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_number_may_be_nan_or_infinite(value):
-    for cls in commandline.COMMANDS:
+    for cls in ALL:
         for field in dataclasses.fields(cls):
             if field.type is float:
                 bound = "(at least 0 and finite|from 0 to [12]|finite)"

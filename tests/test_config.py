@@ -175,7 +175,7 @@ SAME = {config.Doctor: config.Base, config.Mid: config.Base, config.Sft: config.
 
 @pytest.mark.parametrize(("cls", "name", "refused", "accepted"), RANGES)
 def test_a_number_outside_its_range_is_refused(cls, name, refused, accepted):
-    """On the command line, in a preset and in code, by the same words."""
+    """On the command line and in code, in the same words."""
     low, high = (cls.__dataclass_fields__[name].metadata[key] for key in ("low", "high"))
     allowed = f"from {low} to {high}" if high < math.inf else f"at least {low}"
     for make in (lambda value: parse(cls, [f"--{name}={value}"]), lambda value: cls(**{name: value})):

@@ -1,11 +1,11 @@
 """nanochat in JAX/Flax, in rooms. A room uses only the rooms below it; `lint-imports` enforces that.
 
-    report, dataset         two commands
-    training                the four training stages
-    evals                   scores of a model
-    tasks, serve, hf        problems and conversations; the web server; weights in Hugging Face's layout
-    engine, checkpoint      text generation; saved models
-    parallel, data          devices, processes and sharding; pretraining text and batches
-    conversation, tokenizer, tokenizer_file, model
-    commandline, environment, run_log, progress, files, config
+report, dataset         two commands
+training                the four training stages
+evals                   scores of a model
+tasks, serve, hf        problems and conversations; the web server; weights in Hugging Face's layout
+engine, checkpoint      text generation; saved models
+parallel, data          devices, processes and sharding; pretraining text and batches
+conversation, tokenizer, tokenizer_file, model
+commandline, environment, run_log, progress, files, config
 """

@@ -1,9 +1,9 @@
-"""From the command line to one of the settings of config.py.
+"""Turns the command line into one of the settings dataclasses of config.py.
 
-Dataclass defaults < preset file (`--config cpu` or a path) < command line. A preset holds common keys at its top and
-the tables [tok] [base] [mid] [sft] [rl] [eval] [chat]; a key that no command knows is an error. Flags may be written
-with dashes or underscores, the last of a repeated flag wins, and a lone `--` is ignored. Nothing here imports JAX, so
-that `--help` and every complaint about a flag are immediate.
+Dataclass defaults < preset file (`--config cpu` or a path) < command line. A preset has common keys at the top and
+tables [tok] [base] [mid] [sft] [rl] [eval] [chat]; a key that no command knows is an error. Flags may be written with
+dashes or underscores, the last of a repeated flag wins, and a lone `--` is ignored. Nothing here imports JAX, so
+`--help` and every error about a flag are immediate.
 """
 
 import argparse
@@ -11,13 +11,12 @@ import dataclasses
 import difflib
 import errno
 import functools
-import math
 import sys
 import tomllib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from nanochat_jax import config
 from nanochat_jax.config import REPOSITORY, UserError
@@ -32,22 +31,22 @@ SHORT = {
     "num_files": "n", "num_workers": "w", "num_gpus": "n", "port": "p",
 }  # fmt: skip
 
-C = TypeVar("C")
+C = TypeVar("C", bound=config.Settings)
 
 
 def parse(cls: type[C], argv: list[str] | None = None) -> C:
     """Builds `cls` from its defaults, the preset named by --config, and the flags. UserError names what is wrong."""
-    args = [_plain(a) for a in (sys.argv[1:] if argv is None else argv) if a != "--"]
+    args = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
     given = vars(_parser(cls).parse_args(args))
     preset = given.pop("config", None)
-    values = _preset(cls, preset)
+    values = _preset_values(cls, preset)
     if preset and "preset" in cls.__dataclass_fields__:
         values["preset"] = find_preset(preset).stem
-    return cls(**values | {k: v for k, v in given.items() if v is not None})
+    return cls(**values | {name: value for name, value in given.items() if value is not None})
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
-    """Runs a script: what the user can mend is one line and exit code 2, Ctrl-C is 130, a bug is a traceback."""
+    """Runs a command: a mistake of the user is one line and exit code 2, Ctrl-C is exit code 130, a bug a traceback."""
     try:
         main(parse(cls))
     except UserError as error:
@@ -56,131 +55,186 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: {error}: make room and give the same command again", file=sys.stderr)
+        print(f"error: {error}: make room and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def _plain(arg: str) -> str:
+# -----------------------------------------------------------------------------
+# Flags
+
+
+def _with_underscores(arg: str) -> str:
     """--max-seq-len=5 -> --max_seq_len=5"""
     if not arg.startswith("--"):
         return arg
-    flag, eq, value = arg.partition("=")
-    return "--" + flag[2:].replace("-", "_") + eq + value
+    flag, equals, value = arg.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is a UserError: one line instead of the usage."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
-def _parser(cls: type) -> _Parser:
+def _parser(cls: type[config.Settings]) -> _Parser:
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None
     parser = _Parser(prog=getattr(cls, "prog", prog), description=cls.__doc__, allow_abbrev=False)
-    if cls in COMMANDS:  # presets are for the pipeline, not for benchmarks
+    if cls in COMMANDS:  # presets are for the pipeline, not for benchmarks and the report
         parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
-    types, defaults = typing.get_type_hints(cls), cls()
+    kinds, defaults = typing.get_type_hints(cls), cls()
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
-        default = getattr(defaults, field.name)
+        kind, default, choices = kinds[field.name], getattr(defaults, field.name), field.metadata["choices"]
+        auto = field.metadata["auto"] and not default
+        shown = " [auto]" if auto else "" if default in ("", {}) else f" [{_show(default)}]"
+        options: dict[str, Any] = {
+            "type": functools.partial(_convert_for, field=field, kind=kind),
+            "metavar": f"{{{','.join(choices)}}}" if choices else kind.__name__.upper(),
+            "help": (field.metadata["help"] + shown).replace("%", "%%"),
+        }
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, **options)
+            continue
+        if kind is bool:  # true where only the flag's name is given
+            options |= {"nargs": "?", "const": True}
         flags = [f"--{field.name}"]
         if field.name in SHORT and not (field.name == "num_samples" and cls is config.Rl):
             flags.insert(0, f"-{SHORT[field.name]}")
-        text = field.metadata["help"]
-        auto = field.metadata["auto"] and not default
-        shown = " [auto]" if auto else "" if default in ("", {}) else f" [{_show(default)}]"
-        extra = {"nargs": "?", "const": True} if types[field.name] is bool else {}
-        parser.add_argument(
-            *flags, type=functools.partial(_read, field=field, kind=types[field.name]), default=None, dest=field.name,
-            metavar=types[field.name].__name__.upper(), help=(text + shown).replace("%", "%%"), **extra,
-        )  # fmt: skip
+        parser.add_argument(*flags, default=None, dest=field.name, **options)
     return parser
 
 
-def _show(value) -> str:
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+def _show(default: object) -> str:
+    """{"gsm8k": 0, "mmlu": 5} -> gsm8k=0,mmlu=5"""
+    return ",".join(f"{k}={v}" for k, v in default.items()) if isinstance(default, dict) else str(default)
 
 
-_WANTED = {int: "an integer, like 8", float: "a number, like 0.1", bool: "true or false", str: "a text"}
+# -----------------------------------------------------------------------------
+# Values
 
 
-def _read(value, field: dataclasses.Field, kind: type):
-    """`value` (text of a flag, or a TOML value) for `field`. The complaint is argparse's kind, which names the flag."""
+def _convert_for(value: object, field: dataclasses.Field, kind: type) -> object:
+    """Converts the text of a flag, or a value of a TOML file, to the type of `field`.
+
+    Raises argparse's own error, to which argparse adds the name of the flag.
+    """
     try:
-        return _convert(value, kind, auto=field.metadata["auto"])
-    except (ValueError, TypeError, LookupError, AttributeError):
-        wanted = _WANTED.get(kind, "rows by name, each once, like gsm8k=0,identity=30")
-        raise argparse.ArgumentTypeError(f"{value!r} is not {wanted}") from None
+        if kind is bool:
+            return _to_bool(value)
+        if kind is int:
+            return 0 if field.metadata["auto"] and value == "auto" else _to_int(value)
+        if kind is float:
+            return _to_float(value)
+        if kind is str:
+            return _to_str(value)
+        return _to_mixture(value)
+    except ValueError:
+        expected = {int: "an integer, like 8", float: "a number, like 0.1", bool: "true or false", str: "a text"}
+        mixture = "rows by name, each once, like gsm8k=0,identity=30"
+        raise argparse.ArgumentTypeError(f"{value!r} is not {expected.get(kind, mixture)}") from None
 
 
-def _convert(value, kind: type, auto: bool):
-    if kind is bool:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
-        raise TypeError(value)
-    if kind is int:
-        if auto and value == "auto":
-            return 0
-        number = float(value)  # 1e9 and 2_000 are integers too
-        if not math.isfinite(number) or number != int(number):
+def _to_bool(value: object) -> bool:
+    """ "yes" -> True"""
+    text = str(value).lower()
+    if text not in ("true", "1", "yes", "false", "0", "no"):
+        raise ValueError(value)
+    return text in ("true", "1", "yes")
+
+
+def _to_int(value: object) -> int:
+    """ "1e9" -> 1000000000"""
+    number = float(str(value))
+    if not number.is_integer():  # infinity and NaN are not either
+        raise ValueError(value)
+    try:
+        return int(str(value))  # exact, also beyond 2**53
+    except ValueError:
+        return int(number)
+
+
+def _to_float(value: object) -> float:
+    """ "1e-3" -> 0.001; True, which Python counts among the numbers, is none."""
+    return float(str(value))
+
+
+def _to_str(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(value)
+    return value
+
+
+def _to_mixture(value: object) -> dict[str, int]:
+    """ "gsm8k=0,identity=30" on the command line, a table in TOML -> {"gsm8k": 0, "identity": 30}"""
+    if isinstance(value, dict):
+        return {str(name): _to_int(rows) for name, rows in value.items()}
+    mixture = {}
+    for part in filter(None, _to_str(value).split(",")):
+        name, equals, rows = part.partition("=")
+        if not equals or name in mixture:
             raise ValueError(value)
-        return int(str(value)) if str(value).lstrip("-").isdigit() else int(number)
-    if kind in (float, str):
-        return kind(value)
-    if isinstance(value, str):  # a mixture on the command line
-        pairs = [part.split("=") for part in value.split(",") if part]
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            raise ValueError(value)
-    return {name: _convert(rows, int, auto=False) for name, rows in value.items()}
+        mixture[name] = _to_int(rows)
+    return mixture
+
+
+# -----------------------------------------------------------------------------
+# Presets
 
 
 def find_preset(name: str) -> Path:
-    """configs/<name>.toml, or the path itself. UserError lists the presets there are."""
+    """configs/<name>.toml, or the path itself. UserError lists the presets."""
     for path in (REPOSITORY / "configs" / f"{name}.toml", Path(name)):
         if path.is_file():
             return path
-    there = ", ".join(sorted(p.stem for p in (REPOSITORY / "configs").glob("*.toml")))
-    raise UserError(f"--config={name}: no such preset or file; there are {there}")
+    presets = ", ".join(sorted(path.stem for path in (REPOSITORY / "configs").glob("*.toml")))
+    raise UserError(f"--config={name}: no such preset or file; the presets are {presets}")
 
 
-def _preset(cls: type, name: str | None) -> dict:
-    """The values a preset file gives the fields of `cls`. Every key must belong to some command."""
+def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, Any]:
+    """The values that a preset file gives to fields of `cls`. Every key must belong to some command."""
     if not name:
         return {}
     path = find_preset(name)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    tables = {c.table for c in COMMANDS}
+        raise UserError(f"{path}: not valid TOML: {config.first_line(error)}") from None
+    tables = {command.table for command in COMMANDS}
     common, own = {}, {}
     for key, value in document.items():
         if key in tables and isinstance(value, dict):
-            owners = [c for c in COMMANDS if c.table == key]
+            owners = [command for command in COMMANDS if command.table == key]
             for name, inner in value.items():
-                own |= _take(cls, owners, name, inner, f"{path}: [{key}] {name}")
+                own |= _value_for(cls, owners, name, inner, f"{path}: [{key}] {name}")
         else:
-            common |= _take(cls, COMMANDS, key, value, f"{path}: {key}")
-    return common | own  # a table's key is nearer
+            common |= _value_for(cls, COMMANDS, key, value, f"{path}: {key}")
+    return common | own  # a key in the command's table wins over a common one
 
 
-def _take(cls: type, owners, key: str, value, where: str) -> dict:
-    """{key: value} if it is a setting of `cls`, {} if only others of `owners` have it."""
-    fields = {c: c.__dataclass_fields__[key] for c in owners if key in c.__dataclass_fields__}
-    if not any("help" in field.metadata for field in fields.values()):
-        names = {name for c in owners for name, field in c.__dataclass_fields__.items() if "help" in field.metadata}
-        like = difflib.get_close_matches(key, names, 1)
-        raise UserError(f"{where}: unknown setting" + (f"; did you mean {like[0]}?" if like else ""))
+def _value_for(
+    cls: type[config.Settings], owners: Iterable[type[config.Settings]], key: str, value: object, where: str
+) -> dict[str, Any]:
+    """{key: converted value} if `key` is a setting of `cls`, {} if only of others of `owners`, UserError if of none."""
+    fields = {
+        command: field
+        for command in owners
+        for field in dataclasses.fields(command)
+        if field.name == key and "help" in field.metadata
+    }
+    if not fields:
+        names = {field.name for c in owners for field in dataclasses.fields(c) if "help" in field.metadata}
+        similar = difflib.get_close_matches(key, names, 1)
+        raise UserError(f"{where}: unknown setting" + (f"; did you mean {similar[0]}?" if similar else ""))
     if cls not in fields:
         return {}
     try:
-        return {key: _read(value, fields[cls], typing.get_type_hints(cls)[key])}
+        return {key: _convert_for(value, fields[cls], typing.get_type_hints(cls)[key])}
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{where} = {error}") from None

@@ -1,31 +1,33 @@
-"""All settings, as one frozen dataclass a command; commandline.py fills them. Nothing here imports JAX."""
+"""All settings, one frozen dataclass per command; commandline.py fills them. Nothing here imports JAX."""
 
 import dataclasses
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class UserError(ValueError):
-    """Something the user can mend. Scripts print it as one line, without a traceback, and exit with 2."""
+    """A mistake that the user can fix. Scripts print it as one line, without a traceback, and exit with code 2."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, for a message of one line."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def base_dir() -> Path:
-    """$NANOCHAT_BASE_DIR (default ~/.cache/nanochat), created: everything the project writes lies below it."""
+    """Creates and returns $NANOCHAT_BASE_DIR (default ~/.cache/nanochat), which holds everything the project writes."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"{path} cannot be made ({error.strerror})"
-        raise UserError(f"{reason}: set NANOCHAT_BASE_DIR to a folder that can be written") from None
+        reason = f"{path} cannot be created ({error.strerror})"
+        raise UserError(f"{reason}: set NANOCHAT_BASE_DIR to a writable folder") from None
     return path
 
 
@@ -35,7 +37,7 @@ def base_dir() -> Path:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the transformer; hashable, so that it can be a static argument of a jitted function."""
+    """Shape of the transformer. Hashable, so that it can be a static argument of a jitted function."""
 
     n_layer: int = 12
     n_head: int = 6
@@ -46,77 +48,152 @@ class GPTConfig:
     norm_eps: float = 1.1920929e-07  # torch's default for RMSNorm, the float32 machine epsilon
     rope_theta: float = 10000.0
     softcap: float = 15.0
-    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context, L and the last layer: all of it
+    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context; L, and the last layer: all of it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "sequence_len"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}: must be at least 1")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"n_embd {self.n_embd} over {self.n_head} heads: the head size must be an even integer")
+            raise UserError(f"n_embd {self.n_embd} / n_head {self.n_head}: the head size must be an even integer")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(f"window pattern {self.window_pattern!r}: must be letters S and L, like SSSL")
+            raise UserError(f"window pattern {self.window_pattern!r}: must consist of the letters S and L, like SSSL")
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """For each layer how many earlier tokens a token sees, 0 for all of them."""
+        """For each layer, how many earlier tokens a token attends to (0: all of them)."""
         short = -(-self.sequence_len // 4 // 128) * 128
         pattern = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
         return tuple(short if letter == "S" and short < self.sequence_len else 0 for letter in pattern)
 
     @property
     def head_dim(self) -> int:
+        """Size of one attention head."""
         return self.n_embd // self.n_head
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding and the head: a multiple of 64, for fast matmuls and even shards."""
+        """Rows of the embedding and the head: vocab_size, up to a multiple of 64 for fast matmuls and even shards."""
         return -(-self.vocab_size // 64) * 64
 
     @property
     def num_params(self) -> int:
+        """Number of weights, the padding of the vocabulary included."""
         kv = self.n_kv_head * self.head_dim
         block = 2 * self.n_embd**2 + 2 * self.n_embd * kv + 8 * self.n_embd**2
         return 2 * self.padded_vocab * self.n_embd + self.n_layer * block
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs a token, forward and backward; attention counted over the full square, as the field does."""
-        matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is gathered, not multiplied
+        """Training FLOPs per token, forward and backward; attention is counted over the full square, as is usual."""
+        matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is a lookup, not a matmul
         return 6 * matmul + 12 * self.n_embd * sum(window or self.sequence_len for window in self.windows)
 
 
 # -----------------------------------------------------------------------------
-# Settings, one dataclass a command
+# What a setting is
 
 
-MIXTURE = "rows of each task, as name=rows,name=rows (0: all of them; more than there are: repeated)"
+def setting(
+    default: Any,
+    help: str,
+    *,
+    auto: bool = False,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Sequence[str] = (),
+    positional: bool = False,
+) -> Any:
+    """A field with its line of `--help` and the values it accepts: from `low` to `high`, or one of `choices`.
 
-
-def setting(default, help: str, auto: bool = False):
-    """A field with its line of `--help`. An integer that may be `auto` also accepts the word, stored as 0."""
+    The default is always accepted, also outside that range: -1 or "" often means something else than a number or name.
+    auto: an integer for which the word `auto` may be given, stored as 0. positional: written without --name.
+    """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": help, "auto": auto})
+    metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
+    return dataclasses.field(**factory, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class ModelFlags:
-    """The model's shape, wherever it can be given."""
+class Settings:
+    """The base of all settings: a value that its field does not accept is refused when the object is made."""
 
-    depth: int = setting(20, "layers; the one dial: width, heads and horizon follow from it")
-    aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim")
-    head_dim: int = setting(128, "size of an attention head")
-    n_kv_head: int = setting(0, "key/value heads, as many as query heads unless given (GQA)", auto=True)
-    max_seq_len: int = setting(2048, "context length in tokens")
-    window_pattern: str = setting("L", "attention windows, repeated over layers: S a quarter of the context, L all")
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "help" in field.metadata:
+                _check(field, getattr(self, field.name))
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """UserError if `value` is outside the range or the choices of `field`, or is a number that is not finite."""
+    low, high, choices, auto = (field.metadata[key] for key in ("low", "high", "choices", "auto"))
+    number = isinstance(value, int | float)
+    finite = number and -math.inf < value < math.inf  # false for NaN
+    accepted = (finite and low <= value <= high) if number else (not choices or value in choices)
+    if accepted or value == field.default or (auto and value == 0):
+        return
+    if choices:
+        allowed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+    elif high < math.inf:
+        allowed = f"from {low} to {high}"
+    elif low > -math.inf:
+        allowed = f"at least {low}" if finite else f"at least {low} and finite"
+    else:
+        allowed = "finite"
+    if auto:
+        allowed += ", or auto"
+    elif number and not low <= field.default <= high:
+        allowed += f", or {field.default}"
+    given = value if field.metadata["positional"] else f"--{field.name}={value}"
+    raise UserError(f"{given}: must be {allowed}")
+
+
+# -----------------------------------------------------------------------------
+# Settings, one dataclass per command
+
+STAGES = ("base", "mid", "sft", "rl")
+DEVICES = ("cpu", "gpu", "cuda", "tpu")  # cuda: another word for gpu
+DTYPES = ("bfloat16", "float32")
+PACKINGS = ("split", "crop", "stream")
+
+DEVICE_TYPE = "platform to run on (default: the best available)"
+COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 where the device is fast with it)"
+MIXTURE = "training rows of each task, as name=rows,name=rows (0: all; more than a task has: repeated)"
+VAL_MIXTURE = "validation rows of each task, as name=rows,name=rows (0: all; more than a task has: repeated)"
+DATA_DIR = "folder of parquet, jsonl or txt files to use instead of --data"
+TASK_DATA_DIR = "folder with task data, used instead of the hub"
+CORE_DIR = "folder of the CORE bundle (default: eval_bundle in the base folder, else the hub)"
+TOP_K = "sample from the k most likely tokens (0: from all)"
+SAVE_EVERY = "steps between checkpoints (-1: only at the end, when stopped, and before tasks are evaluated)"
+EVAL_EVERY = "steps between evaluations of the validation loss (-1: only at the end)"
+EVAL_TOKENS = "tokens per evaluation of the validation loss"
+SHARD = "what the data axis shards besides the batch: optimizer state (ZeRO-1), or full: parameters as well (FSDP)"
+REMAT = "what the backward pass recomputes to save memory; matmuls: all but the results of matmuls; full: everything"
+PACKING = "how documents become rows; split: best fit, nothing lost; crop: best fit, truncated; stream: concatenated"
+COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
+AUTO_BATCH = "tokens per optimizer step (auto: rows for target_examples_per_step conversations)"
+REPORT = "reset: remember the start and the machine; generate: write the report"
+INIT_LR_FRAC = "fraction of every learning rate to start with"
+MAX_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ModelFlags(Settings):
+    """The shape of a model that is trained from scratch."""
+
+    depth: int = setting(20, "layers; width, heads and training horizon follow from it", low=1)
+    aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim", low=1)
+    head_dim: int = setting(128, "size of an attention head; must be even", low=2)
+    n_kv_head: int = setting(0, "key/value heads; fewer than query heads is GQA (auto: as many)", auto=True, low=1)
+    max_seq_len: int = setting(2048, "context length in tokens", low=2)
+    window_pattern: str = setting(
+        "L", "attention windows, repeated over the layers: S for a quarter of the context, L for all of it"
+    )
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The shape that depth implies. UserError for dimensions that cannot work."""
-        for name, least in (("depth", 1), ("aspect_ratio", 1), ("head_dim", 1), ("max_seq_len", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
+        """The shape that depth implies. UserError for dimensions that do not fit each other."""
         if self.head_dim % 2:
             raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
         width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # up, so that odd depths work
@@ -130,39 +207,42 @@ class ModelFlags:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Settings):
     """What all training stages share."""
 
     preset: str = ""  # name of the preset, the default tag of its runs; not a flag
     run: str = setting("", "name of the wandb run (default $WANDB_RUN; empty or 'dummy': no wandb)")
     model_tag: str = setting("", "folder of the run (default: the preset's name, else d<depth>)")
-    resume: str = setting("auto", "auto: go on from the last good checkpoint; never: move the old run aside; or a step")
-    seed: int = setting(42, "seed of initialisation, data order and sampling")
-    device_type: str = setting("", "cpu, gpu or tpu (default: the best there is)")
-    compute_dtype: str = setting("", "bfloat16 or float32 (default: the former where the device is fast with it)")
-    num_iterations: int = setting(-1, "optimizer steps (-1: derived)")
-    device_batch_size: int = setting(0, "rows a device takes at once; lower it when memory runs out", auto=True)
-    mesh: str = setting("", "devices by axis, as node=2,data=8,model=1 (default: all on data)")
-    shard: str = setting("optimizer", "what the data axis cuts besides the batch: optimizer (ZeRO-1) or full (FSDP)")
-    attention: str = setting("", "cudnn or xla (default: cuDNN where it runs)")
-    remat: str = setting("none", "recompute in the backward pass to save memory: none, matmuls (keep those) or full")
-    coordinator: str = setting("", "host:port of process 0, of a run on several hosts (Slurm, Kubernetes: found alone)")
-    num_processes: int = setting(0, "processes of that run")
-    process_id: int = setting(-1, "which of them this is")
+    resume: str = setting("auto", "auto: from the last good checkpoint; never: move the old run aside; or a step")
+    seed: int = setting(42, "seed of initialization, data order and sampling", low=0, high=MAX_SEED)
+    device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
+    compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
+    num_iterations: int = setting(-1, "optimizer steps (-1: derived from other settings)", low=1)
+    device_batch_size: int = setting(
+        0, "rows per device and micro-batch; lower it if memory runs out", auto=True, low=1
+    )
+    mesh: str = setting("", "devices per axis, as node=2,data=8,model=1 (default: all on data)")
+    shard: str = setting("optimizer", SHARD, choices=("optimizer", "full"))
+    attention: str = setting("", "attention kernel (default: cuDNN where it runs)", choices=("cudnn", "xla"))
+    remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
+    coordinator: str = setting("", COORDINATOR)
+    num_processes: int = setting(0, "number of processes of a multi-host run with --coordinator")
+    process_id: int = setting(-1, "number of this process, from 0, in a multi-host run with --coordinator")
     scan_layers: bool = setting(False, "compile one block for all layers: starts sooner, runs slower")
-    embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW), times (width/768)^-0.5")
-    unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW), times (width/768)^-0.5")
-    matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)")
-    weight_decay: float = setting(0.0, "decoupled weight decay of the AdamW groups")
-    grad_clip: float = setting(0.0, "clip the global gradient norm (0: off)")
-    save_every: int = setting(-1, "steps between checkpoints (-1: at the end, when stopped, before tasks are judged)")
-    keep_last: int = setting(2, "checkpoints to keep")
-    keep_every: int = setting(-1, "keep those of steps that are multiples of this as well, for good (-1: none)")
+    embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW), times (width/768)^-0.5", low=0)
+    unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW), times (width/768)^-0.5", low=0)
+    matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)", low=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the AdamW groups", low=0)
+    grad_clip: float = setting(0.0, "largest global gradient norm; larger gradients are scaled down (0: off)", low=0)
+    save_every: int = setting(-1, SAVE_EVERY)
+    keep_last: int = setting(2, "latest checkpoints to keep", low=1)
+    keep_every: int = setting(-1, "also keep checkpoints whose step is a multiple of this (-1: none)")
 
     table: ClassVar[str]
 
     @property
     def stage(self) -> str:
+        """base, mid, sft or rl."""
         return self.table
 
 
@@ -172,141 +252,145 @@ class Base(ModelFlags, Train):
 
     table: ClassVar[str] = "base"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
-    packing: str = setting("split", "how rows are made of documents: split (loses nothing), crop or stream")
-    total_batch_size: int = setting(524288, "tokens an optimizer step")
+    data_dir: str = setting("", DATA_DIR)
+    packing: str = setting("split", PACKING, choices=PACKINGS)
+    total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     target_flops: float = setting(-1.0, "train for this many FLOPs (-1: off)")
-    target_param_data_ratio: float = setting(20.0, "train on this many tokens a parameter (the horizon's default)")
-    warmup_ratio: float = setting(0.0, "share of the run in which the learning rate rises")
-    warmdown_ratio: float = setting(0.2, "share of the run in which the learning rate falls")
-    final_lr_frac: float = setting(0.0, "last learning rate as a fraction of the first")
-    eval_every: int = setting(250, "steps between evaluations of the validation loss (-1: only at the end)")
-    eval_tokens: int = setting(20 * 524288, "tokens of one validation")
-    core_dir: str = setting("", "folder of the CORE bundle (default: eval_bundle in the base folder, else the hub)")
+    target_param_data_ratio: float = setting(20.0, "tokens per parameter to train on, unless another horizon is given")
+    warmup_ratio: float = setting(0.0, "fraction of the run in which the learning rate rises", low=0, high=1)
+    warmdown_ratio: float = setting(0.2, "fraction of the run in which the learning rate falls", low=0, high=1)
+    final_lr_frac: float = setting(0.0, "last learning rate as a fraction of the highest", low=0)
+    eval_every: int = setting(250, EVAL_EVERY)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+    core_dir: str = setting("", CORE_DIR)
     core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
-    core_metric_max_per_task: int = setting(500, "examples a CORE task, in training")
-    sample_every: int = setting(2000, "steps between samples (-1: never)")
+    core_metric_max_per_task: int = setting(500, "examples per CORE task in evaluations during training")
+    sample_every: int = setting(2000, "steps between printed samples (-1: never)")
 
 
 @dataclass(frozen=True)
 class Doctor(Base):
-    """What this machine is and what would be trained on it."""
+    """What this machine is, and what training on it would be like."""
 
 
 @dataclass(frozen=True)
 class Mid(Train):
-    """Midtraining: conversations and tasks in the format of chat, loss on every token."""
+    """Midtraining: conversations and tasks in chat format, loss on every token."""
 
     table: ClassVar[str] = "mid"
-    source: str = setting("base", "stage whose weights to start from")
-    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
+    source: str = setting("base", "parent: the stage whose weights to start from", choices=STAGES)
+    task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
         MIXTURE,
     )
-    val_mixture: dict[str, int] = setting({"smoltalk": 0, "mmlu": 5200, "gsm8k": 420}, "the same for validation")
-    total_batch_size: int = setting(524288, "tokens an optimizer step")
-    init_lr_frac: float = setting(1.0, "start all learning rates at this fraction")
-    eval_every: int = setting(150, "steps between evaluations of the validation loss (-1: only at the end)")
-    eval_tokens: int = setting(20 * 524288, "tokens of one validation")
+    val_mixture: dict[str, int] = setting({"smoltalk": 0, "mmlu": 5200, "gsm8k": 420}, VAL_MIXTURE)
+    total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
+    init_lr_frac: float = setting(1.0, INIT_LR_FRAC, low=0)
+    eval_every: int = setting(150, EVAL_EVERY)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
 
 
 @dataclass(frozen=True)
 class Sft(Train):
-    """Supervised finetuning: whole conversations, loss on what the assistant says."""
+    """Supervised finetuning: whole conversations, loss on the assistant's tokens."""
 
     table: ClassVar[str] = "sft"
-    source: str = setting("mid", "stage whose weights to start from")
-    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
+    source: str = setting("mid", "parent: the stage whose weights to start from", choices=STAGES)
+    task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
          "spellingbee": 300},
         MIXTURE,
     )  # fmt: skip
-    val_mixture: dict[str, int] = setting({"smoltalk": 0}, "the same for validation")
-    total_batch_size: int = setting(0, "tokens an optimizer step, whole rows for target_examples_per_step", auto=True)
-    target_examples_per_step: int = setting(32, "conversations an optimizer step, on average")
-    num_epochs: int = setting(1, "passes over the mixture")
-    init_lr_frac: float = setting(0.02, "start all learning rates at this fraction")
-    eval_every: int = setting(100, "steps between evaluations of the validation loss (-1: only at the end)")
-    eval_tokens: int = setting(20 * 524288, "tokens of one validation")
-    eval_metrics_every: int = setting(200, "steps between evaluations of the tasks below (-1: never)")
-    eval_metrics_tasks: str = setting("mmlu|arc-easy", "tasks of that evaluation, joined by |")
-    eval_metrics_max_problems: int = setting(1024, "problems a task in that evaluation")
+    val_mixture: dict[str, int] = setting({"smoltalk": 0}, VAL_MIXTURE)
+    total_batch_size: int = setting(0, AUTO_BATCH, auto=True, low=1)
+    target_examples_per_step: int = setting(32, "conversations per optimizer step, on average", low=1)
+    num_epochs: int = setting(1, "passes over the mixture", low=1)
+    init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
+    eval_every: int = setting(100, EVAL_EVERY)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+    eval_metrics_every: int = setting(200, "steps between evaluations of --eval_metrics_tasks (-1: never)")
+    eval_metrics_tasks: str = setting("mmlu|arc-easy", "tasks to evaluate during training, joined by |")
+    eval_metrics_max_problems: int = setting(1024, "problems per task in evaluations during training")
 
 
 @dataclass(frozen=True)
 class Rl(Train):
-    """Reinforcement learning on a task with a checkable answer."""
+    """Reinforcement learning on tasks whose answers can be checked."""
 
     table: ClassVar[str] = "rl"
-    source: str = setting("sft", "stage whose weights to start from")
+    source: str = setting("sft", "parent: the stage whose weights to start from", choices=STAGES)
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
-    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
-    device_batch_size: int = setting(8, "rows a device takes at once; lower it when memory runs out")
-    examples_per_step: int = setting(16, "problems a step trains on")
-    num_samples: int = setting(16, "answers a problem")
-    oversampling: int = setting(1, "try so many times the problems, to train on those whose answers differ in reward")
-    max_new_tokens: int = setting(256, "longest answer in tokens")
-    temperature: float = setting(1.0, "sampling temperature")
-    top_k: int = setting(50, "sample among the k likeliest tokens (0: all)")
-    init_lr_frac: float = setting(0.05, "start all learning rates at this fraction")
-    num_epochs: int = setting(1, "passes over the task")
+    task_data_dir: str = setting("", TASK_DATA_DIR)
+    device_batch_size: int = setting(8, "rows per device and micro-batch; lower it if memory runs out", low=1)
+    examples_per_step: int = setting(16, "problems to train on per step", low=1)
+    num_samples: int = setting(16, "answers sampled per problem; they are compared with each other", low=2)
+    oversampling: int = setting(
+        1, "sample answers to this many times examples_per_step problems; train on those with unequal rewards", low=1
+    )
+    max_new_tokens: int = setting(256, "longest answer in tokens", low=1)
+    temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
+    top_k: int = setting(50, TOP_K, low=0)
+    init_lr_frac: float = setting(0.05, INIT_LR_FRAC, low=0)
+    num_epochs: int = setting(1, "passes over the problems", low=1)
     eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
-    eval_examples: int = setting(400, "problems of that evaluation")
-    eval_samples: int = setting(8, "answers a problem in that evaluation")
-    save_every: int = setting(60, "steps between checkpoints (-1: at the end, when stopped, before tasks are judged)")
+    eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
+    eval_samples: int = setting(8, "answers sampled per problem in an evaluation of pass@k: the largest k", low=1)
+    save_every: int = setting(60, SAVE_EVERY)
 
 
 TRAINING = {cls.table: cls for cls in (Base, Mid, Sft, Rl)}
-STAGES = tuple(TRAINING)
+assert tuple(TRAINING) == STAGES, f"stages {STAGES}, settings for {tuple(TRAINING)}"
 
 
 @dataclass(frozen=True)
-class TokTrain:
+class TokTrain(Settings):
     """Train the tokenizer."""
 
     table: ClassVar[str] = "tok"
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: local)")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
-    num_files: int = setting(8, "training shards of a source on the hub, from the first (-1: all asked for)")
-    max_chars: int = setting(10_000_000_000, "characters to train on")
-    doc_cap: int = setting(10_000, "characters a document contributes at most")
-    vocab_size: int = setting(65536, "tokens, the nine special ones included")
+    data: str = setting(
+        "", "text source: fineweb-edu, climbmix or local (default: that of the last tokenizer, else local)"
+    )
+    data_dir: str = setting("", DATA_DIR)
+    num_files: int = setting(8, "training shards to read from a source on the hub (-1: all that were requested)")
+    max_chars: int = setting(10_000_000_000, "characters to train on", low=1)
+    doc_cap: int = setting(10_000, "characters per document; longer documents are truncated", low=1)
+    vocab_size: int = setting(65536, "tokens: 256 bytes, merges and 9 special tokens", low=256 + 9)
     fresh: bool = setting(False, "train again even if this tokenizer exists")
 
 
 @dataclass(frozen=True)
-class TokEval:
-    """Compare the tokenizer with GPT-2's and GPT-4's."""
+class TokEval(Settings):
+    """Compare the tokenizer with those of GPT-2 and GPT-4."""
 
     table: ClassVar[str] = "tok"
-    data: str = setting("", "text source (default: the tokenizer's)")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
+    data_dir: str = setting("", DATA_DIR)
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Get pretraining text."""
+class Dataset(Settings):
+    """Download or convert pretraining text."""
 
     table: ClassVar[str] = "dataset"
     data: str = setting("fineweb-edu", "text source: fineweb-edu, climbmix or local")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert")
-    num_files: int = setting(-1, "training shards to download (-1: all); the validation shard always comes along")
+    data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert instead of --data")
+    num_files: int = setting(-1, "training shards to download besides the validation shard (-1: all)")
     num_workers: int = setting(4, "parallel downloads")
-    verify: bool = setting(False, "hash every shard again, and fetch the damaged ones anew")
-    tokenize: bool = setting(False, "tokenize it all once, for training to read: the same batches, less work")
+    verify: bool = setting(False, "hash every shard again and download damaged ones again")
+    tokenize: bool = setting(False, "tokenize everything once, for training to read: the same batches, less work")
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(Settings):
     """Which model to load, and where it runs."""
 
-    source: str = setting("sft", "stage: base, mid, sft or rl")
-    model_tag: str = setting("", "run to load (default: the most recently saved of that stage)")
-    step: int = setting(-1, "checkpoint to load (-1: the latest)")
-    device_type: str = setting("", "cpu, gpu or tpu (default: the best there is)")
-    compute_dtype: str = setting("", "bfloat16 or float32 (default: the former where the device is fast with it)")
+    source: str = setting("sft", "stage of the model to load", choices=STAGES)
+    model_tag: str = setting("", "run to load (default: the most recently saved run of the stage)")
+    step: int = setting(-1, "checkpoint to load, by its step (-1: the latest)")
+    device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
+    compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
 
 
 @dataclass(frozen=True)
@@ -314,11 +398,11 @@ class BaseLoss(Load):
     """Bits per byte on training and validation text, and samples."""
 
     table: ClassVar[str] = "eval"
-    source: str = setting("base", "stage: base, mid, sft or rl")
-    device_batch_size: int = setting(32, "rows a device takes at once")
-    split_tokens: int = setting(20 * 524288, "tokens of each split")
-    data: str = setting("", "text source (default: that of the run)")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
+    source: str = setting("base", "stage of the model to load", choices=STAGES)
+    device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
+    split_tokens: int = setting(20 * 524288, "tokens to evaluate of each split", low=1)
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: that of the run)")
+    data_dir: str = setting("", DATA_DIR)
 
 
 @dataclass(frozen=True)
@@ -326,29 +410,29 @@ class BaseEval(Load):
     """The CORE metric."""
 
     table: ClassVar[str] = "eval"
-    source: str = setting("base", "stage: base, mid, sft or rl")
-    max_per_task: int = setting(-1, "examples a task (-1: all)")
-    device_batch_size: int = setting(32, "rows a device takes at once")
-    core_dir: str = setting("", "folder of the CORE bundle (default: eval_bundle in the base folder, else the hub)")
+    source: str = setting("base", "stage of the model to load", choices=STAGES)
+    max_per_task: int = setting(-1, "examples per task (-1: all)")
+    device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
+    core_dir: str = setting("", CORE_DIR)
 
 
 @dataclass(frozen=True)
 class ChatEval(Load):
-    """Tasks: multiple choice and generative."""
+    """Chat tasks: multiple choice, and answers that are generated and checked."""
 
     table: ClassVar[str] = "eval"
-    source: str = setting("", "stage: mid, sft or rl (required)")
+    source: str = setting("", "stage of the model to load (required)", choices=STAGES)
     task_name: str = setting("", "tasks joined by | (default: all six of ChatCORE)")
-    split: str = setting("test", "test, or val: what settings may be chosen by")
-    temperature: float = setting(0.0, "sampling temperature (0: greedy)")
-    max_new_tokens: int = setting(512, "longest answer in tokens")
-    num_samples: int = setting(1, "answers a problem; one right is a pass")
-    top_k: int = setting(50, "sample among the k likeliest tokens (0: all)")
-    batch_size: int = setting(8, "rows a device takes at once in categorical tasks")
-    slots: int = setting(0, "answers a device generates at once", auto=True)
-    max_problems: int = setting(-1, "problems a task (-1: all)")
+    split: str = setting("test", "split of each task; settings are chosen on val", choices=("train", "val", "test"))
+    temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
+    max_new_tokens: int = setting(512, "longest answer in tokens", low=1)
+    num_samples: int = setting(1, "answers sampled per problem; one right answer is a pass", low=1)
+    top_k: int = setting(50, TOP_K, low=0)
+    batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
+    slots: int = setting(0, "answers generated at once per device (auto: as many as fit)", auto=True, low=1)
+    max_problems: int = setting(-1, "problems per task (-1: all)")
     seed: int = setting(42, "seed of sampling")
-    task_data_dir: str = setting("", "folder with task data, used instead of the hub")
+    task_data_dir: str = setting("", TASK_DATA_DIR)
 
 
 @dataclass(frozen=True)
@@ -356,10 +440,10 @@ class ChatCli(Load):
     """Talk to the model in the terminal."""
 
     table: ClassVar[str] = "chat"
-    prompt: str = setting("", "answer this and exit")
-    temperature: float = setting(0.6, "sampling temperature (0: greedy)")
-    top_k: int = setting(50, "sample among the k likeliest tokens (0: all)")
-    max_new_tokens: int = setting(256, "longest answer in tokens")
+    prompt: str = setting("", "answer this prompt and exit (default: converse)")
+    temperature: float = setting(0.6, "sampling temperature (0: greedy)", low=0)
+    top_k: int = setting(50, TOP_K, low=0)
+    max_new_tokens: int = setting(256, "longest answer in tokens", low=1)
     seed: int = setting(42, "seed of sampling")
 
 
@@ -368,15 +452,26 @@ class ChatWeb(Load):
     """Talk to the model in the browser."""
 
     table: ClassVar[str] = "chat"
-    temperature: float = setting(0.8, "default sampling temperature")
-    top_k: int = setting(50, "default k of top-k sampling")
-    max_new_tokens: int = setting(512, "default and longest answer in tokens")
-    port: int = setting(8000, "port to listen on")
+    temperature: float = setting(0.8, "sampling temperature unless a request sets it (0: greedy)", low=0, high=2)
+    top_k: int = setting(50, "sample from the k most likely tokens unless a request sets k (0: all)", low=0, high=200)
+    max_new_tokens: int = setting(512, "longest answer in tokens; requests may ask for less", low=1, high=4096)
+    port: int = setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
     host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: everyone in the network can chat)")
-    num_gpus: int = setting(1, "GPUs to use, each with a whole model and --slots of its own")
-    slots: int = setting(4, "answers a GPU generates at once")
-    max_waiting: int = setting(64, "answers that may wait for a slot; whoever comes then is told to try again")
-    timeout: float = setting(600.0, "seconds a request may take, waiting included (0: as long as it takes)")
+    num_gpus: int = setting(1, "GPUs to use, each with a copy of the model and --slots of its own", low=1, high=1024)
+    slots: int = setting(4, "answers generated at once per GPU", low=1, high=1024)
+    max_waiting: int = setting(
+        64, "requests that may wait for a slot; further ones are told to try again", low=0, high=100_000
+    )
+    timeout: float = setting(600.0, "seconds a request may take, waiting included (0: no limit)", low=0)
     api_key: str = setting("", "key that clients must send (default $NANOCHAT_API_KEY; empty: none is needed)")
-    cors: str = setting("", "web sites that may use the API from a browser: their origins, joined by commas, or *")
+    cors: str = setting("", "origins of websites whose pages may use the API, joined by commas, or * for all")
     log_chats: bool = setting(False, "write prompts and answers to the log")
+
+
+@dataclass(frozen=True)
+class Report(Settings):
+    """Write report.md: what was run, how long it took, and how good the result is."""
+
+    command: str = setting("", REPORT, choices=("reset", "generate"), positional=True)
+    model_tag: str = setting("", "name of the runs (default: the most recently saved run of each stage)")
+    output: str = setting("report.md", "file to write a copy of the report to")

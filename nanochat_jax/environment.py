@@ -1,4 +1,4 @@
-"""What a run runs on and with: the machine, the packages' versions, the code's commit. Told, never decided by."""
+"""The machine, the versions of packages and the commit of the code: recorded, never used to decide anything."""
 
 import functools
 import os
@@ -15,16 +15,16 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The commit, with a + where files differ from it (empty without git), Python's version and those of PACKAGES.
+    """The commit (with a + if files differ from it; "" without git) and the versions of Python and PACKAGES.
 
-    As they are when first asked for, that is at the start of a run: the files may change while it goes on.
+    Cached from the first call, at the start of a run, since files may change while it runs.
     """
     commit = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
-def environment() -> dict[str, str]:
-    """The machine and the versions, to be read by people."""
+def describe() -> dict[str, str]:
+    """The machine, the code and the versions, for people: name -> value."""
     packages = [f"{name} {_version(name)}" for name in ("jax", "flax", "optax")]
     try:
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -52,7 +52,7 @@ def cpu() -> str:
 
 
 def code() -> str:
-    """Commit, branch and whether files differ from it."""
+    """Commit and branch, and whether files differ from the commit."""
     if not (commit := _git("rev-parse", "--short=12", "HEAD")):
         return "not a git checkout"
     dirty = " with local changes" if _git("status", "--porcelain") else ""
@@ -60,7 +60,7 @@ def code() -> str:
 
 
 def _git(*args: str) -> str:
-    """What git says of this code; empty where there is no git, or no checkout."""
+    """What `git ARGS` prints for this repository; "" without git or outside a checkout."""
     command = ["git", "-C", str(config.REPOSITORY), *args]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -76,10 +76,11 @@ def _version(package: str) -> str:
 
 
 def _devices() -> str:
-    # In a process of its own: this one must not take a GPU's memory from a training run.
-    ask = "from nanochat_jax.parallel import devices; print(devices.describe())"
+    """What JAX runs on. A child process asks: this one must not take GPU memory from a training run."""
+    program = "from nanochat_jax.parallel import devices; print(devices.describe())"
     try:
-        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({config.first_line(error)})"
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return done.stdout.strip() or f"unknown ({reason})"

@@ -1,11 +1,11 @@
-"""Files: written whole or not at all, read where they may be missing, hashed, and locked against a second process."""
+"""Files: atomic writes, JSON that may be missing, hashes, and a folder's lock against a second process."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,9 +13,11 @@ from nanochat_jax.config import UserError
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that has its name once it is whole and on the disk. Whoever reads it meanwhile, or after a
-    crash, sees the old one or the new."""
+def whole(path: Path) -> Generator[BinaryIO]:
+    """A file to write, renamed to `path` once it is complete and on the disk.
+
+    Readers, also after a crash, see either the old file or the new one, never a part of it.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -28,14 +30,14 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole, its folder included."""
+    """Writes a file atomically; creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no such file, or nothing of the kind in it."""
+    """The object in a JSON file; {} if the file is missing or holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -44,14 +46,14 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, refusal: str) -> Iterator[None]:
-    """Holds the folder's lock file; UserError(refusal) while another process holds it."""
+def exclusive(folder: Path, refusal: str) -> Generator[None]:
+    """Creates the folder and holds its lock file; UserError(refusal) if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         try:

@@ -1,78 +1,89 @@
-"""How far something long is: a bar with the time left on a terminal, now and then a line elsewhere. On stderr."""
+"""Progress of long work, on stderr: a bar with the time left on a terminal, a line every ten seconds elsewhere."""
 
 import math
 import sys
 import time
+from typing import TYPE_CHECKING
 
-PATIENCE = 2.0  # seconds; what is done by then shows nothing
+if TYPE_CHECKING:
+    from rich import progress
+
+PATIENCE = 2.0  # seconds; work that is done by then shows nothing
 BETWEEN_LINES = 10.0  # seconds
 
 
 class Progress:
-    """Counts `total` pieces of work (None: nobody knows how many). As a context manager it takes its bar away at the
-    end, also after an error. Shown beside the count: `note`, such as a speed."""
+    """Counts `total` pieces of work (None: unknown) and shows the count with a note, such as a speed.
 
-    def __init__(self, label: str, total: int | None):
+    Used as a context manager, it removes its bar at the end, also after an error.
+    """
+
+    def __init__(self, label: str, total: int | None) -> None:
         self.label, self.total, self.done = label, total, 0
         self._start = self._last_line = time.monotonic()
-        self._bar = None
+        self._bar: progress.Progress | None = None
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since this was made."""
         return time.monotonic() - self._start
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more pieces are done."""
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """As many pieces are done."""
+        """`done` pieces are done in all."""
         self.done = done
         now = time.monotonic()
         if now - self._start < PATIENCE:
             return
-        said = f"{done:,}" + (f"/{self.total:,}" if self.total else "") + (f", {note}" if note else "")
+        state = f"{done:,}" + (f"/{self.total:,}" if self.total else "") + (f", {note}" if note else "")
         if sys.stderr.isatty():
-            self._show(said)
+            self._show(state)
         elif now - self._last_line > BETWEEN_LINES:
             self._last_line = now
             left = f", {self.seconds / done * (self.total - done):.0f} s left" if self.total and done else ""
-            print(f"{self.label}: {said}{left}", file=sys.stderr, flush=True)
+            print(f"{self.label}: {state}{left}", file=sys.stderr, flush=True)
 
-    def _show(self, said: str) -> None:
+    def _show(self, state: str) -> None:
         from rich import progress
         from rich.console import Console
 
         if self._bar is None:
-            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(),
-                       progress.TextColumn("{task.fields[said]}"),
-                       progress.TimeRemainingColumn(elapsed_when_finished=True))  # fmt: skip
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.TextColumn("{task.fields[state]}"),
+                progress.TimeRemainingColumn(elapsed_when_finished=True),
+            )
             self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self.label, total=self.total, said="")
+            self._task = self._bar.add_task(self.label, total=self.total, state="")
             self._bar.start()
-        self._bar.update(self._task, completed=self.done, said=said)
+        self._bar.update(self._task, completed=self.done, state=state)
 
 
 class Timer:
     """Seconds since the last lap."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start = time.perf_counter()
 
     def lap(self) -> float:
+        """Seconds since the last lap; starts the next one."""
         now = time.perf_counter()
         self.start, elapsed = now, now - self.start
         return elapsed
 
     def passed(self, seconds: float) -> bool:
-        """Whether that much time has passed; then it starts anew."""
+        """Whether the lap has lasted that long; if so, starts the next one."""
         if time.perf_counter() - self.start < seconds:
             return False
         self.lap()

@@ -1,25 +1,24 @@
-"""report.md: what was run, on what, how long it took and how good the result is, from the runs' logs alone.
+"""Writes report.md: what was run, on what, how long it took and how good the result is, from the runs' logs alone.
 
     python -m nanochat_jax.report reset       remember the start and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
-Of each stage the most recently saved run is taken. With --model_tag=TAG both commands mean the runs of that name, and
-work in report/TAG: every run has a start of its own. A stage without a run is left out. Plots are PNG files beside the
-report in the base folder and need matplotlib; without it they are skipped.
+The report covers the most recently saved run of each stage. With --model_tag=TAG, both commands refer to the runs of
+that name and use the folder report/TAG, so every run has its own start. A stage without a run is left out. Plots are
+PNG files beside the report in the base folder; without matplotlib they are skipped.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nanochat_jax import checkpoint, config, environment, run_log
+from nanochat_jax import checkpoint, commandline, config, environment, run_log
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 from nanochat_jax.files import read_json, write_text
 from nanochat_jax.progress import clock
@@ -28,65 +27,71 @@ TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetu
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
 ALWAYS_SHOWN = ("depth", "max_seq_len", "total_batch_size", "matrix_lr", "embedding_lr", "unembedding_lr", "mixture",
                 "init_lr_frac", "num_epochs", "target_param_data_ratio", "packing", "seed")  # fmt: skip
+TOKENIZER_FACTS = (
+    "source", "documents", "chars", "reached_vocab_size", "special_tokens", "token_bytes_min", "token_bytes_max",
+    "token_bytes_mean", "token_bytes_std",
+)  # fmt: skip
 NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
 
 
 @dataclass
 class Run:
-    """A stage's run as its folder tells it."""
+    """A run of a stage, as read from its folder."""
 
     stage: str
     tag: str
     folder: Path
     records: list[dict]
     settings: dict
-    step: int | None  # of its last checkpoint
-    meta: dict  # of that; {} if there is none
+    step: int | None  # of the last checkpoint
+    meta: dict  # of the last checkpoint; {} if there is none
 
-    def of(self, kind: str, **wanted) -> list[dict]:
-        """Records of a kind in the order of steps."""
-        found = [r for r in self.records if r["kind"] == kind and all(r.get(k) == v for k, v in wanted.items())]
-        return sorted(found, key=lambda r: r["step"])
+    def of(self, kind: str) -> list[dict]:
+        """Records of a kind, sorted by step."""
+        return sorted((r for r in self.records if r["kind"] == kind), key=lambda r: r["step"])
 
     def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a number that is logged."""
+        """Steps and values of a logged number."""
         points = [(r["step"], r[name]) for r in self.of(kind) if isinstance(r.get(name), int | float)]
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """The score of each task on its test: of the last checkpoint rather than others, of greedy answers rather than
-        sampled ones, then of the most problems, then the latest. Scores on validation problems are no result."""
+        """{task: its best-founded record on the test split}.
+
+        The last checkpoint wins over others, then greedy answers over sampled ones, then more problems over fewer, then
+        the later record. Scores on validation problems are not results, so they are left out.
+        """
 
         def rank(record: dict) -> tuple:
-            plain = not record.get("temperature") and (record.get("num_samples") or 1) == 1
-            return record["step"] == self.step, plain, record.get("n") or 0, record.get("time") or 0
+            greedy = not record.get("temperature") and (record.get("num_samples") or 1) == 1
+            return record["step"] == self.step, greedy, record.get("n") or 0, record.get("time") or 0
 
         best: dict[str, dict] = {}
         for record in sorted(self.of("eval"), key=rank):
-            of_test = record.get("split") in (None, "test")  # CORE and bits per byte have no splits of this kind
-            if of_test and isinstance(record.get("score"), int | float) and record.get("task"):
+            is_test = record.get("split") in (None, "test")  # CORE and bits per byte have no such splits
+            if is_test and isinstance(record.get("score"), int | float) and record.get("task"):
                 best[record["task"]] = record
         return best
 
     def unusual(self, record: dict) -> str:
-        """In what a score differs from those of the last checkpoint's greedy answers, "" if in nothing."""
+        """How a score differs from one of the last checkpoint's greedy answers: "step 30, temperature 0.8" or ""."""
         step, temperature, samples = record["step"], record.get("temperature"), record.get("num_samples") or 1
-        said = [f"step {step:,}"] if self.step is not None and step != self.step else []
-        said += [f"temperature {temperature:g}"] if temperature else []
-        said += [f"best of {samples}"] if samples > 1 else []
-        return ", ".join(said)
+        notes = [f"step {step:,}"] if self.step is not None and step != self.step else []
+        notes += [f"temperature {temperature:g}"] if temperature else []
+        notes += [f"best of {samples}"] if samples > 1 else []
+        return ", ".join(notes)
 
     @property
     def began(self) -> float:
-        """Time of the first record; 0.0 where none has a time."""
+        """Time of the first record; 0.0 if none has a time."""
         return min((r["time"] for r in self.records if r.get("time")), default=0.0)
 
     @property
     def ended(self) -> float:
-        """Time when training was finished, or of its last sign of life."""
-        told = [r for r in self.records if r.get("time")]
-        finished = [r["time"] for r in told if r["kind"] == "note" and r.get("text") == "finished"]
-        return max(finished or [r["time"] for r in told if r["kind"] != "eval"] or [self.began])
+        """Time when training finished, else of the last record that is not an evaluation."""
+        timed = [r for r in self.records if r.get("time")]
+        finished = [r["time"] for r in timed if r["kind"] == "note" and r.get("text") == "finished"]
+        return max(finished or [r["time"] for r in timed if r["kind"] != "eval"] or [self.began])
 
 
 # -----------------------------------------------------------------------------
@@ -94,7 +99,7 @@ class Run:
 
 
 def find_run(stage: str, tag: str = "") -> Run | None:
-    """The run of a stage: the one called `tag`, or the one saved last; None where there is none."""
+    """The run of a stage called `tag`, or the most recently saved one; None if there is none."""
     root = base_dir() / f"{stage}_checkpoints"
     folders = [p.parent for p in root.glob(f"*/{run_log.LOG}") if not p.parent.name.startswith(".")]
     folders = [p for p in folders if not tag or p.name == tag]
@@ -109,7 +114,7 @@ def find_run(stage: str, tag: str = "") -> Run | None:
     records = [r for r in run_log.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
     steps = checkpoint.steps(folder)
     step = steps[-1] if steps else None
-    meta = checkpoint.read_meta(folder, step) if steps else {}
+    meta = {} if step is None else checkpoint.read_meta(folder, step)
     return Run(stage, folder.name, folder, records, read_json(folder / "config.json"), step, meta)
 
 
@@ -118,23 +123,22 @@ def find_run(stage: str, tag: str = "") -> Run | None:
 
 
 def reset(tag: str = "") -> Path:
-    """Remembers now as the start of the runs called `tag`, and the machine."""
+    """Records the current time as the start of the runs called `tag`, and the machine. Returns the file."""
     path = _folder(tag) / "start.json"
-    write_text(
-        path, json.dumps({"time": round(time.time(), 3), "environment": environment.environment()}, indent=1) + "\n"
-    )
+    start = {"time": round(time.time(), 3), "environment": environment.describe()}
+    write_text(path, json.dumps(start, indent=1) + "\n")
     return path
 
 
 def _start(folder: Path, runs: dict[str, Run]) -> dict:
-    """The reset these runs began with; {} if there was none before their first record."""
+    """What `reset` recorded for these runs; {} if there was no reset before their first record."""
     start = read_json(folder / "start.json")
     first = min((run.began for run in runs.values() if run.began), default=math.inf)
     return start if start.get("time", 0.0) <= first else {}
 
 
 def _folder(tag: str) -> Path:
-    """Where the report of the runs called `tag` and its start belong."""
+    """The folder for the report and the start of the runs called `tag`."""
     return base_dir() / "report" / tag
 
 
@@ -143,12 +147,12 @@ def _folder(tag: str) -> Path:
 
 
 def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
-    """Writes report.md into the base folder and a copy to `output`. UserError if there is nothing to report on."""
+    """Writes report.md into the base folder, and a copy to `output`. UserError if there is nothing to report on."""
     runs = {stage: run for stage in STAGES if (run := find_run(stage, tag))}
     tokenizer = run_log.read(base_dir() / "tokenizer")
     if not runs and (tag or not tokenizer):
-        where = f"a run called {tag!r}" if tag else "a tokenizer or a run"
-        raise UserError(f"nothing to report on: {base_dir()} does not hold {where} yet")
+        missing = f"a run called {tag!r}" if tag else "a tokenizer or a run"
+        raise UserError(f"nothing to report on: {base_dir()} does not hold {missing} yet")
     folder = _folder(tag)
     folder.mkdir(parents=True, exist_ok=True)
     start = _start(folder, runs)
@@ -159,26 +163,26 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
     write_text(folder / "report.md", text)
-    # The copy shows the same pictures, by their place relative to it.
+    # The copy shows the same plots: their paths become relative to it.
     for plot in plots.values():
-        there = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
-        text = text.replace(f"]({plot})", f"]({there})")
+        relative = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
+        text = text.replace(f"]({plot})", f"]({relative})")
     write_text(output, text)
     return folder / "report.md"
 
 
 def _header(start: dict) -> str:
-    now = environment.environment()
+    now = environment.describe()
     facts = start.get("environment") or now
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     changed = [f"{k.lower()} {now[k]}" for k in ("Code", "Devices", "Versions") if facts.get(k) != now[k]]
-    lines += [f"- Different when this was written: {'; '.join(changed)}"] if changed else []
+    lines += [f"- Different when the report was written: {'; '.join(changed)}"] if changed else []
     return "\n".join(lines) + "\n"
 
 
 def _summary(runs: dict[str, Run], start: dict) -> str:
     scores = {stage: run.scores() for stage, run in runs.items()}
-    # Tasks that are no part of the usual table follow it; CORE's own tasks have a table in their section.
+    # Other tasks follow those of the usual table; CORE's own tasks have a table in their section.
     others = {t for s in scores.values() for t, r in s.items() if r.get("suite") == "chat" and t not in METRICS}
     header = [f"{s.upper()} ({runs[s].tag})" if s in runs else s.upper() for s in STAGES]
     rows = [["bits per byte", *(_bpb(runs[s]) if s in runs else "-" for s in STAGES)]]
@@ -200,21 +204,27 @@ def _cell(run: Run, scores: dict[str, dict], name: str) -> str:
         record = scores[name]
         error = f" ± {record['stderr']:.4f}" if isinstance(record.get("stderr"), int | float) else ""
         notes = [f"n={record['n']:,}" if record.get("n") else "", run.unusual(record)]
-        return f"{record['score']:.4f}{error}" + (f" ({said})" if (said := ", ".join(filter(None, notes))) else "")
+        return f"{record['score']:.4f}{error}" + _in_parentheses(", ".join(filter(None, notes)))
     _, in_training = run.series("core", "core")
     return f"{in_training[-1]:.4f} (in training)" if name == "CORE" and in_training else "-"
 
 
 def _bpb(run: Run) -> str:
     if record := run.scores().get("val_bpb"):
-        return f"{record['score']:.4f}" + (f" ({said})" if (said := run.unusual(record)) else "")
+        return f"{record['score']:.4f}" + _in_parentheses(run.unusual(record))
     _, values = run.series("val", "bpb")
     return f"{values[-1]:.4f}" if values else "-"
 
 
+def _in_parentheses(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
 def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
-    """Seconds from the start to the end of all stages and of those before reinforcement learning. A stage ends when
-    its training does, plus the seconds its evaluations took afterwards, however much later they were begun."""
+    """Seconds from the start to the end of all stages, and to the end of those before reinforcement learning.
+
+    A stage ends when its training does, plus the seconds that later evaluations took, however much later they began.
+    """
     begin = start.get("time") or min(run.began for run in runs.values())
     ends = {stage: run.ended + _evaluation_seconds(run) for stage, run in runs.items()}
     before_rl = [end for stage, end in ends.items() if stage != "rl"]
@@ -222,7 +232,7 @@ def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
 
 
 def _evaluation_seconds(run: Run) -> float:
-    """Of the scores that are shown, without those that are made of others."""
+    """Seconds that evaluations after training took, for the scores shown; sums over tasks are not counted again."""
     shown = [r for task, r in run.scores().items() if task not in ("CORE", "ChatCORE")]
     return sum(r.get("seconds") or 0 for r in shown if (r.get("time") or 0) > run.ended)
 
@@ -230,9 +240,7 @@ def _evaluation_seconds(run: Run) -> float:
 def _tokenizer(records: list[dict]) -> str:
     lines = ["## Tokenizer\n"]
     for record in (r for r in records if r["kind"] == "tok_train"):
-        shown = ("source", "documents", "chars", "reached_vocab_size", "special_tokens", "token_bytes_min",
-                 "token_bytes_max", "token_bytes_mean", "token_bytes_std")  # fmt: skip
-        lines += [f"- {name.replace('_', ' ')}: {_show(record[name])}" for name in shown if name in record]
+        lines += [f"- {name.replace('_', ' ')}: {_show(record[name])}" for name in TOKENIZER_FACTS if name in record]
         lines += [f"- time: {clock(record['seconds'])}"] if "seconds" in record else []
         lines.append("")
     rows = []
@@ -244,7 +252,9 @@ def _tokenizer(records: list[dict]) -> str:
             row.append(f"{100 * (theirs - ours) / max(theirs, 1):+.1f}%" if theirs else "-")
         rows.append(row)
     if rows:
-        lines.append("Bytes a token (more is better), and how many fewer tokens than the others need:\n")
+        lines.append(
+            "Bytes per token (more is better), and how many fewer tokens than the other tokenizers ours needs:\n"
+        )
         lines.append(_table(["Text", "Bytes", "Tokens", "Bytes/token", "vs GPT-2", "vs GPT-4"], rows))
     return "\n".join(lines)
 
@@ -253,17 +263,27 @@ def _section(run: Run, plot: str | None) -> str:
     lines = [f"## {TITLES[run.stage]} ({run.tag})\n", *_facts(run), ""]
     lines += [f"![{TITLES[run.stage]}]({plot})\n"] if plot else []
     scores = run.scores()
-    core = [[name, f"{r['score']:.4f}", f"{r['stderr']:.4f}", f"{r['n']:,}", f"{r['centered']:+.4f}"]
-            for name, r in scores.items() if r.get("suite") == "core" and name != "CORE"]  # fmt: skip
+    core = [
+        [name, f"{r['score']:.4f}", f"{r['stderr']:.4f}", f"{r['n']:,}", f"{r['centered']:+.4f}"]
+        for name, r in scores.items()
+        if r.get("suite") == "core" and name != "CORE"
+    ]
     if core:
-        lines.append("CORE by task (centered: 0 is guessing, 1 is perfect):\n")
+        lines.append("CORE by task (centered accuracy: 0 is guessing, 1 is perfect):\n")
         lines.append(_table(["Task", "Accuracy", "Stderr", "n", "Centered"], core))
-    chat = [[r["task"], _cell(run, scores, name), "-" if r.get("truncated") is None else f"{r['truncated']:.1%}",
-             clock(r["seconds"]) if r.get("seconds") else "-"]
-            for name, r in scores.items() if r.get("suite") == "chat"]  # fmt: skip
+    chat = [
+        [
+            r["task"],
+            _cell(run, scores, name),
+            "-" if r.get("truncated") is None else f"{r['truncated']:.1%}",
+            clock(r["seconds"]) if r.get("seconds") else "-",
+        ]
+        for name, r in scores.items()
+        if r.get("suite") == "chat"
+    ]
     if chat:
-        lines.append("Chat tasks (cut off: answers that hit the limit of tokens):\n")
-        lines.append(_table(["Task", "Score", "Cut off", "Time"], chat))
+        lines.append("Chat tasks (truncated: answers that reached the token limit):\n")
+        lines.append(_table(["Task", "Score", "Truncated", "Time"], chat))
     samples = run.of("sample")
     if samples:
         last = samples[-1]["step"]
@@ -274,7 +294,7 @@ def _section(run: Run, plot: str | None) -> str:
 
 
 def _facts(run: Run) -> list[str]:
-    """What was set, what it took and what came out, one line each."""
+    """The model, the settings, the cost and the results, one line of Markdown each."""
     facts: dict[str, str] = {}
     if "model" in run.meta:
         model = GPTConfig(**run.meta["model"])
@@ -291,7 +311,7 @@ def _facts(run: Run) -> list[str]:
         facts["tokens"] = _show(last.get("tokens"))
         facts["FLOPs"] = f"{last['flops']:.3e}" if last.get("flops") else ""
         seconds = sum(r["dt"] for r in train if r.get("dt"))
-        facts["time"] = f"{clock(seconds)} in steps, {clock(run.ended - run.began)} from its start to its end"
+        facts["time"] = f"{clock(seconds)} in steps, {clock(run.ended - run.began)} from start to end"
         _, losses = run.series("train", "loss")
         facts["final training loss"] = f"{smooth(losses)[-1]:.4f} (moving average)" if losses else ""
         _, speeds = run.series("train", "tok_per_s")
@@ -313,7 +333,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def _settings(run: Run) -> dict:
-    """The settings that make this run what it is: the important ones, and all that are not at their default."""
+    """The settings that characterize a run: the important ones, and all that differ from their defaults."""
     defaults = dataclasses.asdict(config.TRAINING[run.stage]())
     return {
         name: value
@@ -322,8 +342,8 @@ def _settings(run: Run) -> dict:
     }
 
 
-def _show(value) -> str:
-    """A value as a person would write it."""
+def _show(value: Any) -> str:
+    """A value as a person would write it: 12345 -> "12,345", 0.30000001 -> "0.3"."""
     if value is None:
         return "-"
     if isinstance(value, dict):
@@ -334,11 +354,12 @@ def _show(value) -> str:
 
 
 def _code(text: str) -> str:
-    """Text of a model as inline code that cannot break out of its line."""
+    """A model's text as inline code that cannot break out of its line."""
     return "`" + repr(text)[1:-1].replace("`", "'") + "`"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its first column left-aligned and the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
@@ -348,7 +369,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def smooth(values: list[float], factor: float = 0.9) -> list[float]:
-    """Exponential moving average, its start corrected."""
+    """Exponential moving average with bias correction: the first value is the first average."""
     result, average, weight = [], 0.0, 0.0
     for value in values:
         average, weight = factor * average + (1 - factor) * value, factor * weight + (1 - factor)
@@ -357,7 +378,7 @@ def smooth(values: list[float], factor: float = 0.9) -> list[float]:
 
 
 def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
-    """Draws each stage's curves: {stage: file name in `folder`}, and a remark if that is impossible."""
+    """Draws each stage's curves: ({stage: file name in `folder`}, a remark if they cannot be drawn)."""
     try:
         import matplotlib
     except ImportError:
@@ -372,7 +393,7 @@ def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
 
 
 def _plot(run: Run, path: Path) -> None:
-    """Training on the left, validation on the right: two quantities, so two axes."""
+    """Training on the left, validation on the right: two quantities, hence two axes."""
     import matplotlib.pyplot as plt
 
     steps, losses = run.series("train", "reward" if run.stage == "rl" else "loss")
@@ -382,7 +403,7 @@ def _plot(run: Run, path: Path) -> None:
     left = axes[0, 0]
     left.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="each step")
     left.plot(steps, smooth(losses), color="#1f4e79", linewidth=1.8, label="moving average")
-    left.set_title("reward" if run.stage == "rl" else "training loss (nats a token)", loc="left", fontsize=10)
+    left.set_title("reward" if run.stage == "rl" else "training loss (nats per token)", loc="left", fontsize=10)
     left.legend(frameon=False, fontsize=8)
     if at:
         right = axes[0, 1]
@@ -402,22 +423,12 @@ def _plot(run: Run, path: Path) -> None:
 # -----------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nanochat_jax.report", description="The report of a run.")
-    parser.add_argument("command", choices=("reset", "generate"))
-    named = "name of the runs (default: of each stage the latest)"
-    parser.add_argument("-g", "--model_tag", "--model-tag", default="", help=named)
-    parser.add_argument("--output", type=Path, default=Path("report.md"), help="the copy to write [report.md]")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "reset":
-            print(f"start recorded in {reset(args.model_tag)}")
-        else:
-            print(f"written to {generate(args.model_tag, args.output)} and {args.output}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(cfg: config.Report) -> None:
+    if cfg.command == "reset":
+        print(f"start recorded in {reset(cfg.model_tag)}")
+    else:
+        print(f"written to {generate(cfg.model_tag, Path(cfg.output))} and {cfg.output}")
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main, config.Report)

@@ -1,8 +1,8 @@
-"""A run's log: log.jsonl in the run's folder is the truth, one JSON object a line; wandb is a view of it.
+"""A run's log: log.jsonl in the run's folder, one JSON object per line. It is the truth; wandb is a view of it.
 
-After a resume a step may be logged twice: of records that agree in KEY the later one holds. And a run that goes on from
-an earlier step leaves a future behind: a start, of which the record of kind "config" tells, ends what was logged of its
-stage's later steps, scores and the note that it was finished included.
+After a resume, a step may be logged twice: of records with the same KEY, the last one counts. When a run restarts from
+an earlier step, its record of kind "config" invalidates everything that its stage logged for later steps, scores and
+the note "finished" included.
 """
 
 import json
@@ -10,31 +10,32 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any, BinaryIO
 
 LOG = "log.jsonl"
-# The last three tell scores apart: of fewer problems, of sampled answers.
+# The last three distinguish scores on fewer problems, or of sampled answers.
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
 
-def append(run_dir: Path, kind: str, stage: str, step: int, **fields) -> None:
-    """Adds one record. Values that are not finite are logged as null, which every JSON reader understands."""
-    record = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)}
+def append(run_dir: Path, kind: str, stage: str, step: int, **fields: Any) -> None:
+    """Adds one record. NaN and infinity become null, since JSON has neither."""
+    record: dict[str, Any] = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)}
     record |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
     run_dir.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     with open(run_dir / LOG, "a+b") as log:
         if log.tell() and _last_byte(log) != b"\n":
-            line = b"\n" + line  # a process ended in the middle of its line: do not add to that
-        log.write(line)  # one write: lines of two writers do not mix
+            line = b"\n" + line  # a process ended in the middle of a line: do not continue that line
+        log.write(line)  # one write, so that lines of two writers do not mix
 
 
-def _last_byte(file) -> bytes:
+def _last_byte(file: BinaryIO) -> bytes:
     file.seek(-1, os.SEEK_END)
     return file.read(1)
 
 
 def read(run_dir: Path) -> list[dict]:
-    """The records that hold, in the order of their (last) writing. Torn lines are skipped; no log is no records."""
+    """The records that count, in the order they were last written. Incomplete lines are skipped; no log: []."""
     path = run_dir / LOG
     if not path.exists():
         return []

@@ -3,6 +3,6 @@
 import importlib.util
 import sys
 
-if importlib.util.find_spec("jax") is None:  # the likeliest reason, better told than by a traceback
-    print(f"error: {sys.executable} has no jax: source .venv/bin/activate, which setup.sh makes", file=sys.stderr)
+if importlib.util.find_spec("jax") is None:  # usually the wrong Python: one line says more than a traceback
+    print(f"error: {sys.executable} has no jax: source .venv/bin/activate, which setup.sh creates", file=sys.stderr)
     sys.exit(2)

@@ -12,8 +12,6 @@ from nanochat_jax import commandline, config, files
 
 
 def main(cfg: config.BaseEval) -> None:
-    if cfg.device_batch_size < 1:
-        raise config.UserError(f"--device_batch_size={cfg.device_batch_size}: must be at least 1")
     from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)

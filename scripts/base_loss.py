@@ -25,9 +25,6 @@ def main(cfg: config.BaseLoss) -> None:
     from nanochat_jax.progress import Progress
     from nanochat_jax.training.validation import complete
 
-    for name in ("device_batch_size", "split_tokens"):
-        if getattr(cfg, name) < 1:
-            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     dtype = devices.choose_precision(cfg.compute_dtype, model_cfg=model.model_cfg)
     source = text_of(model.meta, cfg)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -37,7 +36,6 @@ CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) no
 
 
 def main(cfg: config.ChatCli) -> None:
-    check(cfg)  # before the model is loaded
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks
 
@@ -67,16 +65,6 @@ def main(cfg: config.ChatCli) -> None:
     except BrokenPipeError:  # the reader of the output, head for instance, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def check(cfg: config.ChatCli) -> None:
-    """Raises UserError for impossible settings."""
-    if cfg.max_new_tokens < 1:
-        raise config.UserError(f"--max_new_tokens={cfg.max_new_tokens}: must be at least 1")
-    if not (math.isfinite(cfg.temperature) and cfg.temperature >= 0):
-        raise config.UserError(f"--temperature={cfg.temperature}: must be 0 (greedy) or a positive number")
-    if cfg.top_k < 0:
-        raise config.UserError(f"--top_k={cfg.top_k}: must be 0 (off) or positive")
 
 
 class Chat:
@@ -239,17 +227,13 @@ def clear(chat: Chat, value: str) -> None:
 def set_temperature(chat: Chat, value: str) -> None:
     if value:
         temperature = number(float, "/temperature", value, chat.cfg.temperature)
-        changed = dataclasses.replace(chat.cfg, temperature=temperature)
-        check(changed)
-        chat.cfg = changed
+        chat.cfg = dataclasses.replace(chat.cfg, temperature=temperature)
     note(f"temperature is {chat.cfg.temperature}")
 
 
 def set_top_k(chat: Chat, value: str) -> None:
     if value:
-        changed = dataclasses.replace(chat.cfg, top_k=number(int, "/topk", value, chat.cfg.top_k))
-        check(changed)
-        chat.cfg = changed
+        chat.cfg = dataclasses.replace(chat.cfg, top_k=number(int, "/topk", value, chat.cfg.top_k))
     note(f"top_k is {chat.cfg.top_k}")
 
 

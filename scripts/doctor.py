@@ -1,15 +1,22 @@
-"""What this machine is, whether everything is in place, and what a preset would train here and for how long.
+"""Shows what this machine is, whether everything is in place, and how long a preset would train here.
 
     python -m scripts.doctor
     python -m scripts.doctor --config=d20 --mesh=node=2,data=8
 
-Takes seconds: nothing is trained, and no memory of a GPU is taken but for trying the attention kernel.
+Takes seconds: trains nothing, and uses GPU memory only to try the attention kernel.
 """
 
+import math
 import os
+from typing import TYPE_CHECKING, Any
 
 from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
+
+if TYPE_CHECKING:  # --help must not wait for JAX
+    from jax.typing import DTypeLike
+
+    from nanochat_jax.parallel.sharding import Layout
 
 GIB = 2**30
 
@@ -18,7 +25,7 @@ def main(cfg: config.Doctor) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may be using the GPU
     from nanochat_jax import environment
 
-    for name, value in environment.environment().items():
+    for name, value in environment.describe().items():
         line(name, value)
     line("Free disk", free_disk())
     line("Rust tokenizer", rust_tokenizer())
@@ -38,16 +45,19 @@ def main(cfg: config.Doctor) -> None:
 
 
 def line(name: str, value: str) -> None:
+    """Prints one line, its value aligned with the others."""
     print(f"{name + ':':<18}{value}", flush=True)
 
 
 def free_disk() -> str:
+    """Free space where the base folder is."""
     import shutil
 
     return f"{shutil.disk_usage(config.base_dir()).free / GIB:,.0f} GiB in {config.base_dir()}"
 
 
 def rust_tokenizer() -> str:
+    """Whether the Rust tokenizer is built, else how to build it."""
     from nanochat_jax import tokenizer
 
     try:
@@ -58,7 +68,7 @@ def rust_tokenizer() -> str:
 
 
 def hub() -> str:
-    """Whether the hub that huggingface_hub would ask answers, within three seconds."""
+    """Whether the hub that huggingface_hub uses answers within three seconds."""
     import http.client
     import time
     import urllib.error
@@ -67,31 +77,31 @@ def hub() -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return f"{constants.ENDPOINT}, not asked: HF_HUB_OFFLINE is set"
+        return f"{constants.ENDPOINT}, not contacted: HF_HUB_OFFLINE is set"
     start = time.monotonic()
     try:
         with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3):
             pass
     except urllib.error.HTTPError as error:
         return f"{constants.ENDPOINT} answers with an error ({error.code} {error.reason})"
-    except (OSError, http.client.HTTPException, ValueError) as error:  # the last where the address is none
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not an address
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): only local text and tasks"
     return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
 
 
 def device_memory() -> str:
+    """The memory of each device and how much of it is in use."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
-        return "the machine's"
+        return "shared with the machine"
     return f"{stats['bytes_limit'] / GIB:.1f} GiB each, {stats.get('bytes_in_use', 0) / GIB:.1f} in use"
 
 
-def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout, dtype) -> None:
-    """What of the model lies on one device, and how long pretraining would take."""
+def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtype: "DTypeLike") -> None:
+    """Prints how much of the model one device holds, and how long pretraining would take."""
     import jax
-    import numpy as np
 
     from nanochat_jax.model import gpt
     from nanochat_jax.parallel import devices, sharding
@@ -107,19 +117,18 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout, dtype) -> None
     )
     opt_state = jax.eval_shape(tx.init, params)
 
-    def share(tree, specs) -> float:
-        """GiB of it on one device."""
-        places = jax.tree.leaves(layout.shardings(specs))
-        leaves = zip(jax.tree.leaves(tree), places, strict=True)
-        return sum(np.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves) / GIB
+    def gib_per_device(tree: Any, specs: Any) -> float:
+        leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(layout.shardings(specs)), strict=True)
+        return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves) / GIB
 
-    weights, state = share(params, layout.param_specs(params)), share(opt_state, layout.shard_specs(opt_state))
+    weights = gib_per_device(params, layout.param_specs(params))
+    state = gib_per_device(opt_state, layout.shard_specs(opt_state))
 
     def fit(rows: int) -> int:
-        """Training compiles to know; here it is estimated, without what --shard and --remat save."""
+        """Estimated, without the savings of --shard and --remat; training compiles the step to know."""
         try:
             return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
-        except UserError as error:  # which advises what may have been done already
+        except UserError as error:  # its advice, after the colon, may have been followed already
             line("Memory", f"roughly estimated, {str(error).partition(':')[0]}, less what --shard and --remat save")
             return 1
 
@@ -127,13 +136,13 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout, dtype) -> None
     shape = batch_shape(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
     steps = horizon(cfg, model_cfg, shape.tokens)
     flops = steps * shape.tokens * model_cfg.flops_per_token
-    line("Preset", cfg.preset or "none (--config=NAME): the defaults")
+    line("Preset", cfg.preset or "none, so the defaults (choose one with --config=NAME)")
     line("Model", f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.num_params:,} parameters")
     line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
-    unknown = "unknown, since this device's peak is; training shows an eta after a few steps"
+    unknown = "unknown, like this device's peak FLOP/s; training shows an estimate after a few steps"
     seconds = devices.expected_seconds(flops)
     line("Expected time", f"{clock(seconds)} at an MFU of 50%" if seconds else unknown)
 

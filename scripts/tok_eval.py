@@ -1,18 +1,22 @@
-"""Compare the tokenizer with GPT-2's and GPT-4's: bytes per token on seven kinds of text.
+"""Compares the tokenizer with those of GPT-2 and GPT-4: bytes per token on seven kinds of text.
 
     python -m scripts.tok_eval
 
-GPT-2's and GPT-4's vocabularies come through tiktoken, from its cache or the network; one that cannot be had is left
-out. Adds a record for each kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
+tiktoken loads the vocabularies of GPT-2 and GPT-4 from its cache or the network; one that is unavailable is skipped.
+Adds a record per kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
 """
 
 import itertools
 import threading
+from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 
+if TYPE_CHECKING:  # --help must not wait for it
+    import tiktoken
+
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-PEER_SECONDS = 20  # to load a peer's vocabulary, about 2 MB; without a network that would be tried for minutes
+PEER_SECONDS = 20  # to load a peer's vocabulary, about 2 MB; without a network, tiktoken would try for minutes
 SAMPLE_DOCUMENTS = 1024
 
 NEWS = """The harbour bridge will close to lorries from Monday, the city council announced on Thursday evening, after
@@ -105,19 +109,19 @@ def main(cfg: config.TokEval) -> None:
     for split in ("train", "val"):
         texts[split] = "\n".join(itertools.islice(source.texts(split), SAMPLE_DOCUMENTS))
 
-    # Tokens a text takes under each vocabulary; fewer is better, and every one must give the text back.
+    # Count the tokens of each text with each vocabulary: fewer is better, and decoding must restore the text.
     encoders = {"ours": (ours.vocab_size, ours.encode, ours.decode)}
     for label, name in PEERS.items():
         peer = _load_peer(name)
         if peer is None:
-            print(f"{label}: skipped, tiktoken's {name} is neither in its cache nor to be had from the network")
+            print(f"{label}: skipped, tiktoken has {name} neither in its cache nor from the network")
         else:
             encoders[label] = (peer.n_vocab, peer.encode_ordinary, peer.decode)
     counts = {label: {} for label in encoders}
     for label, (_, encode, decode) in encoders.items():
         for task, text in texts.items():
             ids = encode(text)
-            assert decode(ids) == text, f"{label} does not give the text {task!r} back"
+            assert decode(ids) == text, f"decoding does not restore the text {task!r} with {label}"
             counts[label][task] = len(ids)
 
     print("vocabulary: " + ", ".join(f"{label} {size:,}" for label, (size, *_) in encoders.items()))
@@ -135,26 +139,26 @@ def _field(label: str) -> str:
     return label.replace("-", "").lower() + "_tokens"
 
 
-def _load_peer(name: str):
-    """tiktoken's encoding, or None if it cannot be had within PEER_SECONDS. In a thread, for a download may hang."""
+def _load_peer(name: str) -> "tiktoken.Encoding | None":
+    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. In a thread, since a download may hang."""
     import tiktoken
 
-    found = []
+    loaded = []
 
     def load() -> None:
         try:
-            found.append(tiktoken.get_encoding(name))
-        except Exception:  # whatever the network, a proxy or a damaged cache file comes up with
+            loaded.append(tiktoken.get_encoding(name))
+        except Exception:  # the network, a proxy or a damaged cache file may raise anything
             return
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(PEER_SECONDS)
-    return found[0] if found else None
+    return loaded[0] if loaded else None
 
 
 def _print_table(texts: dict[str, str], counts: dict[str, dict[str, int]]) -> None:
-    """Bytes per token, and by how much ours needs fewer tokens (+) or more (-) than each of the others."""
+    """Prints bytes per token, and how many percent fewer (+) or more (-) tokens ours needs than each of the others."""
     peers = [label for label in counts if label != "ours"]
     head = f"{'text':<8}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
     print(head + "".join(f"{label:>9}{'ours vs':>10}" for label in peers))

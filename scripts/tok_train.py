@@ -1,9 +1,9 @@
-"""Train the tokenizer on the training documents of a text source, in file order.
+"""Trains the tokenizer on the training documents of a text source, in file order.
 
     python -m scripts.tok_train --max_chars=2000000000
 
 Writes $NANOCHAT_BASE_DIR/tokenizer: tokenizer.json, nanochat.json, source.json (what it was trained on; later stages
-read the same text by default) and a record in log.jsonl. The same command a second time finds its work done.
+read the same text by default) and a record in log.jsonl. A second run of the same command finds the work done.
 """
 
 import json
@@ -13,10 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 from nanochat_jax.files import read_json
 from nanochat_jax.progress import Progress
+
+if TYPE_CHECKING:  # --help must not wait for it
+    from nanochat_jax.data.sources import Source
 
 SAMPLE = """Hello world! This is a test.
 Numbers: 123, 4567, 89
@@ -30,22 +34,19 @@ def main(cfg: config.TokTrain) -> None:
     from nanochat_jax.data import hub, parquet, sources
     from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-    for name in ("max_chars", "doc_cap"):
-        if getattr(cfg, name) < 1:
-            raise config.UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     folder = config.base_dir() / "tokenizer"
     source = sources.open(cfg.data, cfg.data_dir, cfg.num_files)
     recipe = _recipe(cfg, source, folder)
     if not cfg.fresh and _recorded(folder, recipe):
-        print(f"{folder} was trained with these settings already; --fresh trains it again")
+        print(f"{folder} was already trained with these settings; --fresh trains it again")
         return
-    aside = sorted(folder.parent.glob(f"{folder.name}-*"))
-    if not cfg.fresh and (before := next((old for old in aside if _recorded(old, recipe)), None)):
-        print(f"{before} was trained with these settings: it takes its place again; --fresh trains it again")
-        _swap(before, folder)
-        return
+    for aside in [] if cfg.fresh else sorted(folder.parent.glob(f"{folder.name}-*")):
+        if _recorded(aside, recipe):
+            print(f"{aside} was trained with these settings: moving it back; --fresh trains it again")
+            _swap(aside, folder)
+            return
 
-    # Shards may still be on their way; the clock starts when they are here.
+    # Shards may still be downloading; the clock starts when they are here.
     try:
         for path in source.train_files:
             hub.wait_for_shard(path)
@@ -55,40 +56,40 @@ def main(cfg: config.TokTrain) -> None:
     # One pass over the text counts the distinct words; the merges are then learned from the counts alone.
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {source.name}")
     start = time.monotonic()
-    counted = {"documents": 0, "chars": 0}
+    counts = {"documents": 0, "chars": 0}
     with Meter(_expected_chars(cfg, source, parquet.SHARD_CHARS)) as meter:
-        texts = _documents(source, cfg.max_chars, cfg.doc_cap, counted, meter.chars)
+        texts = _documents(source, cfg.max_chars, cfg.doc_cap, counts, meter.chars)
         tokenizer = Tokenizer.train(texts, cfg.vocab_size, progress=meter.merges)
     seconds = time.monotonic() - start
     if tokenizer.vocab_size < cfg.vocab_size:
         print(
             f"warning: the text ran out of pairs to merge: {tokenizer.vocab_size:,} tokens instead of"
-            f" --vocab_size={cfg.vocab_size}; give it more text or ask for fewer"
+            f" --vocab_size={cfg.vocab_size}; use more text or lower it"
         )
-    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE, "a text does not survive encoding and decoding"
+    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE, "decoding does not restore the encoded text"
 
-    # Written beside the old folder and swapped in, so that what is there is never half of one and half of another.
+    # Written beside the old folder and swapped in, so that the folder never mixes two tokenizers.
     new = folder.with_name("tokenizer.new")
     shutil.rmtree(new, ignore_errors=True)
     tokenizer.save(new)
     (new / "source.json").write_text(json.dumps(recipe | {"hash": tokenizer.hash}, indent=2) + "\n", encoding="utf-8")
     lengths = tokenizer.token_bytes()[: -len(SPECIAL_TOKENS)]
     run_log.append(
-        new, kind="tok_train", stage="tok", step=0, task="train", **recipe, **counted, seconds=round(seconds, 3),
+        new, kind="tok_train", stage="tok", step=0, task="train", **recipe, **counts, seconds=round(seconds, 3),
         reached_vocab_size=tokenizer.vocab_size, special_tokens=len(SPECIAL_TOKENS), peak_memory_bytes=_peak_memory(),
         token_bytes_min=int(lengths.min()), token_bytes_max=int(lengths.max()),
         token_bytes_mean=float(lengths.mean()), token_bytes_std=float(lengths.std()),
     )  # fmt: skip
     _swap(new, folder)
     print(
-        f"{counted['documents']:,} documents, {counted['chars']:,} characters in {seconds:.1f} s"
-        f" ({counted['chars'] / max(seconds, 1e-9) / 1e6:.1f}M/s), peak memory {_peak_memory() / 1e6:,.0f} MB"
+        f"{counts['documents']:,} documents, {counts['chars']:,} characters in {seconds:.1f} s"
+        f" ({counts['chars'] / max(seconds, 1e-9) / 1e6:.1f}M/s), peak memory {_peak_memory() / 1e6:,.0f} MB"
     )
     print(f"{tokenizer.vocab_size:,} tokens in {folder}")
 
 
-def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
-    """Everything the tokenizer depends on. With no source given, the folder is the one recorded with the last one."""
+def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
+    """Everything that determines the tokenizer. Without --data and --data_dir: data_dir of the last tokenizer."""
     from nanochat_jax.data import hub
 
     data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
@@ -106,7 +107,7 @@ def _recipe(cfg: config.TokTrain, source, folder: Path) -> dict:
 
 
 def _recorded(folder: Path, recipe: dict) -> bool:
-    """Whether `folder` holds a whole tokenizer of this recipe. A damaged one is trained again."""
+    """Whether `folder` holds an intact tokenizer of this recipe. A damaged one is trained again."""
     from nanochat_jax.tokenizer import Tokenizer
 
     record = read_json(folder / "source.json")
@@ -120,40 +121,47 @@ def _recorded(folder: Path, recipe: dict) -> bool:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of `folder`. Models need the tokenizer they were trained with, so an old one that is
-    different is moved aside under its hash, not deleted."""
+    """Moves `new` to `folder`.
+
+    Models need the tokenizer they were trained with, so a different old one is moved aside under its hash, not deleted.
+    """
     old_hash = read_json(folder / "source.json").get("hash", "damaged")
     if old_hash == read_json(new / "source.json")["hash"]:
         shutil.rmtree(folder)
     elif folder.exists():
         aside = folder.with_name(f"tokenizer-{old_hash[:8]}")
-        shutil.rmtree(aside, ignore_errors=True)  # the same tokenizer, moved aside before
+        shutil.rmtree(aside, ignore_errors=True)  # the same tokenizer, moved aside earlier
         os.replace(folder, aside)
-        print(f"the tokenizer that was there is now {aside}; models trained with it need it back")
+        print(f"the previous tokenizer is now {aside}; models trained with it need it back")
     os.replace(new, folder)
 
 
-def _documents(source, max_chars: int, doc_cap: int, counted: dict, report: Callable[[int], None]) -> Iterator[str]:
-    """Training documents, each cut to `doc_cap` characters, up to the one that passes `max_chars` in all."""
+def _documents(
+    source: "Source", max_chars: int, doc_cap: int, counts: dict[str, int], report: Callable[[int], None]
+) -> Iterator[str]:
+    """Training documents, truncated to `doc_cap` characters, up to the first that exceeds `max_chars` in total.
+
+    Adds to `counts`; calls `report(characters so far)` now and then.
+    """
     for text in source.texts("train"):
         text = text[:doc_cap]
-        counted["documents"] += 1
-        counted["chars"] += len(text)
+        counts["documents"] += 1
+        counts["chars"] += len(text)
         yield text
-        if counted["documents"] % 256 == 0:
-            report(counted["chars"])
-        if counted["chars"] > max_chars:
+        if counts["documents"] % 256 == 0:
+            report(counts["chars"])
+        if counts["chars"] > max_chars:
             return
 
 
-def _expected_chars(cfg: config.TokTrain, source, shard_chars: int) -> int | None:
+def _expected_chars(cfg: config.TokTrain, source: "Source", shard_chars: int) -> int | None:
     """An estimate for the progress bar; None for a single file, whose size says little."""
     files = len(source.train_files)
     return min(cfg.max_chars, files * shard_chars) if files > 1 else None
 
 
 def _peak_memory() -> int:
-    """Bytes of memory this process has held at most."""
+    """Peak memory of this process, in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -163,20 +171,22 @@ def _peak_memory() -> int:
 class Meter:
     """Progress of the two phases, reading and merging."""
 
-    def __init__(self, expected_chars: int | None):
+    def __init__(self, expected_chars: int | None) -> None:
         self.phase = Progress("reading, characters", expected_chars)
         self.merging = False
 
     def __enter__(self) -> "Meter":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.phase.__exit__(*error)
 
     def chars(self, done: int) -> None:
+        """`done` characters are read."""
         self.phase.reach(done, f"{done / 1e6 / max(self.phase.seconds, 1e-9):.1f}M/s")
 
     def merges(self, done: int, total: int) -> None:
+        """`done` of `total` merges are learned; the first call ends the phase of reading."""
         if not self.merging:
             self.merging = True
             self.phase.__exit__()

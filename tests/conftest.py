@@ -1,4 +1,4 @@
-"""Strict settings for every test, and the way to test data that does not live in the repository."""
+"""Strict settings and a base folder of its own for every test, and the test data outside the repository."""
 
 import atexit
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-# Started in the background of a script, this process and all it starts would ignore Ctrl-C, which is tested.
+# A script starts background processes with Ctrl-C ignored, and their children inherit that; tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# On the CPU, unless the tests for a GPU are asked for; there compiled in haste, since most programs run but once.
+# Tests run on the CPU unless GPU tests are selected, and compile with few optimizations: most programs run once.
 if "gpu" not in sys.argv:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# What one test, or a process it starts, has compiled is there for the others: half of the time goes into compiling.
-# With pytest-xdist the workers come here with the controller's folder.
+# All tests and the processes they start share a compilation cache, since compiling takes half of the time. The workers
+# of pytest-xdist inherit the controller's folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
@@ -28,7 +28,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 
-pytest.register_assert_rewrite("page")  # its fixtures are a plugin of two test files, which import it first
+pytest.register_assert_rewrite("page")  # before the two test files that use its fixtures import it
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,6 +36,7 @@ TEST_DATA = Path(os.environ.get("NANOCHAT_TEST_DATA") or Path(__file__).resolve(
 
 
 def _folder(name: str) -> Path:
+    """A folder of test data; skips the test if it is missing."""
     path = TEST_DATA / name
     if not path.is_dir():
         pytest.skip(f"no test data at {path}: set NANOCHAT_TEST_DATA")
@@ -56,7 +57,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def own_base_dir(tmp_path, monkeypatch) -> Path:
-    """Every test writes into a base folder of its own."""
+    """Gives every test its own base folder."""
     path = tmp_path / "base"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
     return path

@@ -1,7 +1,8 @@
-"""Settings: what wins over what, and every mistake in one line that names the flag."""
+"""Settings: which value wins, which values are refused, and every mistake in one line that names the flag."""
 
 import dataclasses
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from nanochat_jax import commandline, config
 from nanochat_jax.commandline import parse
 from nanochat_jax.config import REPOSITORY, UserError
+from nanochat_jax.tokenizer import SPECIAL_TOKENS
+from scripts.bench import data, decode, serve, tokenizer
 
 PRESETS = sorted(p.stem for p in (REPOSITORY / "configs").glob("*.toml"))
 SCRIPTS = ["train", "tok_train", "tok_eval", "base_loss", "base_eval", "chat_eval", "chat_cli", "chat_web"]
@@ -29,12 +32,12 @@ def preset(tmp_path):
 def test_a_base_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
-    with pytest.raises(UserError, match=r"below cannot be made \(Not a directory\): set NANOCHAT_BASE_DIR to"):
+    with pytest.raises(UserError, match=r"below cannot be created \(Not a directory\): set NANOCHAT_BASE_DIR to"):
         config.base_dir()
 
 
 def test_a_python_without_the_packages_is_told_from_the_right_one():
-    command = [sys.executable, "-S", "-m", "scripts.train"]  # -S: without what is installed
+    command = [sys.executable, "-S", "-m", "scripts.train"]  # -S: without the installed packages
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -55,8 +58,7 @@ def test_dashes_underscores_a_lone_double_dash_and_auto():
 
 def test_the_word_auto_is_for_settings_that_say_so_whatever_their_help_is(capsys):
     @dataclasses.dataclass(frozen=True)
-    class Settings:
-        table = "base"
+    class Settings(config.Settings):
         rows: int = config.setting(0, "rows at once", auto=True)
         cars: int = config.setting(3, "automobiles")
 
@@ -67,8 +69,8 @@ def test_the_word_auto_is_for_settings_that_say_so_whatever_their_help_is(capsys
         parse(config.Rl, ["--device_batch_size=auto"])
     with pytest.raises(SystemExit):
         parse(Settings, ["--help"])
-    said = capsys.readouterr().out
-    assert "rows at once [auto]" in said and "automobiles [3]" in said
+    printed = capsys.readouterr().out
+    assert "rows at once [auto]" in printed and "automobiles [3]" in printed
 
 
 def test_mixtures_on_the_command_line():
@@ -116,6 +118,142 @@ def test_wrong_presets_are_named(preset, text, words):
             parse(cls, [preset(text)])
 
 
+def limits(cls):
+    """The fields of `cls` that have a range or choices."""
+    for field in dataclasses.fields(cls):
+        low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
+        if "help" in field.metadata and (low > -math.inf or high < math.inf or choices):
+            yield field
+
+
+# Every limit: the setting, the nearest value that is refused, and the nearest one that is accepted.
+RANGES = [
+    (config.Base, "depth", 0, 1), (config.Base, "aspect_ratio", 0, 1), (config.Base, "head_dim", 1, 2),
+    (config.Base, "n_kv_head", -1, 1), (config.Base, "max_seq_len", 1, 2),
+    (config.Base, "seed", -1, 0), (config.Base, "seed", 2**31, 2**31 - 1),
+    (config.Base, "num_iterations", 0, 1), (config.Base, "num_iterations", -2, 1),
+    (config.Base, "device_batch_size", -1, 1), (config.Base, "keep_last", 0, 1), (config.Base, "grad_clip", -0.1, 0.0),
+    (config.Base, "embedding_lr", -0.1, 0.0), (config.Base, "unembedding_lr", -0.1, 0.0),
+    (config.Base, "matrix_lr", -0.1, 0.0), (config.Base, "weight_decay", -0.1, 0.0),
+    (config.Base, "total_batch_size", 0, 1), (config.Base, "final_lr_frac", -0.1, 0.0),
+    (config.Base, "warmup_ratio", -0.1, 0.0), (config.Base, "warmup_ratio", 1.1, 1.0),
+    (config.Base, "warmdown_ratio", -0.1, 0.0), (config.Base, "warmdown_ratio", 1.1, 1.0),
+    (config.Mid, "total_batch_size", 0, 1), (config.Mid, "init_lr_frac", -0.1, 0.0),
+    (config.Sft, "total_batch_size", -1, 1), (config.Sft, "init_lr_frac", -0.1, 0.0),
+    (config.Sft, "target_examples_per_step", 0, 1), (config.Sft, "num_epochs", 0, 1),
+    (config.Rl, "device_batch_size", 0, 1), (config.Rl, "examples_per_step", 0, 1), (config.Rl, "num_samples", 1, 2),
+    (config.Rl, "oversampling", 0, 1), (config.Rl, "max_new_tokens", 0, 1), (config.Rl, "temperature", -0.1, 0.0),
+    (config.Rl, "top_k", -1, 0), (config.Rl, "init_lr_frac", -0.1, 0.0), (config.Rl, "num_epochs", 0, 1),
+    (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
+    (config.TokTrain, "max_chars", 0, 1), (config.TokTrain, "doc_cap", 0, 1), (config.TokTrain, "vocab_size", 264, 265),
+    (config.BaseLoss, "device_batch_size", 0, 1), (config.BaseLoss, "split_tokens", 0, 1),
+    (config.BaseEval, "device_batch_size", 0, 1),
+    (config.ChatEval, "temperature", -0.1, 0.0), (config.ChatEval, "max_new_tokens", 0, 1),
+    (config.ChatEval, "num_samples", 0, 1), (config.ChatEval, "top_k", -1, 0), (config.ChatEval, "batch_size", 0, 1),
+    (config.ChatEval, "slots", -1, 1),
+    (config.ChatCli, "temperature", -0.1, 0.0), (config.ChatCli, "top_k", -1, 0),
+    (config.ChatCli, "max_new_tokens", 0, 1),
+    (config.ChatWeb, "temperature", -0.1, 0.0), (config.ChatWeb, "temperature", 2.1, 2.0),
+    (config.ChatWeb, "top_k", -1, 0), (config.ChatWeb, "top_k", 201, 200),
+    (config.ChatWeb, "max_new_tokens", 0, 1), (config.ChatWeb, "max_new_tokens", 4097, 4096),
+    (config.ChatWeb, "port", -1, 0), (config.ChatWeb, "port", 65536, 65535),
+    (config.ChatWeb, "num_gpus", 0, 1), (config.ChatWeb, "num_gpus", 1025, 1024),
+    (config.ChatWeb, "slots", 0, 1), (config.ChatWeb, "slots", 1025, 1024),
+    (config.ChatWeb, "max_waiting", -1, 0), (config.ChatWeb, "max_waiting", 100_001, 100_000),
+    (config.ChatWeb, "timeout", -0.1, 0.0),
+    (data.Settings, "total_batch_size", 0, 1), (data.Settings, "max_seq_len", 0, 1), (data.Settings, "steps", 0, 1),
+    (data.Settings, "rounds", 0, 1),
+    (decode.Settings, "depth", -1, 1), (decode.Settings, "vocab_size", -1, 1), (decode.Settings, "prompt", -1, 1),
+    (decode.Settings, "new", 1, 2), (decode.Settings, "chunk", 0, 1), (decode.Settings, "rounds", 0, 1),
+    (serve.Settings, "clients", 0, 1), (serve.Settings, "requests", 0, 1), (serve.Settings, "prompt", 0, 1),
+    (serve.Settings, "new", 1, 2), (serve.Settings, "rounds", 0, 1),
+    (tokenizer.Settings, "vocab_size", 256, 257), (tokenizer.Settings, "rounds", 0, 1),
+]  # fmt: skip
+ALL = (*commandline.COMMANDS, config.Report, data.Settings, decode.Settings, serve.Settings, tokenizer.Settings)
+SAME = {config.Doctor: config.Base, config.Mid: config.Base, config.Sft: config.Base, config.Rl: config.Base}
+
+
+@pytest.mark.parametrize(("cls", "name", "refused", "accepted"), RANGES)
+def test_a_number_outside_its_range_is_refused(cls, name, refused, accepted):
+    """On the command line and in code, in the same words."""
+    low, high = (cls.__dataclass_fields__[name].metadata[key] for key in ("low", "high"))
+    allowed = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+    for make in (lambda value: parse(cls, [f"--{name}={value}"]), lambda value: cls(**{name: value})):
+        assert getattr(make(accepted), name) == accepted
+        with pytest.raises(UserError, match=f"^--{name}={refused}: must be {allowed}") as error:
+            make(refused)
+        assert "\n" not in str(error.value)
+
+
+def test_every_range_is_tested():
+    tested = {(cls, name) for cls, name, *_ in RANGES}
+    for cls in ALL:
+        for field in limits(cls):
+            parent = SAME.get(cls)
+            inherited = parent and parent.__dataclass_fields__.get(field.name)
+            if not field.metadata["choices"] and not (inherited and inherited.metadata == field.metadata):
+                assert (cls, field.name) in tested, f"{cls.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("cls", "flag", "words"),
+    [(config.Base, "--num_iterations=-5", "must be at least 1, or -1"),
+     (config.Base, "--device_batch_size=-1", "must be at least 1, or auto"),
+     (config.Base, "--device_type=abacus", "must be cpu, gpu, cuda or tpu"),
+     (config.Base, "--compute_dtype=float16", "must be bfloat16 or float32"),
+     (config.Base, "--shard=both", "must be optimizer or full"),
+     (config.Base, "--attention=flash", "must be cudnn or xla"),
+     (config.Base, "--remat=some", "must be none, matmuls or full"),
+     (config.Base, "--packing=whole", "must be split, crop or stream"),
+     (config.Mid, "--source=best", "must be base, mid, sft or rl"), (config.Sft, "--source=best", "must be base, mid"),
+     (config.Rl, "--source=best", "must be base, mid"), (config.BaseLoss, "--source=best", "must be base, mid"),
+     (config.BaseEval, "--source=best", "must be base, mid"), (config.ChatEval, "--source=best", "must be base, mid"),
+     (config.ChatCli, "--source=best", "must be base, mid"), (config.ChatWeb, "--source=best", "must be base, mid"),
+     (config.ChatEval, "--split=both", "must be train, val or test"),
+     (config.ChatWeb, "--device_type=x", "must be cpu, gpu")],
+)  # fmt: skip
+def test_a_wrong_choice_is_refused_by_a_list_of_the_right_ones(cls, flag, words):
+    with pytest.raises(UserError, match=f"^{flag}: {words}"):
+        parse(cls, [flag])
+
+
+def test_every_choice_and_every_default_is_accepted(capsys):
+    for cls in ALL:
+        cls()
+        for field in limits(cls):
+            for choice in field.metadata["choices"]:
+                assert getattr(cls(**{field.name: choice}), field.name) == choice
+            cls(**{field.name: field.default})
+            if field.metadata["auto"]:
+                assert getattr(parse(cls, [f"--{field.name}=auto"]), field.name) == 0
+        with pytest.raises(SystemExit):
+            parse(cls, ["--help"])
+        printed = capsys.readouterr().out
+        for field in limits(cls):
+            assert not field.metadata["choices"] or f"{{{','.join(field.metadata['choices'])}}}" in printed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_may_be_nan_or_infinite(value):
+    for cls in ALL:
+        for field in dataclasses.fields(cls):
+            if field.type is float:
+                bound = "(at least 0 and finite|from 0 to [12]|finite)"
+                with pytest.raises(UserError, match=f"^--{field.name}={value}: must be {bound}"):
+                    parse(cls, [f"--{field.name}={value}"])
+
+
+def test_what_a_preset_sets_is_checked_unless_a_flag_replaces_it(preset):
+    file = preset("[base]\nwarmup_ratio = 2\nremat = 'some'\n")
+    with pytest.raises(UserError, match="--remat=some: must be none"):
+        parse(config.Base, [file, "--warmup_ratio=0"])
+    assert parse(config.Base, [file, "--warmup_ratio=0", "--remat=full"]).remat == "full"
+
+
+def test_the_smallest_vocabulary_is_the_tokenizers_own():
+    assert config.TokTrain.__dataclass_fields__["vocab_size"].metadata["low"] == 256 + len(SPECIAL_TOKENS)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_there_without_importing_jax(script):
     stages = [f"--stage={s}" for s in config.STAGES] if script == "train" else [""]
@@ -146,7 +284,8 @@ def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(monkeypatch, ca
     for code in (errno.ENOSPC, errno.EDQUOT):
         with pytest.raises(SystemExit, match="2"):
             commandline.run(fails(code), config.BaseLoss)
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and os.strerror(code) in said and "somewhere/file" in said and "make room" in said
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "make room" in error
+        assert os.strerror(code) in error and "somewhere/file" in error
     with pytest.raises(PermissionError):
         commandline.run(fails(errno.EACCES), config.BaseLoss)

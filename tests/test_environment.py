@@ -1,4 +1,4 @@
-"""What is told of the machine."""
+"""The description of the machine, the code and the versions."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from nanochat_jax import config, environment
 
 
 @pytest.fixture(autouse=True)
-def asked_anew():
+def empty_cache():
     environment.versions.cache_clear()
     yield
     environment.versions.cache_clear()
@@ -31,12 +31,27 @@ def test_the_commit_is_told_and_whether_files_differ_from_it(tmp_path, monkeypat
     assert re.fullmatch("[0-9a-f]{40}", environment.versions()["commit"])
     (tmp_path / "new").touch()
     assert environment.code().endswith(" on trunk with local changes")
-    assert not environment.versions()["commit"].endswith("+"), "they came after the start"
+    assert not environment.versions()["commit"].endswith("+"), "the file was added after the start"
     environment.versions.cache_clear()
     assert environment.versions()["commit"].endswith("+")
 
 
 def test_a_package_that_is_missing_is_no_error(monkeypatch):
     monkeypatch.setattr(environment, "PACKAGES", ("numpy", "no-such-package"))
-    told = environment.versions()
-    assert re.match(r"\d+\.\d+", told["numpy"]) and told["no-such-package"] == "not installed"
+    versions = environment.versions()
+    assert re.match(r"\d+\.\d+", versions["numpy"]) and versions["no-such-package"] == "not installed"
+
+
+def test_the_devices_are_asked_for_in_a_child_process():
+    """A child's import is a string: nothing but running it tells that it still resolves."""
+    assert re.fullmatch(r"\d+ x .+ \(cpu\), jax \S+", environment.describe()["Devices"])
+
+
+def test_devices_that_cannot_be_asked_for_are_unknown_with_the_reason(tmp_path, monkeypatch):
+    for program, reason in (("echo trouble >&2; echo no module >&2; exit 1", "no module"), ("exit 3", "exit code 3")):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(environment.sys, "executable", str(tmp_path / "python"))
+        assert environment.describe()["Devices"] == f"unknown ({reason})"
+    monkeypatch.setattr(environment.sys, "executable", str(tmp_path / "none"))
+    assert environment.describe()["Devices"].startswith("unknown ([Errno 2] No such file")

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, {} where there is nothing, and a folder's lock."""
+"""Files: atomic writes, {} for anything but a JSON object, and a folder's lock."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is shown of long work: nothing at first, then a line now and then."""
+"""Progress of long work: nothing at first, then a line every ten seconds."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from nanochat_jax.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that stands still until a test moves it."""
+    """A clock that stands still until a test moves it."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""The report, from logs like those the stages write."""
+"""The report, made from logs like those that the stages write."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nanochat_jax import environment, report, run_log
+from nanochat_jax import commandline, config, environment, report, run_log
 from nanochat_jax.config import UserError, base_dir
 
 
@@ -41,7 +41,7 @@ def score(run, stage, task, value, suite="chat", step=40, **fields):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The machine's devices are asked for in another process, which takes seconds."""
+    """Without asking for the devices, which takes a child process and seconds."""
     monkeypatch.setattr(environment, "_devices", lambda: "1 x cpu (cpu)")
 
 
@@ -84,7 +84,7 @@ def test_the_whole_road(road, tmp_path):
     assert "pass@8 0.8000 (n=200)" in text and "12.5%" in text and "12,345,678" in text and "+16.7%" in text
     assert "validation bits per byte: " in text and "commit " in text
     assert re.search(r"Total wall-clock time since the reset: \d+s", text)
-    assert "→ ` 'Paris'\\n| <b>`" in text  # a sample cannot break the page
+    assert "→ ` 'Paris'\\n| <b>`" in text  # a sample cannot break the layout
 
 
 def test_pictures_are_found_from_both_places(road, tmp_path):
@@ -113,16 +113,16 @@ def test_a_run_that_is_not_there_leaves_the_last_report_alone(road, tmp_path):
 def test_stages_may_be_missing(quick, tmp_path):
     with pytest.raises(UserError, match="nothing to report on"):
         report.generate(output=tmp_path / "report.md")
-    run = train_log("base", steps=1, finished=False)  # just begun
+    run = train_log("base", steps=1, finished=False)  # just started
     run_log.append(run, "core", "base", 1, core=0.05)
     text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
     assert row(text, "CORE")[1] == "0.0500 (in training)" and "Midtraining" not in text
-    assert row(text, "ChatCORE")[1:] == ["-"] * 4 and "| GSM8K |" not in text  # no row of nothing but dashes
+    assert row(text, "ChatCORE")[1:] == ["-"] * 4 and "| GSM8K |" not in text  # no row consists of dashes alone
     assert "Total wall-clock time since the first record" in text
 
 
 def test_the_reported_score_is_of_the_last_checkpoint_greedy_and_of_the_most_problems(quick, tmp_path):
-    """Whatever was measured after it; of equal ones the later counts. What cannot be had so says what differs."""
+    """Whatever was measured later; of equal scores the later counts. Any other score says in what it differs."""
     run = train_log("sft")
     score(run, "sft", "MMLU", 0.3, n=14_042)
     score(run, "sft", "MMLU", 0.1, n=1024)
@@ -139,7 +139,7 @@ def test_the_reported_score_is_of_the_last_checkpoint_greedy_and_of_the_most_pro
 
 
 def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):
-    """They are logged beside those of the test, also at the same step, and replace none of them."""
+    """They are logged beside test scores, also at the same step, and replace none of them."""
     run = train_log("sft")
     score(run, "sft", "Sums", 0.95, n=400, split="test")
     score(run, "sft", "Sums", 0.97, n=400, split="val")
@@ -172,7 +172,7 @@ def test_wall_time_without_and_with_rl(road):
 
 
 def test_an_evaluation_a_week_later_adds_its_own_time_alone(road):
-    """Of the tasks; ChatCORE is made of theirs."""
+    """The time of each task; ChatCORE is their mean and adds none."""
     runs = {"sft": report.find_run("sft")}
     for record in runs["sft"].records:
         record["time"] = 1000.0 + record["step"] + (7 * 86_400 if record["kind"] == "eval" else 0)
@@ -181,7 +181,7 @@ def test_an_evaluation_a_week_later_adds_its_own_time_alone(road):
 
 
 def test_every_tag_has_its_own_start_and_report(quick, tmp_path):
-    """The time of a run is that of the run reported, whatever else was started before or after it."""
+    """The reported time is that of the reported run, whatever else was started before or after it."""
     starts = {}
     for tag, ago in (("old", 5000), ("new", 100)):
         starts[tag] = report.reset(tag)
@@ -193,16 +193,35 @@ def test_every_tag_has_its_own_start_and_report(quick, tmp_path):
         assert written.parent == starts[tag].parent == base_dir() / "report" / tag
         text = written.read_text(encoding="utf-8")
         assert f"Total wall-clock time since the reset: {minutes}" in text and f"Pretraining ({tag})" in text
-    # A reset that came after the first record is not how the run began.
+    # A reset after the first record is not the start of the run.
     report.reset("old")
     assert "since the first record" in report.generate("old", tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def run(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["report", *arguments])
+        commandline.run(report.main, config.Report)
+
+
 def test_command_line(quick, tmp_path, capsys):
-    for flags, folder in (([], "report"), (["-g", "d4"], "report/d4")):
-        report.main(["reset", *flags])
+    for flags, folder in (([], "report"), (["-g", "d4"], "report/d4"), (["--model-tag=d5"], "report/d5")):
+        run("reset", *flags)
         start = json.loads((base_dir() / folder / "start.json").read_text(encoding="utf-8"))
         assert start["time"] <= time.time() and "jax" in start["environment"]["Versions"]
+    train_log("base")
+    run("generate", "-g", "d4", "--output", str(tmp_path / "r.md"))
+    assert (tmp_path / "r.md").read_text(encoding="utf-8").startswith("# nanochat report")
+    assert f"written to {base_dir()}/report/d4/report.md and {tmp_path}/r.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["generate"], "nothing to report on"), ([], "{reset,generate}"), (["best"], "best: must be reset or generate"),
+     (["reset", "--tag=x"], "--tag=x")],
+)  # fmt: skip
+def test_mistakes_on_the_command_line_are_one_line(quick, capsys, arguments, words):
     with pytest.raises(SystemExit) as exit:
-        report.main(["generate", "--output", str(tmp_path / "r.md")])
-    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: nothing to report on")
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The run's log."""
+"""The log of a run."""
 
 from nanochat_jax import run_log
 

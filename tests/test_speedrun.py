@@ -1,7 +1,7 @@
-"""The road's shell: what is done once, what is done again, and what it says where it cannot go on.
+"""The shell scripts: which steps of the pipeline run once, which run again, and what stops it.
 
-The real speedrun_jax.sh and setup.sh run here over a copy of the tree's shell scripts in which `python` is a stub that
-notes how it was called and leaves the files that the road looks for.
+The real speedrun_jax.sh and setup.sh run in a copy of the tree in which `python` is a stub that records its arguments
+and creates the files that the pipeline looks for.
 """
 
 import os
@@ -30,7 +30,7 @@ esac
 
 @pytest.fixture
 def road(tmp_path):
-    """road(*arguments, **environment) -> (process, the python commands it ran)."""
+    """road(*arguments, **environment) -> (process, the arguments of each python command it ran)."""
     tree = tmp_path / "tree"
     (tree / "bin").mkdir(parents=True)
     for name in ("speedrun_jax.sh", "configs"):
@@ -61,7 +61,7 @@ def stages(calls: list[str]) -> list[str]:
     return [c.split("--stage=")[1].split()[0] for c in calls if "--stage=" in c]
 
 
-def judged(calls: list[str]) -> list[str]:
+def evaluations(calls: list[str]) -> list[str]:
     return [c for c in calls if "chat_eval" in c or "base_loss" in c or "base_eval" in c or "tok_eval" in c]
 
 
@@ -70,15 +70,15 @@ def test_the_whole_road_in_order(road):
     assert process.returncode == 0, process.stderr
     assert "preset cpu: no NVIDIA GPU" in process.stdout and "CORE skipped" in process.stdout
     assert stages(calls) == ["base", "mid", "sft", "rl"]
-    assert len(judged(calls)) == 5
+    assert len(evaluations(calls)) == 5
     assert "chat_cli" in calls[-1] and "scripts.chat_web" in process.stdout
 
 
-def test_second_time_nothing_is_judged_again(road):
+def test_second_time_nothing_is_evaluated_again(road):
     _, calls = road()
     assert sum("report reset -g cpu" in c for c in calls) == 1
     process, calls = road()
-    assert process.returncode == 0 and judged(calls) == [] and not any("report reset" in c for c in calls)
+    assert process.returncode == 0 and evaluations(calls) == [] and not any("report reset" in c for c in calls)
 
 
 def test_a_mark_as_old_as_its_checkpoint_counts(road):
@@ -86,10 +86,10 @@ def test_a_mark_as_old_as_its_checkpoint_counts(road):
     for path in filter(Path.is_file, road.base.rglob("*")):
         os.utime(path, (1e9, 1e9))
     _, calls = road()
-    assert judged(calls) == []
+    assert evaluations(calls) == []
 
 
-def test_new_checkpoint_is_judged_again(road):
+def test_new_checkpoint_is_evaluated_again(road):
     road()
     manifest = road.base / "sft_checkpoints" / "cpu" / "step_000002" / "manifest.json"
     manifest.parent.mkdir()
@@ -97,7 +97,7 @@ def test_new_checkpoint_is_judged_again(road):
     later = (road.base / "road" / "cpu" / "chat_eval_sft").stat().st_mtime + 10
     os.utime(manifest, (later, later))
     _, calls = road()
-    assert ["-i sft" in c for c in judged(calls)] == [True]
+    assert ["-i sft" in c for c in evaluations(calls)] == [True]
 
 
 def test_another_presets_start_is_not_this_ones(road):
@@ -115,12 +115,12 @@ def test_failure_ends_the_road_and_is_not_marked_as_done(road):
     process, calls = road(FAIL="chat_eval -i mid")
     assert process.returncode == 2 and stages(calls) == ["base", "mid"]
     process, calls = road()
-    assert process.returncode == 0 and len(judged(calls)) == 3  # mid, sft, rl; what was judged before is not again
+    assert process.returncode == 0 and len(evaluations(calls)) == 3  # mid, sft, rl; the earlier ones are not repeated
 
 
 def test_core_is_run_where_its_bundle_is(road, tmp_path):
     (tmp_path / "core").mkdir()
-    process, calls = road(CORE_DIR="core")  # relative to where the caller is
+    process, calls = road(CORE_DIR="core")  # relative to the caller's folder
     assert process.returncode == 0
     assert any("base_eval" in c and f"--core_dir={tmp_path / 'core'}" in c for c in calls)
 
@@ -137,7 +137,7 @@ def test_core_is_skipped_without_its_bundle_and_nothing_else_is(road):
 def test_fresh_moves_everything_aside(road):
     road()
     process, calls = road("--fresh")
-    assert "starting over" in process.stdout and len(judged(calls)) >= 4
+    assert "starting over" in process.stdout and len(evaluations(calls)) >= 4
     (old,) = road.base.glob("before-*")
     assert (old / "sft_checkpoints" / "cpu" / "step_000001" / "manifest.json").exists()
     assert any("tok_train" in c and "--fresh" in c for c in calls)
@@ -173,7 +173,7 @@ def test_help_from_another_folder(road):
 
 
 def test_setup_names_what_is_missing(tmp_path):
-    """Without cargo, and without a new enough Python: one line each, and what to install."""
+    """Without cargo, and without a new enough Python: one line that says what to install."""
     tree = tmp_path / "tree"
     (tree / "bin").mkdir(parents=True)
     shutil.copy(REPOSITORY / "setup.sh", tree)

@@ -355,12 +355,6 @@ class Conversations:
 # Batches of packed rows
 
 
-def check_packing(method: str) -> None:
-    """UserError for an unknown packing method."""
-    if method not in ("stream", *packing.BUFFER_DOCUMENTS):
-        raise UserError(f"--packing={method}: expected split, crop or stream")
-
-
 class Batches(grain.IterDataset):
     """Documents packed into batches; see Loader for their contents."""
 
@@ -376,7 +370,7 @@ class Batches(grain.IterDataset):
         padding: int = 0,
     ):
         super().__init__()
-        check_packing(method)
+        assert method in ("stream", *packing.BUFFER_DOCUMENTS), f"packing {method!r}"
         padded = rows + padding
         if rows < 1 or padded % process_count:
             raise UserError(f"a batch of {padded} rows cannot be shared by {process_count} processes: use a multiple")

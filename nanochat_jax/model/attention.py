@@ -24,8 +24,7 @@ def choose_kernel(asked: str, dtype: jnp.dtype, model_cfg: GPTConfig) -> tuple[s
     says little.
     """
     global _chosen
-    if asked not in ("", *KERNELS):
-        raise UserError(f"--attention={asked}: must be one of {', '.join(KERNELS)}")
+    assert asked in ("", *KERNELS), f"kernel {asked!r}, expected one of {', '.join(KERNELS)}"
     if asked == "xla" or (not asked and jax.default_backend() != "gpu"):
         _chosen, reason = "xla", "as asked" if asked else "no NVIDIA GPU"
     elif dtype != jnp.bfloat16:

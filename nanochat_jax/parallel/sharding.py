@@ -143,8 +143,7 @@ class Layout:
     shard: str = "optimizer"
 
     def __post_init__(self):
-        if self.shard not in ("optimizer", "full"):
-            raise UserError(f"--shard={self.shard}: must be optimizer or full")
+        assert self.shard in ("optimizer", "full"), f"shard {self.shard!r}, expected optimizer or full"
 
     @property
     def full(self) -> bool:

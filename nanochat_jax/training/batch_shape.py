@@ -65,7 +65,7 @@ def batch_shape(
     a device's rows it can take at once.
     """
     rows, rest = divmod(total_batch_size, seq_len * devices)
-    if rest or rows < 1:
+    if rest:
         near = max(1, round(total_batch_size / (seq_len * devices))) * seq_len * devices
         raise UserError(
             f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {devices} devices: "
@@ -73,11 +73,11 @@ def batch_shape(
         )
     if device_batch_size == 0:
         device_batch_size = fit(rows)
-    if device_batch_size < 1 or rows % device_batch_size:
+    if rows % device_batch_size:
         raise UserError(
             f"--device_batch_size={device_batch_size} does not divide the {rows} rows a device "
             f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {devices} devices): "
-            f"try {math.gcd(rows, max(1, device_batch_size))}"
+            f"try {math.gcd(rows, device_batch_size)}"
         )
     return BatchShape(rows // device_batch_size, device_batch_size, devices, seq_len)
 
@@ -89,8 +89,6 @@ def batch_shape_of_rows(
 
     `device_batch_size` and `fit` as in `geometry`, but that of a step with fewer rows a device takes those at once.
     """
-    if device_batch_size < 0:
-        raise UserError(f"--device_batch_size={device_batch_size}: must be at least 1, or auto")
     share = -(-total_rows // devices)
     rows = min(device_batch_size, share) or fit(share)
     grad_accum_steps = -(-share // rows)
@@ -100,8 +98,6 @@ def batch_shape_of_rows(
 def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
     """The rows that hold `examples` conversations of `mean_length` tokens: no matter how many devices there are, since
     another step is another recipe."""
-    if examples < 1:
-        raise UserError(f"--target_examples_per_step={examples}: must be at least 1")
     return math.ceil(examples * mean_length / seq_len)
 
 

@@ -99,7 +99,6 @@ def as_batch(group: list[Rollout], length: int, pad: int) -> dict[str, np.ndarra
 
 def train(cfg: config.Rl) -> None:
     """Runs the RL stage to its end, or goes on with it."""
-    check(cfg)
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption, ExitStack() as held:
         if run is None:
             return
@@ -177,19 +176,6 @@ def train(cfg: config.Rl) -> None:
         print(f"rl: done, {step} steps in {clock(run.totals['seconds'])}")
 
 
-def check(cfg: config.Rl) -> None:
-    """UserError for numbers that no run can have."""
-    least = {
-        "examples_per_step": 1, "num_samples": 2, "oversampling": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0,
-        "eval_examples": 1, "eval_samples": 1,
-    }  # fmt: skip
-    for name, limit in least.items():
-        value = getattr(cfg, name)
-        if not (math.isfinite(value) and value >= limit):
-            why = " (answers are compared with those to the same problem)" if name == "num_samples" else ""
-            raise UserError(f"--{name}={value}: must be at least {limit}{why}")
-
-
 def batch_shape_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
     """The answers of a step as rows. UserError where they do not divide over `count` devices, of which
     `replicas` take rows of their own, or into micro-batches."""
@@ -198,10 +184,10 @@ def batch_shape_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: i
     if answers % count:
         raise UserError(f"{flags} answers do not divide over {count} devices")
     share, rows = answers // replicas, cfg.device_batch_size
-    if rows < 1 or share % rows:
+    if share % rows:
         raise UserError(
             f"--device_batch_size={rows} does not divide the {share} answers a device ({flags} / {replicas} devices): "
-            f"try {math.gcd(share, max(1, rows))}"
+            f"try {math.gcd(share, rows)}"
         )
     return BatchShape(share // rows, rows, replicas, seq_len)
 

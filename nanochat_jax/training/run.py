@@ -10,7 +10,6 @@ A run may start in four ways, tried in this order:
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,15 +40,6 @@ FREE = {
 }  # fmt: skip
 
 MEASURED = ("train", "val", "core")  # kinds of records whose last one every checkpoint holds
-
-# From where to where the numbers of a run may be; NaN is nowhere between.
-LARGEST = sys.float_info.max
-BOUNDS = {
-    "seed": (0, 2**31 - 1), "keep_last": (1, LARGEST), "num_epochs": (1, LARGEST), "grad_clip": (0, LARGEST),
-    "matrix_lr": (0, LARGEST), "embedding_lr": (0, LARGEST), "unembedding_lr": (0, LARGEST),
-    "weight_decay": (0, LARGEST), "init_lr_frac": (0, LARGEST), "final_lr_frac": (0, LARGEST),
-    "warmup_ratio": (0, 1), "warmdown_ratio": (0, 1),
-}  # fmt: skip
 
 # What to do about a run that is another one than is asked for.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
@@ -127,7 +117,6 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
 
     Nothing of an earlier run is touched before `Run.begin`: what is refused until then has changed nothing.
     """
-    _check(cfg)
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with processes.fail_together(), ExitStack() as held:
         # Process 0 decides and holds the lock; several processes see one file system.
@@ -159,17 +148,6 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             yield run
         finally:
             run.saver.join()  # not `wait`: the other processes need not be here
-
-
-def _check(cfg: Train) -> None:
-    """UserError for numbers that no run can have."""
-    if cfg.num_iterations < 1 and cfg.num_iterations != -1:
-        raise UserError(f"--num_iterations={cfg.num_iterations}: must be at least 1, or -1 to have them derived")
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(cfg, name, low)  # not every stage has all of them
-        if not low <= value <= high:
-            allowed = f"at least {low}" if high == LARGEST else f"from {low} to {high}"
-            raise UserError(f"--{name}={value}: must be {allowed}")
 
 
 def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, bool, dict]:

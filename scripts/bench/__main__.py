@@ -1,11 +1,11 @@
-"""Benchmarks, each against what one would use instead.
+"""Benchmarks, each against the alternatives.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=PATH
     python -m scripts.bench data --data_dir=FOLDER
     python -m scripts.bench decode --peer=hf --peer_python=PATH
     python -m scripts.bench serve
 
-`python -m scripts.bench NAME --help` shows the settings of a benchmark.
+`python -m scripts.bench NAME --help` shows a benchmark's settings.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import sys
 
 from nanochat_jax import commandline
 
-BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # each a file beside this one, with Settings and main
+BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # one file each beside this one, with Settings and main
 
 
 def main() -> None:
@@ -21,8 +21,8 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__)
     elif name not in BENCHMARKS:
-        wrong = f"there is no benchmark {name!r}" if name else "no benchmark is named"
-        print(f"error: {wrong}: must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        problem = f"there is no benchmark {name!r}" if name else "no benchmark is named"
+        print(f"error: {problem}: must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
     else:
         del sys.argv[1]

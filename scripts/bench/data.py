@@ -1,13 +1,13 @@
-"""What the data loader delivers, against what GPUs consume: text -> tokens -> packed rows, as training has them.
+"""Throughput of the data loader (text -> tokens -> packed rows) against what GPUs consume.
 
     python -m scripts.bench data --data_dir=FOLDER
 
-The loader is that of `python -m scripts.train --stage=base`, with its settings and its workers: one thread reads and
-packs ahead of whoever takes the batches, and the tokenizer encodes on all cores. It reads text, and the same files
-tokenized before, in turn; each time the first epoch, with a tokenizer that has cached nothing yet.
+The loader is that of `python -m scripts.train --stage=base`, with its settings and its workers: one thread reads, packs
+and prefetches batches, and the tokenizer encodes on all cores. Rounds alternate between the text and a token cache of
+the same files. Each pass reads the first epoch, with an empty tokenizer cache.
 
-The clock starts before the loader does: of what it reads ahead nothing is counted that was made before. What it has
-made beyond the last batch taken is not counted either, so a pass must be long against that, or its figure is too low.
+The clock starts before the loader does, so no batch was prefetched before timing began. Batches prefetched after the
+last one taken are not counted either, so a pass must be long compared with them, or its figure is too low.
 """
 
 import contextlib
@@ -21,55 +21,58 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
-GPU = 520_000  # tokens a second that one H100 takes in at depth 12: 54% of its peak at 1.04 GFLOPs a token
-NAMES = {"text": "from text", "tokens": "from tokens made before"}
+if TYPE_CHECKING:  # --help must not wait for these
+    from nanochat_jax.data.sources import Source
+    from nanochat_jax.tokenizer import Tokenizer
+
+GPU = 520_000  # tokens/s that one H100 consumes at depth 12: 54% of its peak at 1.04 GFLOPs per token
+NAMES = {"text": "from text", "tokens": "from the token cache"}
 GPUS = {"one H100 at d12": 1, "eight": 8}
-SHORTEST = 0.5  # seconds; in less, starting threads and taking turns weigh too much
-AHEAD = 0.1  # of the batches counted, at most as many may be made and not taken
+SHORTEST = 0.5  # seconds; in less, thread start-up and scheduling weigh too much
+AHEAD = 0.1  # prefetched but uncounted batches may be at most this fraction of the counted ones
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Load pretraining batches as fast as possible, from text and from tokens."""
+class Settings(config.Settings):
+    """Load pretraining batches as fast as possible, from text and from a token cache."""
 
     prog: ClassVar[str] = "python -m scripts.bench data"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to use instead of --data")
-    packing: str = setting("split", "how rows are made of documents: split, crop or stream")
-    total_batch_size: int = setting(524288, "tokens a batch")
-    max_seq_len: int = setting(2048, "tokens a row")
-    steps: int = setting(50, "batches to measure; fewer where the text ends")
-    rounds: int = setting(3, "measurements of each kind; their median counts")
-    json: str = setting("", "file to add the line of JSON to")
+    data_dir: str = setting("", config.DATA_DIR)
+    packing: str = setting("split", config.PACKING, choices=config.PACKINGS)
+    total_batch_size: int = setting(524288, "tokens per batch", low=1)
+    max_seq_len: int = setting(2048, "tokens per row", low=1)
+    steps: int = setting(50, "batches to measure; fewer if the text ends", low=1)
+    rounds: int = setting(3, "measurements of each kind; their median counts", low=1)
+    json: str = setting("", "file to append the line of JSON to")
 
 
 def main(cfg: Settings) -> None:
     _check(cfg)
-    from nanochat_jax.data import dataloader, sources, token_cache
+    from nanochat_jax.data import sources, token_cache
     from nanochat_jax.tokenizer import Tokenizer
 
-    dataloader.check_packing(cfg.packing)
     tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
     with contextlib.redirect_stdout(sys.stderr):
         source = sources.open(cfg.data, cfg.data_dir)
     source = dataclasses.replace(source, train_files=_needed(cfg, source, tokenizer), val_files=())
 
-    found = {"text": [], "tokens": []}
+    measured = {"text": [], "tokens": []}
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(sys.stderr):
             cache_dir = {"text": None, "tokens": token_cache.build(source, tokenizer, Path(folder))}
-        for i, (kind, runs) in itertools.product(range(cfg.rounds), found.items()):
+        for i, (kind, runs) in itertools.product(range(cfg.rounds), measured.items()):
             runs.append(_measure(cfg, source, cache_dir[kind]))
-            said = f"{runs[-1]['tokens']:,} tokens in {runs[-1]['seconds']:.2f} s"
-            print(f"round {i + 1} of {cfg.rounds}: from {kind}, {said}", file=sys.stderr, flush=True)
+            result = f"{runs[-1]['tokens']:,} tokens in {runs[-1]['seconds']:.2f} s"
+            print(f"round {i + 1} of {cfg.rounds}: from {kind}, {result}", file=sys.stderr, flush=True)
 
-    rows = [_row(kind, runs) for kind, runs in found.items()]
+    rows = [_row(kind, runs) for kind, runs in measured.items()]
     about = measuring.about() | {
         "source": source.name, "files": len(source.train_files), "vocab_size": tokenizer.vocab_size,
         "packing": cfg.packing, "total_batch_size": cfg.total_batch_size, "max_seq_len": cfg.max_seq_len,
@@ -79,18 +82,16 @@ def main(cfg: Settings) -> None:
     shape = f"{cfg.total_batch_size // cfg.max_seq_len} x {cfg.max_seq_len:,} tokens, packing {cfg.packing}"
     print(f"{source.name}, vocabulary {tokenizer.vocab_size:,}; {rows[0]['batches']} batches of {shape};")
     print(f"medians of {cfg.rounds}; one thread reads and packs, the tokenizer encodes on all cores;")
-    print(f"an H100 at d12 takes in {GPU:,} tokens/s\n")
+    print(f"an H100 at d12 consumes {GPU:,} tokens/s\n")
     print(_table(rows))
     for row in rows:
         if row["too_short"]:
-            print(f"\n{NAMES[row['from']]}: {row['too_short']}: no figure to rely on")
+            print(f"\n{NAMES[row['from']]}: {row['too_short']}: the figure is unreliable")
     measuring.report({"bench": "data", **about, "results": rows}, cfg.json)
 
 
 def _check(cfg: Settings) -> None:
-    for name in ("total_batch_size", "max_seq_len", "steps", "rounds"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
+    """UserError for what can be refused before anything is read."""
     if cfg.total_batch_size % cfg.max_seq_len:
         raise UserError(
             f"--total_batch_size={cfg.total_batch_size}: must be a multiple of --max_seq_len={cfg.max_seq_len}"
@@ -98,24 +99,24 @@ def _check(cfg: Settings) -> None:
     measuring.check_json(cfg.json)
 
 
-def _needed(cfg: Settings, source, tokenizer) -> tuple[Path, ...]:
-    """The first training files, as many as the batches to measure are made of, of those that are here."""
+def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Path, ...]:
+    """The first local training files, as many as the measured batches need."""
     from nanochat_jax.data import dataloader
 
-    here = tuple(path for path in source.train_files if path.exists())
-    there = dataloader.epoch_tokens(here, tokenizer)
-    if not there > 0:  # NaN as well
+    files = tuple(path for path in source.train_files if path.exists())
+    available = dataloader.epoch_tokens(files, tokenizer)
+    if not available > 0:  # NaN as well
         raise UserError(f"{source.name}: none of its training files is here yet")
-    tokens = (cfg.steps + 1) * cfg.total_batch_size  # and what waits to be packed
-    return here[: math.ceil(1.1 * tokens / there * len(here))]
+    needed = (cfg.steps + 1) * cfg.total_batch_size  # one batch more, for documents that wait to be packed
+    return files[: math.ceil(1.1 * needed / available * len(files))]
 
 
 # -----------------------------------------------------------------------------
 # Measuring
 
 
-def _measure(cfg: Settings, source, cache_dir: Path | None) -> dict:
-    """One pass over the files: batches, tokens to predict, seconds, seconds of the CPU, and whether the text ended."""
+def _measure(cfg: Settings, source: "Source", cache_dir: Path | None) -> dict:
+    """One pass over the files: batches, tokens with a target, seconds, CPU seconds, and whether the text ended."""
     from nanochat_jax.data import dataloader
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -136,18 +137,18 @@ def _measure(cfg: Settings, source, cache_dir: Path | None) -> dict:
 
 
 def _too_short(run: dict) -> str:
-    """What makes a pass too short to say how fast the loader is; "" if nothing does."""
+    """Why a pass is too short for a reliable figure; "" if it is long enough."""
     from nanochat_jax.data.dataloader import PREFETCH
 
     if run["seconds"] < SHORTEST:
-        return f"a pass of {run['seconds']:.2f} s is too short (at least {SHORTEST} s): give more text and --steps"
+        return f"a pass of {run['seconds']:.2f} s is too short (at least {SHORTEST} s): use more text and --steps"
     if not run["ended"] and run["batches"] * AHEAD < PREFETCH:
-        return f"{run['batches']} batches are too few where {PREFETCH} are made ahead: give more --steps"
+        return f"{run['batches']} batches are too few where {PREFETCH} are prefetched: use more --steps"
     return ""
 
 
 def _row(kind: str, runs: Sequence[dict]) -> dict:
-    """What the table shows of one kind."""
+    """The results of one kind of pass, from text or from tokens."""
     speed = statistics.median(run["tokens"] / run["seconds"] for run in runs)
     return {
         "from": kind,
@@ -164,6 +165,6 @@ def _row(kind: str, runs: Sequence[dict]) -> dict:
 def _table(rows: list[dict]) -> str:
     cells = [["", "tokens/s", "cores busy", *(f"against {name}" for name in GPUS)]]
     for row in rows:
-        times = (f"{times:.2f}x" for times in row["against"].values())
-        cells.append([NAMES[row["from"]], f"{row['tokens_per_s']:,}", f"{row['cores_busy']:.1f}", *times])
+        ratios = (f"{ratio:.2f}x" for ratio in row["against"].values())
+        cells.append([NAMES[row["from"]], f"{row['tokens_per_s']:,}", f"{row['cores_busy']:.1f}", *ratios])
     return measuring.table(cells, (True, False, False, False, False))

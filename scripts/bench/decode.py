@@ -1,11 +1,11 @@
-"""Generating text: our engine, alone or beside transformers' NanoChat with its cache, with random weights.
+"""Text generation by our engine, alone or beside NanoChat in transformers with its cache, with random weights.
 
     python -m scripts.bench decode
     python -m scripts.bench decode --peer=hf --peer_python=ENVIRONMENT/bin/python
 
-A batch of different prompts, all of one length, each continued greedily by as many tokens. Every measurement is a
-process of its own (decode_job.py), in which the same work was done once before; rounds go through all of them in turn,
-and medians are shown. Each batch is measured in every dtype of --dtypes, and the best of them counts.
+The prompts of a batch differ but have the same length, and each is continued greedily by the same number of tokens.
+Every measurement runs in its own process (decode_job.py) after a warm-up. A round covers all batches, tools and dtypes;
+the table shows medians over rounds. Each batch is measured in every dtype of --dtypes, and the fastest one counts.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("decode_job.py")
 DTYPES = ("float32", "bfloat16")
-AUTO = {  # by platform: what is measured where nothing else is asked for
+AUTO = {  # by platform: the values of settings that are not given
     "cpu": {"depth": 4, "vocab_size": 32768, "prompt": 256, "new": 256, "batches": "1,8,32",
             "dtypes": "float32,bfloat16"},
     "gpu": {"depth": 20, "vocab_size": 65536, "prompt": 1792, "new": 256, "batches": "1,8,32,128",
@@ -31,22 +31,22 @@ AUTO = {  # by platform: what is measured where nothing else is asked for
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Generate with our engine, and with transformers' NanoChat beside it."""
+class Settings(config.Settings):
+    """Generate text with our engine, and with NanoChat in transformers beside it."""
 
     prog: ClassVar[str] = "python -m scripts.bench decode"
-    device_type: str = setting("", "cpu or gpu (default: the best there is)")
-    depth: int = setting(0, "layers of the model (auto: 20 on a GPU, else 4)", auto=True)
-    vocab_size: int = setting(0, "tokens (auto: 65,536 on a GPU, else 32,768)", auto=True)
-    prompt: int = setting(0, "tokens of each prompt (auto: 1792 on a GPU, else 256)", auto=True)
-    new: int = setting(0, "tokens generated after each, at least 2 (auto: 256)", auto=True)
+    device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
+    depth: int = setting(0, "layers of the model (auto: 20 on a GPU, else 4)", auto=True, low=1)
+    vocab_size: int = setting(0, "tokens in the vocabulary (auto: 65,536 on a GPU, else 32,768)", auto=True, low=1)
+    prompt: int = setting(0, "tokens per prompt (auto: 1792 on a GPU, else 256)", auto=True, low=1)
+    new: int = setting(0, "tokens generated per prompt, at least 2 (auto: 256)", auto=True, low=2)
     batches: str = setting("", "batch sizes, joined by commas (default: 1,8,32, and 128 on a GPU)")
     dtypes: str = setting("", "dtypes to try at each batch (default: bfloat16 on a GPU, else float32,bfloat16)")
-    chunk: int = setting(32, "tokens our engine decodes between two looks of the host")
-    rounds: int = setting(3, "measurements of each kind; their median counts")
-    peer: str = setting("", "hf: also time transformers' NanoChat with its cache")
+    chunk: int = setting(32, "tokens that our engine decodes between two checks by the host", low=1)
+    rounds: int = setting(3, "measurements of each kind; their median counts", low=1)
+    peer: str = setting("", "also time NanoChat in transformers, with its cache", choices=("hf",))
     peer_python: str = setting("", "Python that has torch and transformers (default: this one)")
-    json: str = setting("", "file to add the line of JSON to")
+    json: str = setting("", "file to append the line of JSON to")
 
 
 def main(cfg: Settings) -> None:
@@ -57,57 +57,54 @@ def main(cfg: Settings) -> None:
         raise UserError(f"--device_type={cfg.device_type}: JAX finds no such device ({error})") from error
     cfg = _complete(cfg, device["platform"])
     batches, dtypes = [int(size) for size in cfg.batches.split(",")], cfg.dtypes.split(",")
-    shape = config.ModelFlags(depth=cfg.depth, max_seq_len=cfg.prompt + cfg.new).gpt_config(cfg.vocab_size)
+    model_cfg = config.ModelFlags(depth=cfg.depth, max_seq_len=cfg.prompt + cfg.new).gpt_config(cfg.vocab_size)
     tools, versions = {"ours": sys.executable}, {"ours": f"jax {device['version']}"}
     if cfg.peer:
         python = cfg.peer_python or sys.executable
-        found = measuring.probe(python, JOB)
-        if "version" in found:
-            tools["hf"], versions["hf"] = python, found["version"]
+        peer = measuring.probe(python, JOB)
+        if "version" in peer:
+            tools["hf"], versions["hf"] = python, peer["version"]
         else:
-            print(f"hf: skipped, {python} has no torch and transformers ({found['missing']})", file=sys.stderr)
+            print(f"hf: skipped, {python} has no torch and transformers ({peer['missing']})", file=sys.stderr)
 
-    job = {"shape": dataclasses.asdict(shape), "prompt": cfg.prompt, "new": cfg.new, "chunk": cfg.chunk}
-    job |= {"device_type": cfg.device_type, "platform": device["platform"]}
-    found, failed = {}, set()
+    job = {
+        "shape": dataclasses.asdict(model_cfg), "prompt": cfg.prompt, "new": cfg.new, "chunk": cfg.chunk,
+        "device_type": cfg.device_type, "platform": device["platform"],
+    }  # fmt: skip
+    measured: dict[Kind, list[dict]] = {}
+    failed: set[Kind] = set()
     for i in range(cfg.rounds):
         for kind in [(batch, tool, dtype) for batch in batches for tool in tools for dtype in dtypes]:
             if kind not in failed:
-                _measure(kind, tools[kind[1]], job, found, failed, f"round {i + 1} of {cfg.rounds}")
-    rows = [_row(kind, runs, cfg, device["bandwidth"]) for kind, runs in found.items() if kind not in failed]
+                _measure(kind, tools[kind[1]], job, measured, failed, f"round {i + 1} of {cfg.rounds}")
+    rows = [_row(kind, runs, cfg, device["bandwidth"]) for kind, runs in measured.items() if kind not in failed]
     _compare(rows)
 
     about = measuring.about() | {name: device[name] for name in ("device", "platform")}
-    asked = {name: getattr(cfg, name) for name in ("depth", "vocab_size", "prompt", "new", "chunk", "rounds")}
+    settings = {name: getattr(cfg, name) for name in ("depth", "vocab_size", "prompt", "new", "chunk", "rounds")}
     print(f"{device['device']}; {about['cpu']}, {about['cores']} cores; Python {about['python']}; {about['code']}")
     print(", ".join(f"{tool}: {version}" for tool, version in versions.items()))
-    print(f"depth {cfg.depth} ({shape.num_params / 1e6:,.1f}M parameters), vocabulary {cfg.vocab_size:,}; prompts of")
-    print(f"{cfg.prompt} tokens, {cfg.new} new; chunks of {cfg.chunk}; medians of {cfg.rounds}; *: the best dtype\n")
+    print(
+        f"depth {cfg.depth} ({model_cfg.num_params / 1e6:,.1f}M parameters), vocabulary {cfg.vocab_size:,}; prompts of"
+    )
+    print(f"{cfg.prompt} tokens, {cfg.new} new; chunks of {cfg.chunk}; medians of {cfg.rounds}; *: the fastest dtype\n")
     print(_table(rows))
-    measuring.report({"bench": "decode", **about, **asked, "versions": versions, "results": rows}, cfg.json)
+    measuring.report({"bench": "decode", **about, **settings, "versions": versions, "results": rows}, cfg.json)
 
 
 def _check(cfg: Settings) -> None:
-    """UserError for what can be told before anything is started."""
-    for name, least in (("depth", 1), ("vocab_size", 1), ("prompt", 1), ("new", 2)):
-        if getattr(cfg, name) and getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}, or auto")
-    for name in ("chunk", "rounds"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
+    """UserError for what can be refused before anything is started."""
     if cfg.batches and not all(size.isascii() and size.isdigit() and int(size) for size in cfg.batches.split(",")):
         raise UserError(f"--batches={cfg.batches}: must be positive numbers joined by commas, like 1,8,32")
     if cfg.dtypes and not set(cfg.dtypes.split(",")) <= set(DTYPES):
         raise UserError(f"--dtypes={cfg.dtypes}: must be {' or '.join(DTYPES)}, or both joined by a comma")
-    if cfg.peer not in ("", "hf"):
-        raise UserError(f"--peer={cfg.peer}: must be hf")
     if cfg.peer_python and not cfg.peer:
         raise UserError("--peer_python needs --peer=hf")
     measuring.check_json(cfg.json)
 
 
 def _complete(cfg: Settings, platform: str) -> Settings:
-    """With what the platform decides."""
+    """`cfg` with the values that depend on the platform filled in."""
     auto = AUTO["gpu" if platform == "gpu" else "cpu"]
     return dataclasses.replace(cfg, **{name: value for name, value in auto.items() if not getattr(cfg, name)})
 
@@ -118,27 +115,29 @@ def _complete(cfg: Settings, platform: str) -> Settings:
 Kind = tuple[int, str, str]  # batch, tool, dtype
 
 
-def _measure(kind: Kind, python: str, job: dict, found: dict[Kind, list[dict]], failed: set[Kind], where: str) -> None:
-    """One process; what fails once is not tried again, and must not be ours."""
+def _measure(
+    kind: Kind, python: str, job: dict, measured: dict[Kind, list[dict]], failed: set[Kind], where: str
+) -> None:
+    """Measures once, in a new process, and adds the result to `measured` or `kind` to `failed`. Ours must not fail."""
     (batch, tool, dtype), start = kind, time.monotonic()
     try:
-        done = measuring.run(python, JOB, job | {"job": tool, "batch": batch, "dtype": dtype}, ours=tool == "ours")
+        result = measuring.run(python, JOB, job | {"job": tool, "batch": batch, "dtype": dtype}, ours=tool == "ours")
     except measuring.JobFailed as error:
         if tool == "ours":
             raise UserError(f"batch {batch} in {dtype} failed: {error}") from error
         failed.add(kind)
         print(f"{tool}, batch {batch}, {dtype}: left out, it failed ({error})", file=sys.stderr)
         return
-    found.setdefault(kind, []).append(done)
+    measured.setdefault(kind, []).append(result)
     print(f"{where}: batch {batch}, {tool}, {dtype}, {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -> dict:
-    """Figures of one kind of measurement. A step reads `bytes`; the first token of each row is the prefill's."""
+    """The results of one kind of measurement. A step reads `bytes`; the first token of a row comes from the prefill."""
     batch, tool, dtype = kind
     first = statistics.median(run["first"] for run in runs)
     step = statistics.median((run["seconds"] - run["first"]) / (cfg.new - 1) for run in runs)
-    needed = runs[0].get("bytes")
+    read = runs[0].get("bytes")
     return {
         "batch": batch,
         "tool": tool,
@@ -146,14 +145,14 @@ def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -
         "first_token_s": round(first, 6),
         "token_s": round(step, 8),
         "tokens_per_s": round(batch / step, 2),
-        "bandwidth": round(needed / step / bandwidth, 4) if needed and bandwidth else None,
-        "gb_per_s": round(needed / step / 1e9, 3) if needed else None,
+        "bandwidth": round(read / step / bandwidth, 4) if read and bandwidth else None,
+        "gb_per_s": round(read / step / 1e9, 3) if read else None,
         "runs": [[round(run["first"], 6), round(run["seconds"], 6)] for run in runs],
     }
 
 
 def _compare(rows: list[dict]) -> None:
-    """Marks the best dtype of each batch and tool, and says how many times as fast ours is, each in its best."""
+    """Marks the fastest dtype of each batch and tool, and adds how many times as fast ours is, fastest to fastest."""
     best = {}
     for row in rows:
         key = row["batch"], row["tool"]
@@ -166,7 +165,7 @@ def _compare(rows: list[dict]) -> None:
 
 
 def _table(rows: list[dict]) -> str:
-    cells = [["batch", "", "dtype", "first token", "a token", "tokens/s", "memory bandwidth", "ours is"]]
+    cells = [["batch", "", "dtype", "first token", "per token", "tokens/s", "memory bandwidth", "ours vs. peer"]]
     for row in rows:
         share = "n/a" if row["bandwidth"] is None else f"{row['bandwidth']:.0%}"
         ratio = "" if row["ours_is"] is None else f"{row['ours_is']:.2f}x"

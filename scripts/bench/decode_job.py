@@ -1,30 +1,35 @@
-"""One measurement of generating text, in a process of its own; `python -m scripts.bench decode` runs many of these.
+"""One measurement of text generation, in its own process; `python -m scripts.bench decode` runs many of these.
 
-Sent on standard input to our Python or to that of the peer, with the job as JSON in its only argument. Only what
-measures ours imports this project. Prints one line of JSON.
+Sent on standard input to our Python or the peer's, with the job as JSON in the only argument. Prints one line of JSON.
+Only the jobs that measure ours import this project.
 """
+
+from __future__ import annotations  # a peer's Python may be older than ours
 
 import json
 import sys
 import time
 from importlib import metadata
+from typing import Any
 
-SCALE = 0.02  # of the random weights: text is varied, and numbers are of ordinary size
+Job = dict[str, Any]
+SCALE = 0.02  # standard deviation of the random weights: the text varies, and activations have a usual size
 
 
-def probe(job):
-    """Whether transformers' NanoChat can run here; its version."""
+def probe(job: Job) -> dict:
+    """The version of transformers that can run NanoChat here, or what is missing."""
+    python = sys.version.split()[0]
     try:
-        import torch
-        from transformers import NanoChatForCausalLM  # noqa: F401
-    except Exception as error:  # whatever a broken package comes up with
-        return {"python": sys.version.split()[0], "missing": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return {"python": sys.version.split()[0], "version": f"transformers {metadata.version('transformers')}, torch "
-            f"{torch.__version__}"}  # fmt: skip
+        import torch  # ty: ignore[import-not-found]  # only in the peer's environment
+        from transformers import NanoChatForCausalLM  # noqa: F401  # ty: ignore[import-not-found]
+    except Exception as error:  # a broken package may raise anything
+        return {"python": python, "missing": f"{type(error).__name__}: {error}".splitlines()[0]}
+    version = f"transformers {metadata.version('transformers')}, torch {torch.__version__}"
+    return {"python": python, "version": version}
 
 
-def device(job):
-    """What we run on; bandwidth in bytes/s, None where unknown."""
+def device(job: Job) -> dict:
+    """The device that ours runs on; bandwidth in bytes/s, None if unknown."""
     import jax
 
     from nanochat_jax.parallel import devices
@@ -34,7 +39,8 @@ def device(job):
     return {"device": kind, "platform": platform, "bandwidth": devices.peak_bandwidth(), "version": jax.__version__}
 
 
-def ours(job):
+def ours(job: Job) -> dict:
+    """Our engine: seconds to the first token of all rows and to the end, and the bytes that a step reads."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -47,25 +53,26 @@ def ours(job):
     from nanochat_jax.parallel import devices
 
     class Tokenizer:
-        """Names for the special tokens, which is all an engine without tools asks for."""
+        """Stands in for a tokenizer: an engine without tools only asks for the ids of special tokens."""
 
-        def special(self, name):
+        def special(self, name: str) -> int:
             return 0
 
     devices.start(job["device_type"])
-    cfg, batch = GPTConfig(**job["shape"]), job["batch"]
+    model_cfg, batch = GPTConfig(**job["shape"]), job["batch"]
     dtype = getattr(jnp, job["dtype"])
-    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(cfg)))
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    read = sum(x.size for name, x in params.items() if name not in ("wte", "blocks"))
-    read += sum(x.size for x in jax.tree.leaves(params["blocks"]))  # of the embedding a row a token is
-    engine = Engine(params, cfg, Tokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
+    # Weights that a step reads: all but the embedding, of which it reads one row per token.
+    weights = sum(x.size for name, x in params.items() if name not in ("wte", "blocks"))
+    weights += sum(x.size for x in jax.tree.leaves(params["blocks"]))
+    engine = Engine(params, model_cfg, Tokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
     del params
 
-    def generate(seed):
+    def generate(seed: int) -> tuple[float, float]:
         """Seconds to the first token of all rows, and to the end."""
-        ids = np.random.default_rng(seed).integers(0, cfg.vocab_size, (batch, job["prompt"])).tolist()
+        ids = np.random.default_rng(seed).integers(0, model_cfg.vocab_size, (batch, job["prompt"])).tolist()
         requests = [Request(row, job["new"], temperature=0, stop_ids=(), tools=False) for row in ids]
         begun, first, start = set(), 0.0, time.perf_counter()
         for request in requests:
@@ -78,16 +85,22 @@ def ours(job):
         return first, time.perf_counter() - start
 
     generate(seed=0)  # compiles everything
-    first, seconds = generate(seed=1)  # other prompts: what is in the cache would not be computed again
-    kept = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * batch * (job["prompt"] + job["new"] / 2)
-    read = read * jnp.dtype(dtype).itemsize + kept * cache.dtype_for(dtype).itemsize
+    first, seconds = generate(seed=1)  # other prompts, since prefix caching would skip those of the warm-up
+    positions = batch * (job["prompt"] + job["new"] / 2)  # filled cache positions, on average over the steps
+    cached = 2 * model_cfg.n_layer * model_cfg.n_kv_head * model_cfg.head_dim * positions
+    read = weights * jnp.dtype(dtype).itemsize + cached * cache.dtype_for(dtype).itemsize
     return {"first": first, "seconds": seconds, "bytes": read}
 
 
-def hf(job):
-    """transformers' generate with its key/value cache, as one calls it."""
-    import torch
-    from transformers import NanoChatConfig, NanoChatForCausalLM, StoppingCriteria, StoppingCriteriaList
+def hf(job: Job) -> dict:
+    """`generate` of transformers with its key/value cache: seconds to the first token and to the end."""
+    import torch  # ty: ignore[import-not-found]
+    from transformers import (  # ty: ignore[import-not-found]
+        NanoChatConfig,
+        NanoChatForCausalLM,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
 
     shape, batch = job["shape"], job["batch"]
     where = "cuda" if job["platform"] == "gpu" else "cpu"
@@ -98,23 +111,23 @@ def hf(job):
     )  # fmt: skip
     torch.manual_seed(0)
     model = NanoChatForCausalLM(config).to(where, getattr(torch, job["dtype"])).eval()
-    model.generation_config.eos_token_id = None  # it goes on to the end
+    model.generation_config.eos_token_id = None  # so that it generates all tokens
     model.generation_config.pad_token_id = 0
 
-    def now():
+    def now() -> float:
         if where == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     class Clock(StoppingCriteria):
-        first = None
+        first: Any = None
 
-        def __call__(self, ids, scores, **_):
+        def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
             if self.first is None:
                 self.first = now()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    def generate(new):
+    def generate(new: int) -> tuple[float, float]:
         clock, start = Clock(), now()
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, max_new_tokens=new,
@@ -126,7 +139,7 @@ def hf(job):
 
     with torch.inference_mode():
         ids = torch.randint(0, shape["vocab_size"], (batch, job["prompt"]), device=where)
-        generate(min(8, job["new"]))  # nothing is compiled, but memory is taken and kernels are chosen
+        generate(min(8, job["new"]))  # warm-up: nothing is compiled, but memory is allocated and kernels are chosen
         first, seconds = generate(job["new"])
     return {"first": first, "seconds": seconds}
 

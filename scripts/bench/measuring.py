@@ -1,4 +1,4 @@
-"""What all benchmarks do: measurements in processes of their own, and how they are shown."""
+"""What all benchmarks share: each measurement in its own process, and the table and JSON of the results."""
 
 import json
 import os
@@ -15,14 +15,14 @@ JOB_SECONDS = 3600
 
 
 class JobFailed(Exception):
-    """A measurement that ended without a result; the message is the last line it wrote."""
+    """A measurement that ended without a result. The message is the last line it wrote."""
 
 
 def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
-    """What `script` prints as its last line, a JSON object, for `job`. JobFailed if it does not.
+    """Runs `script` for `job` and returns the JSON object that it prints as its last line. JobFailed if there is none.
 
-    Away from the repository, whose folder rustbpe/ looks like a package of that name; with `ours` the script may import
-    this project all the same. Another Python gets the script on its standard input and none of our environment.
+    The script is sent on standard input to `python`, which runs outside the repository, since the folder rustbpe/ looks
+    like the package of that name. With `ours` it can still import this project; another Python gets no PYTHONPATH.
     """
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     if python != sys.executable:
@@ -40,12 +40,12 @@ def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no output"]
-        raise JobFailed(said[-1][:200]) from None
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no output"]
+        raise JobFailed(lines[-1][:200]) from None
 
 
 def probe(python: str, script: Path) -> dict:
-    """What a peer's environment has. UserError if `python` is none."""
+    """What the peers' environment has. UserError if `python` does not run."""
     try:
         return run(python, script, {"job": "probe"})
     except (OSError, JobFailed) as error:
@@ -53,21 +53,25 @@ def probe(python: str, script: Path) -> dict:
 
 
 def cores() -> int:
-    """Processor cores this process may use."""
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def about() -> dict:
-    """Where and when it was measured."""
+    """Date, machine and code of a measurement."""
     from nanochat_jax import environment
 
-    python = sys.version.split()[0]
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": environment.cpu(), "cores": cores(), "python": python,
-            "code": environment.code()}  # fmt: skip
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": environment.cpu(),
+        "cores": cores(),
+        "python": sys.version.split()[0],
+        "code": environment.code(),
+    }
 
 
 def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
-    """Markdown that can be read as it is; the first row is the head, columns are aligned left or right."""
+    """A Markdown table that is also readable as text. The first row is the header; columns align left or right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
@@ -78,13 +82,13 @@ def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
 
 
 def check_json(path: str) -> None:
-    """UserError where the line of JSON could not be written at the end."""
+    """UserError if --json=PATH names a folder that does not exist: better before the measurements than after them."""
     if path and not Path(path).absolute().parent.is_dir():
         raise UserError(f"--json={path}: its folder does not exist")
 
 
 def report(line: dict, path: str) -> None:
-    """Prints the line of JSON, and adds it to the file at `path` if there is one."""
+    """Prints the line of JSON, and appends it to the file at `path` unless that is ""."""
     text = json.dumps(line)
     print(f"\n{text}")
     if path:

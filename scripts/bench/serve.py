@@ -1,12 +1,11 @@
-"""The server under load: many clients at once on one device, against what the engine does by itself.
+"""The server under load: many concurrent clients on one device, against the engine alone.
 
     python -m scripts.bench serve
 
-A model of the preset's shape with random weights is served by scripts.chat_web, a process of its own, on the loopback
-interface. Every client sends one request after the other to /v1/completions and reads the stream, one event for each
-chunk; all of them live in this process, on the same cores. The engine then does the same requests alone, with as many
-slots and the same chunk. Both do one request for each client before the clock runs, so that nothing is compiled
-meanwhile.
+scripts.chat_web serves a model of the preset's shape with random weights, in its own process, on the loopback
+interface. The clients all run in this process, on the same cores. Each sends its requests to /v1/completions one after
+the other and reads the stream, one event per chunk. Then the engine alone serves the same requests, with the same slots
+and chunk. Both first serve one request per client as warm-up, so that nothing compiles during timing.
 """
 
 import asyncio
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -32,30 +31,30 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("serve_job.py")
 SAMPLING = {"temperature": 0.8, "top_k": 50}  # the server's defaults
-GOAL = 0.8  # of the engine's own throughput
+GOAL = 0.8  # of the throughput of the engine alone
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(config.Settings):
     """Many clients of a real server, against the engine alone."""
 
     prog: ClassVar[str] = "python -m scripts.bench serve"
     preset: str = setting("cpu", "preset whose model is served, with random weights")
-    clients: int = setting(64, "clients at once, and slots of the server")
-    requests: int = setting(4, "requests of each client, one after the other")
-    prompt: int = setting(64, "tokens of each prompt")
-    new: int = setting(128, "tokens generated after each, at least 2")
-    rounds: int = setting(3, "measurements; their median counts")
-    device_type: str = setting("", "cpu or gpu (default: the best there is)")
-    json: str = setting("", "file to add the line of JSON to")
+    clients: int = setting(64, "concurrent clients, and slots of the server", low=1)
+    requests: int = setting(4, "requests per client, one after the other", low=1)
+    prompt: int = setting(64, "tokens per prompt", low=1)
+    new: int = setting(128, "tokens generated per prompt, at least 2", low=2)
+    rounds: int = setting(3, "measurements; their median counts", low=1)
+    device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
+    json: str = setting("", "file to append the line of JSON to")
 
 
 def main(cfg: Settings) -> None:
-    shape = _shape(cfg)
+    model_cfg = _model_cfg(cfg)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         with _base_dir(base):
-            made = _job(cfg, {"job": "make", "shape": dataclasses.asdict(shape)})
+            made = _job(cfg, {"job": "make", "shape": dataclasses.asdict(model_cfg)})
             requests = _requests(cfg)
             served, alone = [], []
             for i in range(cfg.rounds):
@@ -77,11 +76,8 @@ def main(cfg: Settings) -> None:
     measuring.report({"bench": "serve", **about, **result}, cfg.json)
 
 
-def _shape(cfg: Settings) -> config.GPTConfig:
-    """The preset's model. UserError for settings that cannot be."""
-    for name, least in (("clients", 1), ("requests", 1), ("prompt", 1), ("new", 2), ("rounds", 1)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+def _model_cfg(cfg: Settings) -> config.GPTConfig:
+    """The shape of the preset's model. UserError for settings that do not fit each other."""
     measuring.check_json(cfg.json)
     try:
         path = commandline.find_preset(cfg.preset)
@@ -89,18 +85,17 @@ def _shape(cfg: Settings) -> config.GPTConfig:
         raise UserError(str(error).replace("--config", "--preset", 1)) from None
     flags = [f"--config={path}"]
     vocab_size = commandline.parse(config.TokTrain, flags).vocab_size
-    shape = commandline.parse(config.Base, flags).gpt_config(vocab_size)
-    if cfg.prompt + cfg.new > shape.sequence_len:
-        raise UserError(
-            f"--prompt={cfg.prompt} and --new={cfg.new}: the context of {cfg.preset} holds {shape.sequence_len} tokens"
-        )
-    return shape
+    model_cfg = commandline.parse(config.Base, flags).gpt_config(vocab_size)
+    if cfg.prompt + cfg.new > model_cfg.sequence_len:
+        context = f"the context of {cfg.preset} holds {model_cfg.sequence_len} tokens"
+        raise UserError(f"--prompt={cfg.prompt} and --new={cfg.new}: {context}")
+    return model_cfg
 
 
 def _requests(cfg: Settings) -> list[dict]:
-    """All requests, those of client i at i, i + clients and so on. Prompts are bytes at random.
+    """All requests, with random bytes as prompts; those of client i are at i, i + clients, and so on.
 
-    One round more than is measured: the first warms, and what it leaves in the cache is no use to the others.
+    The first request of each client is the warm-up. All prompts differ, so prefix caching gains nothing.
     """
     rng = random.Random(0)
     return [
@@ -110,8 +105,8 @@ def _requests(cfg: Settings) -> list[dict]:
 
 
 @contextlib.contextmanager
-def _base_dir(base: Path) -> Iterator[None]:
-    """Within it, jobs and servers keep their files in `base`."""
+def _base_dir(base: Path) -> Generator[None]:
+    """Makes `base` the base folder of the child processes started in this context."""
     before = os.environ.get("NANOCHAT_BASE_DIR")
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     try:
@@ -123,6 +118,7 @@ def _base_dir(base: Path) -> Iterator[None]:
 
 
 def _job(cfg: Settings, job: dict) -> dict:
+    """Runs a job of serve_job.py. UserError if it fails."""
     try:
         return measuring.run(sys.executable, JOB, job | {"device_type": cfg.device_type}, ours=True)
     except measuring.JobFailed as error:
@@ -134,20 +130,24 @@ def _job(cfg: Settings, job: dict) -> dict:
 
 
 def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
-    """Seconds and tokens of all clients, and for each request the time to its first token."""
-    line = [sys.executable, "-m", "scripts.chat_web", "--port=0", "-g", "bench", f"--slots={cfg.clients}",
-            f"--max_waiting={cfg.clients}", f"--max_new_tokens={cfg.new}", "--timeout=0",
-            f"--device_type={cfg.device_type}"]  # fmt: skip
+    """Starts the server and the clients. Seconds and tokens in all, and each request's time to first token."""
+    command = [
+        sys.executable, "-m", "scripts.chat_web", "--port=0", "-g", "bench", f"--slots={cfg.clients}",
+        f"--max_waiting={cfg.clients}", f"--max_new_tokens={cfg.new}", "--timeout=0",
+        f"--device_type={cfg.device_type}",
+    ]  # fmt: skip
     log = base / "server.log"
     with open(log, "w", encoding="utf-8") as errors:
-        process = subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
-        address = next((word for line in process.stdout for word in line.split() if word.startswith("http://")), None)
+        assert process.stdout is not None  # a pipe
+        words = (word for line in process.stdout for word in line.split())
+        address = next((word for word in words if word.startswith("http://")), None)
         if not address:
             raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip().splitlines()[-1:]}")
         port = int(address.rpartition(":")[2])
         asyncio.run(_clients(port, requests[: cfg.clients], cfg.clients))
-        while _stats(address)["warming"]:  # or that would go on while the clock runs
+        while _stats(address)["warming"]:  # otherwise the warm-up would continue during timing
             time.sleep(0.1)
         return asyncio.run(_clients(port, requests[cfg.clients :], cfg.clients))
     finally:
@@ -160,11 +160,14 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
 
 
 def _stats(address: str) -> dict:
+    """The server's /stats."""
     with urllib.request.urlopen(f"{address}/stats", timeout=60) as response:
         return json.load(response)
 
 
 async def _clients(port: int, requests: list[dict], clients: int) -> dict:
+    """Runs all clients concurrently: seconds, tokens, and each request's time to first token."""
+
     async def client(mine: list[dict]) -> list[dict]:
         return [await _ask(port, request) for request in mine]
 
@@ -176,7 +179,7 @@ async def _clients(port: int, requests: list[dict], clients: int) -> dict:
 
 
 async def _ask(port: int, request: dict) -> dict:
-    """One answer, read to its end: tokens, and seconds from before the connection to the first of them."""
+    """Reads one answer to its end: its tokens, and seconds from before the connection to the first event."""
     body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     start, first, tokens = time.perf_counter(), None, None
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -199,7 +202,7 @@ async def _ask(port: int, request: dict) -> dict:
     finally:
         writer.close()
     if tokens is None:
-        raise UserError("an answer broke off")
+        raise UserError("an answer ended before its last event")
     return {"first": first, "tokens": tokens}
 
 
@@ -208,9 +211,9 @@ async def _ask(port: int, request: dict) -> dict:
 
 
 def _result(served: list[dict], alone: list[dict]) -> dict:
-    """Throughputs, their ratio, and how long the first token takes, over the requests of all rounds."""
+    """Throughputs, their ratio, and percentiles of the time to first token over the requests of all rounds."""
     speed = statistics.median(run["tokens"] / run["seconds"] for run in served)
-    own = statistics.median(run["tokens"] / run["seconds"] for run in alone)
+    engine_speed = statistics.median(run["tokens"] / run["seconds"] for run in alone)
     first = sorted(seconds for run in served for seconds in run["first"])
 
     def percentile(p: int) -> float:
@@ -218,8 +221,8 @@ def _result(served: list[dict], alone: list[dict]) -> dict:
 
     return {
         "server_tokens_per_s": round(speed, 2),
-        "engine_tokens_per_s": round(own, 2),
-        "share": round(speed / own, 4),
+        "engine_tokens_per_s": round(engine_speed, 2),
+        "share": round(speed / engine_speed, 4),
         "goal": GOAL,
         "first_token_p50_s": round(percentile(50), 6),
         "first_token_p95_s": round(percentile(95), 6),
@@ -229,11 +232,12 @@ def _result(served: list[dict], alone: list[dict]) -> dict:
 
 
 def _table(result: dict) -> str:
-    return measuring.table([
+    cells = [
         ["", ""],
         ["the server, tokens/s", f"{result['server_tokens_per_s']:,.0f}"],
         ["the engine alone, tokens/s", f"{result['engine_tokens_per_s']:,.0f}"],
         [f"share of the engine's (the goal is {GOAL:.0%})", f"{result['share']:.1%}"],
         ["time to first token, median", f"{result['first_token_p50_s'] * 1e3:,.0f} ms"],
         ["time to first token, 95th percentile", f"{result['first_token_p95_s'] * 1e3:,.0f} ms"],
-    ], (True, False))  # fmt: skip
+    ]
+    return measuring.table(cells, (True, False))

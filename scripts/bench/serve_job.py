@@ -1,5 +1,5 @@
-"""What `python -m scripts.bench serve` does with JAX, each in a process of its own: make the model, and generate the
-same work with the engine alone. The job comes as JSON in the only argument; prints one line of JSON.
+"""The two jobs of `python -m scripts.bench serve` that need JAX, each in its own process: making the model, and serving
+the same requests with the engine alone. The job is JSON in the only argument. Prints one line of JSON.
 """
 
 import json
@@ -21,30 +21,30 @@ from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts.chat_web import CHUNK
 
 STAGE, TAG = "sft", "bench"
-SCALE = 0.2  # of the random weights: uneven enough for varied text
+SCALE = 0.2  # standard deviation of the random weights: large enough for varied text
 
 
 def make(job: dict) -> dict:
-    """A checkpoint of random weights, with a tokenizer of made-up words, in the base folder."""
+    """Makes a checkpoint of random weights and a tokenizer of made-up words in the base folder."""
     rng, size = random.Random(0), job["shape"]["vocab_size"]
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 10))) for _ in range(size)]
     texts = (" ".join(rng.choices(words, k=200)) for _ in range(size // 20 + 10))
     tokenizer = Tokenizer.train(texts, size)
-    cfg = GPTConfig(**job["shape"] | {"vocab_size": tokenizer.vocab_size})
-    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(cfg)))
+    model_cfg = GPTConfig(**job["shape"] | {"vocab_size": tokenizer.vocab_size})
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # Logits of 0 are never among the likeliest: no answer ends early, and none calls the calculator.
+    # Logits of 0 are never among the top k: no answer ends early, and none calls the calculator.
     params["lm_head"] = params["lm_head"].at[tokenizer.vocab_size - len(SPECIAL_TOKENS) :].set(0)
     tokenizer.save(checkpoint.run_dir(STAGE, TAG).parent.parent / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir(STAGE, TAG), keep_last=1)
-    saver.save(1, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(cfg) | {"tokenizer": tokenizer.hash})
+    saver.save(1, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(model_cfg) | {"tokenizer": tokenizer.hash})
     saver.wait()
-    return {"vocab_size": tokenizer.vocab_size, "params": cfg.num_params, "device": jax.devices()[0].device_kind}
+    return {"vocab_size": tokenizer.vocab_size, "params": model_cfg.num_params, "device": jax.devices()[0].device_kind}
 
 
 def engine(job: dict) -> dict:
-    """Seconds and tokens of the engine, as many slots as clients, for all but the first round, which warms."""
+    """Seconds and tokens of the engine with one slot per client, after one request per client as warm-up."""
     model = checkpoint.load_model(STAGE, TAG)
     dtype = devices.choose_precision("")
     engine = Engine(model.params, model.model_cfg, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)

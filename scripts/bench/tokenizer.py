@@ -1,10 +1,10 @@
-"""Our tokenizer against those it could be replaced by: training and encoding, on the same text and the same cores.
+"""Our tokenizer against the alternatives: training and encoding, on the same text and the same cores.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=ENVIRONMENT/bin/python
 
-Of every four documents three train the vocabulary and warm the encoders; the fourth is what they encode, text that no
-cache has seen. All encode with the vocabulary that ours learned. Each measurement is a process of its own
-(tokenizer_job.py), rounds go through all tools in turn, and medians are shown.
+Of every four documents, three train the vocabulary and warm up the encoders. The fourth is encoded: it is in no cache.
+All tools encode with the vocabulary that ours learned. Each measurement runs in its own process (tokenizer_job.py). A
+round measures all tools in turn; the table shows medians over rounds.
 """
 
 import json
@@ -12,15 +12,17 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from nanochat_jax import config
 from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
-UNSEEN = 4  # one document of this many
-UNSEEN_CHARS = 300_000  # at least, for the three sizes of single texts
+UNSEEN = 4  # one document in this many is encoded, the others train and warm up
+UNSEEN_CHARS = 300_000  # characters to encode at least, for the three sizes of single texts
 JOB = Path(__file__).with_name("tokenizer_job.py")
 PEERS = ("rustbpe", "tokenizers", "tiktoken")
 JOBS = {
@@ -34,21 +36,18 @@ JOBS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(config.Settings):
     """Train and encode with our tokenizer and with others, side by side."""
 
     prog: ClassVar[str] = "python -m scripts.bench tokenizer"
     corpus: str = setting("", "file or folder of .txt, .jsonl, .jsonl.gz or .parquet files with text (required)")
     peer_python: str = setting("", "Python that has PyPI's rustbpe, tokenizers or tiktoken (default: this one)")
-    vocab_size: int = setting(32768, "tokens, without special ones")
-    rounds: int = setting(3, "measurements of each kind; their median counts")
-    json: str = setting("", "file to add the line of JSON to")
+    vocab_size: int = setting(32768, "tokens in the vocabulary, without special tokens", low=257)
+    rounds: int = setting(3, "measurements of each kind; their median counts", low=1)
+    json: str = setting("", "file to append the line of JSON to")
 
 
 def main(cfg: Settings) -> None:
-    for name, least in (("vocab_size", 257), ("rounds", 1)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
     measuring.check_json(cfg.json)
     trained_on, unseen = _split(cfg.corpus)
     pythons, versions = _tools(cfg.peer_python)
@@ -63,17 +62,17 @@ def main(cfg: Settings) -> None:
         rows = bench.rows()
 
     sizes = {"train_bytes": bench.bytes["train"], "unseen_bytes": bench.bytes["unseen"]}
-    asked = {"corpus": Path(cfg.corpus).name, **sizes, "vocab_size": cfg.vocab_size, "rounds": cfg.rounds}
-    about = measuring.about() | asked
+    settings = {"corpus": Path(cfg.corpus).name, **sizes, "vocab_size": cfg.vocab_size, "rounds": cfg.rounds}
+    about = measuring.about() | settings
     print(f"{about['cpu']}, {about['cores']} cores; Python {about['python']}; {about['code']}")
     print(f"medians of {cfg.rounds}; vocabulary {cfg.vocab_size:,}; trained on {sizes['train_bytes'] / 1e6:.1f} MB,")
-    print(f"which also warm the encoders; encoded {sizes['unseen_bytes'] / 1e6:.1f} MB of other documents\n")
+    print(f"which also warm up the encoders; encoded {sizes['unseen_bytes'] / 1e6:.1f} MB of other documents\n")
     print(_table(rows, versions))
     measuring.report({"bench": "tokenizer", **about, "versions": versions, "results": rows}, cfg.json)
 
 
 def _split(corpus: str) -> tuple[list[str], list[str]]:
-    """Documents to train on and documents to encode."""
+    """(documents to train on, documents to encode)."""
     from nanochat_jax.data import text_files
 
     path = Path(corpus).expanduser()
@@ -89,7 +88,7 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
     unseen = documents[UNSEEN - 1 :: UNSEEN]
     if sum(map(len, unseen)) < UNSEEN_CHARS:
         chars, least = sum(map(len, documents)), UNSEEN_CHARS * UNSEEN
-        raise UserError(f"--corpus={corpus}: {chars:,} characters of text are too few, give about {least:,} or more")
+        raise UserError(f"--corpus={corpus}: {chars:,} characters of text are too few, use about {least:,} or more")
     return [text for i, text in enumerate(documents) if i % UNSEEN != UNSEEN - 1], unseen
 
 
@@ -97,27 +96,27 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
 # Measuring
 
 
-def _tools(peer_python: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The Python of each tool, ours first, and their versions."""
-    here = measuring.run(sys.executable, JOB, {"job": "probe"})
-    if "ours" not in here["tools"]:
+def _tools(peer_python: str) -> tuple[dict[str, str], dict[str, str]]:
+    """({tool: path of its Python}, {tool: version}), ours first."""
+    own = measuring.run(sys.executable, JOB, {"job": "probe"})["tools"]
+    if "ours" not in own:
         raise UserError("this version's Rust tokenizer is not built: run pip install ./rustbpe in the repository")
-    pythons, versions = {"ours": sys.executable}, {"ours": here["tools"]["ours"]}
-    there = here
-    if peer_python:
-        there = measuring.probe(peer_python, JOB)
+    pythons, versions = {"ours": sys.executable}, {"ours": own["ours"]}
+    peers = measuring.probe(peer_python, JOB)["tools"] if peer_python else own
     for tool in PEERS:
-        if tool in there["tools"]:
-            pythons[tool], versions[tool] = peer_python or sys.executable, there["tools"][tool]
+        if tool in peers:
+            pythons[tool], versions[tool] = peer_python or sys.executable, peers[tool]
         else:
             print(f"{tool}: skipped, not in {peer_python or 'this environment; see --peer_python'}", file=sys.stderr)
     return pythons, versions
 
 
 class Bench:
-    """The measurements so far, and the files that the jobs share."""
+    """The results so far, and the files that the jobs share."""
 
-    def __init__(self, cfg: Settings, folder: Path, pythons: dict[str, str], trained_on: list[str], unseen: list[str]):
+    def __init__(
+        self, cfg: Settings, folder: Path, pythons: dict[str, str], trained_on: list[str], unseen: list[str]
+    ) -> None:
         from nanochat_jax.tokenizer import SPLIT_PATTERN
 
         self.cfg, self.folder, self.pythons = cfg, folder, pythons
@@ -125,22 +124,22 @@ class Bench:
         self.job = {
             "train": str(folder / "train"),
             "unseen": str(folder / "unseen"),
-            "vocabulary": str(folder / "ours.json"),  # that of all encoders
+            "vocabulary": str(folder / "ours.json"),  # all tools encode with ours
             "pattern": SPLIT_PATTERN,
             "vocab_size": cfg.vocab_size,
             "threads": measuring.cores(),
         }
-        self.found: dict[tuple[str, str], list[dict]] = {}
-        self.failed = set()
+        self.results: dict[tuple[str, str], list[dict]] = {}
+        self.failed: set[tuple[str, str]] = set()
 
     def measure(self, tool: str, name: str, job: dict, where: str) -> None:
-        """One job of one tool; what fails once is not tried again, and must not be ours."""
+        """Runs one job of one tool. A job that failed once is not tried again. Ours must not fail."""
         if (name, tool) in self.failed:
             return
         start = time.monotonic()
         try:
             job = self.job | job | {"tool": tool, "trained": str(self.folder / f"{tool}.json")}
-            self.found.setdefault((name, tool), []).append(measuring.run(self.pythons[tool], JOB, job))
+            self.results.setdefault((name, tool), []).append(measuring.run(self.pythons[tool], JOB, job))
         except measuring.JobFailed as error:
             if tool == "ours":
                 raise UserError(f"{name} failed: {error}") from error
@@ -151,38 +150,44 @@ class Bench:
         if (name, tool) == ("train", "ours"):
             learned = len(self._tokens("ours"))
             if learned < self.cfg.vocab_size:
-                raise UserError(
-                    f"--vocab_size={self.cfg.vocab_size}: the corpus runs out of pairs at {learned:,} tokens;"
-                    " ask for fewer or give more text"
-                )
+                problem = f"the corpus runs out of pairs at {learned:,} tokens"
+                raise UserError(f"--vocab_size={self.cfg.vocab_size}: {problem}; lower it or use more text")
 
     def rows(self) -> list[dict]:
-        """What the table shows: a row for each kind of measurement and tool, ours first."""
+        """The results: a row for each kind of measurement and tool, ours first."""
         train, unseen = self.bytes["train"], self.bytes["unseen"]
         rows = []
-        for name, found in self._by_name().items():
+        for name, runs in self._by_name().items():
             if name == "train":
-                rows += self._rows("train", found, lambda r: (train, r["seconds"], r["peak"]), self._merges)
+                rows += self._rows("train", runs, lambda r: (train, r["seconds"], r["peak"]), self._merges)
             elif name == "single":
-                for size in found["ours"][0]:
+                for size in runs["ours"][0]:
                     what = f"encode single texts of {size}"
-                    rows += self._rows(what, found, lambda r, size=size: (r[size]["bytes"], r[size]["seconds"], None))
+                    rows += self._rows(what, runs, lambda r, size=size: (r[size]["bytes"], r[size]["seconds"], None))
             else:
                 way, _, state = name.partition(", ")
                 what = f"encode into {'flat arrays' if way == 'flat' else 'lists'}, "
-                state = f"{state} process" if state else "warmed on other text"
-                rows += self._rows(what + state, found, lambda r: (unseen, r["seconds"], r["peak"]), self._ids)
-                if state != "warmed on other text":
-                    rows += self._rows(what + "the same text again", found, lambda r: (unseen, r["again"], None))
+                state = f"{state} process" if state else "after warm-up"
+                rows += self._rows(what + state, runs, lambda r: (unseen, r["seconds"], r["peak"]), self._ids)
+                if state != "after warm-up":
+                    rows += self._rows(what + "the same text again", runs, lambda r: (unseen, r["again"], None))
         return rows
 
     def _by_name(self) -> dict[str, dict[str, list[dict]]]:
-        good = {key: found for key, found in self.found.items() if key not in self.failed}
-        return {name: {tool: found for (n, tool), found in good.items() if n == name} for name in JOBS}
+        """{job: {tool: its results}}, without the jobs that failed."""
+        good = {key: runs for key, runs in self.results.items() if key not in self.failed}
+        return {name: {tool: runs for (n, tool), runs in good.items() if n == name} for name in JOBS}
 
-    def _rows(self, what: str, found: dict[str, list[dict]], figures, compare=lambda tool, runs, ours: ""):
+    def _rows(
+        self,
+        what: str,
+        results: dict[str, list[dict]],
+        figures: Callable[[dict], tuple[int, float, int | None]],
+        compare: Callable[[str, list[dict], list[dict]], str] = lambda tool, runs, ours: "",
+    ) -> Iterator[dict]:
+        """A row per tool. figures: (bytes, seconds, peak memory) of a run; compare: whether a tool's results agree."""
         speed = {}
-        for tool, runs in found.items():
+        for tool, runs in results.items():
             sizes, seconds, peaks = zip(*map(figures, runs), strict=True)
             speed[tool] = sizes[0] / statistics.median(seconds) / 1e6
             yield {
@@ -192,17 +197,18 @@ class Bench:
                 "seconds": [round(s, 6) for s in seconds],
                 "peak_mb": None if peaks[0] is None else round(statistics.median(peaks) / 1e6, 1),
                 "ours_is": round(speed["ours"] / speed[tool], 3),
-                "same": compare(tool, runs, found["ours"]),
+                "same": compare(tool, runs, results["ours"]),
             }
 
     def _merges(self, tool: str, runs: list[dict], ours: list[dict]) -> str:
-        """Whether the other learned our tokens in our order, or else how many of them."""
-        found, expected = self._tokens(tool), self._tokens("ours")
-        return "yes" if found == expected else f"{len({*found} & {*expected}) / len(expected):.2%} of tokens"
+        """Whether a tool learned our tokens in our order, or else what share of them it learned."""
+        theirs, ours_learned = self._tokens(tool), self._tokens("ours")
+        shared = len({*theirs} & {*ours_learned}) / len(ours_learned)
+        return "yes" if theirs == ours_learned else f"{shared:.2%} of tokens"
 
     @staticmethod
     def _ids(tool: str, runs: list[dict], ours: list[dict]) -> str:
-        """Whether all runs gave our ids."""
+        """Whether all runs produced the same ids as ours."""
         return "yes" if {run["ids"] for run in runs} == {run["ids"] for run in ours} else "NO"
 
     def _tokens(self, tool: str) -> list[str]:
@@ -210,11 +216,11 @@ class Bench:
 
 
 def _store(path: Path, texts: list[str]) -> int:
-    """Writes texts for the jobs, each after its length; their bytes."""
+    """Writes texts for the jobs as (length, UTF-8) records. Returns the bytes of text."""
     total = 0
     with open(path, "wb") as file:
         for text in texts:
-            data = text.encode("utf-8")  # text_files.documents leaves no lone surrogates
+            data = text.encode("utf-8")  # text_files.documents has removed lone surrogates
             file.write(len(data).to_bytes(8, "little") + data)
             total += len(data)
     return total
@@ -225,8 +231,7 @@ def _store(path: Path, texts: list[str]) -> int:
 
 
 def _table(rows: list[dict], versions: dict[str, str]) -> str:
-    """Markdown that can be read as it is."""
-    cells, last = [["", "", "MB/s", "peak MB", "ours is", "same result"]], ""
+    cells, last = [["", "", "MB/s", "peak MB", "ours vs. peer", "same result"]], ""
     for row in rows:
         what, last = row["what"] if row["what"] != last else "", row["what"]
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}"

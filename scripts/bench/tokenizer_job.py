@@ -1,8 +1,10 @@
-"""One measurement of one tokenizer, in a process of its own; `python -m scripts.bench tokenizer` runs many of these.
+"""One measurement of one tokenizer, in its own process; `python -m scripts.bench tokenizer` runs many of these.
 
-Sent on standard input to our Python or to that of the peers, with the job as JSON in its only argument, so it needs
-nothing of this project. Prints one line of JSON.
+Sent on standard input to our Python or the peers', with the job as JSON in the only argument. Imports nothing of this
+project. Prints one line of JSON.
 """
+
+from __future__ import annotations  # the peers' Python may be older than ours
 
 import ctypes
 import gc
@@ -13,15 +15,19 @@ import json
 import sys
 import time
 from array import array
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
+Job = dict[str, Any]
+Ids = list[int]
 SIZES = {"100 B": 100, "1 KB": 1000, "100 KB": 100_000}  # characters of single strings
-SINGLE_CHARS = 2_000_000  # encoded for each of these sizes
+SINGLE_CHARS = 2_000_000  # encoded of each size
 PACKAGES = ("rustbpe", "tokenizers", "tiktoken")
 
 
-def read(path):
-    """Texts of a file of (length, UTF-8) records, one after the other, so that reading leaves little memory behind."""
+def read(path: str) -> list[str]:
+    """Texts of a file of (length, UTF-8) records, read one at a time, so that reading leaves little memory behind."""
     texts = []
     with open(path, "rb") as file:
         while head := file.read(8):
@@ -30,90 +36,102 @@ def read(path):
 
 
 class Memory:
-    """Memory above what there was when this was made. `reset` forgets the highest so far, where Linux lets it;
-    ru_maxrss alone would also count how the texts were read, and what the parent process held when it started this."""
+    """Peak memory in bytes beyond what was used when this was made.
 
-    def __init__(self):
+    ru_maxrss alone would also count the reading of the texts and what the parent process held at the fork, so `reset`
+    clears the peak where Linux allows it.
+    """
+
+    def __init__(self) -> None:
         gc.collect()
         try:
             self.before = self._status("VmRSS")
         except OSError:
             self.before = self._rusage()
 
-    def reset(self):
+    def reset(self) -> None:
+        """Forgets the peak so far."""
         gc.collect()
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what is free belongs to nobody
+            ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
         except (OSError, AttributeError):
             pass
 
-    def peak(self):
+    def peak(self) -> int:
+        """Bytes beyond the start, at the peak since `reset`."""
         try:
             return self._status("VmHWM") - self.before
         except OSError:
             return self._rusage() - self.before
 
-    def _status(self, name):
+    def _status(self, name: str) -> int:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
-    def _rusage(self):
+    def _rusage(self) -> int:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # -----------------------------------------------------------------------------
-# The tokenizers: train, or take a vocabulary that was trained; encode one text, or many into lists or one flat array
+# The tokenizers: train, or load a trained vocabulary; encode one text, or many into lists or one flat array
 
 
 class Ours:
-    trains = True
+    """rustbpe/ of this repository."""
 
-    def __init__(self, job):
+    def __init__(self, job: Job) -> None:
         import rustbpe
 
-        self.job, self.tokenizer = job, rustbpe.Tokenizer()
+        self.job = job
+        self.tokenizer = rustbpe.Tokenizer()  # ty: ignore[missing-attribute]  # ty finds the folder rustbpe/
 
-    def train(self, texts):
+    def train(self, texts: list[str]) -> None:
         self.tokenizer.train_from_iterator(iter(texts), self.job["vocab_size"], pattern=self.job["pattern"])
 
-    def tokens(self):
+    def merges(self) -> list[tuple[int, int]] | None:
+        """Pairs of ids in the order they were merged, for tokenizers that load merges."""
+        return self.tokenizer.get_merges()
+
+    def tokens(self) -> list[bytes]:
+        """The tokens in the order of their ids."""
         return [token for token, _ in sorted(self.tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
-    def load(self, tokens, merges):
+    def load(self, tokens: list[bytes], merges: list[tuple[int, int]]) -> None:
         ranks = [(token, rank) for rank, token in enumerate(tokens)]
         self.tokenizer = type(self.tokenizer).from_mergeable_ranks(self.job["pattern"], ranks)
 
-    def one(self, text):
+    def one(self, text: str) -> Ids:
         return self.tokenizer.encode(text)
 
-    def lists(self, texts):
+    def lists(self, texts: list[str]) -> list[Ids]:
         return self.tokenizer.batch_encode(texts)
 
-    def flat(self, texts):
+    def flat(self, texts: list[str]) -> tuple[Any, Any]:
         return self.tokenizer.encode_batch(texts)
 
 
 class Rustbpe(Ours):
-    """The package of that name on PyPI. It cannot load a vocabulary: it trains its own, the same one."""
+    """The package of that name on PyPI. It cannot load a vocabulary, so it learns the same one again."""
 
-    def load(self, tokens, merges):
+    def merges(self) -> list[tuple[int, int]] | None:
+        return None
+
+    def load(self, tokens: list[bytes], merges: list[tuple[int, int]]) -> None:
         self.train(read(self.job["train"]))
 
-    def flat(self, texts):
+    def flat(self, texts: list[str]) -> tuple[Any, Any]:
         return flattened(self.lists(texts))
 
 
 class Tokenizers:
-    """Hugging Face's."""
+    """Hugging Face's tokenizers."""
 
-    trains = True
-
-    def __init__(self, job):
-        import tokenizers
+    def __init__(self, job: Job) -> None:
+        import tokenizers  # ty: ignore[import-not-found]  # only in the peers' environment
 
         self.job, self.lib = job, tokenizers
         visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -121,70 +139,75 @@ class Tokenizers:
         self.letters = {**{b: chr(b) for b in visible}, **{b: chr(0x100 + i) for i, b in enumerate(others)}}
         self.tokenizer = self._around(tokenizers.models.BPE())
 
-    def _around(self, model):
+    def _around(self, model: Any) -> Any:
+        """A byte-level tokenizer around `model` that splits by our pattern."""
         pre = self.lib.pre_tokenizers
         tokenizer = self.lib.Tokenizer(model)
         split = pre.Split(self.lib.Regex(self.job["pattern"]), behavior="isolated")
         tokenizer.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
         return tokenizer
 
-    def train(self, texts):
+    def train(self, texts: list[str]) -> None:
         alphabet = self.lib.pre_tokenizers.ByteLevel.alphabet()
         trainer = self.lib.trainers.BpeTrainer(
             vocab_size=self.job["vocab_size"], show_progress=False, initial_alphabet=alphabet
         )
         self.tokenizer.train_from_iterator(iter(texts), trainer, length=len(texts))
 
-    def tokens(self):
+    def merges(self) -> list[tuple[int, int]] | None:
+        return None
+
+    def tokens(self) -> list[bytes]:
         byte_of = {letter: b for b, letter in self.letters.items()}
         vocab = sorted(self.tokenizer.get_vocab().items(), key=lambda pair: pair[1])
         return [bytes(byte_of[letter] for letter in name) for name, _ in vocab]
 
-    def load(self, tokens, merges):
+    def load(self, tokens: list[bytes], merges: list[tuple[int, int]]) -> None:
         names = ["".join(self.letters[b] for b in token) for token in tokens]
         vocab = {name: i for i, name in enumerate(names)}
         self.tokenizer = self._around(self.lib.models.BPE(vocab, [(names[a], names[b]) for a, b in merges]))
 
-    def one(self, text):
+    def one(self, text: str) -> Ids:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def lists(self, texts):
+    def lists(self, texts: list[str]) -> list[Ids]:
         fast = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)  # without character offsets
         return [encoding.ids for encoding in fast(texts, add_special_tokens=False)]
 
-    def flat(self, texts):
+    def flat(self, texts: list[str]) -> tuple[Any, Any]:
         return flattened(self.lists(texts))
 
 
 class Tiktoken:
-    trains = False
+    """tiktoken, which cannot train."""
 
-    def __init__(self, job):
+    def __init__(self, job: Job) -> None:
         import tiktoken
 
         self.job, self.lib = job, tiktoken
 
-    def load(self, tokens, merges):
+    def load(self, tokens: list[bytes], merges: list[tuple[int, int]]) -> None:
         ranks = {token: rank for rank, token in enumerate(tokens)}
         self.encoding = self.lib.Encoding(
             "bench", pat_str=self.job["pattern"], mergeable_ranks=ranks, special_tokens={}
         )
 
-    def one(self, text):
+    def one(self, text: str) -> Ids:
         return self.encoding.encode_ordinary(text)
 
-    def lists(self, texts):
+    def lists(self, texts: list[str]) -> list[Ids]:
         return self.encoding.encode_ordinary_batch(texts, num_threads=self.job["threads"])
 
-    def flat(self, texts):  # its own encode_to_numpy, in threads, was no faster
+    def flat(self, texts: list[str]) -> tuple[Any, Any]:  # its own encode_to_numpy, in threads, was no faster
         return flattened(self.lists(texts))
 
 
-TOOLS = {"ours": Ours, "rustbpe": Rustbpe, "tokenizers": Tokenizers, "tiktoken": Tiktoken}
+TRAINERS = {"ours": Ours, "rustbpe": Rustbpe, "tokenizers": Tokenizers}
+TOOLS = {**TRAINERS, "tiktoken": Tiktoken}
 
 
-def flattened(lists):
-    """Lists of ids as one array, with the offsets of the texts, by the fastest of the ways that were tried."""
+def flattened(lists: list[Ids]) -> tuple[Any, Any]:
+    """Lists of ids -> (one array of ids, where each list begins), in the fastest of the ways that were tried."""
     import numpy as np
 
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
@@ -195,37 +218,39 @@ def flattened(lists):
 # The jobs
 
 
-def probe(job):
-    """Which tools there are, as {name: version}. What calls itself rustbpe may be this project's crate."""
-    found = {}
+def probe(job: Job) -> dict:
+    """The tools that can be imported, as {name: version}. A module called rustbpe may be this project's crate."""
+    tools = {}
     for name in PACKAGES:
         try:
             module = importlib.import_module(name)
             version = metadata.version(name)
-        except Exception:  # whatever a broken package comes up with
+        except Exception:  # a broken package may raise anything
             continue
         own = name == "rustbpe" and hasattr(getattr(module, "Tokenizer", None), "encode_batch")
-        found["ours" if own else name] = version
-    return {"python": sys.version.split()[0], "tools": found}
+        tools["ours" if own else name] = version
+    return {"python": sys.version.split()[0], "tools": tools}
 
 
-def train(job):
-    tool, texts = TOOLS[job["tool"]](job), read(job["train"])
+def train(job: Job) -> dict:
+    """Trains once, and writes the tokens for the comparison and for the encoders."""
+    tool, texts = TRAINERS[job["tool"]](job), read(job["train"])
     memory = Memory()
     memory.reset()
     seconds, _ = timed(lambda: tool.train(texts))
     peak = memory.peak()
-    merges = tool.tokenizer.get_merges() if job["tool"] == "ours" else None
     with open(job["trained"], "w") as file:
-        json.dump({"tokens": [token.hex() for token in tool.tokens()], "merges": merges}, file)
+        json.dump({"tokens": [token.hex() for token in tool.tokens()], "merges": tool.merges()}, file)
     return {"seconds": seconds, "peak": peak}
 
 
-def encode(job):
-    """`way` lists or flat. Warmed on other text, the unseen text is encoded once; in a fresh process twice. Memory is
-    that of the vocabulary, the cache and the result."""
+def encode(job: Job) -> dict:
+    """Encodes the unseen texts into lists or flat arrays: once after warm-up on other texts, or twice without warm-up.
+
+    Memory is that of the vocabulary, the cache and the result.
+    """
     if job["way"] == "flat":
-        import numpy  # noqa: F401, so that no tool's time has it
+        import numpy  # noqa: F401, imported here so that no tool's time includes it
     tool, texts, other = TOOLS[job["tool"]](job), read(job["unseen"]), read(job["train"]) if job["warm"] else []
     way, memory = getattr(tool, job["way"]), Memory()
     load(tool, job)
@@ -233,43 +258,45 @@ def encode(job):
         way(other)
     memory.reset()
     seconds, result = timed(lambda: way(texts))
-    found = {"seconds": seconds, "peak": memory.peak(), "ids": digest(result)}
+    figures = {"seconds": seconds, "peak": memory.peak(), "ids": digest(result)}
     if not job["warm"]:
         del result
-        found["again"], _ = timed(lambda: way(texts))
-    return found
+        figures["again"], _ = timed(lambda: way(texts))
+    return figures
 
 
-def single(job):
-    """Texts of several sizes, one at a time, none of them twice, warmed on other text: seconds and bytes of each."""
+def single(job: Job) -> dict:
+    """Encodes texts of several sizes one at a time, each once, after warm-up on other texts: {size: its figures}."""
     tool = TOOLS[job["tool"]](job)
     load(tool, job)
     for text in read(job["train"]):
         tool.one(text)
-    texts, found = "".join(read(job["unseen"])), {}
+    texts, figures = "".join(read(job["unseen"])), {}
     share = min(SINGLE_CHARS, len(texts) // len(SIZES))
     for i, (name, size) in enumerate(SIZES.items()):
         part = texts[i * share : (i + 1) * share]
         pieces = [part[start : start + size] for start in range(0, len(part) - size + 1, size)]
         seconds, _ = timed(lambda pieces=pieces: [tool.one(piece) for piece in pieces])
-        found[name] = {"seconds": seconds, "texts": len(pieces), "bytes": sum(len(p.encode("utf-8")) for p in pieces)}
-    return found
+        figures[name] = {"seconds": seconds, "texts": len(pieces), "bytes": sum(len(p.encode("utf-8")) for p in pieces)}
+    return figures
 
 
-def load(tool, job):
+def load(tool: Ours | Tokenizers | Tiktoken, job: Job) -> None:
+    """Gives a tool the vocabulary that ours learned."""
     with open(job["vocabulary"]) as file:
         vocabulary = json.load(file)
     tool.load([bytes.fromhex(token) for token in vocabulary["tokens"]], vocabulary["merges"])
 
 
-def timed(call):
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of a call."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
-def digest(result):
-    """Of ids and where each text begins, the same for lists and for flat arrays."""
+def digest(result: Any) -> str:
+    """Hash of the ids and of where each text begins: the same for lists and for flat arrays."""
     if isinstance(result, tuple):
         tokens, offsets = array("I", result[0].astype("uint32").tobytes()), array("q", result[1].tobytes())
     else:

@@ -197,7 +197,8 @@ def test_a_sampled_chatcore_does_not_replace_the_greedy_one(own_base_dir, model,
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
-    [([], "-i is missing"), (["-i", "best"], "-i best"), (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
+    [([], "-i is missing"), (["-i", "best"], "--source=best: must be base, mid, sft or rl"),
+     (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
      (["-i", "sft", "-a", "SmolTalk"], "only for training"), (["-i", "sft", "-a", "Sums"], "no sft checkpoint")],
 )  # fmt: skip
 def test_what_the_script_cannot_do_is_one_line(flags, complaint):

@@ -1,4 +1,4 @@
-"""Benchmarks: what they measure and write, with real second processes, and every mistake in one line."""
+"""Benchmarks: what they measure and write, with real child processes, and every mistake in one line."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def run(*arguments):
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """A "Python" that has a tiktoken of its own: it answers jobs as told, and fails at single texts."""
+    """make(answers) -> the path of a stand-in for a peer's Python, which handles a `job` as the code `answers` says."""
 
     def make(answers: str) -> str:
         path = tmp_path / "python"
@@ -61,7 +61,7 @@ else:
 
 
 def test_the_whole_benchmark_against_a_real_second_process(corpus, tmp_path):
-    """tiktoken, in the environment of this Python."""
+    """The peer is tiktoken, in the environment of this Python."""
     flags = [f"--corpus={corpus}", "--vocab_size=600", "--rounds=1", f"--json={tmp_path / 'out.jsonl'}"]
     done = run("tokenizer", *flags, f"--peer-python={sys.executable}")
     assert done.returncode == 0, done.stderr
@@ -91,12 +91,12 @@ def test_the_whole_benchmark_against_a_real_second_process(corpus, tmp_path):
 def test_a_peer_that_differs_and_fails_in_part(corpus, fake_python, tmp_path, capsys):
     settings = bench.Settings(str(corpus), fake_python(FAKE), 600, 2, str(tmp_path / "out.jsonl"))
     bench.main(settings)
-    said = capsys.readouterr()
-    assert "tiktoken, single: left out, it failed (thread '<unnamed>' panicked)" in said.err
-    assert said.err.count("left out") == 1  # not tried in the second round
-    line = json.loads(said.out.splitlines()[-1])
+    printed = capsys.readouterr()
+    assert "tiktoken, single: left out, it failed (thread '<unnamed>' panicked)" in printed.err
+    assert printed.err.count("left out") == 1  # not tried in the second round
+    line = json.loads(printed.out.splitlines()[-1])
     rows = {(row["what"], row["tool"]): row for row in line["results"]}
-    warm = rows["encode into lists, warmed on other text", "tiktoken"]
+    warm = rows["encode into lists, after warm-up", "tiktoken"]
     assert (warm["seconds"], warm["peak_mb"], warm["same"]) == ([2.0, 2.0], 5.0, "NO")
     assert warm["mb_per_s"] == pytest.approx(line["unseen_bytes"] / 2e6, rel=1e-3)
     assert ("encode single texts of 1 KB", "ours") in rows and ("encode single texts of 1 KB", "tiktoken") not in rows
@@ -108,9 +108,9 @@ def test_a_peer_that_differs_and_fails_in_part(corpus, fake_python, tmp_path, ca
 def test_ours_alone(corpus, fake_python, capsys):
     nothing = fake_python('print(json.dumps({"python": "3.0", "tools": {"ours": "0.2.0"}}))')
     bench.main(bench.Settings(str(corpus), nothing, 300, 1))
-    said = capsys.readouterr()
-    assert said.err.count("skipped, not in") == 3
-    assert {row["tool"] for row in json.loads(said.out.splitlines()[-1])["results"]} == {"ours"}
+    printed = capsys.readouterr()
+    assert printed.err.count("skipped, not in") == 3
+    assert {row["tool"] for row in json.loads(printed.out.splitlines()[-1])["results"]} == {"ours"}
 
 
 def test_every_fourth_document_is_unseen(corpus):
@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(corpus, tmp_path):
     complains("--corpus is missing: a file or folder of text", corpus="")
     complains("--corpus=.*gone: no such file or folder", corpus=str(tmp_path / "gone"))
     complains("--corpus=.*empty: no files ending in .parquet", corpus=str(tmp_path / "empty"))
-    complains("few.txt: 13 characters of text are too few, give about 1,200,000", corpus=str(tmp_path / "few.txt"))
+    complains("few.txt: 13 characters of text are too few, use about 1,200,000", corpus=str(tmp_path / "few.txt"))
     complains("blank.txt: 0 characters", corpus=str(tmp_path / "blank.txt"))
     complains(r"bad.jsonl, line 1: expected", corpus=str(tmp_path / "bad.jsonl"))
     complains("--vocab_size=256: must be at least 257", vocab_size=256)
@@ -163,8 +163,8 @@ def test_mistakes_are_one_line(corpus, tmp_path):
     complains(r"--vocab_size=200000: the corpus runs out of pairs at [\d,]+ tokens", vocab_size=200_000)
     complains("--peer_python=/gone/python: not a Python that runs .*No such file", peer_python="/gone/python")
     complains("--peer_python=.*: not a Python that runs .*ermission", peer_python=str(tmp_path))
-    for does, said in (("exit 3", "exit code 3, no output"), ("echo sorry >&2; exit 1", "sorry"), ("echo hello", "")):
-        complains(f"not a Python that runs .{said}", peer_python=_python_that(tmp_path, does))
+    for does, reason in (("exit 3", "exit code 3, no output"), ("echo sorry >&2; exit 1", "sorry"), ("echo hello", "")):
+        complains(f"not a Python that runs .{reason}", peer_python=_python_that(tmp_path, does))
 
 
 # -----------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_the_loader_is_measured_from_text_and_from_tokens(world, tmp_path, monke
     done = run("data", *flags, "--steps=8", "--rounds=2")
     assert done.returncode == 0, done.stderr
     assert "round 2 of 2: from tokens, 8,192 tokens in " in done.stderr
-    assert sorted(world.rglob("*")) == before, "its tokens are gone again: training would read them"
+    assert sorted(world.rglob("*")) == before, "its token cache is deleted again: training would read it"
     *shown, last = done.stdout.splitlines()
     line = json.loads(last)
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == last + "\n"
@@ -200,17 +200,17 @@ def test_the_loader_is_measured_from_text_and_from_tokens(world, tmp_path, monke
         assert one == pytest.approx(row["tokens_per_s"] / 520_000, abs=1e-3)
         assert eight == pytest.approx(one / 8, abs=1e-3)
         assert any(f"{row['tokens_per_s']:,}" in text and f"{one:.2f}x" in text for text in shown)
-        name = {"text": "from text", "tokens": "from tokens made before"}[row["from"]]
-        assert f"{name}: {row['too_short']}: no figure to rely on" in shown and "is too short" in row["too_short"]
+        name = {"text": "from text", "tokens": "from the token cache"}[row["from"]]
+        assert f"{name}: {row['too_short']}: the figure is unreliable" in shown and "is too short" in row["too_short"]
 
     done = run("data", *flags, "--steps=1000", "--rounds=1", "--packing=stream")
     assert done.returncode == 0, done.stderr
     whole, kept = (json.loads(done.stdout.splitlines()[-1])["results"][0][k] for k in ("batches", "tokens"))
-    assert 8 < whole < 100 and (whole - 1) * 1024 < kept <= whole * 1024, "no row without text counts"
+    assert 8 < whole < 100 and (whole - 1) * 1024 < kept <= whole * 1024, "rows without text are not counted"
 
 
 def test_what_is_counted_is_made_while_the_clock_runs(world, monkeypatch):
-    """What the loader had read ahead when a clock was started later made short passes up to four times too fast."""
+    """When the clock started later, batches prefetched before made short passes up to four times too fast."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
     real, reads = dataloader.Documents.read, []
 
@@ -226,18 +226,18 @@ def test_what_is_counted_is_made_while_the_clock_runs(world, monkeypatch):
         done = data._measure(settings, source, None)
         assert done["ended"] == ended and done["seconds"] >= 0.1 * (len(reads) if ended else 1)
     tokenizer = Tokenizer.load(world / "tokenizer")
-    there = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("train"))
-    assert done["tokens"] == there - 1 and len(reads) > 3, "all of the text, its first token alone has none before it"
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("train"))
+    assert done["tokens"] == tokens - 1 and len(reads) > 3, "all of the text; only its first token is not predicted"
 
 
 @pytest.mark.parametrize(
     ("seconds", "batches", "ended", "words"),
     [(0.4, 100, False, "a pass of 0.40 s is too short"), (0.4, 100, True, "a pass of 0.40 s is too short"),
-     (2, 39, False, "39 batches are too few where 4 are made ahead"), (2, 40, False, ""), (2, 3, True, "")],
+     (2, 39, False, "39 batches are too few where 4 are prefetched"), (2, 40, False, ""), (2, 3, True, "")],
 )  # fmt: skip
 def test_a_pass_too_short_to_tell_is_named(seconds, batches, ended, words):
-    said = data._too_short({"seconds": seconds, "batches": batches, "ended": ended})
-    assert words in said and bool(words) == bool(said)
+    reason = data._too_short({"seconds": seconds, "batches": batches, "ended": ended})
+    assert words in reason and bool(words) == bool(reason)
 
 
 def test_mistakes_about_data_are_one_line(world, own_base_dir, monkeypatch):
@@ -251,7 +251,7 @@ def test_mistakes_about_data_are_one_line(world, own_base_dir, monkeypatch):
     for name in ("total_batch_size", "max_seq_len", "steps", "rounds"):
         complains(f"--{name}=0: must be at least 1", **{name: 0})
     complains("--total_batch_size=1000: must be a multiple of --max_seq_len=64", total_batch_size=1000)
-    complains("--packing=best: expected split, crop or stream", packing="best")
+    complains("--packing=best: must be split, crop or stream", packing="best")
     complains("--data=wikipedia: unknown source", data="wikipedia")
     complains("--data_dir=/gone: no such folder", data_dir="/gone")
     complains("--json=.*: its folder does not exist", json="/gone/out.json")
@@ -300,9 +300,9 @@ TINY = {"device_type": "cpu", "depth": 1, "vocab_size": 320, "prompt": 8, "new":
 def test_decode_beside_a_peer_that_fails_in_part(fake_python, tmp_path, capsys):
     more = {"dtypes": "float32,bfloat16", "rounds": 1, "peer": "hf", "peer_python": fake_python(FAKE_HF)}
     decode.main(decode.Settings(**TINY, **more, json=str(tmp_path / "out.jsonl")))
-    said = capsys.readouterr()
-    assert "hf, batch 2, bfloat16: left out, it failed (torch.OutOfMemoryError: CUDA out of memory)" in said.err
-    line = json.loads(said.out.splitlines()[-1])
+    printed = capsys.readouterr()
+    assert "hf, batch 2, bfloat16: left out, it failed (torch.OutOfMemoryError: CUDA out of memory)" in printed.err
+    line = json.loads(printed.out.splitlines()[-1])
     assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8")) == line
     assert line["bench"] == "decode" and line["versions"]["hf"] == "transformers 9.9, torch 9.9"
     rows = {(row["tool"], row["dtype"]): row for row in line["results"]}
@@ -319,7 +319,7 @@ def test_decode_beside_a_peer_that_fails_in_part(fake_python, tmp_path, capsys):
         needed = (12 * 128**2 + 320 * 128) * size + 2 * 128 * 2 * 11 * 4
         assert row["gb_per_s"] == pytest.approx(needed / row["token_s"] / 1e9, abs=2e-3)
         assert row["bandwidth"] is None  # that of a CPU is unknown
-    assert "| n/a |" in " ".join(said.out.split())
+    assert "| n/a |" in " ".join(printed.out.split())
 
 
 def test_the_share_of_the_bandwidth_and_the_best_dtype():

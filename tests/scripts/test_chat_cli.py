@@ -133,8 +133,8 @@ def test_commands(chat, monkeypatch, capsys, tmp_path):
         f"saved in {tmp_path}/chat.jsonl",
         "error: /save /nowhere/x: No such file or directory",
         "error: /topk x: expected a number, like /topk 7",
-        "error: --top_k=-1: must be 0 (off) or positive",
-        "error: --temperature=nan: must be 0 (greedy) or a positive number",
+        "error: --top_k=-1: must be at least 0",
+        "error: --temperature=nan: must be at least 0 and finite",
     ]
     assert (chat.cfg.temperature, chat.cfg.top_k) == (0, 7) and "/save FILE" in printed.out
     # In a file of questions, lines that only look like commands are questions.

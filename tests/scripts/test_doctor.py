@@ -1,4 +1,4 @@
-"""What the doctor says of a machine and a preset."""
+"""What the doctor prints about a machine and a preset."""
 
 import http.server
 import re
@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from nanochat_jax.config import REPOSITORY
 from scripts import doctor as script
 
-# With a last line about the most memory it had, in MiB. (That of getrusage includes what its parent had at the fork.)
+# Also prints its peak memory in MiB. (The figure of getrusage includes the memory of the parent at the fork.)
 DOCTOR = """
 import re, runpy
 runpy.run_module("scripts.doctor", run_name="__main__")
@@ -31,17 +31,17 @@ def doctor(base, devices, *flags):
 def test_a_preset_on_eight_devices(own_base_dir):
     done = doctor(own_base_dir, 8, "--config=d20", "--shard=full")
     assert done.returncode == 0, done.stderr
-    told = dict(re.findall(r"^([A-Z][^:\n]*): +(.*)$", done.stdout, re.MULTILINE))
-    assert "560,988,160 parameters" in told["Model"] and told["Mesh"] == "node=1, data=8, model=1, --shard=full"
-    assert told["Batch"].startswith("524,288 tokens = ") and "x 8 replicas x 2048" in told["Batch"]
-    assert told["On one device"].startswith("0.26 GiB of weights"), "an eighth of 561M parameters in 4 bytes"
-    assert "21,400 steps, 11,219,763,200 tokens" in told["Pretraining"]
-    assert told["Devices"].startswith("8 x cpu") or told["Devices"].startswith("1 x cpu"), told["Devices"]
-    assert re.search(r"Python 3\.\d+.*jax .*flax .*optax ", told["Versions"]) and "GiB" in told["Memory"]
-    assert {"Platform", "CPU", "Device memory", "Free disk", "Rust tokenizer"} <= told.keys()
-    assert "HF_HUB_OFFLINE" in told["Hub"]
+    printed = dict(re.findall(r"^([A-Z][^:\n]*): +(.*)$", done.stdout, re.MULTILINE))
+    assert "560,988,160 parameters" in printed["Model"] and printed["Mesh"] == "node=1, data=8, model=1, --shard=full"
+    assert printed["Batch"].startswith("524,288 tokens = ") and "x 8 replicas x 2048" in printed["Batch"]
+    assert printed["On one device"].startswith("0.26 GiB of weights"), "an eighth of 561M parameters in 4 bytes"
+    assert "21,400 steps, 11,219,763,200 tokens" in printed["Pretraining"]
+    assert printed["Devices"].startswith("8 x cpu") or printed["Devices"].startswith("1 x cpu"), printed["Devices"]
+    assert re.search(r"Python 3\.\d+.*jax .*flax .*optax ", printed["Versions"]) and "GiB" in printed["Memory"]
+    assert {"Platform", "CPU", "Device memory", "Free disk", "Rust tokenizer"} <= printed.keys()
+    assert "HF_HUB_OFFLINE" in printed["Hub"]
     assert re.search(r"matmuls in \w+ \(.*\), attention by xla \(no NVIDIA GPU\)", done.stdout)
-    assert int(told["Peak"]) < 1500, "MiB, where weights and optimizer state would be 6,000"
+    assert int(printed["Peak"]) < 1500, "MiB, where weights and optimizer state would be 6,000"
 
 
 def test_two_processes_are_told_as_one_machine(own_base_dir):
@@ -55,10 +55,10 @@ def test_two_processes_are_told_as_one_machine(own_base_dir):
         )
         for i in range(2)
     ]  # fmt: skip
-    (told, problems), (_, more_problems) = [p.communicate(timeout=120) for p in started]
-    assert [p.returncode for p in started] == [0, 0], problems + more_problems
-    assert "8 x cpu (cpu) in 2 processes" in told and "node=1, data=8, model=1" in told
-    assert "32,768 tokens = 2 gradient accumulation steps x 1 rows x 8 replicas x 2048" in told
+    (printed, errors), (_, more_errors) = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [0, 0], errors + more_errors
+    assert "8 x cpu (cpu) in 2 processes" in printed and "node=1, data=8, model=1" in printed
+    assert "32,768 tokens = 2 gradient accumulation steps x 1 rows x 8 replicas x 2048" in printed
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -81,7 +81,7 @@ def test_whether_the_hub_answers_is_told(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", broken)
         assert script.hub() == f"{broken} answers with an error (503 Service Unavailable)"
         server.shutdown()
-    with socket.socket() as taken:  # nobody listens there
+    with socket.socket() as taken:  # no server listens on it
         taken.bind(("127.0.0.1", 0))
         for wrong in (f"http://127.0.0.1:{taken.getsockname()[1]}", "no-address"):
             monkeypatch.setattr(constants, "ENDPOINT", wrong)

@@ -15,7 +15,7 @@ from scripts import tok_eval, tok_train
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for name in ("a.jsonl", "b.jsonl"):  # the last one is for validation
+    for name in ("a.jsonl", "b.jsonl"):  # the second is for validation
         lines = [json.dumps({"text": f"Text {i} of {name}: the quick brown fox, {i * i} times."}) for i in range(200)]
         (folder / name).write_text("\n".join(lines), encoding="utf-8")
     return str(folder)
@@ -30,13 +30,17 @@ def test_train_once_then_again(corpus, own_base_dir, capsys):
     record = json.loads((folder / "source.json").read_text(encoding="utf-8"))
     assert (record["max_chars"], record["doc_cap"], record["hash"]) == (1000, 20, first.hash)
     (log,) = run_log.read(folder)
-    assert log["documents"] == 51  # the one that passes 1000 characters is the last, each cut to 20
+    assert log["documents"] == 51  # the first that exceeds 1000 characters is the last; each is truncated to 20
     assert log["chars"] == 51 * 20
     assert log["peak_memory_bytes"] > 10e6 and log["seconds"] > 0
-    said = capsys.readouterr().out
-    assert "51 documents, 1,020 characters in " in said and "M/s), peak memory " in said and "300 tokens in " in said
+    printed = capsys.readouterr().out
+    assert (
+        "51 documents, 1,020 characters in " in printed
+        and "M/s), peak memory " in printed
+        and "300 tokens in " in printed
+    )
 
-    # The same settings, and then the same without a source: the recorded one is meant.
+    # The same settings, then the same without a source, which means the recorded one.
     for again in (cfg, config.TokTrain(vocab_size=300, max_chars=1000, doc_cap=20)):
         capsys.readouterr()
         tok_train.main(again)
@@ -45,7 +49,7 @@ def test_train_once_then_again(corpus, own_base_dir, capsys):
     assert Tokenizer.load(folder).hash == first.hash
     assert not list(own_base_dir.glob("tokenizer-*"))
 
-    # Other settings: the old tokenizer is kept beside the new one.
+    # With other settings, the old tokenizer is kept beside the new one.
     tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=310))
     assert Tokenizer.load(folder).vocab_size == 310
     assert Tokenizer.load(own_base_dir / f"tokenizer-{first.hash[:8]}").hash == first.hash
@@ -100,18 +104,18 @@ def test_eval_against_peers_that_are_there(corpus, own_base_dir, capsys, monkeyp
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: peer)
     tok_train.main(config.TokTrain(data_dir=corpus, vocab_size=300))
     tok_eval.main(config.TokEval())
-    said = capsys.readouterr().out
-    assert "skipped" not in said and "vocabulary: ours 300, GPT-2 256, GPT-4 256" in said
+    printed = capsys.readouterr().out
+    assert "skipped" not in printed and "vocabulary: ours 300, GPT-2 256, GPT-4 256" in printed
     records = [r for r in run_log.read(own_base_dir / "tokenizer") if r["kind"] == "tok_eval"]
     for record in records:
         assert record["gpt2_tokens"] == record["gpt4_tokens"] == record["bytes"]
-        [line] = [line for line in said.splitlines() if line.startswith(record["task"] + " ")]
+        [line] = [line for line in printed.splitlines() if line.startswith(record["task"] + " ")]
         percent = 100 * (record["bytes"] - record["tokens"]) / record["bytes"]
         assert f"{percent:+.1f}%" in line and f"{record['bytes'] / record['tokens']:.2f}" in line
 
 
 def test_eval_does_not_wait_long_for_peers(corpus, own_base_dir, capsys, monkeypatch):
-    """A network that never answers, and one that is not there."""
+    """Neither for a network that does not answer, nor for a missing one."""
     monkeypatch.setattr(tok_eval, "PEER_SECONDS", 0.2)
     answers = {"gpt2": lambda: time.sleep(5), "cl100k_base": lambda: 1 / 0}
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: answers[name]())
@@ -119,10 +123,10 @@ def test_eval_does_not_wait_long_for_peers(corpus, own_base_dir, capsys, monkeyp
     start = time.monotonic()
     tok_eval.main(config.TokEval())
     assert time.monotonic() - start < 4
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for label, name in tok_eval.PEERS.items():
-        assert f"{label}: skipped, tiktoken's {name} is neither in its cache nor to be had from the network\n" in said
-    assert "news " in said
+        assert f"{label}: skipped, tiktoken has {name} neither in its cache nor from the network\n" in printed
+    assert "news " in printed
 
 
 def test_eval_without_a_tokenizer():

@@ -100,7 +100,7 @@ def test_settings_of_the_request_and_the_defaults(tokenizer, client):
 def test_what_the_engine_cannot_do_ends_nobody_elses_answers(tokenizer, client):
     class Strict(ScriptedEngine):
         def check(self, request):
-            if request.temperature < 0:
+            if request.temperature > 1:
                 raise UserError(f"temperature is {request.temperature}")
 
         def add(self, request):
@@ -108,9 +108,9 @@ def test_what_the_engine_cannot_do_ends_nobody_elses_answers(tokenizer, client):
             return super().add(request)
 
     engine = Strict(tokenizer, lambda _: answer_ids(tokenizer, "ok"))
-    with serving(engine, ChatWeb(temperature=-1.0)) as server:
+    with serving(engine, ChatWeb(temperature=1.5)) as server:
         refused = client.post(f"{server.url}/chat/completions", json={"messages": [user("hi")]})
-        assert (refused.status_code, refused.json()) == (400, {"detail": "temperature is -1.0"})
+        assert (refused.status_code, refused.json()) == (400, {"detail": "temperature is 1.5"})
         assert text_of(chat(client, server, [user("hi")], temperature=1)) == "ok"
 
 

@@ -335,7 +335,7 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
      ({"seed": 2**40}, "--seed=1099511627776: must be from 0 to 2147483647"),
      ({"warmup_ratio": 2.0}, "--warmup_ratio=2.0: must be from 0 to 1"), ({"keep_last": 0}, "--keep_last=0: must be"),
      ({"max_seq_len": 1}, "--max_seq_len=1: must be at least 2"),
-     ({"device_type": "abacus"}, "--device_type=abacus: must be cpu, gpu or tpu"),
+     ({"device_type": "abacus"}, "--device_type=abacus: must be cpu, gpu, cuda or tpu"),
      ({"compute_dtype": "float8"}, "--compute_dtype=float8")],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(world, changes, words):
@@ -413,7 +413,7 @@ def test_rows_of_conversations_are_no_more_than_asked():
         assert rows_of_examples(examples, length, 64) == rows
     for examples in (0, -1):
         with pytest.raises(UserError, match=rf"^--target_examples_per_step={examples}: must be at least 1"):
-            rows_of_examples(examples, 50.0, 64)
+            config.Sft(target_examples_per_step=examples)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 17, 50])

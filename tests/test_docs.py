@@ -1,0 +1,61 @@
+"""The documentation names files, functions and commands that exist."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax.config import REPOSITORY
+
+HOW_IT_WORKS = REPOSITORY / "docs" / "how-it-works.md"
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def resolve(dotted: str) -> object:
+    """training.loop.train -> the function of that name in nanochat_jax/training/loop.py. Raises for what is not there."""
+    parts = dotted.split(".")
+    root = parts if parts[0] == "scripts" else ["nanochat_jax", *parts]
+    for end in range(len(root), 0, -1):
+        try:
+            found = importlib.import_module(".".join(root[:end]))
+        except ModuleNotFoundError:
+            continue
+        for name in root[end:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(dotted)
+
+
+def test_every_function_that_how_it_works_names_exists():
+    names = re.findall(r"`((?:\w+\.)+\w+)\(?\)?`", HOW_IT_WORKS.read_text(encoding="utf-8"))
+    names = [
+        n for n in names if not n.endswith((".md", ".toml", ".json", ".jsonl", ".py", ".js", ".sh", ".npy", ".parquet"))
+    ]
+    missing = []
+    for name in names:
+        try:
+            resolve(name)
+        except (ModuleNotFoundError, AttributeError):
+            missing.append(name)
+    assert not missing
+    rooms = {path.parent.name for path in (REPOSITORY / "nanochat_jax").glob("*/__init__.py")}
+    assert {name.split(".")[0] for name in names} >= rooms, "the two stories pass through every room"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_and_named_files_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    named = re.findall(r"\b((?:nanochat_jax|scripts|tests|configs|docs|rustbpe)/[\w./-]*\w)", text)
+    missing += [path for path in named if not (REPOSITORY / path).exists() and "NAME" not in path]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_commands_exist(page: Path):
+    modules = re.findall(r"python3? -m ((?:scripts|nanochat_jax)\.\w+)", page.read_text(encoding="utf-8"))
+    for module in {m for m in modules if m != "scripts.NAME"}:
+        path = REPOSITORY / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module

@@ -11,8 +11,8 @@ from pathlib import Path
 from nanochat_jax.config import UserError
 from nanochat_jax.tasks.arc import ARCChallenge, ARCEasy
 from nanochat_jax.tasks.arithmetic import Sums, TwoStep
-from nanochat_jax.tasks.choice import GeneratedMC
 from nanochat_jax.tasks.customjson import CustomJSON
+from nanochat_jax.tasks.generated_choice import GeneratedChoice
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.identity import Identity
@@ -27,7 +27,7 @@ TASKS: dict[str, type[Task]] = {
     cls.name.lower(): cls
     for cls in (
         MMLU, ARCEasy, ARCChallenge, GSM8K, HumanEval, SmolTalk, SpellingBee, SimpleSpelling, Identity, CustomJSON,
-        Sums, TwoStep, GeneratedMC,
+        Sums, TwoStep, GeneratedChoice,
     )
 }  # fmt: skip
 

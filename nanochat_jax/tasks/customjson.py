@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 from nanochat_jax.tasks.smoltalk import check_messages
 
 
-class CustomJSON(source.RowTask):
+class CustomJSON(task_data.RowTask):
     name = "CustomJSON"
 
     def __init__(self, path: str | Path):
@@ -20,7 +20,7 @@ class CustomJSON(source.RowTask):
         if not path.is_file():
             raise UserError(f"{path}: no such file; customjson:PATH wants JSON lines, each an array of messages")
         self.rows = []
-        for number, line in enumerate(source.read_text(path).split("\n"), start=1):
+        for number, line in enumerate(task_data.read_text(path).split("\n"), start=1):
             if not line.strip():
                 continue
             try:

@@ -7,7 +7,7 @@ An answer annotates each step as <<expression=result>>, which becomes a call of 
 import re
 from pathlib import Path
 
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 
 REPO = "openai/gsm8k"
 
@@ -29,13 +29,13 @@ def is_right(conversation: dict, completion: str) -> bool:
     return extract_answer(completion) == reference
 
 
-class GSM8K(source.RowTask):
+class GSM8K(task_data.RowTask):
     name = "GSM8K"
     eval_type = "generative"
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
-        local = data_dir and source.local(data_dir, f"gsm8k/{split}")
-        self.rows = local or source.hub(REPO, "main", split)
+        local = data_dir and task_data.local(data_dir, f"gsm8k/{split}")
+        self.rows = local or task_data.hub(REPO, "main", split)
 
     @staticmethod
     def conversation(row: dict) -> dict:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import sandbox, source
+from nanochat_jax.tasks import sandbox, task_data
 
 REPO = "openai/openai_humaneval"
 
@@ -36,15 +36,15 @@ def program(conversation: dict, completion: str) -> str:
     return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"
 
 
-class HumanEval(source.RowTask):
+class HumanEval(task_data.RowTask):
     name = "HumanEval"
     eval_type = "generative"
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if split != "test":
             raise UserError(f"humaneval has no {split} split: it is only for evaluation")
-        local = data_dir and source.local(data_dir, "humaneval/HumanEval")
-        self.rows = local or source.hub(REPO, "openai_humaneval", "test")
+        local = data_dir and task_data.local(data_dir, "humaneval/HumanEval")
+        self.rows = local or task_data.hub(REPO, "openai_humaneval", "test")
 
     @staticmethod
     def conversation(row: dict) -> dict:

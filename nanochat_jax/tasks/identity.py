@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.files import write_text
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 from nanochat_jax.tasks.customjson import CustomJSON
 from nanochat_jax.tasks.task import Task
 
@@ -162,7 +162,7 @@ class Identity(Task):
 
 def _trained_on(data_dir: str | Path | None) -> CustomJSON:
     path = base_dir() / FILE
-    if data_dir and (given := source.find(Path(data_dir) / FILE)):
+    if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
         path = given
     elif not path.is_file():
         write_text(path, "".join(json.dumps(generate(i)) + "\n" for i in range(CONVERSATIONS)))

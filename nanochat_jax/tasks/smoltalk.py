@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 
 REPO = "HuggingFaceTB/smol-smoltalk"
 HOLD_OUT = 20
@@ -31,14 +31,14 @@ def check_messages(messages: list, where: str) -> list:
     return messages
 
 
-class SmolTalk(source.RowTask):
+class SmolTalk(task_data.RowTask):
     name = "SmolTalk"
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if not data_dir:
-            self.rows = source.hub(REPO, "default", split)
-        elif source.find(Path(data_dir) / "smoltalk" / f"{split}.jsonl"):
-            self.rows = source.local(data_dir, f"smoltalk/{split}")
+            self.rows = task_data.hub(REPO, "default", split)
+        elif task_data.find(Path(data_dir) / "smoltalk" / f"{split}.jsonl"):
+            self.rows = task_data.local(data_dir, f"smoltalk/{split}")
         else:
             self.rows = _chat_folder(Path(data_dir), split)
 
@@ -51,7 +51,7 @@ class SmolTalk(source.RowTask):
 def _chat_folder(data_dir: Path, split: str) -> list:
     """Split by the opening message rather than by position, so that its copies never fall on both sides."""
     stems = sorted({f"chat/{path.name.split('.jsonl')[0]}" for path in (data_dir / "chat").glob("*.jsonl*")})
-    rows = source.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
+    rows = task_data.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
     rows = [row for row in rows if _held_out(row) == (split == "test")]
     if not rows:
         raise UserError(f"--task_data_dir={data_dir}: too few conversations in chat/ for a {split} split")

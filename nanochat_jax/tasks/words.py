@@ -15,7 +15,7 @@ from pathlib import Path
 from nanochat_jax.config import UserError, base_dir
 from nanochat_jax.data import parquet
 from nanochat_jax.files import write_text
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 
 HOLD_OUT = 10  # every tenth word, by its hash, is only for testing
 CORPUS_CHARS = 50_000_000  # enough text to meet every frequent word
@@ -44,11 +44,11 @@ def _all_words(data_dir: str, base: Path) -> list[str]:
     places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
     if data_dir:
         places.insert(0, Path(data_dir) / "words" / "words_alpha.txt")
-    path = next((found for place in places if (found := source.find(place))), None)
+    path = next((found for place in places if (found := task_data.find(place))), None)
     if path is None:
         path = places[-1]
         write_text(path, "\n".join(_corpus_words(base / "data")) + "\n")
-    words = [word for line in source.read_text(path).split("\n") if (word := line.strip())]
+    words = [word for line in task_data.read_text(path).split("\n") if (word := line.strip())]
     if not words:
         raise UserError(f"{path}: empty")
     return words

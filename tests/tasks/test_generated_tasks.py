@@ -15,7 +15,7 @@ import pytest
 from nanochat_jax import tasks
 from nanochat_jax.config import REPOSITORY
 from nanochat_jax.engine.calculator import use_calculator
-from nanochat_jax.tasks import arithmetic, choice, identity, stories
+from nanochat_jax.tasks import arithmetic, generated_choice, identity, stories
 from nanochat_jax.tasks.gsm8k import extract_answer
 from nanochat_jax.tasks.stories import TWO_STEP
 
@@ -214,13 +214,13 @@ def test_choices_are_right_and_comparisons_disjoint():
     assert not any(found[one] & found[other] for one, other in combinations(SPLITS, 2))
     for split in ("val", "test"):
         letters = Counter(c["messages"][1]["content"] for c in tasks.load("choice", split))
-        assert all(200 < letters[letter] < 300 for letter in choice.LETTERS)
+        assert all(200 < letters[letter] < 300 for letter in generated_choice.LETTERS)
 
 
 def test_kinds_and_opposites_have_one_right_answer():
-    members = [word for words_ in choice.KINDS.values() for word in words_]
+    members = [word for words_ in generated_choice.KINDS.values() for word in words_]
     assert len(members) == len(set(members))
-    both = [word for pair in choice.OPPOSITES for word in pair]
+    both = [word for pair in generated_choice.OPPOSITES for word in pair]
     assert len(both) == len(set(both))
 
 

@@ -19,7 +19,7 @@ import pytest
 from nanochat_jax import tasks
 from nanochat_jax.config import REPOSITORY, UserError
 from nanochat_jax.engine.calculator import use_calculator
-from nanochat_jax.tasks import source, spellingbee, words
+from nanochat_jax.tasks import spellingbee, task_data, words
 from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
 
 # -----------------------------------------------------------------------------
@@ -37,7 +37,7 @@ from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
     ],
 )  # fmt: skip
 def test_conversations_equal_the_recorded_ones(golden_dir, data_dir, key, name, file):
-    rows = source.JsonRows([source.find(data_dir / f"{file}.jsonl")])
+    rows = task_data.JsonRows([task_data.find(data_dir / f"{file}.jsonl")])
     for recorded in json.loads((golden_dir / "tasks.json").read_text(encoding="utf-8"))["tasks"][key]:
         conversation = tasks.TASKS[name].conversation(rows[recorded["row"]])
         assert conversation["messages"] == recorded["messages"]
@@ -63,7 +63,7 @@ def test_gsm8k_judges_by_the_text_after_the_mark():
 
 def test_rows_come_in_the_permutation_of_seed_42(data_dir):
     task = tasks.load("GSM8K", "test", data_dir=data_dir)
-    rows = source.JsonRows([data_dir / "gsm8k" / "test.jsonl.gz"])
+    rows = task_data.JsonRows([data_dir / "gsm8k" / "test.jsonl.gz"])
     order = np.random.default_rng(42).permutation(1319)
     assert [task[i] for i in range(20)] == [GSM8K.conversation(rows[int(order[i])]) for i in range(20)]
 

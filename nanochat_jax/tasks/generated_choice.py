@@ -51,7 +51,7 @@ _WORDS = """apple after about above bread black button blue class could color cl
 WORDS = _WORDS.split()
 
 
-class GeneratedMC(Task):
+class GeneratedChoice(Task):
     name = "Choice"
     eval_type = "categorical"
     baseline = 0.25

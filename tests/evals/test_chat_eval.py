@@ -174,8 +174,14 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
     words.parent.mkdir(parents=True)
     words.write_text("\n".join(f"word{i}" for i in range(200)))
     save_model(own_base_dir, model.params, model.model_cfg, tokenizer)
-    cfg = config.ChatEval(source="sft", task_name="Sums|SpellingBee", max_problems=3, max_new_tokens=2,
-                          task_data_dir=str(tmp_path / "data"), device_type="cpu")  # fmt: skip
+    cfg = config.ChatEval(
+        source="sft",
+        task_name="Sums|SpellingBee",
+        max_problems=3,
+        max_new_tokens=2,
+        task_data_dir=str(tmp_path / "data"),
+        device_type="cpu",
+    )
     chat_eval.main(cfg)
     tested = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
     chat_eval.main(dataclasses.replace(cfg, split="val"))
@@ -200,9 +206,14 @@ def test_a_sampled_chatcore_does_not_replace_the_greedy_one(own_base_dir, model,
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
-    [([], "-i is missing"), (["-i", "best"], "-i best"), (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
-     (["-i", "sft", "-a", "SmolTalk"], "for training only"), (["-i", "sft", "-a", "Sums"], "no sft checkpoint")],
-)  # fmt: skip
+    [
+        ([], "-i is missing"),
+        (["-i", "best"], "-i best"),
+        (["-i", "sft", "-a", "MMLU|poker"], "unknown task 'poker'"),
+        (["-i", "sft", "-a", "SmolTalk"], "for training only"),
+        (["-i", "sft", "-a", "Sums"], "no sft checkpoint"),
+    ],
+)
 def test_what_the_script_cannot_do_is_one_line(flags, complaint):
     command = [sys.executable, "-m", "scripts.chat_eval", *flags]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
@@ -290,12 +301,15 @@ def in_processes(base: Path, count: int, devices: int) -> list:
     where = tiny.free_address() if count > 1 else ""
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", IN_PROCESSES, where, str(count), str(i)], cwd=REPOSITORY, text=True,
+            [sys.executable, "-c", IN_PROCESSES, where, str(count), str(i)],
+            cwd=REPOSITORY,
+            text=True,
             env=tiny.environment(base, devices),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for i in range(count)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [process.communicate(timeout=300) for process in started]
     finally:

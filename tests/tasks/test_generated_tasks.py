@@ -89,9 +89,13 @@ def test_generated_tasks_are_the_same_everywhere():
         "for s in ('train', 'val', 'test') for i in (0, 7)]))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONHASHSEED": "123"}, cwd=REPOSITORY,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "123"},
+        cwd=REPOSITORY,
+    )
     here = [tasks.load(n, s)[i] for n in ("sums", "twostep", "choice", "identity") for s in SPLITS for i in (0, 7)]
     assert json.loads(run.stdout) == here
 
@@ -149,7 +153,7 @@ def test_every_telling_names_the_numbers_of_its_steps():
     for story in [*stories.PLAIN.values(), *ONE_STEP, *TWO_STEP]:
         numbers = len(set("".join(story.steps)) & set("xyz"))
         for split in SPLITS:
-            if not stories.tellable([story], split):
+            if not stories.stories_for(split, [story]):
                 continue
             for i in range(100):
                 text = stories.tell(story, split, random.Random(i))
@@ -173,15 +177,15 @@ def unknown_words(text: str, known: set[str]) -> list[str]:
     [("sums", [story for op, story in stories.PLAIN.items() if op != "/"] + ONE_STEP), ("twostep", TWO_STEP)],
 )
 def test_the_test_asks_in_words_that_training_uses(name, told):
-    ways = [way for choices in [*stories.GRAMMAR.values(), *(s.ways for s in told)] for way in choices.train]
-    ways = [re.sub(r"<\w+>|\{\w*\}", "1", way) for way in ways]
-    trained = " ".join([*ways, *arithmetic.SCENES, *arithmetic.OPENINGS, ""])
+    phrasings = [*stories.GRAMMAR.values(), *(story.phrasings for story in told)]
+    texts = [re.sub(r"<\w+>|\{\w*\}", "1", text) for group in phrasings for text in group.train]
+    trained = " ".join([*texts, *arithmetic.SCENES, *arithmetic.OPENINGS, ""])
     trained += " ".join(question_of(c) for c in tasks.load(name, "train", rows=2000))  # names of things
     people = arithmetic.WOMEN["test"] + arithmetic.MEN["test"]
     known = {"'s", *re.findall(r"[A-Za-z']+", trained), *people, *(f"{person}'s" for person in people)}
     for conversation in tasks.load(name, "test"):
         assert not unknown_words(question_of(conversation), known), question_of(conversation)
-    for story in stories.tellable(told, "test"):  # the rare ones too
+    for story in stories.stories_for("test", told):  # the rare ones too
         for i in range(200):
             text = re.sub(r"\{\w*\}", "1", stories.tell(story, "test", random.Random(i)))
             assert not unknown_words(text, known), text

@@ -30,12 +30,14 @@ from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
 @pytest.mark.parametrize(
     ("key", "name", "file"),
     [
-        ("gsm8k_train", "gsm8k", "gsm8k/train"), ("gsm8k_test", "gsm8k", "gsm8k/test"),
-        ("mmlu_test", "mmlu", "mmlu/test"), ("arc_easy_test", "arc-easy", "arc/ARC-Easy/test"),
+        ("gsm8k_train", "gsm8k", "gsm8k/train"),
+        ("gsm8k_test", "gsm8k", "gsm8k/test"),
+        ("mmlu_test", "mmlu", "mmlu/test"),
+        ("arc_easy_test", "arc-easy", "arc/ARC-Easy/test"),
         ("arc_challenge_train", "arc-challenge", "arc/ARC-Challenge/train"),
         ("humaneval_test", "humaneval", "humaneval/HumanEval"),
     ],
-)  # fmt: skip
+)
 def test_conversations_equal_the_recorded_ones(golden_dir, data_dir, key, name, file):
     rows = task_data.JsonRows([task_data.find(data_dir / f"{file}.jsonl")])
     for recorded in json.loads((golden_dir / "tasks.json").read_text(encoding="utf-8"))["tasks"][key]:
@@ -53,8 +55,14 @@ def test_extracted_answers_equal_the_recorded_ones(golden_dir):
 def test_gsm8k_judges_by_the_text_after_the_mark():
     conversation = GSM8K.conversation({"question": "?", "answer": "It is <<2*5=10>>10, or <<3*4==12>>\n#### 1,010"})
     assert [part["text"] for part in conversation["messages"][1]["content"]] == [
-        "It is ", "2*5", "10", "10, or ", "3*4=", "12", "\n#### 1,010",
-    ]  # fmt: skip
+        "It is ",
+        "2*5",
+        "10",
+        "10, or ",
+        "3*4=",
+        "12",
+        "\n#### 1,010",
+    ]
     task = GSM8K.__new__(GSM8K)
     assert task.evaluate(conversation, "so\n#### 1010") and task.reward(conversation, "#### 1,010") == 1.0
     for wrong in ("1010", "#### 1010.0", "#### 1011 #### 1010", "####1010", ""):
@@ -218,8 +226,8 @@ def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "no answer"}\n{"broken\n', encoding="utf-8")
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     for name, split, complaint in [
-        ("gsm9k", "test", "unknown task 'gsm9k'; there are MMLU, ARC-Easy"),
-        ("gsm8k", "dev", "expected train, val or test"),
+        ("gsm9k", "test", "unknown task 'gsm9k': must be one of MMLU, ARC-Easy"),
+        ("gsm8k", "dev", "must be train, val or test"),
         ("gsm8k", "train", "empty"),
         ("mmlu", "test", r"mmlu/test\.jsonl"),
         ("humaneval", "train", "no train split"),
@@ -237,7 +245,7 @@ def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
         tasks.mixture({}, "train")
     with pytest.raises(UserError, match="number of rows"):
         tasks.load("sums", "train", rows=-1)
-    with pytest.raises(NotImplementedError, match="only for training"):
+    with pytest.raises(NotImplementedError, match="for training only"):
         tasks.load("smoltalk", "train", data_dir=_chat(tmp_path)).evaluate({}, "")
 
 
@@ -274,8 +282,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, body: bytes, kind: str):
         self.send_response(200)
         for name, value in {
-            "Content-Type": kind, "Content-Length": str(len(body)), "ETag": '"abc"', "X-Repo-Commit": self.sha,
-        }.items():  # fmt: skip
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "ETag": '"abc"',
+            "X-Repo-Commit": self.sha,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -296,10 +307,14 @@ except ValueError as error:
     print("UserError:", error)
 """
     env = os.environ | {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(base / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90,
-                          cwd=REPOSITORY)  # fmt: skip
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(base / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90, cwd=REPOSITORY
+    )
 
 
 def test_the_hub_is_asked_once(own_base_dir, tmp_path):
@@ -319,7 +334,7 @@ def test_the_hub_is_asked_once(own_base_dir, tmp_path):
         other = ask_hub(endpoint, own_base_dir, split="train")
         assert "no main/train" in other.stdout and "--task_data_dir" in other.stdout
         unknown = ask_hub(endpoint, own_base_dir, name="mmlu")
-        assert "UserError: cais/mmlu" in unknown.stdout and "--task_data_dir" in unknown.stdout
+        assert "UserError: cannot download cais/mmlu" in unknown.stdout and "--task_data_dir" in unknown.stdout
     finally:
         server.shutdown()
         server.server_close()
@@ -327,5 +342,5 @@ def test_the_hub_is_asked_once(own_base_dir, tmp_path):
 
 def test_an_unreachable_hub_is_one_line_naming_the_way_out(own_base_dir):
     run = ask_hub("http://127.0.0.1:9", own_base_dir)
-    assert run.stdout.startswith("UserError: openai/gsm8k cannot be had") and run.stdout.count("\n") == 1
+    assert run.stdout.startswith("UserError: cannot download openai/gsm8k") and run.stdout.count("\n") == 1
     assert "--task_data_dir" in run.stdout and run.returncode == 0

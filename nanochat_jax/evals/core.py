@@ -65,6 +65,7 @@ class CoreResult:
 
     @property
     def n(self) -> int:
+        """Items of all tasks."""
         return sum(task.n for task in self.tasks)
 
 
@@ -130,7 +131,7 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
         return [f"{examples}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
         return [f"{examples}{context}{task.delimiter}{item['continuation']}" for context in item["context_options"]]
-    # The prompt must not end in a space, which would be a token of its own: the continuation's first token has one.
+    # The prompt must not end in a space, which would be a token of its own: the continuation's first token includes it.
     question = f"{examples}{item['context'].strip()}{task.delimiter}"
     return [question.strip(), question + item["continuation"]]
 

@@ -186,8 +186,8 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
     tested = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
     chat_eval.main(dataclasses.replace(cfg, split="val"))
     records = [r for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
-    found = sorted((r["task"], r["split"]) for r in records)
-    assert found == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
+    evaluated = sorted((r["task"], r["split"]) for r in records)
+    assert evaluated == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
     assert {r["suite"] for r in records} == {"chat"}
     answers = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
     assert answers.keys() - tested.keys() == {"Sums-val.jsonl"} and answers.items() > tested.items()

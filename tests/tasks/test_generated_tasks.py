@@ -48,7 +48,7 @@ def test_generated_answers_are_right(name, split):
         assert [use_calculator(call) for call in calls] == outputs
         assert extract_answer(parts[-1]["text"]) == outputs[-1]
         assert task.evaluate(conversation, text_of(conversation)) and not task.evaluate(conversation, "#### 1.5")
-        # Every number of an expression stands in the question, or is the result of the step before.
+        # Every number of an expression is in the question, or is the result of the step before.
         known = re.findall(r"\d+", question) + outputs
         assert all(number in known for call in calls for number in re.findall(r"\d+", call))
         assert " " not in "".join(calls)
@@ -101,7 +101,7 @@ def test_generated_tasks_are_the_same_everywhere():
 
 
 # -----------------------------------------------------------------------------
-# Arithmetic: what each split keeps to itself
+# Arithmetic: what the splits do not share
 
 
 def test_no_two_splits_share_numbers():
@@ -136,17 +136,17 @@ SAME |= dict.fromkeys("boys girls men women cows goats sheep".split(), "beings")
 
 
 def phrasing(text: str) -> str:
-    """What remains of a question when numbers, case, marks, and the names of people, things, places and days are made
-    equal, and what has nothing to do with it is taken off."""
+    """A question without an unrelated beginning, with numbers, case, punctuation and the names of people, things,
+    places and days made equal."""
     words = re.findall(r"\{\}|[a-z']+|[-+*/=]", re.sub(r"\d+", " {} ", BEGINNING.sub("", text)).lower())
     return " ".join(SAME.get(word, word) for word in words)
 
 
 @pytest.mark.parametrize("name", ["sums", "twostep"])
 def test_no_two_splits_share_phrasings(name):
-    told = {split: {phrasing(question_of(c)) for c in tasks.load(name, split)} for split in SPLITS}
-    assert len(told["train"]) > 5000 and len(told["val"]) > 200 and len(told["test"]) > 300
-    assert not any(told[one] & told[other] for one, other in combinations(SPLITS, 2))
+    phrasings = {split: {phrasing(question_of(c)) for c in tasks.load(name, split)} for split in SPLITS}
+    assert len(phrasings["train"]) > 5000 and len(phrasings["val"]) > 200 and len(phrasings["test"]) > 300
+    assert not any(phrasings[one] & phrasings[other] for one, other in combinations(SPLITS, 2))
 
 
 def test_every_telling_names_the_numbers_of_its_steps():
@@ -162,7 +162,7 @@ def test_every_telling_names_the_numbers_of_its_steps():
 
 
 def unknown_words(text: str, known: set[str]) -> list[str]:
-    """The words of `text` that are not `known`; where a sentence starts, the other case will do."""
+    """The words of `text` that are not in `known`; at the start of a sentence, either case will do."""
     unknown = []
     for match in re.finditer(r"(?P<start>^|[.?!:] |Hello, )?\b(?P<word>[A-Za-z']+)\b", text):
         word = match["word"]
@@ -173,11 +173,11 @@ def unknown_words(text: str, known: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "own_stories"),
     [("sums", [story for op, story in stories.PLAIN.items() if op != "/"] + ONE_STEP), ("twostep", TWO_STEP)],
 )
-def test_the_test_asks_in_words_that_training_uses(name, told):
-    phrasings = [*stories.GRAMMAR.values(), *(story.phrasings for story in told)]
+def test_the_test_asks_in_words_that_training_uses(name, own_stories):
+    phrasings = [*stories.GRAMMAR.values(), *(story.phrasings for story in own_stories)]
     texts = [re.sub(r"<\w+>|\{\w*\}", "1", text) for group in phrasings for text in group.train]
     trained = " ".join([*texts, *arithmetic.SCENES, *arithmetic.OPENINGS, ""])
     trained += " ".join(question_of(c) for c in tasks.load(name, "train", rows=2000))  # names of things
@@ -185,7 +185,7 @@ def test_the_test_asks_in_words_that_training_uses(name, told):
     known = {"'s", *re.findall(r"[A-Za-z']+", trained), *people, *(f"{person}'s" for person in people)}
     for conversation in tasks.load(name, "test"):
         assert not unknown_words(question_of(conversation), known), question_of(conversation)
-    for story in stories.stories_for("test", told):  # the rare ones too
+    for story in stories.stories_for("test", own_stories):  # the rare ones too
         for i in range(200):
             text = re.sub(r"\{\w*\}", "1", stories.tell(story, "test", random.Random(i)))
             assert not unknown_words(text, known), text

@@ -74,7 +74,7 @@ import os, time
 try:
     child = os.fork()
 except OSError:
-    raise SystemExit  # not allowed here, which is as good
+    raise SystemExit  # not allowed here, which is just as good
 if child == 0:
     time.sleep(1.5)
     open({str(mark)!r}, "w").close()
@@ -103,8 +103,8 @@ try:
 except EOFError:
     print("no input")
 """)
-    folder, said = result.stdout.splitlines()
-    assert result.success and said == "no input"
+    folder, line = result.stdout.splitlines()
+    assert result.success and line == "no input"
     assert not os.path.exists(folder) and not list(tmp_path.iterdir())
 
 

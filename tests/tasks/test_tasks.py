@@ -1,4 +1,4 @@
-"""Tasks: the specification's formats, honest splits, right answers, and clear words where data are missing."""
+"""Tasks: the specification's formats, disjoint splits, right answers, and clear errors if data are missing."""
 
 import http.server
 import json
@@ -52,7 +52,7 @@ def test_extracted_answers_equal_the_recorded_ones(golden_dir):
         assert extract_answer(case["text"]) == case["answer"]
 
 
-def test_gsm8k_judges_by_the_text_after_the_mark():
+def test_gsm8k_compares_the_text_after_the_mark():
     conversation = GSM8K.conversation({"question": "?", "answer": "It is <<2*5=10>>10, or <<3*4==12>>\n#### 1,010"})
     assert [part["text"] for part in conversation["messages"][1]["content"]] == [
         "It is ",
@@ -79,7 +79,7 @@ def test_rows_come_in_the_permutation_of_seed_42(data_dir):
 def test_sizes_of_the_real_data(data_dir):
     sizes = {"gsm8k": 1319, "mmlu": 14042, "arc-easy": 2376, "arc-challenge": 1172, "humaneval": 164}
     assert {name: len(tasks.load(name, "test", data_dir=data_dir)) for name in sizes} == sizes
-    assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train stands in
+    assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train is used instead
 
 
 def test_val_is_the_test_split_where_there_is_no_other(data_dir):
@@ -118,7 +118,7 @@ def test_slices_end_where_the_task_ends():
     assert task[:3].eval_type == "generative" and task[:3].evaluate(task[0], "#### x") is False
 
 
-def test_rows_cuts_and_repeats():
+def test_rows_truncates_and_repeats():
     task = tasks.load("identity", "test")
     assert len(tasks.load("identity", "test", rows=7)) == 7
     twice = tasks.load("identity", "test", rows=2 * len(task) + 1)
@@ -191,7 +191,7 @@ def test_smoltalk_from_a_folder_of_conversations(data_dir):
     assert not openings[0] & openings[1]
 
 
-def test_unicode_line_separators_do_not_cut_a_row(tmp_path):
+def test_unicode_line_separators_do_not_split_a_row(tmp_path):
     messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "ü\x0b"}]
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(messages, ensure_ascii=False) + "\n\n", encoding="utf-8")
@@ -256,18 +256,18 @@ def _chat(folder: Path) -> Path:
 
 
 # -----------------------------------------------------------------------------
-# The hub, played by a server of our own
+# The hub, simulated by a local server
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as downloading one parquet file takes."""
+    """As much of the Hugging Face hub as downloading one parquet file needs."""
 
     file = b""
-    asked: list[str] = []  # noqa: RUF012
+    requested: list[str] = []  # noqa: RUF012
     sha = "0123456789abcdef0123456789abcdef01234567"
 
     def do_GET(self):
-        Hub.asked.append(self.path)
+        Hub.requested.append(self.path)
         if self.path.startswith("/api/datasets/openai/gsm8k"):
             names = ["README.md", "main/test/0000.parquet", "socratic/test/0000.parquet"]
             body = {"id": "openai/gsm8k", "sha": self.sha, "siblings": [{"rfilename": name} for name in names]}
@@ -297,7 +297,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def ask_hub(endpoint: str, base: Path, name: str = "gsm8k", split: str = "test") -> subprocess.CompletedProcess:
-    """Loads a task in a process of its own, because huggingface_hub reads its endpoint at import."""
+    """Loads a task in a separate process, because huggingface_hub reads its endpoint at import."""
     code = f"""
 from nanochat_jax import tasks
 try:
@@ -328,9 +328,9 @@ def test_the_hub_is_asked_once(own_base_dir, tmp_path):
         first = ask_hub(endpoint, own_base_dir)
         expected = f"5 question {np.random.default_rng(42).permutation(5)[0]}"
         assert first.stdout.splitlines()[-1] == expected, first.stderr[-2000:]
-        asked = len(Hub.asked)
+        count = len(Hub.requested)
         again = ask_hub(endpoint, own_base_dir)
-        assert again.stdout.splitlines() == [expected] and len(Hub.asked) == asked
+        assert again.stdout.splitlines() == [expected] and len(Hub.requested) == count
         other = ask_hub(endpoint, own_base_dir, split="train")
         assert "no main/train" in other.stdout and "--task_data_dir" in other.stdout
         unknown = ask_hub(endpoint, own_base_dir, name="mmlu")

@@ -8,11 +8,11 @@ generated tasks need neither, and follow from (task, split, index) alone.
     task[0]["messages"]; task.evaluate(task[0], "... #### 18")
 
 To add a task: write a file here with a subclass of `Task` (of `task_data.RowTask` if it reads stored rows) that has a
-`name`, `__len__` and `example`, which returns the conversation at an index, and add the class to TASKS below; its name,
-in any case, then works in every --mixture. To give it a score, set `eval_type` and `baseline` and define `evaluate`,
-which says whether an answer is right; its name then works in chat_eval -a, too. What `example` returns must not depend
-on anything but the split, the index and the data: a checkpoint records a hash of its tasks, and a run whose tasks have
-changed is not resumed.
+`name`, `__len__` and `example`, which returns the conversation at an index, and add the class to the list below. Its
+name, in any case, then works in every --mixture. To give it a score, set `eval_type` and `baseline` and define
+`evaluate`, which says whether an answer is right; its name then works in chat_eval -a, too. What `example` returns must
+not depend on anything but the split, the index and the data: a checkpoint records a hash of its tasks, and a run whose
+tasks have changed is not resumed.
 """
 
 from pathlib import Path

@@ -3,12 +3,16 @@
     python -m scripts.base_eval
     python -m scripts.base_eval --max_per_task=500
 
-Adds to the log of the run that is judged and writes $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
+Adds to the log of the run that is evaluated, and writes $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config, files
+
+if TYPE_CHECKING:
+    from nanochat_jax.evals.core import CoreResult, CoreScore
 
 
 def main(cfg: config.BaseEval) -> None:
@@ -17,48 +21,44 @@ def main(cfg: config.BaseEval) -> None:
     devices.start(cfg.device_type)
     import time
 
-    import jax
-
-    from nanochat_jax import checkpoint, run_log
+    from nanochat_jax import checkpoint
     from nanochat_jax.evals import core
-    from nanochat_jax.parallel import sharding
+    from nanochat_jax.evals.model import on_all_devices
+    from nanochat_jax.evals.score import Metric, log_score
 
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
-    dtype = devices.choose_precision(cfg.compute_dtype, model_cfg=model.model_cfg)
+    eval_model = on_all_devices(model, cfg.compute_dtype)
     bundle = core.find_bundle(cfg.core_dir)
-    params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     start = time.monotonic()
 
-    def tell(one: core.CoreScore) -> None:
-        cut = f", {one.truncated:,} prompts cut to the context" if one.truncated else ""
-        print(
-            f"{one.task:<34}{one.score:.4f} ± {one.stderr:.4f}  centered {one.centered:+.4f}"
-            f"  n={one.n:,}  {one.seconds:.1f} s{cut}",
-            flush=True,
-        )
-        log(one.task, one.score, one.stderr, one.n, one.baseline, one.centered, one.seconds)
-
-    def log(task: str, score, stderr, n, baseline, centered, seconds) -> None:
-        run_log.append(
-            model.run_dir, "eval", model.stage, model.step, task=task, suite="core", score=score, stderr=stderr, n=n,
-            baseline=baseline, centered=centered, seconds=round(seconds, 3), max_per_task=cfg.max_per_task,
-        )  # fmt: skip
+    def report(score: "CoreScore") -> None:
+        print_score(score)
+        log_score(model, "core", score, centered=score.centered, max_per_task=cfg.max_per_task)
 
     result = core.evaluate(
-        params, model.model_cfg, model.tokenizer, bundle, dtype=dtype, batch_size=cfg.device_batch_size,
-        max_per_task=cfg.max_per_task, report=tell,
-    )  # fmt: skip
-    log("CORE", result.core, result.stderr, result.n, 0.0, result.core, time.monotonic() - start)
+        eval_model, bundle, batch_size=cfg.device_batch_size, max_per_task=cfg.max_per_task, report=report
+    )
+    mean = Metric("CORE", result.core, result.n, baseline=0.0, seconds=time.monotonic() - start, stderr=result.stderr)
+    log_score(model, "core", mean, centered=result.core, max_per_task=cfg.max_per_task)
     print(f"CORE {result.core:.4f} ± {result.stderr:.4f} ({len(result.tasks)} tasks, {result.n:,} items)")
     path = config.base_dir() / "base_eval" / f"{model.stage}_{model.tag}_{model.step:06d}.csv"
     write_csv(path, result)
     print(f"written to {path}")
 
 
-def write_csv(path: Path, result) -> None:
-    """Task, accuracy and centered accuracy in columns that also the eye can follow."""
+def print_score(score: "CoreScore") -> None:
+    truncated = f", {score.truncated:,} prompts truncated to the context" if score.truncated else ""
+    print(
+        f"{score.task:<34}{score.score:.4f} ± {score.stderr:.4f}  centered {score.centered:+.4f}"
+        f"  n={score.n:,}  {score.seconds:.1f} s{truncated}",
+        flush=True,
+    )
+
+
+def write_csv(path: Path, result: "CoreResult") -> None:
+    """Writes task, accuracy and centered accuracy, in columns padded to be readable as text too."""
     rows = [("Task", "Accuracy", "Centered")]
-    rows += [(one.task, f"{one.score:.6f}", f"{one.centered:.6f}") for one in result.tasks]
+    rows += [(score.task, f"{score.score:.6f}", f"{score.centered:.6f}") for score in result.tasks]
     rows += [("CORE", "", f"{result.core:.6f}")]
     files.write_text(path, "".join(f"{a:<35}, {b:<10}, {c:<10}\n" for a, b, c in rows))
 

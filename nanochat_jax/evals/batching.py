@@ -1,25 +1,32 @@
-"""Batches for evaluation: prompts padded to few static shapes, their rows spread over the devices.
+"""Batches for evaluation: prompts padded to a few static shapes, their rows sharded over the devices.
 
-An evaluation of thousands of prompts thus compiles a handful of programs. What a prompt scores does not depend on the
-others in its batch: attention is causal, so padding on the right changes nothing before it.
+Used by CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss).
+
+An evaluation of thousands of prompts thus compiles only a handful of programs. A prompt's score does not depend on the
+other prompts in its batch: attention is causal, so padding on the right changes nothing before it.
 """
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
 
-SHORTEST = 32  # tokens; shorter prompts are padded to it
+SHORTEST = 32  # tokens; shorter prompts are padded to this length
 
 
 def padded_length(length: int, limit: int) -> int:
-    """The smallest power of two that holds `length` tokens, at least SHORTEST and at most `limit`."""
+    """The smallest power of two that holds `length` tokens, at least SHORTEST and at most `limit`.
+
+    100 tokens in a context of 2048 -> 128
+    """
     assert 0 < length <= limit, f"{length} tokens in a context of {limit}"
     return bucket(length, limit, SHORTEST)
 
@@ -33,21 +40,23 @@ def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) ->
     return batch
 
 
-def fixed_rows(values: Sequence, rows: int) -> np.ndarray:
-    """`values` as int32 [rows, ...], the first one repeated for the rows that are missing."""
+def fixed_rows(values: ArrayLike, rows: int) -> np.ndarray:
+    """`values` as int32 [rows, ...]; missing rows repeat the first one.
+
+    [5, 7] in 4 rows -> [5, 7, 5, 5]
+    """
     array = np.asarray(values, np.int32)
     return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
 
 
 def num_rows(params: gpt.Params, batch_size: int) -> int:
-    """The rows of all devices, of which each takes `batch_size` at once."""
+    """Rows of a batch over all devices, `batch_size` on each."""
     mesh = sharding.mesh_of(params)
-    share = 1 if mesh is None else sharding.replicas(mesh)
-    return batch_size * share
+    return batch_size * (1 if mesh is None else sharding.replicas(mesh))
 
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
-    """Rows that every process holds in full, onto the devices."""
+    """Puts rows that every process holds in full on the devices, sharded like a batch."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None:
         return jnp.asarray(rows)
@@ -55,7 +64,7 @@ def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
 
 
 def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
-    """Rows of which every process holds its own, as one array of all of them."""
+    """Puts rows on the devices where each process holds only its own, as one array of all of them."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None or isinstance(rows, jax.Array):
         return jnp.asarray(rows)
@@ -71,15 +80,17 @@ def fetch(rows: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(rows, tiled=True)
 
 
-def gather(values: list) -> list:
-    """What the processes hold, each some values that JSON can hold, in one list: theirs in turn, as `range(process,
-    n, processes)` deals them out."""
+def gather(values: list[Any]) -> list[Any]:
+    """All-gathers lists of JSON values, interleaved: the inverse of dealing them out by `range(process, n, processes)`.
+
+    [a, c, e] on process 0 and [b, d] on process 1 -> [a, b, c, d, e] on both
+    """
     if jax.process_count() == 1:
         return values
     from jax.experimental import multihost_utils
 
-    told = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(told)))
-    texts = multihost_utils.process_allgather(np.pad(told, (0, sizes.max() - len(told))))
+    encoded = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(encoded)))
+    texts = multihost_utils.process_allgather(np.pad(encoded, (0, sizes.max() - len(encoded))))
     parts = [json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)]
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]

@@ -1,10 +1,13 @@
 """The CORE bundle: the list of tasks, their files, and the score of guessing in each.
 
+Used by CORE (scripts.base_eval, and training every --core_metric_every steps).
+
     core.yaml             label, file, kind, number of few-shot examples and delimiter of each task
     eval_meta_data.csv    random baselines, in percent
     eval_data/            the items, as .jsonl or .jsonl.gz
 
-It is looked for in a folder that was named, then in eval_bundle of the base folder, and else downloaded there.
+The bundle is read from --core_dir if that is given, otherwise from eval_bundle in the base folder, where it is
+downloaded once.
 """
 
 import contextlib
@@ -18,12 +21,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.config import UserError, base_dir
-from nanochat_jax.tasks.source import find, read_text
+from nanochat_jax.config import UserError, base_dir, first_line
+from nanochat_jax.tasks.task_data import find, read_text
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ATTEMPTS = 3
-TIMEOUT = 15  # seconds without a byte
+TIMEOUT = 15  # seconds without a byte before a download is given up
 KINDS = ("multiple_choice", "schema", "language_modeling")
 
 
@@ -39,35 +42,40 @@ class CoreTask:
     baseline: float
 
     def items(self) -> list[dict]:
-        """All items, in the order of the file. UserError names the line that is none."""
+        """All items, in the order of the file. UserError names the line that is not an item."""
         items = []
         for number, line in enumerate(read_text(self.path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                items.append(_item(json.loads(line), self.kind))
+                item = json.loads(line)
+                _check_item(item, self.kind)
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{self.path}, line {number}: no item of kind {self.kind} ({error!r})") from None
+                raise UserError(f"{self.path}, line {number}: not an item of kind {self.kind} ({error!r})") from None
+            items.append(item)
         if not items:
             raise UserError(f"{self.path}: empty")
         return items
 
 
-def _item(row: dict, kind: str) -> dict:
-    """The row, after a look at the fields its kind needs."""
+def _check_item(item: dict, kind: str) -> None:
+    """Raises KeyError, IndexError or TypeError unless the item has the fields its kind needs."""
     if kind == "language_modeling":
-        row["context"] + row["continuation"]
+        texts = [item["context"], item["continuation"]]
     else:
-        row["choices" if kind == "multiple_choice" else "context_options"][row["gold"]] + ""
-    return row
+        options = item["choices"] if kind == "multiple_choice" else item["context_options"]
+        texts = [options[item["gold"]]]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is not text")
 
 
 def find_bundle(core_dir: str | Path = "") -> Path:
-    """The folder of the bundle, with every file there. UserError says what is missing and how to get it."""
+    """The folder of the bundle, with all its files. UserError says what is missing and how to get it."""
     if core_dir:
         folder = Path(core_dir).expanduser()
         if not (folder / "core.yaml").is_file():
-            raise UserError(f"--core_dir={core_dir}: no core.yaml there; expected the unpacked {URL}")
+            raise UserError(f"--core_dir={core_dir}: no core.yaml in it; expected the unpacked {URL}")
     else:
         folder = base_dir() / "eval_bundle"
         if not folder.is_dir():
@@ -77,13 +85,13 @@ def find_bundle(core_dir: str | Path = "") -> Path:
 
 
 def read_tasks(folder: Path) -> list[CoreTask]:
-    """The tasks of the bundle in `folder`, in the order of core.yaml. UserError where something is missing."""
+    """The tasks of the bundle in `folder`, in the order of core.yaml. UserError if something is missing."""
     import yaml
 
     baselines = _baselines(folder / "eval_meta_data.csv")
     try:
-        listed = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-        tasks = [_task(folder, entry, baselines) for entry in listed]
+        entries = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        tasks = [_task(folder, entry, baselines) for entry in entries]
     except OSError as error:
         raise UserError(f"{folder}: incomplete CORE bundle ({error}); expected the unpacked {URL}") from None
     except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
@@ -122,23 +130,23 @@ def _baselines(path: Path) -> dict[str, float]:
 
 
 def _download(folder: Path) -> None:
-    """Fetches and unpacks the bundle; `folder` appears whole or not at all."""
+    """Downloads and unpacks the bundle. `folder` appears complete or not at all."""
     part = folder.with_name(f"eval_bundle.{os.getpid()}.part")
     unpacked = folder.with_name(f"eval_bundle.{os.getpid()}.unpacked")
     pin = folder.with_name("eval_bundle.sha256")
     try:
         digest = _fetch(part, folder)
-        # The first download that unpacks settles what the bundle is; a later one must be the same.
+        # The first download that unpacks is pinned by its hash; later ones must be the same.
         pinned = pin.read_text(encoding="utf-8").strip() if pin.exists() else digest
         if pinned != digest:
-            raise UserError(f"{URL} has changed: SHA-256 {digest}, once {pinned}; delete {pin} to accept it")
+            raise UserError(f"{URL} has changed: SHA-256 {digest}, before {pinned}; delete {pin} to accept it")
         with zipfile.ZipFile(part) as archive:
             archive.extractall(unpacked)
         inside = next(unpacked.rglob("core.yaml"), None)
         if inside is None:
             raise UserError(f"{URL}: no core.yaml in the archive")
         pin.write_text(digest + "\n", encoding="utf-8")
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # if another process was faster
             os.replace(inside.parent, folder)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{URL}: cannot be unpacked to {folder} ({error})") from None
@@ -148,7 +156,7 @@ def _download(folder: Path) -> None:
 
 
 def _fetch(part: Path, folder: Path) -> str:
-    """Downloads the archive to `part`; its SHA-256."""
+    """Downloads the archive to `part` and returns its SHA-256."""
     from urllib.request import urlopen
 
     from nanochat_jax.progress import Progress
@@ -156,18 +164,18 @@ def _fetch(part: Path, folder: Path) -> str:
     for attempt in range(1, ATTEMPTS + 1):
         digest = hashlib.sha256()
         try:
-            with urlopen(URL, timeout=TIMEOUT) as answer, open(part, "wb") as file:
-                size = int(answer.headers.get("Content-Length") or 0)
+            with urlopen(URL, timeout=TIMEOUT) as response, open(part, "wb") as file:
+                size = int(response.headers.get("Content-Length") or 0)
                 with Progress("CORE bundle, MB", size >> 20) as progress:
-                    while block := answer.read(1 << 20):
+                    while block := response.read(1 << 20):
                         file.write(block)
                         digest.update(block)
                         progress.advance()
             if size and part.stat().st_size != size:
                 raise OSError(f"got {part.stat().st_size:,} of {size:,} bytes")
             return digest.hexdigest()
-        except OSError as error:  # urllib's errors are among them
-            reason = str(error) or type(error).__name__
+        except OSError as error:  # this includes urllib's errors
+            reason = first_line(error)
         if attempt < ATTEMPTS:
             time.sleep(attempt)
-    raise UserError(f"no CORE bundle: {URL} cannot be had ({reason}); unzip it to {folder}, or name its --core_dir")
+    raise UserError(f"no CORE bundle: cannot download {URL} ({reason}); unzip it to {folder}, or give its --core_dir")

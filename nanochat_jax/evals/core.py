@@ -1,14 +1,16 @@
 """CORE (Li et al., 2024, arXiv:2406.11794): 22 in-context learning tasks, scored without generating anything.
 
-The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), the baseline being the score of guessing.
-Three kinds of task:
+Used by scripts.base_eval, and by training every --core_metric_every steps.
 
-    multiple_choice     one context, several continuations: the one with the lowest mean loss a token is the answer
-    schema              several contexts, one continuation: the context that makes it likeliest is the answer
+The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), where the baseline is the score of
+guessing. There are three kinds of task:
+
+    multiple_choice     one context, several continuations: the answer is the one with the lowest mean loss per token
+    schema              several contexts, one continuation: the answer is the context that makes it likeliest
     language_modeling   every token of the continuation must be the model's first choice
 
-Items are shuffled with Random(1337) and cut to `max_per_task`; the few-shot examples of item i are drawn from the
-others with Random(1234 + i). Numbers of the same model from elsewhere differ where these differ.
+Items are shuffled with Random(1337), then truncated to `max_per_task`. The few-shot examples of item i are drawn from
+the other items with Random(1234 + i). Implementations that differ in this report other numbers for the same model.
 """
 
 import functools
@@ -17,17 +19,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.engine.slots import common_prefix_length
 from nanochat_jax.evals.batching import fetch, fixed_rows, num_rows, padded, put
 from nanochat_jax.evals.bundle import CoreTask, find_bundle, read_tasks
+from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.evals.score import Score, centered_mean
 from nanochat_jax.model import gpt
 from nanochat_jax.progress import Progress
+from nanochat_jax.tokenizer import Tokenizer
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]
 
@@ -39,7 +46,7 @@ LOGITS_AT_ONCE = 1 << 26  # float32 elements, 256 MB
 class CoreScore(Score):
     """Accuracy on one task."""
 
-    truncated: int  # prompts longer than the context, which lost their beginning
+    truncated: int  # prompts that lost their beginning because they were longer than the context
 
 
 @dataclass(frozen=True)
@@ -58,59 +65,53 @@ class CoreResult:
 
     @property
     def n(self) -> int:
+        """Items of all tasks."""
         return sum(task.n for task in self.tasks)
 
 
 def evaluate(
-    params: gpt.Params,
-    model_cfg: GPTConfig,
-    tokenizer,
+    model: EvalModel,
     bundle: Path,
     *,
-    dtype: jnp.dtype = jnp.float32,
     batch_size: int = 32,
     max_per_task: int = -1,
     report: Callable[[CoreScore], object] = lambda score: None,
 ) -> CoreResult:
     """CORE of a model on the bundle in the folder `bundle` (see `find_bundle`).
 
-    batch_size: prompts a device takes at once. max_per_task: items a task (-1: all). `report` is called with each
+    batch_size: prompts per device and batch. max_per_task: items per task (-1: all). `report` is called with each
     task's score.
     """
     tasks, scores = read_tasks(bundle), []
     for i, task in enumerate(tasks, 1):
-        name = f"CORE {i}/{len(tasks)} {task.label}"
-        scores.append(evaluate_task(params, model_cfg, tokenizer, task, dtype, batch_size, max_per_task, name))
+        label = f"CORE {i}/{len(tasks)} {task.label}"
+        scores.append(evaluate_task(model, task, batch_size=batch_size, max_per_task=max_per_task, label=label))
         report(scores[-1])
     return CoreResult(scores)
 
 
 def evaluate_task(
-    params: gpt.Params, model_cfg: GPTConfig, tokenizer, task: CoreTask, dtype: jnp.dtype = jnp.float32,
-    batch_size: int = 32, max_per_task: int = -1, label: str = "",
-) -> CoreScore:  # fmt: skip
-    """The score of one task."""
+    model: EvalModel, task: CoreTask, *, batch_size: int = 32, max_per_task: int = -1, label: str = ""
+) -> CoreScore:
+    """The score of one task. `label` names its progress bar (default: the task's label)."""
     start = time.monotonic()
     items = task.items()
     random.Random(1337).shuffle(items)
     if max_per_task > 0:
         items = items[:max_per_task]
-    rows = num_rows(params, batch_size)
+    rows = num_rows(model.params, batch_size)
     right = truncated = 0
     with Progress(label or task.label, len(items)) as progress:
-        judged = None
+        pending: list[_Window] = []
         for first in range(0, len(items), WINDOW):
-            window = range(first, min(first + WINDOW, len(items)))
-            spans = _spans(tokenizer, task, items, window, model_cfg.sequence_len)
+            indices = range(first, min(first + WINDOW, len(items)))
+            spans = _spans(model.tokenizer, task, items, indices, model.model_cfg.sequence_len)
             truncated += sum(span.truncated for options in spans for span in options)
-            scores = _dispatch(params, model_cfg, [s for options in spans for s in options], dtype, rows, tokenizer.bos)
-            # Read one window late: the next one is tokenized while the devices compute.
-            if judged is not None:
-                right += _count_right(task, items, *judged)
-                progress.advance(len(judged[0]))
-            judged = (window, spans, scores)
-        right += _count_right(task, items, *judged)
-        progress.advance(len(judged[0]))
+            pending.append(_Window(indices, spans, _dispatch(model, [s for options in spans for s in options], rows)))
+            # Results are read one window late: this one was tokenized while the devices computed the one before.
+            if len(pending) > 1:
+                right += _count_right(task, items, pending.pop(0), progress)
+        right += _count_right(task, items, pending.pop(0), progress)
     seconds = time.monotonic() - start
     return CoreScore(task.label, right / len(items), len(items), task.baseline, seconds, truncated)
 
@@ -120,8 +121,8 @@ def evaluate_task(
 
 
 def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
-    """The prompts of the item at `index` of the shuffled items: one an option, or [without, with] the continuation."""
-    # Never more examples than there are other items; a smaller max_per_task means fewer shots, not an error.
+    """The prompts of item `index` of the shuffled items: one per option, or [without, with] the continuation."""
+    # Never more examples than there are other items: a small max_per_task means fewer shots, not an error.
     shots = min(task.num_fewshot, len(items) - 1)
     others = random.Random(1234 + index).sample(range(len(items) - 1), shots)
     examples = "".join(_solved(task, items[i + (i >= index)]) + "\n\n" for i in others)
@@ -130,7 +131,7 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
         return [f"{examples}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
         return [f"{examples}{context}{task.delimiter}{item['continuation']}" for context in item["context_options"]]
-    # The prompt must not end in a space: it would be a token of its own, the continuation's first one has its own.
+    # The prompt must not end in a space, which would be a token of its own: the continuation's first token includes it.
     question = f"{examples}{item['context'].strip()}{task.delimiter}"
     return [question.strip(), question + item["continuation"]]
 
@@ -146,16 +147,16 @@ def _solved(task: CoreTask, item: dict) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """Token ids of a prompt, of which those from `start` to the end are scored; 0 < start < len(ids)."""
+    """Token ids of a prompt. Those from `start` to the end are scored; 0 < start < len(ids)."""
 
     ids: np.ndarray
     start: int
     truncated: bool
 
 
-def _spans(tokenizer, task: CoreTask, items: Sequence[dict], window: range, limit: int) -> list[list[Span]]:
-    """For each item of the window, what is to be scored: one span an option."""
-    texts = [prompts(task, items, i) for i in window]
+def _spans(tokenizer: Tokenizer, task: CoreTask, items: Sequence[dict], indices: range, limit: int) -> list[list[Span]]:
+    """The spans to score, one per option, for each item of `indices`."""
+    texts = [prompts(task, items, i) for i in indices]
     encoded = iter(tokenizer.encode([text for options in texts for text in options], prepend=tokenizer.bos))
     return [_item_spans([next(encoded) for _ in options], task.kind, limit) for options in texts]
 
@@ -164,83 +165,103 @@ def _item_spans(options: list[list[int]], kind: str, limit: int) -> list[Span]:
     """The spans of one item from the ids of its prompts."""
     shortest = min(map(len, options))
     if kind == "schema":
-        # The common end. At least one token and at most all but the first, which nothing predicts.
-        length = min(max(1, _common(ids[::-1] for ids in options)), shortest - 1)
+        # The common end: at least one token, and at most all but the first, which nothing predicts.
+        length = min(max(1, _common_prefix([ids[::-1] for ids in options])), shortest - 1)
         starts = [len(ids) - length for ids in options]
     elif kind == "multiple_choice":
-        # From where the options part. If one of them is the beginning of another, nothing would be left of it and its
-        # mean a 0/0; then the comparison begins one token earlier, for all of them.
-        starts = [min(_common(options), shortest - 1)] * len(options)
+        # From where the options differ. If one option is a prefix of another, nothing of it would be left to score and
+        # its mean would be 0/0, so the comparison begins one token earlier, for all of them.
+        starts = [min(_common_prefix(options), shortest - 1)] * len(options)
     else:
-        # The prompt with its continuation, from where the one without it ends (or is told apart from it by the
-        # tokenizer, should that happen earlier).
+        # The prompt with its continuation, from where the prompt without it ends (or earlier, if the tokenizer merges
+        # the continuation into it).
         without, options = options[0], options[1:]
-        starts = [min(_common([without, options[0]]), len(options[0]) - 1)]
+        starts = [min(_common_prefix([without, options[0]]), len(options[0]) - 1)]
     return [_fit(np.asarray(ids, np.int32), max(1, start), limit) for ids, start in zip(options, starts, strict=True)]
 
 
-def _common(sequences) -> int:
-    """Number of leading tokens that all sequences share."""
-    sequences = list(sequences)
-    together = zip(*sequences, strict=False)
-    return next((i for i, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, sequences)))
+def _common_prefix(options: list[list[int]]) -> int:
+    """How many leading tokens all options share.
+
+    [1, 2, 3], [1, 2, 4], [1, 2] -> 2
+    """
+    return min(common_prefix_length(options[0], ids) for ids in options)
 
 
 def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
-    """Cut from the left to the context; <|bos|> stays, since the model has seen no row without it."""
-    cut = len(ids) - limit
-    if cut <= 0:
+    """Truncates a prompt on the left to `limit` tokens. <|bos|> stays: the model has seen no row without it."""
+    excess = len(ids) - limit
+    if excess <= 0:
         return Span(ids, start, False)
-    return Span(np.concatenate([ids[:1], ids[1 + cut :]]), max(1, start - cut), True)
+    return Span(np.concatenate([ids[:1], ids[1 + excess :]]), max(1, start - excess), True)
 
 
 # -----------------------------------------------------------------------------
 # Scores
 
 
-def _dispatch(params, model_cfg, spans: list[Span], dtype, rows: int, bos: int) -> list[tuple]:
-    """Sends the spans to the devices in batches of like length: [(positions in spans, mean losses, all right)]."""
+class _Batch(NamedTuple):
+    """The scores of a batch, still on the devices."""
+
+    positions: list[int]  # of its rows in the list of spans
+    loss: jax.Array  # float32 [b], mean nats per scored token
+    right: jax.Array  # bool [b], whether every scored token is the model's first choice
+
+
+class _Window(NamedTuple):
+    """A group of items and their scores, still on the devices."""
+
+    indices: range
+    spans: list[list[Span]]  # one per option
+    batches: list[_Batch]
+
+
+def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
+    """Sends the spans to the devices, in batches of similar length."""
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
-    results = []
+    batches = []
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
-        ids = padded([spans[i].ids for i in chosen], rows, model_cfg.sequence_len, fill=bos)
+        ids = padded([spans[i].ids for i in chosen], rows, model.model_cfg.sequence_len, fill=model.tokenizer.bos)
         bounds = fixed_rows([(spans[i].start, len(spans[i].ids)) for i in chosen], rows)
-        loss, right = _score(params, model_cfg, put(params, ids), put(params, bounds), dtype)
-        results.append((chosen, loss, right))
-    return results
+        arrays = put(model.params, ids), put(model.params, bounds)
+        batches.append(_Batch(chosen, *_score(model.params, model.model_cfg, *arrays, model.dtype)))
+    return batches
 
 
-def _count_right(task: CoreTask, items: Sequence[dict], window: range, spans: list[list[Span]], scores) -> int:
-    """How many items of the window were answered right."""
-    count = sum(map(len, spans))
+def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progress: Progress) -> int:
+    """How many items of the window were answered right. Waits for the devices."""
+    count = sum(map(len, window.spans))
     losses, rights = np.empty(count), np.empty(count, bool)
-    for chosen, loss, right in scores:
-        losses[chosen], rights[chosen] = fetch(loss)[: len(chosen)], fetch(right)[: len(chosen)]
+    for positions, loss, right in window.batches:
+        losses[positions], rights[positions] = fetch(loss)[: len(positions)], fetch(right)[: len(positions)]
+    progress.advance(len(window.indices))
     if task.kind == "language_modeling":
         return int(rights.sum())
-    ends = np.cumsum([len(options) for options in spans])
+    ends = np.cumsum([len(options) for options in window.spans])
     answers = [int(np.argmin(option)) for option in np.split(losses, ends[:-1])]
-    return sum(answer == items[i]["gold"] for i, answer in zip(window, answers, strict=True))
+    return sum(answer == items[i]["gold"] for i, answer in zip(window.indices, answers, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"))
-def _score(params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Mean loss [b] in nats over positions bounds[:, 0] <= i < bounds[:, 1] of ids [b,t], and whether each of these
-    tokens is the argmax (bool [b])."""
+def _score(
+    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss [b] in nats over positions bounds[:, 0] <= i < bounds[:, 1] of ids [b,t], and whether all of these
+    tokens are the argmax (bool [b])."""
     loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
-    position = jnp.arange(1, ids.shape[1] + 1)[None]  # of the token that is predicted
+    position = jnp.arange(1, ids.shape[1] + 1)[None]  # of the predicted token
     scored = (bounds[:, :1] <= position) & (position < bounds[:, 1:])
     mean = jnp.where(scored, loss, 0.0).sum(axis=1) / scored.sum(axis=1)
     return mean, jnp.all(right | ~scored, axis=1)
 
 
 def token_scores(
-    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: jnp.dtype = jnp.float32
+    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
     """Loss in nats (float32 [b,t]) of targets [b,t] after ids [b,t], and whether each is the argmax (bool [b,t]).
 
-    The head runs over slices of t, so that the logits are never there as a whole.
+    The head runs over slices of t, so that the logits are never materialised as a whole.
     """
     b, t = ids.shape
     x = gpt.hidden(params, model_cfg, ids, dtype)
@@ -249,11 +270,15 @@ def token_scores(
     pad = slices * size - t
     x, targets = jnp.pad(x, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
 
-    def one(i):
+    def score_slice(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = gpt.head(params, model_cfg, jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1))
         y = jax.lax.dynamic_slice_in_dim(targets, i * size, size, axis=1)
         loss = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
         return loss, jnp.argmax(z, axis=-1) == y
 
-    loss, right = jax.lax.map(one, jnp.arange(slices))  # [slices,b,size]
-    return tuple(jnp.moveaxis(a, 0, 1).reshape(b, slices * size)[:, :t] for a in (loss, right))
+    def joined(a: jax.Array) -> jax.Array:
+        """[slices,b,size] -> [b,t]"""
+        return jnp.moveaxis(a, 0, 1).reshape(b, slices * size)[:, :t]
+
+    loss, right = jax.lax.map(score_slice, jnp.arange(slices))
+    return joined(loss), joined(right)

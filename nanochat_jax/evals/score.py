@@ -1,13 +1,19 @@
-"""What an evaluation comes to: the share of right answers, how sure that is, and how much better than guessing."""
+"""The result of an evaluation: a score, its standard error, and how far it is above guessing.
+
+Used by scripts.base_eval, scripts.chat_eval and scripts.base_loss, which log it, and by training.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nanochat_jax import run_log
+from nanochat_jax.checkpoint import TrainedModel
+
 
 @dataclass(frozen=True)
 class Score:
-    """The share of `n` problems answered right, 0 to 1; `baseline` is what guessing gets."""
+    """The share of a task's `n` problems answered right, 0 to 1; `baseline` is the score of guessing."""
 
     task: str
     score: float
@@ -22,14 +28,50 @@ class Score:
 
     @property
     def centered(self) -> float:
-        """What is left of the score above guessing: 0 is guessing, 1 is perfect."""
+        """The score rescaled so that 0 is guessing and 1 is perfect."""
         return (self.score - self.baseline) / (1 - self.baseline)
 
 
-def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
-    """Mean of the centered scores, each task counting alike, and its standard error.
+@dataclass(frozen=True)
+class Metric:
+    """A score that is not a share of right answers: a mean over tasks (CORE, ChatCORE), or bits per byte.
 
-    The error is that of sampling problems alone; two training runs differ by more (in CORE about 0.01 for a d20).
+    `n` counts problems or tokens. `stderr` and `baseline` are None where they mean nothing.
+    """
+
+    task: str
+    score: float
+    n: int
+    baseline: float | None
+    seconds: float
+    stderr: float | None
+
+
+def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details: object) -> None:
+    """Appends a score to the log of the run that was evaluated.
+
+    suite: "core", "chat" or "bpb". details: what else belongs to the record, such as the split and the settings.
+    """
+    run_log.append(
+        model.run_dir,
+        "eval",
+        model.stage,
+        model.step,
+        task=score.task,
+        suite=suite,
+        score=score.score,
+        stderr=score.stderr,
+        n=score.n,
+        baseline=score.baseline,
+        seconds=round(score.seconds, 3),
+        **details,
+    )
+
+
+def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
+    """Mean of the centered scores, with equal weight for each task, and its standard error.
+
+    The error only covers the choice of problems. Two training runs differ by more (in CORE by about 0.01 for a d20).
     """
     variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
     return sum(score.centered for score in scores) / len(scores), math.sqrt(variance) / len(scores)

@@ -1,9 +1,18 @@
-"""Tasks: conversations to train on and problems to judge a model by, behind one small interface.
+"""Tasks: conversations to train on, and problems to evaluate a model on, behind one small interface.
+
+In comes a name ("GSM8K"), a split (train, val or test) and perhaps a folder with data; out comes a `Task`, a sequence
+of conversations that can check answers if it has a score. Downloaded tasks read the Hugging Face hub or a local folder;
+generated tasks need neither, and follow from (task, split, index) alone.
 
     task = tasks.load("GSM8K", "test", rows=100)
     task[0]["messages"]; task.evaluate(task[0], "... #### 18")
 
-Downloaded tasks come from the Hugging Face hub or from a local folder; the generated ones need neither.
+To add a task: write a file here with a subclass of `Task` (of `task_data.RowTask` if it reads stored rows) that has a
+`name`, `__len__` and `example`, which returns the conversation at an index, and add the class to the list below. Its
+name, in any case, then works in every --mixture. To give it a score, set `eval_type` and `baseline` and define
+`evaluate`, which says whether an answer is right; its name then works in chat_eval -a, too. What `example` returns must
+not depend on anything but the split, the index and the data: a checkpoint records a hash of its tasks, and a run whose
+tasks have changed is not resumed.
 """
 
 from pathlib import Path
@@ -11,43 +20,52 @@ from pathlib import Path
 from nanochat_jax.config import UserError
 from nanochat_jax.tasks.arc import ARCChallenge, ARCEasy
 from nanochat_jax.tasks.arithmetic import Sums, TwoStep
-from nanochat_jax.tasks.choice import GeneratedMC
 from nanochat_jax.tasks.customjson import CustomJSON
+from nanochat_jax.tasks.generated_choice import GeneratedChoice
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.identity import Identity
 from nanochat_jax.tasks.mmlu import MMLU
 from nanochat_jax.tasks.smoltalk import SmolTalk
 from nanochat_jax.tasks.spellingbee import SimpleSpelling, SpellingBee
-from nanochat_jax.tasks.task import Mixture, Task, View, rows
+from nanochat_jax.tasks.task import Mixture, Task, View, first_rows
 
-__all__ = ["TASKS", "Mixture", "Task", "View", "load", "mixture", "rows", "task_class"]
+__all__ = ["TASKS", "Mixture", "Task", "View", "first_rows", "load", "mixture", "task_class"]
 
-TASKS: dict[str, type[Task]] = {
-    cls.name.lower(): cls
-    for cls in (
-        MMLU, ARCEasy, ARCChallenge, GSM8K, HumanEval, SmolTalk, SpellingBee, SimpleSpelling, Identity, CustomJSON,
-        Sums, TwoStep, GeneratedMC,
-    )
-}  # fmt: skip
+_CLASSES: tuple[type[Task], ...] = (
+    MMLU,
+    ARCEasy,
+    ARCChallenge,
+    GSM8K,
+    HumanEval,
+    SmolTalk,
+    SpellingBee,
+    SimpleSpelling,
+    Identity,
+    CustomJSON,
+    Sums,
+    TwoStep,
+    GeneratedChoice,
+)
+TASKS = {cls.name.lower(): cls for cls in _CLASSES}
 
 
 def task_class(name: str) -> type[Task]:
     """The class of a task by its name in any case ("ARC-Easy", "customjson:my.jsonl"). UserError lists the names."""
     cls = TASKS.get(name.partition(":")[0].strip().lower())
     if cls is None:
-        raise UserError(f"unknown task {name!r}; there are {', '.join(c.name for c in TASKS.values())}")
+        raise UserError(f"unknown task {name!r}: must be one of {', '.join(c.name for c in TASKS.values())}")
     return cls
 
 
 def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0) -> Task:
-    """One split of a task: "train", "val" (the test split where the task has no val split) or "test".
+    """One split of a task: "train", "val" (the test split if the task has no val split) or "test".
 
     data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many (0: all; more than the
-    task has: repeated). UserError where the data cannot be had; a task is never silently empty.
+    task has: repeated). UserError if the data cannot be had; a task is never silently empty.
     """
     if split not in ("train", "val", "test"):
-        raise UserError(f"split {split!r} of {name}: expected train, val or test")
+        raise UserError(f"split {split!r} of {name}: must be train, val or test")
     if rows < 0:
         raise UserError(f"{name}={rows}: the number of rows must be 0 (all) or more")
     cls = task_class(name)
@@ -61,14 +79,11 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int
     else:
         task = cls(split, data_dir or None)
     task.split = split
-    return _first(task, rows)
+    return first_rows(task, rows)
 
 
 def mixture(counts: dict[str, int], split: str, data_dir: str | Path | None = None, seed: int = 42) -> Mixture:
-    """The tasks of `counts` ({name: rows}, as in `load`) in one, shuffled by `seed`."""
+    """A mixture of tasks, given as {name: rows} (see `load`), shuffled by `seed`."""
     if not counts:
         raise UserError("an empty mixture: name at least one task, as name=rows")
     return Mixture([load(name, split, data_dir=data_dir, rows=n) for name, n in counts.items()], seed)
-
-
-_first = rows  # `load` has a parameter of that name

@@ -1,22 +1,24 @@
 """ARC (Clark et al., 2018): grade-school science questions, in an easy and a hard collection.
 
-Letters are those of the data: a few questions use 1-4, a few have three or five choices.
+The letters are those of the data: a few questions use 1-4, and a few have three or five choices.
 """
 
 from pathlib import Path
 
-from nanochat_jax.tasks import multiple_choice, source
+from nanochat_jax.tasks import multiple_choice, task_data
 
 REPO = "allenai/ai2_arc"
 
 
-class ARC(source.RowTask):
+class ARC(task_data.RowTask):
     eval_type = "categorical"
     baseline = 0.25
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
-        local = data_dir and source.local(data_dir, f"arc/{self.name}/{split}")
-        self.rows = local or source.hub(REPO, self.name, split)
+        if data_dir:
+            self.rows = task_data.local(data_dir, f"arc/{self.name}/{split}")
+        else:
+            self.rows = task_data.hub(REPO, self.name, split)
 
     @staticmethod
     def conversation(row: dict) -> dict:

@@ -2,9 +2,9 @@
 
 Everything follows from (task, split, index). Three things are held out of training, some for validation and others for
 the test: pairs of numbers (by a hash of operands and operator, in every step), names of people, and phrasings (see
-stories.py). What an answer says before a call repeats the question's numbers in the question's order and never a
-result, so that nothing has to be computed by heart; the expression has no spaces, because that is how its numbers split
-into the same tokens everywhere.
+stories.py). The text before a call repeats the question's numbers in the question's order and never a result, so that
+the model need not compute anything itself. The expression has no spaces, so that its numbers split into the same tokens
+everywhere.
 """
 
 import random
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.tasks import gsm8k
-from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, tell, tellable
+from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, stories_for, tell
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # one pair of numbers in so many is only for validation, and one only for the test
-DIVISIONS = 0.1  # of the plain training problems: people ask for them, though val and test do not
+HOLD_OUT = 10  # of this many pairs of numbers, one is for validation only and one for the test only
+DIVISIONS = 0.1  # share of the plain training problems: people ask for them, though val and test do not
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
     Helen Linda Susan Karen"""
@@ -39,18 +39,29 @@ MEN = {
 }
 THINGS = _THINGS.split()
 BOXES = (
-    ("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("pack", "packs"), ("jar", "jars"), ("tray", "trays"),
-)  # fmt: skip
+    ("box", "boxes"),
+    ("bag", "bags"),
+    ("basket", "baskets"),
+    ("pack", "packs"),
+    ("jar", "jars"),
+    ("tray", "trays"),
+)
 SCENES = (
-    "It is a sunny day.", "It is a cold morning.", "School is over for today.", "Here is a small problem.",
-    "It is late.", "Read this with care.", "This is an easy one.", "Listen to this story.",
-)  # fmt: skip
+    "It is a sunny day.",
+    "It is a cold morning.",
+    "School is over for today.",
+    "Here is a small problem.",
+    "It is late.",
+    "Read this with care.",
+    "This is an easy one.",
+    "Listen to this story.",
+)
 OPENINGS = ("Hi!", "Hello,", "Question:", "A quick question:", "Please help me.", "Now this:", "Next:", "And then?")
-UNRELATED = 0.2  # of the problems begin with words that have nothing to do with them, so that those are read over
+UNRELATED = 0.2  # share of the problems that begin with unrelated words, so that the model learns to ignore them
 
 
 def split_of(a: int, op: str, b: int) -> str:
-    """The only split in which this pair of numbers occurs: "train", "val" or "test". 3+4 goes with 4+3."""
+    """The only split in which this pair of numbers occurs: "train", "val" or "test". The same for 3+4 and 4+3."""
     if op in "+*" and a > b:
         a, b = b, a
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT, "train")
@@ -61,23 +72,22 @@ class _Arithmetic(Task):
     has_val = True
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
-        """`data_dir` is ignored: nothing is read."""
-        self.split = split
-        self.one_step = {op: tellable(stories, split) for op, stories in ONE_STEP.items()}
-        self.two_step = tellable(TWO_STEP, split)
+        super().__init__(split, data_dir)
+        self.one_step = {op: stories_for(split, stories) for op, stories in ONE_STEP.items()}
+        self.two_step = stories_for(split, TWO_STEP)
 
     def __len__(self) -> int:
         return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
-        """The text with {} for its numbers, the story it tells, and the numbers."""
+        """The text with {} for its numbers, the story that it tells, and the numbers."""
         raise NotImplementedError
 
     def example(self, index: int) -> dict:
         rng = random.Random(f"{self.name} {self.split} {index}")
         text, story, numbers = self.problem(rng)
-        words = _cast(self.split, rng)
-        parts = _solve(story.steps, numbers, story.unit.format(**words))
+        words = _characters(self.split, rng)
+        parts = _answer_parts(story.steps, numbers, story.unit.format(**words))
         return {
             "messages": [
                 {"role": "user", "content": text.format(*numbers, **words)},
@@ -90,7 +100,7 @@ class _Arithmetic(Task):
 
 
 class Sums(_Arithmetic):
-    """One step, half of the problems plain and half told as a story; + and - with 0 to 999, * with 2 to 99."""
+    """One step. Half of the problems are plain and half a story; + and - with 0 to 999, * with 2 to 99."""
 
     name = "Sums"
 
@@ -104,10 +114,10 @@ class Sums(_Arithmetic):
         if rng.random() < UNRELATED:
             text = f"{rng.choice(OPENINGS if plain else SCENES)} {text}"
         if plain:
-            text = _carelessly(text, rng)
+            text = _carelessly_typed(text, rng)
         while True:
             a, b = _pair(op, rng)
-            # A story counts things: nobody gives away more than there are, and "1 apples" is no English.
+            # A story counts things: nobody gives away more than there are, and "1 apples" is not English.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
             if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]
@@ -124,52 +134,59 @@ class TwoStep(_Arithmetic):
         if rng.random() < UNRELATED:
             text = f"{rng.choice(SCENES)} {text}"
         while True:
-            numbers = _draw(story, rng)
+            numbers = _draw_numbers(story, rng)
             if all(
                 (op != "-" or a > b) and (op != "*" or a * b < 2000) and split_of(a, op, b) == self.split
-                for a, op, b in _carry_out(story.steps, numbers)
+                for a, op, b in _operations(story.steps, numbers)
             ):
                 return text, story, numbers[: text.count("{}")]
 
 
 def _pair(op: str, rng: random.Random) -> tuple[int, int]:
+    """Two operands for `op`."""
     if op == "*":
         return rng.randint(2, 99), rng.randint(2, 99)
     if op == "/":  # without a remainder
         divisor = rng.randint(2, 30)
         return divisor * rng.randint(2, 30), divisor
-    digits = (100, 1000)  # half of the operands have at most two digits, as in what people ask
+    digits = (100, 1000)  # half of the operands have at most two digits, as in the questions that people ask
     return rng.randrange(rng.choice(digits)), rng.randrange(rng.choice(digits))
 
 
-def _draw(story: Story, rng: random.Random) -> list[int]:
-    """x, y, z of a story. They may not suit each other; the caller draws again."""
+def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
+    """x, y and z of a story. They may not fit together; then the caller draws again."""
     numbers = []
     for name in "xyz":
         if any(name in step and "*" in step for step in story.steps):
             numbers.append(rng.randint(2, 30))
-        elif f"{name}-r" in story.steps:  # the result is taken from it
+        elif f"{name}-r" in story.steps:  # the result is subtracted from it
             numbers.append(rng.randint(2, 999))
         else:
             numbers.append(rng.randint(2, min(story.largest, rng.choice((99, 300)))))
     return numbers
 
 
-def _carry_out(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, str, int]]:
-    """Each step as (left, operator, right)."""
+def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, str, int]]:
+    """Each step as (left, operator, right), with r the result of the step before.
+
+    ("x+y", "r-z"), [3, 4, 2] -> [(3, "+", 4), (7, "-", 2)]
+    """
     values = dict(zip("xyz", numbers, strict=False))
-    done = []
+    operations = []
     for left, op, right in steps:  # a step is a string of three characters, like "x+y"
         a, b = values[left], values[right]
         values["r"] = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
-        done.append((a, op, b))
-    return done
+        operations.append((a, op, b))
+    return operations
 
 
-def _solve(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
-    """The answer as parts: for each step its sum, the call and the output; then the number after ####."""
+def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
+    """The answer as parts: for each step the operation, the call and its output; at the end the number after ####.
+
+    ("x+y",), [3, 4], "apples" -> text "3 + 4 = ", python "3+4", python_output "7", text "7 apples.\\n#### 7"
+    """
     parts, before = [], ""
-    for a, op, b in _carry_out(steps, numbers):
+    for a, op, b in _operations(steps, numbers):
         result = use_calculator(f"{a}{op}{b}")
         parts.append({"type": "text", "text": f"{before}{a} {op} {b} = "})
         parts.append({"type": "python", "text": f"{a}{op}{b}"})
@@ -179,8 +196,8 @@ def _solve(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
     return parts
 
 
-def _cast(split: str, rng: random.Random) -> dict[str, str]:
-    """Who and what a story is about."""
+def _characters(split: str, rng: random.Random) -> dict[str, str]:
+    """The people and things of a story, by the names that phrasings.txt gives them."""
     woman = rng.random() < 0.5
     people = rng.sample(WOMEN[split] + MEN[split], 3)
     name = rng.choice((WOMEN if woman else MEN)[split])
@@ -189,13 +206,21 @@ def _cast(split: str, rng: random.Random) -> dict[str, str]:
     box, boxes = rng.choice(BOXES)
     things = rng.choice([thing for thing in THINGS if thing != boxes])
     return {
-        "n": name, "m": others[0], "k": others[1], "he": he, "He": he.capitalize(), "him": him, "his": his,
-        "t": things, "box": box, "boxes": boxes,
-    }  # fmt: skip
+        "n": name,
+        "m": others[0],
+        "k": others[1],
+        "he": he,
+        "He": he.capitalize(),
+        "him": him,
+        "his": his,
+        "t": things,
+        "box": box,
+        "boxes": boxes,
+    }
 
 
-def _carelessly(text: str, rng: random.Random) -> str:
-    """As people type: sometimes without capitals, sometimes without the mark at the end."""
+def _carelessly_typed(text: str, rng: random.Random) -> str:
+    """The text as people type it: sometimes without capitals, sometimes without the punctuation at the end."""
     if rng.random() < 0.15:
         text = text.lower()
     if rng.random() < 0.15:

@@ -1,4 +1,4 @@
-"""Conversations of your own: a file of JSON lines, each an array of messages {"role", "content"}. Only for training.
+"""Your own conversations: a file of JSON lines, each an array of messages {"role", "content"}. For training only.
 
 Named on the command line as customjson:PATH.
 """
@@ -7,20 +7,20 @@ import json
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 from nanochat_jax.tasks.smoltalk import check_messages
 
 
-class CustomJSON(source.RowTask):
+class CustomJSON(task_data.RowTask):
     name = "CustomJSON"
 
     def __init__(self, path: str | Path):
-        """Reads and checks the whole file now: a mistake on its last line should not end a run hours later."""
+        """Reads and checks the whole file at once: a mistake on its last line should not end a run hours later."""
         path = Path(path).expanduser()
         if not path.is_file():
-            raise UserError(f"{path}: no such file; customjson:PATH wants JSON lines, each an array of messages")
+            raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, each an array of messages")
         self.rows = []
-        for number, line in enumerate(source.read_text(path).split("\n"), start=1):
+        for number, line in enumerate(task_data.read_text(path).split("\n"), start=1):
             if not line.strip():
                 continue
             try:

@@ -1,13 +1,13 @@
 """GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
 
-An answer annotates each step as <<expression=result>>, which becomes a call of the tool and its output, and ends in
-"#### number". Answers are compared as text after that mark: 10 is neither 10.0 nor "10.".
+An answer annotates each step as <<expression=result>>, which becomes a call of the tool and its output, and ends with
+"#### number". Answers are compared by the text after that mark: 10 is neither 10.0 nor "10.".
 """
 
 import re
 from pathlib import Path
 
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 
 REPO = "openai/gsm8k"
 
@@ -16,29 +16,38 @@ _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 def extract_answer(text: str) -> str | None:
-    """The number after the first "#### ", without commas, or None."""
+    """The number after the first "#### ", without commas, or None.
+
+    "2 + 2 = 4\\n#### 1,004" -> "1004"
+    """
     match = _ANSWER.search(text)
     return match[1].replace(",", "") if match else None
 
 
 def is_right(conversation: dict, completion: str) -> bool:
-    """Whether `completion` ends in the number that the conversation's answer ends in."""
+    """Whether `completion` gives the same number as the conversation's own answer."""
     content = conversation["messages"][-1]["content"]
     reference = extract_answer(content if isinstance(content, str) else content[-1]["text"])
     assert reference is not None, f"no #### in the reference answer {content!r}"
     return extract_answer(completion) == reference
 
 
-class GSM8K(source.RowTask):
+class GSM8K(task_data.RowTask):
     name = "GSM8K"
     eval_type = "generative"
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
-        local = data_dir and source.local(data_dir, f"gsm8k/{split}")
-        self.rows = local or source.hub(REPO, "main", split)
+        if data_dir:
+            self.rows = task_data.local(data_dir, f"gsm8k/{split}")
+        else:
+            self.rows = task_data.hub(REPO, "main", split)
 
     @staticmethod
     def conversation(row: dict) -> dict:
+        """{"question", "answer": "It is <<2*5=10>>10\\n#### 10"} -> a conversation; the answer as parts:
+
+        text "It is ", python "2*5", python_output "10", text "10\\n#### 10"
+        """
         parts = []
         for i, piece in enumerate(_CALL.split(row["answer"])):  # text, call, text, call, ..., text
             if i % 2 == 0:

@@ -1,10 +1,10 @@
-"""HumanEval (Chen et al., 2021): write a Python function from its signature and docstring; unit tests judge it."""
+"""HumanEval (Chen et al., 2021): write a Python function from its signature and docstring, checked by unit tests."""
 
 import re
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import sandbox, source
+from nanochat_jax.tasks import sandbox, task_data
 
 REPO = "openai/openai_humaneval"
 
@@ -12,13 +12,13 @@ _FENCED = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
 
 
 def extract_code(completion: str) -> str:
-    """The first fenced block of a chatty answer, or all of it."""
+    """The first fenced block of an answer, or all of the answer if it has none."""
     match = _FENCED.search(completion)
     return (match[1] if match else completion).strip()
 
 
 def extract_imports(prompt: str) -> str:
-    """The import lines that open a prompt: an answer may leave them out and still need them."""
+    """The import lines at the start of a prompt: an answer may leave them out and still need them."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()
@@ -30,21 +30,23 @@ def extract_imports(prompt: str) -> str:
 
 
 def program(conversation: dict, completion: str) -> str:
-    """The program that ends without an exception exactly if `completion` passes the tests."""
+    """A program that ends without an exception exactly if `completion` passes the tests."""
     imports = extract_imports(conversation["messages"][0]["content"])
     call = f"check({conversation['entry_point']})"
     return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"
 
 
-class HumanEval(source.RowTask):
+class HumanEval(task_data.RowTask):
     name = "HumanEval"
     eval_type = "generative"
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if split != "test":
-            raise UserError(f"humaneval has no {split} split: it is only for evaluation")
-        local = data_dir and source.local(data_dir, "humaneval/HumanEval")
-        self.rows = local or source.hub(REPO, "openai_humaneval", "test")
+            raise UserError(f"humaneval has no {split} split: it is for evaluation only")
+        if data_dir:
+            self.rows = task_data.local(data_dir, "humaneval/HumanEval")
+        else:
+            self.rows = task_data.hub(REPO, "openai_humaneval", "test")
 
     @staticmethod
     def conversation(row: dict) -> dict:

@@ -1,9 +1,10 @@
-"""Who the model is: a thousand generated conversations, short, in many phrasings.
+"""Who the model is: a thousand short generated conversations, in many phrasings.
 
 They are written once to identity_conversations.jsonl in the base folder (or taken from the task data folder, if it has
-such a file) and from then on read from there: edit or replace the file to give the model another identity. Val and test
-ask in phrasings that training does not use, each in its own, and look for the words that a right answer cannot do
-without. The test's phrasings were written before any model had answered them, and use only words of training questions.
+such a file) and from then on read from there. Edit or replace the file to give the model another identity. Val and test
+each ask in phrasings of their own, which training does not use, and check that the answer contains the words that a
+right answer needs. The test phrasings were written before any model was evaluated on them, and use only words of
+training questions.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.files import write_text
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 from nanochat_jax.tasks.customjson import CustomJSON
 from nanochat_jax.tasks.task import Task
 
@@ -23,7 +24,7 @@ CONVERSATIONS = 1_000
 
 @dataclass(frozen=True)
 class Topic:
-    """Questions of each split, answers, and a word that every answer holds ("": any will do)."""
+    """Questions of each split, answers, and a word that every right answer contains ("": every answer is right)."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -147,7 +148,7 @@ class Identity(Task):
     has_val = True
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
-        self.conversations: Task | list[dict] = _trained_on(data_dir) if split == "train" else _questions(split)
+        self.conversations: Task | list[dict] = _training_data(data_dir) if split == "train" else _questions(split)
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -156,13 +157,14 @@ class Identity(Task):
         return self.conversations[index]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the answer has the word it cannot do without: who the model is, what it is made of, ..."""
+        """Whether the answer contains the word it needs: who the model is, what it is made of, ..."""
         return conversation["expected"].lower() in completion.lower()
 
 
-def _trained_on(data_dir: str | Path | None) -> CustomJSON:
+def _training_data(data_dir: str | Path | None) -> CustomJSON:
+    """The training conversations, generated if there is no file of them yet."""
     path = base_dir() / FILE
-    if data_dir and (given := source.find(Path(data_dir) / FILE)):
+    if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
         path = given
     elif not path.is_file():
         write_text(path, "".join(json.dumps(generate(i)) + "\n" for i in range(CONVERSATIONS)))
@@ -174,7 +176,7 @@ def generate(index: int) -> list[dict]:
     rng = random.Random(f"identity {index}")
     topics = rng.sample(ABOUT, rng.choice((1, 1, 1, 2)))
     if rng.random() < 0.4 and ABOUT[0] not in topics:
-        topics[0] = ABOUT[0]  # the question that is asked most
+        topics[0] = ABOUT[0]  # the question that is asked most often
     greeting = rng.random()
     if greeting < 0.2:
         topics.insert(0, GREETING)
@@ -185,13 +187,13 @@ def generate(index: int) -> list[dict]:
     messages = [
         message for topic in topics[:3] for message in _turn(rng.choice(topic.train), rng.choice(topic.answers))
     ]
-    if greeting > 0.9 and topics[0] in ABOUT:  # greeting and question in one breath
+    if greeting > 0.9 and topics[0] in ABOUT:  # greeting and question in one message
         messages[0]["content"] = rng.choice(("Hi! ", "Hello! ", "Hey, ", "Hi, ")) + messages[0]["content"]
     return messages
 
 
 def _questions(split: str) -> list[dict]:
-    """Every phrasing of val or test, asked at once and after a greeting."""
+    """Every phrasing of val or test, asked first thing and after a greeting."""
     rng = random.Random(f"identity {split}")
     conversations = []
     for topic in (GREETING, *ABOUT):

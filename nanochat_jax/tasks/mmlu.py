@@ -1,13 +1,13 @@
-"""MMLU (Hendrycks et al., 2020): multiple choice over 57 subjects. Trained on its auxiliary_train collection."""
+"""MMLU (Hendrycks et al., 2020): multiple choice over 57 subjects. The train split is its auxiliary_train set."""
 
 from pathlib import Path
 
-from nanochat_jax.tasks import multiple_choice, source
+from nanochat_jax.tasks import multiple_choice, task_data
 
 REPO = "cais/mmlu"
 
 
-class MMLU(source.RowTask):
+class MMLU(task_data.RowTask):
     name = "MMLU"
     eval_type = "categorical"
     baseline = 0.25
@@ -15,13 +15,13 @@ class MMLU(source.RowTask):
     def __init__(self, split: str, data_dir: str | Path | None = None):
         stored = {"train": "auxiliary_train", "test": "test"}[split]
         if not data_dir:
-            self.rows = source.hub(REPO, "all", stored)
-        elif split == "train" and not source.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
-            # auxiliary_train is itself a collection of other multiple-choice sets; these stand in for it.
-            self.rows = source.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
-            print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ in its place")
+            self.rows = task_data.hub(REPO, "all", stored)
+        elif split == "train" and not task_data.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
+            # auxiliary_train is itself a collection of other multiple-choice sets, so these can replace it.
+            self.rows = task_data.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
+            print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ instead")
         else:
-            self.rows = source.local(data_dir, f"mmlu/{stored}")
+            self.rows = task_data.local(data_dir, f"mmlu/{stored}")
 
     @staticmethod
     def conversation(row: dict) -> dict:

@@ -1,8 +1,8 @@
-"""Runs Python that a model wrote, in a fresh interpreter with limits on time, memory, files and output.
+"""Runs Python that a model wrote, in a new interpreter with limits on time, memory, files and output.
 
 This is not a security boundary. It stops what goes wrong by accident (endless loops, memory hogs, fork bombs, stray
-files, leaked environment variables) and cheap ways of passing a test without solving it; code that means harm can
-still reach the network and read what the user can read. Run hostile code in a container or a virtual machine.
+files, leaked environment variables) and cheap ways of passing a test without solving it. Malicious code can still
+reach the network and read what the user can read: run it in a container or a virtual machine.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,7 +24,7 @@ MAX_FILE = 16 * 1024 * 1024  # bytes of any file the program writes, captured ou
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program. `success` means: it ran to its last line without an exception."""
+    """How a program ended. `success` means that it ran to its last line without an exception."""
 
     success: bool
     stdout: str
@@ -33,8 +34,8 @@ class Result:
     memory_exceeded: bool
 
 
-# The child's side. Ending well is proven by a nonce, not by the exit code: sys.exit(0) raises, os._exit(0) never comes
-# back here, and the nonce is still unread in its pipe while the program runs. Limits are set here rather than in a
+# The child's side. Success is proven by a nonce, not by the exit code: sys.exit(0) raises, os._exit(0) never returns
+# here, and the nonce is still unread in its pipe while the program runs. Limits are set here rather than in a
 # preexec_fn, which is unsafe in a parent with threads. Functions are bound first, since programs may overwrite them.
 _RUNNER = """
 import json, os, resource, sys
@@ -74,10 +75,10 @@ run(*map(int, sys.argv[1:]))
 
 
 def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 1024 * 1024) -> Result:
-    """Runs `code` as a program of its own and says how it ended.
+    """Runs `code` as a separate program and reports how it ended.
 
-    `timeout` is wall-clock seconds, start of the interpreter included; `memory_bytes` limits the address space
-    (None: no limit). The program has no input, an empty environment, and a temporary folder as its working directory.
+    `timeout` is in wall-clock seconds and includes the start of the interpreter; `memory_bytes` limits the address
+    space (None: no limit). The program has no input, an empty environment, and a temporary working directory.
     """
     nonce = secrets.token_hex(16)
     with (
@@ -106,30 +107,34 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            # The whole group, and always: children outlive a parent that ended well, too.
+            # Always, and the whole group: children can outlive a parent that succeeded, too.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         report = _read_report(report_read)
         success = not timed_out and report.get("nonce") == nonce
-        memory_exceeded = bool(report.get("memory"))
-        return Result(success, _head(stdout), _head(stderr), _why(success, timed_out, report, process, timeout),
-                      timed_out, memory_exceeded)  # fmt: skip
+        return Result(
+            success,
+            stdout=_head(stdout),
+            stderr=_head(stderr),
+            error=None if success else _failure(timed_out, report, process.returncode, timeout),
+            timeout=timed_out,
+            memory_exceeded=bool(report.get("memory")),
+        )
 
 
-def _why(success: bool, timed_out: bool, report: dict, process: subprocess.Popen, timeout: float) -> str | None:
-    if success:
-        return None
+def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
+    """Why a program did not succeed, in one line."""
     if timed_out:
-        return f"no end after {timeout:g} s"
+        return f"not finished after {timeout:g} s"
     if "error" in report:
         return str(report["error"])
-    code = process.returncode
-    return f"killed by signal {-code}" if code < 0 else f"ended early with exit code {code}"
+    return f"killed by signal {-code}" if code < 0 else f"exited early with code {code}"
 
 
 @contextlib.contextmanager
-def _pipe():
+def _pipe() -> Generator[tuple[int, int], None, None]:
+    """(read end, write end), both closed afterwards."""
     ends = os.pipe()
     try:
         yield ends
@@ -139,7 +144,7 @@ def _pipe():
 
 
 def _read_report(fd: int) -> dict:
-    """The runner's report: at most one small JSON object, or nothing. Never waits."""
+    """The runner's report, a small JSON object, or {} if there is none. Never waits."""
     os.set_blocking(fd, False)
     try:
         report = json.loads(os.read(fd, 65536))
@@ -149,5 +154,6 @@ def _read_report(fd: int) -> dict:
 
 
 def _head(file: IO[bytes]) -> str:
+    """The first MAX_OUTPUT bytes of the output, as text."""
     file.seek(0)
     return file.read(MAX_OUTPUT).decode("utf-8", errors="replace")

@@ -1,22 +1,24 @@
-"""SmolTalk, the version for small models (Allal et al., 2025): general chat. Only for training.
+"""SmolTalk, the version for small models (Allal et al., 2025): general chat. For training only.
 
 A local folder may hold smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations as chat/*.jsonl, one JSON
-array of messages a line; of these every twentieth opening message is held out.
+array of messages per line. Of the latter, every twentieth opening message, by its hash, is held out for the test.
 """
 
 import zlib
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 
 REPO = "HuggingFaceTB/smol-smoltalk"
-HOLD_OUT = 20
+HOLD_OUT = 20  # one opening message in this many is held out
 
 
 def check_messages(messages: list, where: str) -> list:
-    """`messages`, if they are a conversation that can be rendered: an optional system message, then user and assistant
-    in turn, all of them text, at least one exchange. UserError otherwise."""
+    """Returns `messages` if they are a conversation that can be rendered, and raises UserError otherwise.
+
+    That is an optional system message, then user and assistant in turn, all of them text, with at least one exchange.
+    """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: expected a list of messages")
     turns = messages[1:] if messages and messages[0].get("role") == "system" else messages
@@ -31,14 +33,14 @@ def check_messages(messages: list, where: str) -> list:
     return messages
 
 
-class SmolTalk(source.RowTask):
+class SmolTalk(task_data.RowTask):
     name = "SmolTalk"
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if not data_dir:
-            self.rows = source.hub(REPO, "default", split)
-        elif source.find(Path(data_dir) / "smoltalk" / f"{split}.jsonl"):
-            self.rows = source.local(data_dir, f"smoltalk/{split}")
+            self.rows = task_data.hub(REPO, "default", split)
+        elif task_data.find(Path(data_dir) / "smoltalk" / f"{split}.jsonl"):
+            self.rows = task_data.local(data_dir, f"smoltalk/{split}")
         else:
             self.rows = _chat_folder(Path(data_dir), split)
 
@@ -49,9 +51,9 @@ class SmolTalk(source.RowTask):
 
 
 def _chat_folder(data_dir: Path, split: str) -> list:
-    """Split by the opening message rather than by position, so that its copies never fall on both sides."""
+    """Conversations of chat/*.jsonl, split by the opening message: copies of it never end up in both splits."""
     stems = sorted({f"chat/{path.name.split('.jsonl')[0]}" for path in (data_dir / "chat").glob("*.jsonl*")})
-    rows = source.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
+    rows = task_data.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
     rows = [row for row in rows if _held_out(row) == (split == "test")]
     if not rows:
         raise UserError(f"--task_data_dir={data_dir}: too few conversations in chat/ for a {split} split")

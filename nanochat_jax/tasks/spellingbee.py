@@ -1,7 +1,7 @@
-"""SpellingBee: how often is a letter in a word? And SimpleSpelling, the skill below it: spell a word.
+"""SpellingBee: how often does a letter occur in a word? And SimpleSpelling, the skill it rests on: spell a word.
 
 A model sees tokens, not letters. The answer therefore spells the word first, letter by letter and without spaces
-(" a" and "a" are different tokens), counts along, and then checks itself with the calculator.
+(" a" and "a" are different tokens), then counts letter by letter, and then checks the count with the calculator.
 """
 
 import random
@@ -12,7 +12,7 @@ from nanochat_jax.tasks.task import Task
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEST_SEED = 10_000_000  # test problem i is drawn by Random(TEST_SEED + i), training problem i by Random(i)
-LETTER_IN_WORD = 0.9  # otherwise any letter, so that the answer 0 is practised
+LETTER_IN_WORD = 0.9  # otherwise any letter, so that the answer 0 occurs too
 TRAIN_ROWS, TEST_ROWS = 80_000, 256
 
 QUESTIONS = (
@@ -114,6 +114,7 @@ class SpellingBee(Task):
 
 
 def _count_by_hand(word: str, letter: str) -> str:
+    """The count step by step: a line per letter, such as "2:r" or "3:e hit! count=1"."""
     lines = [f"I look for '{letter}' in '{word}', letter by letter.", "", spell(word), ""]
     count = 0
     for position, character in enumerate(word, start=1):

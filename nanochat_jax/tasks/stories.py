@@ -1,8 +1,8 @@
-"""How the generated word problems are told: a small grammar, read from phrasings.txt, which explains its notation.
+"""The wording of the generated arithmetic problems: a small grammar in phrasings.txt, which explains its notation.
 
-Every list of alternatives has three parts: those that training uses, and those that only validation, or only the test,
-adds to them. A problem of these splits contains at least one of its own, so its phrasing never occurred in training.
-Validation may be looked at while a recipe is tuned. The test may not.
+Every list of phrasings has three parts: those used by all splits, and those that only validation, or only the test,
+adds to them. A problem of these two splits contains at least one phrasing of its own split, so its wording never occurs
+in training. Validation may be looked at while a recipe is tuned. The test may not.
 """
 
 import random
@@ -14,107 +14,124 @@ SYMBOL = re.compile(r"<(\w+)>")
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Ways to say one thing, by split."""
+class Phrasings:
+    """Ways to say one thing: those that every split uses (`train`), and those that only val or only the test uses."""
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
-    def own(self, split: str) -> tuple[str, ...]:
-        """What only this split says."""
+    def held_out(self, split: str) -> tuple[str, ...]:
+        """The phrasings that only this split uses; none for train."""
         return () if split == "train" else getattr(self, split)
 
-    def filled(self, **symbols: str) -> "Choices":
-        """With <A> replaced by the symbol given for A, and so on."""
+    def with_symbols(self, **symbols: str) -> "Phrasings":
+        """With symbols renamed.
 
-        def fill(text: str) -> str:
+        with_symbols(E="gain") of "Then <E>." -> "Then <gain>."
+        """
+
+        def rename(text: str) -> str:
             return SYMBOL.sub(lambda match: f"<{symbols.get(match[1], match[1])}>", text)
 
-        return Choices(*(tuple(map(fill, ways)) for ways in (self.train, self.val, self.test)))
+        return Phrasings(*(tuple(map(rename, texts)) for texts in (self.train, self.val, self.test)))
 
-    def __add__(self, other: "Choices") -> "Choices":
-        return Choices(self.train + other.train, self.val + other.val, self.test + other.test)
+    def __add__(self, other: "Phrasings") -> "Phrasings":
+        return Phrasings(self.train + other.train, self.val + other.val, self.test + other.test)
 
 
 @dataclass(frozen=True)
 class Story:
-    """Ways to tell one problem, the steps that solve it, what the result counts, and how large its numbers may be."""
+    """A kind of problem: its phrasings, the steps that solve it, the unit of the result, and its largest number."""
 
-    ways: Choices
+    phrasings: Phrasings
     steps: tuple[str, ...]
     unit: str = ""
     largest: int = 300
 
 
 def tell(story: Story, split: str, rng: random.Random) -> str:
-    """The text of `story`, all symbols expanded; in val and test some part of it is only for that split."""
+    """A text of `story` with all symbols expanded. In val and test, at least one phrasing is of that split only.
+
+    A story of x+y -> "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
+    """
     while True:
         held_out = False
 
-        def choose(ways: Choices) -> str:
+        def choose(phrasings: Phrasings) -> str:
             nonlocal held_out
-            own = ways.own(split)
-            # Half of the choices where there is one: a problem in words that are mostly known tests little.
-            if own and (not ways.train or rng.random() < 0.5):
+            of_split = phrasings.held_out(split)
+            # Where some phrasings are held out, half of the choices take one: a problem that is told mostly in
+            # familiar words would test little.
+            if of_split and (not phrasings.train or rng.random() < 0.5):
                 held_out = True
-                return rng.choice(own)
-            return rng.choice(ways.train)
+                return rng.choice(of_split)
+            return rng.choice(phrasings.train)
 
-        text = choose(story.ways)
+        text = choose(story.phrasings)
         while match := SYMBOL.search(text):
             text = text[: match.start()] + choose(GRAMMAR[match[1]]) + text[match.end() :]
         if held_out or split == "train":
             return text
 
 
-def tellable(stories: list[Story], split: str) -> list[Story]:
-    """Those that can be told in words of this split."""
-    return [story for story in stories if split == "train" or _has_own(story.ways, split)]
+def stories_for(split: str, stories: list[Story]) -> list[Story]:
+    """The stories that can be told in words of this split."""
+    return [story for story in stories if split == "train" or _has_held_out(story.phrasings, split)]
 
 
-def _has_own(ways: Choices, split: str) -> bool:
-    symbols = {name for way in ways.train for name in SYMBOL.findall(way)}
-    return bool(ways.own(split)) or any(_has_own(GRAMMAR[name], split) for name in symbols)
+def _has_held_out(phrasings: Phrasings, split: str) -> bool:
+    """Whether the phrasings, or those of a symbol in them, include some that only this split uses."""
+    symbols = {name for text in phrasings.train for name in SYMBOL.findall(text)}
+    return bool(phrasings.held_out(split)) or any(_has_held_out(GRAMMAR[name], split) for name in symbols)
 
 
 # -----------------------------------------------------------------------------
 # phrasings.txt
 
 
-def _sections() -> list[tuple[str, Choices]]:
-    """(heading, alternatives) in the order of the file."""
+def _sections() -> list[tuple[str, Phrasings]]:
+    """(heading, phrasings) in the order of the file."""
     sections: list[tuple[str, dict[str, list[str]]]] = []
-    text = Path(__file__).with_name("phrasings.txt").read_text(encoding="utf-8")
-    for line in filter(None, map(str.strip, text.splitlines())):
+    content = Path(__file__).with_name("phrasings.txt").read_text(encoding="utf-8")
+    for line in filter(None, map(str.strip, content.splitlines())):
         if line.startswith("["):
             sections.append((line[1:-1], {"train": [], "val": [], "test": []}))
         elif not line.startswith("#"):
-            split, way = re.fullmatch(r"(?:(val|test): )?(.+)", line).groups()
-            times, way = re.fullmatch(r"(?:(\d+)\* )?(.+)", way).groups()
-            sections[-1][1][split or "train"] += [way] * int(times or 1)
-    return [(heading, Choices(*(tuple(ways) for ways in by_split.values()))) for heading, by_split in sections]
+            split, text = _take_prefix(r"(val|test): ", line)
+            times, text = _take_prefix(r"(\d+)\* ", text)
+            sections[-1][1][split or "train"] += [text] * int(times or 1)
+    return [(heading, Phrasings(*(tuple(texts) for texts in by_split.values()))) for heading, by_split in sections]
 
 
-def _story(heading: str, ways: Choices) -> Story:
+def _take_prefix(pattern: str, line: str) -> tuple[str, str]:
+    """The group of a pattern at the beginning of a line ("" if it is not there), and the rest of the line.
+
+    r"(\\d+)\\* ", "3* {n} has {} {t}." -> "3", "{n} has {} {t}."
+    """
+    match = re.match(pattern, line)
+    return (match[1], line[match.end() :]) if match else ("", line)
+
+
+def _story(heading: str, phrasings: Phrasings) -> Story:
     """From "x*y r+z | dollars | largest 40"."""
     steps, unit, *rest = (part.strip() for part in heading.split("|"))
-    return Story(ways, tuple(steps.split()), unit, *(int(part.removeprefix("largest ")) for part in rest))
+    return Story(phrasings, tuple(steps.split()), unit, *(int(part.removeprefix("largest ")) for part in rest))
 
 
-def _read() -> tuple[dict[str, Choices], dict[str, Story], list[Story]]:
+def _read() -> tuple[dict[str, Phrasings], dict[str, Story], list[Story]]:
     """(symbols, plain questions by operator, stories)."""
-    single = {heading: ways for heading, ways in _sections() if not heading.startswith("story ")}
-    grammar = {h.removeprefix("symbol "): ways for h, ways in single.items() if h.startswith("symbol ")}
+    single = {heading: phrasings for heading, phrasings in _sections() if not heading.startswith("story ")}
+    grammar = {h.removeprefix("symbol "): phrasings for h, phrasings in single.items() if h.startswith("symbol ")}
     one, two = single["one event"], single["two events"]
-    grammar |= {"gained": one.filled(E="gain"), "lost": one.filled(E="lose")}
-    grammar |= {f"{a}_{b}": two.filled(A=a, B=b) for a in ("gain", "lose") for b in ("gain", "lose")}
-    written = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
+    grammar |= {"gained": one.with_symbols(E="gain"), "lost": one.with_symbols(E="lose")}
+    grammar |= {f"{a}_{b}": two.with_symbols(A=a, B=b) for a in ("gain", "lose") for b in ("gain", "lose")}
+    verbs = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
     plain = {
-        op: Story(single["ask"].filled(E=symbol) + single[f"plain x{op}y"], (f"x{op}y",))
-        for op, symbol in written.items()
+        op: Story(single["ask"].with_symbols(E=verb) + single[f"plain x{op}y"], (f"x{op}y",))
+        for op, verb in verbs.items()
     }
-    stories = [_story(h.removeprefix("story "), ways) for h, ways in _sections() if h.startswith("story ")]
+    stories = [_story(h.removeprefix("story "), phrasings) for h, phrasings in _sections() if h.startswith("story ")]
     return grammar, plain, stories
 
 

@@ -1,25 +1,27 @@
-"""The interface of a task: a sequence of conversations that may know how to judge an answer.
+"""The interface of a task: a sequence of conversations that may know how to check an answer.
 
-A conversation is {"messages": [{"role", "content"}, ...]} plus what the task needs for judging. The content of an
-assistant message is a string, or a list of parts {"type": "text" | "python" | "python_output", "text": str}.
-Views (slices, repetitions) and mixtures are tasks too.
+A conversation is {"messages": [{"role", "content"}, ...]}, with whatever else the task needs to check an answer. The
+content of an assistant message is a string, or a list of parts {"type": "text" | "python" | "python_output", "text":
+str}. Views (slices, repetitions) and mixtures are tasks too.
 """
 
 import hashlib
 import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
 
 import numpy as np
 
 
 class Task:
-    """Conversations by index. Subclasses give `__len__` and `example`, and `evaluate` if `eval_type` is set.
+    """Conversations by index. Subclasses define `__len__` and `example`, and `evaluate` if `eval_type` is set.
 
-    eval_type: "generative" (sample an answer and judge its text), "categorical" (compare the logits of the
-    conversation's "letters"), or None (only for training). baseline: the score of guessing. has_val: whether there is
-    a val split, to look at while training and tuning, beside train and test. Most data sets come without one; what is
-    asked for as val is then the test split. split: which one `tasks.load` has given; "" of a task made otherwise.
+    eval_type: "generative" (generate an answer and check its text), "categorical" (compare the logits of the
+    conversation's "letters"), or None (for training only). baseline: the score of guessing. has_val: whether the task
+    has a val split beside train and test, for use while training and tuning. Most data sets have none; their val is the
+    test split. split: the split that `tasks.load` has loaded; "" for a task made in another way.
     """
 
     name: str = ""
@@ -28,6 +30,10 @@ class Task:
     has_val: bool = False
     split: str = ""
 
+    def __init__(self, split: str = "", data_dir: str | Path | None = None):
+        """data_dir: folder with the data of downloaded tasks. A task that generates its rows ignores it."""
+        self.split = split
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -35,8 +41,14 @@ class Task:
         """The conversation at 0 <= index < len(self)."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int | slice):
-        if isinstance(index, slice):  # slice.indices() cuts at the end, as for lists
+    @overload
+    def __getitem__(self, index: int) -> dict: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "View": ...
+
+    def __getitem__(self, index: int | slice) -> "dict | View":
+        if isinstance(index, slice):  # slice.indices() stops at the end, as for lists
             return View(self, range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a task with {len(self)} rows")
@@ -44,7 +56,7 @@ class Task:
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether `completion`, the text of the assistant's answer, is right."""
-        raise NotImplementedError(f"{self.name or type(self).__name__} is only for training")
+        raise NotImplementedError(f"{self.name or type(self).__name__} is for training only")
 
     def reward(self, conversation: dict, completion: str) -> float:
         """1.0 for a right answer, else 0.0."""
@@ -73,15 +85,20 @@ class View(Task):
         return self.task.reward(conversation, completion)
 
 
-def rows(task: Task, count: int) -> Task:
-    """The first `count` rows (0: all of them; more than there are: repeated from the first)."""
+def first_rows(task: Task, count: int) -> Task:
+    """The first `count` rows of a task. 0: all of them; more than the task has: repeated from the first.
+
+    2 of [a, b, c] -> [a, b];  5 of [a, b, c] -> [a, b, c, a, b]
+    """
     return task if count in (0, len(task)) else View(task, np.arange(count) % len(task))
 
 
 class Mixture(Task):
-    """The rows of several tasks, shuffled once. A task that is listed twice weighs twice.
+    """The rows of several tasks, shuffled once. A task that is listed twice counts twice.
 
-    Each conversation carries "task", the position of its task in the list, so that a mixture can judge answers.
+    Each conversation gets "task", the position of its task in the list, so that the mixture can check its answers:
+
+        Sums [s0, s1, s2], Identity [i0, i1] -> [i0, s1, s2, i1, s0] with "task" 1, 0, 0, 1, 0
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42):
@@ -96,7 +113,7 @@ class Mixture(Task):
         return len(self.order)
 
     def hash(self) -> str:
-        """Of up to 64 conversations of each task, at equal distances: tells other data apart without reading all."""
+        """Hash of up to 64 equally spaced conversations per task: tells other data apart without reading all of it."""
         digest = hashlib.sha256()
         for task in self.tasks:
             for index in range(0, len(task), max(1, len(task) // 64)):

@@ -1,8 +1,8 @@
 """The words that the spelling tasks draw from, and which of them are held out of training.
 
-In this order: words/words_alpha.txt of the task data folder, task_data/words_alpha.txt or task_data/words.txt of the
-base folder, or the frequent words of the pretraining text, written to that words.txt so that later text does not
-change them.
+The first of these that exists is used: words/words_alpha.txt in the task data folder, task_data/words_alpha.txt or
+task_data/words.txt in the base folder. If none does, they are the frequent words of the pretraining text, which are
+written to that words.txt so that later text does not change them.
 """
 
 import collections
@@ -15,10 +15,10 @@ from pathlib import Path
 from nanochat_jax.config import UserError, base_dir
 from nanochat_jax.data import parquet
 from nanochat_jax.files import write_text
-from nanochat_jax.tasks import source
+from nanochat_jax.tasks import task_data
 
-HOLD_OUT = 10  # every tenth word, by its hash, is only for testing
-CORPUS_CHARS = 50_000_000  # enough text to meet every frequent word
+HOLD_OUT = 10  # every tenth word, by its hash, is for testing only
+CORPUS_CHARS = 50_000_000  # enough text to contain every frequent word
 CORPUS_WORDS = 20_000
 MIN_COUNT = 3  # rarer ones are mostly typing errors and names of variables
 
@@ -27,28 +27,29 @@ _WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w|:/)", re.ASCII)
 
 
 def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:
-    """The words of "train" or "test"; no word is in both."""
+    """The words of a split, "train" or "test"; no word is in both. UserError if there are none."""
     words = _all_words(str(data_dir or ""), base_dir())
     chosen = tuple(word for word in words if held_out(word) == (split == "test"))
     if not chosen:
-        raise UserError(f"only {len(words)} words found, none of them for {split}: the spelling tasks need more")
+        raise UserError(f"only {len(words)} words found, none of them for {split}: the spelling tasks need more words")
     return chosen
 
 
 def held_out(word: str) -> bool:
+    """Whether a word is for testing only."""
     return zlib.crc32(word.encode()) % HOLD_OUT == 0
 
 
-@functools.cache  # two tasks and two splits ask for it
+@functools.cache  # two tasks ask for it, each for two splits
 def _all_words(data_dir: str, base: Path) -> list[str]:
     places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
     if data_dir:
         places.insert(0, Path(data_dir) / "words" / "words_alpha.txt")
-    path = next((found for place in places if (found := source.find(place))), None)
+    path = next(filter(None, map(task_data.find, places)), None)
     if path is None:
         path = places[-1]
         write_text(path, "\n".join(_corpus_words(base / "data")) + "\n")
-    words = [word for line in source.read_text(path).split("\n") if (word := line.strip())]
+    words = [word for line in task_data.read_text(path).split("\n") if (word := line.strip())]
     if not words:
         raise UserError(f"{path}: empty")
     return words

@@ -21,6 +21,7 @@ import optax
 
 from nanochat_jax import checkpoint, config, environment, files, run_log
 from nanochat_jax.config import GPTConfig, Train, UserError
+from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes, sharding
 from nanochat_jax.parallel.sharding import Layout
@@ -63,6 +64,11 @@ class Run:
     identity: dict  # what a continuation must agree with
     metrics: dict  # what was logged last of each of MEASURED
     wandb: Wandb | None = None  # of process 0, from `begin` on
+
+    @property
+    def eval_model(self) -> EvalModel:
+        """The model as it stands, for an evaluation."""
+        return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
 
     def begin(self) -> None:
         """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""

@@ -66,7 +66,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals.bpb import bits_per_byte
 
     batches = stage.validation()
-    bpb = bits_per_byte(run.state.params, run.model_cfg, batches, run.tokenizer.token_bytes(), run.dtype)
+    bpb = bits_per_byte(run.eval_model, batches)
     batches.close()
     run.log("val", step, bpb=bpb)
     print(f"step {step} | validation bits per byte {bpb:.6f}", flush=True)
@@ -80,10 +80,7 @@ def core_metric(run: Run, stage: Stage, step: int) -> None:
     except UserError as error:
         print(f"step {step} | CORE skipped: {error}")
         return
-    result = core.evaluate(
-        run.state.params, run.model_cfg, run.tokenizer, bundle, max_per_task=run.cfg.core_metric_max_per_task,
-        dtype=run.dtype,
-    )  # fmt: skip
+    result = core.evaluate(run.eval_model, bundle, max_per_task=run.cfg.core_metric_max_per_task)
     run.log("core", step, core=result.core, stderr=result.stderr, n=result.n)
     print(f"step {step} | CORE {result.core:.4f}", flush=True)
 
@@ -114,10 +111,7 @@ def task_metrics(run: Run, stage: Stage, step: int, judged: list[tasks.Task]) ->
     from nanochat_jax.evals import chat
 
     for task in judged:
-        score = chat.evaluate(
-            run.state.params, run.model_cfg, run.tokenizer, task, max_problems=run.cfg.eval_metrics_max_problems,
-            dtype=run.dtype,
-        )  # fmt: skip
+        score = chat.evaluate(run.eval_model, task, max_problems=run.cfg.eval_metrics_max_problems)
         run.log(
             "eval", step, task=score.task, suite="chat", split=task.split, score=score.score, stderr=score.stderr,
             n=score.n,

@@ -10,6 +10,7 @@ import pytest
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.evals import bpb
 from nanochat_jax.evals.bpb import bits_per_byte
+from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
 
 CFG = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=32)
@@ -17,7 +18,7 @@ CFG = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, seq
 
 @pytest.fixture(scope="module")
 def params():
-    # The head is initialised almost to zero; a louder one makes losses differ from token to token.
+    # The head is initialised almost to zero; a larger one makes losses differ from token to token.
     params = gpt.init(CFG, seed=1)
     return params | {"lm_head": params["lm_head"] * 1000}
 
@@ -31,6 +32,20 @@ def make_batches(count=3, b=4, t=24):
         }
         for _ in range(count)
     ]
+
+
+class Bytes:
+    """A tokenizer whose tokens have the given numbers of bytes."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def token_bytes(self):
+        return self.sizes
+
+
+def model_of(params, token_bytes) -> EvalModel:
+    return EvalModel(params, CFG, Bytes(token_bytes))
 
 
 def plain(params, batches, token_bytes) -> float:
@@ -50,35 +65,36 @@ def test_equals_the_plain_formula(params):
     token_bytes = np.arange(100, dtype=np.int32) % 7  # every seventh token has no bytes
     batches = make_batches()
     expected = plain(params, batches, token_bytes)
-    assert bits_per_byte(params, CFG, batches, token_bytes) == pytest.approx(expected, rel=1e-5)
+    assert bits_per_byte(model_of(params, token_bytes), batches) == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_may_be_batched_in_any_way(params):
     token_bytes = np.arange(100, dtype=np.int32) % 5
     one = {k: np.concatenate([b[k] for b in make_batches()]) for k in ("inputs", "targets")}
-    assert bits_per_byte(params, CFG, [one], token_bytes) == pytest.approx(
-        bits_per_byte(params, CFG, make_batches(), token_bytes), rel=1e-5
-    )
+    model = model_of(params, token_bytes)
+    assert bits_per_byte(model, [one]) == pytest.approx(bits_per_byte(model, make_batches()), rel=1e-5)
 
 
 def test_bytes_are_those_given_and_not_of_decoded_text(params):
-    """A token that is half a character counts its raw bytes: twice the bytes, half the bits per byte."""
+    """A token that is half a character counts by its raw bytes. Twice the bytes give half the bits per byte."""
     batches = make_batches()
-    once = bits_per_byte(params, CFG, batches, np.ones(100, np.int32))
-    assert bits_per_byte(params, CFG, batches, np.full(100, 2, np.int32)) == pytest.approx(once / 2, rel=1e-6)
+    once = bits_per_byte(model_of(params, np.ones(100, np.int32)), batches)
+    twice = bits_per_byte(model_of(params, np.full(100, 2, np.int32)), batches)
+    assert twice == pytest.approx(once / 2, rel=1e-6)
 
 
 def test_no_bytes_is_infinite(params):
     empty = [{"inputs": np.zeros((2, 8), np.int32), "targets": np.full((2, 8), -1, np.int32)}]
-    assert bits_per_byte(params, CFG, empty, np.ones(100, np.int32)) == math.inf
-    assert bits_per_byte(params, CFG, make_batches(1), np.zeros(100, np.int32)) == math.inf
-    assert bits_per_byte(params, CFG, [], np.ones(100, np.int32)) == math.inf
+    ones, zeros = model_of(params, np.ones(100, np.int32)), model_of(params, np.zeros(100, np.int32))
+    assert bits_per_byte(ones, empty) == math.inf
+    assert bits_per_byte(zeros, make_batches(1)) == math.inf
+    assert bits_per_byte(ones, []) == math.inf
 
 
 def test_logits_are_never_whole():
-    """XLA's own account of the memory: a fraction of what [b,t,v] in float32 would take."""
-    cfg = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=32, vocab_size=1024, sequence_len=64)
-    shapes = jax.eval_shape(lambda: gpt.init(cfg))
+    """XLA's own memory analysis: a fraction of what [b,t,v] in float32 would take."""
+    model_cfg = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=32, vocab_size=1024, sequence_len=64)
+    shapes = jax.eval_shape(lambda: gpt.init(model_cfg))
     ids, sizes = jax.ShapeDtypeStruct((2048, 64), jnp.int32), jax.ShapeDtypeStruct((1024,), jnp.int32)
-    plan = bpb._sums.lower(shapes, cfg, ids, ids, sizes, jnp.float32).compile()
+    plan = bpb._sums.lower(shapes, model_cfg, ids, ids, sizes, jnp.float32).compile()
     assert plan.memory_analysis().temp_size_in_bytes < 2048 * 64 * 1024 * 4 / 2

@@ -16,6 +16,7 @@ import pytest
 from nanochat_jax.config import GPTConfig, UserError, base_dir
 from nanochat_jax.evals import bundle as bundles
 from nanochat_jax.evals import core
+from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -30,11 +31,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A model with a mind of its own: random weights everywhere, so that its first choices differ."""
-    cfg = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=64)
-    leaves, tree = jax.tree.flatten(gpt.init(cfg, seed=0))
+    """A model with random weights everywhere, so that its first choices differ."""
+    model_cfg = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=64)
+    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([jax.random.normal(k, x.shape) * 0.3 for k, x in zip(keys, leaves, strict=True)]), cfg
+    params = tree.unflatten([jax.random.normal(k, x.shape) * 0.3 for k, x in zip(keys, leaves, strict=True)])
+    return EvalModel(params, model_cfg, tokenizer)
 
 
 def sentence(rng, k=4):
@@ -72,21 +74,20 @@ def make_bundle(folder, tasks):
     return folder
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _logprobs(params, cfg, ids):
-    return jax.nn.log_softmax(gpt.forward(params, cfg, ids))
+@functools.partial(jax.jit, static_argnames="model_cfg")
+def _logprobs(params, model_cfg, ids):
+    return jax.nn.log_softmax(gpt.forward(params, model_cfg, ids))
 
 
-def logprobs(params, cfg, row):
-    """Of every token after every prefix of one row, [t,v]; filled up on the right to compile only once."""
-    ids = np.zeros((1, cfg.sequence_len), np.int32)
+def logprobs(model, row):
+    """Log probabilities of every token after every prefix of one row, [t,v]; padded on the right to compile once."""
+    ids = np.zeros((1, model.model_cfg.sequence_len), np.int32)
     ids[0, : len(row)] = row
-    return np.asarray(_logprobs(params, cfg, ids))[0]
+    return np.asarray(_logprobs(model.params, model.model_cfg, ids))[0]
 
 
 def plain_accuracy(model, tokenizer, task, max_per_task=-1):
     """The specification, one prompt at a time."""
-    params, cfg = model
     items = task.items()
     random.Random(1337).shuffle(items)
     items = items[:max_per_task] if max_per_task > 0 else items
@@ -94,7 +95,7 @@ def plain_accuracy(model, tokenizer, task, max_per_task=-1):
     for index, item in enumerate(items):
         texts = core.prompts(task, items, index)
         rows = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
-        logp = [logprobs(params, cfg, row) for row in rows]
+        logp = [logprobs(model, row) for row in rows]
 
         def losses(o, start, stop, rows=rows, logp=logp):
             return [-logp[o][i - 1, rows[o][i]] for i in range(start, stop)]
@@ -144,30 +145,29 @@ def test_scores_equal_a_plain_loop_however_batched(tmp_path, model, tokenizer, k
     [task] = core.read_tasks(folder)
     expected = plain_accuracy(model, tokenizer, task)
     for batch_size in (5, 64):
-        score = core.evaluate_task(*model, tokenizer, task, batch_size=batch_size)
+        score = core.evaluate_task(model, task, batch_size=batch_size)
         assert score.score == pytest.approx(expected) and score.n == 23 and score.truncated == 0
     assert score.stderr == pytest.approx((expected * (1 - expected) / 23) ** 0.5)
 
 
 def test_language_modeling_can_be_right(tmp_path, model, tokenizer):
-    """Continuations the model itself would write; the loop above would also agree on nothing but zeros."""
-    params, cfg = model
+    """With continuations the model itself would write: the plain loop would also agree on nothing but zeros."""
     items = []
     for word in WORDS[:8]:
         ids = [tokenizer.bos, *tokenizer.encode(f"{word}\nA:")]
-        text = tokenizer.decode([int(logprobs(params, cfg, ids)[len(ids) - 1].argmax())])
+        text = tokenizer.decode([int(logprobs(model, ids)[len(ids) - 1].argmax())])
         items.append({"context": word, "continuation": text})
     task = bundles.CoreTask("own", "language_modeling", tmp_path / "own.jsonl", 0, "\nA:", 0.0)
     task.path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     kept = [i for i in items if tokenizer.encode("\nA:" + i["continuation"])[:-1] == tokenizer.encode("\nA:")]
-    score = core.evaluate_task(params, cfg, tokenizer, task)
+    score = core.evaluate_task(model, task)
     assert score.score * 8 >= len(kept) > 0
 
 
 def test_core_is_the_mean_of_the_centered_scores(tmp_path, model, tokenizer):
     tasks = {kind: (kind, 1, make_items(kind)) for kind in bundles.KINDS}
     seen = []
-    result = core.evaluate(*model, tokenizer, make_bundle(tmp_path, tasks), max_per_task=5, report=seen.append)
+    result = core.evaluate(model, make_bundle(tmp_path, tasks), max_per_task=5, report=seen.append)
     assert result.tasks == seen and [t.task for t in seen] == list(tasks) and {t.n for t in seen} == {5}
     [choice, *others] = result.tasks
     assert choice.centered == pytest.approx((choice.score - 0.25) / 0.75)
@@ -181,7 +181,7 @@ def test_fewer_items_than_shots(tmp_path, model, tokenizer):
     items = task.items()
     assert core.prompts(task, items, 0)[0].count("\n\n") == 2
     for n in (1, 2, 3):
-        assert core.evaluate_task(*model, tokenizer, task, max_per_task=n).n == n
+        assert core.evaluate_task(model, task, max_per_task=n).n == n
 
 
 def test_an_example_is_never_the_item_itself(tmp_path):
@@ -193,7 +193,7 @@ def test_an_example_is_never_the_item_itself(tmp_path):
 
 
 def test_an_option_that_begins_another_still_has_a_score(tmp_path, model, tokenizer):
-    """Upstream scores an empty span there, NaN; the comparison begins one token earlier instead."""
+    """nanochat scores an empty span there, which is NaN; here the comparison begins one token earlier instead."""
     encode = tokenizer.encode
     options = [encode("the cat", prepend=0), encode("the cat sat on", prepend=0)]
     spans = core._item_spans(options, "multiple_choice", 64)
@@ -204,11 +204,11 @@ def test_an_option_that_begins_another_still_has_a_score(tmp_path, model, tokeni
     assert all(0 < s.start < len(s.ids) for s in apart)
     items = [{"query": "the", "choices": ["cat", "cat sat", "cat sat"], "gold": 0}] * 2
     folder = make_bundle(tmp_path, {"one": ("multiple_choice", 0, items)})
-    assert core.evaluate_task(*model, tokenizer, core.read_tasks(folder)[0]).score in (0, 1)
+    assert core.evaluate_task(model, core.read_tasks(folder)[0]).score in (0, 1)
 
 
 def test_a_continuation_the_tokenizer_merges_into_the_prompt(tokenizer):
-    """The prompt's tokens need not begin those of the whole; what differs is scored, and never nothing."""
+    """The prompt's tokens need not be a prefix of the whole. What differs is scored, and at least one token."""
     [span] = core._item_spans([[0, 5, 6, 7], [0, 5, 8, 9]], "language_modeling", 64)
     assert span.start == 2
     [span] = core._item_spans([[0, 5, 6], [0, 5, 6]], "language_modeling", 64)
@@ -216,23 +216,22 @@ def test_a_continuation_the_tokenizer_merges_into_the_prompt(tokenizer):
 
 
 def test_long_prompts_lose_their_beginning_but_not_bos(model, tokenizer, tmp_path):
-    params, cfg = model
     span = core._fit(np.arange(100, 200), 95, 64)
     assert span.truncated and len(span.ids) == 64 and span.ids[0] == 100 and span.ids[-1] == 199
     assert span.ids[span.start] == 195
     assert core._fit(np.arange(100), 10, 64).start == 1  # even the scored part is too long
     items = [{"query": sentence(random.Random(i), 200), "choices": ["cat", "dog sat"], "gold": 0} for i in range(3)]
-    score = core.evaluate_task(params, cfg, tokenizer, core.read_tasks(
-        make_bundle(tmp_path, {"one": ("multiple_choice", 0, items)}))[0])  # fmt: skip
+    [task] = core.read_tasks(make_bundle(tmp_path, {"one": ("multiple_choice", 0, items)}))
+    score = core.evaluate_task(model, task)
     assert score.truncated == 6 and score.n == 3
 
 
 def test_slices_of_the_head_change_nothing(model, monkeypatch):
-    params, cfg = model
-    ids = jax.random.randint(jax.random.key(0), (3, 40), 0, cfg.vocab_size)
-    whole = jax.jit(lambda: core.token_scores(params, cfg, ids, jnp.roll(ids, -1, 1)))()
-    monkeypatch.setattr(core, "LOGITS_AT_ONCE", 3 * cfg.vocab_size * 7)
-    slices = jax.jit(lambda: core.token_scores(params, cfg, ids, jnp.roll(ids, -1, 1)))()
+    params, model_cfg = model.params, model.model_cfg
+    ids = jax.random.randint(jax.random.key(0), (3, 40), 0, model_cfg.vocab_size)
+    whole = jax.jit(lambda: core.token_scores(params, model_cfg, ids, jnp.roll(ids, -1, 1)))()
+    monkeypatch.setattr(core, "LOGITS_AT_ONCE", 3 * model_cfg.vocab_size * 7)
+    slices = jax.jit(lambda: core.token_scores(params, model_cfg, ids, jnp.roll(ids, -1, 1)))()
     np.testing.assert_allclose(slices[0], whole[0], rtol=1e-5)
     np.testing.assert_array_equal(slices[1], whole[1])
 
@@ -251,14 +250,14 @@ def archive(folder):
 
 
 def test_download_is_atomic_and_pinned(tmp_path, monkeypatch):
-    """From a file: URL, through the same client as from the net."""
+    """From a file: URL, through the same client as from the network."""
     monkeypatch.setattr(bundles, "time", type("Clock", (), {"sleep": staticmethod(lambda s: None)}))
     source = tmp_path / "bundle.zip"
     monkeypatch.setattr(bundles, "URL", source.as_uri())
     with pytest.raises(UserError, match=r"unzip it to .*--core_dir"):
         core.find_bundle()
     data = archive(make_bundle(tmp_path / "made", {"one": ("schema", 0, make_items("schema"))}))
-    source.write_bytes(data[:-50])  # torn
+    source.write_bytes(data[:-50])  # truncated
     with pytest.raises(UserError, match="cannot be unpacked"):
         core.find_bundle()
     assert list(base_dir().iterdir()) == []
@@ -267,7 +266,7 @@ def test_download_is_atomic_and_pinned(tmp_path, monkeypatch):
     assert folder == base_dir() / "eval_bundle" and [t.label for t in core.read_tasks(folder)] == ["one"]
     assert (base_dir() / "eval_bundle.sha256").read_text().strip() == hashlib.sha256(data).hexdigest()
     source.unlink()
-    assert core.find_bundle() == folder  # not asked for again
+    assert core.find_bundle() == folder  # not downloaded again
     assert sorted(p.name for p in base_dir().iterdir()) == ["eval_bundle", "eval_bundle.sha256"]
     folder.rename(tmp_path / "elsewhere")
     source.write_bytes(data + b"x")

@@ -15,7 +15,7 @@ import pytest
 from nanochat_jax import tasks
 from nanochat_jax.config import REPOSITORY
 from nanochat_jax.engine.calculator import use_calculator
-from nanochat_jax.tasks import arithmetic, choice, identity, stories
+from nanochat_jax.tasks import arithmetic, generated_choice, identity, stories
 from nanochat_jax.tasks.gsm8k import extract_answer
 from nanochat_jax.tasks.stories import TWO_STEP
 
@@ -48,7 +48,7 @@ def test_generated_answers_are_right(name, split):
         assert [use_calculator(call) for call in calls] == outputs
         assert extract_answer(parts[-1]["text"]) == outputs[-1]
         assert task.evaluate(conversation, text_of(conversation)) and not task.evaluate(conversation, "#### 1.5")
-        # Every number of an expression stands in the question, or is the result of the step before.
+        # Every number of an expression is in the question, or is the result of the step before.
         known = re.findall(r"\d+", question) + outputs
         assert all(number in known for call in calls for number in re.findall(r"\d+", call))
         assert " " not in "".join(calls)
@@ -89,15 +89,19 @@ def test_generated_tasks_are_the_same_everywhere():
         "for s in ('train', 'val', 'test') for i in (0, 7)]))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONHASHSEED": "123"}, cwd=REPOSITORY,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "123"},
+        cwd=REPOSITORY,
+    )
     here = [tasks.load(n, s)[i] for n in ("sums", "twostep", "choice", "identity") for s in SPLITS for i in (0, 7)]
     assert json.loads(run.stdout) == here
 
 
 # -----------------------------------------------------------------------------
-# Arithmetic: what each split keeps to itself
+# Arithmetic: what the splits do not share
 
 
 def test_no_two_splits_share_numbers():
@@ -132,24 +136,24 @@ SAME |= dict.fromkeys("boys girls men women cows goats sheep".split(), "beings")
 
 
 def phrasing(text: str) -> str:
-    """What remains of a question when numbers, case, marks, and the names of people, things, places and days are made
-    equal, and what has nothing to do with it is taken off."""
+    """A question without an unrelated beginning, with numbers, case, punctuation and the names of people, things,
+    places and days made equal."""
     words = re.findall(r"\{\}|[a-z']+|[-+*/=]", re.sub(r"\d+", " {} ", BEGINNING.sub("", text)).lower())
     return " ".join(SAME.get(word, word) for word in words)
 
 
 @pytest.mark.parametrize("name", ["sums", "twostep"])
 def test_no_two_splits_share_phrasings(name):
-    told = {split: {phrasing(question_of(c)) for c in tasks.load(name, split)} for split in SPLITS}
-    assert len(told["train"]) > 5000 and len(told["val"]) > 200 and len(told["test"]) > 300
-    assert not any(told[one] & told[other] for one, other in combinations(SPLITS, 2))
+    phrasings = {split: {phrasing(question_of(c)) for c in tasks.load(name, split)} for split in SPLITS}
+    assert len(phrasings["train"]) > 5000 and len(phrasings["val"]) > 200 and len(phrasings["test"]) > 300
+    assert not any(phrasings[one] & phrasings[other] for one, other in combinations(SPLITS, 2))
 
 
 def test_every_telling_names_the_numbers_of_its_steps():
     for story in [*stories.PLAIN.values(), *ONE_STEP, *TWO_STEP]:
         numbers = len(set("".join(story.steps)) & set("xyz"))
         for split in SPLITS:
-            if not stories.tellable([story], split):
+            if not stories.stories_for(split, [story]):
                 continue
             for i in range(100):
                 text = stories.tell(story, split, random.Random(i))
@@ -158,7 +162,7 @@ def test_every_telling_names_the_numbers_of_its_steps():
 
 
 def unknown_words(text: str, known: set[str]) -> list[str]:
-    """The words of `text` that are not `known`; where a sentence starts, the other case will do."""
+    """The words of `text` that are not in `known`; at the start of a sentence, either case will do."""
     unknown = []
     for match in re.finditer(r"(?P<start>^|[.?!:] |Hello, )?\b(?P<word>[A-Za-z']+)\b", text):
         word = match["word"]
@@ -169,19 +173,19 @@ def unknown_words(text: str, known: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "own_stories"),
     [("sums", [story for op, story in stories.PLAIN.items() if op != "/"] + ONE_STEP), ("twostep", TWO_STEP)],
 )
-def test_the_test_asks_in_words_that_training_uses(name, told):
-    ways = [way for choices in [*stories.GRAMMAR.values(), *(s.ways for s in told)] for way in choices.train]
-    ways = [re.sub(r"<\w+>|\{\w*\}", "1", way) for way in ways]
-    trained = " ".join([*ways, *arithmetic.SCENES, *arithmetic.OPENINGS, ""])
+def test_the_test_asks_in_words_that_training_uses(name, own_stories):
+    phrasings = [*stories.GRAMMAR.values(), *(story.phrasings for story in own_stories)]
+    texts = [re.sub(r"<\w+>|\{\w*\}", "1", text) for group in phrasings for text in group.train]
+    trained = " ".join([*texts, *arithmetic.SCENES, *arithmetic.OPENINGS, ""])
     trained += " ".join(question_of(c) for c in tasks.load(name, "train", rows=2000))  # names of things
     people = arithmetic.WOMEN["test"] + arithmetic.MEN["test"]
     known = {"'s", *re.findall(r"[A-Za-z']+", trained), *people, *(f"{person}'s" for person in people)}
     for conversation in tasks.load(name, "test"):
         assert not unknown_words(question_of(conversation), known), question_of(conversation)
-    for story in stories.tellable(told, "test"):  # the rare ones too
+    for story in stories.stories_for("test", own_stories):  # the rare ones too
         for i in range(200):
             text = re.sub(r"\{\w*\}", "1", stories.tell(story, "test", random.Random(i)))
             assert not unknown_words(text, known), text
@@ -214,13 +218,13 @@ def test_choices_are_right_and_comparisons_disjoint():
     assert not any(found[one] & found[other] for one, other in combinations(SPLITS, 2))
     for split in ("val", "test"):
         letters = Counter(c["messages"][1]["content"] for c in tasks.load("choice", split))
-        assert all(200 < letters[letter] < 300 for letter in choice.LETTERS)
+        assert all(200 < letters[letter] < 300 for letter in generated_choice.LETTERS)
 
 
 def test_kinds_and_opposites_have_one_right_answer():
-    members = [word for words_ in choice.KINDS.values() for word in words_]
+    members = [word for words_ in generated_choice.KINDS.values() for word in words_]
     assert len(members) == len(set(members))
-    both = [word for pair in choice.OPPOSITES for word in pair]
+    both = [word for pair in generated_choice.OPPOSITES for word in pair]
     assert len(both) == len(set(both))
 
 

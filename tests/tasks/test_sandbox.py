@@ -27,8 +27,8 @@ def test_a_program_that_ends_well():
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("raise SystemExit", "SystemExit"),
         ("exit()", "SystemExit"),
-        ("import os; os._exit(0)", "exit code 0"),
-        ("import os; os.execv('/bin/true', ['true'])", "exit code 0"),
+        ("import os; os._exit(0)", "exited early with code 0"),
+        ("import os; os.execv('/bin/true', ['true'])", "exited early with code 0"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "signal 15"),
         ("import os; os.read = os.write = lambda *a: b'x'\nraise ValueError('later')", "ValueError: later"),
         ("raise type('Odd', (Exception,), {})(chr(0xd800) * 5000)", "Odd"),
@@ -74,7 +74,7 @@ import os, time
 try:
     child = os.fork()
 except OSError:
-    raise SystemExit  # not allowed here, which is as good
+    raise SystemExit  # not allowed here, which is just as good
 if child == 0:
     time.sleep(1.5)
     open({str(mark)!r}, "w").close()
@@ -103,8 +103,8 @@ try:
 except EOFError:
     print("no input")
 """)
-    folder, said = result.stdout.splitlines()
-    assert result.success and said == "no input"
+    folder, line = result.stdout.splitlines()
+    assert result.success and line == "no input"
     assert not os.path.exists(folder) and not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Tasks: the specification's formats, honest splits, right answers, and clear words where data are missing."""
+"""Tasks: the specification's formats, disjoint splits, right answers, and clear errors if data are missing."""
 
 import http.server
 import json
@@ -19,7 +19,7 @@ import pytest
 from nanochat_jax import tasks
 from nanochat_jax.config import REPOSITORY, UserError
 from nanochat_jax.engine.calculator import use_calculator
-from nanochat_jax.tasks import source, spellingbee, words
+from nanochat_jax.tasks import spellingbee, task_data, words
 from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
 
 # -----------------------------------------------------------------------------
@@ -30,14 +30,16 @@ from nanochat_jax.tasks.gsm8k import GSM8K, extract_answer
 @pytest.mark.parametrize(
     ("key", "name", "file"),
     [
-        ("gsm8k_train", "gsm8k", "gsm8k/train"), ("gsm8k_test", "gsm8k", "gsm8k/test"),
-        ("mmlu_test", "mmlu", "mmlu/test"), ("arc_easy_test", "arc-easy", "arc/ARC-Easy/test"),
+        ("gsm8k_train", "gsm8k", "gsm8k/train"),
+        ("gsm8k_test", "gsm8k", "gsm8k/test"),
+        ("mmlu_test", "mmlu", "mmlu/test"),
+        ("arc_easy_test", "arc-easy", "arc/ARC-Easy/test"),
         ("arc_challenge_train", "arc-challenge", "arc/ARC-Challenge/train"),
         ("humaneval_test", "humaneval", "humaneval/HumanEval"),
     ],
-)  # fmt: skip
+)
 def test_conversations_equal_the_recorded_ones(golden_dir, data_dir, key, name, file):
-    rows = source.JsonRows([source.find(data_dir / f"{file}.jsonl")])
+    rows = task_data.JsonRows([task_data.find(data_dir / f"{file}.jsonl")])
     for recorded in json.loads((golden_dir / "tasks.json").read_text(encoding="utf-8"))["tasks"][key]:
         conversation = tasks.TASKS[name].conversation(rows[recorded["row"]])
         assert conversation["messages"] == recorded["messages"]
@@ -50,11 +52,17 @@ def test_extracted_answers_equal_the_recorded_ones(golden_dir):
         assert extract_answer(case["text"]) == case["answer"]
 
 
-def test_gsm8k_judges_by_the_text_after_the_mark():
+def test_gsm8k_compares_the_text_after_the_mark():
     conversation = GSM8K.conversation({"question": "?", "answer": "It is <<2*5=10>>10, or <<3*4==12>>\n#### 1,010"})
     assert [part["text"] for part in conversation["messages"][1]["content"]] == [
-        "It is ", "2*5", "10", "10, or ", "3*4=", "12", "\n#### 1,010",
-    ]  # fmt: skip
+        "It is ",
+        "2*5",
+        "10",
+        "10, or ",
+        "3*4=",
+        "12",
+        "\n#### 1,010",
+    ]
     task = GSM8K.__new__(GSM8K)
     assert task.evaluate(conversation, "so\n#### 1010") and task.reward(conversation, "#### 1,010") == 1.0
     for wrong in ("1010", "#### 1010.0", "#### 1011 #### 1010", "####1010", ""):
@@ -63,7 +71,7 @@ def test_gsm8k_judges_by_the_text_after_the_mark():
 
 def test_rows_come_in_the_permutation_of_seed_42(data_dir):
     task = tasks.load("GSM8K", "test", data_dir=data_dir)
-    rows = source.JsonRows([data_dir / "gsm8k" / "test.jsonl.gz"])
+    rows = task_data.JsonRows([data_dir / "gsm8k" / "test.jsonl.gz"])
     order = np.random.default_rng(42).permutation(1319)
     assert [task[i] for i in range(20)] == [GSM8K.conversation(rows[int(order[i])]) for i in range(20)]
 
@@ -71,7 +79,7 @@ def test_rows_come_in_the_permutation_of_seed_42(data_dir):
 def test_sizes_of_the_real_data(data_dir):
     sizes = {"gsm8k": 1319, "mmlu": 14042, "arc-easy": 2376, "arc-challenge": 1172, "humaneval": 164}
     assert {name: len(tasks.load(name, "test", data_dir=data_dir)) for name in sizes} == sizes
-    assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train stands in
+    assert len(tasks.load("mmlu", "train", data_dir=data_dir)) == 4957 + 9741  # mc_train is used instead
 
 
 def test_val_is_the_test_split_where_there_is_no_other(data_dir):
@@ -110,7 +118,7 @@ def test_slices_end_where_the_task_ends():
     assert task[:3].eval_type == "generative" and task[:3].evaluate(task[0], "#### x") is False
 
 
-def test_rows_cuts_and_repeats():
+def test_rows_truncates_and_repeats():
     task = tasks.load("identity", "test")
     assert len(tasks.load("identity", "test", rows=7)) == 7
     twice = tasks.load("identity", "test", rows=2 * len(task) + 1)
@@ -183,7 +191,7 @@ def test_smoltalk_from_a_folder_of_conversations(data_dir):
     assert not openings[0] & openings[1]
 
 
-def test_unicode_line_separators_do_not_cut_a_row(tmp_path):
+def test_unicode_line_separators_do_not_split_a_row(tmp_path):
     messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "ü\x0b"}]
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(messages, ensure_ascii=False) + "\n\n", encoding="utf-8")
@@ -218,8 +226,8 @@ def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "no answer"}\n{"broken\n', encoding="utf-8")
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     for name, split, complaint in [
-        ("gsm9k", "test", "unknown task 'gsm9k'; there are MMLU, ARC-Easy"),
-        ("gsm8k", "dev", "expected train, val or test"),
+        ("gsm9k", "test", "unknown task 'gsm9k': must be one of MMLU, ARC-Easy"),
+        ("gsm8k", "dev", "must be train, val or test"),
         ("gsm8k", "train", "empty"),
         ("mmlu", "test", r"mmlu/test\.jsonl"),
         ("humaneval", "train", "no train split"),
@@ -237,7 +245,7 @@ def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
         tasks.mixture({}, "train")
     with pytest.raises(UserError, match="number of rows"):
         tasks.load("sums", "train", rows=-1)
-    with pytest.raises(NotImplementedError, match="only for training"):
+    with pytest.raises(NotImplementedError, match="for training only"):
         tasks.load("smoltalk", "train", data_dir=_chat(tmp_path)).evaluate({}, "")
 
 
@@ -248,18 +256,18 @@ def _chat(folder: Path) -> Path:
 
 
 # -----------------------------------------------------------------------------
-# The hub, played by a server of our own
+# The hub, simulated by a local server
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as downloading one parquet file takes."""
+    """As much of the Hugging Face hub as downloading one parquet file needs."""
 
     file = b""
-    asked: list[str] = []  # noqa: RUF012
+    requested: list[str] = []  # noqa: RUF012
     sha = "0123456789abcdef0123456789abcdef01234567"
 
     def do_GET(self):
-        Hub.asked.append(self.path)
+        Hub.requested.append(self.path)
         if self.path.startswith("/api/datasets/openai/gsm8k"):
             names = ["README.md", "main/test/0000.parquet", "socratic/test/0000.parquet"]
             body = {"id": "openai/gsm8k", "sha": self.sha, "siblings": [{"rfilename": name} for name in names]}
@@ -274,8 +282,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, body: bytes, kind: str):
         self.send_response(200)
         for name, value in {
-            "Content-Type": kind, "Content-Length": str(len(body)), "ETag": '"abc"', "X-Repo-Commit": self.sha,
-        }.items():  # fmt: skip
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "ETag": '"abc"',
+            "X-Repo-Commit": self.sha,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -286,7 +297,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def ask_hub(endpoint: str, base: Path, name: str = "gsm8k", split: str = "test") -> subprocess.CompletedProcess:
-    """Loads a task in a process of its own, because huggingface_hub reads its endpoint at import."""
+    """Loads a task in a separate process, because huggingface_hub reads its endpoint at import."""
     code = f"""
 from nanochat_jax import tasks
 try:
@@ -296,10 +307,14 @@ except ValueError as error:
     print("UserError:", error)
 """
     env = os.environ | {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(base / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90,
-                          cwd=REPOSITORY)  # fmt: skip
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(base / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90, cwd=REPOSITORY
+    )
 
 
 def test_the_hub_is_asked_once(own_base_dir, tmp_path):
@@ -313,13 +328,13 @@ def test_the_hub_is_asked_once(own_base_dir, tmp_path):
         first = ask_hub(endpoint, own_base_dir)
         expected = f"5 question {np.random.default_rng(42).permutation(5)[0]}"
         assert first.stdout.splitlines()[-1] == expected, first.stderr[-2000:]
-        asked = len(Hub.asked)
+        count = len(Hub.requested)
         again = ask_hub(endpoint, own_base_dir)
-        assert again.stdout.splitlines() == [expected] and len(Hub.asked) == asked
+        assert again.stdout.splitlines() == [expected] and len(Hub.requested) == count
         other = ask_hub(endpoint, own_base_dir, split="train")
         assert "no main/train" in other.stdout and "--task_data_dir" in other.stdout
         unknown = ask_hub(endpoint, own_base_dir, name="mmlu")
-        assert "UserError: cais/mmlu" in unknown.stdout and "--task_data_dir" in unknown.stdout
+        assert "UserError: cannot download cais/mmlu" in unknown.stdout and "--task_data_dir" in unknown.stdout
     finally:
         server.shutdown()
         server.server_close()
@@ -327,5 +342,5 @@ def test_the_hub_is_asked_once(own_base_dir, tmp_path):
 
 def test_an_unreachable_hub_is_one_line_naming_the_way_out(own_base_dir):
     run = ask_hub("http://127.0.0.1:9", own_base_dir)
-    assert run.stdout.startswith("UserError: openai/gsm8k cannot be had") and run.stdout.count("\n") == 1
+    assert run.stdout.startswith("UserError: cannot download openai/gsm8k") and run.stdout.count("\n") == 1
     assert "--task_data_dir" in run.stdout and run.returncode == 0

@@ -18,6 +18,7 @@ from nanochat_jax import checkpoint, commandline, config, run_log
 from nanochat_jax.config import UserError
 from nanochat_jax.data import dataloader, sources
 from nanochat_jax.evals.bpb import bits_per_byte
+from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.training import optim
 from nanochat_jax.training.loop import train
 from nanochat_jax.training.run import open_run
@@ -285,7 +286,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
     found, said = measured()
     source, model = sources.open(), checkpoint.load_model("base", run.name)
     batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
-    expected = bits_per_byte(model.params, model.model_cfg, batches, model.tokenizer.token_bytes())
+    expected = bits_per_byte(EvalModel(model.params, model.model_cfg, model.tokenizer), batches)
     batches.close()
     assert float(found[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in said
     found, said = measured(data_dir=str(tmp_path))

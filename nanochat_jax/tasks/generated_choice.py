@@ -1,21 +1,20 @@
 """Generated multiple choice in MMLU's form, about what a tiny model can learn from its own text: first letters, sizes,
 kinds of things, opposites, plurals.
 
-Each question asks to prefer one answer to three others. A comparison (kind of question, answer, other) belongs to one
-split, by its hash; a question of val or test consists of three comparisons that training never shows. The facts
-themselves must be known to be recognised, so the words are shared by all splits.
+Each question asks to prefer one answer to three others. Each comparison (question, answer, other) belongs to one split,
+by its hash: a question of val or test consists of three comparisons that training never shows. All splits share the
+same words, since a model can only compare words that it knows.
 """
 
 import random
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 4  # one comparison in so many is only for validation, and one only for the test
+HOLD_OUT = 4  # of this many comparisons, one is for validation only and one for the test only
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -51,15 +50,11 @@ _WORDS = """apple after about above bread black button blue class could color cl
 WORDS = _WORDS.split()
 
 
-class GeneratedMC(Task):
+class GeneratedChoice(Task):
     name = "Choice"
     eval_type = "categorical"
     baseline = 0.25
     has_val = True
-
-    def __init__(self, split: str, data_dir: str | Path | None = None):
-        """`data_dir` is ignored: nothing is read."""
-        self.split = split
 
     def __len__(self) -> int:
         return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
@@ -75,7 +70,7 @@ class GeneratedMC(Task):
         return multiple_choice.evaluate(conversation, completion)
 
     def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
-        """A question, its answer, and three wrong answers."""
+        """A question, its answer, and three wrong answers, all three comparisons of this split."""
         make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
         while True:
             question, answer, candidates = make(rng)
@@ -88,11 +83,11 @@ class GeneratedMC(Task):
 
 
 def split_of(question: str, answer: str, other: str) -> str:
-    """The only split that asks to prefer `answer` to `other` here: "train", "val" or "test"."""
+    """The only split in which `question` asks to prefer `answer` to `other`: "train", "val" or "test"."""
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{question}|{answer}|{other}".encode()) % HOLD_OUT, "train")
 
 
-def _shuffled(items: list[str], rng: random.Random) -> list[str]:
+def _shuffled(items: Sequence[str], rng: random.Random) -> list[str]:
     return rng.sample(items, len(items))
 
 
@@ -113,6 +108,7 @@ def _smallest(rng: random.Random) -> tuple[str, str, Iterator[str]]:
 
 
 def _numbers(low: int, high: int, rng: random.Random) -> Iterator[str]:
+    """Up to 40 different numbers from low to high, in random order."""
     return map(str, rng.sample(range(low, high + 1), min(high - low + 1, 40)))
 
 
@@ -124,7 +120,7 @@ def _kind(rng: random.Random) -> tuple[str, str, list[str]]:
 
 def _opposite(rng: random.Random) -> tuple[str, str, list[str]]:
     pair = rng.choice(OPPOSITES)
-    word, answer = _shuffled(list(pair), rng)
+    word, answer = _shuffled(pair, rng)
     others = [other for another in OPPOSITES if another != pair for other in another]
     return f"Which word is the opposite of {word}?", answer, _shuffled(others, rng)
 

@@ -1,35 +1,47 @@
-"""Where the rows of downloaded tasks come from: a local folder when one is named, otherwise the Hugging Face hub.
+"""The rows of downloaded tasks: read from a local folder if one is given, otherwise from the Hugging Face hub.
 
 A local file is JSON lines, plain or gzipped. The hub is read through its parquet export, whose paths are the same for
-every data set; files are kept in task_data below the base folder with the revision they came from, and a split that is
-complete there is never asked for again. Either way rows come in the specification's order: numpy's permutation by
-seed 42, which is what datasets.shuffle(seed=42) does.
+every data set. Its files are kept in task_data in the base folder, with the revision they came from, and a split that
+is complete there is never downloaded again. Either way rows come in the specification's order: numpy's permutation
+with seed 42, which is what datasets.shuffle(seed=42) does.
 """
 
 import gzip
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.config import UserError, base_dir, first_line
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks.task import Task
 
 REVISION = "refs/convert/parquet"  # the branch that holds the hub's parquet export
-TIMEOUT = 10  # seconds the hub has for its first answer
+TIMEOUT = 10  # seconds to wait for the hub to respond
 ATTEMPTS = 2
+
+Result = TypeVar("Result")
+
+
+class Rows(Protocol):
+    """Stored rows by index; iteration ends with the IndexError of an index that is too large."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class RowTask(Task):
-    """A task over stored rows; subclasses turn one row into a conversation."""
+    """A task over stored rows. Subclasses set `rows` and turn one row into a conversation."""
 
-    rows: Sequence
+    rows: Rows
 
     @staticmethod
-    def conversation(row) -> dict:
+    def conversation(row: Any) -> dict:
+        """The conversation of one row. UserError or KeyError if the row lacks a field."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -39,30 +51,30 @@ class RowTask(Task):
         try:
             return self.conversation(self.rows[index])
         except (KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{self.name}: row {index} has not the fields of this task ({error!r})") from None
+            raise UserError(f"{self.name}: row {index} does not have the fields of this task ({error!r})") from None
 
 
-class JsonRows(Sequence):
-    """Rows of JSON lines, decoded when asked for."""
+class JsonRows:
+    """Rows of JSON lines, decoded on access."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Sequence[Path]):
         self.lines = [line for path in paths for line in read_text(path).split("\n") if line.strip()]
         self.origin = ", ".join(str(path) for path in paths)
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         try:
             return json.loads(self.lines[index])
         except json.JSONDecodeError as error:
             raise UserError(f"{self.origin}: non-empty line {index + 1} is not JSON: {error}") from None
 
 
-class ParquetRows(Sequence):
-    """Rows of parquet files, decoded when asked for: half a million conversations as Python objects fill 10 GB."""
+class ParquetRows:
+    """Rows of parquet files, decoded on access: half a million conversations as Python objects take 10 GB."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Sequence[Path]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -70,7 +82,7 @@ class ParquetRows(Sequence):
             self.table = pa.concat_tables([pq.read_table(path) for path in paths])
         except (pa.ArrowInvalid, OSError) as error:
             names = ", ".join(map(str, paths))
-            raise UserError(f"{names}: cannot be read, delete it to get it again: {error}") from None
+            raise UserError(f"{names}: cannot be read, delete it to download it again ({first_line(error)})") from None
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -79,36 +91,36 @@ class ParquetRows(Sequence):
         return self.table.slice(index, 1).to_pylist()[0]
 
 
-class Shuffled(Sequence):
-    """Rows in the order of numpy's permutation by `seed`."""
+class Shuffled:
+    """Rows in the order of numpy's permutation with `seed`."""
 
-    def __init__(self, rows: Sequence, seed: int = 42):
+    def __init__(self, rows: Rows, seed: int = 42):
         self.rows = rows
         self.order = np.random.default_rng(seed).permutation(len(rows))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         return self.rows[int(self.order[index])]
 
 
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
-    """Rows of the files `data_dir`/<stem>.jsonl or .jsonl.gz, all of them in one. UserError where there are none."""
+    """Rows of the files `data_dir`/<stem>.jsonl or .jsonl.gz, those that exist, as one. UserError if none does."""
     paths = [path for stem in stems if (path := find(Path(data_dir) / f"{stem}.jsonl"))]
     if not paths:
         raise UserError(f"--task_data_dir={data_dir}: needs {' or '.join(stem + '.jsonl[.gz]' for stem in stems)}")
-    return Shuffled(_some(JsonRows(paths), paths))
+    return Shuffled(_not_empty(JsonRows(paths), paths))
 
 
 def hub(repo: str, subset: str, split: str) -> Shuffled:
-    """Rows of one split of a data set on the hub, downloaded once. UserError where it cannot be reached."""
+    """Rows of one split of a data set on the hub, downloaded once. UserError if it cannot be reached."""
     folder = base_dir() / "task_data" / repo.replace("/", "--")
-    marker = folder / f"{subset}-{split}.json"  # written last, so its files are complete
+    marker = folder / f"{subset}-{split}.json"  # written last: if it exists, its files are complete
     if not marker.is_file():
         _download(repo, subset, split, folder, marker)
     paths = [folder / name for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
-    return Shuffled(_some(ParquetRows(paths), paths))
+    return Shuffled(_not_empty(ParquetRows(paths), paths))
 
 
 def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) -> None:
@@ -123,44 +135,45 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
             huggingface_hub.hf_hub_download(
                 repo, name, repo_type="dataset", revision=info.sha, local_dir=folder, etag_timeout=TIMEOUT
             )
-    except Exception as error:  # the hub's errors have no common parent below it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # the hub's errors have no narrower class in common
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"{repo} cannot be had from the Hugging Face hub ({reason}); give a folder with --task_data_dir"
+            f"cannot download {repo} from the Hugging Face hub ({reason}); give a folder with --task_data_dir"
         ) from None
     if not names:
         raise UserError(f"{repo} on the Hugging Face hub has no {subset}/{split}; give a folder with --task_data_dir")
     write_text(marker, json.dumps({"repo": repo, "revision": info.sha, "files": names}) + "\n")
 
 
-def _retry(ask):
+def _retry(request: Callable[[], Result]) -> Result:
+    """The result of `request`, repeated if the hub does not respond."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for wait in range(1, ATTEMPTS):
         try:
-            return ask()
-        except (HfHubHTTPError, OfflineModeIsEnabled):  # an answer that says no is not asked for again
+            return request()
+        except (HfHubHTTPError, OfflineModeIsEnabled):  # a refusal is final
             raise
-        except Exception:  # no address, no route, refused, no answer in time
+        except Exception:  # no address, no route, connection refused, no response in time
             time.sleep(wait)
-    return ask()
+    return request()
 
 
-def _some(rows: Sequence, paths: Sequence[Path]) -> Sequence:
+def _not_empty(rows: Rows, paths: Sequence[Path]) -> Rows:
     if not len(rows):
         raise UserError(f"{', '.join(map(str, paths))}: empty")
     return rows
 
 
 def find(path: Path) -> Path | None:
-    """`path`, or `path` with .gz, whichever is there."""
+    """`path` or `path`.gz, whichever exists, or None."""
     return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, unzipped if its name ends in .gz."""
+    """The text of a UTF-8 file, decompressed if its name ends in .gz. UserError if it cannot be read."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
             return f.read()
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None

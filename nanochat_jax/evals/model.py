@@ -1,0 +1,30 @@
+"""What an evaluation is given: the model. Used by all three evaluation commands and by training."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from nanochat_jax.checkpoint import TrainedModel
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import devices, sharding
+from nanochat_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """A model that can be evaluated: just loaded from a checkpoint, or in the middle of its training."""
+
+    params: gpt.Params  # on one device, replicated, or sharded as training keeps them
+    model_cfg: GPTConfig
+    tokenizer: Tokenizer
+    dtype: DTypeLike = jnp.float32  # of the computation
+
+
+def on_all_devices(model: TrainedModel, compute_dtype: str) -> EvalModel:
+    """A loaded model, replicated over the devices of this host. `compute_dtype` is the flag of that name."""
+    dtype = devices.choose_precision(compute_dtype, model_cfg=model.model_cfg)
+    params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
+    return EvalModel(params, model.model_cfg, model.tokenizer, dtype)

@@ -125,7 +125,7 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
 def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """`function(shared, *arrays) -> result`, where each device computes its own rows without any communication.
 
-    `shared` is whole on every device; the first axis of every array in `arrays` and in the result is that of the rows.
+    `shared` is replicated; the first axis of every array in `arrays` and in the result is that of the rows.
     Without a mesh: `function` itself.
     """
     if mesh is None:
@@ -203,15 +203,15 @@ class Layout:
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
         """All-gathers a weight [in, out] for as long as it is used; its gradient is sharded as soon as it is formed."""
-        if not self.full:  # [in, out] is whole already, but for the model axis
+        if not self.full:  # every replica already holds all of w
             return w
-        # w and its gradient [in, out], e.g. wq: in over data, out over model; gathered: in whole, out over model.
+        # Example wq [d, h*k]: w and its gradient have d over data and h*k over model; gathered, only h*k over model.
         path = (jax.tree_util.DictKey(name),)
-        sharded, whole = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
+        sharded, gathered_spec = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
 
         @jax.custom_vjp
         def gathered(w: jax.Array) -> jax.Array:
-            return checkpoint_name(self.constrain(w, whole), GATHERED)
+            return checkpoint_name(self.constrain(w, gathered_spec), GATHERED)
 
         gathered.defvjp(lambda w: (gathered(w), None), lambda _, g: (self.constrain(g, sharded),))
         return gathered(w)

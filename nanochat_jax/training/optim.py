@@ -47,8 +47,8 @@ def scale_by_muon(
     """Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)); the learning rate is not applied here.
 
     For leaves [l, in, out]. `momentum` may be a schedule over steps; `dtype` is that of the iterations (bfloat16 on
-    GPUs). With a `layout`, gradients and momentum arrive sharded, and the matrices are dealt out: an all-to-all gives
-    each device whole matrices to orthogonalise, and an all-gather in `dtype` returns the results.
+    GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each device whole matrices
+    to orthogonalise, and an all-gather in `dtype` (with --shard=full a second all-to-all) returns the results.
     """
 
     def init(params: optax.Params) -> MuonState:

@@ -16,7 +16,7 @@ from nanochat_jax.parallel.sharding import Layout
 
 
 class TrainState(NamedTuple):
-    """What a step turns into its successor; donated to it."""
+    """Weights and optimizer state; a step consumes one state and returns the next."""
 
     params: gpt.Params
     opt_state: optax.OptState

@@ -82,7 +82,7 @@ def test_muon_shares_out_as_many_layers_as_there_are(steps, case):
 
 def collectives(hlo: str) -> dict[bool, collections.defaultdict]:
     """{inside a loop?: {kind of collective: sizes of the arrays that it moves}}; single numbers are left out."""
-    found = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
+    moved = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
     inside = True
     for line in hlo.splitlines():
         if re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line):
@@ -90,40 +90,40 @@ def collectives(hlo: str) -> dict[bool, collections.defaultdict]:
         kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
         if match := re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line):
             sizes = [math.prod(map(int, a.split(","))) for a in re.findall(r"\w+\[([\d,]+)\]", match[1])]
-            found[inside][match[2]] += [size for size in sizes if size > 1]
-    return found
+            moved[inside][match[2]] += [size for size in sizes if size > 1]
+    return moved
 
 
 def test_sharded_optimizer_reduces_once_a_step(steps):
-    found = collectives((steps / "data=8 optimizer.hlo").read_text())
-    assert not any(found[True].values())  # no communication between micro-batches
-    assert len(found[False]["reduce-scatter"]) == 8  # one for each kind of weight
-    assert not found[False]["all-reduce"]
+    moved = collectives((steps / "data=8 optimizer.hlo").read_text())
+    assert not any(moved[True].values())  # no communication between micro-batches
+    assert len(moved[False]["reduce-scatter"]) == 8  # one for each kind of weight
+    assert not moved[False]["all-reduce"]
 
 
 @pytest.mark.parametrize(("case", "data"), [("data=8 optimizer", 8), ("node=2,data=4 optimizer", 4)])
 def test_muon_sends_each_matrix_once_there_and_once_back(steps, case, data):
     """The model has matrices of three shapes; the HLO of an all-to-all has one array for each target device."""
-    found = collectives((steps / f"{case}.hlo").read_text())[False]
-    assert len(found["all-to-all"]) == 3 * data
-    assert len(found["all-gather"]) == 3 + 2  # Muon's updates by shape; embedding and head
+    moved = collectives((steps / f"{case}.hlo").read_text())[False]
+    assert len(moved["all-to-all"]) == 3 * data
+    assert len(moved["all-gather"]) == 3 + 2  # Muon's updates by shape; embedding and head
 
 
 def test_between_nodes_only_shares_of_the_gradient_travel(steps):
-    found = collectives((steps / "node=2,data=4 optimizer.hlo").read_text())
-    assert not any(found[True].values())
-    assert sum(found[False]["reduce-scatter"]) == MODEL.num_params / 4
-    assert sum(found[False]["all-reduce"]) == MODEL.num_params / 4  # after the reduce-scatter, so a quarter of them
+    moved = collectives((steps / "node=2,data=4 optimizer.hlo").read_text())
+    assert not any(moved[True].values())
+    assert sum(moved[False]["reduce-scatter"]) == MODEL.num_params / 4
+    assert sum(moved[False]["all-reduce"]) == MODEL.num_params / 4  # after the reduce-scatter, so a quarter of them
 
 
 def test_full_sharding_gathers_and_reduces_in_every_micro_batch(steps):
-    found = collectives((steps / "data=8 full.hlo").read_text())
+    moved = collectives((steps / "data=8 full.hlo").read_text())
     weights = 3 * 6 + 2  # six per layer, embedding and head
-    assert len(found[True]["all-reduce"] + found[True]["reduce-scatter"]) == weights
-    assert not found[False]["all-reduce"] + found[False]["reduce-scatter"]
+    assert len(moved[True]["all-reduce"] + moved[True]["reduce-scatter"]) == weights
+    assert not moved[False]["all-reduce"] + moved[False]["reduce-scatter"]
     # On a CPU, XLA gathers the weights once for all micro-batches; on a GPU, in each.
-    assert len(found[True]["all-gather"] + found[False]["all-gather"]) >= weights
-    assert len(found[False]["all-to-all"]) == 2 * 3 * 8  # Muon's: three shapes, there and back
+    assert len(moved[True]["all-gather"] + moved[False]["all-gather"]) >= weights
+    assert len(moved[False]["all-to-all"]) == 2 * 3 * 8  # Muon's: three shapes, there and back
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

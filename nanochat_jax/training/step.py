@@ -52,7 +52,7 @@ def make_step(
     reduce-scatter per step follows. With --shard=full, the gradients are reduced in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
-    zero1 = layout if layout and replicas > 1 and not layout.full else None  # gradients stay with their replica
+    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if replicas keep gradients apart
     if layout:
         execution = dataclasses.replace(execution, gather=layout.gather)
 

@@ -15,7 +15,7 @@ class UserError(ValueError):
     """A mistake that the user can fix. Scripts print it as one line, without a traceback, and exit with code 2."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -1,4 +1,4 @@
-"""From the layout of Hugging Face transformers' NanoChatForCausalLM."""
+"""Reads checkpoints in the layout of Hugging Face transformers' NanoChatForCausalLM."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.model import gpt
 
-# Ours [l, in, out] against theirs, one [out, in] matrix a layer.
+# Our weights [l, in, out] -> theirs, one matrix [out, in] per layer.
 LAYER_NAMES = {
     "wq": "self_attn.q_proj",
     "wk": "self_attn.k_proj",
@@ -19,8 +20,11 @@ LAYER_NAMES = {
 }
 
 
-def load(folder: Path) -> tuple[dict, GPTConfig]:
-    """Parameters (float32 numpy) and shape of the model in `folder` (config.json, model.safetensors)."""
+def load(folder: Path) -> tuple[gpt.Params, GPTConfig]:
+    """Parameters (float32 NumPy arrays) and shape of the model in `folder` (config.json, model.safetensors).
+
+    UserError for a model of another type.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "nanochat":
         raise UserError(f"{folder}: model_type is {config.get('model_type')!r}, not 'nanochat'")
@@ -38,7 +42,7 @@ def load(folder: Path) -> tuple[dict, GPTConfig]:
     tensors = load_file(folder / "model.safetensors")
     pad = [(0, model_cfg.padded_vocab - model_cfg.vocab_size), (0, 0)]
 
-    def stack(name: str) -> np.ndarray:
+    def stack(name: str) -> np.ndarray:  # [l, in, out]
         layers = [tensors[f"model.layers.{i}.{LAYER_NAMES[name]}.weight"].T for i in range(model_cfg.n_layer)]
         return np.stack(layers).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show: bash tests/run.sh -m gpu."""
+"""Tests that need an NVIDIA GPU: bash tests/run.sh -m gpu."""
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ def test_bfloat16_training_step_falls_on_random_tokens():
     ids = jax.random.randint(jax.random.key(0), (1, 8, 257), 0, 1024)
     losses = []
     for _ in range(20):
-        state, results = step(state, {"inputs": ids[..., :-1], "targets": ids[..., 1:]}, jnp.float32(1))
-        losses.append(float(results["loss"]))
+        state, metrics = step(state, {"inputs": ids[..., :-1], "targets": ids[..., 1:]}, jnp.float32(1))
+        losses.append(float(metrics.loss))
     assert losses[-1] < losses[0] - 1
 
 
@@ -66,7 +66,8 @@ def test_a_step_with_flash_attention_equals_one_without():
         assert attention.choose_kernel(kernel, jnp.bfloat16, cfg)[0] == kernel
         params = jax.tree.map(lambda p: p + 0.02, gpt.init(cfg))  # away from the zeros of the initialisation
         state, step = TrainState(params, tx.init(params)), make_step(cfg, tx, jnp.bfloat16)
-        results[kernel] = [float(x) for x in list(step(state, batch, jnp.float32(1))[1].values())]
+        _, metrics = step(state, batch, jnp.float32(1))
+        results[kernel] = [float(metrics.loss), float(metrics.grad_norm), float(metrics.count)]
     np.testing.assert_allclose(results["cudnn"], results["xla"], rtol=2e-2)
 
 
@@ -77,9 +78,9 @@ def test_a_run_chooses_kernel_precision_and_batch_by_itself(own_base_dir, capsys
         "compute_dtype": "",
     }  # fmt: skip
     train(tiny.base_config(model_tag="auto", **flags))
-    said = capsys.readouterr().out
-    assert "matmuls in bfloat16 (the GPU has bf16 units), attention by cudnn (tried, it runs)" in said
-    assert "1 gradient accumulation steps x 32 rows" in said  # all of them fit
+    printed = capsys.readouterr().out
+    assert "matmuls in bfloat16 (the GPU has bf16 units), attention by cudnn (it passed a trial run)" in printed
+    assert "1 gradient accumulation steps x 32 rows" in printed  # all of them fit
     losses = [r["loss"] for r in run_log.read(checkpoint.run_dir("base", "auto")) if r["kind"] == "train"]
     assert len(losses) == 8 and losses[-1] < losses[0]
 
@@ -98,7 +99,7 @@ def test_recomputation_saves_memory_in_layers_that_are_not_scanned():
 
 
 def test_memory_as_compiled_is_what_a_step_takes(own_base_dir):
-    """As the analysis of a compiled step says; the estimate that comes before it is of the same order."""
+    """The analysis of the compiled step is close to the real peak, and the estimate is of the same order."""
     tiny.make_world(own_base_dir)
     flags = {
         "head_dim": 64, "aspect_ratio": 64, "depth": 4, "max_seq_len": 1024, "total_batch_size": 65536,

@@ -8,52 +8,53 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.config import GPTConfig, UserError, first_line
 from nanochat_jax.model.precision import accum_dtype
 
 KERNELS = ("cudnn", "xla")
-_chosen = "xla"  # by `choose_kernel`, once a process
+_chosen = "xla"  # set by `choose_kernel`, once per process
 
 
-def choose_kernel(asked: str, dtype: jnp.dtype, model_cfg: GPTConfig) -> tuple[str, str]:
-    """The kernel that `causal_attention` uses from now on, and why: `asked`, or cuDNN where it runs, else XLA.
+def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
+    """Sets the kernel that `causal_attention` uses from now on, and returns it with the reason.
 
-    cuDNN is tried by running it forward and backward on a small input with the heads and windows of `model`: whether it
-    works depends on them, the GPU, the driver and the library's version, and a failure in the middle of a compilation
-    says little.
+    `requested` is --attention; empty means cuDNN where it works, else XLA. cuDNN is tried by running it forward and
+    backward on a small input with the heads and windows of `model_cfg`: whether it works depends on them, the GPU, the
+    driver and the library's version, and an error in the middle of a compilation says little. UserError if the
+    requested kernel does not work here.
     """
     global _chosen
-    assert asked in ("", *KERNELS), f"kernel {asked!r}, expected one of {', '.join(KERNELS)}"
-    if asked == "xla" or (not asked and jax.default_backend() != "gpu"):
-        _chosen, reason = "xla", "as asked" if asked else "no NVIDIA GPU"
+    assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
+    if requested == "xla" or (not requested and jax.default_backend() != "gpu"):
+        _chosen, reason = "xla", "as asked" if requested else "no NVIDIA GPU"
     elif dtype != jnp.bfloat16:
-        if asked:
+        if requested:
             raise UserError(f"--attention=cudnn needs --compute_dtype=bfloat16, not {jnp.dtype(dtype).name}")
         _chosen, reason = "xla", "cuDNN has no float32 kernel"
     else:
         failure = _try_cudnn(dtype, model_cfg)
-        if failure and asked:
-            raise UserError(f"--attention=cudnn does not run here: {failure}")
-        _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "tried, it runs")
+        if failure and requested:
+            raise UserError(f"--attention=cudnn does not work here: {failure}")
+        _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "it passed a trial run")
     return _chosen, reason
 
 
-def _try_cudnn(dtype: jnp.dtype, model_cfg: GPTConfig) -> str:
-    """The first line of what goes wrong, empty if nothing does."""
+def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
+    """Runs cuDNN forward and backward, and returns the first line of its error; empty if there was none."""
 
     @functools.partial(jax.jit, static_argnums=3)
-    def gradients(q, k, v, window):
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> tuple[jax.Array, ...]:
         return jax.grad(lambda *qkv: _cudnn(*qkv, window).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
     try:
-        q, kv = (
-            jnp.ones((1, 128, heads, model_cfg.head_dim), dtype) for heads in (model_cfg.n_head, model_cfg.n_kv_head)
-        )
+        q = jnp.ones((1, 128, model_cfg.n_head, model_cfg.head_dim), dtype)
+        kv = jnp.ones((1, 128, model_cfg.n_kv_head, model_cfg.head_dim), dtype)
         for window in sorted(set(model_cfg.windows)):
             jax.block_until_ready(gradients(q, kv, kv, window))
-    except Exception as error:  # whatever it is, XLA does the work
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # whatever went wrong, XLA can do the work
+        return first_line(error)
     return ""
 
 
@@ -66,7 +67,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) 
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """Flash attention. Causality and window are flags, never a mask: that would take cuDNN off its fast path."""
+    """Flash attention. Causality and window are passed as flags: a mask would take cuDNN off its fast path."""
     # From 2^31 elements of q on, cuDNN 9.27 gives wrong gradients without an error.
     assert q.size < 2**31, f"queries {q.shape} have {q.size} elements, cuDNN's gradients are right below 2^31"
     local = (window, 0) if window else None
@@ -74,41 +75,41 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    # In four blocks of queries, each against the keys it can see: 5/8 of the scores, the rest being masked anyway.
-    # On a CPU forward and backward take about two thirds of the time of one masked square (t = 256).
+    # Four blocks of queries, each against only the keys it can see: 5/8 of the scores, since the rest would be masked.
+    # On a CPU, forward and backward take about two thirds of the time of one masked square (t = 256).
     b, t, h, d = q.shape
     n = k.shape[2]
-    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], g query heads a kv head
+    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], g query heads per kv head
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [b,n,s,k]
     block = t // 4 if t % 4 == 0 and t >= 128 else t
     out = []
     for start in range(0, t, block):
         end = start + block
-        first = max(0, start - window) if window else 0
-        rows, seen = q[..., start:end, :], slice(first, end)
-        scores = jnp.einsum("bngtk,bnsk->bngts", rows, k[:, :, seen], preferred_element_type=accum_dtype(q.dtype))
+        first_key = max(0, start - window) if window else 0
+        queries, keys = q[..., start:end, :], slice(first_key, end)
+        scores = jnp.einsum("bngtk,bnsk->bngts", queries, k[:, :, keys], preferred_element_type=accum_dtype(q.dtype))
         scores *= d**-0.5
-        visible = _visible(jnp.arange(start, end), jnp.arange(first, end), window)
+        visible = _visible(jnp.arange(start, end), jnp.arange(first_key, end), window)
         weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
-        out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, seen], preferred_element_type=accum_dtype(q.dtype)))
+        out.append(jnp.einsum("bngts,bnsk->bngtk", weights, v[:, :, keys], preferred_element_type=accum_dtype(q.dtype)))
     return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(b, t, h, d).astype(v.dtype)
 
 
 def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
-    """Which keys, by position [s], the queries at positions [..., t] see -> bool [..., t, s]."""
+    """Query positions [..., t] and key positions [s] -> bool [..., t, s]: whether the query sees the key."""
     distance = queries[..., :, None] - jnp.expand_dims(keys, range(queries.ndim))
     return (distance >= 0) & (distance <= window) if window else distance >= 0
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
-    """Attention of q [b,t,h,k], whose first token sits at position start [b], to cache rows k, v [b,n,s,k].
+    """Attention of q [b,t,h,k], whose first token has position start [b], to cached k, v [b,n,s,k] -> [b,t,h,k].
 
-    A query at position p sees slots 0..p, or the last `window` + 1 of them. Softmax in float32. The cache may be of
-    another dtype than q, in which case that is what is multiplied in; the result is of q's.
+    A query at position p sees cache positions 0..p, or the last `window` + 1 of them. Softmax in float32. The cache may
+    have another dtype than q: the matmuls then use the cache's dtype, and the result has q's.
     """
     b, t, h, d = q.shape
     n, dtype = k.shape[1], q.dtype
-    # [b,n,g,t,k] as in `_xla`: not every CPU has a bf16 dot for another order.
+    # [b,n,g,t,k] as in `_xla`: not every CPU has a bf16 dot for another axis order.
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
     scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accum_dtype(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]

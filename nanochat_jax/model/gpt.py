@@ -1,12 +1,13 @@
 """The model: a decoder-only transformer, its initialisation, and the functions that apply it.
 
 Rotary embeddings, QK-norm, grouped-query attention, ReLU^2 MLP, RMSNorm without gains, no biases, untied head, logits
-capped softly at 15. Flax NNX defines the modules; everything outside this file sees a plain nested dict of arrays (the
+soft-capped at 15. Flax NNX defines the modules; everything outside this file sees a plain nested dict of arrays (the
 parameters) and pure functions of it, so that `jax.jit`, `jax.grad` and optax need to know nothing of NNX.
 
 Axis letters, here and everywhere: b batch, t query time, s key time, d model, h query head, n kv head, k head dim,
-f ffn, v vocab, l layer. Layer weights are stacked [l, in, out]: one leaf a kind, so that the optimizer orthogonalises
-them as one batch and a checkpoint has eight leaves.
+f ffn, v vocab, l layer. Layer weights are stacked [l, in, out]: one leaf per kind of weight, so that the optimizer
+orthogonalises them as one batch and a checkpoint has eight leaves. Example shapes are those of depth 20 with 32 rows
+per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
 
 Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm
 statistics, softmax and logits are float32. The rotary table and rotation stay in float32, unlike in the specification,
@@ -16,27 +17,31 @@ whose bf16 tables cost 1e-3 in the logits.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
 from nanochat_jax.model.precision import accum_dtype
 
-Params = dict  # nested dict of arrays, as `init` makes it
+Params = dict[str, Any]  # nested dict of arrays, as `init` makes it
+Weights = dict[str, jax.Array]  # the weights of the blocks by name: [l, in, out], or [in, out] for one layer
+Cache = dict[str, Any]  # {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the blocks are computed over whole sequences; what they compute is the same."""
+    """How the blocks are computed over whole sequences. It changes speed and memory, never the results."""
 
     scan: bool = False  # one compiled block for all layers: compiles faster, runs slower
-    remat_policy: Callable | None = None  # of jax.checkpoint: what the backward pass finds; None: all it needs
-    gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # a weight, whole again where it is sharded
+    remat_policy: Callable | None = None  # for jax.checkpoint: what the backward pass keeps; None: all it needs
+    gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # makes a sharded weight whole before its use
 
 
 PLAIN = Execution()
@@ -46,16 +51,16 @@ PLAIN = Execution()
 # Pieces
 
 
-MATMUL = "matmul"  # what jax.checkpoint knows the results of `dense` by
+MATMUL = "matmul"  # the name by which jax.checkpoint policies know the results of `dense`
 
 
-def dense(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """x [b,t,i] @ w [i,o] -> [b,t,o] in `dtype`, accumulated in float32."""
     return checkpoint_name(_dense(x, w, dtype), MATMUL)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense(x, w, dtype):
+def _dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dense` with its own VJP.
 
     Plain autodiff would hand float32 cotangents to the two matmuls of the backward pass,
@@ -65,11 +70,11 @@ def _dense(x, w, dtype):
     return y.astype(dtype)
 
 
-def _dense_forward(x, w, dtype):
+def _dense_forward(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _dense(x, w, dtype), (x, w)
 
 
-def _dense_backward(dtype, saved, g):
+def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     g = g.astype(dtype)
     dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
@@ -88,7 +93,7 @@ def norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, float32 [..., 1, k/2] for integer positions [...]."""
+    """Integer positions [...] -> cos and sin of the rotary angles, each float32 [..., 1, k/2]."""
     half = model_cfg.head_dim // 2
     frequency = model_cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
@@ -106,23 +111,23 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Blocks(nnx.Module):
-    """The weights of all transformer blocks, stacked over layers."""
+    """The weights of all transformer blocks, stacked over layers; `init` has a table of them."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         l, d, q, kv = model_cfg.n_layer, model_cfg.n_embd, model_cfg.n_embd, model_cfg.n_kv_head * model_cfg.head_dim
 
-        def uniform(*shape):  # standard deviation 1/sqrt(d)
+        def uniform(*shape: int) -> nnx.Param:  # standard deviation 1/sqrt(d)
             bound = (3 / d) ** 0.5
             return nnx.Param(jax.random.uniform(rngs(), (l, *shape), jnp.float32, -bound, bound))
 
         self.wq, self.wk, self.wv = uniform(d, q), uniform(d, kv), uniform(d, kv)
-        self.wo = nnx.Param(jnp.zeros((l, q, d)))  # zero: every block starts as the identity
+        self.wo = nnx.Param(jnp.zeros((l, q, d)))
         self.w_in = uniform(d, 4 * d)
         self.w_out = nnx.Param(jnp.zeros((l, 4 * d, d)))
 
 
 class GPT(nnx.Module):
-    """wte and lm_head are [v, d], v padded to a multiple of 64."""
+    """Embedding, blocks and head; `init` has a table of the weights."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         self.model_cfg = model_cfg
@@ -131,15 +136,18 @@ class GPT(nnx.Module):
         self.blocks = Blocks(model_cfg, rngs)
 
     def __call__(
-        self, ids: jax.Array, dtype: jnp.dtype, cache: dict | None = None, execution: Execution = PLAIN
-    ) -> tuple[jax.Array, dict | None]:
-        """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens in it."""
+        self, ids: jax.Array, dtype: DTypeLike, cache: Cache | None = None, execution: Execution = PLAIN
+    ) -> tuple[jax.Array, Cache | None]:
+        """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens appended.
+
+        UserError for more tokens than the context.
+        """
         model_cfg, b, t = self.model_cfg, *ids.shape
         if t > model_cfg.sequence_len:
-            raise UserError(f"{t} tokens in a row, expected at most the context of {model_cfg.sequence_len}")
+            raise UserError(f"a row has {t} tokens, the context only {model_cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
-        # Gathered before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.
+        # Looked up before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.
         x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
@@ -149,74 +157,86 @@ class GPT(nnx.Module):
         for i, window in enumerate(model_cfg.windows):
             with jax.named_scope(f"block{i}"):
                 q, k, v = _qkv(x, weights[i], angles, model_cfg)
-                keys.append(_write(cache["k"][i], k, start))
-                values.append(_write(cache["v"][i], v, start))
-                y = cached_attention(q, keys[i], values[i], start, window)
+                with jax.named_scope("attention"):
+                    keys.append(_write(cache["k"][i], k, start))
+                    values.append(_write(cache["v"][i], v, start))
+                    y = cached_attention(q, keys[i], values[i], start, window)
                 x = _rest_of_block(x, y, weights[i], model_cfg)
         return norm(x, model_cfg.norm_eps), {"k": keys, "v": values, "length": start + t}
 
 
 BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
 
-# What each mesh axis cuts. "model": the heads, the MLP's hidden width and the vocabulary (tensor parallel, Megatron,
-# arXiv:1909.08053). "data": the other axis of a matrix, of what is spread over the replicas: gradients and optimizer
-# state, with --shard=full the weights too. sharding.py leaves out what an axis does not divide.
+# Which mesh axis shards which axis of a weight. "model" shards the heads, the MLP's hidden width and the vocabulary
+# (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the other axis of a matrix: of gradients and optimizer
+# state, and with --shard=full of the weights too. sharding.py leaves an axis whole where the mesh does not divide it.
 SHARDING = {
-    "wte": P("data", "model"),
-    "lm_head": P("model", "data"),
-    "wq": P(None, "data", "model"),
-    "wk": P(None, "data", "model"),
-    "wv": P(None, "data", "model"),
-    "wo": P(None, "model", "data"),
-    "w_in": P(None, "data", "model"),
-    "w_out": P(None, "model", "data"),
+    "wte": P("data", "model"),  # [v, d]: vocabulary over data, width over model
+    "lm_head": P("model", "data"),  # [v, d]: vocabulary over model, width over data
+    "wq": P(None, "data", "model"),  # [l, d, h*k]: width over data, query heads over model
+    "wk": P(None, "data", "model"),  # [l, d, n*k]: width over data, kv heads over model
+    "wv": P(None, "data", "model"),  # [l, d, n*k]: width over data, kv heads over model
+    "wo": P(None, "model", "data"),  # [l, h*k, d]: query heads over model, width over data
+    "w_in": P(None, "data", "model"),  # [l, d, f]: width over data, hidden width over model
+    "w_out": P(None, "model", "data"),  # [l, f, d]: hidden width over model, width over data
 }
 
 
-def _unstack(stacked: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
-    """Weights [l, in, out] -> one dict [in, out] a layer."""
+def _unstack(stacked: Weights) -> list[Weights]:
+    """Weights [l, in, out] -> for each layer a dict of weights [in, out]."""
     layers = {name: jnp.unstack(w) for name, w in stacked.items()}
     return [dict(zip(layers, ws, strict=True)) for ws in zip(*layers.values(), strict=True)]
 
 
-def _qkv(x: jax.Array, w: dict, angles: tuple, model_cfg: GPTConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _qkv(
+    x: jax.Array, w: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [b,t,d] -> q [b,t,h,k], k and v [b,t,n,k], q and k rotated and normed."""
     b, t, _ = x.shape
-    y = norm(x, model_cfg.norm_eps)
-    q = dense(y, w["wq"], x.dtype).reshape(b, t, model_cfg.n_head, model_cfg.head_dim)
-    k = dense(y, w["wk"], x.dtype).reshape(b, t, model_cfg.n_kv_head, model_cfg.head_dim)
-    v = dense(y, w["wv"], x.dtype).reshape(b, t, model_cfg.n_kv_head, model_cfg.head_dim)
-    return norm(rotate(q, *angles), model_cfg.norm_eps), norm(rotate(k, *angles), model_cfg.norm_eps), v
+    with jax.named_scope("qkv"):
+        y = norm(x, model_cfg.norm_eps)
+        q = dense(y, w["wq"], x.dtype).reshape(b, t, model_cfg.n_head, model_cfg.head_dim)
+        k = dense(y, w["wk"], x.dtype).reshape(b, t, model_cfg.n_kv_head, model_cfg.head_dim)
+        v = dense(y, w["wv"], x.dtype).reshape(b, t, model_cfg.n_kv_head, model_cfg.head_dim)
+    with jax.named_scope("rope"):
+        return norm(rotate(q, *angles), model_cfg.norm_eps), norm(rotate(k, *angles), model_cfg.norm_eps), v
 
 
-def _rest_of_block(x: jax.Array, y: jax.Array, w: dict, model_cfg: GPTConfig) -> jax.Array:
-    """Adds what the attention's result y [b,t,h,k] and the MLP say to x [b,t,d]."""
-    x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
-    y = dense(norm(x, model_cfg.norm_eps), w["w_in"], x.dtype)
-    return x + dense(jnp.square(jax.nn.relu(y)), w["w_out"], x.dtype)
+def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig) -> jax.Array:
+    """Adds the attention's result y [b,t,h,k], projected, and then the MLP's to the residual stream x [b,t,d]."""
+    with jax.named_scope("attention"):
+        x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
+    with jax.named_scope("mlp"):
+        y = dense(norm(x, model_cfg.norm_eps), w["w_in"], x.dtype)
+        return x + dense(jnp.square(jax.nn.relu(y)), w["w_out"], x.dtype)
 
 
-def _stack(x: jax.Array, stacked: dict, angles: tuple, model_cfg: GPTConfig, execution: Execution) -> jax.Array:
-    """All blocks over whole sequences x [b,t,d]."""
+def _stack(
+    x: jax.Array, stacked: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig, execution: Execution
+) -> jax.Array:
+    """All blocks over whole sequences: x [b,t,d] -> [b,t,d]."""
 
-    def block(x, w, window):
+    def compute(x: jax.Array, w: Weights, window: int) -> jax.Array:
         w = {name: execution.gather(name, layer) for name, layer in w.items()}
         q, k, v = _qkv(x, w, angles, model_cfg)
-        return _rest_of_block(x, causal_attention(q, k, v, window), w, model_cfg)
+        with jax.named_scope("attention"):
+            y = causal_attention(q, k, v, window)
+        return _rest_of_block(x, y, w, model_cfg)
 
+    block = compute
     if execution.remat_policy is not None:
-        block = jax.checkpoint(block, policy=execution.remat_policy, static_argnums=2)
+        block = jax.checkpoint(compute, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
         # A scan would copy each layer's weights out of the stack and its gradients into it.
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
         return x
-    # Scanned by the period of the windows: a window is a constant of the kernel.
+    # One scan iteration computes a whole period of the window pattern: a window is a constant of the kernel.
     l, windows = model_cfg.n_layer, model_cfg.windows
     period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
 
-    def blocks(x, ws):
+    def blocks(x: jax.Array, ws: Weights) -> tuple[jax.Array, None]:
         for i in range(period):
             x = block(x, {name: w[i] for name, w in ws.items()}, model_cfg.windows[i])
         return x, None
@@ -226,7 +246,7 @@ def _stack(x: jax.Array, stacked: dict, angles: tuple, model_cfg: GPTConfig, exe
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """cache [b,n,s,k] with new [b,t,n,k] at positions start [b] .. start + t of each row."""
+    """Writes new [b,t,n,k] into cache [b,n,s,k], at positions start [b] to start + t - 1 of each row."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(put)(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), start)
 
@@ -236,13 +256,25 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def init(model_cfg: GPTConfig, seed: int = 42) -> Params:
-    """Fresh float32 parameters: {wte, lm_head, blocks: {wq, wk, wv, wo, w_in, w_out}}."""
+    """Fresh float32 parameters: {wte, lm_head, blocks: {wq, wk, wv, wo, w_in, w_out}}.
+
+    weight   shape [l, in, out]   depth 20              distribution
+    wte      [v, d]               [65536, 1280]         normal, standard deviation 1
+    lm_head  [v, d]               [65536, 1280]         normal, standard deviation 0.001
+    wq       [l, d, h*k]          [20, 1280, 1280]      uniform, standard deviation 1/sqrt(d)
+    wk, wv   [l, d, n*k]          [20, 1280, 1280]      uniform, standard deviation 1/sqrt(d)
+    wo       [l, h*k, d]          [20, 1280, 1280]      zeros: every block starts as the identity
+    w_in     [l, d, f]            [20, 1280, 5120]      uniform, standard deviation 1/sqrt(d)
+    w_out    [l, f, d]            [20, 5120, 1280]      zeros: every block starts as the identity
+
+    f = 4d; v is the vocabulary padded to a multiple of 64.
+    """
     return nnx.to_pure_dict(nnx.state(GPT(model_cfg, nnx.Rngs(seed)), nnx.Param))
 
 
 @functools.cache
-def _definition(model_cfg: GPTConfig):
-    """The model without its weights: built abstractly, once a shape."""
+def _definition(model_cfg: GPTConfig) -> tuple[Any, ...]:
+    """(graph definition, abstract parameters, the rest): the model without its weights, built once per shape."""
     return nnx.split(nnx.eval_shape(lambda: GPT(model_cfg, nnx.Rngs(0))), nnx.Param, ...)
 
 
@@ -255,36 +287,57 @@ def bind(params: Params, model_cfg: GPTConfig) -> GPT:
 
 
 def hidden(
-    params: Params, model_cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32, execution: Execution = PLAIN
+    params: Params,
+    model_cfg: GPTConfig,
+    ids: jax.Array,  # int [b,t], e.g. [32, 2048]
+    dtype: DTypeLike = jnp.float32,
+    execution: Execution = PLAIN,
 ) -> jax.Array:
-    """ids [b,t] -> hidden states [b,t,d] after the final norm, in `dtype`."""
+    """ids [b,t] -> hidden states [b,t,d] after the final norm, in `dtype`; e.g. [32, 2048, 1280]."""
     return bind(params, model_cfg)(ids, dtype, execution=execution)[0]
 
 
-def decode(params: Params, model_cfg: GPTConfig, ids: jax.Array, cache: dict, dtype: jnp.dtype = jnp.float32):
-    """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], the longer cache).
+def decode(
+    params: Params,
+    model_cfg: GPTConfig,
+    ids: jax.Array,  # int [b,t], e.g. [64, 1]: the next token of 64 sequences
+    cache: Cache,  # keys and values [b,n,s,k] of every layer, e.g. [64, 10, 2048, 128]
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[jax.Array, Cache]:
+    """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], e.g. [64, 1, 1280], the longer cache).
 
     cache = {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}. The caller keeps length + t <= s.
     """
-    return bind(params, model_cfg)(ids, dtype, cache)
+    x, longer = bind(params, model_cfg)(ids, dtype, cache)
+    assert longer is not None, "the model returns a cache whenever it gets one"
+    return x, longer
 
 
-def head(params: Params, model_cfg: GPTConfig, x: jax.Array) -> jax.Array:
-    """Hidden states [..., d] -> soft-capped logits [..., vocab_size] in float32, the padding cut off."""
+def head(
+    params: Params,
+    model_cfg: GPTConfig,
+    x: jax.Array,  # [..., d], e.g. [64, 1280]
+) -> jax.Array:
+    """Hidden states [..., d] -> soft-capped logits [..., vocab_size] in float32, e.g. [64, 65536], without padding."""
     w = params["lm_head"].astype(x.dtype)
     return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accum_dtype(x.dtype)), model_cfg)
 
 
 def soft_capped(z: jax.Array, model_cfg: GPTConfig) -> jax.Array:
-    """What the head says [..., v] -> logits [..., vocab_size], the padding cut off."""
+    """Output of the head [..., v] -> soft-capped logits [..., vocab_size], without the padding."""
     return model_cfg.softcap * jnp.tanh(z[..., : model_cfg.vocab_size] / model_cfg.softcap)
 
 
-def forward(params: Params, model_cfg: GPTConfig, ids: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """ids [b,t] -> logits [b,t,vocab_size] in float32."""
+def forward(
+    params: Params,
+    model_cfg: GPTConfig,
+    ids: jax.Array,  # int [b,t], e.g. [1, 2048]
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """ids [b,t] -> logits [b,t,vocab_size] in float32, e.g. [1, 2048, 65536]."""
     return head(params, model_cfg, hidden(params, model_cfg, ids, dtype))
 
 
-def cast(params: Params, dtype: jnp.dtype) -> Params:
+def cast(params: Params, dtype: DTypeLike) -> Params:
     """Parameters in `dtype`, for inference."""
     return jax.tree.map(lambda p: p.astype(dtype), params)

@@ -1,9 +1,9 @@
 """Soft-capped cross-entropy that never holds the logits of a whole batch.
 
 The head and the softmax run over chunks of the time axis. The gradient with respect to the hidden states and the head
-is formed in the forward pass, while a chunk's logits are there, and only scaled by the cotangent in the backward pass:
-three matmuls a chunk, nothing recomputed, and float32 logits of one chunk at a time (32 x 2048 tokens of a 65,536
-vocabulary would be 16 GiB). The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989).
+is formed in the forward pass, while a chunk's logits exist, and only scaled by the cotangent in the backward pass:
+three matmuls per chunk, nothing recomputed, and float32 logits of one chunk at a time (32 x 2048 tokens of a 65,536
+vocabulary would take 16 GiB). The idea comes from Liger's fused linear cross-entropy (arXiv:2410.10989).
 """
 
 import functools
@@ -15,7 +15,10 @@ from nanochat_jax.model.precision import accum_dtype
 
 
 def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
-    """Smallest number of chunks that divides `time` and leaves at most `tokens` tokens a chunk, where that can be."""
+    """The smallest number of chunks that divides `time` and leaves at most `tokens` tokens per chunk, if any does.
+
+    Example: num_chunks(32, 2048) -> 8, chunks of 32 x 256 tokens.
+    """
     return next(c for c in range(1, time + 1) if time % c == 0 and (batch * time // c <= tokens or c == time))
 
 
@@ -26,25 +29,28 @@ def cross_entropy(
     """Sum of weight times cross-entropy over the counted targets, a float32 scalar.
 
     x [b,t,d] hidden states in the compute dtype, head [v,d] without padding rows, targets int [b,t] (negative: not
-    counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The mean is the caller's to form,
-    over all counted tokens of the global batch, so that none of them gives 0 and not NaN.
+    counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The caller forms the mean, over all
+    counted tokens of the global batch, so that a batch without any gives 0 and not NaN.
     """
     return (weights * token_losses(x, head, targets, softcap, chunks)).sum()
 
 
 def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
-    """Cross-entropy a token, float32 [b,t]; 0 where targets are negative. Not for gradients: for bits per byte."""
+    """Cross-entropy of each token, float32 [b,t]; 0 where targets are negative. Not for gradients: for bits per byte.
+
+    Arguments as in `cross_entropy`.
+    """
     w = head.astype(x.dtype)
 
-    def one_chunk(_, chunk):
+    def one_chunk(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         return None, _losses(chunk[0], w, chunk[1], softcap)[0]
 
     losses = jax.lax.scan(one_chunk, None, (_split(x, chunks), _split(targets, chunks)))[1]
     return _join(losses)
 
 
-def _losses(x, w, targets, softcap):
-    """Losses [b,t] of one chunk, with what their gradient needs: capped logits, log-sum-exp, one-hot, counted."""
+def _losses(x: jax.Array, w: jax.Array, targets: jax.Array, softcap: float) -> tuple[jax.Array, ...]:
+    """Losses [b,t] of one chunk, and what their gradient needs: capped logits, log-sum-exp, one-hot, counted."""
     z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accum_dtype(x.dtype))
     z = softcap * jnp.tanh(z / softcap)
     lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -54,27 +60,32 @@ def _losses(x, w, targets, softcap):
     return losses, z, lse, right, counted
 
 
-def _forward(x, head, targets, weights, softcap, chunks):
+def _forward(
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, softcap: float, chunks: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(loss, (dx [b,t,d], dhead [v,d])) for a cotangent of 1."""
     w = head.astype(x.dtype)
 
-    def one_chunk(dw, chunk):
+    def one_chunk(dw: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x, targets, weights = chunk
         losses, z, lse, right, counted = _losses(x, w, targets, softcap)
         dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accum_dtype(x.dtype)).astype(x.dtype)
-        # As [v,d] it would be slow on CPUs.
+        # [d,v] and not [v,d], which is slow on CPUs.
         dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=accum_dtype(x.dtype))
         return dw, ((weights * losses).sum(), dx)
 
-    split = [_split(a, chunks) for a in (x, targets, weights)]
+    split = tuple(_split(a, chunks) for a in (x, targets, weights))
     dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accum_dtype(x.dtype)), split)
-    # Of a single chunk XLA would make the product [v,d], for which not every CPU has a bf16 dot.
+    # Without the barrier, XLA would form the product of a single chunk as [v,d]: not every CPU has a bf16 dot for that.
     dw = jax.lax.optimization_barrier(dw).T
     return losses.sum(), (_join(dx), dw.astype(head.dtype))
 
 
-def _backward(softcap, chunks, gradients, g):
+def _backward(
+    softcap: float, chunks: int, gradients: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
     dx, dw = gradients
     return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), None, None
 
@@ -89,6 +100,6 @@ def _split(x: jax.Array, chunks: int) -> jax.Array:
 
 
 def _join(x: jax.Array) -> jax.Array:
-    """The inverse of `_split`."""
+    """[chunks, b, t/chunks, ...] -> [b,t,...]: the inverse of `_split`."""
     c, b, t = x.shape[:3]
     return jnp.moveaxis(x, 0, 1).reshape(b, c * t, *x.shape[3:])

@@ -1,4 +1,14 @@
-"""The processes of a run on several hosts: how they find each other, agree, and end together."""
+"""The processes of a run on several hosts: how they find each other, agree, and end together.
+
+How the error of one process ends the others: processes meet in collectives, so one that stops leaves the others
+waiting in the next one, for five minutes by JAX's defaults. `fail_together` shortens this. When its block raises in one
+process, that process writes its index and the error into the key-value store that JAX keeps for all processes, and
+tries for PATIENCE seconds to disconnect, which succeeds only if the others disconnect as well; then it exits. Meanwhile
+a thread in every process reads that store once a second. When it sees the error of another process, it waits GRACE
+seconds, in which its own process may end with an error of its own, since some errors hit all of them; otherwise it
+prints whose error it was, disconnects if it can, and exits with code 2. A process that is killed can write nothing: the
+others miss its heartbeat after HEARTBEAT seconds, and JAX ends them with a message that is a page long.
+"""
 
 import atexit
 import contextlib
@@ -8,30 +18,31 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
 
 import numpy as np
 
-from nanochat_jax.config import UserError
+from nanochat_jax.config import UserError, first_line
 
 T = TypeVar("T")
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost; given by a thread of JAX's own
-PATIENCE = 10  # seconds that a process with an error waits for the others to end as well
-GRACE = 3  # seconds in which one that hears of it may end with an error of its own
-ENDED = "nanochat_jax/ended/"  # where it tells them, among the keys that JAX's processes share
+HEARTBEAT = 30  # seconds without a heartbeat, sent by a thread of JAX, after which a process counts as lost
+PATIENCE = 10  # seconds for which a process with an error waits for the others to end as well
+GRACE = 3  # seconds that a process gets to end with its own error, once another process has reported one
+ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report their errors
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes of a run on several hosts, if there are any.
 
-    They find each other through `coordinator` (host:port of process 0), or through what Slurm or Kubernetes tell their
-    tasks. Call it before anything else asks JAX for its devices.
+    They find each other through `coordinator` (host:port of process 0), or through the environment that Slurm or
+    Kubernetes gives their tasks. Call it before anything else asks JAX for its devices. UserError if that fails.
     """
     import jax
 
     if jax.distributed.is_initialized():
         return
+    where: dict[str, Any] = {}
     if coordinator:
         if not re.fullmatch(r".+:\d+", coordinator):
             raise UserError(f"--coordinator={coordinator}: must be host:port of process 0, like 10.0.0.1:1234")
@@ -46,13 +57,13 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     elif num_processes == 1:
         return
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        where = {}  # JAX reads the addresses off Slurm's environment
+        pass  # JAX reads the addresses from Slurm's environment
     elif "JOB_COMPLETION_INDEX" in os.environ:
-        where = {}  # ... or asks Kubernetes for them, by a package that it does not bring along
+        # JAX asks Kubernetes for the addresses, through a package that it does not install.
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
-                "this is a pod of an indexed job of Kubernetes, whose others are found by the package kubernetes: "
-                "pip install '.[k8s]', or give --coordinator, or --num_processes=1 if there are no others"
+                "this pod belongs to an indexed Kubernetes job, and finding its other pods needs the package "
+                "kubernetes: pip install '.[k8s]', or give --coordinator, or --num_processes=1 if there are no others"
             )
     else:
         return
@@ -60,32 +71,37 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
         jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
         hint = "" if where else ": try --coordinator=host:port --num_processes=N --process_id=I"
-        raise UserError(f"could not join the other processes: {str(error).splitlines()[0]}{hint}") from None
+        raise UserError(f"could not join the other processes: {first_line(error)}{hint}") from None
 
 
 def broadcast_from_0(decide: Callable[[], T]) -> T:
-    """What `decide` returns on process 0 (anything JSON can hold), told to all. An error it raises there ends all of
-    them, or the others would wait for ever: a UserError as such, any other as what it is on process 0 alone."""
+    """Calls `decide` on process 0 and returns its result (anything JSON can hold) on all; all must call it together.
+
+    An error that it raises on process 0 is raised on all, since the others would otherwise wait forever: a UserError as
+    a UserError, any other as itself on process 0 and as a RuntimeError elsewhere.
+    """
     import jax
 
     if jax.process_count() == 1:
         return decide()
-    answer, failed = {}, None
+    answer: dict[str, Any] = {}
+    failure = None
     if jax.process_index() == 0:
         try:
             answer = {"value": decide()}
         except Exception as error:
-            answer, failed = {"error": str(error), "mendable": isinstance(error, UserError)}, error
+            answer, failure = {"error": str(error), "user_error": isinstance(error, UserError)}, error
     answer = json.loads(_broadcast_text(json.dumps(answer).encode()))
-    if failed is not None:
-        raise failed
+    if failure is not None:
+        raise failure
     if "error" in answer:
-        raise (UserError if answer["mendable"] else RuntimeError)(f"process 0: {answer['error']}")
+        kind = UserError if answer["user_error"] else RuntimeError
+        raise kind(f"process 0: {answer['error']}")
     return answer["value"]
 
 
 def _broadcast_text(text: bytes) -> bytes:
-    """The text of process 0, on all: its length first, since the others must have as much room."""
+    """The text of process 0, on all processes: first its length, since all must pass arrays of the same size."""
     from jax.experimental import multihost_utils
 
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -94,94 +110,104 @@ def _broadcast_text(text: bytes) -> bytes:
 
 
 def all_gather(number: int) -> list[int]:
-    """The number of each process, told to all, which must ask at the same point."""
+    """The number of every process, in the order of their indices, on all processes; all must call it together."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def all_min(number: int) -> int:
-    """The least of the processes' numbers, which must ask at the same point."""
+    """The smallest of the processes' numbers, on all processes; all must call it together."""
     import jax
 
     return number if jax.process_count() == 1 else min(all_gather(number))
 
 
 def disconnect() -> None:
-    """Takes leave of the other processes, once all of them do. What still waits for one of them gets an error."""
+    """Disconnects from the other processes, once all of them do. What still waits for this process gets an error."""
     import jax
 
     jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
-def fail_together() -> Iterator[None]:
-    """Within it an error of one process alone ends the others too, with a line that says whose it was: without, it
-    would wait five minutes for them to exit, and they for its part of the next step. One that is killed is missed after
-    HEARTBEAT seconds; what JAX then tells the others is a page long."""
+def fail_together() -> Generator[None]:
+    """Within this block, an error of one process ends the others too, with a line that says whose error it was.
+
+    The module's docstring tells how.
+    """
     import jax
 
     if jax.process_count() == 1:
         yield
         return
     ended = threading.Event()
-    threading.Thread(target=_listen, args=(ended,), daemon=True).start()
+    threading.Thread(target=_watch, args=(ended,), daemon=True).start()
     try:
         yield
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         ended.set()
-        _tell(error)
+        _report(error)
         _disconnect_or_exit()
         raise
     finally:
         ended.set()
 
 
-def _shared():
-    """The keys and values that the processes share; None after `leave`. Orbax takes them from there as well: JAX has no
-    public way to them."""
+def _key_value_store() -> Any:
+    """The store that all processes share; None after `disconnect`. JAX has no public access to it; Orbax reads it here
+    as well."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
-def _tell(error: BaseException) -> None:
+def _report(error: BaseException) -> None:
+    """Writes the error of this process into the shared store, for the others to read."""
     import jax
 
-    said = str(error).strip().splitlines()[:1]
-    reason = ": ".join(said if isinstance(error, UserError) else [type(error).__name__, *said])
-    with contextlib.suppress(Exception):  # who has taken leave has nobody to tell
-        _shared().key_value_set(f"{ENDED}{jax.process_index()}", f"process {jax.process_index()} has ended: {reason}")
+    reason = first_line(error)
+    if not isinstance(error, UserError) and reason != type(error).__name__:
+        reason = f"{type(error).__name__}: {reason}"
+    with contextlib.suppress(Exception):  # this process may have disconnected already
+        index = jax.process_index()
+        _key_value_store().key_value_set(f"{ENDED}{index}", f"process {index} has ended: {reason}")
 
 
-def _listen(ended: threading.Event) -> None:
-    """Ends this process soon after another one has told of its error: it may be waiting for its part of a step."""
-    while not ended.wait(1) and (shared := _shared()):
-        try:
-            told = shared.key_value_dir_get(ENDED)
-        except Exception:  # taken leave just now, or process 0 is lost: JAX says so
+def _watch(ended: threading.Event) -> None:
+    """Ends this process soon after another one has reported an error, unless `ended` is set: its own block is over."""
+    while not ended.wait(1):
+        store = _key_value_store()
+        if not store:
             return
-        if told and not ended.wait(GRACE):
-            print(f"error: {told[0][1]}", file=sys.stderr)
+        try:
+            reports = store.key_value_dir_get(ENDED)
+        except Exception:  # this process has just disconnected, or process 0 is lost, which JAX reports
+            return
+        if reports and not ended.wait(GRACE):
+            print(f"error: {reports[0][1]}", file=sys.stderr)
             _disconnect_or_exit()
             _exit_now()
 
 
 def _disconnect_or_exit() -> None:
-    """Takes leave of the other processes if they do so too within a few seconds, as with an error they all have. Else
-    this process will exit without: its connections close, and what waits at their other ends gets an error."""
+    """Disconnects if the other processes do so within PATIENCE seconds, as when all of them met the same error.
 
-    def try_to_leave() -> None:
+    Otherwise this process will exit without JAX's farewell: its connections close, and what waits at their other ends
+    gets an error.
+    """
+
+    def try_to_disconnect() -> None:
         with contextlib.suppress(Exception):
             disconnect()
 
-    leaving = threading.Thread(target=try_to_leave, daemon=True)
-    leaving.start()
-    leaving.join(PATIENCE)
-    if leaving.is_alive():
-        atexit.register(_exit_now)  # goes before JAX's own handler
+    attempt = threading.Thread(target=try_to_disconnect, daemon=True)
+    attempt.start()
+    attempt.join(PATIENCE)
+    if attempt.is_alive():
+        atexit.register(_exit_now)  # runs before JAX's own handler, which would wait
 
 
 def _exit_now() -> None:

@@ -1,11 +1,17 @@
 """The mesh of devices, and where parameters, gradients and optimizer state lie on it.
 
-The axes are XLA's to complete (GSPMD): the train step says where gradients, updates and whole weights lie, and the rest
-follows from the operands. In explicit mode every reshape and gather of the model would have to say so as well.
+The mesh has three axes. `node` and `data` split a batch's rows; `data` also shards the optimizer state, and with
+--shard=full the weights; `model` shards heads, hidden width and vocabulary. A replica is one device, or the devices
+along the model axis that hold one copy of the model together.
+
+The axes are in Auto mode: the train step says where gradients, updates and whole weights lie, and XLA's partitioner
+(GSPMD) completes the rest. In Explicit mode every reshape and gather of the model would have to say so as well.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,15 +22,17 @@ from jax.sharding import PartitionSpec as P
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
+PyTree = Any  # nested dicts and tuples of arrays, or of what stands for them: shapes, specs, shardings
 AXES = ("node", "data", "model")
-BATCH_AXES = ("node", "data")  # the axes that share out a batch's rows
-GATHERED = "gathered weight"
+BATCH_AXES = ("node", "data")  # the axes over which a batch's rows are sharded
+GATHERED = "gathered weight"  # the name by which jax.checkpoint policies know the result of `Layout.gather`
 
 
 def make_mesh(spec: str = "") -> Mesh:
-    """All devices of all processes as (node, data, model); `spec` like "node=2,data=8", omitted axes are 1.
+    """All devices of all processes as a mesh (node, data, model).
 
-    Empty: all on data.
+    `spec` is --mesh, like "node=2,data=8"; omitted axes are 1, and "" puts all devices on data. UserError if the sizes
+    do not multiply to the number of devices.
     """
     devices = jax.device_count()
     sizes, given = dict.fromkeys(AXES, 1), set()
@@ -35,58 +43,64 @@ def make_mesh(spec: str = "") -> Mesh:
         if name not in AXES or not size.isdigit() or int(size) < 1:
             raise UserError(f"--mesh={spec}: {part.strip()!r} is not one of node=N, data=N, model=N")
         if name in given:
-            raise UserError(f"--mesh={spec}: {name} is there twice")
+            raise UserError(f"--mesh={spec}: {name} is given twice")
         given.add(name)
         sizes[name] = int(size)
     if math.prod(sizes.values()) != devices:
         node = math.gcd(sizes["node"], devices)
         model = math.gcd(sizes["model"], devices // node)
         raise UserError(
-            f"--mesh={spec} is {math.prod(sizes.values())} devices, there are {devices}: "
+            f"--mesh={spec} needs {math.prod(sizes.values())} devices, this run has {devices}: "
             f"try node={node},data={devices // (node * model)},model={model}"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def describe(mesh: Mesh) -> str:
+    """Example: "node=1, data=8, model=1"."""
     return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def replicas(mesh: Mesh) -> int:
-    """How many devices, or groups of them along the model axis, take rows of their own."""
+    """The number of copies of the model that compute side by side, each with rows of its own."""
     return mesh.shape["node"] * mesh.shape["data"]
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
-    """(Which share of a batch's rows this process reads, of how many). Processes that hold one replica together, along
-    the model axis, read the same rows."""
+    """(index, count): this process reads part `index` of `count` equal parts of a batch's rows.
+
+    Processes that hold one replica together, along the model axis, read the same rows. Example: two processes of four
+    devices read (0, 2) and (1, 2) with model=4, but both (0, 1) with model=8.
+    """
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
     shares = list(dict.fromkeys(holders))
-    if sum(map(len, shares)) > len(frozenset().union(*shares)):
+    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # a process belongs to two shares
         size, own = mesh.shape["model"], len(mesh.local_devices)
         fits = math.gcd(size, own)
         raise UserError(
-            f"--mesh: model={size} takes parts of processes of {own} devices, which read whole rows: "
+            f"--mesh: model={size} does not line up with processes of {own} devices, each of which reads whole rows: "
             f"try node={mesh.shape['node']},data={mesh.shape['data'] * size // fits},model={fits}"
         )
     return next(i for i, share in enumerate(shares) if jax.process_index() in share), len(shares)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
 def put_rows(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """This process's rows [micro, rows, t] of a batch as a global array, its rows spread over the replicas."""
+    """This process's rows [accum, rows, t] -> the global array [accum, all rows, t], rows sharded over the replicas."""
     return jax.make_array_from_process_local_data(micro_batch_sharding(mesh), batch)
 
 
 def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch [accum, rows, t]: rows over the replicas."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
-    """This process's flag as a global array int32 [devices]; positive in sum once any is up."""
+    """This process's flag, once per device, as a global array int32 [devices]: the sum is positive if any is set."""
     mine = np.full(len(mesh.local_devices), int(flag), np.int32)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine)
 
@@ -95,35 +109,38 @@ def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
 # For decoding and evaluation, which take parameters wherever they live
 
 
-def mesh_of(params):
-    """The mesh the parameters live on; None: they are on one device."""
+def mesh_of(params: gpt.Params) -> Mesh | None:
+    """The mesh on which the parameters live; None if they are on one device."""
     sharding = getattr(params["wte"], "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return None
 
 
-def batch_sharding(mesh):
-    """Arrays whose first axis is spread over the data axis. No mesh: None, JAX's word for one device."""
+def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of arrays [rows, ...]: rows over the replicas. Without a mesh: None, JAX's word for one device."""
     return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
 
-def shard_map_rows(function, mesh):
-    """`function(shared, *rows) -> rows`, each device computing its share of the rows without a word to the others.
+def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
+    """`function(shared, *arrays) -> result`, where each device computes its own rows without any communication.
 
-    The first axis of every array in `rows` and of what is returned is that of the rows. No mesh: `function` itself.
+    `shared` is replicated; the first axis of every array in `arrays` and in the result is that of the rows.
+    Without a mesh: `function` itself.
     """
     if mesh is None:
         return function
 
-    def spread(shared, *arrays):
+    def sharded(shared: PyTree, *arrays: PyTree) -> PyTree:
         own = P(BATCH_AXES)
         specs = (P(), *[own] * len(arrays))
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own)(shared, *arrays)
 
-    return spread
+    return sharded
 
 
-def replicate(arrays, mesh):
-    """Within jit: the arrays whole on every device, so that every process can read them. No mesh: as they are."""
+def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
+    """Within jit: an all-gather, after which every process can read the whole arrays. Without a mesh: unchanged."""
     return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
@@ -135,8 +152,10 @@ def replicate(arrays, mesh):
 class Layout:
     """Where parameters, gradients and optimizer state lie on a mesh.
 
-    `shard` is "optimizer" (ZeRO stage 1, arXiv:1910.02054: every replica holds the weights, and its share of gradient
-    and optimizer state) or "full" (FSDP: its share of the weights as well).
+    `shard` is "optimizer" (ZeRO stage 1, arXiv:1910.02054: every replica holds the whole weights, and its shard of the
+    reduced gradients and of the optimizer state) or "full" (FSDP: a shard of the weights as well).
+
+    In the shapes below, [in, out] is one layer's weight, and R = `replicas(mesh)`.
     """
 
     mesh: Mesh
@@ -150,93 +169,106 @@ class Layout:
         return self.shard == "full"
 
     def check(self, model_cfg: GPTConfig) -> None:
-        """UserError for heads that the model axis does not divide; whatever else it does not divide stays whole."""
+        """UserError for heads that the model axis does not divide; other axes that it does not divide stay whole."""
         size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
         if heads % size or kv_heads % size:
             raise UserError(
-                f"--mesh: model={size} does not divide {heads} heads and {kv_heads} key/value heads, and a head is not "
-                f"cut: try model={math.gcd(heads, kv_heads, size)}"
+                f"--mesh: model={size} does not divide {heads} heads and {kv_heads} key/value heads, and a head is "
+                f"never split: try model={math.gcd(heads, kv_heads, size)}"
             )
 
-    def shard_specs(self, tree, along: tuple[str, ...] = ("data", "model")):
-        """The spec of every leaf of parameters, gradients or optimizer state, cut along these axes of the mesh."""
+    def shard_specs(self, tree: PyTree, along: tuple[str, ...] = ("data", "model")) -> PyTree:
+        """The spec of every leaf of parameters, gradients or optimizer state, sharded over the mesh axes `along`.
+
+        Example: {"wq": [20, 1280, 1280]} on node=1,data=8,model=1 -> {"wq": P(None, "data", "model")}.
+        """
         return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, along), tree)
 
-    def compute_specs(self, tree):
-        """The same, cut along the model axis alone: what a replica computes with."""
+    def compute_specs(self, tree: PyTree) -> PyTree:
+        """`shard_specs` over the model axis alone: what a replica computes with."""
         return self.shard_specs(tree, ("model",))
 
-    def param_specs(self, params):
-        """How weights lie between steps."""
+    def param_specs(self, params: PyTree) -> PyTree:
+        """The specs of the weights between steps."""
         return self.shard_specs(params) if self.full else self.compute_specs(params)
 
-    def shardings(self, specs):
+    def shardings(self, specs: PyTree) -> PyTree:
+        """Specs -> shardings on the mesh."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
 
-    def constrain(self, tree, specs):
+    def constrain(self, tree: PyTree, specs: PyTree) -> PyTree:
+        """Within jit: the same values, laid out by `specs`."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(specs))
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
-        """A weight [in, out], whole on every replica for as long as it is used; its gradient is cut as it is formed."""
-        if not self.full:
+        """All-gathers a weight [in, out] for as long as it is used; its gradient is sharded as soon as it is formed."""
+        if not self.full:  # every replica already holds all of w
             return w
-        cut, whole = (self._spec((jax.tree_util.DictKey(name),), w.shape, a) for a in (("data", "model"), ("model",)))
+        # Example wq [d, h*k]: w and its gradient have d over data and h*k over model; gathered, only h*k over model.
+        path = (jax.tree_util.DictKey(name),)
+        sharded, gathered_spec = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
 
         @jax.custom_vjp
-        def gathered(w):
-            return checkpoint_name(self.constrain(w, whole), GATHERED)
+        def gathered(w: jax.Array) -> jax.Array:
+            return checkpoint_name(self.constrain(w, gathered_spec), GATHERED)
 
-        gathered.defvjp(lambda w: (gathered(w), None), lambda _, g: (self.constrain(g, cut),))
+        gathered.defvjp(lambda w: (gathered(w), None), lambda _, g: (self.constrain(g, sharded),))
         return gathered(w)
 
     def by_replica(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """[micro, rows, t] -> [micro, replicas, rows of one, t], nothing moving."""
+        """[accum, rows, t] -> [accum, R, rows of one replica, t]; no data moves."""
 
-        def split(x):
+        def split(x: jax.Array) -> jax.Array:
             x = x.reshape(x.shape[0], replicas(self.mesh), -1, x.shape[-1])
             return self.constrain(x, P(None, BATCH_AXES))
 
         return jax.tree.map(split, batch)
 
-    def constrain_per_replica(self, tree):
-        """Leaves [replicas, ...] of (losses, gradients), each replica holding its own."""
+    def constrain_per_replica(self, tree: PyTree) -> PyTree:
+        """(losses [R], gradients [R, ...]), laid out so that each replica holds its own."""
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), tree[1])
-        return self.constrain(tree, (P(BATCH_AXES), self._of_replicas(single)))
+        return self.constrain(tree, (P(BATCH_AXES), self._per_replica_specs(single)))
 
-    def _of_replicas(self, single):
+    def _per_replica_specs(self, single: PyTree) -> PyTree:
+        """The shapes of one replica's gradients [...] -> specs of all of them [R, ...]."""
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
-    def reduce_scatter_grads(self, grads):
-        """Gradients [replicas, ...], a replica's own each -> their sum, every replica holding its share."""
+    def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
+        """Reduce-scatter: gradients [R, ...], one for each replica -> their sum [...], sharded over data.
 
-        def one(g, spec):
-            g = g[0]
-            if "data" in spec:
+        Between nodes it is followed by an all-reduce of the shards alone: that is where the wires are slow.
+        """
+
+        def reduce(g: jax.Array, spec: P) -> jax.Array:
+            g = g[0]  # [1, ...] -> [...]: the gradient of this replica
+            if "data" in spec:  # [in, out] -> e.g. for wq [in/data, out]
                 g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
-            else:
+            else:  # [in, out], which data does not divide: all-reduce, every replica holds the whole sum
                 g = jax.lax.psum(g, "data")
-            # Between nodes, where the wires are slow, only the shares travel.
             return jax.lax.psum(g, "node") if self.mesh.shape["node"] > 1 else g
 
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
-        cut = self.shard_specs(single)
+        specs = self.shard_specs(single)
         return jax.shard_map(
-            lambda grads: jax.tree.map(one, grads, cut),
-            mesh=self.mesh, in_specs=(self._of_replicas(single),), out_specs=cut,
-            check_vma=False,  # an axis of one needs no reduction, which the check does not see
-        )(grads)  # fmt: skip
+            lambda grads: jax.tree.map(reduce, grads, specs),
+            mesh=self.mesh,
+            in_specs=(self._per_replica_specs(single),),
+            out_specs=specs,
+            check_vma=False,  # the check does not see that an axis of size 1 needs no reduction
+        )(grads)
 
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
-        """Matrices [n, in, out], `in` cut along data -> whole ones, their number, padded, shared out instead.
+        """All-to-all: [n, in, out] sharded on `in` over data -> sharded on n, zero-padded to a multiple of data.
 
-        Spelled out, since XLA's partitioner finds this exchange on some meshes only, and else gathers everything.
+        Each device then holds whole matrices. Spelled out, since XLA's partitioner finds this exchange on some meshes
+        only, and elsewhere gathers everything. Example: 52 matrices over 8 devices -> 56, 7 on each.
         """
         size = self.mesh.shape["data"]
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
-        if x.shape[1] % size:
+        if x.shape[1] % size:  # `in` is whole on every device, so that nothing has to be exchanged
             return self.constrain(x, P("data"))
 
-        def exchange(x):
+        def exchange(x: jax.Array) -> jax.Array:  # [n, in/data, out] -> [n/data, in, out]
             # One array with one layout: XLA on a CPU refuses to send slices of the arrays that x was made of.
             x = jax.lax.optimization_barrier(x)
             return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
@@ -244,14 +276,14 @@ class Layout:
         return jax.shard_map(exchange, mesh=self.mesh, in_specs=P(None, "data"), out_specs=P("data"))(x)
 
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
+        """The spec of one leaf: its row of gpt.SHARDING, restricted to `axes` and to sizes that they divide."""
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        known = gpt.SHARDING.get(names[-1], ()) if names else ()
-        known = known[len(known) - len(shape) :]  # a layer's weight [in, out] out of the stack [l, in, out]
-        if len(known) != len(shape):  # counters
+        table_row = gpt.SHARDING.get(names[-1], P()) if names else P()
+        row = table_row[len(table_row) - len(shape) :]  # [l, in, out] as in the table, or one layer's [in, out]
+        if len(row) != len(shape):  # [] counters of the optimizer
             return P()
-        cut = [a if a in axes and n % self.mesh.shape[a] == 0 else None for a, n in zip(known, shape, strict=True)]
-        return P(*cut)
+        return P(*[a if a in axes and n % self.mesh.shape[a] == 0 else None for a, n in zip(row, shape, strict=True)])
 
 
-def _is_spec(x) -> bool:
+def _is_spec(x: Any) -> bool:
     return isinstance(x, P)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.parallel import processes, sharding
@@ -13,13 +14,22 @@ from nanochat_jax.parallel import processes, sharding
 MIB = 2**20
 
 # -----------------------------------------------------------------------------
-# How a step's tokens are cut
+# How a step's tokens are split
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A step's rows: `micro` micro-batches of `rows` rows on each of the replicas (devices, or groups of them along
-    the model axis), `seq_len` tokens a row. The last `padding` of all rows are without targets."""
+    """How the rows of one optimizer step are arranged.
+
+    grad_accum_steps  micro-batches, computed one after another, whose gradients are summed
+    rows              rows of one micro-batch on one replica: what a device computes at once
+    replicas          copies of the model (devices, or groups of them along the model axis) that compute side by side
+    seq_len           tokens of a row
+    padding           how many of all rows, the last ones, have no targets
+
+    Example: 524,288 tokens in rows of 2048 on 8 devices that take 16 rows at once are
+    BatchShape(grad_accum_steps=2, rows=16, replicas=8, seq_len=2048): 2 x 16 x 8 = 256 rows.
+    """
 
     grad_accum_steps: int
     rows: int
@@ -29,120 +39,144 @@ class BatchShape:
 
     @property
     def total_rows(self) -> int:
-        """Those with something in them."""
+        """Rows per step, padding rows not counted."""
         return self.grad_accum_steps * self.rows * self.replicas - self.padding
 
     @property
     def tokens(self) -> int:
+        """Tokens per step, padding rows not counted."""
         return self.total_rows * self.seq_len
 
     def __str__(self) -> str:
         return f"{self.grad_accum_steps} gradient accumulation steps x {self.rows} rows x {self.replicas} replicas"
 
-    def shaped(self, batch: dict[str, np.ndarray], mesh, vocab_size: int) -> dict[str, jax.Array]:
-        """[rows of this process, t] -> global arrays [micro, rows, t] on the devices.
+    def shaped(self, batch: dict[str, np.ndarray], mesh: Mesh, vocab_size: int) -> dict[str, jax.Array]:
+        """This process's rows [rows, t] -> global arrays [grad_accum_steps, all rows of a micro-batch, t] on devices.
 
-        UserError for an id outside the vocabulary, which on the device would silently become another one.
+        UserError for a token id outside the vocabulary: on the device it would silently become another one.
         """
-        for name, least in (("inputs", 0), ("targets", -1)):  # a target of -1 is not counted
-            ids = batch[name]
-            if (id := int(ids.max())) >= vocab_size or (id := int(ids.min())) < least:
-                raise UserError(
-                    f"token id {id} among the {name} is outside the vocabulary of {vocab_size:,}: "
-                    "the tokenizer is not the one this model was made for"
-                )
+        _check_ids("inputs", batch["inputs"], 0, vocab_size)
+        _check_ids("targets", batch["targets"], -1, vocab_size)  # a target of -1 is not counted
         local = {k: v.reshape(self.grad_accum_steps, -1, v.shape[-1]) for k, v in batch.items()}
         return {k: sharding.put_rows(mesh, v) for k, v in local.items()}
 
 
-def batch_shape(
-    total_batch_size: int, device_batch_size: int, seq_len: int, devices: int = 1,
-    fit: Callable[[int], int] | None = None,
-) -> BatchShape:  # fmt: skip
-    """Cuts `total_batch_size` tokens into rows and micro-batches. UserError where it does not divide.
+def _check_ids(name: str, ids: np.ndarray, low: int, vocab_size: int) -> None:
+    """UserError unless all ids are at least `low` and below `vocab_size`."""
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest >= low and largest < vocab_size:
+        return
+    wrong = largest if largest >= vocab_size else smallest
+    raise UserError(
+        f"token id {wrong} among the {name} is outside the vocabulary of {vocab_size:,}: "
+        "the tokenizer is not the one this model was made for"
+    )
 
-    `devices` is how many take rows of their own. A `device_batch_size` of 0 leaves it to `fit`, which says how many of
-    a device's rows it can take at once.
+
+def batch_shape(
+    total_batch_size: int, device_batch_size: int, seq_len: int, replicas: int, fit: Callable[[int], int]
+) -> BatchShape:
+    """Splits `total_batch_size` tokens into rows and micro-batches.
+
+    A `device_batch_size` of 0 is automatic: `fit(rows)` then says how many of a replica's rows it can take at once.
+    UserError if the tokens do not divide into rows for all replicas, or the rows into micro-batches.
+
+    Example: (524288, 16, 2048, 8, fit) -> BatchShape(2, 16, 8, 2048).
     """
-    rows, rest = divmod(total_batch_size, seq_len * devices)
+    rows, rest = divmod(total_batch_size, seq_len * replicas)
     if rest:
-        near = max(1, round(total_batch_size / (seq_len * devices))) * seq_len * devices
+        near = max(1, round(total_batch_size / (seq_len * replicas))) * seq_len * replicas
         raise UserError(
-            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {devices} devices: "
+            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {replicas} devices: "
             f"try {near}"
         )
     if device_batch_size == 0:
         device_batch_size = fit(rows)
     if rows % device_batch_size:
         raise UserError(
-            f"--device_batch_size={device_batch_size} does not divide the {rows} rows a device "
-            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {devices} devices): "
+            f"--device_batch_size={device_batch_size} does not divide the {rows} rows per device "
+            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {replicas} devices): "
             f"try {math.gcd(rows, device_batch_size)}"
         )
-    return BatchShape(rows // device_batch_size, device_batch_size, devices, seq_len)
+    return BatchShape(rows // device_batch_size, device_batch_size, replicas, seq_len)
 
 
 def batch_shape_of_rows(
-    total_rows: int, device_batch_size: int, seq_len: int, devices: int, fit: Callable[[int], int]
+    total_rows: int, device_batch_size: int, seq_len: int, replicas: int, fit: Callable[[int], int]
 ) -> BatchShape:
-    """Cuts as many rows over any number of devices: what does not divide is made up with padding.
+    """Splits `total_rows` rows over any number of replicas, adding padding rows where they do not divide.
 
-    `device_batch_size` and `fit` as in `geometry`, but that of a step with fewer rows a device takes those at once.
+    `device_batch_size` and `fit` as in `batch_shape`, but a step with fewer rows per replica takes those at once.
+
+    Example: 50 rows, 4 at once on 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
     """
-    share = -(-total_rows // devices)
+    share = math.ceil(total_rows / replicas)
     rows = min(device_batch_size, share) or fit(share)
-    grad_accum_steps = -(-share // rows)
-    return BatchShape(grad_accum_steps, rows, devices, seq_len, padding=grad_accum_steps * rows * devices - total_rows)
+    grad_accum_steps = math.ceil(share / rows)
+    padding = grad_accum_steps * rows * replicas - total_rows
+    return BatchShape(grad_accum_steps, rows, replicas, seq_len, padding)
 
 
 def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
-    """The rows that hold `examples` conversations of `mean_length` tokens: no matter how many devices there are, since
-    another step is another recipe."""
+    """The rows of `seq_len` tokens that hold `examples` conversations of `mean_length` tokens.
+
+    The number does not depend on how many devices there are, since another batch size would be another recipe.
+    Example: 32 conversations of 100 tokens in rows of 64 -> 50.
+    """
     return math.ceil(examples * mean_length / seq_len)
 
 
 # -----------------------------------------------------------------------------
-# What fits
+# How many rows fit
 
 
 def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
-    """How many of a device's `rows` it can take at once: the most that divide them and whose step needs no more than
-    `limit` bytes (default: the device's memory). On a CPU as many as make 8,192 tokens; more gain nothing.
+    """How many of a device's `rows` it can take at once: the largest divisor of `rows` whose step fits its memory.
 
-    `need` says how many bytes a step of so many micro-batches of so many rows holds.
+    `need(grad_accum_steps, rows)` says how many bytes such a step holds at its peak; `limit` is how many there are
+    (default: 95% of a device's memory, the smallest of all processes). On a CPU the answer is the largest divisor that
+    makes at most 8,192 tokens, since more gain nothing.
+    UserError if not even one row fits.
+
+    Each call of `need` compiles a step, so the search makes few of them. `estimated_memory` costs nothing but is rough,
+    and ignores what --shard and --remat save: from it comes a likely size, and the search starts at the largest divisor
+    up to twice that. If this one fits, larger divisors are tried until one does not; else smaller ones until one does.
     """
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
             return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
-        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB
-    # To know what a step needs means to compile it. Twice what is likely to fit is the first to be tried.
+        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # in MiB, to fit an int32
+
     likely = 1
     while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:
         likely *= 2
-    at = max(i for i, n in enumerate(divisors) if n <= 2 * likely)
-    used = {}
+    start = max(n for n in divisors if n <= 2 * likely)
 
-    def fits(n: int) -> bool:
-        used[n] = need(rows // n, n)
-        return used[n] <= limit
-
-    if fits(divisors[at]):  # the estimate knows nothing of what --shard and --remat save
-        while at + 1 < len(divisors) and fits(divisors[at + 1]):
-            at += 1
-        return divisors[at]
-    for n in reversed(divisors[:at]):
-        if fits(n):
+    best = needed = 0
+    for n in [n for n in divisors if n >= start]:
+        needed = need(rows // n, n)
+        if needed > limit:
+            break
+        best = n
+    if best:
+        return best
+    for n in reversed([n for n in divisors if n < start]):
+        needed = need(rows // n, n)
+        if needed <= limit:
             return n
     raise UserError(
-        f"one row of {model_cfg.sequence_len} tokens needs {used[1] / 2**30:.1f} GiB, "
+        f"one row of {model_cfg.sequence_len} tokens needs {needed / 2**30:.1f} GiB, "
         f"the device has {limit / 2**30:.1f}: try --remat=full or --shard=full, or a smaller --max_seq_len"
     )
 
 
 def estimated_memory(model_cfg: GPTConfig, rows: int) -> int:
-    """Bytes, without compiling: weights, gradients and optimizer state, a chunk of logits, and about 17 activations of
-    the width a layer and token, in two bytes each."""
+    """Roughly the bytes of a step on one device with `rows` rows at once, without compiling it.
+
+    Weights, gradients and optimizer state, a chunk of logits, and about 17 activations of the model's width per layer
+    and token, in two bytes each.
+    """
     activations = 2 * 17 * model_cfg.n_layer * model_cfg.n_embd * model_cfg.sequence_len * rows
     return 16 * model_cfg.num_params + 12 * 8192 * model_cfg.padded_vocab + activations

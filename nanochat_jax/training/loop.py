@@ -21,6 +21,7 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.interruption import Interruption
 from nanochat_jax.training.run import Run, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.stages import Stage, base_stage, chat_stage
+from nanochat_jax.training.step import StepMetrics
 from nanochat_jax.training.validation import Evaluation, evaluations_of
 
 LESS_JUDGED = "turn off what is judged, with -1 for --core_metric_every, --sample_every or --eval_metrics_every"
@@ -169,7 +170,7 @@ class StepLog:
         self._since_print = Timer()
         self._steps_timed, self._seconds_timed = 0, 0.0
 
-    def push(self, step: int, results: dict, lr_mult: float, waited: float, progress: float) -> None:
+    def push(self, step: int, results: StepMetrics, lr_mult: float, waited: float, progress: float) -> None:
         info = dict(self.stage.loader.info)
         self.flush()
         self._pending = (step, results, lr_mult, waited, progress, info)
@@ -180,8 +181,8 @@ class StepLog:
             return
         step, results, lr_mult, waited, progress, info = self._pending
         self._pending = None
-        loss, grad_norm = float(results["loss"]), float(results["grad_norm"])
-        if results.get("stop", 0) > 0:
+        loss, grad_norm = float(results.loss), float(results.grad_norm)
+        if results.stop is not None and results.stop > 0:
             self.stop = signal.SIGTERM
         elapsed = self.timer.lap() + waited
         dt = elapsed if self.timed else None
@@ -206,7 +207,7 @@ class StepLog:
         known = {k: info.get(k) for k in ("epoch", "shard", "row_group", "waste", "skipped", "truncated")}
         self.run.log(
             "train", step, loss=loss, lr_mult=lr_mult, grad_norm=grad_norm, dt=dt, tok_per_s=speed, mfu=mfu,
-            loader_wait=waited, counted=int(results["count"]), **known,
+            loader_wait=waited, counted=int(results.count), **known,
         )  # fmt: skip
         if step in (1, self.stage.steps) or self._since_print.passed(self.print_every):
             self._print(step, grad_norm, lr_mult, dt, speed, mfu, progress, waited, info)

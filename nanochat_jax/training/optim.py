@@ -1,17 +1,18 @@
 """Muon for the transformer's matrices, AdamW for embedding and head, and the learning-rate schedules.
 
-Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-semi-orthogonal one, by five Newton-Schulz iterations. Ours differs from `optax.contrib.muon` in what nanochat needs:
+Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix with the nearest
+semi-orthogonal matrix, by five Newton-Schulz iterations. Ours differs from `optax.contrib.muon` in what nanochat needs:
 momentum without bias correction, on a schedule of its own, and layers stacked [l, in, out] orthogonalised as one batch.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel.sharding import Layout
@@ -20,16 +21,18 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients tuned for a st
 
 
 class MuonState(NamedTuple):
+    """What Muon carries from step to step."""
+
     count: jax.Array  # int32 scalar, steps taken
     momentum: optax.Updates  # like the parameters, float32
 
 
-def orthogonalize(g: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Singular values of the matrices g [..., in, out] pushed towards 1 (into about 0.7 to 1.2), in `dtype`."""
+def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Pushes the singular values of the matrices g [..., in, out] towards 1 (into about 0.7 to 1.2), in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # the Gram matrix on the short side
+    x = x if wide else x.mT  # so that the Gram matrix has the size of the short side
     size = jnp.linalg.norm(x.astype(accum_dtype(dtype)), axis=(-2, -1), keepdims=True)
     x = x / (size + 1e-7).astype(dtype)
     for _ in range(5):
@@ -39,51 +42,58 @@ def orthogonalize(g: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 
 def scale_by_muon(
-    momentum: optax.Schedule | float = 0.95, dtype: jnp.dtype = jnp.float32, layout: Layout | None = None
+    momentum: optax.Schedule | float = 0.95, dtype: DTypeLike = jnp.float32, layout: Layout | None = None
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)). For leaves [l, in, out]; no learning rate in it.
+    """Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)); the learning rate is not applied here.
 
-    `momentum` may be a schedule of the step; `dtype` is that of the iterations (bfloat16 on GPUs). With a `layout` the
-    matrices are shared out among its devices: gradients and momentum come cut, each device orthogonalises whole
-    matrices, and the results travel back in `dtype`.
+    For leaves [l, in, out]. `momentum` may be a schedule over steps; `dtype` is that of the iterations (bfloat16 on
+    GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each device whole matrices
+    to orthogonalise, and an all-gather in `dtype` (with --shard=full a second all-to-all) returns the results.
     """
 
-    def init(params):
+    def init(params: optax.Params) -> MuonState:
         return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params))
 
-    def update(grads, state, params=None):
-        mu = momentum(state.count) if callable(momentum) else momentum
-        buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
-        nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, buffers, grads)
-        transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
-        if layout:
-            # XLA reshards from two cut axes to another only by gathering the whole: first from two to one.
-            cut = layout.shard_specs(nesterov, ("data",))
-            nesterov = layout.constrain(nesterov, cut)
-            # In a batch of matrices the axis that is cut is the first of all of them.
-            transposed = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, cut)
-        updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, transposed)
-        if layout and layout.full:
-            updates = layout.constrain(updates, cut)
-        updates = jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
-        return updates, MuonState(state.count + 1, buffers)
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, MuonState]:  # `state` is a MuonState, which optax types as any tree of arrays
+        with jax.named_scope("muon"):
+            mu = momentum if isinstance(momentum, int | float) else momentum(state.count)
+            buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
+            nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, buffers, updates)
+            if layout is None:
+                transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
+            else:
+                # From two sharded axes to another one, XLA would gather the whole array: first reshard to `data` alone.
+                specs = layout.shard_specs(nesterov, ("data",))
+                nesterov = layout.constrain(nesterov, specs)
+                # Matrices can only be concatenated if all of them are sharded on the same axis: `in`.
+                transposed = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, specs)
+            updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, transposed)
+            if layout and layout.full:
+                updates = layout.constrain(updates, specs)
+            updates = jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
+            return updates, MuonState(state.count + 1, buffers)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalize_all(x: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
-    """x [n, in, out], each device taking its share of the n."""
+def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) -> jax.Array:
+    """Orthogonalises x [n, in, out], each device its share of the n matrices."""
     if layout is None or layout.mesh.size == 1:
         return orthogonalize(x, dtype).astype(x.dtype)
     y = orthogonalize(layout.all_to_all_matrices(x), dtype)
     if not layout.full:
-        y = layout.constrain(y, P())  # gathered before it is widened: half the bytes
+        y = layout.constrain(y, P())  # all-gathered before it is widened to float32: half the bytes
     return y[: x.shape[0]].astype(x.dtype)
 
 
-def _by_shape(f: Callable, tree, transposed):
-    """f over the leaves [l, in, out], those of equal matrices merged into one batch; `transposed` says of each leaf
-    whether it is transposed for that."""
+def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -> Any:
+    """Applies f to the leaves [l, in, out], merging those of equal shape into one batch.
+
+    `transposed` says of each leaf whether to transpose its matrices first, and the results back afterwards. Example:
+    w_in [20, 1280, 5120] and w_out [20, 5120, 1280], transposed, are one batch [40, 1280, 5120].
+    """
     leaves, treedef = jax.tree.flatten(tree)
     transposed = treedef.flatten_up_to(transposed)
     upright = [leaf.mT if turn else leaf for leaf, turn in zip(leaves, transposed, strict=True)]
@@ -100,6 +110,7 @@ def _by_shape(f: Callable, tree, transposed):
 
 
 def _offsets(sizes: list[int]) -> list[int]:
+    """Where to split a concatenation: [3, 4, 5] -> [3, 7]."""
     return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
 
@@ -109,20 +120,28 @@ def momentum_warmup(step: jax.Array) -> jax.Array:
 
 
 def make_optimizer(
-    width: int, *, embedding_lr: float, unembedding_lr: float, matrix_lr: float, weight_decay: float = 0.0,
-    momentum: optax.Schedule | float = 0.95, dtype: jnp.dtype = jnp.float32, layout: Layout | None = None,
-) -> optax.GradientTransformation:  # fmt: skip
-    """The optimizer of every stage. Its updates are linear in the learning rates, so that a schedule is a factor on
-    them, applied by the train step.
+    width: int,
+    *,
+    embedding_lr: float,
+    unembedding_lr: float,
+    matrix_lr: float,
+    weight_decay: float = 0.0,
+    momentum: optax.Schedule | float = 0.95,
+    dtype: DTypeLike = jnp.float32,
+    layout: Layout | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer of every stage: AdamW for wte and lm_head, Muon for the blocks.
 
-    AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's does not depend on the width.
+    Its updates are linear in the learning rates, so a schedule is one factor on all of them, which the train step
+    applies. AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's does not depend on the width.
+    `momentum`, `dtype` and `layout` are those of `scale_by_muon`; weight decay applies to AdamW alone.
     """
     factor = (width / 768) ** -0.5
 
-    def adamw(lr):
+    def adamw(lr: float) -> optax.GradientTransformation:
         return optax.adamw(lr * factor, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
 
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "embedding": adamw(embedding_lr),
         "head": adamw(unembedding_lr),
         "matrices": optax.chain(scale_by_muon(momentum, dtype, layout), optax.scale(-matrix_lr)),
@@ -132,11 +151,11 @@ def make_optimizer(
 
 
 # -----------------------------------------------------------------------------
-# Learning-rate multipliers, plain Python: the host hands the number to the step
+# Learning-rate multipliers, in plain Python: the host passes the number to the step
 
 
 def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float, final: float) -> float:
-    """Pretraining: linear up, constant, linear down to `final`."""
+    """Pretraining: linear warm-up over the first `warmup_ratio` of the steps, constant, linear decay to `final`."""
     warmup, warmdown = round(warmup_ratio * steps), round(warmdown_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -147,10 +166,10 @@ def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float,
 
 
 def late_decay(progress: float) -> float:
-    """Midtraining: constant until 80% of the way, then linear to 0."""
+    """Midtraining, for `progress` from 0 to 1: constant until 0.8, then linear to 0."""
     return 1.0 if progress < 0.8 else max(0.0, (1 - progress) / 0.2)
 
 
 def linear_decay(progress: float) -> float:
-    """SFT and RL: linear to 0."""
+    """SFT and RL, for `progress` from 0 to 1: linear to 0."""
     return max(0.0, 1 - progress)

@@ -30,6 +30,7 @@ from nanochat_jax.training.batch_shape import BatchShape
 from nanochat_jax.training.interruption import Interruption
 from nanochat_jax.training.run import Run, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.stages import pin_tasks
+from nanochat_jax.training.step import StepMetrics
 
 SLOTS = 64  # answers a device generates at once
 SHORTEST = 64  # tokens; rows of shorter answers are padded to it
@@ -199,16 +200,16 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
     return [int(orders[p // size][p % size]) for p in positions]
 
 
-def update(run: Run, step_fn, group: list[Rollout], shape: BatchShape, lr_mult: float) -> dict:
+def update(run: Run, step_fn, group: list[Rollout], shape: BatchShape, lr_mult: float) -> StepMetrics:
     """One policy-gradient step on the answers of a step; the state of `run` becomes the new one."""
     longest = max(len(r.prompt) + len(r.sample.ids) for r in group)
     length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths: each is a compilation
     batch = as_batch(group, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
-    results = {k: float(v) for k, v in results.items()}
-    if not np.isfinite([results["loss"], results["grad_norm"]]).all():
-        raise UserError(f"the loss is {results['loss']}: lower the learning rates; the last checkpoint is in {run.dir}")
+    loss, grad_norm = float(results.loss), float(results.grad_norm)  # waits for the step
+    if not np.isfinite([loss, grad_norm]).all():
+        raise UserError(f"the loss is {loss}: lower the learning rates; the last checkpoint is in {run.dir}")
     run.totals["tokens"] += len(group) * length
     run.totals["flops"] += len(group) * length * run.model_cfg.flops_per_token
     return results
@@ -229,14 +230,14 @@ def announce(run: Run, shape: BatchShape, problems: int, drawn: int, steps: int)
 
 
 def log(
-    run: Run, step: int, steps: int, sampled: list[Rollout], results: dict, lr_mult, sampling, training, eta: str
+    run: Run, step: int, steps: int, sampled: list[Rollout], results: StepMetrics, lr_mult, sampling, training, eta: str
 ) -> None:
     """One step: of all sampled answers the reward, the length, how many groups taught nothing; where the time went."""
     size = run.cfg.num_samples
     groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
     length = float(np.mean([len(r.sample.ids) for r in sampled]))
     fields = {
-        "loss": results["loss"], "grad_norm": results["grad_norm"], "lr_mult": lr_mult,
+        "loss": float(results.loss), "grad_norm": float(results.grad_norm), "lr_mult": lr_mult,
         "dt": sampling + training if step > run.step + 1 else None,  # the first step of a process compiles
         "reward": float(np.mean([r.reward for r in sampled])), "sequence_length": length,
         "zero_advantage": float(np.mean([all(r.advantage == 0 for r in g) for g in groups])),

@@ -1,12 +1,12 @@
-"""One optimizer step: what is compiled."""
+"""One optimizer step, compiled as a whole: gradient accumulation, reduction, clipping, update."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, Train
 from nanochat_jax.model import gpt
@@ -16,85 +16,104 @@ from nanochat_jax.parallel.sharding import Layout
 
 
 class TrainState(NamedTuple):
+    """Weights and optimizer state; a step consumes one state and returns the next."""
+
     params: gpt.Params
     opt_state: optax.OptState
 
 
+class StepMetrics(NamedTuple):
+    """What a step reports: scalars that stay on the device until the loop reads them, one step late."""
+
+    loss: jax.Array  # float32: mean cross-entropy of the counted targets
+    grad_norm: jax.Array  # float32: norm of the whole gradient, before clipping
+    count: jax.Array  # int32: counted targets
+    stop: jax.Array | None = None  # int32: positive if any process wants to stop; None if the batch has no `stop`
+
+
 def make_step(
-    model_cfg: GPTConfig, optimizer: optax.GradientTransformation, dtype, grad_clip: float = 0.0,
-    layout: Layout | None = None, execution: gpt.Execution = gpt.PLAIN,
-) -> Callable:  # fmt: skip
-    """step(state, batch, lr_mult) -> (state, metrics), jitted, its state donated.
+    model_cfg: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    dtype: DTypeLike,
+    grad_clip: float = 0.0,
+    layout: Layout | None = None,
+    execution: gpt.Execution = gpt.PLAIN,
+) -> jax.stages.Wrapped:
+    """The jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics), which donates its state.
 
-    batch: inputs, targets int32 [micro, rows, t] (targets -1: not counted), optionally weights float32 of the same
-    shape, one a target, and `stop` int32 [devices], whose sum comes back among the metrics. The loss is the sum over
-    all micro-batches and devices divided by the number of counted tokens, so that how a batch is cut changes nothing
-    but rounding; no counted token gives a loss of 0.
+    batch: inputs and targets int32 [accum, rows, t] (targets -1: not counted), e.g. [2, 256, 2048] for two gradient
+    accumulation steps of 32 rows on each of 8 devices; optionally weights float32 of the same shape, one for each
+    target, and `stop` int32 [devices], whose sum is reported. lr_mult: float32 [], the factor on all learning rates.
 
-    With the optimizer sharded, the gradients of a replica's rows stay with it through all micro-batches (by a vmap over
-    the replicas) and are reduced once, each replica keeping its share; with the weights sharded, once a micro-batch.
+    The loss is the sum over all micro-batches and devices divided by the number of counted targets, so that how a batch
+    is split changes nothing but rounding; without counted targets it is 0.
+
+    With --shard=optimizer, gradient accumulation is local to each replica (by a vmap over the replicas), and one
+    reduce-scatter per step follows. With --shard=full, the gradients are reduced in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
-    apart = replicas > 1 and not layout.full
+    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if replicas keep gradients apart
     if layout:
         execution = dataclasses.replace(execution, gather=layout.gather)
 
-    def loss_sum(params, batch):
+    def loss_sum(params: gpt.Params, batch: dict[str, jax.Array]) -> jax.Array:
+        """Sum of the losses of one micro-batch [rows, t]."""
         x = gpt.hidden(params, model_cfg, batch["inputs"], dtype, execution)
-        head = execution.gather("lm_head", params["lm_head"])[: model_cfg.vocab_size]
-        rows, time = batch["targets"].shape
-        weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
-        chunks = num_chunks(rows if apart else rows // replicas, time)  # of what one device holds
-        return cross_entropy(x, head, batch["targets"], weights, model_cfg.softcap, chunks)
+        with jax.named_scope("loss"):
+            head = execution.gather("lm_head", params["lm_head"])[: model_cfg.vocab_size]
+            rows, time = batch["targets"].shape
+            weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
+            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # by the rows that one device holds
+            return cross_entropy(x, head, batch["targets"], weights, model_cfg.softcap, chunks)
 
-    def gradients(params, batch):
-        """(sum of losses, its gradient); over one micro-batch, or as many as the batch has."""
+    def gradients(params: gpt.Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, gpt.Params]:
+        """Gradient accumulation: batch [accum, rows, t] -> (sum of losses, its gradient)."""
         gradient_of = jax.value_and_grad(loss_sum)
-        if apart:
+        if zero1:  # losses [replicas], gradients [replicas, ...]
             gradient_of = jax.vmap(gradient_of, in_axes=(None, 0), spmd_axis_name=sharding.BATCH_AXES)
-            batch = layout.by_replica(batch)
+            batch = zero1.by_replica(batch)
         if batch["targets"].shape[0] == 1:
             return gradient_of(params, jax.tree.map(lambda x: x[0], batch))
 
-        def accumulate(total, micro_batch):
+        def accumulate(total: Any, micro_batch: dict[str, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient_of(params, micro_batch)), None
 
         like = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], batch))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        if apart:
-            zero = layout.constrain_per_replica(zero)
+        if zero1:
+            zero = zero1.constrain_per_replica(zero)
         return jax.lax.scan(accumulate, zero, batch)[0]
 
-    def step(state: TrainState, batch: dict, lr_mult: jax.Array):
+    def step(state: TrainState, batch: dict[str, jax.Array], lr_mult: jax.Array) -> tuple[TrainState, StepMetrics]:
         params = state.params
         stop = batch.get("stop")
         loss, grads = gradients(params, {k: v for k, v in batch.items() if k != "stop"})
-        if apart:
-            loss, grads = loss.sum(), layout.reduce_scatter_grads(grads)
+        if zero1:
+            loss, grads = loss.sum(), zero1.reduce_scatter_grads(grads)
         count = (batch["targets"] >= 0).sum()
         scale = 1.0 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
         if grad_clip > 0:
-            # Over the global gradient; the specification clips every rank's own, which depends on how many there are.
-            # Off by default: the norm does not pass 1 in these runs, and clipping costs about 2% of the speed.
+            # Over the global gradient; the specification clips each rank's own, which depends on the number of ranks.
+            # Off by default: the norm does not exceed 1 in these runs, and clipping costs about 2% of the speed.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         if layout:
             updates = layout.constrain(updates, layout.param_specs(updates))
             opt_state = layout.constrain(opt_state, layout.shard_specs(opt_state))
         params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
-        results = {"loss": loss * scale, "grad_norm": grad_norm, "count": count}
-        return TrainState(params, opt_state), results if stop is None else results | {"stop": stop.sum()}
+        metrics = StepMetrics(loss * scale, grad_norm, count, None if stop is None else stop.sum())
+        return TrainState(params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def execution(cfg: Train) -> gpt.Execution:
-    """How the stage's settings want the blocks computed."""
-    kept = jax.checkpoint_policies
-    known = {"none": None, "matmuls": kept.save_only_these_names(gpt.MATMUL), "full": kept.nothing_saveable}
+    """How --scan_layers, --remat and --shard have the blocks computed."""
+    policies = jax.checkpoint_policies
+    known = {"none": None, "matmuls": policies.save_only_these_names(gpt.MATMUL), "full": policies.nothing_saveable}
     policy = known[cfg.remat]
-    if policy is None and cfg.shard == "full":  # a weight is gathered again for the backward pass
-        policy = kept.save_anything_except_these_names(sharding.GATHERED)
+    if policy is None and cfg.shard == "full":  # do not keep gathered weights: the backward pass gathers them again
+        policy = policies.save_anything_except_these_names(sharding.GATHERED)
     return gpt.Execution(cfg.scan_layers, policy)

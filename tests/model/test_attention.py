@@ -1,4 +1,4 @@
-"""Which attention kernel is taken and why, and what cuDNN is asked for. The numbers are in test_gpt.py, test_gpu.py."""
+"""Which attention kernel is chosen and why, and how cuDNN is called. test_gpt.py and test_gpu.py check the numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ def chosen_before(monkeypatch):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Arguments of every call of cuDNN, which gives back the queries."""
+def cudnn_calls(monkeypatch):
+    """The keyword arguments of every call of a fake cuDNN, which returns the queries."""
     calls = []
 
-    def cudnn(q, k, v, **how):
-        calls.append(how)
+    def cudnn(q, k, v, **arguments):
+        calls.append(arguments)
         return q
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
@@ -38,16 +38,16 @@ def test_without_a_gpu_it_is_xla():
     assert attention.choose_kernel("xla", jnp.bfloat16, MODEL) == ("xla", "as asked")
 
 
-def test_on_a_gpu_it_is_cudnn_if_that_runs_when_tried(monkeypatch, asked):
+def test_on_a_gpu_it_is_cudnn_if_that_runs_when_tried(monkeypatch, cudnn_calls):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attention.choose_kernel("", jnp.float32, MODEL) == ("xla", "cuDNN has no float32 kernel")
-    assert attention.choose_kernel("xla", jnp.bfloat16, MODEL) == ("xla", "as asked") and not asked
-    assert attention.choose_kernel("", jnp.bfloat16, MODEL) == ("cudnn", "tried, it runs") and asked
-    assert attention.choose_kernel("cudnn", jnp.bfloat16, MODEL) == ("cudnn", "tried, it runs")
+    assert attention.choose_kernel("xla", jnp.bfloat16, MODEL) == ("xla", "as asked") and not cudnn_calls
+    assert attention.choose_kernel("", jnp.bfloat16, MODEL) == ("cudnn", "it passed a trial run") and cudnn_calls
+    assert attention.choose_kernel("cudnn", jnp.bfloat16, MODEL) == ("cudnn", "it passed a trial run")
 
 
 def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # that is all: cuDNN is tried, and fails
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # only pretended: a trial of cuDNN fails
     kernel, reason = attention.choose_kernel("", jnp.bfloat16, MODEL)
     assert kernel == "xla" and reason.startswith("cuDNN failed: ") and "\n" not in reason
     devices.choose_precision("bfloat16", model_cfg=MODEL)
@@ -55,7 +55,7 @@ def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch,
 
 
 def test_cudnn_is_tried_with_the_heads_of_the_model(monkeypatch):
-    def cudnn(q, k, v, **how):
+    def cudnn(q, k, v, **_):
         if q.shape[-1] % 8:
             raise NotImplementedError(f"The head dim must be a multiple of 8, but got {q.shape[-1]}.")
         return q
@@ -66,7 +66,7 @@ def test_cudnn_is_tried_with_the_heads_of_the_model(monkeypatch):
     assert attention.choose_kernel("", jnp.bfloat16, heads_of(36)) == (
         "xla", "cuDNN failed: The head dim must be a multiple of 8, but got 36."
     )  # fmt: skip
-    with pytest.raises(UserError, match="--attention=cudnn does not run here: The head dim must be a multiple of 8"):
+    with pytest.raises(UserError, match="--attention=cudnn does not work here: The head dim must be a multiple of 8"):
         attention.choose_kernel("cudnn", jnp.bfloat16, heads_of(36))
 
 
@@ -84,26 +84,25 @@ def test_cudnn_is_tried_with_grouped_heads_and_every_window_forward_and_backward
     assert set(tried) == {(4, 2, None), (4, 2, (256, 0))}
 
 
-def test_all_processes_take_the_kernel_that_runs_in_all(monkeypatch, asked, capsys):
+def test_all_processes_take_the_kernel_that_runs_in_all(monkeypatch, cudnn_calls, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(processes, "least", lambda here: False)
+    monkeypatch.setattr(processes, "all_min", lambda works_here: 0)
     devices.choose_precision("bfloat16", model_cfg=MODEL)
-    assert (
-        attention._chosen == "xla" and "attention by xla (cuDNN failed in another process)" in capsys.readouterr().out
-    )
+    assert attention._chosen == "xla"
+    assert "attention by xla (cuDNN failed in another process)" in capsys.readouterr().out
 
 
 def test_a_kernel_that_cannot_be_had_is_refused():
     with pytest.raises(UserError, match="--attention=cudnn needs --compute_dtype=bfloat16, not float32"):
         attention.choose_kernel("cudnn", jnp.float32, MODEL)
-    with pytest.raises(UserError, match="--attention=cudnn does not run here: ") as error:
+    with pytest.raises(UserError, match="--attention=cudnn does not work here: ") as error:
         attention.choose_kernel("cudnn", jnp.bfloat16, MODEL)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("window", "local"), [(0, None), (100, (100, 0))])
-def test_cudnn_is_given_flags_and_windows_and_never_a_mask(monkeypatch, asked, window, local):
+def test_cudnn_is_given_flags_and_windows_and_never_a_mask(monkeypatch, cudnn_calls, window, local):
     monkeypatch.setattr(attention, "_chosen", "cudnn")
     q = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
     attention.causal_attention(q, q, q, window)
-    assert asked == [{"is_causal": True, "local_window_size": local, "implementation": "cudnn"}]
+    assert cudnn_calls == [{"is_causal": True, "local_window_size": local, "implementation": "cudnn"}]

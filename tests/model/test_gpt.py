@@ -1,4 +1,4 @@
-"""The model equals other implementations, is causal, and decodes what it computes in full."""
+"""The model equals other implementations, is causal, and cached decoding equals the full forward."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from nanochat_jax.model.attention import causal_attention
 
 CFG = GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=100, sequence_len=32)
 
-# Compiled as a whole: operation by operation takes several times as long.
+# Compiled as a whole: running operation by operation takes several times as long.
 hidden = jax.jit(gpt.hidden, static_argnums=(1, 3, 4))
 decode = jax.jit(gpt.decode, static_argnums=1)
 forward = jax.jit(gpt.forward, static_argnums=(1, 3))
@@ -40,13 +40,15 @@ def test_logits_and_greedy_text_equal_transformers(golden_dir, name):
     np.testing.assert_allclose(ours, logits, atol=1e-4)
     ids = np.array(greedy)
     ids[:, 8:] = 0
-    step = jax.jit(lambda p, x: gpt.forward(p, cfg, x).argmax(-1))  # causal: the zeros after a token do not matter
+    step = jax.jit(lambda p, x: gpt.forward(p, cfg, x).argmax(-1))  # causal: the zeros after a token change nothing
     for t in range(8, greedy.shape[1]):
         ids[:, t] = step(params, ids)[:, t - 1]
     np.testing.assert_array_equal(ids, greedy)
 
 
-@pytest.mark.parametrize(("t", "at"), [(10, 5), (128, 5), (128, 63), (128, 64), (128, 127)])  # of 128: in four blocks
+@pytest.mark.parametrize(
+    ("t", "at"), [(10, 5), (128, 5), (128, 63), (128, 64), (128, 127)]
+)  # t = 128 runs in four blocks
 def test_gradient_never_reaches_later_tokens(params, t, at):
     ids, cfg = jnp.arange(t)[None], dataclasses.replace(CFG, sequence_len=128, vocab_size=128)
 
@@ -57,34 +59,34 @@ def test_gradient_never_reaches_later_tokens(params, t, at):
     assert (by_token[: at + 1] > 0).all() and (by_token[at + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [4, 1, 1, 6]])
-def test_cached_decoding_equals_the_full_forward(params, cuts):
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 7], [4, 1, 1, 6]])
+def test_cached_decoding_equals_the_full_forward(params, pieces):
     ids = jax.random.randint(jax.random.key(2), (3, 12), 0, CFG.vocab_size)
     full = hidden(params, CFG, ids)
     shape = (3, CFG.n_kv_head, 16, CFG.head_dim)
     cache = {n: [jnp.zeros(shape)] * CFG.n_layer for n in ("k", "v")} | {"length": jnp.zeros(3, jnp.int32)}
     parts, at = [], 0
-    for n in cuts:
+    for n in pieces:
         x, cache = decode(params, CFG, ids[:, at : at + n], cache)
         parts.append(x)
         at += n
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=2e-5)
 
 
-@pytest.mark.parametrize("kept", [jnp.bfloat16, jnp.float32])
-def test_cached_decoding_in_bfloat16_whatever_the_cache_is_kept_in(params, kept):
+@pytest.mark.parametrize("cache_dtype", [jnp.bfloat16, jnp.float32])
+def test_cached_decoding_in_bfloat16_whatever_the_cache_is_kept_in(params, cache_dtype):
     ids = jax.random.randint(jax.random.key(2), (3, 12), 0, CFG.vocab_size)
     low = gpt.cast(params, jnp.bfloat16)
     full = hidden(low, CFG, ids, jnp.bfloat16)
     shape = (3, CFG.n_kv_head, 16, CFG.head_dim)
-    cache = {n: [jnp.zeros(shape, kept)] * CFG.n_layer for n in ("k", "v")} | {"length": jnp.zeros(3, jnp.int32)}
+    cache = {n: [jnp.zeros(shape, cache_dtype)] * CFG.n_layer for n in ("k", "v")} | {"length": jnp.zeros(3, jnp.int32)}
     step = jax.jit(functools.partial(gpt.decode, dtype=jnp.bfloat16), static_argnums=1)
     parts = []
     for t in range(12):
         x, cache = step(low, CFG, ids[:, t : t + 1], cache)
         parts.append(x)
     together = jnp.concatenate(parts, 1)
-    assert together.dtype == jnp.bfloat16 and cache["k"][0].dtype == kept
+    assert together.dtype == jnp.bfloat16 and cache["k"][0].dtype == cache_dtype
     np.testing.assert_allclose(together.astype(jnp.float32), full.astype(jnp.float32), atol=0.05)
 
 
@@ -106,7 +108,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(params):
 def test_size_and_cost_of_the_published_depths(depth, count, flops):
     cfg = Base(depth=depth).gpt_config(65536)
     assert cfg.num_params == count
-    assert f"{cfg.flops_per_token:.{len(flops) - 6}e}" == flops  # to every digit that was published
+    assert f"{cfg.flops_per_token:.{len(flops) - 6}e}" == flops  # equal in every published digit
 
 
 def test_parameter_count_is_that_of_the_arrays():
@@ -115,7 +117,7 @@ def test_parameter_count_is_that_of_the_arrays():
 
 @pytest.mark.parametrize("depth", range(1, 33))
 def test_every_depth_gives_whole_heads(depth):
-    """Item 15 of upstream's bugs: odd ones too."""
+    """Item 15 of upstream's bugs: odd depths too."""
     cfg = Base(depth=depth).gpt_config(65536)
     assert cfg.head_dim == 128 and cfg.n_embd == cfg.n_head * 128 >= depth * 64
 
@@ -170,7 +172,7 @@ def test_attention_in_blocks_equals_jax(t, window):
     ours = functools.partial(causal_attention, window=window)
 
     def both(f):
-        """Its result and its gradients."""
+        """The result of f and its gradients."""
         weigh = jax.random.normal(jax.random.key(3), q.shape)
         return jax.jit(lambda *qkv: (f(*qkv), jax.grad(lambda *qkv: (f(*qkv) * weigh).sum(), (0, 1, 2))(*qkv)))(q, k, v)
 
@@ -179,7 +181,7 @@ def test_attention_in_blocks_equals_jax(t, window):
 
 
 def test_more_tokens_than_the_context_are_refused(params):
-    with pytest.raises(UserError, match="33 tokens in a row, expected at most the context of 32"):
+    with pytest.raises(UserError, match="a row has 33 tokens, the context only 32"):
         gpt.hidden(params, CFG, jnp.zeros((1, 33), jnp.int32))
 
 
@@ -192,7 +194,11 @@ WINDOWED = dataclasses.replace(CFG, n_layer=4, sequence_len=256, window_pattern=
 def test_windows_repeat_and_the_last_layer_sees_everything():
     assert WINDOWED.windows == (128, 128, 0, 0)
     assert GPTConfig(n_layer=6, window_pattern="SSSL").windows == (512, 512, 512, 0, 512, 0)
-    assert GPTConfig(n_layer=3, sequence_len=64, window_pattern="SSL").windows == (0, 0, 0)  # shorter than a window
+    assert GPTConfig(n_layer=3, sequence_len=64, window_pattern="SSL").windows == (
+        0,
+        0,
+        0,
+    )  # the context is shorter than a window
     with pytest.raises(UserError, match="'SXL'"):
         GPTConfig(window_pattern="SXL")
 
@@ -211,7 +217,7 @@ def windowed_params():
 
 
 def test_a_token_reaches_exactly_its_windows(windowed_params):
-    """Two layers of windows pass on 128 tokens each, so the first layer's output alone is looked at."""
+    """Each windowed layer reaches 128 tokens further back, so only the output of the first layer is compared."""
     one = dataclasses.replace(WINDOWED, n_layer=2, window_pattern="SL")
     params = windowed_params | {"blocks": {n: w[:2] for n, w in windowed_params["blocks"].items()}}
     params["blocks"] |= {n: params["blocks"][n].at[1].set(0) for n in ("wo", "w_out")}  # the second layer adds nothing

@@ -1,4 +1,4 @@
-"""Which precision a device gets, and how fast it could be."""
+"""Which precision is chosen for a device, and what its peak is."""
 
 import builtins
 import io
@@ -25,7 +25,7 @@ def test_precision_is_what_the_device_is_good_at(monkeypatch, platform, capabili
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "highest"), ("bfloat16", None)])
 def test_float32_is_float32_on_a_gpu_too(monkeypatch, dtype, precision):
-    """JAX's default there is TF32, of ten bits."""
+    """JAX's default on GPUs is TF32, with a mantissa of ten bits."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     try:
         devices.choose_precision(dtype)

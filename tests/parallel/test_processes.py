@@ -16,7 +16,7 @@ from nanochat_jax.parallel import processes
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Arguments of every attempt to join other processes."""
+    """The arguments of every attempt to join other processes."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **where: calls.append(where))
     for name in ("SLURM_STEP_NUM_TASKS", "JOB_COMPLETION_INDEX"):
@@ -88,11 +88,11 @@ def test_the_example_for_slurm_is_a_script_of_one_task_a_gpu():
 
 
 # -----------------------------------------------------------------------------
-# Two of them
+# Two processes
 
 
 def start_two(code: str, base: Path) -> list[subprocess.Popen]:
-    """python -c CODE ADDRESS 0, and the same with 1."""
+    """Starts python -c CODE ADDRESS 0, and the same with 1."""
     where = tiny.free_address()
     return [
         subprocess.Popen(
@@ -111,24 +111,24 @@ me = int(sys.argv[2])
 devices.start("cpu", sys.argv[1], 2, me)
 say = lambda text: print(text, file=sys.stderr)
 assert processes.broadcast_from_0(lambda: "x" * 10_000 if me == 0 else None) == "x" * 10_000
-for error in (UserError("mend it"), OSError("no such thing")):
+for error in (UserError("fix it"), OSError("no such thing")):
     def fail():
         assert me == 0, "decided on another process"
         raise error
     try:
         processes.broadcast_from_0(fail)
-    except Exception as met:
-        say(f"{type(met).__name__}: {met}")
+    except Exception as raised:
+        say(f"{type(raised).__name__}: {raised}")
 """
 
 
 def test_what_process_0_cannot_do_ends_all_of_them(tmp_path):
     started = start_two(DECIDE, tmp_path)
-    said = [[line for line in p.communicate(timeout=120)[1].splitlines() if "Error" in line] for p in started]
-    assert [p.returncode for p in started] == [0, 0], said
-    assert said == [
-        ["UserError: mend it", "OSError: no such thing"],
-        ["UserError: process 0: mend it", "RuntimeError: process 0: no such thing"],
+    errors = [[line for line in p.communicate(timeout=120)[1].splitlines() if "Error" in line] for p in started]
+    assert [p.returncode for p in started] == [0, 0], errors
+    assert errors == [
+        ["UserError: fix it", "OSError: no such thing"],
+        ["UserError: process 0: fix it", "RuntimeError: process 0: no such thing"],
     ]
 
 
@@ -142,7 +142,7 @@ with processes.fail_together():
     processes.broadcast_from_0(lambda: None)
     if me == {failing}:
         raise {error}
-    processes.broadcast_from_0(lambda: None)  # the other's part never comes
+    processes.broadcast_from_0(lambda: None)  # the other process never takes part
 """
 
 
@@ -153,8 +153,8 @@ with processes.fail_together():
 )  # fmt: skip
 def test_an_error_of_one_ends_the_other_which_says_whose_it_was(tmp_path, failing, error, line):
     started, begun = start_two(WORK.format(failing=failing, error=error), tmp_path), time.monotonic()
-    said = [p.communicate(timeout=120)[1].strip().splitlines() for p in started]
+    lines = [p.communicate(timeout=120)[1].strip().splitlines() for p in started]
     assert time.monotonic() - begun < 40  # JAX alone: five minutes
     assert all(p.returncode != 0 for p in started)
-    assert said[failing][-1].endswith(line)
-    assert said[1 - failing][-1] == f"error: process {failing} has ended: {line}"
+    assert lines[failing][-1].endswith(line)
+    assert lines[1 - failing][-1] == f"error: process {failing} has ended: {line}"

@@ -1,4 +1,4 @@
-"""Meshes: the same training on one device and on eight however they are arranged, with the collectives we meant."""
+"""Meshes: training on eight devices equals training on one, for every mesh, with exactly the collectives we intend."""
 
 import collections
 import math
@@ -29,13 +29,13 @@ SHARDED = [
 ]  # fmt: skip
 OTHERWISE = ["one batch", "scan", "remat", "remat matmuls"]
 DEPTHS = [12, 20, 26, 32]
-TOGETHER = ["node=2,data=4 optimizer", "node=2,data=4 full"]  # what two processes do as well
-MUONS = [*(f"{depth} 8" for depth in DEPTHS), "5 12"]  # layers and width; eight devices do not divide the last
+TOGETHER = ["node=2,data=4 optimizer", "node=2,data=4 full"]  # also run in two processes
+MUONS = [*(f"{depth} 8" for depth in DEPTHS), "5 12"]  # layers and width; the last width does not divide over 8 devices
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """Results of five steps by case, from a process with eight devices."""
+    """The folder with the results of five steps per case, from a process with eight devices."""
     out = tmp_path_factory.mktemp("steps")
     script = REPOSITORY / "tests" / "support" / "sharded_steps.py"
     command = [sys.executable, str(script), str(out)]
@@ -59,9 +59,9 @@ def steps(tmp_path_factory):
 
 @pytest.mark.parametrize("case", [*OTHERWISE, *SHARDED, *(f"{case} in 2" for case in TOGETHER)])
 def test_five_steps_are_those_of_one_device(steps, case):
-    # float64: Newton-Schulz in float32 would spread the rounding of the sums' order.
+    # In float64: in float32, Newton-Schulz would amplify the rounding that the order of a sum makes.
     one, other = np.load(steps / "one device.npz"), np.load(steps / f"{case}.npz")
-    assert np.ptp(one["results"][:, 0]) > 0.01  # something is learnt
+    assert np.ptp(one["results"][:, 0]) > 0.01  # the loss changes
     assert {name.split("[")[0].split(".")[1] for name in one if name != "results"} == {"params", "opt_state"}
     for name in one:
         np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-9, err_msg=name)
@@ -70,17 +70,19 @@ def test_five_steps_are_those_of_one_device(steps, case):
 @pytest.mark.parametrize("case", MUONS)
 def test_muon_shares_out_as_many_layers_as_there_are(steps, case):
     """26 layers make batches of 52 matrices, which eight devices do not divide."""
-    found = np.load(steps / f"muon {case}.npz")
-    names = [name.removeprefix("one/") for name in found if name.startswith("one/")]
-    assert len(names) == 12 and all(len(found[f"one/{name}"]) == int(case.split()[0]) for name in names)
+    results = np.load(steps / f"muon {case}.npz")
+    names = [name.removeprefix("one/") for name in results if name.startswith("one/")]
+    assert len(names) == 12 and all(len(results[f"one/{name}"]) == int(case.split()[0]) for name in names)
     for name in names:
         for how in ("all", "full"):
-            np.testing.assert_allclose(found[f"{how}/{name}"], found[f"one/{name}"], rtol=0, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                results[f"{how}/{name}"], results[f"one/{name}"], rtol=0, atol=1e-9, err_msg=name
+            )
 
 
 def collectives(hlo: str) -> dict[bool, collections.defaultdict]:
-    """Sizes of the arrays, of more than a number, that travel by each kind of collective, by whether in a loop."""
-    found = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
+    """{inside a loop?: {kind of collective: sizes of the arrays that it moves}}; single numbers are left out."""
+    moved = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
     inside = True
     for line in hlo.splitlines():
         if re.match(r"(ENTRY )?%?[\w.\-]+ \(.*\{$", line):
@@ -88,56 +90,54 @@ def collectives(hlo: str) -> dict[bool, collections.defaultdict]:
         kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
         if match := re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line):
             sizes = [math.prod(map(int, a.split(","))) for a in re.findall(r"\w+\[([\d,]+)\]", match[1])]
-            found[inside][match[2]] += [size for size in sizes if size > 1]
-    return found
+            moved[inside][match[2]] += [size for size in sizes if size > 1]
+    return moved
 
 
 def test_sharded_optimizer_reduces_once_a_step(steps):
-    found = collectives((steps / "data=8 optimizer.hlo").read_text())
-    assert not any(found[True].values())  # nothing travels between micro-batches
-    assert len(found[False]["reduce-scatter"]) == 8  # one a kind of weight
-    assert not found[False]["all-reduce"]
+    moved = collectives((steps / "data=8 optimizer.hlo").read_text())
+    assert not any(moved[True].values())  # no communication between micro-batches
+    assert len(moved[False]["reduce-scatter"]) == 8  # one for each kind of weight
+    assert not moved[False]["all-reduce"]
 
 
 @pytest.mark.parametrize(("case", "data"), [("data=8 optimizer", 8), ("node=2,data=4 optimizer", 4)])
 def test_muon_sends_each_matrix_once_there_and_once_back(steps, case, data):
-    """The model has matrices of three shapes; an exchange shows as an array for each device it goes to."""
-    found = collectives((steps / f"{case}.hlo").read_text())[False]
-    assert len(found["all-to-all"]) == 3 * data
-    assert len(found["all-gather"]) == 3 + 2  # the updates, with those of embedding and head
+    """The model has matrices of three shapes; the HLO of an all-to-all has one array for each target device."""
+    moved = collectives((steps / f"{case}.hlo").read_text())[False]
+    assert len(moved["all-to-all"]) == 3 * data
+    assert len(moved["all-gather"]) == 3 + 2  # Muon's updates by shape; embedding and head
 
 
 def test_between_nodes_only_shares_of_the_gradient_travel(steps):
-    found = collectives((steps / "node=2,data=4 optimizer.hlo").read_text())
-    assert not any(found[True].values())
-    assert sum(found[False]["reduce-scatter"]) == MODEL.num_params / 4
-    assert sum(found[False]["all-reduce"]) == MODEL.num_params / 4  # after that, so of a quarter
+    moved = collectives((steps / "node=2,data=4 optimizer.hlo").read_text())
+    assert not any(moved[True].values())
+    assert sum(moved[False]["reduce-scatter"]) == MODEL.num_params / 4
+    assert sum(moved[False]["all-reduce"]) == MODEL.num_params / 4  # after the reduce-scatter, so a quarter of them
 
 
 def test_full_sharding_gathers_and_reduces_in_every_micro_batch(steps):
-    found = collectives((steps / "data=8 full.hlo").read_text())
-    weights = 3 * 6 + 2  # six a layer, embedding and head
-    assert len(found[True]["all-reduce"] + found[True]["reduce-scatter"]) == weights
-    assert not found[False]["all-reduce"] + found[False]["reduce-scatter"]
-    # On a CPU XLA gathers them once for all micro-batches, on a GPU in each.
-    assert len(found[True]["all-gather"] + found[False]["all-gather"]) >= weights
-    assert len(found[False]["all-to-all"]) == 2 * 3 * 8  # Muon's, there and back
+    moved = collectives((steps / "data=8 full.hlo").read_text())
+    weights = 3 * 6 + 2  # six per layer, embedding and head
+    assert len(moved[True]["all-reduce"] + moved[True]["reduce-scatter"]) == weights
+    assert not moved[False]["all-reduce"] + moved[False]["reduce-scatter"]
+    # On a CPU, XLA gathers the weights once for all micro-batches; on a GPU, in each.
+    assert len(moved[True]["all-gather"] + moved[False]["all-gather"]) >= weights
+    assert len(moved[False]["all-to-all"]) == 2 * 3 * 8  # Muon's: three shapes, there and back
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("data", [8, 3])
-def test_every_preset_can_be_cut(depth, data):
-    """Muon's state and updates have a place on any number of devices; eight leave nothing whole."""
+def test_every_preset_can_be_sharded(depth, data):
+    """Every spec divides its array, on any number of devices; on eight, all of the optimizer state is sharded."""
     model = ModelFlags(depth=depth).gpt_config(65536)
     mesh = jax.sharding.AbstractMesh((1, data, 1), ("node", "data", "model"))
     layout = Layout(mesh)
     params = jax.eval_shape(lambda: gpt.init(model))
     tx = optim.make_optimizer(model.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, layout=layout)
-    cut = layout.shard_specs(jax.eval_shape(tx.init, params))
-    for spec, leaf in zip(
-        jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, jax.P)), jax.tree.leaves(jax.eval_shape(tx.init, params)),
-        strict=True,
-    ):  # fmt: skip
+    opt_state = jax.eval_shape(tx.init, params)
+    specs = jax.tree.leaves(layout.shard_specs(opt_state), is_leaf=lambda x: isinstance(x, jax.P))
+    for spec, leaf in zip(specs, jax.tree.leaves(opt_state), strict=True):
         if data == 8 and leaf.ndim:
             assert "data" in spec, (spec, leaf.shape)
         for axis, size in zip(spec, leaf.shape, strict=False):
@@ -147,8 +147,8 @@ def test_every_preset_can_be_cut(depth, data):
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        ("data=3", "there are 1"),
-        ("data=1,data=1", "data is there twice"),
+        ("data=3", "this run has 1"),
+        ("data=1,data=1", "data is given twice"),
         ("rows=2", "node=N"),
         ("data=zero", "node=N"),
         ("data", "node=N"),
@@ -182,19 +182,21 @@ def test_processes_that_share_a_replica_read_the_same_rows(processes, own, model
         local_devices=devices[:own],
     )  # fmt: skip
     if shares is None:
-        with pytest.raises(UserError, match=r"model=2 takes parts of processes of 3 dev.*: try node=1,data=6,model=1"):
+        with pytest.raises(
+            UserError, match=r"model=2 does not line up with processes of 3 dev.*: try node=1,data=6,model=1"
+        ):
             process_rows(mesh)
         return
-    found = []
+    rows = []
     for i in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda i=i: i)
-        found.append(process_rows(mesh))
-    assert found == [(share, max(shares) + 1) for share in shares]
+        rows.append(process_rows(mesh))
+    assert rows == [(share, max(shares) + 1) for share in shares]
 
 
 def test_heads_that_the_model_axis_does_not_divide_are_refused():
     layout = Layout(jax.sharding.AbstractMesh((1, 2, 4), ("node", "data", "model")))
-    with pytest.raises(UserError, match="a head is not cut: try model=2"):
+    with pytest.raises(UserError, match="a head is never split: try model=2"):
         layout.check(GPTConfig(n_layer=2, n_head=6, n_kv_head=2, n_embd=96))
 
 
@@ -203,7 +205,7 @@ def test_heads_that_the_model_axis_does_not_divide_are_refused():
 
 
 def start_together(base: Path, processes: int, devices: int, code: str = "", **changes) -> list[subprocess.Popen]:
-    """One run of base in several processes on this machine; `code` instead of `-m scripts.train`."""
+    """Starts one run of base in several processes on this machine, by `code` if given instead of `-m scripts.train`."""
     where = tiny.free_address()
 
     def command(i: int) -> list[str]:
@@ -225,7 +227,7 @@ def losses(run: Path) -> list[float]:
 
 
 def place(run: Path, step: int) -> str:
-    """In the data, after a step."""
+    """The saved state of the data pipeline after a step, as text."""
     return (checkpoint.step_dir(run, step) / "data.json").read_text(encoding="utf-8")
 
 
@@ -234,7 +236,7 @@ FLAGS = {"total_batch_size": 1024, "device_batch_size": 1, "eval_every": 4}
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The base folder with a run of one process on eight devices in it, with the tag "one"."""
+    """A base folder that holds a run of one process on eight devices, with the tag "one"."""
     base = tmp_path_factory.mktemp("alone")
     tiny.make_world(base)
     one = tiny.run("base", base, devices=8, model_tag="one", **FLAGS)
@@ -244,13 +246,13 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(("own", "mesh"), [(4, ""), (1, "model=2")])
 def test_two_processes_train_as_one(alone, own, mesh):
-    """Each with rows of its own, or with its part of a model that takes both of them."""
+    """With rows of its own in each process, or with one model sharded over both."""
     tag = f"two-of-{own}"
     started = start_together(alone, 2, own, model_tag=tag, mesh=mesh, **FLAGS)
     (out, problems), (silent, more_problems) = [p.communicate(timeout=300) for p in started]
     assert [p.returncode for p in started] == [0, 0], problems + more_problems
     assert f"{2 * own} x cpu" in out and "in 2 processes" in out
-    # Only process 0 prints, and the library, whose threads may cut each other short.
+    # Only process 0 prints; the library Gloo does as well, from threads that may interrupt each other.
     gloo = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
     assert set(re.findall("[A-Za-z]+", silent)) <= set(re.findall("[A-Za-z]+", gloo)), silent
     one, two = (losses(alone / "base_checkpoints" / tag) for tag in ("one", tag))
@@ -264,7 +266,7 @@ def test_one_process_goes_on_where_two_were_ended(alone):
     deadline = time.monotonic() + 200
     while len(losses(run)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    started[1].terminate()  # one is told, both stop after the same step
+    started[1].terminate()  # one gets the signal, both stop after the same step
     (out, problems), (_, more_problems) = [p.communicate(timeout=200) for p in started]
     assert "goes on from here" in out, problems + more_problems
     assert all(p.returncode != 0 for p in started)
@@ -292,45 +294,46 @@ def test_two_processes_go_on_where_one_was_ended(alone):
 
 FAULT = """
 import os, signal, sys, jax
-from nanochat_jax import commandline, step
+from nanochat_jax import commandline
 from nanochat_jax.config import UserError
+from nanochat_jax.training.batch_shape import BatchShape
 from scripts import train
-shaped, calls = step.Geometry.shaped, []
+shaped, calls = BatchShape.shaped, []
 def fail(*args):
     calls.append(1)
     if len(calls) == 4 and jax.process_index() == {failing}:
         print("now", file=sys.stderr, flush=True)
         {fault}
     return shaped(*args)
-step.Geometry.shaped = fail
+BatchShape.shaped = fail
 commandline.run(train.main, train.chosen_stage())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("failing", "fault", "said", "heard"),
+    ("failing", "fault", "own_line", "reported"),
     [(1, "raise UserError('made up')", "error: made up", "made up"),
      (0, "raise OSError('made up')", "OSError: made up", "OSError: made up"),
      (1, "os.kill(os.getpid(), signal.SIGKILL)", "now", None)],
 )  # fmt: skip
-def test_an_error_of_one_process_ends_both(alone, failing, fault, said, heard):
-    """Within seconds, each saying whose it was, or, where there was no time to tell, once its heartbeats are missed."""
+def test_an_error_of_one_process_ends_both(alone, failing, fault, own_line, reported):
+    """Within seconds, each with a line that says whose error it was; if killed, once its heartbeats are missed."""
     code = FAULT.format(failing=failing, fault=fault)
     started = start_together(alone, 2, 4, code, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
     assert any(line.strip() == "now" for line in started[failing].stderr)
     begun = time.monotonic()
-    told = [p.communicate(timeout=150)[1] for p in started]
-    assert time.monotonic() - begun < (15 if heard else 60)
-    assert all(p.returncode != 0 for p in started), told
-    last = [["now", *problems.strip().splitlines()][-1] for problems in told]
-    assert last[failing] == said
-    if heard:
-        assert last[1 - failing] == f"error: process {failing} has ended: {heard}"
+    problems = [p.communicate(timeout=150)[1] for p in started]
+    assert time.monotonic() - begun < (15 if reported else 60)
+    assert all(p.returncode != 0 for p in started), problems
+    last = [["now", *text.strip().splitlines()][-1] for text in problems]
+    assert last[failing] == own_line
+    if reported:
+        assert last[1 - failing] == f"error: process {failing} has ended: {reported}"
 
 
 def test_a_save_that_fails_on_one_process_ends_both(alone):
-    """First process 1's, then, when the run goes on, process 0's."""
+    """The save of process 1 fails first; then, when the run is resumed, that of process 0."""
     run = alone / "base_checkpoints" / "failing"
     long = FLAGS | {"model_tag": "failing", "num_iterations": 2000, "save_every": 4, "eval_every": -1}
     for failing in (1, 0):
@@ -338,16 +341,16 @@ def test_a_save_that_fails_on_one_process_ends_both(alone):
         deadline = time.monotonic() + 200
         while checkpoint.steps(run) == before and time.monotonic() < deadline:
             time.sleep(0.05)
-        # As a full disk, but for one of them: no file of its can grow beyond this, which only the arrays' do.
+        # Like a full disk, for one process only: no file that it writes can exceed this size, and only arrays would.
         resource.prlimit(started[failing].pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
-        told = [p.communicate(timeout=100) for p in started]
+        output = [p.communicate(timeout=100) for p in started]
         last = checkpoint.latest(run)
         assert last == max(checkpoint.steps(run)) and last + 4 <= len(losses(run)) <= last + 8
-        lines = [problems.strip().splitlines() for _, problems in told]
+        lines = [problems.strip().splitlines() for _, problems in output]
         ends = f"; the last good checkpoint is step {last}"
         assert lines[failing][-1].startswith(f"error: could not save a checkpoint in {run} (")
         assert lines[failing][-1].endswith(ends) and "File too large" in lines[failing][-1]
         assert lines[1 - failing][-1] == f"error: another process could not save a checkpoint in {run}" + ends
         assert [p.returncode for p in started] == [2, 2]
         assert not [p for p in run.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
-    assert "resuming at step" in told[0][0]
+    assert "resuming at step" in output[0][0]

@@ -91,7 +91,7 @@ def test_whether_the_hub_answers_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("devices", "flags", "words"),
     [(6, ["--config=d20"], "--total_batch_size=524288 is not a multiple of 2048 tokens x 6 devices"),
-     (2, ["--mesh=data=3"], "there are 2: try node=1,data=2,model=1"), (1, ["--depth=0"], "--depth=0"),
+     (2, ["--mesh=data=3"], "this run has 2: try node=1,data=2,model=1"), (1, ["--depth=0"], "--depth=0"),
      (1, ["--device_type=tpu"], "--device_type=tpu: ")],
 )  # fmt: skip
 def test_what_cannot_be_trained_here_is_one_line(own_base_dir, devices, flags, words):

@@ -1,8 +1,8 @@
 """Five training steps in float64 on a mesh of 8 devices, for test_sharding.py: python sharded_steps.py OUT CASE...
 
-A case is "MESH SHARD" or a word of CASES; "muon DEPTH WIDTH" instead orthogonalises as many layers. Writes
-OUT/<case>.npz (losses, gradient norms, parameters, optimizer state) and OUT/<case>.hlo (the compiled step). With
-PROCESS=I/N@HOST:PORT in the environment it is one of several processes, of which the first writes "<case> in N.npz".
+A case is "MESH SHARD" or a key of CASES. Writes OUT/<case>.npz (losses, gradient norms, parameters, optimizer state)
+and OUT/<case>.hlo (the compiled step). The case "muon DEPTH WIDTH" only orthogonalises DEPTH layers, on all devices and
+on one. With PROCESS=I/N@HOST:PORT in the environment this is process I of N, and process 0 writes "<case> in N.npz".
 """
 
 import os
@@ -39,17 +39,17 @@ def batches() -> list[dict[str, np.ndarray]]:
 
 
 def own_rows(x: np.ndarray) -> np.ndarray:
-    """This process's share of a batch [micro, rows, t]."""
+    """A batch [accum, rows, t] -> this process's rows of it."""
     return np.split(x, jax.process_count(), axis=1)[jax.process_index()]
 
 
 def whole(x) -> np.ndarray:
-    """An array as every process sees it."""
+    """The whole array, all-gathered if there are several processes."""
     return np.asarray(multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x)
 
 
 def muon(depth: int, d: int, out: Path) -> None:
-    """Update and momentum of `depth` layers of width d on all devices, and on one."""
+    """Writes Muon's update and momentum for `depth` layers of width d, computed on all devices and on one."""
     shapes = {"wq": (d, 2 * d), "wk": (d, d), "wv": (d, d), "wo": (2 * d, d), "w_in": (d, 4 * d), "w_out": (4 * d, d)}
     rng = np.random.default_rng(0)
     grads = {"blocks": {name: rng.normal(size=(depth, *shape)) for name, shape in shapes.items()}}
@@ -86,7 +86,7 @@ def run(case: str, out: Path) -> None:
         if not results and jax.process_count() == 1:
             (out / f"{case}.hlo").write_text(step.lower(state, batch, 1.0).compile().as_text())
         state, metrics = step(state, batch, 1.0)
-        results.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        results.append([float(metrics.loss), float(metrics.grad_norm)])
     # Muon's and Adam's momenta are sums of the gradients of all steps.
     leaves = {jax.tree_util.keystr(path): whole(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
     if jax.process_index() == 0:

@@ -67,15 +67,15 @@ def one_step(grad_accum_steps: int, clip: float = 0.0, weights=None, tx=None):
 
 def test_accumulation_equals_one_big_batch():
     (whole, params), (cut, cut_params) = one_step(1), one_step(4)
-    assert cut["loss"] == pytest.approx(float(whole["loss"]), rel=1e-5)  # weighted by tokens, not a mean of means
-    assert cut["grad_norm"] == pytest.approx(float(whole["grad_norm"]), rel=1e-4)
+    assert cut.loss == pytest.approx(float(whole.loss), rel=1e-5)  # weighted by tokens, not a mean of means
+    assert cut.grad_norm == pytest.approx(float(whole.grad_norm), rel=1e-4)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cut_params), strict=True):
         assert np.mean(np.abs(a - b) > 1e-3) < 0.01  # Adam's first step is a sign: tiny gradients may flip
 
 
 def test_weights_of_zero_teach_nothing():
     results, _ = one_step(2, weights=jnp.zeros((8, 16)))
-    assert results["loss"] == 0 and results["grad_norm"] == 0
+    assert results.loss == 0 and results.grad_norm == 0
 
 
 def test_a_step_without_counted_targets_changes_nothing():
@@ -84,7 +84,7 @@ def test_a_step_without_counted_targets_changes_nothing():
     before = gpt.init(MODEL, seed=1)
     batch = {"inputs": jnp.zeros((2, 4, 16), jnp.int32), "targets": jnp.full((2, 4, 16), -1)}
     state, results = make_step(MODEL, tx, jnp.float32)(TrainState(gpt.init(MODEL, seed=1), tx.init(before)), batch, 1.0)
-    assert results["loss"] == results["grad_norm"] == results["count"] == 0
+    assert results.loss == results.grad_norm == results.count == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
@@ -94,7 +94,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient():
     def moved(clip: float) -> tuple[float, float]:
         """(Norm of the gradient, length of a step of plain gradient descent)."""
         results, params = one_step(2, clip, tx=optax.sgd(1.0))
-        return float(results["grad_norm"]), float(optax.tree.norm(jax.tree.map(jnp.subtract, params, start)))
+        return float(results.grad_norm), float(optax.tree.norm(jax.tree.map(jnp.subtract, params, start)))
 
     norm, whole = moved(0.0)
     assert whole == pytest.approx(norm, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Muon equals a literal transcription in numpy; the groups and schedules are the specification's."""
+"""Muon and AdamW equal literal transcriptions in NumPy; groups and schedules follow the specification."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ rng = np.random.default_rng(0)
 
 
 def muon_in_numpy(gradients, momentum, lr=0.02):
-    """The specification's step for one torch weight [out, in], a list of gradients after each other -> updates."""
+    """The specification's steps for one torch weight [out, in]: a list of successive gradients -> their updates."""
     buffer, updates = np.zeros_like(gradients[0]), []
     for g, mu in zip(gradients, momentum, strict=True):
         buffer = mu * buffer + (1 - mu) * g
@@ -69,11 +69,11 @@ def test_groups_have_their_own_rates_and_the_width_factor():
     np.testing.assert_allclose(updates["wte"], -0.2 * factor, rtol=1e-4)  # Adam's first step is the sign
     np.testing.assert_allclose(updates["lm_head"], -0.004 * factor, rtol=1e-4)
     muon, _ = optim.scale_by_muon().update(grads["blocks"], optim.scale_by_muon().init(params["blocks"]))
-    np.testing.assert_allclose(updates["blocks"]["wq"], -0.02 * muon["wq"], rtol=1e-4)  # whatever the width
+    np.testing.assert_allclose(updates["blocks"]["wq"], -0.02 * muon["wq"], rtol=1e-4)  # independent of the width
 
 
 def adamw_in_numpy(p, gradients, lr, weight_decay, b1=0.8, b2=0.95, eps=1e-10):
-    """The specification's steps, a list of gradients after each other -> the parameter after them."""
+    """The specification's steps: a parameter and a list of successive gradients -> the parameter after them."""
     m = v = np.zeros_like(p)
     for t, g in enumerate(gradients, start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
@@ -97,7 +97,7 @@ def test_adamw_equals_the_transcription(weight_decay):
 
 
 def test_muon_composes_with_other_transformations():
-    """Clipped, decayed, on a schedule, masked, every second step, under jit."""
+    """With clipping, weight decay, a schedule, a mask, and updates every second step, under jit."""
     params = {"w": jnp.ones((2, 4, 8)), "bias": jnp.ones(8)}
     chain = optax.chain(
         optax.clip_by_global_norm(1.0), optax.masked(optim.scale_by_muon(0.9), {"w": True, "bias": False}),
@@ -126,6 +126,6 @@ def test_schedules_at_their_corners():
 
     assert [trapezoid(t) for t in (0, 9, 10, 80)] == [0.1, 1.0, 1.0, 1.0]
     assert trapezoid(90) == pytest.approx(0.55) and trapezoid(100) == pytest.approx(0.1)
-    assert [optim.late_decay(p) for p in (0, 0.79, 1.0, 1.5)] == [1, 1, 0, 0]  # never negative, past the end either
+    assert [optim.late_decay(p) for p in (0, 0.79, 1.0, 1.5)] == [1, 1, 0, 0]  # never negative, not even past the end
     assert optim.late_decay(0.9) == pytest.approx(0.5)
     assert [optim.linear_decay(p) for p in (0, 0.25, 1, 2)] == [1, 0.75, 0, 0]

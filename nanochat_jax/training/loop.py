@@ -1,9 +1,9 @@
 """The loop that pretraining, midtraining and finetuning share.
 
 The three stages differ in where their rows come from and in how the learning rate falls (stages.py). The rest is one
-story: once in a while save and evaluate, otherwise fetch a batch, take a step, and log the step before it, so that the
-device never waits for the host. When reading text or an evaluation fails, a run in one process saves its state before
-the error ends it.
+story: fetch a batch, take a step, log the step before it (so that the device never waits for the host), and once in a
+while save and evaluate. If reading text or an evaluation fails, a run in one process saves its state before the error
+ends it.
 """
 
 import enum

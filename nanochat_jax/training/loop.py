@@ -70,7 +70,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                     continue
 
                 # ---------------------------------------------------------------------
-                # One optimizer step. It is only dispatched here: nothing below waits for the device.
+                # One optimizer step. It is dispatched, not waited for.
                 progress = stage.progress(control.step)
                 lr_mult = stage.lr_mult(control.step, progress)
                 waited = log.timer.lap() if log.timed else 0.0
@@ -85,7 +85,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 # ---------------------------------------------------------------------
 
                 run.saver.check()
-                log.push(control.step, results, lr_mult, waited, progress)  # logs the step before
+                log.push(control.step, results, lr_mult, waited, progress)  # waits for the step before, and logs that
             stage.loader.close()
             run.finish(control.step)
             print(f"{cfg.stage}: done, {control.step} steps in {clock(run.totals['seconds'])} (excluding compilation)")

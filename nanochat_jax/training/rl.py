@@ -11,7 +11,6 @@ problems, and the groups that do teach something are trained on first.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -198,7 +197,7 @@ def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
 
 
 def update(
-    run: Run, step_fn: Callable, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
+    run: Run, step_fn: jax.stages.Wrapped, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
 ) -> dict[str, float]:
     """One policy-gradient step on the rollouts; the state of `run` becomes the new one. UserError if the loss is not
     finite."""

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -364,7 +364,7 @@ def _initial_state(
     return TrainState(params, opt_state), data, meta["totals"]
 
 
-def step_of(run: Run) -> Callable:
+def step_of(run: Run) -> jax.stages.Wrapped:
     """The jitted step of a run (see `make_step`), not yet compiled."""
     return make_step(run.model_cfg, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
 

@@ -14,11 +14,14 @@ from nanochat_jax import commandline, config
 
 
 def main(cfg: config.Train) -> None:
-    if cfg.stage == "rl":
-        from nanochat_jax.training.rl import train
-    else:
-        from nanochat_jax.training.loop import train
-    train(cfg)
+    if isinstance(cfg, config.Rl):
+        from nanochat_jax.training import rl
+
+        rl.train(cfg)
+    elif isinstance(cfg, config.Base | config.Mid | config.Sft):
+        from nanochat_jax.training import loop
+
+        loop.train(cfg)
 
 
 def chosen_stage() -> type[config.Train]:

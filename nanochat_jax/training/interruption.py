@@ -1,43 +1,65 @@
-"""Ctrl-C and SIGTERM while a run trains: it saves before it stops."""
+"""Ctrl-C and SIGTERM while a run trains: it saves before it stops.
+
+The way of a stop signal, from its arrival to the exit code:
+
+1. The handler of `Interruption` stores it as `received` and prints a line. A second Ctrl-C ends the process at once.
+2. In a single process, `received` is the `stop_signal` that the loop reads before every step. While the loop waits for
+   a batch, `raise_while_waiting` ends the wait with an InterruptedError, since a shard may take an hour to arrive.
+3. Several processes must stop after the same step: one that stopped alone would leave the others waiting in a
+   collective. So each process requests a stop with a flag in its batch (`sharding.put_flag` -> batch["stop"]), and the
+   step sums the flags of all devices into its metric `stop`. `StepLog.flush` reads the sum, one step late like every
+   metric but at the same step in every process, and sets `agreed`, which is the `stop_signal` there. A process that
+   could not write its part of a checkpoint requests a stop in the same way.
+4. `RunControl` saves the state, waits until the checkpoint is complete and exits with 128 + the signal's number. The
+   same command resumes the run.
+"""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from types import FrameType
+
+import jax
 
 
 class Interruption:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop, so that the loop can save first. A second Ctrl-C ends
-    the process at once."""
+    """Catches the first Ctrl-C or SIGTERM, so that the loop can save before the run stops."""
 
     def __init__(self):
-        self.signal: int | None = None
-        self._old: dict = {}
+        self.received: int | None = None  # the signal that this process has received
+        self.agreed: int | None = None  # the one that several processes stop with, once any of them requested it
+        self._old_handlers: dict = {}
         self._waiting = False
 
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal to stop with before the next step, None: go on."""
+        return self.received if jax.process_count() == 1 else self.agreed
+
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While the loop waits for what may take long to come: the wish is an InterruptedError there."""
+    def raise_while_waiting(self) -> Generator[None]:
+        """Within it a signal raises InterruptedError at once, for waits that may take long."""
         self._waiting = True
         try:
-            if self.signal:
+            if self.received:
                 raise InterruptedError
             yield
         finally:
             self._waiting = False
 
     def __enter__(self) -> "Interruption":
-        self._old = {s: signal.signal(s, self._wish) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._old_handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
-        for s, handler in self._old.items():
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._old_handlers.items():
             signal.signal(s, handler)
 
-    def _wish(self, signum, frame) -> None:
-        if self.signal == signal.SIGINT == signum:
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT == signum:
             raise KeyboardInterrupt
-        self.signal = signum
-        print("\nstopping after this step; the state will be saved (Ctrl-C again: at once)", flush=True)
+        self.received = signum
+        print("\nstopping after this step; the state will be saved (Ctrl-C again: stop at once)", flush=True)
         if self._waiting:
             self._waiting = False
             raise InterruptedError

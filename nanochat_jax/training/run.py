@@ -1,23 +1,26 @@
-"""A training run: where it lives, what it starts from, and whether it goes on from where it stopped.
+"""A training run: where it lives, what it starts from, and whether it resumes from where it stopped.
 
-A run may start in four ways, tried in this order:
-1. it is finished: said, and nothing is done;
-2. it has a good checkpoint made with the same settings from the same parent, which may be gone: it goes on, exactly;
-3. mid, sft and rl: from the weights of the stage before;
-4. base: from scratch.
+A run starts in one of four ways, tried in this order:
+1. It is finished: a line says so, and nothing is done.
+2. It has a good checkpoint, made with the same settings and from the same parent (which may be gone by now): it resumes
+   from there, exactly.
+3. mid, sft and rl start from the weights of their parent, a run of another stage.
+4. base starts from scratch.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from nanochat_jax import checkpoint, config, environment, files, run_log
 from nanochat_jax.config import GPTConfig, Train, UserError
@@ -31,7 +34,7 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.step import TrainState, execution, make_step
 from nanochat_jax.training.wandb_log import Wandb
 
-# Settings that may differ between a run and its continuation: they do not change what is computed.
+# Settings that may change when a run resumes: they do not change what is computed.
 FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
@@ -40,30 +43,53 @@ FREE = {
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
-MEASURED = ("train", "val", "core")  # kinds of records whose last one every checkpoint holds
+MEASURED = ("train", "val", "core")  # kinds of log records: every checkpoint holds the last one of each
 
-# What to do about a run that is another one than is asked for.
+# What to do when the folder holds another run than the one asked for.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
+
+
+Parent = tuple[Path, int]  # folder and step of the run that a stage starts from
+LaterStage = config.Mid | config.Sft | config.Rl  # the stages that start from a parent
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """How a run starts. Process 0 decides, and broadcasts the fields as JSON."""
+
+    tag: str  # name of the run's folder
+    step: int | None  # checkpoint to resume from, None: a fresh start
+    finished: bool  # whether that checkpoint is the last one of a finished run
+    parent_id: str  # names the weights of the parent by content (`_identify`), "" for base
+    parent_dir: str | None = None  # the parent's folder; None when resuming, and for base
+    parent_step: int | None = None  # the parent's checkpoint
+
+    @property
+    def parent(self) -> Parent | None:
+        """What a fresh start of a later stage takes its weights from."""
+        return (Path(self.parent_dir), self.parent_step) if self.parent_dir and self.parent_step is not None else None
 
 
 @dataclass
 class Run:
-    cfg: Train
-    dir: Path
+    """A run that is open for training."""
+
+    cfg: Train  # the settings of its stage
+    dir: Path  # its folder
     model_cfg: GPTConfig
     tokenizer: Tokenizer
-    layout: Layout
-    dtype: jnp.dtype
+    layout: Layout  # the mesh, and how weights and optimizer state are sharded on it
+    dtype: DTypeLike  # of matmul operands
     optimizer: optax.GradientTransformation
-    state: TrainState
+    state: TrainState  # weights and optimizer state; every step replaces it
     saver: checkpoint.Saver
-    held: ExitStack  # the run's lock
-    step: int  # the one to do next
-    data: dict | None  # position of the data pipeline, when resumed
+    lock: ExitStack  # holds the lock file of the folder
+    step: int  # optimizer steps done when it was opened: 0, or the step it resumes from
+    data: dict | None  # position in the data when it resumes, None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
-    identity: dict  # what a continuation must agree with
-    metrics: dict  # what was logged last of each of MEASURED
-    wandb: Wandb | None = None  # of process 0, from `begin` on
+    identity: dict  # goes into every checkpoint: a run resumes only from its own parent, text and tasks
+    metrics: dict  # the last log record of each of the MEASURED kinds
+    wandb: Wandb | None = None  # in process 0, from `begin` on
 
     @property
     def eval_model(self) -> EvalModel:
@@ -71,7 +97,7 @@ class Run:
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
 
     def begin(self) -> None:
-        """Once nothing can be refused any more: makes the folder that of this run, and logs its start."""
+        """Makes the folder that of this run, and logs its start. To be called once nothing can be refused any more."""
         plain = dataclasses.asdict(self.cfg)
         processes.broadcast_from_0(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
@@ -82,25 +108,32 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
-        """Moves aside what is in the way: with resume=never the run that was here, else the steps of another future,
-        and damaged ones, which would be taken for the last few to be kept."""
+        """Moves aside what is in the way. With --resume=never that is the old run. Otherwise it is the checkpoints of
+        later steps, which belong to another future, and damaged ones, which would count as the last few to keep."""
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
-            self.held.enter_context(checkpoint.exclusive(self.dir))  # the first lock went with the old folder
+            self.lock.enter_context(checkpoint.exclusive(self.dir))  # the first lock file moved with the old folder
         else:
             checkpoint.abandon_after(self.dir, self.step if self.data is not None else -1)
 
+    def put_scalar(self, value: float) -> jax.Array:
+        """A number as a float32 on every device of the mesh."""
+        return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
+
     def log(self, kind: str, step: int, **fields) -> None:
+        """Adds a record to log.jsonl, and its numbers to wandb. Only process 0 does."""
         if jax.process_index() > 0:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
         run_log.append(self.dir, kind, self.cfg.stage, step, **totals, **fields)
         if kind in MEASURED:
             self.metrics[kind] = {"step": step} | fields
-        shown = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
-        self.wandb.log(step, **shown)
+        if self.wandb:
+            numbers = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
+            self.wandb.log(step, **numbers)
 
     def save(self, step: int, data: dict) -> None:
+        """Starts to save a checkpoint of `step`, with `data` as the position in the data."""
         meta = checkpoint.model_meta(self.model_cfg) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
             "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": environment.versions(),
@@ -111,6 +144,7 @@ class Run:
         self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name, save_seconds=timer.lap())
 
     def finish(self, step: int) -> None:
+        """Notes in the log that the run is finished, once its last checkpoint is complete."""
         self.saver.wait()
         self.log("note", step, text="finished")
         if self.wandb:
@@ -118,22 +152,22 @@ class Run:
 
 
 @contextmanager
-def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | None]:
-    """The run `cfg` describes, locked against a second process; None if it is finished. Saves end before it does.
+def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | None]:
+    """Opens the run that `cfg` describes, locked against a second process; None if it is finished.
 
-    Nothing of an earlier run is touched before `Run.begin`: what is refused until then has changed nothing.
+    Nothing of an earlier run is touched before `Run.begin`: a start that is refused until then changes nothing. On
+    leaving, this process finishes its part of a save that is under way.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    with processes.fail_together(), ExitStack() as held:
-        # Process 0 decides and holds the lock; several processes see one file system.
-        origin, tag, step, finished, identity = processes.broadcast_from_0(lambda: _plan(cfg, held))
-        origin = (Path(origin[0]), origin[1]) if origin else None
-        folder = checkpoint.run_dir(cfg.stage, tag)
-        if finished:
-            print(f"{cfg.stage}: {folder} is finished (step {step})")
+    with processes.fail_together(), ExitStack() as lock:
+        # Process 0 decides and holds the lock: all processes see one file system.
+        plan = StartPlan(**processes.broadcast_from_0(lambda: dataclasses.asdict(_plan_start(cfg, lock))))
+        folder = checkpoint.run_dir(cfg.stage, plan.tag)
+        if plan.finished:
+            print(f"{cfg.stage}: {folder} is finished (step {plan.step})")
             yield None
             return
-        model_cfg, tokenizer = _shape_and_tokenizer(cfg, folder, step, origin)
+        model_cfg, tokenizer = _model_cfg_and_tokenizer(cfg, folder, plan)
         layout = Layout(sharding.make_mesh(cfg.mesh), cfg.shard)
         layout.check(model_cfg)
         print(f"{cfg.stage}: {folder}")
@@ -142,70 +176,97 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
             model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
-        few = "try --shard=full on several devices, or a smaller model"
-        with devices.out_of_memory_explained("the weights and the optimizer's state", few):
-            state, data, totals = _initial_state(cfg, model_cfg, origin, optimizer, layout, folder, step)
-        saver = checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count())
+        advice = "try --shard=full on several devices, or a smaller model"
+        with devices.out_of_memory_explained("the weights and the optimizer's state", advice):
+            state, data, totals = _initial_state(cfg, model_cfg, optimizer, layout, folder, plan)
         run = Run(
-            cfg, folder, model_cfg, tokenizer, layout, dtype, optimizer, state, saver, held, step or 0, data, totals,
-            identity, {} if step is None else checkpoint.read_meta(folder, step).get("metrics", {}),
-        )  # fmt: skip
+            cfg=cfg,
+            dir=folder,
+            model_cfg=model_cfg,
+            tokenizer=tokenizer,
+            layout=layout,
+            dtype=dtype,
+            optimizer=optimizer,
+            state=state,
+            saver=checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count()),
+            lock=lock,
+            step=plan.step or 0,
+            data=data,
+            totals=totals,
+            identity={"parent": plan.parent_id},
+            metrics={} if plan.step is None else checkpoint.read_meta(folder, plan.step).get("metrics", {}),
+        )
         try:
             yield run
         finally:
-            run.saver.join()  # not `wait`: the other processes need not be here
+            run.saver.join()  # not `wait`: after an error, the other processes may not come to this point
 
 
-def _plan(cfg: Train, held: ExitStack) -> tuple[tuple[str, int] | None, str, int | None, bool, dict]:
-    """(what a fresh start begins with, the run's tag, the step it goes on from or None, whether that is the last one,
-    its identity). `held` gets the run's lock."""
-    tag = cfg.model_tag or cfg.preset or (f"d{cfg.depth}" if cfg.stage == "base" else _origin(cfg)[0].name)
+def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
+    """Decides how the run starts, and takes the lock of its folder."""
+    tag = cfg.model_tag or cfg.preset or _default_tag(cfg)
     folder = checkpoint.run_dir(cfg.stage, tag)
-    held.enter_context(checkpoint.exclusive(folder))
+    lock.enter_context(checkpoint.exclusive(folder))
     checkpoint.clear_unfinished(folder)
     step = _step_to_resume(cfg, folder)
     if step is not None:
         meta = checkpoint.read_meta(folder, step)
         _check_same_run(cfg, folder, meta)
-        return None, tag, step, _finished(folder, step), {"parent": meta["parent"]}
-    origin = _origin(cfg)
-    return (str(origin[0]), origin[1]) if origin else None, tag, None, False, {"parent": _content(cfg, origin)}
+        return StartPlan(tag, step, finished=_is_finished(folder, step), parent_id=meta["parent"])
+    parent = _find_parent(cfg)
+    if parent is None:
+        return StartPlan(tag, None, finished=False, parent_id="")
+    parent_dir, parent_step = parent
+    return StartPlan(tag, None, False, _identify(cfg, parent), str(parent_dir), parent_step)
 
 
-def _origin(cfg: Train) -> tuple[Path, int] | None:
-    """Run and step a stage starts from: of this run's own tag where there is one, else the preset's, else, without a
-    preset, the latest. None for base."""
-    if cfg.stage == "base":
+def _default_tag(cfg: Train) -> str:
+    """The tag of a run that has neither a tag nor a preset: d20 for a base run of depth 20, else the parent's."""
+    if isinstance(cfg, config.Base):
+        return f"d{cfg.depth}"
+    parent = _find_parent(cfg)
+    assert parent is not None, f"stage {cfg.stage} has no parent"
+    return parent[0].name
+
+
+def _find_parent(cfg: Train) -> Parent | None:
+    """The run that a stage starts from: the one with this run's own tag if it exists, else that of the preset, else,
+    without a preset, the latest. None for base."""
+    if not isinstance(cfg, LaterStage):
         return None
     if cfg.model_tag and checkpoint.steps(checkpoint.run_dir(cfg.source, cfg.model_tag)):
         return checkpoint.find(cfg.source, cfg.model_tag)
     return checkpoint.find(cfg.source, cfg.preset)
 
 
-def _shape_and_tokenizer(cfg: Train, folder: Path, step: int | None, origin) -> tuple[GPTConfig, Tokenizer]:
-    """From the run itself when it goes on, else from the run before; base makes its shape of the settings."""
+def _identify(cfg: Train, parent: Parent | None) -> str:
+    """Names the parent's weights by content: "base d20 step 21400 0123456789abcdef"; "" for none."""
+    if parent is None or not isinstance(cfg, LaterStage):
+        return ""
+    parent_dir, step = parent
+    manifest = (checkpoint.step_dir(parent_dir, step) / checkpoint.MANIFEST).read_bytes()
+    return f"{cfg.source} {parent_dir.name} step {step} {hashlib.sha256(manifest).hexdigest()[:16]}"
+
+
+def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
+    """Those of the run itself if it resumes, else those of the parent. A fresh base run makes its shape from `cfg`."""
     tokenizer_dir = config.base_dir() / "tokenizer"
-    if cfg.stage == "base" and step is None:
+    if plan.step is not None:
+        run_dir, step = folder, plan.step
+    elif plan.parent is not None:
+        run_dir, step = plan.parent
+    else:
+        assert isinstance(cfg, config.Base), f"stage {cfg.stage} has no parent"
         tokenizer = Tokenizer.load(tokenizer_dir)
         return cfg.gpt_config(tokenizer.vocab_size), tokenizer
-    run, at = (folder, step) if step is not None else origin
-    meta = checkpoint.read_meta(run, at)
+    meta = checkpoint.read_meta(run_dir, step)
     if cfg.stage == "base" and Tokenizer.load(tokenizer_dir).hash != meta["tokenizer"]:
         raise UserError(f"{folder} was trained with another tokenizer than the one in {tokenizer_dir}: {INSTEAD}")
-    return GPTConfig(**meta["model"]), checkpoint.load_tokenizer(meta, run)
-
-
-def _content(cfg: Train, origin: tuple[Path, int] | None) -> str:
-    """Names the weights a run starts from, by content."""
-    if origin is None:
-        return ""
-    run, step = origin
-    manifest = (checkpoint.step_dir(run, step) / checkpoint.MANIFEST).read_bytes()
-    return f"{cfg.source} {run.name} step {step} {hashlib.sha256(manifest).hexdigest()[:16]}"
+    return GPTConfig(**meta["model"]), checkpoint.load_tokenizer(meta, run_dir)
 
 
 def _step_to_resume(cfg: Train, folder: Path) -> int | None:
-    """The step to go on from, None to start."""
+    """The step to resume from, None for a fresh start."""
     if cfg.resume == "never":
         return None
     if cfg.resume == "auto":
@@ -213,90 +274,106 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     if not cfg.resume.isdigit():
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
     step = int(cfg.resume)
-    if step not in (there := checkpoint.steps(folder)):
-        steps = ", ".join(map(str, there)) or "none"
-        raise UserError(f"--resume={step}: no checkpoint of it in {folder}; there are: {steps}")
-    if wrong := checkpoint.damage(checkpoint.step_dir(folder, step)):
-        raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {wrong}")
+    if step not in (saved := checkpoint.steps(folder)):
+        steps = ", ".join(map(str, saved)) or "none"
+        raise UserError(f"--resume={step}: no checkpoint of this step in {folder}; available: {steps}")
+    if damage := checkpoint.damage(checkpoint.step_dir(folder, step)):
+        raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {damage}")
     return step
 
 
 def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
-    """UserError where the run in `folder` is not the one that is asked for."""
-    other = "weights" if _starts_elsewhere(cfg, meta["parent"]) else ""
+    """UserError if the run in `folder` is not the one that `cfg` asks for."""
+    difference = "from different weights" if _parent_differs(cfg, meta["parent"]) else ""
     if changed := _changed_settings(cfg, meta["config"]):
-        other = f"settings ({', '.join(changed[:4])})"
-    if other:
-        raise UserError(f"{folder} holds a run started from other {other}: {INSTEAD}")
+        difference = f"with different settings ({', '.join(changed[:4])})"
+    if difference:
+        raise UserError(f"{folder} holds a run started {difference}: {INSTEAD}")
 
 
-def _starts_elsewhere(cfg: Train, parent: str) -> bool:
-    """Whether a fresh start would begin with other weights. Where there are none any more, a run needs only its own."""
+def _parent_differs(cfg: Train, parent_id: str) -> bool:
+    """Whether a fresh start would begin with other weights. If the parent is gone, nothing speaks against resuming."""
     try:
-        return _content(cfg, _origin(cfg)) != parent
+        return _identify(cfg, _find_parent(cfg)) != parent_id
     except UserError:
         return False
 
 
-def _changed_settings(cfg: Train, then: dict) -> list[str]:
-    """What matters and is not as it was. A setting younger than the run had its default; one that is gone is named."""
+def _changed_settings(cfg: Train, saved: dict) -> list[str]:
+    """The settings that matter and have changed since the run was saved, as "matrix_lr: 0.02, now 0.03".
+
+    A setting that is newer than the run had its default; one that no longer exists is ignored, and named in a line.
+    """
     now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
-    if gone := sorted(then.keys() - now.keys()):
-        print(f"settings of this run that there are no more, and that are ignored: {', '.join(gone)}")
-    names = [k for k in now if k not in FREE and now[k] != then.get(k, default[k])]
-    return [f"{k}: {then.get(k, default[k])!r}, now {now[k]!r}" for k in names]
+    if gone := sorted(saved.keys() - now.keys()):
+        print(f"settings of this run that no longer exist are ignored: {', '.join(gone)}")
+    names = [k for k in now if k not in FREE and now[k] != saved.get(k, default[k])]
+    return [f"{k}: {saved.get(k, default[k])!r}, now {now[k]!r}" for k in names]
 
 
-def _finished(folder: Path, step: int) -> bool:
+def _is_finished(folder: Path, step: int) -> bool:
     notes = [r for r in run_log.read(folder) if r["kind"] == "note" and r.get("text") == "finished"]
     return any(r["step"] == step for r in notes)
 
 
 def _initial_state(
-    cfg: Train, model_cfg: GPTConfig, origin, optimizer, layout: Layout, folder: Path, step: int | None
-):  # fmt: skip
-    """(state, position in the data or None, totals): restored, or from the stage before, or fresh."""
+    cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout, folder: Path,
+    plan: StartPlan,
+) -> tuple[TrainState, dict | None, dict]:  # fmt: skip
+    """(state, position in the data or None, totals): restored, or with the parent's weights, or fresh."""
 
-    def fresh():
+    def fresh() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
         return TrainState(params, optimizer.init(params))
 
     abstract = jax.eval_shape(fresh)
     specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
-    places = layout.shardings(specs)
-
+    shardings = layout.shardings(specs)
     totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
-    if step is None and origin is None:
+
+    if plan.step is None and plan.parent is None:
         print(f"starting from scratch, seed {cfg.seed}")
-        return jax.jit(fresh, out_shardings=places)(), None, totals
-    target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
-    if step is None:
-        run, at = origin
-        print(f"starting from {run.relative_to(config.base_dir())}, step {at}")
-        params = checkpoint.restore_params(run, at, target.params)
-        return TrainState(params, jax.jit(optimizer.init, out_shardings=places.opt_state)(params)), None, totals
-    params, opt_state, data, meta = checkpoint.restore(folder, step, target.params, target.opt_state)
-    print(f"resuming at step {step}")
+        return jax.jit(fresh, out_shardings=shardings)(), None, totals
+
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    if plan.parent is not None:
+        parent_dir, parent_step = plan.parent
+        print(f"starting from {parent_dir.relative_to(config.base_dir())}, step {parent_step}")
+        params = checkpoint.restore_params(parent_dir, parent_step, target.params)
+        return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)), None, totals
+
+    assert plan.step is not None
+    params, opt_state, data, meta = checkpoint.restore(folder, plan.step, target.params, target.opt_state)
+    print(f"resuming at step {plan.step}")
     return TrainState(params, opt_state), data, meta["totals"]
 
 
-def step_of(run: Run) -> Callable:
-    """The step of a run, not yet compiled."""
+def step_of(run: Run) -> jax.stages.Wrapped:
+    """The jitted step of a run (see `make_step`), not yet compiled."""
     return make_step(run.model_cfg, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
 
 
-def out_of_memory_in_step(rows: int):
-    """Around steps of which a device takes `rows` rows at once."""
-    less = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
-    return devices.out_of_memory_explained("a step", f"{less}try --remat=full or --shard=full")
+def no_implicit_transfers() -> AbstractContextManager[None]:
+    """Around a step: an argument that is still on the host, or on the wrong devices, is an error, not a hidden copy."""
+    return jax.transfer_guard("disallow")
+
+
+def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
+    """Around steps in which a device takes `rows` rows at once: running out of memory is a UserError with advice."""
+    fewer_rows = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
+    return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
 
 
 def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
-    """Bytes of one device that the compiled step holds at its peak."""
+    """Peak memory of the compiled step on one device, in bytes, when a device takes `rows` rows at once.
+
+    The arguments are described just as the loop passes them, so that the step it runs comes from the compile cache.
+    """
     mesh = run.layout.mesh
     shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
-    step = step_of(run)
-    used = step.lower(like, {"inputs": ids, "targets": ids}, jnp.float32(1)).compile().memory_analysis()
+    lr_mult = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
+    lowered = step_of(run).lower(state, {"inputs": ids, "targets": ids}, lr_mult)
+    used = lowered.compile().memory_analysis()
     return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes

@@ -11,6 +11,7 @@ from nanochat_jax import checkpoint, config, progress, tasks
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.data import dataloader, sources, token_cache
 from nanochat_jax.parallel import sharding
+from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import (
     BatchShape,
@@ -27,104 +28,158 @@ class Stage:
     """One of base, mid and sft, for a run."""
 
     batch_shape: BatchShape
-    steps: int | None  # optimizer steps, None: until the loader ends
+    steps: int | None  # optimizer steps; None: until the loader ends
+    epochs: int  # passes over the data after which the loader ends, if `steps` is None
     loader: dataloader.Loader
-    validation: Callable[[], dataloader.Loader]
-    lr_mult: Callable[[int, float], float]  # (step, progress in [0, 1]) -> factor on the learning rates
-    facts: dict = field(default_factory=dict)  # derived numbers to print
+    validation: Callable[[], dataloader.Loader]  # opens the held-out data
+    lr_mult: Callable[[int, float], float]  # (step, progress from 0 to 1) -> factor on all learning rates
+    facts: dict[str, str] = field(default_factory=dict)  # derived numbers to print
+
+    def progress(self, step: int) -> float:
+        """How much of the stage is done before step `step`, whose batch has been loaded: from 0 to 1."""
+        return step / self.steps if self.steps else self.loader.info["progress"] / self.epochs
 
 
-def _process(run: Run) -> dict:
-    index, count = sharding.process_rows(run.layout.mesh)
-    return {"process_index": index, "process_count": count}
-
-
-def _how_cut(run: Run) -> tuple:
-    """What `geometry` and `geometry_of_rows` want to know besides the batch."""
+def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
+    """What `batch_shape` and `batch_shape_of_rows` need besides the size of the batch: rows that a device takes at once
+    (0: automatic), tokens per row, replicas, and how many rows fit on a device."""
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 
 
-def base_stage(run: Run) -> Stage:
-    cfg, model_cfg = run.cfg, run.model_cfg
-    shape = batch_shape(cfg.total_batch_size, *_how_cut(run))
+def base_stage(run: Run, cfg: config.Base) -> Stage:
+    """Pretraining: packed documents, a number of steps known in advance, a trapezoidal learning rate."""
+    model_cfg, tokenizer = run.model_cfg, run.tokenizer
+    shape = batch_shape(cfg.total_batch_size, *_batch_limits(run))
     steps = horizon(cfg, model_cfg, shape.tokens)
     source = pin_text(run, sources.open(cfg.data, cfg.data_dir))
-    text = {"packing": cfg.packing, "cache_dir": token_cache.folder_of(source, run.tokenizer), **_process(run)}
-    return Stage(
-        batch_shape=shape,
-        steps=steps,
-        loader=dataloader.base_loader(
-            source.train_files, run.tokenizer, shape.total_rows, model_cfg.sequence_len, seed=cfg.seed, **text
-        ),
-        validation=lambda: dataloader.val_batches(
-            source.val_files,
-            run.tokenizer,
-            shape.rows * shape.replicas,
-            model_cfg.sequence_len,
-            cfg.eval_tokens,
-            **text,
-        ),
-        lr_mult=lambda step, _: optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac),
-        facts={
-            "text": describe_data(source, steps * shape.tokens, run.tokenizer, text["cache_dir"]),
-            "tokens a parameter": f"{steps * shape.tokens / model_cfg.num_params:.2f}",
-        },
-    )
+    cache_dir = token_cache.folder_of(source, tokenizer)
+    process_index, process_count = sharding.process_rows(run.layout.mesh)
+
+    loader = dataloader.base_loader(
+        source.train_files, tokenizer, shape.total_rows, model_cfg.sequence_len, packing=cfg.packing, seed=cfg.seed,
+        cache_dir=cache_dir, process_index=process_index, process_count=process_count,
+    )  # fmt: skip
+
+    def validation() -> dataloader.Loader:
+        return dataloader.val_batches(
+            source.val_files, tokenizer, shape.rows * shape.replicas, model_cfg.sequence_len, cfg.eval_tokens,
+            packing=cfg.packing, cache_dir=cache_dir, process_index=process_index, process_count=process_count,
+        )  # fmt: skip
+
+    def lr_mult(step: int, _: float) -> float:
+        return optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
+
+    facts = {
+        "text": describe_data(source, steps * shape.tokens, tokenizer, cache_dir),
+        "tokens per parameter": f"{steps * shape.tokens / model_cfg.num_params:.2f}",
+    }
+    return Stage(shape, steps, 1, loader, validation, lr_mult, facts)
+
+
+def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
+    """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's tokens.
+
+    Training ends after --num_iterations steps, else with the data; the learning rate follows the progress.
+    """
+    model_cfg, tokenizer = run.model_cfg, run.tokenizer
+    if isinstance(cfg, config.Mid):
+        supervise, epochs, decay = "all", 1, optim.late_decay
+    else:
+        supervise, epochs, decay = "mask", cfg.num_epochs, optim.linear_decay
+    steps = cfg.num_iterations if cfg.num_iterations > 0 else None
+    task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
+    pin_tasks(run, task)
+    held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
+    mean_length = dataloader.mean_tokens(task, tokenizer)
+    if isinstance(cfg, config.Mid) or cfg.total_batch_size:
+        shape = batch_shape(cfg.total_batch_size, *_batch_limits(run))
+    else:
+        rows = rows_of_examples(cfg.target_examples_per_step, mean_length, model_cfg.sequence_len)
+        shape = batch_shape_of_rows(rows, *_batch_limits(run))
+    process_index, process_count = sharding.process_rows(run.layout.mesh)
+
+    loader = dataloader.chat_loader(
+        task, tokenizer, shape.total_rows, model_cfg.sequence_len, supervise=supervise,
+        epochs=None if steps else epochs, seed=cfg.seed, padding=shape.padding, process_index=process_index,
+        process_count=process_count,
+    )  # fmt: skip
+
+    def validation() -> dataloader.Loader:
+        return dataloader.chat_loader(
+            held_out, tokenizer, shape.rows * shape.replicas, model_cfg.sequence_len, supervise=supervise, epochs=1,
+            max_rows=max(1, cfg.eval_tokens // model_cfg.sequence_len), process_index=process_index,
+            process_count=process_count,
+        )  # fmt: skip
+
+    def lr_mult(_: int, progress: float) -> float:
+        return cfg.init_lr_frac * decay(progress)
+
+    facts = {
+        "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average ({', '.join(cfg.mixture)})",
+        "steps per epoch, about": f"{len(task) * mean_length / shape.tokens:,.0f}",
+    }
+    return Stage(shape, steps, epochs, loader, validation, lr_mult, facts)
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
-    """The text to read, which is recorded with the checkpoints: the files a run began with, since in later epochs their
-    order depends on how many there are. UserError where it is not that of the checkpoint the run goes on from."""
+    """Records with the checkpoints which text is read, and returns the source with the files that the run began with:
+    their number decides their order in later epochs. UserError if the run resumes from a checkpoint of other text."""
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     count = len(source.train_files)
     if run.data is not None:
         folder = checkpoint.step_dir(run.dir, run.step)
-        then = checkpoint.read_meta(run.dir, run.step).get("text", text)
-        if changed := ", ".join(key for key in text if text[key] != then.get(key)):
-            raise UserError(f"the text is not that of {folder} (other {changed}): {INSTEAD}")
-        count = then.get("files", count)
+        saved = checkpoint.read_meta(run.dir, run.step).get("text", text)
+        if changed := ", ".join(key for key in text if text[key] != saved.get(key)):
+            raise UserError(f"the text is not the one that {folder} was trained on (different {changed}): {INSTEAD}")
+        count = saved.get("files", count)
         if count > len(source.train_files):
             raise UserError(
-                f"{folder} is of {count} files of {source.name}, there are {len(source.train_files)}: get all of them "
-                f"with python -m nanochat_jax.dataset --data={source.name} -n {count}"
+                f"{folder} was trained on {count} files of {source.name}, but only {len(source.train_files)} are here: "
+                f"get all of them with python -m nanochat_jax.dataset --data={source.name} -n {count}"
             )
     run.identity["text"] = text | {"files": count}
     return dataclasses.replace(source, train_files=source.train_files[:count])
 
 
 def pin_tasks(run: Run, task: tasks.Mixture) -> None:
-    """Records with the checkpoints what conversations are learnt from: names and rows in their order, which shuffles
-    them, and a hash of samples of them. UserError where the run goes on from a checkpoint of others."""
-    learnt = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
+    """Records with the checkpoints which conversations are trained on: names and numbers of rows in their order, which
+    decides the shuffle, and a hash of a sample of them. UserError if the run resumes from a checkpoint of others."""
+    conversations = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
     if run.data is not None:
-        then = checkpoint.read_meta(run.dir, run.step).get("tasks", learnt)
-        if then != learnt:
-            what = "mixture" if then["rows"] != learnt["rows"] else "content"
+        saved = checkpoint.read_meta(run.dir, run.step).get("tasks", conversations)
+        if saved != conversations:
+            changed = "mixture" if saved["rows"] != conversations["rows"] else "content"
             folder = checkpoint.step_dir(run.dir, run.step)
-            raise UserError(f"the conversations are not those of {folder} (other {what}): {INSTEAD}")
-    run.identity["tasks"] = learnt
+            raise UserError(
+                f"the conversations are not the ones that {folder} was trained on (different {changed}): {INSTEAD}"
+            )
+    run.identity["tasks"] = conversations
 
 
-def describe_data(source: sources.Source, tokens: int, tokenizer, cache_dir: Path) -> str:
-    """How much of a source a run will read."""
+def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cache_dir: Path) -> str:
+    """How much of a source a run of `tokens` tokens will read.
+
+    -> "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
+    """
     files = source.train_files
-    there = dataloader.epoch_tokens(files, tokenizer, cache_dir)
-    if none := math.isnan(there):  # the validation shard is, and about as large
-        there = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
-    epochs = tokens / max(1.0, there)
+    available = dataloader.epoch_tokens(files, tokenizer, cache_dir)
+    if none_here := math.isnan(available):  # the validation shard is here, and about as large
+        available = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
+    epochs = tokens / max(1.0, available)
     shards = min(len(files), math.ceil(epochs * len(files)))
-    said = f"{source.name}, {len(files)} files of about {progress.short(there / len(files))} tokens"
-    said += ", none of them here yet" if none else ""
+    text = f"{source.name}, {len(files)} files of about {progress.short(available / len(files))} tokens"
+    text += ", none of them here yet" if none_here else ""
     if made := token_cache.num_cached(files, cache_dir):
-        said += f", {made} of them tokenized before"
-    said += f"; this run needs {shards}, {epochs:.2f} epochs"
-    # Up to 4, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
-    return said + (" (more than 4: new text would teach more)" if epochs > 4 else "")
+        text += f", {made} of them already tokenized"
+    text += f"; this run needs {shards}, {epochs:.2f} epochs"
+    # Up to 4 epochs, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
+    return text + (" (more than 4: new text would teach more)" if epochs > 4 else "")
 
 
 def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
-    """Steps of `tokens` tokens: as many as given, else FLOPs if given, else tokens in proportion to the parameters."""
+    """The number of steps of `tokens` tokens each: --num_iterations if given, else from --target_flops if given, else
+    from --target_param_data_ratio. UserError if there is not one step."""
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations
     elif cfg.target_flops > 0:
@@ -134,37 +189,3 @@ def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
     if steps < 1:
         raise UserError(f"the horizon comes to {steps} steps of {tokens:,} tokens: raise --num_iterations")
     return steps
-
-
-def chat_stage(run: Run) -> Stage:
-    """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's."""
-    cfg, model_cfg, mid = run.cfg, run.model_cfg, run.cfg.stage == "mid"
-    task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
-    pin_tasks(run, task)
-    held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
-    length = dataloader.mean_tokens(task, run.tokenizer)
-    if cfg.total_batch_size:
-        shape = batch_shape(cfg.total_batch_size, *_how_cut(run))
-    else:  # finetuning alone has no default
-        rows = rows_of_examples(cfg.target_examples_per_step, length, model_cfg.sequence_len)
-        shape = batch_shape_of_rows(rows, *_how_cut(run))
-    steps = cfg.num_iterations if cfg.num_iterations > 0 else None
-    epochs = None if steps else (1 if mid else cfg.num_epochs)
-    loader = functools.partial(dataloader.chat_loader, supervise="all" if mid else "mask", **_process(run))
-    return Stage(
-        batch_shape=shape,
-        steps=steps,
-        loader=loader(
-            task, run.tokenizer, shape.total_rows, model_cfg.sequence_len, epochs=epochs, seed=cfg.seed,
-            padding=shape.padding,
-        ),
-        validation=lambda: loader(
-            held_out, run.tokenizer, shape.rows * shape.replicas, model_cfg.sequence_len, epochs=1,
-            max_rows=max(1, cfg.eval_tokens // model_cfg.sequence_len),
-        ),
-        lr_mult=lambda step, progress: cfg.init_lr_frac * (optim.late_decay if mid else optim.linear_decay)(progress),
-        facts={
-            "conversations": f"{len(task):,} of {length:.0f} tokens ({', '.join(cfg.mixture)})",
-            "steps an epoch, about": f"{len(task) * length / shape.tokens:,.0f}",
-        },
-    )  # fmt: skip

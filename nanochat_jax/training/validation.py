@@ -1,14 +1,21 @@
-"""What is judged while training, from time to time: validation loss, CORE, samples, tasks."""
+"""What is evaluated while training: validation loss, CORE, samples, tasks.
+
+RunControl decides when; what `evaluations_of` returns says how often. Results go to the run's log.
+"""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from jax.typing import DTypeLike
+
 from nanochat_jax import config, tasks
-from nanochat_jax.config import GPTConfig, Train, UserError
-from nanochat_jax.parallel import processes
+from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import devices, processes
+from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training.run import Run
+from nanochat_jax.training.run_control import Evaluation
 from nanochat_jax.training.stages import Stage
 
 SAMPLE_PROMPTS = (
@@ -20,49 +27,42 @@ SAMPLE_PROMPTS = (
     "My favorite color is",
     "If 5*x + 3 = 13, then x is",
 )
+FEWER_EVALUATIONS = "turn off evaluations, with -1 for --core_metric_every, --sample_every or --eval_metrics_every"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Something to do every `every` steps and at the end; below 1: never, or at the end alone where `at_end`.
-
-    A checkpoint comes before every `risky` one, which loads data or generates; before another only the first time in a
-    process. After that it has shown that it works, and a checkpoint each time would cost more than it saves.
-    """
-
-    run: Callable[[Run, Stage, int], None]
-    every: int
-    risky: bool = True
-    at_start: bool = False
-    at_end: bool = False
-
-    def due(self, step: int, last: bool) -> bool:
-        if self.every < 1:
-            return self.at_end and last
-        return last or (step % self.every == 0 and (step > 0 or self.at_start))
-
-
-def evaluations_of(cfg: Train) -> list[Evaluation]:
+def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | config.Sft) -> list[Evaluation]:
     """Validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
-    all_stages = [Evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
-    if cfg.stage == "base":
-        return [*all_stages, Evaluation(core_metric, cfg.core_metric_every), Evaluation(sample, cfg.sample_every)]
-    if cfg.stage == "sft" and cfg.eval_metrics_every > 0:
-        judge = functools.partial(task_metrics, judged=tasks_to_evaluate(cfg))
-        return [*all_stages, Evaluation(judge, cfg.eval_metrics_every)]
-    return all_stages
+
+    def evaluation(evaluate: Callable, every: int, **when: bool) -> Evaluation:
+        return Evaluation(functools.partial(_evaluate, evaluate, run, stage), every, **when)
+
+    evaluations = [evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
+    if isinstance(cfg, config.Base):
+        evaluations.append(evaluation(functools.partial(core_metric, cfg=cfg), cfg.core_metric_every))
+        evaluations.append(evaluation(sample, cfg.sample_every))
+    if isinstance(cfg, config.Sft) and cfg.eval_metrics_every > 0:
+        loaded = tasks_to_evaluate(cfg)
+        metrics = functools.partial(task_metrics, loaded=loaded, max_problems=cfg.eval_metrics_max_problems)
+        evaluations.append(evaluation(metrics, cfg.eval_metrics_every))
+    return evaluations
+
+
+def _evaluate(evaluate: Callable[[Run, Stage, int], None], run: Run, stage: Stage, step: int) -> None:
+    with devices.out_of_memory_explained("an evaluation", FEWER_EVALUATIONS):
+        evaluate(run, stage, step)
 
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
-    """The tasks of --eval_metrics_tasks, loaded before the first step: what is wrong with them is said then."""
+    """The tasks of --eval_metrics_tasks. They are loaded before the first step, so that problems show up then."""
     loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
     for task in loaded:
         if task.eval_type is None:
-            raise UserError(f"--eval_metrics_tasks: {task.name} is only for training, its answers cannot be judged")
+            raise UserError(f"--eval_metrics_tasks: {task.name} is for training only, its answers cannot be evaluated")
     return loaded
 
 
 def validate(run: Run, stage: Stage, step: int) -> None:
+    """Bits per byte on the held-out data."""
     from nanochat_jax.evals.bpb import bits_per_byte
 
     batches = stage.validation()
@@ -72,28 +72,31 @@ def validate(run: Run, stage: Stage, step: int) -> None:
     print(f"step {step} | validation bits per byte {bpb:.6f}", flush=True)
 
 
-def core_metric(run: Run, stage: Stage, step: int) -> None:
+def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
+    """CORE on up to --core_metric_max_per_task examples per task; skipped, with a line, if its data are not here."""
     from nanochat_jax.evals import core
 
     try:
-        bundle = Path(processes.broadcast_from_0(lambda: str(core.find_bundle(run.cfg.core_dir))))
+        bundle = Path(processes.broadcast_from_0(lambda: str(core.find_bundle(cfg.core_dir))))
     except UserError as error:
         print(f"step {step} | CORE skipped: {error}")
         return
-    result = core.evaluate(run.eval_model, bundle, max_per_task=run.cfg.core_metric_max_per_task)
+    result = core.evaluate(run.eval_model, bundle, max_per_task=cfg.core_metric_max_per_task)
     run.log("core", step, core=result.core, stderr=result.stderr, n=result.n)
     print(f"step {step} | CORE {result.core:.4f}", flush=True)
 
 
 def sample(run: Run, stage: Stage, step: int) -> None:
-    """What the model makes of seven prompts, greedily."""
+    """Greedy continuations of seven prompts."""
     for prompt, text in complete(run.state.params, run.model_cfg, run.tokenizer, run.dtype):
         run.log("sample", step, task=prompt, text=text)
         print(f"  {prompt}{text!r}")
 
 
-def complete(params, model_cfg: GPTConfig, tokenizer, dtype, new_tokens: int = 16) -> list[tuple[str, str]]:
-    """Greedy continuations of SAMPLE_PROMPTS, as (prompt, continuation)."""
+def complete(
+    params: gpt.Params, model_cfg: GPTConfig, tokenizer: Tokenizer, dtype: DTypeLike, new_tokens: int = 16
+) -> list[tuple[str, str]]:
+    """Greedy continuations of SAMPLE_PROMPTS, `new_tokens` tokens each, as (prompt, continuation)."""
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
 
@@ -107,11 +110,12 @@ def complete(params, model_cfg: GPTConfig, tokenizer, dtype, new_tokens: int = 1
     return [(p, tokenizer.decode(a[0].ids)) for p, a in zip(SAMPLE_PROMPTS, answers, strict=True)]
 
 
-def task_metrics(run: Run, stage: Stage, step: int, judged: list[tasks.Task]) -> None:
+def task_metrics(run: Run, stage: Stage, step: int, loaded: list[tasks.Task], max_problems: int) -> None:
+    """The scores of the tasks, on up to `max_problems` problems each."""
     from nanochat_jax.evals import chat
 
-    for task in judged:
-        score = chat.evaluate(run.eval_model, task, max_problems=run.cfg.eval_metrics_max_problems)
+    for task in loaded:
+        score = chat.evaluate(run.eval_model, task, max_problems=max_problems)
         run.log(
             "eval", step, task=score.task, suite="chat", split=task.split, score=score.score, stderr=score.stderr,
             n=score.n,

@@ -1,4 +1,4 @@
-"""The run's log on Weights & Biases, for those who want it there too."""
+"""A copy of the run's log on Weights & Biases, for those who want it there too."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,10 @@ WANDB_ID = "wandb_id"
 
 
 class Wandb:
-    """A run on wandb, where one is asked for and wandb is installed; otherwise nothing. Its id is kept in the run's
-    folder, so that a run that goes on is one run there too. For process 0 alone."""
+    """A run on wandb if one is asked for and wandb is installed, else a stand-in that does nothing.
+
+    Its id is kept in the run's folder, so that a run that resumes is one run there too. For process 0 only.
+    """
 
     def __init__(self, run_dir: Path, stage: str, name: str, config: dict):
         self.run = None
@@ -19,18 +21,18 @@ class Wandb:
         if name in ("", "dummy"):
             return
         try:
-            import wandb
+            import wandb  # ty: ignore[import-not-found]  # optional
         except ImportError:
-            print(f"wandb is not installed: run {name!r} is logged to {LOG} alone (pip install wandb)")
+            print(f"wandb is not installed: run {name!r} is logged to {LOG} only (pip install wandb)")
             return
         project = "nanochat" if stage == "base" else f"nanochat-{stage}"
-        kept = run_dir / WANDB_ID
-        known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
-        # Settings that change nothing may differ after a resume, hence allow_val_change.
+        id_file = run_dir / WANDB_ID
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+        # allow_val_change: settings that do not change what is computed may differ after a resume.
         self.run = wandb.init(
-            project=project, name=name, id=known, resume="allow", config=config, allow_val_change=True
+            project=project, name=name, id=run_id, resume="allow", config=config, allow_val_change=True
         )
-        files.write_text(kept, self.run.id)
+        files.write_text(id_file, self.run.id)
 
     def log(self, step: int, **fields) -> None:
         if self.run:

@@ -268,7 +268,7 @@ def test_one_process_goes_on_where_two_were_ended(alone):
         time.sleep(0.05)
     started[1].terminate()  # one gets the signal, both stop after the same step
     (out, problems), (_, more_problems) = [p.communicate(timeout=200) for p in started]
-    assert "goes on from here" in out, problems + more_problems
+    assert "run the same command again to resume" in out, problems + more_problems
     assert all(p.returncode != 0 for p in started)
     rest = tiny.run("base", alone, devices=8, **long)
     assert rest.returncode == 0, rest.stderr

@@ -1,6 +1,6 @@
-"""Training processes that can be killed at any moment, started within a tenth of a second.
+"""Training processes that start within a tenth of a second and can be killed at any moment.
 
-They are forked from a server that has imported everything and touched no device, which is what starting costs most.
+They are forked from a server that has imported everything, which is most of the cost of a start, and touched no device.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _context.set_forkserver_preload(
 
 
 def start(stage: str, base: Path, output: Path, devices: int = 1, **flags) -> multiprocessing.Process:
-    """A process that trains `stage` of the tiny model in the base folder `base`, its output added to a file."""
+    """Starts a process that trains `stage` of the tiny model in the base folder `base`; `output` is a file."""
     argv, env = tiny.command(stage, **flags)[2:], tiny.environment(base, devices)
     process = _context.Process(target=_live, args=(argv, env, str(output)))
     process.start()
@@ -29,15 +29,15 @@ def start(stage: str, base: Path, output: Path, devices: int = 1, **flags) -> mu
 
 
 def run(stage: str, base: Path, output: Path, devices: int = 1, **flags) -> int:
-    """Trains to the end. Returns the exit code."""
+    """Trains to the end, and returns the exit code."""
     process = start(stage, base, output, devices, **flags)
     process.join(300)
-    assert process.exitcode is not None, f"{stage} does not end"
+    assert process.exitcode is not None, f"{stage} has not ended after 300 s"
     return process.exitcode
 
 
 def kill(process: multiprocessing.Process) -> bool:
-    """SIGKILL. Returns whether it was still running."""
+    """Sends SIGKILL, and returns whether the process was still running."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -45,12 +45,12 @@ def kill(process: multiprocessing.Process) -> bool:
 
 
 def until(condition, process: multiprocessing.Process, seconds: float = 120.0) -> bool:
-    """Waits for a condition, looking very often. False if the process ended first."""
+    """Waits for a condition, checking it every half millisecond. False if the process ended first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if not process.is_alive():
             return condition()
-        assert time.monotonic() < deadline, "it does not happen"
+        assert time.monotonic() < deadline, f"the condition is not met after {seconds} s"
         time.sleep(0.0005)
     return True
 
@@ -73,9 +73,11 @@ def _live(argv: list[str], env: dict[str, str], output: str) -> None:
 
     def start_with_cache(*args, **kwargs):
         start(*args, **kwargs)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all of it: a life is short
+        jax.config.update(
+            "jax_persistent_cache_min_compile_time_secs", 0.0
+        )  # cache everything: these processes do not live long
 
     devices.start = start_with_cache
-    # The tiny model answers no question right: with rewards of 0 alone, reinforcement would change nothing.
+    # The tiny model answers no question right: if all rewards were 0, reinforcement would change nothing.
     Mixture.reward = lambda self, conversation, completion: zlib.crc32(completion.encode()) % 8 / 8
     commandline.run(train.main, train.chosen_stage())

@@ -1,4 +1,4 @@
-"""A tiny world to train in: a corpus, its tokenizer, and settings of which a step takes milliseconds."""
+"""A tiny world to train in: a corpus, its tokenizer, and settings with which a step takes milliseconds."""
 
 import json
 import os
@@ -18,17 +18,17 @@ from nanochat_jax.tokenizer import Tokenizer
 FLAGS = {
     "depth": 2, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 64, "total_batch_size": 256,
     "device_batch_size": 2, "num_iterations": 8, "eval_every": -1, "eval_tokens": 256, "core_metric_every": -1,
-    "sample_every": -1, "save_every": 2, "compute_dtype": "float32",  # also where the CPU is fast with bfloat16
+    "sample_every": -1, "save_every": 2, "compute_dtype": "float32",  # even if the CPU is fast with bfloat16
 }  # fmt: skip
 STAGE_FLAGS = {
     "base": set(FLAGS),
     "mid": set(FLAGS)
-    - {"depth", "aspect_ratio", "head_dim", "max_seq_len", "core_metric_every", "sample_every"},  # base alone has these
+    - {"depth", "aspect_ratio", "head_dim", "max_seq_len", "core_metric_every", "sample_every"},  # only base has these
 }
 
 
 def make_world(base: Path) -> None:
-    """A corpus of made-up sentences and a tokenizer of 320 tokens; `base` is the base folder while they are made."""
+    """Makes a corpus of made-up sentences and a tokenizer of 320 tokens in the base folder `base`."""
     rng = random.Random(0)
     words = "the a small large red cat dog tree house sees likes finds near under with and then 12 7 305".split()
     folder = base / "texts"
@@ -47,7 +47,7 @@ def base_config(**changes) -> config.Base:
 
 
 def command(stage: str, **changes) -> list[str]:
-    """The command line that trains a stage of the tiny model."""
+    """The command line that trains a stage of the tiny model: [python, "-m", "scripts.train", "--stage=base", ...]."""
     flags = {k: v for k, v in FLAGS.items() if k in (STAGE_FLAGS["base"] if stage == "base" else STAGE_FLAGS["mid"])}
     if stage in ("mid", "sft"):
         flags |= {"mixture": "sums=200,identity=50", "val_mixture": "sums=20"}
@@ -67,14 +67,14 @@ def environment(base: Path, devices: int = 1) -> dict[str, str]:
 
 
 def free_address() -> str:
-    """host:port on loopback, where nobody listens yet."""
+    """A host:port on loopback that nobody listens on yet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def run(stage: str, base: Path, devices: int = 1, **changes) -> subprocess.CompletedProcess:
-    """Trains in a process of its own."""
+    """Trains a stage in its own process, to its end."""
     return subprocess.run(
         command(stage, **changes), cwd=REPOSITORY, env=environment(base, devices), capture_output=True, text=True,
         timeout=300,

@@ -1,8 +1,8 @@
-"""A learning curve: 200 steps of a tiny model on real text fall as they fell when they were recorded.
+"""A learning curve: the loss of a tiny model over 200 steps on real text falls as it did when it was recorded.
 
-    python tests/training/test_curve.py     # records tests/recorded/curve.json anew, from $NANOCHAT_TEST_DATA
+    python tests/training/test_curve.py     # records tests/recorded/curve.json again, from $NANOCHAT_TEST_DATA
 
-That is for changes that are meant to change what is learnt.
+Record it again only for changes that are meant to change what is learned.
 """
 
 import json
@@ -27,18 +27,21 @@ SETTINGS = {
     "depth": 2, "aspect_ratio": 32, "head_dim": 32, "n_kv_head": 1, "max_seq_len": 128, "total_batch_size": 1024,
     "device_batch_size": 4, "num_iterations": 200, "save_every": -1, "compute_dtype": "float32", "device_type": "cpu",
 }  # fmt: skip
-# Rounding moves these means by 2e-7 (1, 2 and 8 devices; micro-batches of 1, 4 and 8 rows; scanned layers; AVX2 and
-# AVX-512), operands of the blocks' matmuls rounded as bfloat16 by 2e-4. Mistakes move them more: Muon without its scale
-# by shape 0.012, with that of the transpose 0.034, without Nesterov 0.020, with a constant momentum 0.026, with 4
-# iterations 0.011, its rate scaled with the width 0.12; AdamW's rates not scaled 0.60, swapped 4.1, the head's as high
-# as the matrices' 0.29, the embedding's as low 0.15; b1 = 0.9 0.025, b2 = 0.99 0.007, eps = 1e-8 0.0016; the decay
-# begun at 60% of the steps 0.052, ended at a tenth of the rate 0.0014. So does another seed, 0.026, and thus a JAX that
-# draws other random numbers.
+# How far these means move:
+#   by rounding 2e-7 (1, 2 and 8 devices; micro-batches of 1, 4 and 8 rows; scanned layers; AVX2 and AVX-512), by
+#   operands of the blocks' matmuls rounded to bfloat16 2e-4
+# Mistakes move them more:
+#   Muon: without its scale by shape 0.012, with the scale of the transpose 0.034, without Nesterov 0.020, with a
+#   constant momentum 0.026, with 4 iterations 0.011, with its rate scaled by the width 0.12
+#   AdamW: rates not scaled 0.60, swapped 4.1, the head's as high as the matrices' 0.29, the embedding's as low 0.15;
+#   b1 = 0.9 0.025, b2 = 0.99 0.007, eps = 1e-8 0.0016
+#   schedule: decay from 60% of the steps 0.052, decay to a tenth of the rate 0.0014
+# Another seed moves them by 0.026, and so does a JAX version that draws other random numbers.
 TOLERANCE = 0.001
 
 
 def curve(text: Path, base: Path) -> list[float]:
-    """Mean losses of every 20 steps of pretraining on a file of text, in the base folder `base`."""
+    """Mean losses over every 20 steps of pretraining on the file `text`, in the base folder `base`."""
     folder = base / "texts"
     folder.mkdir(parents=True)
     shutil.copy(text, folder)
@@ -50,8 +53,8 @@ def curve(text: Path, base: Path) -> list[float]:
 
 def test_200_steps_fall_along_the_recorded_curve(data_dir, own_base_dir):
     recorded = json.loads(CURVE.read_text())["losses"]
-    found = curve(data_dir / "pretrain" / TEXT, own_base_dir)
-    np.testing.assert_allclose(found, recorded, rtol=0, atol=TOLERANCE)
+    actual = curve(data_dir / "pretrain" / TEXT, own_base_dir)
+    np.testing.assert_allclose(actual, recorded, rtol=0, atol=TOLERANCE)
 
 
 def record() -> None:

@@ -1,4 +1,4 @@
-"""Training: the same run however it is cut, wherever it runs, and whatever interrupts it."""
+"""Training: the same run however a batch is split, wherever it runs, and whatever interrupts it."""
 
 import dataclasses
 import json
@@ -25,7 +25,8 @@ from nanochat_jax.training import loop as train_module
 from nanochat_jax.training import optim, stages, validation
 from nanochat_jax.training import run as run_module
 from nanochat_jax.training.batch_shape import BatchShape, batch_shape_of_rows, rows_of_examples, rows_that_fit
-from nanochat_jax.training.loop import StepLog, train
+from nanochat_jax.training.interruption import Interruption
+from nanochat_jax.training.loop import DispatchedStep, StepLog, train
 from nanochat_jax.training.run import compiled_memory, open_run
 from nanochat_jax.training.step import TrainState, make_step
 
@@ -34,7 +35,7 @@ MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, s
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base folder with corpus and tokenizer, shared by the tests of this module; each uses a tag of its own."""
+    """A base folder with a corpus and a tokenizer, shared by the tests of this module; each test uses its own tag."""
     base = tmp_path_factory.mktemp("world")
     tiny.make_world(base)
     return base
@@ -54,11 +55,11 @@ def losses(run_dir) -> dict[int, float]:
 
 
 def one_step(grad_accum_steps: int, clip: float = 0.0, weights=None, tx=None):
-    """Loss, gradient norm and new parameters after one step on 8 rows cut into `micro` micro-batches."""
+    """Results and new parameters of one step on 8 rows, split into `grad_accum_steps` micro-batches."""
     tx = tx or optim.make_optimizer(MODEL.n_embd, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)
     params = gpt.init(MODEL, seed=1)
     ids = jax.random.randint(jax.random.key(0), (8, 17), 0, 100)
-    targets = jnp.where(jnp.arange(8)[:, None] + jnp.arange(16)[None] < 12, ids[:, 1:], -1)  # rows count unequally
+    targets = jnp.where(jnp.arange(8)[:, None] + jnp.arange(16)[None] < 12, ids[:, 1:], -1)  # rows with unequal counts
     batch = {"inputs": ids[:, :-1], "targets": targets} | ({} if weights is None else {"weights": weights})
     batch = {k: v.reshape(grad_accum_steps, -1, 16) for k, v in batch.items()}
     state, results = make_step(MODEL, tx, jnp.float32, clip)(TrainState(params, tx.init(params)), batch, 1.0)
@@ -66,10 +67,10 @@ def one_step(grad_accum_steps: int, clip: float = 0.0, weights=None, tx=None):
 
 
 def test_accumulation_equals_one_big_batch():
-    (whole, params), (cut, cut_params) = one_step(1), one_step(4)
-    assert cut.loss == pytest.approx(float(whole.loss), rel=1e-5)  # weighted by tokens, not a mean of means
-    assert cut.grad_norm == pytest.approx(float(whole.grad_norm), rel=1e-4)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cut_params), strict=True):
+    (whole, params), (split, split_params) = one_step(1), one_step(4)
+    assert split.loss == pytest.approx(float(whole.loss), rel=1e-5)  # weighted by tokens, not a mean of means
+    assert split.grad_norm == pytest.approx(float(whole.grad_norm), rel=1e-4)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(split_params), strict=True):
         assert np.mean(np.abs(a - b) > 1e-3) < 0.01  # Adam's first step is a sign: tiny gradients may flip
 
 
@@ -92,7 +93,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient():
     start = gpt.init(MODEL, seed=1)
 
     def moved(clip: float) -> tuple[float, float]:
-        """(Norm of the gradient, length of a step of plain gradient descent)."""
+        """(norm of the gradient, length of a step of plain gradient descent)."""
         results, params = one_step(2, clip, tx=optax.sgd(1.0))
         return float(results.grad_norm), float(optax.tree.norm(jax.tree.map(jnp.subtract, params, start)))
 
@@ -108,20 +109,20 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient():
 
 @pytest.fixture(scope="module")
 def ancestors(world):
-    """One run of base, mid and sft that the stages after them start from."""
+    """Trains one run of each stage before the given one, for it to start from."""
 
     def upto(stage: str) -> None:
         for parent in ("base", "mid", "sft"):
             if parent == stage:
                 return
-            result = tiny.run(parent, world, model_tag="parent")  # done once: the second time it is finished
+            result = tiny.run(parent, world, model_tag="parent")  # trained once: the second time it is finished
             assert result.returncode == 0, result.stderr
 
     return upto
 
 
 def test_data_that_end_skip_no_last_evaluation(world, ancestors):
-    """That a step is the last one is known only once there is no more, when others have run at it already."""
+    """That a step was the last one is known only when no batch follows, after other evaluations have run at it."""
     ancestors("sft")
     flags = {"num_iterations": -1, "eval_every": 1, "eval_metrics_every": 1000, "eval_metrics_tasks": "sums"}
     flags |= {"mixture": "sums=40", "eval_metrics_max_problems": 2, "save_every": -1}
@@ -134,7 +135,7 @@ def test_data_that_end_skip_no_last_evaluation(world, ancestors):
 
 
 def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
-    """Item 24 of upstream's bugs. In another process strings hash otherwise, and sets have another order."""
+    """Item 24 of upstream's bugs. In another process strings hash differently, and sets have another order."""
     ancestors("sft")
     for stage, kind in (("base", config.Base), ("mid", config.Mid)):
         train(commandline.parse(kind, tiny.command(stage, model_tag="again")[4:]))
@@ -148,8 +149,8 @@ def test_what_a_run_needs_is_told_before_the_first_shard_has_come(world):
     source, tokenizer = sources.open(), Tokenizer.load(world / "tokenizer")
     of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
     coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
-    said = stages.describe_data(dataclasses.replace(source, train_files=coming), 3 * of, tokenizer, world / "none")
-    assert said == f"{source.name}, 5 files of about {of} tokens, none of them here yet; this run needs 3, 0.60 epochs"
+    text = stages.describe_data(dataclasses.replace(source, train_files=coming), 3 * of, tokenizer, world / "none")
+    assert text == f"{source.name}, 5 files of about {of} tokens, none of them here yet; this run needs 3, 0.60 epochs"
 
 
 def test_interrupted_run_saves_and_goes_on(world):
@@ -163,7 +164,7 @@ def test_interrupted_run_saves_and_goes_on(world):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 130 and "the same command goes on" in output
+    assert process.returncode == 130 and "run the same command again to resume" in output
     (saved,) = checkpoint.steps(folder)
     assert saved == max(losses(folder)) > 0
 
@@ -181,7 +182,7 @@ def test_eight_devices_compute_what_one_does(world):
 
 @pytest.mark.slow
 def test_eight_devices_sample_what_one_does(world, ancestors):
-    """Answers, rewards and the first policy-gradient step; each device decodes its share of the answers."""
+    """The same answers, rewards and first policy-gradient step; each device decodes its share of the answers."""
     ancestors("rl")
     for number in (1, 8):
         result = tiny.run("rl", world, number, model_tag=f"on{number}", device_batch_size=1, num_iterations=2)
@@ -216,10 +217,10 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(world, capsys):
     content[len(content) // 2] ^= 1  # one bit
     victim.write_bytes(content)
     (folder / "step_000006").mkdir()
-    assert checkpoint.latest(folder) == 2  # as a reader finds it: whoever trains removes the half-written one
+    assert checkpoint.latest(folder) == 2  # as a reader sees it: a trainer removes the half-written one
     out = capsys.readouterr().out
     assert "step_000006: half-written" in out and "step_000004: optimizer" in out and "the one before it" in out
-    train(cfg)  # goes on from 2 and repairs 4
+    train(cfg)  # resumes at 2 and saves 4 again
     assert checkpoint.latest(folder) == 4
 
 
@@ -231,7 +232,7 @@ def test_what_a_process_killed_while_saving_left_is_removed(world):
         return [p.name for p in folder.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
 
     deadline = time.time() + 200
-    while not unfinished() and time.time() < deadline:  # again, should it have been complete just before the kill
+    while not unfinished() and time.time() < deadline:  # again if the checkpoint was complete just before the kill
         process = subprocess.Popen(
             command, cwd=REPOSITORY, env=tiny.environment(world), stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -240,15 +241,15 @@ def test_what_a_process_killed_while_saving_left_is_removed(world):
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (left,) = unfinished()
+    (torn,) = unfinished()
     (folder / "config.json.12345.part").write_text("{")
     complete = checkpoint.steps(folder)
-    with checkpoint.exclusive(folder):  # while the run belongs to somebody, it is left alone
+    with checkpoint.exclusive(folder):  # while another process holds the lock, nothing is removed
         assert tiny.run("base", world, model_tag="torn").returncode == 2
-        assert unfinished() == [left]
+        assert unfinished() == [torn]
     resumed = tiny.run("base", world, model_tag="torn", num_iterations=2000, save_every=1, resume=complete[-1] + 5000)
-    assert resumed.returncode == 2 and f"{left}: half-written" in resumed.stdout
-    assert f"no checkpoint of it in {folder}; there are: {complete[0]}" in resumed.stderr
+    assert resumed.returncode == 2 and f"{torn}: half-written" in resumed.stdout
+    assert f"no checkpoint of this step in {folder}; available: {complete[0]}" in resumed.stderr
     assert not unfinished() and not list(folder.glob("*.part")) and checkpoint.steps(folder) == complete
 
 
@@ -276,14 +277,14 @@ def test_mid_sft_and_rl_follow_each_other(world):
         assert all(np.isfinite(r["loss"]) for r in records if r["kind"] == "train")
         model = checkpoint.load_model(stage, "road")
         assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
-    judged = [r for r in records if r["kind"] == "val"]
-    assert [r["step"] for r in judged] == [0, 2, 4] and all(0 <= r["pass@1"] <= r["pass@2"] <= 1 for r in judged)
+    evaluated = [r for r in records if r["kind"] == "val"]
+    assert [r["step"] for r in evaluated] == [0, 2, 4] and all(0 <= r["pass@1"] <= r["pass@2"] <= 1 for r in evaluated)
     assert [r["dt"] is None for r in records if r["kind"] == "train"] == [True, False, False, False]
-    assert "4 a step, 4 answers each, 2 to train on" in result.stdout
+    assert "4 per step, 4 answers each, 2 to train on" in result.stdout
 
 
 def test_compiling_is_no_part_of_any_step(world, monkeypatch):
-    """The first step of a process takes as long as it takes to compile; no other one, nor its wait, has that in it."""
+    """Only the first step of a process includes the compilation; no later step or wait does."""
     made = train_module.step_of
 
     def slow(run):
@@ -317,7 +318,7 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
     train(tiny.base_config(model_tag="speed", num_iterations=5, save_every=-1))  # 2 micro-batches of 2 rows of 64
     records = [r for r in run_log.read(checkpoint.run_dir("base", "speed")) if r["kind"] == "train"]
     assert [(r["counted"], r["tokens"]) for r in records] == [(256, 256 * step) for step in range(1, 6)]
-    for record in records[1:-1]:  # the first one compiles, the last one waits for no other
+    for record in records[1:-1]:  # the first one compiles, the last one does not wait for the next
         assert record["dt"] > 0.1
         assert record["tok_per_s"] == pytest.approx(256 / record["dt"])
         assert record["mfu"] == pytest.approx(records[0]["flops"] / record["dt"] / 1e9)
@@ -357,7 +358,7 @@ def test_automatic_device_batch_is_the_largest_divisor_that_fits(rows, fits):
 
 
 def test_automatic_device_batch_takes_what_the_estimate_did_not_expect():
-    """What --shard=full and --remat save, for instance."""
+    """Such as what --shard=full and --remat save."""
     d20 = ModelFlags(depth=20).gpt_config(65536)
     tried = []
 
@@ -408,6 +409,13 @@ def test_ids_outside_the_vocabulary_are_refused():
             BatchShape(1, 2, 1, 64).shaped(batch, None, 320)
 
 
+def test_a_batch_that_is_left_on_the_host_is_refused(world, monkeypatch):
+    """An implicit transfer would stall every step, in silence."""
+    monkeypatch.setattr(BatchShape, "shaped", lambda self, batch, *_: {k: v[None] for k, v in batch.items()})
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(tiny.base_config(model_tag="host", device_batch_size=4))
+
+
 def test_rows_of_conversations_are_no_more_than_asked():
     for examples, length, rows in ((32, 100, 50), (32, 99, 50), (32, 16, 8), (30, 17, 8), (1, 9, 1)):
         assert rows_of_examples(examples, length, 64) == rows
@@ -444,30 +452,33 @@ def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
 
 def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     run, stage = SimpleNamespace(totals={"tokens": 6_291_456_000}), SimpleNamespace(steps=21400)
-    log = StepLog(run, stage)
-    log._smooth, log._weight = 3.1234, 1.0
+    log = StepLog(run, stage, Interruption())
+    log._smooth_loss, log._weight = 3.1234, 1.0
     log._steps_timed, log._seconds_timed = 100, 124.0
     place = {"epoch": 0, "shard": 112, "row_group": 45, "progress": 0.5, "waste": 0.0, "skipped": 0}
-    log._print(12000, 0.123, 1.0, 1.24, 422_813, 0.412, 0.56, 0.0002, place)
+    done = DispatchedStep(12000, {}, lr_mult=1.0, waited=0.0002, progress=0.56, info=place)
+    log._print(done, grad_norm=0.123, dt=1.24, speed=422_813, mfu=0.412)
     quiet = capsys.readouterr().out.rstrip("\n")
     assert quiet == (
         "step 12000/21400 (56.1%) | loss 3.1234 | grad 0.123 | 1240 ms | 423K tok/s | mfu 41.2% | 6.29B tokens | "
         "epoch 0 shard 112 group 45 | waste 0.0% | wait 0 ms | eta 3h14m"
     )
     assert len(quiet) <= 170
-    log._print(12000, 0.123, 0.5, 1.24, 422_813, None, 0.56, 0.034, place | {"waste": 0.012, "skipped": 1234})
-    said = capsys.readouterr().out
-    assert "lr x0.500" in said and "waste 1.2% | skipped 1,234 | wait 34 ms | eta" in said and "mfu n/a" in said
-    log._print(12000, 0.123, 1.0, None, None, None, 0.56, 0.0, {"shard": None, "progress": 0.25, "waste": 0.0004})
+    wasteful = done._replace(lr_mult=0.5, waited=0.034, info=place | {"waste": 0.012, "skipped": 1234})
+    log._print(wasteful, grad_norm=0.123, dt=1.24, speed=422_813, mfu=None)
+    line = capsys.readouterr().out
+    assert "lr x0.500" in line and "waste 1.2% | skipped 1,234 | wait 34 ms | eta" in line and "mfu n/a" in line
+    first = done._replace(waited=0.0, info={"shard": None, "progress": 0.25, "waste": 0.0004})
+    log._print(first, grad_norm=0.123, dt=None, speed=None, mfu=None)
     assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | waste 0.0% | wait 0 ms | eta" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("count", "said"),
+    ("count", "text"),
     [(0, "0"), (999, "999"), (1000, "1.00K"), (12_345.6, "12.3K"), (423_456, "423K"), (6.291e9, "6.29B")],
 )
-def test_large_numbers_in_three_digits(count, said):
-    assert short(count) == said
+def test_large_numbers_in_three_digits(count, text):
+    assert short(count) == text
 
 
 def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):

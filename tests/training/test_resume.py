@@ -24,12 +24,12 @@ from nanochat_jax.training import loop as training
 from nanochat_jax.training import rl, validation
 
 STEPS = {"base": 24, "mid": 24, "sft": 24, "rl": 12}
-CLOCKS = {"time", "dt", "tok_per_s", "mfu", "loader_wait", "sampling_seconds"}  # what no two runs share
+CLOCKS = {"time", "dt", "tok_per_s", "mfu", "loader_wait", "sampling_seconds"}  # differ from run to run
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base folder with corpus and tokenizer. Runs whose tag is `whole` are never interrupted."""
+    """A base folder with a corpus and a tokenizer. Runs with the tag `whole` are never interrupted."""
     base = tmp_path_factory.mktemp("world")
     tiny.make_world(base)
     (base / "whole.toml").write_text("seed = 7\n")  # a preset, since a stage starts from the run of its preset
@@ -47,7 +47,7 @@ def flags(world, stage, **changes):
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """The uninterrupted run of a stage and of those before it, made once."""
+    """The uninterrupted runs of a stage and of those before it, each trained once."""
     made = {}
 
     def upto(stage):
@@ -62,7 +62,7 @@ def whole(world):
 
 
 def records(run, kind="train"):
-    """What was logged of each step, without clocks."""
+    """The log record of each step, without times and speeds."""
     return {r["step"]: {k: v for k, v in r.items() if k not in CLOCKS} for r in run_log.read(run) if r["kind"] == kind}
 
 
@@ -85,7 +85,7 @@ def unfinished(run):
 
 
 def content(run, step):
-    """Everything a checkpoint holds but clocks: parameters and optimizer, the place in the data, the totals."""
+    """What a checkpoint holds, without times: parameters and optimizer, the place in the data, the totals."""
     from orbax.checkpoint import v1 as ocp
 
     folder = checkpoint.step_dir(run, step)
@@ -112,7 +112,7 @@ def assert_same_run(a, b):
 
 
 def live_and_die(stage, world, whole, kills, seed):
-    """Kills a run `kills` times at random moments, one of two while it saves, and lets it end. Compares."""
+    """Kills a run `kills` times at random moments, every other time while it saves, lets it end, and compares it."""
     expected = whole(stage)
     tag = f"{stage}{kills}"
     run, output, rng = checkpoint.run_dir(stage, tag), world / f"{tag}.txt", random.Random(seed)
@@ -151,7 +151,7 @@ def test_killed_twenty_times_is_the_uninterrupted_run_bit_for_bit(stage, world, 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_before_the_first_step_is_as_if_never_started(stage, world, whole):
-    """While modules load, the text is opened, the first step compiles: there is nothing to go on from yet."""
+    """While modules are imported, the text is opened and the first step is compiled, no checkpoint exists yet."""
     expected, tag, rng = whole(stage), f"{stage}early", random.Random(stage)
     output = world / f"{tag}.txt"
     for _ in range(10):
@@ -163,7 +163,7 @@ def test_killed_before_the_first_step_is_as_if_never_started(stage, world, whole
 
 
 def test_the_uninterrupted_runs_learn_something(whole):
-    """Or all of the above would hold for a program that does nothing."""
+    """Otherwise all of the above would hold for a program that does nothing."""
     for stage in STAGES:
         arrays, *_ = content(whole(stage), STEPS[stage])
         before = content(whole(stage), checkpoint.steps(whole(stage))[0])[0]
@@ -186,7 +186,7 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(stage, asked, world
     killable.until(lambda: logged(run) >= 5, process)
     os.kill(process.pid, asked)
     process.join(100)
-    assert process.exitcode == 128 + asked and "the same command goes on" in output.read_text()
+    assert process.exitcode == 128 + asked and "run the same command again to resume" in output.read_text()
     (step,) = checkpoint.steps(run)
     assert step == logged(run) >= 5, "not a step is lost"
     assert killable.run(stage, world, output, **flags(world, stage, model_tag=tag)) == 0
@@ -194,7 +194,7 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(stage, asked, world
 
 
 def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch):
-    """A shard may be an hour on its way, and whoever sends SIGTERM waits half a minute."""
+    """A shard may take an hour to arrive, but a sender of SIGTERM waits half a minute."""
     real = dataloader.BatchIterator.__next__
 
     def stalls(self):
@@ -227,7 +227,7 @@ def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch)
 def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
     def fails_after(good):
         def sample(run, stage, step):
-            assert checkpoint.latest(run.dir) == step, "the checkpoint is there, not on its way"
+            assert checkpoint.latest(run.dir) == step, "the checkpoint is complete, not still being written"
             if step > good:
                 raise RuntimeError("an evaluation that fails")
 
@@ -247,12 +247,12 @@ def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
 
 
 def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
-    """It is not preceded by a checkpoint each time; but the first time of a process is, and so is its error."""
-    real, calls, there = validation.validate, [], {}
+    """A checkpoint precedes only the first one in a process, but a failure saves before its error ends the run."""
+    real, calls, saved = validation.validate, [], {}
 
     def validate(run, stage, step):
         calls.append(step)
-        there[step] = checkpoint.latest(run.dir)
+        saved[step] = checkpoint.latest(run.dir)
         if len(calls) == 3:
             raise RuntimeError("a validation that fails")
         real(run, stage, step)
@@ -262,14 +262,14 @@ def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
     run = checkpoint.run_dir("base", "validated")
     with pytest.raises(RuntimeError, match="a validation that fails"):
         training.train(tiny.base_config(eval_every=5, **cfg))
-    assert there == {0: None, 5: None, 10: None} and checkpoint.steps(run) == [10]
+    assert saved == {0: None, 5: None, 10: None} and checkpoint.steps(run) == [10]
     training.train(tiny.base_config(eval_every=6, keep_last=9, **cfg))
-    assert calls == [0, 5, 10, 12, 18, 24] and (there[12], there[18]) == (12, 12)
+    assert calls == [0, 5, 10, 12, 18, 24] and (saved[12], saved[18]) == (12, 12)
     assert records(run) == records(whole("base"))
 
 
 def test_text_that_fails_costs_nothing(world, whole, monkeypatch, capsys):
-    """A shard is damaged, or stops coming: what has been learnt until then is kept."""
+    """If a shard is damaged or stops coming, what has been learned until then is kept."""
     real = dataloader.BatchIterator.__next__
 
     def fails(self):
@@ -290,9 +290,9 @@ def test_text_that_fails_costs_nothing(world, whole, monkeypatch, capsys):
 
 
 def test_a_failing_evaluation_of_answers_costs_nothing(world, whole, monkeypatch):
-    def evaluate(run, engine, task, step):
+    def evaluate(run, cfg, engine, task, step):
         if step:
-            assert checkpoint.latest(run.dir) == step, "the checkpoint is there, not on its way"
+            assert checkpoint.latest(run.dir) == step, "the checkpoint is complete, not still being written"
             raise RuntimeError("an evaluation that fails")
 
     whole("sft")
@@ -334,13 +334,15 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     assert meta["metrics"]["train"] == {k: v for k, v in logged_at(run, 4).items() if k in meta["metrics"]["train"]}
     assert meta["metrics"]["train"]["loss"] > 0
     assert meta["versions"].keys() >= {"commit", "python", "jax", "numpy", "flax", "optax", "orbax-checkpoint", "grain"}
-    said = capsys.readouterr().out
-    assert re.search(r"text: texts, 1 files of about [\d.]+K tokens; this run needs 1, 0\.\d\d epochs$", said, re.M)
+    out = capsys.readouterr().out
+    assert re.search(r"text: texts, 1 files of about [\d.]+K tokens; this run needs 1, 0\.\d\d epochs$", out, re.M)
     place = r"\| 256 tokens \| epoch \d shard 0 group \d \| waste 0\.0% \| wait \d+ ms \| eta n/a$"
-    assert re.search(place, said, re.M), said
+    assert re.search(place, out, re.M), out
 
     (folder / "b.txt").write_text("another validation text")
-    with pytest.raises(UserError, match=r"the text is not that of .*step_000002 \(other hash, validation\)"):
+    with pytest.raises(
+        UserError, match=r"the text is not the one that .*step_000002 was trained on \(different hash, validation\)"
+    ):
         training.train(tiny.base_config(resume="2", **cfg))
 
 
@@ -353,7 +355,7 @@ def test_a_run_goes_on_with_tokens_where_it_began_with_text(world, whole, capsys
         training.train(tiny.base_config(resume="10", **cfg))
     finally:
         shutil.rmtree(cache_dir)
-    assert re.search(r"tokens, 1 of them tokenized before; this run needs 1,", capsys.readouterr().out)
+    assert re.search(r"tokens, 1 of them already tokenized; this run needs 1,", capsys.readouterr().out)
     run = checkpoint.run_dir("base", "tokens")
     assert records(run) == records(whole("base"))
 
@@ -367,7 +369,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(world, whole):
     run.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(run)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")
+        pytest.skip("not permitted to mount a small disk")
     try:
         (run / "ballast").write_bytes(bytes(600_000))
         code = killable.run("base", world, output, **flags(world, "base", model_tag="full", keep_last=20))
@@ -404,12 +406,12 @@ def test_saved_on_eight_devices_resumed_on_others(devices, mesh, world):
     resumed = EIGHT_ROWS | {"model_tag": run.name} | mesh
     assert killable.run("base", world, output, devices, **resumed) == 0, output.read_text()
     assert "resuming at step 4" in output.read_text()
-    found = records(run)
-    assert found.keys() == expected.keys() == set(range(1, 9))
+    actual = records(run)
+    assert actual.keys() == expected.keys() == set(range(1, 9))
     for step, record in expected.items():
-        assert found[step]["loss"] == pytest.approx(record["loss"], rel=1e-4), step
+        assert actual[step]["loss"] == pytest.approx(record["loss"], rel=1e-4), step
         same = {k for k in record if k not in ("loss", "grad_norm")}
-        assert {k: found[step][k] for k in same} == {k: record[k] for k in same}
+        assert {k: actual[step][k] for k in same} == {k: record[k] for k in same}
     for step in (6, 8):
         places = [(checkpoint.step_dir(each, step) / "data.json").read_text() for each in (run, eight)]
         assert places[0] == places[1], "the same place in the data"

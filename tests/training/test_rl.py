@@ -1,4 +1,4 @@
-"""Rollouts become rows: what is trained on, with which weight, and in which order problems come."""
+"""How rollouts become rows: what is trained on, with which weights, and in which order problems come."""
 
 import math
 
@@ -7,19 +7,19 @@ import pytest
 
 from nanochat_jax.config import Rl, UserError
 from nanochat_jax.engine.request import Sample
-from nanochat_jax.training import rl
+from nanochat_jax.training import rl, rollouts
 
 PAD = 99
 
 
 def rollout(prompt, ids, mask, reward, advantage):
     sample = Sample(ids=ids, mask=mask, logprobs=[0.0] * len(ids), finish_reason="stop")
-    return rl.Rollout(prompt, sample, reward, advantage)
+    return rollouts.Rollout(prompt, sample, reward, advantage)
 
 
 def test_prompt_forced_tokens_and_padding_are_not_trained_on_and_the_end_is():
     group = [rollout([1, 2, 3], [10, 11, 12, 13], [1, 0, 0, 1], 1.0, 0.5), rollout([1], [20, 21], [1, 1], 0.0, -0.5)]
-    batch = rl.as_batch(group, 8, PAD)
+    batch = rollouts.as_batch(group, 8, PAD)
     np.testing.assert_array_equal(batch["inputs"][0], [1, 2, 3, 10, 11, 12, 13, PAD])
     np.testing.assert_array_equal(batch["targets"][0], [-1, -1, 10, -1, -1, 13, -1, -1])  # 13 ends the answer
     np.testing.assert_array_equal(batch["targets"][1], [20, 21, -1, -1, -1, -1, -1, -1])
@@ -42,7 +42,7 @@ def test_advantages_are_rewards_minus_the_mean_of_the_group():
             return " ".join(map(str, ids))
 
     class Engine:
-        cfg = type("Cfg", (), {"sequence_len": 64})
+        model_cfg = type("ModelConfig", (), {"sequence_len": 64})
 
         def run(self, requests):
             assert all(r.n == 4 and r.temperature == 1.0 for r in requests)
@@ -51,7 +51,7 @@ def test_advantages_are_rewards_minus_the_mean_of_the_group():
             return answers
 
     cfg = Rl(num_samples=4, max_new_tokens=8)
-    group = rl.rollouts(Engine(), Tokenizer(), Task(), [7, 5, 3], cfg, seed=0)
+    group = rollouts.sample_rollouts(Engine(), Tokenizer(), Task(), [7, 5, 3], cfg, seed=0)
     assert [r.reward for r in group] == [1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert [r.advantage for r in group] == [0.25] * 3 + [-0.75] + [-0.25] * 3 + [0.75] + [0.0] * 4
 
@@ -64,21 +64,21 @@ def group(first, *rewards):
 def test_what_can_teach_something_is_trained_on_first_and_filled_up_with_the_rest():
     sampled = group(1, 1, 1) + group(2, 0, 1) + group(3, 0, 0) + group(4, 1, 0)
     for count, expected in (1, [2]), (2, [2, 4]), (3, [2, 4, 1]):
-        chosen = rl.informative(sampled, count, size=2)
+        chosen = rollouts.select_informative(sampled, count, size=2)
         assert [r.prompt[0] for r in chosen] == [e for e in expected for _ in range(2)]
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 4), (3, 8), (5, 5)])
 def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(size, count):
-    walk = [i for step in range(2 * size) for i in rl.problems_of(step, size, count, seed=1)]
+    walk = [i for step in range(2 * size) for i in rollouts.problems_of(step, size, count, seed=1)]
     for epoch in range(len(walk) // size):
         assert sorted(walk[epoch * size : (epoch + 1) * size]) == list(range(size))
-    assert walk != [i for step in range(2 * size) for i in rl.problems_of(step, size, count, seed=2)]
+    assert walk != [i for step in range(2 * size) for i in rollouts.problems_of(step, size, count, seed=2)]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"device_batch_size": 3}, "--device_batch_size=3 does not divide the 4 answers a device .* try 1"),
+    [({"device_batch_size": 3}, "--device_batch_size=3 does not divide the 4 answers per device .* try 1"),
      ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 devices.*: try 2"),
      ({"num_samples": 3, "examples_per_step": 1}, "--examples_per_step=1 x --num_samples=3 answers do not divide")],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How a run starts: a start that is refused changes nothing, one that is not goes on from what is good."""
+"""How a run starts: a refused start changes nothing, and any other resumes from the last good checkpoint."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from scripts import base_loss
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base folder with corpus, tokenizer and a finished run, `made`, with the steps 2, 4, 6 and 8."""
+    """A base folder with a corpus, a tokenizer and a finished run, `made`, with the steps 2, 4, 6 and 8."""
     base = tmp_path_factory.mktemp("world")
     tiny.make_world(base)
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def in_world(own_base_dir, world, monkeypatch):
 
 @pytest.fixture
 def run(world, request):
-    """A copy of that run, with the test's name for a tag."""
+    """A copy of that run, with the name of the test as its tag."""
     folder = checkpoint.run_dir("base", re.sub(r"\W+", "-", request.node.name))
     shutil.copytree(checkpoint.run_dir("base", "made"), folder)
     return folder
@@ -54,7 +54,7 @@ def settings(tag, **changes):
 
 
 def contents(run):
-    """Every file of a run and its neighbours of the same name, but the lock."""
+    """Every file of a run, and of its neighbours whose names contain its own, except the lock."""
     files = [p for p in run.parent.rglob("*") if p.is_file() and run.name in str(p) and p.name != "lock"]
     return {p: p.read_bytes() for p in files}
 
@@ -80,13 +80,13 @@ def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
     other = dataclasses.replace(sources.open(), hash="another")
     monkeypatch.setattr(sources, "open", lambda *args: other)
     before = contents(run)
-    with pytest.raises(UserError, match="the text is not that of"):
+    with pytest.raises(UserError, match="the text is not the one that"):
         train(settings(run.name, resume="4"))
     assert contents(run) == before
 
 
 def test_a_run_of_other_conversations_changes_nothing(world):
-    """In another order, though the settings compare equal; or with other content."""
+    """In another order, which compares equal as settings, or with other content."""
     ours = world / "ours.jsonl"
     ours.write_text("".join(chat(f"Question {i}") for i in range(9)))
     mixture = f"sums=20,customjson:{ours}=9"
@@ -101,10 +101,10 @@ def test_a_run_of_other_conversations_changes_nothing(world):
         assert again.returncode == 2 and again.stderr.count("\n") == 1 and words in again.stderr, again.stderr
         assert contents(run) == before
 
-    refused(f"customjson:{ours}=9,sums=20", "the conversations are not those of")
-    refused(f"sums=21,customjson:{ours}=9", "a run started from other settings (mixture: ")
+    refused(f"customjson:{ours}=9,sums=20", "the conversations are not the ones that")
+    refused(f"sums=21,customjson:{ours}=9", "a run started with different settings (mixture: ")
     ours.write_text(ours.read_text().replace("Question 3", "Question ?"))
-    refused(mixture, "(other content)")
+    refused(mixture, "(different content)")
 
 
 def chat(question: str) -> str:
@@ -114,9 +114,9 @@ def chat(question: str) -> str:
 
 @pytest.mark.parametrize(
     ("stage", "changes", "words"),
-    [("rl", {"mixture": "sums=10,smoltalk=0"}, "--mixture: smoltalk has no answers that can be generated and judged"),
+    [("rl", {"mixture": "sums=10,smoltalk=0"}, "--mixture: smoltalk has no answers that can be generated and checked"),
      ("rl", {"examples_per_step": 0}, "--examples_per_step=0"),
-     ("sft", {"eval_metrics_tasks": "sums|customjson:{base}/chats.jsonl"}, "CustomJSON is only for training"),
+     ("sft", {"eval_metrics_tasks": "sums|customjson:{base}/chats.jsonl"}, "CustomJSON is for training only"),
      ("sft", {"eval_metrics_tasks": "sums|mmul"}, "unknown task 'mmul'")],
 )  # fmt: skip
 def test_tasks_are_looked_at_before_the_first_step(world, stage, changes, words):
@@ -137,11 +137,11 @@ def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
 
 
 # -----------------------------------------------------------------------------
-# Settings that came, changed or went since a run was saved
+# Settings that were added, changed or removed since a run was saved
 
 
 def with_config(run, step, change):
-    """Makes the checkpoint of a step one of other settings."""
+    """Changes the settings recorded in a checkpoint, and keeps its manifest valid."""
     folder = checkpoint.step_dir(run, step)
     meta = checkpoint.read_meta(run, step)
     change(meta["config"])
@@ -161,9 +161,9 @@ def test_a_setting_that_is_new_or_gone_stops_no_run(run, last, capsys):
             shutil.rmtree(checkpoint.step_dir(run, step))
     with_config(run, last, older)
     train(settings(run.name))
-    said = capsys.readouterr().out
-    assert ("is finished (step 8)" if last == 8 else "resuming at step 4") in said
-    assert "ignored: moon_phase" in said
+    out = capsys.readouterr().out
+    assert ("is finished (step 8)" if last == 8 else "resuming at step 4") in out
+    assert "ignored: moon_phase" in out
     with pytest.raises(UserError, match=r"settings \(weight_decay: 0.0, now 0.1\)"):
         train(settings(run.name, resume=str(last), weight_decay=0.1))
 
@@ -196,7 +196,7 @@ def test_what_was_logged_of_abandoned_steps_is_gone(run):
 
 
 # -----------------------------------------------------------------------------
-# What is damaged, what is missing
+# Damaged and missing checkpoints
 
 
 @pytest.mark.parametrize("good", [4, None])
@@ -236,16 +236,16 @@ def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
         assert "no base checkpoint" in tiny.run("mid", world, model_tag="orphan").stderr
     finally:
         aside.rename(base.parent)
-    (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained anew
-    assert "started from other weights" in tiny.run("mid", world, model_tag="child", num_iterations=4).stderr
+    (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained again
+    assert "started from different weights" in tiny.run("mid", world, model_tag="child", num_iterations=4).stderr
 
 
 # -----------------------------------------------------------------------------
-# Text that arrives meanwhile
+# Text that arrives in the meantime
 
 
 def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
-    """In the second epoch the order of the files depends on their number."""
+    """From the second epoch on, the order of the files depends on their number."""
     whole = sources.open()
     parts = []
     for i in range(5):
@@ -266,7 +266,7 @@ def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
     assert max(epoch for *_, epoch in expected.values()) > 1
     run("more", 3)
     assert run("more", 5, resume="10") == expected
-    with pytest.raises(UserError, match=r"is of 3 files of texts, there are 2: .* -n 3$"):
+    with pytest.raises(UserError, match=r"was trained on 3 files of texts, but only 2 are here: .* -n 3$"):
         run("more", 2, resume="10")
 
 
@@ -281,16 +281,17 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
                 model_tag=run.name, split_tokens=64 * 40, device_batch_size=4, compute_dtype="float32", **changes
             )
         )
-        return re.search(r"val bits per byte: ([\d.]+) .* tokens of (\w+)", said := capsys.readouterr().out), said
+        out = capsys.readouterr().out
+        return re.search(r"val bits per byte: ([\d.]+) .* tokens of (\w+)", out), out
 
-    found, said = measured()
+    match, out = measured()
     source, model = sources.open(), checkpoint.load_model("base", run.name)
     batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
     expected = bits_per_byte(EvalModel(model.params, model.model_cfg, model.tokenizer), batches)
     batches.close()
-    assert float(found[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in said
-    found, said = measured(data_dir=str(tmp_path))
-    assert "(other source, hash, validation)" in said and found[2] in tmp_path.name
+    assert float(match[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in out
+    match, out = measured(data_dir=str(tmp_path))
+    assert "(other source, hash, validation)" in out and match[2] in tmp_path.name
 
 
 # -----------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
 
 
 class FakeWandb:
-    """As much of wandb as a run uses; `runs` are those that were begun or gone on with."""
+    """The part of wandb that a run uses; `runs` lists those that were started or resumed."""
 
     def __init__(self):
         self.runs, self.finished = [], 0

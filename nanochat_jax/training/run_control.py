@@ -1,0 +1,105 @@
+"""What happens between two optimizer steps, in every stage: saving, evaluating and stopping."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import jax
+
+from nanochat_jax.config import first_line
+from nanochat_jax.progress import Timer
+from nanochat_jax.training.run import Run
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation every `every` steps and at the end. If `every` is below 1: never, or only at the end if `at_end`.
+
+    A `risky` evaluation, one that loads data or generates text, is preceded by a checkpoint every time. Any other is
+    preceded by one only the first time in a process: after that it is known to work, and a checkpoint each time would
+    cost more than it protects.
+    """
+
+    evaluate: Callable[[int], None]  # called with the step
+    every: int
+    risky: bool = True
+    at_start: bool = False
+    at_end: bool = False
+
+    def is_due(self, step: int, last: bool) -> bool:
+        if self.every < 1:
+            return self.at_end and last
+        return last or (step % self.every == 0 and (step > 0 or self.at_start))
+
+
+class RunControl:
+    """How far a run is, and when it was last saved and evaluated.
+
+    Every pass of a training loop begins with `save_if_due`, `exit` if there is a stop signal, and `evaluate_due`, in
+    this order: the checkpoint comes before the evaluation, so that no evaluation can cost the run its weights.
+    """
+
+    def __init__(
+        self, run: Run, evaluations: Sequence[Evaluation], place: dict, timer: Timer, flush: Callable[[], None]
+    ):  # fmt: skip
+        self.run, self.evaluations = run, evaluations
+        self.timer = timer  # of the steps; saving and evaluating are no part of them
+        self.flush = flush  # logs the steps that are not logged yet, so that they come before what is logged here
+        self.step = run.step  # optimizer steps that are done
+        self.place = place  # position in the data after the last batch that was trained on
+        self.saved_at = run.step if run.data is not None else -1
+        self.evaluated_at: dict[Evaluation, int] = {}  # by this process
+
+    def save_if_due(self, last: bool, stop: int | None) -> None:
+        """Saves after the last step, before a stop, before risky evaluations, and every --save_every steps."""
+        every = self.run.cfg.save_every
+        due = self._has_risk(self._due(last)) or (every > 0 and self.step % every == 0)
+        if (last or stop or (due and self.step > 0)) and self.saved_at != self.step:
+            self._save()
+
+    def evaluate_due(self, last: bool) -> None:
+        """Runs the evaluations that are due. If one fails, the state is saved before the error ends the run."""
+        due = self._due(last)
+        if not due:
+            return
+        self.flush()
+        if self._has_risk(due):  # it may end the process: the checkpoint must be complete, not still being written
+            self.run.saver.wait()
+        for evaluation in due:
+            try:
+                evaluation.evaluate(self.step)
+            except Exception:
+                self.rescue()
+                raise
+            self.evaluated_at[evaluation] = self.step
+        self.timer.lap()
+
+    def exit(self, stop: int) -> NoReturn:
+        """Ends the process because of the signal `stop`, once the checkpoint of this step is complete."""
+        self.run.saver.wait()
+        print(f"saved at step {self.step}: run the same command again to resume")
+        raise SystemExit(128 + stop)
+
+    def rescue(self) -> None:
+        """Saves before an unrelated error ends the run. Single process only: the others may be blocked in a
+        collective."""
+        if self.step == 0 or self.saved_at == self.step or jax.process_count() > 1:
+            return
+        try:
+            self._save()
+            self.run.saver.wait()
+            print(f"saved at step {self.step}, before the error")
+        except Exception as error:  # such as a loss that is not finite; the first error is the one to report
+            print(f"not saved: {first_line(error)}")
+
+    def _due(self, last: bool) -> list[Evaluation]:
+        return [e for e in self.evaluations if self.evaluated_at.get(e) != self.step and e.is_due(self.step, last)]
+
+    def _has_risk(self, due: list[Evaluation]) -> bool:
+        return any(e.risky or e not in self.evaluated_at for e in due)
+
+    def _save(self) -> None:
+        self.flush()
+        self.run.save(self.step, self.place)
+        self.saved_at = self.step
+        self.timer.lap()

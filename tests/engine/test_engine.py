@@ -106,7 +106,7 @@ def test_a_prompt_may_fill_the_context_but_not_more(engine, params, full):
 @pytest.mark.parametrize("length", [65, 96, 127, 159, CONTEXT])
 def test_a_long_prompt_is_prefilled_in_pieces_while_others_go_on(engine, params, full, length, monkeypatch):
     """Pieces of 64 in rows of 128 or 160 positions, of which the last piece of the latter overlaps the one before."""
-    monkeypatch.setattr("nanochat_jax.engine.engine.PREFILL_CHUNK", 64)
+    monkeypatch.setattr("nanochat_jax.engine.scheduler.PREFILL_CHUNK", 64)
     short, long = (Request(prompt(n, n), max_tokens=20, temperature=0, stop_ids=()) for n in (5, length))
     [[expected]] = engine.run([short])
     [[alone]] = engine.run([long])
@@ -283,8 +283,8 @@ def test_bfloat16_runs_alone_and_in_a_batch(params, cfg, tokenizer):
     for count in (1, 4):  # the four are prefilled together
         answers = engine.run([Request(prompt(5, i), max_tokens=6, stop_ids=()) for i in range(count)])
         assert [len(sample.ids) for [sample] in answers] == [6] * count
-    held = jax.tree.leaves(engine._cache)
-    assert {x.dtype for x in held} == {jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)}
+    buffers = jax.tree.leaves(engine._runner.cache)
+    assert {x.dtype for x in buffers} == {jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)}
 
 
 # -----------------------------------------------------------------------------
@@ -446,11 +446,12 @@ def test_buckets_are_few_and_hold_what_they_must():
 ON_DEVICES = """
 import json
 import jax
-from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.engine import engine as module
+from nanochat_jax.engine import scheduler
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
 from nanochat_jax.tokenizer import Tokenizer
 from scripted_model import scripted
 from test_engine import CALL, END, prompt
@@ -472,11 +473,11 @@ for params, slots in ((one, 16), (many, 16), (many, 6)):
     answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
     # The next turn of the last one goes on from what is left of it, another prompt is prefilled in pieces.
     last = [*requests[3].ids, *answers[3][2][0], *prompt(4, 4)]
-    for module.PREFILL_CHUNK, ids in ((512, last), (64, prompt(130, 5))):
+    for scheduler.PREFILL_CHUNK, ids in ((512, last), (64, prompt(130, 5))):
         events = list(engine.stream(Request(ids, max_tokens=9, seed=4, stop_ids=())))
-        answers.append([events[0].reused, [token for event in events for token in event.ids]])
-    module.PREFILL_CHUNK = 512
-    cache = engine._cache["k"] + engine._cache["v"]
+        answers.append([events[0].cached_tokens, [token for event in events for token in event.ids]])
+    scheduler.PREFILL_CHUNK = 512
+    cache = engine._runner.cache["k"] + engine._runner.cache["v"]
     spread = all(x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), x.ndim) for x in cache)
     print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
 """
@@ -484,7 +485,8 @@ for params, slots in ((one, 16), (many, 16), (many, 6)):
 
 def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests' / 'support'}"
+    folders = REPOSITORY, REPOSITORY / "tests" / "support", REPOSITORY / "tests" / "engine"
+    env["PYTHONPATH"] = os.pathsep.join(map(str, folders))
     done = subprocess.run(
         [sys.executable, "-c", ON_DEVICES], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300
     )

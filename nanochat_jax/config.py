@@ -13,7 +13,7 @@ class UserError(ValueError):
     """Something the user can mend. Scripts print it as one line, without a traceback, and exit with 2."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

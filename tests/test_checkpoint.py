@@ -26,7 +26,7 @@ def state(step, size=1000):
 def save(saver, *steps, **kwargs):
     for step in steps:
         saver.save(step, *state(step, **kwargs), DATA | {"rows": step}, META | {"step": step})
-    saver.wait()
+    saver.wait_all()
 
 
 def equal(a, b):
@@ -87,7 +87,7 @@ def test_the_caller_may_overwrite_what_it_saves(run):
     meta["stage"] = "changed"
     for leaf in jax.tree.leaves((params, opt_state)):
         leaf.delete()  # as the next step's donation does
-    saver.wait()
+    saver.wait_all()
     found = checkpoint.restore(run, 1, *like(state(0, size=1_000_000)))
     assert equal(found[:2], state(1, size=1_000_000)) and found[3] == META
 
@@ -99,7 +99,7 @@ def test_the_caller_goes_on_while_it_is_written(run, monkeypatch):
     saver.save(1, *state(1), DATA, META)
     assert checkpoint.steps(run) == []
     may.set()
-    saver.wait()
+    saver.wait_all()
     assert checkpoint.steps(run) == [1]
 
 
@@ -288,9 +288,9 @@ def test_a_disk_full_to_the_last_byte(small_disk):
 
 def test_a_failed_save_is_told_without_waiting_for_the_next(small_disk):
     saver = checkpoint.Saver(small_disk, keep_last=1)
-    saver.check()
+    saver.raise_if_failed()
     saver.save(1, *state(1, size=2_000_000), DATA, META)
     saver._thread.join()
     with pytest.raises(UserError, match=r"the disk is full: 6 MB free\); there is no earlier checkpoint"):
-        saver.check()
-    saver.check()
+        saver.raise_if_failed()
+    saver.raise_if_failed()

@@ -45,9 +45,14 @@ class Engine:
     """
 
     def __init__(
-        self, params: gpt.Params, model_cfg: GPTConfig, tokenizer: Tokenizer, slots: int = 8,
-        dtype: DTypeLike = jnp.float32, chunk: int = 16,
-    ):  # fmt: skip
+        self,
+        params: gpt.Params,
+        model_cfg: GPTConfig,
+        tokenizer: Tokenizer,
+        slots: int = 8,
+        dtype: DTypeLike = jnp.float32,
+        chunk: int = 16,
+    ):
         if slots < 1:
             raise UserError(f"slots is {slots}: must be at least 1")
         self.model_cfg, self.tokenizer, self.slots, self.dtype, self.chunk = model_cfg, tokenizer, slots, dtype, chunk
@@ -250,10 +255,16 @@ class Engine:
         if request.top_logprobs:
             top = _top_logprobs(tokens.top_ids[slot, :count], tokens.top_logprobs[slot, :count], request.top_logprobs)
         return Event(
-            prompt.id, sequence.sample, ids, [0] * forced + [1] * (count - forced), logprobs, reason, top,
+            prompt.id,
+            sequence.sample,
+            ids,
+            [0] * forced + [1] * (count - forced),
+            logprobs,
+            reason,
+            top,
             scores=prompt.scores if is_first else None,
             cached_tokens=prompt.cached_tokens if is_first and sequence.sample == 0 else 0,
-        )  # fmt: skip
+        )
 
     def _follow_tool_call(self, sequence: Sequence, token: int) -> None:
         """The tool state machine: python_start, an expression, python_end -> the result, if it has one, is forced."""

@@ -33,9 +33,15 @@ class ModelRunner:
     """Runs schedules for `slots` slots. It holds the weights, the cache and the rows of the prefill under way."""
 
     def __init__(
-        self, params: gpt.Params, model_cfg: GPTConfig, slots: int, chunk: int, dtype: DTypeLike, python_end: int,
+        self,
+        params: gpt.Params,
+        model_cfg: GPTConfig,
+        slots: int,
+        chunk: int,
+        dtype: DTypeLike,
+        python_end: int,
         cache_size: int,
-    ):  # fmt: skip
+    ):
         mesh = sharding.mesh_of(params)
         if mesh is not None and (mesh.size == 1 or slots % sharding.replicas(mesh)):
             mesh = None
@@ -148,10 +154,15 @@ class ModelRunner:
         zeros = functools.partial(np.zeros, dtype=np.int32)
         # The length of a free slot's row too, so that what it holds is not overwritten.
         inputs = DecodeInputs(
-            token=zeros(b), length=np.array(lengths, np.int32), left=zeros(b), active=np.zeros(b, bool),
-            tools=np.zeros(b, bool), stop=np.full((b, MAX_STOP_IDS), -1, np.int32),
-            forced=zeros((b, self.chunk)), forced_count=zeros(b),
-        )  # fmt: skip
+            token=zeros(b),
+            length=np.array(lengths, np.int32),
+            left=zeros(b),
+            active=np.zeros(b, bool),
+            tools=np.zeros(b, bool),
+            stop=np.full((b, MAX_STOP_IDS), -1, np.int32),
+            forced=zeros((b, self.chunk)),
+            forced_count=zeros(b),
+        )
         for slot, sequence in enumerate(sequences):
             if sequence is None:
                 continue

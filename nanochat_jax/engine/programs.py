@@ -143,9 +143,15 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"), donate_argnames="prefix")
 def prefill_chunk(
-    params: DecodeParams, ids: jax.Array, length: jax.Array, prefix: kv.KV, start: jax.Array, *,
-    model_cfg: GPTConfig, dtype: DTypeLike,
-) -> tuple[kv.KV, jax.Array]:  # fmt: skip
+    params: DecodeParams,
+    ids: jax.Array,
+    length: jax.Array,
+    prefix: kv.KV,
+    start: jax.Array,
+    *,
+    model_cfg: GPTConfig,
+    dtype: DTypeLike,
+) -> tuple[kv.KV, jax.Array]:
     """Chunks [p,t] of long prompts -> the cache rows `prefix` with them, next-token logits [p,v].
 
     `length` [p] of the tokens are valid, padded on the right; they go to position `start` [p] of their rows. The caller
@@ -157,9 +163,15 @@ def prefill_chunk(
 
 @functools.partial(jax.jit, static_argnames=("plan", "top", "mesh"))
 def first_tokens(
-    logits: jax.Array, row: jax.Array, settings: sampler.Settings, position: jax.Array, *,
-    plan: sampler.Plan, top: int, mesh: Mesh | None,
-) -> tuple[jax.Array, ...]:  # fmt: skip
+    logits: jax.Array,
+    row: jax.Array,
+    settings: sampler.Settings,
+    position: jax.Array,
+    *,
+    plan: sampler.Plan,
+    top: int,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, ...]:
     """The first token of each slot [b], drawn from row[i] of the prefill's logits [p,v], and its log-probability [b];
     then the `top` most likely tokens [b,top] and their log-probabilities."""
 
@@ -175,9 +187,15 @@ def first_tokens(
 
 @functools.partial(jax.jit, static_argnames=("fixed", "plan", "top"), donate_argnames="cache")
 def decode(
-    params: DecodeParams, cache: kv.KV, slots: DecodeInputs, settings: sampler.Settings, *,
-    fixed: Fixed, plan: sampler.Plan, top: int,
-) -> tuple[kv.KV, tuple[jax.Array, ...]]:  # fmt: skip
+    params: DecodeParams,
+    cache: kv.KV,
+    slots: DecodeInputs,
+    settings: sampler.Settings,
+    *,
+    fixed: Fixed,
+    plan: sampler.Plan,
+    top: int,
+) -> tuple[kv.KV, tuple[jax.Array, ...]]:
     """A chunk of decoding -> the cache, and the fields of Tokens.
 
     A row that is not active repeats its last step without growing, which leaves its cache as it is.

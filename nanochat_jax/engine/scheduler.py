@@ -136,9 +136,12 @@ class Scheduler:
         return self._schedule(prefill, running)
 
     def _schedule(
-        self, prefill: PrefillBatch | PrefillChunk | None, sequences: dict[int, Sequence],
-        first_tokens: dict[int, int] | None = None, scored: list[Prompt] | None = None,
-    ) -> Schedule:  # fmt: skip
+        self,
+        prefill: PrefillBatch | PrefillChunk | None,
+        sequences: dict[int, Sequence],
+        first_tokens: dict[int, int] | None = None,
+        scored: list[Prompt] | None = None,
+    ) -> Schedule:
         lengths = [self.slots.cached_length(slot) for slot in range(len(self.slots.sequences))]
         return Schedule(prefill, sequences, first_tokens or {}, scored or [], lengths, self.cache_size)
 

@@ -102,9 +102,9 @@ class Slots:
 
     def longest_prefix(self, ids: abc.Sequence[int]) -> tuple[int, int]:
         """(The slot whose cache row begins with the most tokens of `ids`, how many tokens these are)."""
-        rows = (sequence.ids[:-1] if sequence else leftover
-                for sequence, leftover in zip(self.sequences, self._leftover, strict=True))  # fmt: skip
-        shared = [common_prefix_length(row, ids) for row in rows]
+        rows = zip(self.sequences, self._leftover, strict=True)
+        cached = [sequence.ids[:-1] if sequence else leftover for sequence, leftover in rows]
+        shared = [common_prefix_length(row, ids) for row in cached]
         count = max(shared)
         return shared.index(count), count
 

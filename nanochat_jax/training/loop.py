@@ -60,7 +60,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 return
             try:
                 save()
-                run.saver.wait()
+                run.saver.wait_all()
                 print(f"saved at step {step}, before the error")
             except Exception as error:  # the error that was first is the one to tell; or the last loss is not finite
                 print(f"not saved: {error}")
@@ -75,13 +75,13 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             if (last or stop or (to_save and step > 0)) and saved_at != step:
                 save()
             if stop:
-                run.saver.wait()
+                run.saver.wait_all()
                 print(f"saved at step {step}: the same command goes on from here")
                 raise SystemExit(128 + stop)
             if due:
                 log.flush()
                 if risky:  # it may take the process with it: the checkpoint is to be there, not on its way
-                    run.saver.wait()
+                    run.saver.wait_all()
                 for evaluation in due:
                     try:
                         with devices.out_of_memory_explained("an evaluation", LESS_JUDGED):
@@ -119,7 +119,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 arrays["stop"] = sharding.put_flag(run.layout.mesh, wish)
             run.state, results = step_fn(run.state, arrays, jnp.float32(lr_mult))
             step += 1
-            run.saver.check()
+            run.saver.raise_if_failed()
             log.push(step, results, lr_mult, waited, progress)
         stage.loader.close()
         run.finish(step)

@@ -146,12 +146,12 @@ def train(cfg: config.Rl) -> None:
                 saved_at = step
                 timer.lap()
             if interruption.signal:
-                run.saver.wait()
+                run.saver.wait_all()
                 print(f"saved at step {step}: the same command goes on from here")
                 raise SystemExit(128 + interruption.signal)
             engine.set_params(run.state.params)
             if judged:
-                run.saver.wait()  # on the disk, not on its way
+                run.saver.wait_all()  # on the disk, not on its way
                 evaluate(run, engine, held_out, step)
                 engine.set_params(run.state.params)  # nothing of it is reused: a step is the same judged or not
                 timer.lap()
@@ -165,7 +165,7 @@ def train(cfg: config.Rl) -> None:
             with out_of_memory_in_step(shape.rows):
                 results = update(run, step_fn, chosen, shape, lr_mult)
             step += 1
-            run.saver.check()
+            run.saver.raise_if_failed()
             training = timer.lap()
             if step > run.step + 1:
                 pace.append(sampling + training)

@@ -115,7 +115,7 @@ class Run:
         self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name, save_seconds=timer.lap())
 
     def finish(self, step: int) -> None:
-        self.saver.wait()
+        self.saver.wait_all()
         self.log("note", step, text="finished")
         if self.wandb:
             self.wandb.finish()
@@ -158,7 +158,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Iterator[Run | Non
         try:
             yield run
         finally:
-            run.saver.join()  # not `wait`: the other processes need not be here
+            run.saver.wait_local()  # not `wait_all`: the other processes need not be here
 
 
 def _check(cfg: Train) -> None:

@@ -164,7 +164,12 @@ class Engine:
         While a long prompt is prefilled, a step does both: a chunk of the prompt and a chunk of decoding.
         """
         schedule = self._scheduler.schedule()
-        output = self._runner.run(schedule)
+        try:
+            output = self._runner.run(schedule)
+        except BaseException:
+            for slot in schedule.first_tokens:  # their rows may lack the prompt, which must not look cached
+                self._scheduler.slots.discard(slot)
+            raise
         return self._postprocess(schedule, output)
 
     def warmup(self, temperature: float, top_k: int) -> Iterator[int]:

@@ -84,6 +84,10 @@ class Slots:
         self._released_at[slot] = self._releases
         self._leftover[slot], self.sequences[slot] = sequence.ids[:-1], None
 
+    def discard(self, slot: int) -> None:
+        """Frees a slot whose row was never filled."""
+        self.sequences[slot] = None
+
     def clear_cache(self) -> None:
         """Forgets what free slots hold, since it is no longer valid."""
         self._leftover = [[] for _ in self.sequences]

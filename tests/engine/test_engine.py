@@ -207,6 +207,18 @@ def test_a_sample_that_ends_where_the_cache_does_is_not_reused_to_its_last_token
     check_logprobs(again, request, full(params, [*request.ids, *again.ids]))
 
 
+def test_a_prompt_whose_prefill_failed_is_not_reused(engine, params, monkeypatch):
+    def fail(batch):
+        raise MemoryError
+
+    engine.set_params(params)
+    ids = prompt(70)
+    with monkeypatch.context() as failing, pytest.raises(MemoryError):
+        failing.setattr(engine._runner, "_prefill_batch", fail)
+        engine.run([Request(ids)])
+    assert not engine.busy and greedy(engine, ids)[1] == 0
+
+
 def test_sampled_text_does_not_depend_on_the_company(engine):
     """Each request alone, then all of them together, which are prefilled in a batch and refill the slots."""
     requests = [

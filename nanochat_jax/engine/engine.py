@@ -1,7 +1,7 @@
 """The engine: all text is generated here, for the terminal, the server, evaluation and reinforcement learning.
 
 The life of a request: `add` puts it into the scheduler's queue. When a slot is free, a step prefills its prompt, alone
-or with others, at once or chunk by chunk, and from a cached prefix where there is one. Each of its n samples then takes
+or with others, whole or chunk by chunk, starting from a cached prefix if there is one. Each of its n samples then takes
 a slot: the prompt's keys and values are copied into the slot's cache row, and its first token is drawn. From then on,
 every step decodes a chunk, a fixed number of tokens for all slots, in one compiled program with sampling, stopping and
 forced tokens on the device. After each chunk the host hands out the new tokens, runs the calculator for python blocks

@@ -1,16 +1,16 @@
 """Checkpoints: save, restore, find. Nothing else touches Orbax.
 
-A run lives in <base>/<stage>_checkpoints/<tag>, with a folder a step:
+A run lives in <base>/<stage>_checkpoints/<tag>, with one folder per step:
 
     step_000250/params, optimizer    Orbax items; params can be restored alone
     step_000250/data.json, meta.json the data pipeline's position; step, configuration, versions, metrics so far
     step_000250/manifest.json        SHA-256 of every file above, written last
 
-There is no state of random numbers to save: all are drawn from the seed, which is a setting, and the step or the epoch.
+No random number state is saved: all random numbers are drawn from the seed, which is a setting, and the step or epoch.
 
 The manifest is the completion marker: a folder without it was being written when the process ended, and one whose
-files do not match it is damaged. Orbax alone loads a flipped bit without a word, hence the hashes. Either is passed
-over, with a line that says so, and the step before it is used.
+files do not match it is damaged. The hashes are needed because Orbax alone loads a flipped bit without complaint. Both
+kinds of folder are skipped, with a line that says so, and the step before is used.
 """
 
 import contextlib
@@ -22,28 +22,41 @@ import shutil
 import threading
 import time
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat_jax import files
-from nanochat_jax.config import REPOSITORY, STAGES, GPTConfig, UserError, base_dir
+from nanochat_jax.config import REPOSITORY, STAGES, GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
 
 if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
+
+    from nanochat_jax.model import gpt
     from nanochat_jax.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
-UNDER_WAY, COMPLETE, FAILED = range(3)  # how far a process is with its part of a save
+PyTree = Any  # nested containers of arrays, or of ShapeDtypeStructs with shardings
+
+
+class SaveState(IntEnum):
+    """How far a process is with its part of a save; integers, since the processes all-gather them."""
+
+    UNDER_WAY = 0
+    COMPLETE = 1
+    FAILED = 2
 
 
 def run_dir(stage: str, tag: str) -> Path:
-    """The folder of the run called `tag`. UserError for a name that leads elsewhere, or to what was moved aside."""
+    """The folder of the run called `tag`. UserError for a name that leads elsewhere, or to a run moved aside."""
     if "/" in tag or os.sep in tag or tag.startswith("."):
         raise UserError(f"--model_tag={tag}: must be a name, without / and not beginning with a dot")
     return base_dir() / f"{stage}_checkpoints" / tag
 
 
 def step_dir(run: Path, step: int) -> Path:
+    """The folder of a step: 250 -> <run>/step_000250."""
     return run / f"step_{step:06d}"
 
 
@@ -52,126 +65,139 @@ def step_dir(run: Path, step: int) -> Path:
 
 
 class Saver:
-    """Writes checkpoints of one run in the background and keeps the last few, and for good those of every
-    `keep_every`-th step (-1: none). One save at a time is under way.
+    """Writes the checkpoints of one run in the background, one at a time.
 
-    Of several processes each writes its arrays, the first one the rest. All call `save` and `wait` at the same point:
-    there a save that has failed on one of them ends all. Until then only that one knows: `failed` is to be told.
+    It keeps the last `keep_last` of them, and every `keep_every`-th step for good (-1: none). With several processes,
+    each writes its own shards and process 0 the rest. All must call `save` and `wait_all` at the same points, where a
+    failure on one raises on all. Until then only the failing process knows, so the caller must share `failed`.
     """
 
-    def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process: int = 0, processes: int = 1):
+    def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process_index: int = 0, process_count: int = 1):
         self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
-        self.first, self.together = process == 0, processes > 1
+        self.is_process_0, self.multi_process = process_index == 0, process_count > 1
         self._thread: threading.Thread | None = None
-        self._target: Path | None = None  # the folder it writes
+        self._target: Path | None = None  # the folder of the last save
         self._error: BaseException | None = None
 
-    def save(self, step: int, params, opt_state, data: dict, meta: dict) -> None:
-        """Returns once the arrays are copied from the devices, so that the caller may donate them to the next step."""
+    def save(self, step: int, params: PyTree, opt_state: PyTree, data: dict, meta: dict) -> None:
+        """Starts a save, once the one before it is complete. UserError if that one failed, or if this one cannot start.
+
+        It returns once the arrays are copied from the devices, so that the caller may donate them to the next step.
+        """
         from orbax.checkpoint import v1 as ocp
 
-        self.wait()
+        self.wait_all()
         target = self._target = step_dir(self.run, step)
-        # What is there is torn, damaged or from before a resume: it does not count.
+        # An existing folder does not count: it is half-written, damaged, or from before a resume.
         processes.broadcast_from_0(lambda: shutil.rmtree(target) if target.exists() else None)
-        meta = json.dumps(meta, indent=1)  # now: the caller goes on changing what it holds
+        meta_text = json.dumps(meta, indent=1)  # now, because the caller goes on changing what `meta` holds
         try:
-            writing = ocp.save_checkpointables_async(target.resolve(), {"params": params, "optimizer": opt_state})
+            writing = ocp.save_checkpointables_async(str(target.resolve()), {"params": params, "optimizer": opt_state})
         except OSError as error:  # no room even for its folder
-            self._give_up(error)
-            return self.check()
-        self._thread = threading.Thread(target=self._finish, args=(writing, target, data, meta), name="checkpoint")
+            self._record_failure(error)
+            return self.raise_if_failed()
+        args = writing, target, data, meta_text
+        self._thread = threading.Thread(target=self._finish, args=args, name="checkpoint")
         self._thread.start()
 
-    def _finish(self, writing, target: Path, data: dict, meta: str) -> None:
+    def _finish(self, writing: "ocp.AsyncResponse[None]", target: Path, data: dict, meta_text: str) -> None:
+        """Waits for the arrays, then writes the other files, the manifest last. Runs in a thread."""
         try:
             writing.result()
-            if not self.first:
+            if not self.is_process_0:
                 return
             files.write_text(target / "data.json", json.dumps(data))
-            files.write_text(target / "meta.json", meta)
+            files.write_text(target / "meta.json", meta_text)
             _write_manifest(target)
-            self._prune(int(target.name.removeprefix("step_")))
+            self._remove_old(int(target.name.removeprefix("step_")))
         except BaseException as error:
-            self._give_up(error)
+            self._record_failure(error)
 
-    def _prune(self, saved: int) -> None:
-        """Removes steps before the one just saved, as far as they are not to be kept."""
+    def _remove_old(self, saved: int) -> None:
+        """Removes the steps before the one just saved that need not be kept."""
         earlier = [step for step in steps(self.run) if step < saved]
         for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
-                (step_dir(self.run, old) / MANIFEST).unlink()  # first: what is left after a kill is incomplete
+                (step_dir(self.run, old) / MANIFEST).unlink()  # first, so that a kill leaves an incomplete folder
                 shutil.rmtree(step_dir(self.run, old))
 
-    def _give_up(self, error: BaseException) -> None:
-        """Keeps the error for `wait`, and makes room, unless other processes may be writing there."""
+    def _record_failure(self, error: BaseException) -> None:
+        """Keeps the error for the caller, and frees the disk unless other processes may be writing there."""
         self._error = error
-        if not self.together:
-            self._make_room()
+        if not self.multi_process:
+            self._remove_unfinished()
 
-    def _make_room(self) -> None:
-        """Removes what was written of a step: it is of no use."""
-        for folder in self.run.glob(f"{self._target.name}*"):  # Orbax's own temporary one too
+    def _remove_unfinished(self) -> None:
+        """Removes what was written of the failed step, which is useless."""
+        assert self._target is not None, "no save was started"
+        for folder in self.run.glob(f"{self._target.name}*"):  # including Orbax's temporary one
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed on this process, and nobody has been told."""
+        """Whether a save has failed on this process and the error has not been raised yet."""
         return self._error is not None
 
-    def check(self) -> None:
-        """The error of a save that has failed meanwhile, as `wait` raises it; does not wait for one under way. Of
-        several processes none may go alone: there it does nothing."""
-        if not self.together and not (self._thread and self._thread.is_alive()):
-            self.join()
+    def raise_if_failed(self) -> None:
+        """Raises a UserError if a save has failed, without waiting for one that is under way.
 
-    def wait(self) -> None:
-        """Until the save under way is complete, on all processes. Where it has failed, a UserError on each of them."""
-        if self.together:
-            self._wait_together()
-        self.join()
+        With several processes it does nothing, since no process may stop alone.
+        """
+        if not self.multi_process and not (self._thread and self._thread.is_alive()):
+            self.wait_local()
 
-    def join(self) -> None:
-        """Until this process has done its part of the save under way. Its error, if it had one, as a UserError."""
+    def wait_all(self) -> None:
+        """Waits until the save is complete on all processes. If it fails on one, every process raises a UserError."""
+        if self.multi_process:
+            self._wait_for_other_processes()
+        self.wait_local()
+
+    def wait_local(self) -> None:
+        """Waits until this process has done its part of the save. UserError if that part failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
         if self._error:
             error, self._error = self._error, None
-            reason = self._reason(error)
-            raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last()}") from error
+            reason = self._describe(error)
+            raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last_good()}") from error
 
-    def _wait_together(self) -> None:
-        while UNDER_WAY in (states := processes.all_gather(self._state())) and FAILED not in states:
+    def _wait_for_other_processes(self) -> None:
+        """Returns once all processes are done, or one has failed; if it was another one, raises a UserError."""
+        states = processes.all_gather(self._state())
+        while SaveState.UNDER_WAY in states and SaveState.FAILED not in states:
             if self._thread:
                 self._thread.join(0.1)
-        if FAILED not in states:
+            states = processes.all_gather(self._state())
+        if SaveState.FAILED not in states:
             return
         error = self._error
-        # The thread may wait up to 20 minutes for what another process should have done.
+        # Otherwise the thread may wait up to 20 minutes for what another process should have done.
         processes.disconnect()
         if self._thread:
             self._thread.join()
         self._thread, self._error = None, error
-        if self.first:
-            self._make_room()
+        if self.is_process_0:
+            self._remove_unfinished()
         if error is None:
-            raise UserError(f"another process could not save a checkpoint in {self.run}; {self._last()}")
+            raise UserError(f"another process could not save a checkpoint in {self.run}; {self._last_good()}")
 
-    def _state(self) -> int:
+    def _state(self) -> SaveState:
         if self._thread and self._thread.is_alive():
-            return UNDER_WAY
-        return FAILED if self._error else COMPLETE
+            return SaveState.UNDER_WAY
+        return SaveState.FAILED if self._error else SaveState.COMPLETE
 
-    def _last(self) -> str:
+    def _last_good(self) -> str:
+        """The end of an error message: what the run can be resumed from."""
         kept = steps(self.run)
         return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
-    def _reason(self, error: BaseException) -> str:
-        said = str(error).strip() or type(error).__name__
-        if os.strerror(errno.ENOSPC) not in said and os.strerror(errno.EDQUOT) not in said:
-            return said.splitlines()[0]
+    def _describe(self, error: BaseException) -> str:
+        """One line about an error, with the room left if the disk is full."""
+        message = str(error)
+        if os.strerror(errno.ENOSPC) not in message and os.strerror(errno.EDQUOT) not in message:
+            return first_line(error)
         free = f"{shutil.disk_usage(self.run).free / 1e6:,.0f} MB free"
         kept = steps(self.run)
         size = sum(p.stat().st_size for p in step_dir(self.run, kept[-1]).rglob("*")) if kept else 0
@@ -188,13 +214,15 @@ def _write_manifest(folder: Path) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps whose saving was completed, ascending."""
+    """The steps whose saves are complete, in ascending order."""
     return sorted(int(p.parent.name.removeprefix("step_")) for p in run.glob(f"step_*/{MANIFEST}"))
 
 
 def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
-    """What is wrong with a step's folder, None if its files are those that were saved. Those whose names begin with
-    one of `without` are not looked at."""
+    """What is wrong with a step's folder; None if its files are those that were saved.
+
+    Files whose names begin with one of `without` are not checked.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -213,60 +241,69 @@ def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
 
 
 def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
-    """The newest step that verifies, None if there is none. Says which ones it passes over and why."""
-    torn = [p for p in run.glob("step_*") if not (p / MANIFEST).exists()]
-    for path in torn:
-        print(f"ignoring {path}: half-written")
+    """The newest step whose files match its manifest; None if there is none. Prints which steps it skips and why."""
+    for folder in run.glob("step_*"):
+        if not (folder / MANIFEST).exists():
+            print(f"ignoring {folder}: half-written")
     for step in reversed(steps(run)):
-        wrong = damage(step_dir(run, step), without)
-        if wrong is None:
+        problem = damage(step_dir(run, step), without)
+        if problem is None:
             return step
-        print(f"ignoring {step_dir(run, step)}: {wrong}; trying the one before it")
+        print(f"ignoring {step_dir(run, step)}: {problem}; trying the one before it")
     return None
 
 
 def read_meta(run: Path, step: int) -> dict:
+    """The contents of a step's meta.json."""
     return json.loads((step_dir(run, step) / "meta.json").read_text(encoding="utf-8"))
 
 
-def restore(run: Path, step: int, params, opt_state):
-    """(params, opt_state, data, meta) of a step, with the shardings and dtypes of the trees given."""
+def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, dict, dict]:
+    """(params, opt_state, data, meta) of a step, with the shardings and dtypes of the given trees.
+
+    UserError if their shapes differ from the checkpoint's.
+    """
     from orbax.checkpoint import v1 as ocp
 
     folder = step_dir(run, step)
     _check_shapes(folder, params=params, optimizer=opt_state)
-    items = ocp.load_checkpointables(folder.resolve(), {"params": params, "optimizer": opt_state})
+    items = ocp.load_checkpointables(str(folder.resolve()), {"params": params, "optimizer": opt_state})
     data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     return items["params"], items["optimizer"], data, read_meta(run, step)
 
 
-def restore_params(run: Path, step: int, params):
-    """The parameters alone, like the tree given (arrays or ShapeDtypeStructs with shardings)."""
+def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
+    """Only the parameters of a step, with the shardings and dtypes of the given tree.
+
+    UserError if its shapes differ from the checkpoint's.
+    """
     from orbax.checkpoint import v1 as ocp
 
     _check_shapes(step_dir(run, step), params=params)
-    return ocp.load_checkpointables(step_dir(run, step).resolve(), {"params": params})["params"]
+    return ocp.load_checkpointables(str(step_dir(run, step).resolve()), {"params": params})["params"]
 
 
-def _check_shapes(folder: Path, **wanted) -> None:
-    """UserError where the arrays of a checkpoint are not those of the trees; Orbax's own complaint is pages long."""
+def _check_shapes(folder: Path, **wanted: PyTree) -> None:
+    """UserError if the arrays of a checkpoint differ in shape from the trees'; Orbax's own message is pages long."""
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    def shapes(tree) -> dict[str, tuple]:
+    def shapes(tree: PyTree) -> dict[str, tuple]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        # By names alone: Orbax gives back dicts where there were named tuples.
-        return {"/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf.shape
-                for path, leaf in leaves}  # fmt: skip
+        # Only the names are compared, since Orbax returns dicts in place of named tuples.
+        return {
+            "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf.shape
+            for path, leaf in leaves
+        }
 
-    found = ocp.checkpointables_metadata(folder.resolve()).metadata
+    metadata = ocp.checkpointables_metadata(str(folder.resolve())).metadata
     for item, tree in wanted.items():
-        there, here = shapes(found[item]), shapes(tree)
-        for name in sorted(there.keys() | here.keys()):
-            if there.get(name) != here.get(name):
-                told = [str(shape[name]) if name in shape else "missing" for shape in (there, here)]
+        saved, expected = shapes(metadata[item]), shapes(tree)
+        for name in sorted(saved.keys() | expected.keys()):
+            if saved.get(name) != expected.get(name):
+                there, here = saved.get(name, "missing"), expected.get(name, "missing")
                 raise UserError(
-                    f"{folder} is of a model of another shape: {item}/{name} is {told[0]} there and {told[1]} here; "
+                    f"{folder} holds a model of another shape: {item}/{name} is {there} there and {here} here; "
                     "choose another --model_tag"
                 )
 
@@ -277,8 +314,8 @@ def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def clear_unfinished(run: Path) -> None:
-    """Removes what a process that was killed while saving has left. Needs the run's lock: so nobody is saving now."""
-    for folder in run.glob("step_*"):  # Orbax's own temporary folders among them
+    """Removes what a process that was killed while saving has left. The caller holds the lock, so nobody is saving."""
+    for folder in run.glob("step_*"):  # including Orbax's temporary folders
         if not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
             print(f"removed {folder}: half-written")
@@ -287,20 +324,20 @@ def clear_unfinished(run: Path) -> None:
 
 
 def abandon_after(run: Path, step: int) -> None:
-    """Renames the checkpoints after `step`: the run goes on from there, and they are of another future."""
+    """Renames the checkpoints after `step`: the run resumes from there and will save other ones."""
     for folder in run.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
             print(f"moved {folder.name} to {_set_aside(folder, f'abandoned_{folder.name}')}")
 
 
 def move_aside(run: Path) -> None:
-    """Renames a run's folder out of the way; nothing is deleted."""
+    """Renames a run's folder so that a new run can take its place; nothing is deleted."""
     if run.exists():
         print(f"moved the old run to {_set_aside(run, f'.{run.name}')}")
 
 
 def _set_aside(folder: Path, name: str) -> Path:
-    """Renames a folder to `name` and the time, and a number where that has been taken within the same second."""
+    """Renames a folder to `name` plus the time, and a number if that name is taken within the same second."""
     stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
@@ -316,7 +353,7 @@ def _set_aside(folder: Path, name: str) -> Path:
 class TrainedModel:
     """A trained model: float32 parameters on one device, its shape, its tokenizer, and where it came from."""
 
-    params: dict
+    params: "gpt.Params"
     model_cfg: GPTConfig
     tokenizer: "Tokenizer"
     stage: str
@@ -327,11 +364,15 @@ class TrainedModel:
 
     @property
     def name(self) -> str:
+        """The model's id in the API, like nanochat-d20-sft."""
         return f"nanochat-{self.tag}-{self.stage}"
 
 
 def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
-    """Folder and step of a checkpoint. No tag: the most recently saved run of the stage; no step: the latest good."""
+    """(Folder of a run, step) of a checkpoint.
+
+    Without a tag, the stage's most recently saved run; without a step, the latest good one. UserError if there is none.
+    """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
     run = run_dir(stage, tag)
@@ -339,32 +380,32 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
         if not (saved := _saved(stage)):
             raise _nothing_saved(stage, tag)
         run = max(saved, key=lambda p: p.stat().st_mtime).parents[1]
-    for_training = ("optimizer/", "data.json")
+    only_for_training = ("optimizer/", "data.json")
     if step >= 0:
         if step not in steps(run):
-            there = ", ".join(map(str, steps(run))) or "none"
-            raise UserError(f"no checkpoint of step {step} in {run}; there are: {there}")
-        if wrong := damage(step_dir(run, step), for_training):
-            raise UserError(f"{step_dir(run, step)}: {wrong}")
+            existing = ", ".join(map(str, steps(run))) or "none"
+            raise UserError(f"no checkpoint of step {step} in {run}; there are: {existing}")
+        if problem := damage(step_dir(run, step), only_for_training):
+            raise UserError(f"{step_dir(run, step)}: {problem}")
         return run, step
-    found = latest(run, for_training)
-    if found is None:
+    newest = latest(run, only_for_training)
+    if newest is None:
         raise _nothing_saved(stage, tag)
-    return run, found
+    return run, newest
 
 
 def _saved(stage: str) -> list[Path]:
-    """The manifests of all checkpoints of a stage, but for runs that were moved aside."""
+    """The manifests of all checkpoints of a stage, except in runs that were moved aside."""
     return [p for p in run_dir(stage, "").glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
 
 
 def _nothing_saved(stage: str, tag: str) -> UserError:
-    """Names the runs there are, and the command that makes the one that is missing."""
+    """An error that names the existing runs, and the command that makes the missing one."""
     others = sorted({p.parents[1].name for p in _saved(stage)} - {tag})
-    there = f"there is {', '.join(others)}; or " if others else ""
+    existing = f"there is {', '.join(others)}; or " if others else ""
     preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
     command = f"run python -m scripts.train --stage={stage}{preset}"
-    return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {there}{command}")
+    return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {existing}{command}")
 
 
 def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
@@ -374,7 +415,7 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
     from nanochat_jax.model import gpt
 
     if jax.process_count() > 1:
-        raise UserError("a model is evaluated and talked to in one process, on all devices of one host: start one task")
+        raise UserError("evaluation and chat run in one process, on all devices of one host: start one task")
     run, step = find(stage, tag, step)
     meta = read_meta(run, step)
     model_cfg = GPTConfig(**meta["model"])
@@ -388,7 +429,10 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
 
 
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
-    """The tokenizer the run was trained with: the present one, or an older one that tok_train has moved aside."""
+    """The tokenizer that the run was trained with: the current one, or an older one that tok_train has moved aside.
+
+    UserError if there is none with its hash.
+    """
     from nanochat_jax.tokenizer import Tokenizer
 
     wanted = meta["tokenizer"]
@@ -399,5 +443,5 @@ def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
 
 
 def model_meta(model_cfg: GPTConfig) -> dict:
-    """The entry of meta.json that `load_model` builds the GPTConfig from."""
+    """The entry of meta.json from which `load_model` builds the GPTConfig."""
     return {"model": asdict(model_cfg)}

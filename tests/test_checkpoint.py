@@ -1,4 +1,4 @@
-"""Checkpoints: damage of every kind is found, a full disk costs nothing that was saved, and old ones go by policy."""
+"""Checkpoints: every kind of damage is found, a full disk destroys nothing, old ones are removed as configured."""
 
 import random
 import shutil
@@ -18,7 +18,7 @@ META = {"stage": "base", "step": 0, "totals": {"tokens": 7}}
 
 
 def state(step, size=1000):
-    noise = jax.random.normal(jax.random.key(step), (2, size))  # it does not compress
+    noise = jax.random.normal(jax.random.key(step), (2, size))  # noise does not compress
     params = {"wte": noise[0], "blocks": {"wq": jnp.full((2, 3), float(step))}}
     return params, {"count": jnp.int32(step), "momentum": noise[1]}
 
@@ -26,7 +26,7 @@ def state(step, size=1000):
 def save(saver, *steps, **kwargs):
     for step in steps:
         saver.save(step, *state(step, **kwargs), DATA | {"rows": step}, META | {"step": step})
-    saver.wait()
+    saver.wait_all()
 
 
 def equal(a, b):
@@ -51,7 +51,7 @@ def run(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """A run with steps 1 and 2, to be copied and damaged."""
+    """A run with steps 1 and 2, for tests to copy and damage."""
     folder = tmp_path_factory.mktemp("two") / "run"
     folder.mkdir()
     save(checkpoint.Saver(folder, keep_last=2), 1, 2)
@@ -87,27 +87,27 @@ def test_the_caller_may_overwrite_what_it_saves(run):
     meta["stage"] = "changed"
     for leaf in jax.tree.leaves((params, opt_state)):
         leaf.delete()  # as the next step's donation does
-    saver.wait()
-    found = checkpoint.restore(run, 1, *like(state(0, size=1_000_000)))
-    assert equal(found[:2], state(1, size=1_000_000)) and found[3] == META
+    saver.wait_all()
+    *arrays, _, saved_meta = checkpoint.restore(run, 1, *like(state(0, size=1_000_000)))
+    assert equal(tuple(arrays), state(1, size=1_000_000)) and saved_meta == META
 
 
 def test_the_caller_goes_on_while_it_is_written(run, monkeypatch):
-    write, may = checkpoint._write_manifest, threading.Event()
-    monkeypatch.setattr(checkpoint, "_write_manifest", lambda folder: may.wait(60) and write(folder))
+    write, go_on = checkpoint._write_manifest, threading.Event()
+    monkeypatch.setattr(checkpoint, "_write_manifest", lambda folder: go_on.wait(60) and write(folder))
     saver = checkpoint.Saver(run, keep_last=1)
     saver.save(1, *state(1), DATA, META)
     assert checkpoint.steps(run) == []
-    may.set()
-    saver.wait()
+    go_on.set()
+    saver.wait_all()
     assert checkpoint.steps(run) == [1]
 
 
 def test_restoring_casts(run):
     save(checkpoint.Saver(run, keep_last=1), 3)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), state(0)[0])
-    found = checkpoint.restore_params(run, 3, half)
-    assert equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state(3)[0]))
+    params = checkpoint.restore_params(run, 3, half)
+    assert equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state(3)[0]))
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_any_file_spoilt_means_the_step_before(copy, how, capsys):
         capsys.readouterr()
         spoil(path, how, rng)
         assert checkpoint.latest(copy) == 1, name
-        said = capsys.readouterr().out
-        assert said.count("\n") == 1 and f"ignoring {checkpoint.step_dir(copy, 2)}: " in said
-        assert str(name) in said or name.name == checkpoint.MANIFEST, said
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1 and f"ignoring {checkpoint.step_dir(copy, 2)}: " in out
+        assert str(name) in out or name.name == checkpoint.MANIFEST, out
         path.write_bytes(before)
     assert checkpoint.latest(copy) == 2
     assert equal(restored(copy, 1)[:2], state(1))
@@ -223,7 +223,7 @@ def test_nothing_good_is_none(copy, capsys):
 
 
 def test_a_model_to_talk_to_does_not_need_the_optimizer(two_steps, own_base_dir, capsys):
-    """Each file either is not needed, or its damage is seen before anything is loaded."""
+    """Each file either is not needed, or its damage is found before anything is loaded."""
     folder = checkpoint.run_dir("base", "tag")
     folder.parent.mkdir(parents=True)
     shutil.copytree(two_steps, folder)
@@ -268,12 +268,12 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(small_disk):
         with pytest.raises(UserError, match=message) as caught:
             save(saver, 2, size=size)
         assert "\n" not in str(caught.value)
-        assert sorted(p.name for p in small_disk.iterdir()) == ["step_000001"], "what is of no use takes no room"
+        assert sorted(p.name for p in small_disk.iterdir()) == ["step_000001"], "what is useless takes no room"
         assert checkpoint.latest(small_disk) == 1
-    found = checkpoint.restore(small_disk, 1, *like(state(0, size=100_000)))
-    assert equal(found[:2], state(1, size=100_000))
+    first = checkpoint.restore(small_disk, 1, *like(state(0, size=100_000)))
+    assert equal(first[:2], state(1, size=100_000))
     save(saver, 2, size=100_000)
-    assert checkpoint.steps(small_disk) == [1, 2], "with room again, the run goes on"
+    assert checkpoint.steps(small_disk) == [1, 2], "once there is room again, the run continues"
 
 
 def test_a_disk_full_to_the_last_byte(small_disk):
@@ -288,9 +288,9 @@ def test_a_disk_full_to_the_last_byte(small_disk):
 
 def test_a_failed_save_is_told_without_waiting_for_the_next(small_disk):
     saver = checkpoint.Saver(small_disk, keep_last=1)
-    saver.check()
+    saver.raise_if_failed()
     saver.save(1, *state(1, size=2_000_000), DATA, META)
     saver._thread.join()
     with pytest.raises(UserError, match=r"the disk is full: 6 MB free\); there is no earlier checkpoint"):
-        saver.check()
-    saver.check()
+        saver.raise_if_failed()
+    saver.raise_if_failed()

@@ -1,53 +1,65 @@
-"""The key/value cache of the engine: one pair of buffers a layer, one row a slot.
+"""The engine's key/value cache: one pair of buffers per layer, one row per slot.
 
-A cache is {"k": [l arrays [b,n,s,k]], "v": the same}; a head's keys lie together, because that is how attention reads
-them. All rows share s, which is always one of a few bucket sizes, so that attention covers what is filled rather than
-the whole context, and few shapes are compiled. Rows need no clearing: what lies behind a row's length is masked by
-attention and overwritten as the row grows.
+A cache is {"k": [l arrays [b,n,s,k]], "v": the same}. The keys of one head are contiguous, because attention reads them
+that way. All rows have the same number of positions s, always one of a few bucket sizes: attention then covers what is
+filled rather than the whole context, and few shapes are compiled. Rows need no clearing: attention masks what lies
+beyond a row's length, and the row overwrites it as it grows.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-SMALLEST = 128  # positions; below this, attention costs little next to the weights
+SMALLEST = 128  # positions; below this, attention costs little compared with reading the weights
 
 KV = dict[str, list[jax.Array]]
 
 
 def bucket(length: int, limit: int, smallest: int = SMALLEST) -> int:
-    """The least power of two that holds `length` positions, at least `smallest` and at most `limit`."""
+    """The smallest power of two that holds `length` positions, at least `smallest` and at most `limit`.
+
+    With a limit of 2048: 0 -> 128, 129 -> 256, 2000 -> 2048.
+    """
     assert 0 <= length <= limit, f"{length} positions, at most {limit}"
     return min(limit, max(smallest, 1 << max(length - 1, 0).bit_length()))
 
 
-def make(
-    model_cfg: GPTConfig, slots: int, size: int, dtype: jnp.dtype, where: jax.sharding.Sharding | None = None
+def allocate(
+    model_cfg: GPTConfig, rows: int, size: int, dtype: DTypeLike, where: jax.sharding.Sharding | None = None
 ) -> KV:
-    """An empty cache of `slots` rows with `size` positions, for a model that computes in `dtype`. Zeros, since masked
-    garbage could be NaN."""
-    shape = (slots, model_cfg.n_kv_head, size, model_cfg.head_dim)
+    """An empty cache of `rows` rows and `size` positions, arrays [rows,n,size,k], for a model that computes in `dtype`.
+
+    It is filled with zeros, since masked garbage could be NaN.
+    """
+    shape = (rows, model_cfg.n_kv_head, size, model_cfg.head_dim)
     return {
         name: [jnp.zeros(shape, dtype_for(dtype), device=where) for _ in range(model_cfg.n_layer)]
         for name in ("k", "v")
     }
 
 
-def dtype_for(dtype: jnp.dtype) -> jnp.dtype:
-    """What keys and values are kept in: `dtype`, but float32 on a CPU, where XLA's batched bf16 products take up to 12
-    times as long."""
+def dtype_for(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which keys and values are stored: `dtype`, except that a CPU stores float32, because XLA's batched
+    bf16 products take up to 12 times as long there."""
     return jnp.dtype(accum_dtype(dtype) if jax.default_backend() == "cpu" else dtype)
 
 
-def resize(cache: KV, size: int) -> KV:
-    """The cache with `size` positions: the last are cut off, or empty ones follow.
+def size_of(cache: KV) -> int:
+    """The number of positions s of a cache."""
+    return cache["k"][0].shape[2]
 
-    Buffer by buffer, freeing each as it is replaced: memory never holds two caches.
+
+def resize(cache: KV, size: int) -> KV:
+    """Arrays [b,n,s,k] -> [b,n,size,k]: the last positions are truncated, or empty ones appended.
+
+    It replaces the buffers one by one and frees each old one, so that memory never holds two caches.
     """
     for buffers in cache.values():
         for i, old in enumerate(buffers):
@@ -56,28 +68,29 @@ def resize(cache: KV, size: int) -> KV:
 
 
 @functools.partial(jax.jit, static_argnames=("size", "mesh"))
-def row(cache: KV, slot: jax.Array, *, size: int, mesh) -> KV:
-    """A copy of one row, with `size` positions, whole on every device."""
-    one = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
-    return sharding.replicate(one, mesh)
+def copy_row(cache: KV, slot: jax.Array, *, size: int, mesh: Mesh | None) -> KV:
+    """A copy of one slot's row as a cache of its own, arrays [1,n,size,k], replicated on every device."""
+    row = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
+    return sharding.replicate(row, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _resize(x: jax.Array, size: int) -> jax.Array:
-    grow = (0, size - x.shape[2], 0)  # lax.pad cuts where this is negative
+    grow = (0, size - x.shape[2], 0)  # lax.pad truncates where this is negative
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), grow, (0, 0, 0)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def insert(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
-    """Copies row source[i] of `prefix` to the front of row target[i] of `cache`, for i below `count`.
+def insert_rows(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
+    """Copies row source[i] of `prefix` [p,n,s',k] to the beginning of row target[i] of `cache` [b,n,s,k], s' <= s, for
+    every i below `count`. source and target are int32 [b].
 
     One prefix row may go to many slots: that is how the samples of a prompt share its prefill. A loop of slice updates
-    rather than a scatter, because it moves only the rows that change and stays in place.
+    replaces a scatter, because it moves only the rows that change and works in place.
     """
 
-    def copy(i, cache):
-        def put(to, rows):
+    def copy(i: jax.Array, cache: KV) -> KV:
+        def put(to: jax.Array, rows: jax.Array) -> jax.Array:
             row = jax.lax.dynamic_slice_in_dim(rows, source[i], 1)
             return jax.lax.dynamic_update_slice(to, row, (target[i], 0, 0, 0))
 

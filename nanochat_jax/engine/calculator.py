@@ -1,15 +1,16 @@
 """The calculator behind the model's python blocks: arithmetic, and counting a letter in a word.
 
-Nothing is evaluated as Python. An expression is parsed into a syntax tree and only numbers, + - * / //, signs and
-parentheses are walked; counting is one pattern. The text is short, so every number is: no input can hang or allocate.
-Results are written as the training data writes them, because a tool that answers 3.0 where GSM8K says 3 teaches the
-model to distrust it.
+Nothing is evaluated as Python. An expression is parsed into a syntax tree, in which only numbers, + - * / //, signs and
+parentheses are accepted; counting is one pattern. The text is short, so every number is: no input can hang or exhaust
+the memory. Results are written as the training data writes them, because a tool that answers 3.0 where GSM8K says 3
+teaches the model to distrust it.
 """
 
 import ast
 import math
 import operator
 import re
+from collections.abc import Callable
 from decimal import Decimal
 
 MAX_CHARS = 256  # also bounds the digits of a product (their sum) and the depth of the tree
@@ -17,18 +18,21 @@ SIGNIFICANT_DIGITS = 10
 
 _ARITHMETIC = re.compile(r"[0-9+\-*/.() ]+")
 _COUNT = re.compile(r"""\s*(['"])([^'"\\\n]*)\1\s*\.count\(\s*(['"])([^'"\\\n]*)\3\s*\)\s*""")
-_BINARY = {
+_BINARY: dict[type[ast.operator], Callable] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }
-_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_UNARY: dict[type[ast.unaryop], Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def use_calculator(expression: str) -> str | None:
-    """The result of `expression` as the training data would write it, or None where it is refused or has none."""
+    """The result of `expression` as the training data would write it, or None if it is refused or has no result.
+
+    "12/4" -> "3", "'strawberry'.count('r')" -> "3", "2**3" -> None.
+    """
     if len(expression) > MAX_CHARS:
         return None
     if count := _COUNT.fullmatch(expression):
@@ -39,16 +43,17 @@ def use_calculator(expression: str) -> str | None:
     try:
         return _format(_evaluate(ast.parse(expression, mode="eval").body))
     except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
-        return None  # MemoryError is how the parser reports parentheses too deep for it
+        return None  # the parser reports parentheses nested too deeply as a MemoryError
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    # Exact types: True is an int as well.
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and type(node.value) in (int, float):
         return node.value
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        return _BINARY[type(node.op)](_evaluate(node.left), _evaluate(node.right))
-    if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-        return _UNARY[type(node.op)](_evaluate(node.operand))
+    if isinstance(node, ast.BinOp) and (binary := _BINARY.get(type(node.op))):
+        return binary(_evaluate(node.left), _evaluate(node.right))
+    if isinstance(node, ast.UnaryOp) and (unary := _UNARY.get(type(node.op))):
+        return unary(_evaluate(node.operand))
     raise ValueError(f"not arithmetic: {type(node).__name__}")  # powers, calls, tuples, ellipses
 
 
@@ -58,8 +63,7 @@ def _format(value: int | float) -> str:
         if not math.isfinite(value):
             raise ValueError(value)
         if not value.is_integer():
-            value = Decimal(f"{value:.{SIGNIFICANT_DIGITS}g}")
-            text = f"{value:f}"
+            text = f"{Decimal(f'{value:.{SIGNIFICANT_DIGITS}g}'):f}"
             return text.rstrip("0").rstrip(".") if "." in text else text
         value = int(value)
     return str(value)

@@ -1,8 +1,8 @@
-"""What the engine does on the device: prefill prompts, draw first tokens, decode a chunk for all slots.
+"""The engine's compiled functions: prefill prompts, draw first tokens, decode a chunk for all slots.
 
-Slots have nothing to say to each other, so with several devices each computes its own share of them, by shard_map:
-left to itself the compiler would gather all logits on every device for top-k, in every step. Prompts are prefilled on
-every device: that costs little beside decoding, and a group of samples shares one.
+Slots are independent. With several devices, each therefore decodes its own share of them through shard_map: left to
+itself, the compiler would all-gather the logits on every device for top-k, in every step. Prompts are prefilled on
+every device: that costs little compared with decoding, and the samples of a prompt share one prefill.
 """
 
 import functools
@@ -11,67 +11,126 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import sampler
+from nanochat_jax.engine.sampler import Array
 from nanochat_jax.model import gpt
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-MAX_STOP_IDS = 8
 SCORED = 128  # positions whose logits are in memory at once while a prompt is scored
 
+DecodeParams = dict  # nested dict of arrays, as `lay_out` makes it
 
-class Schedule(NamedTuple):
-    """What the host tells the device about the slots for one chunk; arrays [b] unless noted."""
 
-    token: np.ndarray  # the last token of the row, not in the cache yet
-    length: np.ndarray  # tokens before it, all in the cache
-    left: np.ndarray  # tokens the row may still get
-    active: np.ndarray
-    tools: np.ndarray  # whether python_end pauses the row
-    stop: np.ndarray  # [b, MAX_STOP_IDS], padded with -1
-    forced: np.ndarray  # [b, steps] tokens to take instead of sampled ones
-    forced_count: np.ndarray  # how many of them each row has
+# -----------------------------------------------------------------------------
+# What goes to the device and comes back
+
+
+class Fixed(NamedTuple):
+    """What stays the same for the life of an engine; static arguments of the compiled functions."""
+
+    model_cfg: GPTConfig
+    dtype: DTypeLike  # of the matmuls
+    python_end: int  # the token that pauses a row until its tool call is answered
+    mesh: Mesh | None  # whose devices share out the slots; None: every device holds all of them
+
+
+class DecodeInputs(NamedTuple):
+    """The slots as the host knows them before a chunk of decoding; arrays [b] unless noted."""
+
+    token: Array  # the last token of the row, not in the cache yet
+    length: Array  # tokens before it, all in the cache
+    left: Array  # tokens the row may still get
+    active: Array  # whether the row gets tokens at all
+    tools: Array  # whether python_end pauses the row
+    stop: Array  # [b, MAX_STOP_IDS], padded with -1
+    forced: Array  # [b, steps] tokens to insert instead of sampled ones
+    forced_count: Array  # how many of them each row has
+
+
+class Tokens(NamedTuple):
+    """New tokens of all slots, on the host. Only the first `counts[i]` steps of row i are valid."""
+
+    ids: np.ndarray  # [b, steps]
+    logprobs: np.ndarray  # [b, steps]
+    counts: np.ndarray  # [b]
+    top_ids: np.ndarray  # [b, steps, top] the most likely tokens at each step
+    top_logprobs: np.ndarray  # [b, steps, top]
+
+
+class PromptScores(NamedTuple):
+    """How likely the tokens of prompts were, after each of them and including the padding."""
+
+    logprobs: Array  # [p, t] of the token that follows
+    top_ids: Array  # [p, t, top] the most likely tokens to follow
+    top_logprobs: Array  # [p, t, top]
+
+
+# -----------------------------------------------------------------------------
+# Compiled functions
 
 
 @jax.jit
-def lay_out(params: gpt.Params) -> gpt.Params:
-    """The weights as decoding reads them fastest: one array a layer instead of a stack, so that a loop need not copy
-    each layer out of it in every step, and the head as [d,v], which spares a lone row on a CPU a fifth of its time."""
+def lay_out(params: gpt.Params) -> DecodeParams:
+    """The weights in the layout that decoding reads fastest.
+
+    There is one array per layer instead of a stack, so that a loop need not copy each layer out of it in every step.
+    The head is [d,v], which saves a fifth of the time of a single row on a CPU.
+    """
     blocks = {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}
     return {"wte": params["wte"], "head": params["lm_head"].T, "blocks": blocks}
 
 
-def _stack(params: gpt.Params) -> gpt.Params:
-    """What the model expects, for hidden states. Under jit this costs nothing: XLA takes slices of a concatenation from
-    its operands, and nobody asks for the head."""
+def _stack(params: DecodeParams) -> gpt.Params:
+    """The weights as the model expects them. Under jit this costs nothing: XLA takes slices of a concatenation from its
+    operands, and the head is not used for hidden states."""
     blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
     return {"wte": params["wte"], "lm_head": params["head"].T, "blocks": blocks}
 
 
-def _head(params: gpt.Params, model_cfg: GPTConfig, x: jax.Array) -> jax.Array:
-    """`gpt.head` with the weights as they are laid out here."""
+def _head(params: DecodeParams, model_cfg: GPTConfig, x: jax.Array) -> jax.Array:
+    """`gpt.head` for weights in this layout: x [...,d] -> logits [...,v]."""
     return gpt.soft_capped(
         jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accum_dtype(x.dtype)), model_cfg
     )
 
 
+def _append(
+    params: DecodeParams, ids: jax.Array, length: jax.Array, cache: dict, model_cfg: GPTConfig, dtype: DTypeLike
+) -> tuple[jax.Array, kv.KV, jax.Array]:
+    """ids [p,t] with `length` [p] valid tokens, appended to the rows of `cache` -> hidden states [p,t,d], the rows,
+    logits [p,v] after the last valid token."""
+    x, cache = gpt.decode(_stack(params), model_cfg, ids, cache, dtype)
+    last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
+    return x, {"k": cache["k"], "v": cache["v"]}, _head(params, model_cfg, last)
+
+
 @functools.partial(jax.jit, static_argnames=("model_cfg", "dtype", "top"))
-def prefill(params, ids, length, *, model_cfg: GPTConfig, dtype, top: int | None = None):
+def prefill(
+    params: DecodeParams,
+    ids: jax.Array,
+    length: jax.Array,
+    *,
+    model_cfg: GPTConfig,
+    dtype: DTypeLike,
+    top: int | None = None,
+) -> tuple[kv.KV, jax.Array, PromptScores | None]:
     """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows, next-token logits [p,v], scores.
 
-    With `top`, scores are the log-probabilities [p,t] of each token's follower, and after each token the `top`
-    likeliest ones and theirs [p,t,top]; otherwise None.
+    With `top`, they are scored, and the scores name the `top` most likely tokens at each position.
     """
     rows, size = ids.shape
-    empty = kv.make(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
+    empty = kv.allocate(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
     x, prefix, logits = _append(params, ids, length, empty, model_cfg, dtype)
     if top is None:
         return prefix, logits, None
 
-    def score(inputs):
+    def score(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         x, following = inputs
         logits = _head(params, model_cfg, x)
         return sampler.log_prob(logits, following), *sampler.top_logprobs(logits, top)
@@ -79,30 +138,46 @@ def prefill(params, ids, length, *, model_cfg: GPTConfig, dtype, top: int | None
     # By position: the logits of a whole prompt at once would take more memory than the model.
     by_position = jnp.swapaxes(x, 0, 1), jnp.roll(ids, -1, axis=1).T
     scores = jax.lax.map(score, by_position, batch_size=max(1, SCORED // rows))
-    return prefix, logits, jax.tree.map(lambda scored: jnp.swapaxes(scored, 0, 1), scores)
+    return prefix, logits, PromptScores(*(jnp.swapaxes(scored, 0, 1) for scored in scores))
 
 
 @functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"), donate_argnames="prefix")
-def extend(params, ids, length, prefix, start, *, model_cfg: GPTConfig, dtype):
-    """A piece of long prompts: `length` [p] of ids [p,t], padded on the right, go to position `start` [p] of the cache
-    rows `prefix` -> the rows, next-token logits [p,v]. The caller keeps start + t within the rows."""
+def prefill_chunk(
+    params: DecodeParams,
+    ids: jax.Array,
+    length: jax.Array,
+    prefix: kv.KV,
+    start: jax.Array,
+    *,
+    model_cfg: GPTConfig,
+    dtype: DTypeLike,
+) -> tuple[kv.KV, jax.Array]:
+    """Chunks [p,t] of long prompts -> the cache rows `prefix` with them, next-token logits [p,v].
+
+    `length` [p] of the tokens are valid, padded on the right; they go to position `start` [p] of their rows. The caller
+    keeps start + t within the rows.
+    """
     _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, model_cfg, dtype)
     return prefix, logits
 
 
-def _append(params, ids, length, cache, model_cfg: GPTConfig, dtype):
-    """ids [p,t], of which `length` [p] count, behind those in `cache` -> hidden states [p,t,d], rows, logits [p,v]."""
-    x, cache = gpt.decode(_stack(params), model_cfg, ids, cache, dtype)
-    last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
-    return x, {"k": cache["k"], "v": cache["v"]}, _head(params, model_cfg, last)
-
-
 @functools.partial(jax.jit, static_argnames=("plan", "top", "mesh"))
-def first(logits, row, settings, position, *, plan: sampler.Plan, top: int, mesh):
-    """First tokens [b] and their log-probabilities: slot i draws its own from row[i] of the prefill's logits [p,v].
-    Then the `top` likeliest tokens [b,top] and theirs."""
+def first_tokens(
+    logits: jax.Array,
+    row: jax.Array,
+    settings: sampler.Settings,
+    position: jax.Array,
+    *,
+    plan: sampler.Plan,
+    top: int,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, ...]:
+    """The first token of each slot [b], drawn from row[i] of the prefill's logits [p,v], and its log-probability [b];
+    then the `top` most likely tokens [b,top] and their log-probabilities."""
 
-    def draw(logits, row, settings, position):
+    def draw(
+        logits: jax.Array, row: jax.Array, settings: sampler.Settings, position: jax.Array
+    ) -> tuple[jax.Array, ...]:
         logits = logits[row]
         token = sampler.sample(logits, settings, position, plan)
         return token, sampler.log_prob(logits, token), *sampler.top_logprobs(logits, top)
@@ -110,47 +185,44 @@ def first(logits, row, settings, position, *, plan: sampler.Plan, top: int, mesh
     return sharding.replicate(sharding.shard_map_rows(draw, mesh)(logits, row, settings, position), mesh)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model_cfg", "dtype", "python_end", "plan", "top", "mesh"), donate_argnames="cache"
-)
+@functools.partial(jax.jit, static_argnames=("fixed", "plan", "top"), donate_argnames="cache")
 def decode(
-    params,
-    cache,
-    schedule,
-    settings,
+    params: DecodeParams,
+    cache: kv.KV,
+    slots: DecodeInputs,
+    settings: sampler.Settings,
     *,
-    model_cfg: GPTConfig,
-    dtype,
-    python_end: int,
+    fixed: Fixed,
     plan: sampler.Plan,
     top: int,
-    mesh,
-):
-    """A chunk of decoding -> (cache, (tokens [b,steps], log-probabilities [b,steps], how many of them count [b],
-    the `top` likeliest tokens [b,steps,top] of each step, their log-probabilities)).
+) -> tuple[kv.KV, tuple[jax.Array, ...]]:
+    """A chunk of decoding -> the cache, and the fields of Tokens.
 
     A row that is not active repeats its last step without growing, which leaves its cache as it is.
     """
+    model_cfg, dtype, python_end, mesh = fixed
 
-    def chunk(params, cache, schedule, settings):
-        def step(carry, inputs):
+    def chunk(
+        params: DecodeParams, cache: kv.KV, slots: DecodeInputs, settings: sampler.Settings
+    ) -> tuple[kv.KV, tuple[jax.Array, ...]]:
+        def step(carry: tuple, inputs: tuple[jax.Array, Array]) -> tuple[tuple, tuple]:
             cache, token, length, left, active = carry
             i, forced = inputs
             x, new = gpt.decode(_stack(params), model_cfg, token[:, None], cache | {"length": length}, dtype)
             logits = _head(params, model_cfg, x[:, 0])
             sampled = sampler.sample(logits, settings, length + 1, plan)
-            token = jnp.where(active, jnp.where(i < schedule.forced_count, forced, sampled), token)
+            token = jnp.where(active, jnp.where(i < slots.forced_count, forced, sampled), token)
             emitted = (token, sampler.log_prob(logits, token), active, *sampler.top_logprobs(logits, top))
             length, left = length + active, left - active
-            ends = (token[:, None] == schedule.stop).any(-1) | (left <= 0)
-            pauses = schedule.tools & (token == python_end)
+            ends = (token[:, None] == slots.stop).any(-1) | (left <= 0)
+            pauses = slots.tools & (token == python_end)
             active = active & ~ends & ~pauses
             return ({"k": new["k"], "v": new["v"]}, token, length, left, active), emitted
 
-        carry = (cache, schedule.token, schedule.length, schedule.left, schedule.active)
-        inputs = (jnp.arange(schedule.forced.shape[1]), schedule.forced.T)
+        carry: tuple = (cache, slots.token, slots.length, slots.left, slots.active)
+        inputs = (jnp.arange(slots.forced.shape[1]), slots.forced.T)
         (cache, *_), (tokens, logprobs, counts, *top_logprobs) = jax.lax.scan(step, carry, inputs)
         return cache, (tokens.T, logprobs.T, counts.sum(0), *(jnp.swapaxes(x, 0, 1) for x in top_logprobs))
 
-    cache, out = sharding.shard_map_rows(chunk, mesh)(params, cache, schedule, settings)
+    cache, out = sharding.shard_map_rows(chunk, mesh)(params, cache, slots, settings)
     return cache, sharding.replicate(out, mesh)

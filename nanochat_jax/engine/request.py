@@ -1,9 +1,10 @@
-"""What callers of the engine give it and get from it."""
+"""What callers give the engine and what they get back: Requests, and Events or complete Samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TOP_LOGPROBS = 20  # the device names as many alternatives as this, or none: two programs, not twenty
+MAX_STOP_IDS = 8
+TOP_LOGPROBS = 20  # the device names this many alternatives or none: two programs, not twenty
 
 
 @dataclass(frozen=True)
@@ -11,42 +12,42 @@ class Request:
     """What to generate: `n` samples that continue `ids`."""
 
     ids: Sequence[int]
-    max_tokens: int = 256  # generated tokens at most, forced ones included; 0 only with `score`
+    max_tokens: int = 256  # at most, including forced ones; 0 only with `score`
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     seed: int = 42
     stop_ids: Sequence[int] | None = None  # default: <|assistant_end|> and <|bos|>
     n: int = 1
-    tools: bool = True  # whether python blocks are answered by the calculator
-    top_logprobs: int = 0  # how many of the likeliest tokens to name beside each token, at most TOP_LOGPROBS
+    tools: bool = True  # whether the calculator answers python blocks
+    top_logprobs: int = 0  # how many of the most likely tokens to name beside each token, at most TOP_LOGPROBS
     score: bool = False  # whether the prompt's tokens get log-probabilities too
 
 
-TopLogprobs = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
+TopLogprobs = list[tuple[int, float]]  # tokens and their log-probabilities, the most likely first
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How likely each token of a prompt was after those before it; of the first nothing is known."""
+    """How likely each token of a prompt was, given those before it; None for the first."""
 
     logprobs: list[float | None]
-    top: list[TopLogprobs | None]  # as many as `top_logprobs` asked for
+    top: list[TopLogprobs | None]  # as many as the request's `top_logprobs`
 
 
 @dataclass(frozen=True)
 class Event:
-    """New tokens of one sample. `finish_reason` is None but for the last event of a sample: "stop" or "length"."""
+    """New tokens of one sample. `finish_reason` is "stop" or "length" in a sample's last event, None before it."""
 
-    request: int  # the id that `Engine.add` gave
+    request: int  # the id that `Engine.add` returned
     sample: int
     ids: list[int]
     mask: list[int]  # 1: sampled, 0: forced
-    logprobs: list[float]  # under the full softmax at temperature 1; of forced tokens too
+    logprobs: list[float]  # under the full softmax at temperature 1, for forced tokens too
     finish_reason: str | None
-    top: list[TopLogprobs] | None = None  # beside each token, if `top_logprobs` asked for it
-    scores: Scores | None = None  # with the first event of a sample, if `score` asked for it
-    cached_tokens: int = 0  # tokens of the prompt that were computed before, with the first event of the first sample
+    top: list[TopLogprobs] | None = None  # beside each token, if the request has `top_logprobs`
+    scores: Scores | None = None  # in the first event of a sample, if the request has `score`
+    cached_tokens: int = 0  # tokens of the prompt that came from the cache; in the first event of the first sample
 
 
 @dataclass(frozen=True)

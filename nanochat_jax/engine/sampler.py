@@ -1,8 +1,8 @@
-"""Choosing the next token of every row on the device, each row with its own settings.
+"""Samples the next token of every row on the device, each row with its own settings.
 
-A row's noise depends on its seed, its sample number and the position of the token, and on nothing else: the same
-request gives the same text alone or in a crowd. Rows without filters draw Gumbel noise by token id over the whole
-vocabulary; rows with top-k or top-p draw it by rank among the likeliest tokens, which spares the noise for the rest.
+A row's noise depends only on its seed, its sample number and the position of the token: the same request gives the same
+text alone or in a crowd. Rows without filters draw Gumbel noise by token id over the whole vocabulary; rows with top-k
+or top-p draw it by rank among the most likely tokens, which saves the noise for the rest.
 """
 
 from typing import NamedTuple
@@ -11,42 +11,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WIDTHS = (64, 256)  # candidates for top-k; more than the last: the whole vocabulary
+WIDTHS = (64, 256)  # candidates for top-k; a larger k ranks the whole vocabulary
 COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax anyway, and division would overflow
+
+
+Array = jax.Array | np.ndarray  # numpy on the host, traced within jit
 
 
 class Settings(NamedTuple):
     """How to sample for each row; arrays [b]."""
 
-    seed: jax.Array  # uint32
-    sample: jax.Array  # int32, which of the request's samples
-    temperature: jax.Array  # float32, 0: greedy
-    top_k: jax.Array  # int32, 0: off
-    top_p: jax.Array  # float32, 1: off
+    seed: Array  # uint32
+    sample: Array  # int32, which of the request's samples
+    temperature: Array  # float32, 0: greedy
+    top_k: Array  # int32, 0: off
+    top_p: Array  # float32, 1: off
 
 
 class Plan(NamedTuple):
-    """What the compiled sampler must be able to do; static. It decides what is computed, never what a row draws."""
+    """What the compiled sampler must support; static. It decides what is computed, never what a row draws."""
 
-    width: int  # ranked candidates, 0: no row wants top-k or top-p
-    noise: bool  # some row samples from the whole vocabulary
+    width: int  # candidates to rank; 0: no row uses top-k or top-p
+    noise: bool  # whether any row samples from the whole vocabulary
 
 
 def plan(settings: Settings, vocab_size: int) -> Plan:
-    """The cheapest plan for these settings (numpy arrays); one of few, so that few programs are compiled."""
+    """The cheapest plan for these settings (numpy arrays). There are only a few, so that few programs are compiled."""
     warm = settings.temperature > 0
     by_k, by_p = warm & (settings.top_k > 0), warm & (settings.top_p < 1)
     widest = int(np.max(settings.top_k, where=by_k, initial=0))
     if np.any(by_p & ~by_k):
-        widest = vocab_size  # the nucleus may be any part of the vocabulary
+        widest = vocab_size  # the nucleus may cover any part of the vocabulary
     width = next((w for w in (0, *WIDTHS) if widest <= w), vocab_size)
     return Plan(min(width, vocab_size), bool(np.any(warm & ~by_k & ~by_p)))
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Plan) -> jax.Array:
-    """logits float32 [b,v] -> tokens int32 [b] that will stand at `position` [b] of their sequences.
+    """logits float32 [b,v] -> tokens int32 [b] for `position` [b] of their sequences.
 
-    Temperature, then top-k, then top-p over what top-k left, renormalised (the order transformers uses).
+    The order is temperature, top-k, then top-p over what top-k left, renormalised (as in transformers).
     """
     token = _argmax(logits)
     if not (plan.width or plan.noise):
@@ -65,22 +68,22 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The first largest entry of each row of x [b,v], int32 [b].
+    """The first of the largest entries of each row of x [b,v], int32 [b].
 
-    In two plain reductions, which XLA:CPU makes vector code of: four times as fast as its one over pairs.
+    Two plain reductions, which XLA:CPU vectorises: four times as fast as its single reduction over pairs.
     """
-    last = x.shape[-1] - 1  # also what a row of NaN gets
+    last = x.shape[-1] - 1  # also the result for a row of NaN
     places = jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.where(x == x.max(-1, keepdims=True), places, last).min(-1)
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
-    """Samples among the `width` likeliest tokens of each row that top-k and top-p leave."""
+    """Samples from the `width` most likely tokens of each row, as far as top-k and top-p leave them."""
     scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p  # probability of the likelier ones; 0 for the first, which always stays
+    before = jnp.cumsum(p, axis=-1) - p  # probability of the more likely ones; 0 for the first, which always stays
     top_p = settings.top_p[:, None]
     scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)
     rank = jnp.argmax(scores + _gumbel(keys, width), axis=-1)
@@ -94,17 +97,17 @@ def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def top_logprobs(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
-    """The `top` likeliest tokens [b,top] of logits [b,v] and their log-probabilities; empty arrays for 0."""
+    """The `top` most likely tokens [b,top] of logits [b,v] and their log-probabilities; empty arrays for 0."""
     if not top:
         return jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), logits.dtype)
     scores, ids = jax.lax.top_k(logits, top)
     return ids, scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _key(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+def _key(seed: Array, sample: Array, position: Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
 
 
 def _gumbel(keys: jax.Array, width: int) -> jax.Array:
-    """Noise [b,width]; the first entries of a wider draw are those of a narrower one (counter-based bits)."""
+    """Noise [b,width]. A wider draw begins with the entries of a narrower one (counter-based bits)."""
     return jax.vmap(lambda key: jax.random.gumbel(key, (width,)))(keys)

@@ -1,110 +1,118 @@
-"""What the host knows of the slots: which sample sits in each, and whose keys and values an empty one still holds."""
+"""The slots as the host sees them: which sequence each one holds, and which tokens its cache row still has after that.
+
+What a finished sequence leaves in its cache row stays there until the next one takes the slot. This is what prefix
+caching uses: a prompt that begins like such a row (the earlier turns of a chat), or like the row of a running sequence
+(a shared system prompt), need not be computed from its beginning.
+"""
 
 from collections import abc, deque
 from dataclasses import dataclass, field
 
-import jax
-
-from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.request import Request, Scores
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A request whose samples have not all been started."""
+    """A request in the engine, and how many of its samples have been started."""
 
     id: int
     request: Request
     started: int = 0
+    scores: Scores | None = None  # once it has been prefilled, if the request asked for them
+    cached_tokens: int = 0  # how many of its tokens came from the cache
 
     @property
     def left(self) -> int:
+        """Samples that still wait for a slot."""
         return self.request.n - self.started
 
 
-@dataclass
-class Prefilled:
-    """Prompts whose keys and values are computed: prompts[i] is row i. With `logits` None there is more to do: of the
-    only prompt the first `done` tokens are, `reused` of them for another sample."""
-
-    prefix: kv.KV
-    logits: jax.Array | None  # [rows, v] after the last token of each
-    size: int
-    prompts: list[Prompt]
-    scores: list[Scores | None]
-    done: int = 0
-    cached_tokens: int = 0
-
-    @property
-    def left(self) -> int:
-        return sum(prompt.left for prompt in self.prompts)
-
-
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """A sample in its slot: `ids` are prompt and answer so far. All but the last of them are in the cache."""
+    """One sample in its slot: `ids` holds the prompt and the answer so far. All but the last are in the cache."""
 
-    id: int
+    prompt: Prompt
     sample: int
-    request: Request
     stop_ids: tuple[int, ...]
     ids: list[int]
-    left: int
-    expression: list[int] | None = None  # tokens since python_start; None outside of a block
-    forced: deque[int] = field(default_factory=deque)
+    left: int  # tokens it may still get
+    expression: list[int] | None = None  # tokens since python_start; None outside a python block
+    forced: deque[int] = field(default_factory=deque)  # tokens to insert instead of sampling
+
+    @property
+    def request(self) -> Request:
+        return self.prompt.request
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
         return len(self.ids) - 1
 
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.ids) - len(self.request.ids)
+
 
 class Slots:
-    """A fixed number of them, each with a row of the cache.
-
-    What a sample leaves there stays until the next one takes the slot. A prompt that begins like it (the earlier turns
-    of a chat), or like one under way (a system prompt), need not be computed from its beginning.
-    """
+    """A fixed number of slots, each with one row of the cache."""
 
     def __init__(self, count: int):
-        self.rows: list[Sequence | None] = [None] * count
-        self._kept: list[list[int]] = [[] for _ in range(count)]  # tokens in the cache rows of empty slots
-        self._left_at = [0] * count  # when each was left, in departures
-        self._departures = 0
+        self.sequences: list[Sequence | None] = [None] * count
+        self._leftover: list[list[int]] = [[] for _ in range(count)]  # tokens in the cache rows of free slots
+        self._released_at = [0] * count  # when each slot was last released, counted in releases
+        self._releases = 0
 
-    def empty(self) -> list[int]:
-        """Slots without a sample, those first that have been so for longest."""
-        return sorted((i for i, row in enumerate(self.rows) if row is None), key=self._left_at.__getitem__)
+    def running(self) -> dict[int, Sequence]:
+        """The sequences by slot."""
+        return {slot: sequence for slot, sequence in enumerate(self.sequences) if sequence}
 
-    def enter(self, slot: int, row: Sequence) -> None:
-        self.rows[slot], self._kept[slot] = row, []
+    def free(self) -> list[int]:
+        """Slots without a sequence, the longest free first: what the others hold may still be reused."""
+        empty = (slot for slot, sequence in enumerate(self.sequences) if sequence is None)
+        return sorted(empty, key=self._released_at.__getitem__)
 
-    def leave(self, slot: int) -> None:
-        self._departures += 1
-        self._left_at[slot] = self._departures
-        self._kept[slot], self.rows[slot] = self.rows[slot].ids[:-1], None
+    def assign(self, slot: int, sequence: Sequence) -> None:
+        """Gives a free slot to a sequence, whose keys and values replace what the row holds."""
+        self.sequences[slot], self._leftover[slot] = sequence, []
 
-    def forget(self) -> None:
-        """Nothing that was left is worth anything any more."""
-        self._kept = [[] for _ in self.rows]
+    def release(self, slot: int) -> None:
+        """Frees a slot. Its row keeps the keys and values of the sequence."""
+        sequence = self.sequences[slot]
+        assert sequence is not None, f"slot {slot} is free already"
+        self._releases += 1
+        self._released_at[slot] = self._releases
+        self._leftover[slot], self.sequences[slot] = sequence.ids[:-1], None
 
-    def cut(self, size: int) -> None:
-        """The cache has `size` positions now. The last one is where decoding writes for an empty slot that is full."""
-        self._kept = [kept if len(kept) < size else kept[: size - 1] for kept in self._kept]
+    def discard(self, slot: int) -> None:
+        """Frees a slot whose row was never filled."""
+        self.sequences[slot] = None
 
-    def length(self, slot: int) -> int:
+    def clear_cache(self) -> None:
+        """Forgets what free slots hold, since it is no longer valid."""
+        self._leftover = [[] for _ in self.sequences]
+
+    def truncate(self, size: int) -> None:
+        """Truncates what free slots hold to a cache of `size` positions.
+
+        A full row loses its last position: that is where decoding writes for a free slot whose row is full.
+        """
+        self._leftover = [ids if len(ids) < size else ids[: size - 1] for ids in self._leftover]
+
+    def cached_length(self, slot: int) -> int:
         """Tokens in the cache row of `slot`."""
-        row = self.rows[slot]
-        return row.length if row else len(self._kept[slot])
+        sequence = self.sequences[slot]
+        return sequence.length if sequence else len(self._leftover[slot])
 
-    def longest(self, ids: abc.Sequence[int]) -> tuple[int, int]:
-        """The slot whose cache row begins with the most tokens of `ids`, and how many these are."""
-        known = (row.ids[:-1] if row else kept for row, kept in zip(self.rows, self._kept, strict=True))
-        shared = [common_prefix_length(tokens, ids) for tokens in known]
+    def longest_prefix(self, ids: abc.Sequence[int]) -> tuple[int, int]:
+        """(The slot whose cache row begins with the most tokens of `ids`, how many tokens these are)."""
+        rows = zip(self.sequences, self._leftover, strict=True)
+        cached = [sequence.ids[:-1] if sequence else leftover for sequence, leftover in rows]
+        shared = [common_prefix_length(row, ids) for row in cached]
         count = max(shared)
         return shared.index(count), count
 
 
 def common_prefix_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """How many tokens a and b have in common at their beginning."""
+    """How many tokens a and b have in common at their beginning: [1, 2, 3], [1, 2, 4] -> 2."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

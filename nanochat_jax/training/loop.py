@@ -85,7 +85,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 control.step += 1
                 # ---------------------------------------------------------------------
 
-                run.saver.check()
+                run.saver.raise_if_failed()
                 log.push(control.step, results, lr_mult, waited, progress)  # waits for the step before, and logs that
             stage.loader.close()
             run.finish(control.step)

@@ -101,7 +101,7 @@ def train(cfg: config.Rl) -> None:
                 control.place = {"step": control.step}
                 # ---------------------------------------------------------------------
 
-                run.saver.check()
+                run.saver.raise_if_failed()
                 log.push(control.step, sampled, results, lr_mult, sampling_seconds)
             engine.close()
             run.finish(control.step)

@@ -145,7 +145,7 @@ class Run:
 
     def finish(self, step: int) -> None:
         """Notes in the log that the run is finished, once its last checkpoint is complete."""
-        self.saver.wait()
+        self.saver.wait_all()
         self.log("note", step, text="finished")
         if self.wandb:
             self.wandb.finish()
@@ -199,7 +199,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
         try:
             yield run
         finally:
-            run.saver.join()  # not `wait`: after an error, the other processes may not come to this point
+            run.saver.wait_local()  # not `wait_all`: after an error, the other processes may not come to this point
 
 
 def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:

@@ -64,7 +64,7 @@ class RunControl:
             return
         self.flush()
         if self._has_risk(due):  # it may end the process: the checkpoint must be complete, not still being written
-            self.run.saver.wait()
+            self.run.saver.wait_all()
         for evaluation in due:
             try:
                 evaluation.evaluate(self.step)
@@ -76,7 +76,7 @@ class RunControl:
 
     def exit(self, stop: int) -> NoReturn:
         """Ends the process because of the signal `stop`, once the checkpoint of this step is complete."""
-        self.run.saver.wait()
+        self.run.saver.wait_all()
         print(f"saved at step {self.step}: run the same command again to resume")
         raise SystemExit(128 + stop)
 
@@ -87,7 +87,7 @@ class RunControl:
             return
         try:
             self._save()
-            self.run.saver.wait()
+            self.run.saver.wait_all()
             print(f"saved at step {self.step}, before the error")
         except Exception as error:  # such as a loss that is not finite; the first error is the one to report
             print(f"not saved: {first_line(error)}")

@@ -39,7 +39,7 @@ def make(job: dict) -> dict:
     tokenizer.save(checkpoint.run_dir(STAGE, TAG).parent.parent / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir(STAGE, TAG), keep_last=1)
     saver.save(1, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(model_cfg) | {"tokenizer": tokenizer.hash})
-    saver.wait()
+    saver.wait_all()
     return {"vocab_size": tokenizer.vocab_size, "params": model_cfg.num_params, "device": jax.devices()[0].device_kind}
 
 

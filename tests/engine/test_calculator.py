@@ -1,4 +1,4 @@
-"""The calculator agrees with Python on arithmetic, writes results as the training data does, and refuses the rest."""
+"""The calculator agrees with Python on arithmetic, writes results as the training data does, and refuses all else."""
 
 import gzip
 import json
@@ -95,7 +95,7 @@ def test_large_numbers_stay_small_work():
 
 
 def test_equals_the_annotations_of_gsm8k(data_dir):
-    """The remainder is written by hand: 144.00, or .4 for 0.4."""
+    """The rest differ because they were written by hand, like 144.00, or .4 for 0.4."""
     agree = total = 0
     with gzip.open(data_dir / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as rows:
         for row in rows:

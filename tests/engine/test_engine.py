@@ -1,4 +1,4 @@
-"""What the engine generates is what the full forward would, alone or in a crowd, with and without tools."""
+"""The engine generates what the full forward would: alone or among other requests, with and without tools."""
 
 import dataclasses
 import json
@@ -29,28 +29,28 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def cfg(tokenizer):
+def model_cfg(tokenizer):
     return GPTConfig(2, 4, 2, 64, tokenizer.vocab_size, CONTEXT)
 
 
 @pytest.fixture(scope="module")
-def params(cfg):
-    """Random weights, output projections included, and an uneven head, so that text is varied but not noise."""
-    fresh = gpt.init(cfg, seed=0)
+def params(model_cfg):
+    """Random weights, including the output projections, and an uneven head, so that text is varied but not noise."""
+    fresh = gpt.init(model_cfg, seed=0)
     leaves, tree = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return tree.unflatten([jax.random.normal(k, x.shape) * 0.15 for k, x in zip(keys, leaves, strict=True)])
 
 
 @pytest.fixture(scope="module")
-def engine(params, cfg, tokenizer):
-    return Engine(params, cfg, tokenizer, slots=3, chunk=4)
+def engine(params, model_cfg, tokenizer):
+    return Engine(params, model_cfg, tokenizer, slots=3, chunk=4)
 
 
 @pytest.fixture(scope="module")
-def full(cfg):
-    """Log-softmax [t,v] after each token of a sequence, by the full forward; one compiled shape."""
-    forward = jax.jit(lambda params, ids: jax.nn.log_softmax(gpt.forward(params, cfg, ids)[0]))
+def full(model_cfg):
+    """A function (params, ids) -> log-softmax [t,v] after each token, by the full forward in one compiled shape."""
+    forward = jax.jit(lambda params, ids: jax.nn.log_softmax(gpt.forward(params, model_cfg, ids)[0]))
 
     def run(params, ids):
         return np.asarray(forward(params, np.array([[*ids, *[0] * (CONTEXT - len(ids))]])))[: len(ids)]
@@ -70,11 +70,11 @@ def check_logprobs(sample, request, logits):
 
 
 # -----------------------------------------------------------------------------
-# The same text as without cache, slots and chunks
+# The same text as without a cache, slots and chunks
 
 
 def test_greedy_text_and_logprobs_equal_the_full_forward(engine, params, full):
-    """Five prompts of different lengths, one of a single token, over three slots: refills in between."""
+    """Five prompts of different lengths, one of them a single token, in three slots, which are refilled."""
     requests = [Request(prompt(n, n), max_tokens=m, temperature=0, stop_ids=())
                 for n, m in [(1, 9), (5, 14), (40, 1), (33, 6), (20, 11)]]  # fmt: skip
     for request, (sample,) in zip(requests, engine.run(requests), strict=True):
@@ -89,7 +89,7 @@ def test_greedy_text_and_logprobs_equal_the_full_forward(engine, params, full):
 def test_a_long_row_outgrows_its_cache_bucket(engine, params, full):
     request = Request(prompt(100), max_tokens=1000, temperature=0, stop_ids=())
     [[sample]] = engine.run([request])
-    # The context holds 160 tokens; one more is generated, from which nothing is computed.
+    # The context holds 160 tokens. One more is generated, since nothing is computed from it.
     assert len(sample.ids) == CONTEXT - 100 + 1 and sample.finish_reason == "length"
     logits = full(params, [*request.ids, *sample.ids[:-1]])
     assert sample.ids == logits[99:].argmax(-1).tolist()
@@ -104,27 +104,27 @@ def test_a_prompt_may_fill_the_context_but_not_more(engine, params, full):
 
 
 @pytest.mark.parametrize("length", [65, 96, 127, 159, CONTEXT])
-def test_a_long_prompt_is_prefilled_in_pieces_while_others_go_on(engine, params, full, length, monkeypatch):
-    """Pieces of 64 in rows of 128 or 160 positions, of which the last piece of the latter overlaps the one before."""
-    monkeypatch.setattr("nanochat_jax.engine.engine.PREFILL_CHUNK", 64)
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode(engine, params, full, length, monkeypatch):
+    """Chunks of 64 in rows of 128 or 160 positions; in the latter, the last chunk overlaps the one before."""
+    monkeypatch.setattr("nanochat_jax.engine.scheduler.PREFILL_CHUNK", 64)
     short, long = (Request(prompt(n, n), max_tokens=20, temperature=0, stop_ids=()) for n in (5, length))
     [[expected]] = engine.run([short])
     [[alone]] = engine.run([long])
     text = [*long.ids, *alone.ids[:-1]]
     assert alone.ids == full(params, text)[length - 1 :].argmax(-1).tolist()
-    engine.set_params(params)  # nothing is left of the prompt
+    engine.set_params(params)  # clears what is cached of the prompt
     first = engine.add(short)
     events = engine.step()
     second = engine.add(long)
-    pieces = -(-length // 64)
-    for _ in range(pieces - 1):
+    chunks = -(-length // 64)
+    for _ in range(chunks - 1):
         new = engine.step()
-        assert [event.request for event in new] == [first] and engine.waiting == 1  # the short one gets its chunk
+        assert [event.request for event in new] == [first] and engine.waiting == 1  # the short one decodes its chunk
         events += new
     while engine.busy:
         events += engine.step()
-    heard = {id: [token for event in events if event.request == id for token in event.ids] for id in (first, second)}
-    assert heard == {first: expected.ids, second: alone.ids}
+    texts = {id: [token for event in events if event.request == id for token in event.ids] for id in (first, second)}
+    assert texts == {first: expected.ids, second: alone.ids}
     engine.set_params(params)
     cancelled = engine.add(long)
     engine.step()
@@ -133,7 +133,7 @@ def test_a_long_prompt_is_prefilled_in_pieces_while_others_go_on(engine, params,
 
 
 # -----------------------------------------------------------------------------
-# What is in the cache already is not computed again
+# Prefix caching: what is in the cache already is not computed again
 
 
 def greedy(engine, ids, max_tokens=20, **more) -> tuple[list[int], int]:
@@ -147,12 +147,12 @@ def test_the_next_turn_of_a_chat_goes_on_from_the_last_one(engine, params, full)
     turn = prompt(70)
     answer, cached_tokens = greedy(engine, turn)
     assert cached_tokens == 0
-    for _ in range(2):  # the second time both turns are there
-        engine.run([Request(prompt(5, 1), max_tokens=9, temperature=0)])  # somebody else, in another slot
+    for _ in range(2):  # the second time, both turns are cached
+        engine.run([Request(prompt(5, 1), max_tokens=9, temperature=0)])  # another request, in another slot
         turn = [*turn, *answer, *prompt(4, 2)]
         before = len(turn) - 4
         answer, cached_tokens = greedy(engine, turn)
-        assert cached_tokens == before - 1  # of the last token of an answer nothing has been computed
+        assert cached_tokens == before - 1  # nothing has been computed from the last token of an answer
         assert answer == full(params, [*turn, *answer[:-1]])[len(turn) - 1 :].argmax(-1).tolist()
 
 
@@ -170,14 +170,14 @@ def test_a_system_prompt_is_shared_with_samples_under_way(engine, params, full):
             text = [token for e in events if (e.request, e.sample) == (id, sample) for token in e.ids]
             logits = full(params, [*request.ids, *text[:-1]])
             assert text == logits[len(request.ids) - 1 :].argmax(-1).tolist()
-    assert [sum(e.cached_tokens for e in events if e.request == id) for id in ids] == [0, 90, 90]  # once a request
+    assert [sum(e.cached_tokens for e in events if e.request == id) for id in ids] == [0, 90, 90]  # once per request
 
 
 def test_what_is_left_in_a_slot_ends_with_its_use(engine, params, full):
     engine.set_params(params)
     turn = prompt(70)
     answer, _ = greedy(engine, turn, max_tokens=62)  # 131 positions are in use
-    # In its slots others come and go, and the cache shrinks to 128 positions, of which the last is written over.
+    # Others use the slots, and the cache shrinks to 128 positions, the last of which is overwritten.
     engine.run([Request(prompt(5, i), max_tokens=9, temperature=0) for i in range(2)])
     longer = [*turn, *answer, *prompt(4, 2)]
     again, cached_tokens = greedy(engine, longer)
@@ -189,7 +189,7 @@ def test_what_is_left_in_a_slot_ends_with_its_use(engine, params, full):
     engine.step()
     engine.cancel(stopped)
     assert greedy(engine, [*longer, *again[:2], 7])[1] == len(longer) + 2
-    assert greedy(engine, [*longer, 8], score=True)[1] == 0  # every token of it is asked about
+    assert greedy(engine, [*longer, 8], score=True)[1] == 0  # every token is scored, so every one is computed
     engine.set_params(params)
     assert greedy(engine, longer)[1] == 0
 
@@ -197,7 +197,9 @@ def test_what_is_left_in_a_slot_ends_with_its_use(engine, params, full):
 def test_a_sample_that_ends_where_the_cache_does_is_not_reused_to_its_last_token(engine, params, full):
     engine.set_params(params)
     turn = prompt(99)
-    answer, _ = greedy(engine, turn, max_tokens=30)  # to position 127 of 128; the rest of its last chunk writes there
+    answer, _ = greedy(
+        engine, turn, max_tokens=30
+    )  # to position 127 of 128, which the rest of its last chunk overwrites
     request = Request([*turn, *answer, *prompt(4, 2)], max_tokens=8, temperature=0, stop_ids=())
     events = list(engine.stream(request))
     assert events[0].cached_tokens == 127
@@ -205,8 +207,20 @@ def test_a_sample_that_ends_where_the_cache_does_is_not_reused_to_its_last_token
     check_logprobs(again, request, full(params, [*request.ids, *again.ids]))
 
 
+def test_a_prompt_whose_prefill_failed_is_not_reused(engine, params, monkeypatch):
+    def fail(batch):
+        raise MemoryError
+
+    engine.set_params(params)
+    ids = prompt(70)
+    with monkeypatch.context() as failing, pytest.raises(MemoryError):
+        failing.setattr(engine._runner, "_prefill_batch", fail)
+        engine.run([Request(ids)])
+    assert not engine.busy and greedy(engine, ids)[1] == 0
+
+
 def test_sampled_text_does_not_depend_on_the_company(engine):
-    """Every request alone, and all of them together, prefilled in a batch and refilled."""
+    """Each request alone, then all of them together, which are prefilled in a batch and refill the slots."""
     requests = [
         Request(prompt(7, 1), max_tokens=9, seed=1),
         Request(prompt(9, 2), max_tokens=13, seed=2, temperature=0.7, top_k=5),
@@ -236,7 +250,7 @@ def test_sampled_logprobs_are_those_of_the_full_softmax(engine, params, full):
 
 
 def test_a_prompt_is_scored_as_the_full_forward_scores_it(engine, params, full):
-    """With and without an answer after it, in a batch of several and alone; the likeliest tokens beside each."""
+    """With and without an answer after it, in a batch and alone, with the most likely tokens at each position."""
     requests = [
         Request(prompt(n, n), max_tokens=m, temperature=0, stop_ids=(), score=True, top_logprobs=top)
         for n, m, top in [(20, 0, 3), (31, 0, 0), (25, 6, 2), (1, 0, 1), (90, 3, 20)]
@@ -278,13 +292,13 @@ def test_one_sample_can_be_cancelled(engine):
     assert text == [alone[0].ids, alone[1].ids[:1], alone[2].ids]
 
 
-def test_bfloat16_runs_alone_and_in_a_batch(params, cfg, tokenizer):
-    engine = Engine(params, cfg, tokenizer, slots=4, dtype=jnp.bfloat16, chunk=4)
-    for count in (1, 4):  # the four are prefilled together
+def test_bfloat16_runs_alone_and_in_a_batch(params, model_cfg, tokenizer):
+    engine = Engine(params, model_cfg, tokenizer, slots=4, dtype=jnp.bfloat16, chunk=4)
+    for count in (1, 4):  # four are prefilled together
         answers = engine.run([Request(prompt(5, i), max_tokens=6, stop_ids=()) for i in range(count)])
         assert [len(sample.ids) for [sample] in answers] == [6] * count
-    held = jax.tree.leaves(engine._cache)
-    assert {x.dtype for x in held} == {jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)}
+    buffers = jax.tree.leaves(engine._runner.cache)
+    assert {x.dtype for x in buffers} == {jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)}
 
 
 # -----------------------------------------------------------------------------
@@ -303,22 +317,22 @@ END = ["<|output_end|>", "!", "<|assistant_end|>"]
 
 
 @pytest.mark.parametrize("padding", ["", "ab", "abc", "abcd"])
-def test_the_result_is_forced_right_after_the_call(engine, params, cfg, tokenizer, full, padding):
-    """Wherever in a chunk the block ends. What follows sees the forced tokens, as the log-probabilities show."""
+def test_the_result_is_forced_right_after_the_call(engine, params, model_cfg, tokenizer, full, padding):
+    """Wherever in a chunk the block ends. The log-probabilities show that later tokens see the forced ones."""
     call = [f"{padding}?", *CALL[1:]]
-    weights = scripted(params, cfg, tokenizer, call, END)
+    weights = scripted(params, model_cfg, tokenizer, call, END)
     request, sample = generate(engine, weights, line_ids(tokenizer, call)[:1])
-    said = line_ids(tokenizer, call)[1:]
+    called = line_ids(tokenizer, call)[1:]
     output = [tokenizer.special("<|output_start|>"), *tokenizer.encode("36"), tokenizer.special("<|output_end|>")]
-    assert sample.ids == said + output + line_ids(tokenizer, END)[1:]
-    assert sample.mask == [1] * len(said) + [0] * len(output) + [1, 1]
+    assert sample.ids == called + output + line_ids(tokenizer, END)[1:]
+    assert sample.mask == [1] * len(called) + [0] * len(output) + [1, 1]
     assert sample.finish_reason == "stop"
     check_logprobs(sample, request, full(weights, [*request.ids, *sample.ids]))
 
 
-def test_a_result_longer_than_a_chunk_is_forced_whole(engine, params, cfg, tokenizer):
+def test_a_result_longer_than_a_chunk_is_forced_whole(engine, params, model_cfg, tokenizer):
     call = ["?", "<|python_start|>", "9*817263540", "<|python_end|>"]
-    _, sample = generate(engine, scripted(params, cfg, tokenizer, call, END), [ord("?")])
+    _, sample = generate(engine, scripted(params, model_cfg, tokenizer, call, END), [ord("?")])
     output = [
         tokenizer.special("<|output_start|>"),
         *tokenizer.encode("7355371860"),
@@ -331,29 +345,29 @@ def test_a_result_longer_than_a_chunk_is_forced_whole(engine, params, cfg, token
 
 
 @pytest.mark.parametrize("expression", ["12+", ""])
-def test_a_refused_or_empty_call_forces_nothing(engine, params, cfg, tokenizer, expression):
+def test_a_refused_or_empty_call_forces_nothing(engine, params, model_cfg, tokenizer, expression):
     line = ["?", "<|python_start|>", expression, "<|python_end|>", "!", "<|assistant_end|>"]
-    _, sample = generate(engine, scripted(params, cfg, tokenizer, line), [ord("?")])
+    _, sample = generate(engine, scripted(params, model_cfg, tokenizer, line), [ord("?")])
     assert sample.ids == line_ids(tokenizer, line)[1:] and sample.mask == [1] * len(sample.ids)
 
 
-def test_without_tools_a_call_is_text(engine, params, cfg, tokenizer):
+def test_without_tools_a_call_is_text(engine, params, model_cfg, tokenizer):
     line = [*CALL, "!", "<|assistant_end|>"]
-    _, sample = generate(engine, scripted(params, cfg, tokenizer, line), [ord("?")], tools=False)
+    _, sample = generate(engine, scripted(params, model_cfg, tokenizer, line), [ord("?")], tools=False)
     assert sample.ids == line_ids(tokenizer, line)[1:]
 
 
-def test_forced_tokens_count_toward_max_tokens(engine, params, cfg, tokenizer):
-    weights = scripted(params, cfg, tokenizer, CALL, END)
+def test_forced_tokens_count_toward_max_tokens(engine, params, model_cfg, tokenizer):
+    weights = scripted(params, model_cfg, tokenizer, CALL, END)
     _, sample = generate(engine, weights, [ord("?")], max_tokens=8)
     assert len(sample.ids) == 8 and sample.mask == [1] * 6 + [0] * 2 and sample.finish_reason == "length"
 
 
 @pytest.mark.parametrize(("stop", "length"), [(None, 4), (["<|bos|>"], 8), (["x", "<|user_end|>"], 2), ([], 12)])
-def test_stop_ids(engine, params, cfg, tokenizer, stop, length):
+def test_stop_ids(engine, params, model_cfg, tokenizer, stop, length):
     line = ["a", "b", "x", "y", "<|assistant_end|>", "c", "d", "e", "<|bos|>", "f", "g", "h", "i"]
     ids = None if stop is None else line_ids(tokenizer, stop)
-    _, sample = generate(engine, scripted(params, cfg, tokenizer, line), [ord("a")], stop_ids=ids, max_tokens=12)
+    _, sample = generate(engine, scripted(params, model_cfg, tokenizer, line), [ord("a")], stop_ids=ids, max_tokens=12)
     assert sample.ids == line_ids(tokenizer, line)[1 : 1 + length]
     assert sample.finish_reason == ("length" if length == 12 else "stop")
 
@@ -383,7 +397,7 @@ def test_closing_a_stream_frees_the_engine(engine):
 
 
 def test_requests_come_and_go_between_steps(engine):
-    """One is cancelled while it runs, one while it waits, one is added late; the others do not notice."""
+    """One is cancelled while it runs, one while it waits, and one is added late; the others are not affected."""
     requests = [Request(prompt(4, i), max_tokens=12, seed=i, stop_ids=()) for i in range(5)]
     alone = [engine.run([request])[0][0].ids for request in requests]
     ids = [engine.add(request) for request in requests[:4]]
@@ -441,23 +455,24 @@ def test_buckets_are_few_and_hold_what_they_must():
 
 
 # -----------------------------------------------------------------------------
-# Several devices: in a process of its own, since JAX counts its devices once
+# Several devices: in a separate process, since JAX counts its devices only once
 
 ON_DEVICES = """
 import json
 import jax
-from nanochat_jax import gpt, sharding
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.engine import engine as module
+from nanochat_jax.engine import scheduler
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
 from nanochat_jax.tokenizer import Tokenizer
 from scripted_model import scripted
 from test_engine import CALL, END, prompt
 
 tokenizer = Tokenizer.train(["12 * 3 = 36, hello there, what is 7 + 5?"] * 3, 280)
-cfg = GPTConfig(2, 4, 2, 64, tokenizer.vocab_size, 160)
-one = jax.device_put(scripted(gpt.init(cfg, seed=0), cfg, tokenizer, CALL, END), jax.devices()[0])
+model_cfg = GPTConfig(2, 4, 2, 64, tokenizer.vocab_size, 160)
+one = jax.device_put(scripted(gpt.init(model_cfg, seed=0), model_cfg, tokenizer, CALL, END), jax.devices()[0])
 mesh = sharding.make_mesh()
 many = jax.device_put(one, sharding.replicated(mesh))
 # More samples than slots, a tool call among them, and prompts whose rows outgrow the first bucket of the cache.
@@ -468,15 +483,15 @@ requests = [
     Request(prompt(120, 3), max_tokens=24, n=3, seed=3, top_p=0.9, temperature=0.8, stop_ids=()),
 ]
 for params, slots in ((one, 16), (many, 16), (many, 6)):
-    engine = Engine(params, cfg, tokenizer, slots=slots, chunk=4)
+    engine = Engine(params, model_cfg, tokenizer, slots=slots, chunk=4)
     answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
-    # The next turn of the last one goes on from what is left of it, another prompt is prefilled in pieces.
+    # The next turn of the last one continues from its cached tokens, another prompt is prefilled in chunks.
     last = [*requests[3].ids, *answers[3][2][0], *prompt(4, 4)]
-    for module.PREFILL_CHUNK, ids in ((512, last), (64, prompt(130, 5))):
+    for scheduler.PREFILL_CHUNK, ids in ((512, last), (64, prompt(130, 5))):
         events = list(engine.stream(Request(ids, max_tokens=9, seed=4, stop_ids=())))
-        answers.append([events[0].reused, [token for event in events for token in event.ids]])
-    module.PREFILL_CHUNK = 512
-    cache = engine._cache["k"] + engine._cache["v"]
+        answers.append([events[0].cached_tokens, [token for event in events for token in event.ids]])
+    scheduler.PREFILL_CHUNK = 512
+    cache = engine._runner.cache["k"] + engine._runner.cache["v"]
     spread = all(x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), x.ndim) for x in cache)
     print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
 """
@@ -484,14 +499,15 @@ for params, slots in ((one, 16), (many, 16), (many, 6)):
 
 def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests' / 'support'}"
+    folders = REPOSITORY, REPOSITORY / "tests" / "support", REPOSITORY / "tests" / "engine"
+    env["PYTHONPATH"] = os.pathsep.join(map(str, folders))
     done = subprocess.run(
         [sys.executable, "-c", ON_DEVICES], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, many, undivided = map(json.loads, done.stdout.strip().splitlines()[-3:])
     assert one == [one[0], False, [16]]
-    assert many == [one[0], True, [2]]  # the cache of 16 slots: two rows on each of 8 devices
-    assert undivided == [one[0], False, [6]]  # 6 slots do not divide, and every device decodes them all
+    assert many == [one[0], True, [2]]  # the cache of 16 slots has two rows on each of 8 devices
+    assert undivided == [one[0], False, [6]]  # 6 slots cannot be divided by 8, so every device decodes them all
     assert [cached_tokens for cached_tokens, _ in one[0][4:]] == [143, 0]
     assert one[0][0][0][1].count(0) == 3  # the call was answered: <|output_start|> 36 <|output_end|>

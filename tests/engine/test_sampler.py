@@ -1,4 +1,4 @@
-"""Sampling follows the distribution it should, and a row's draw depends on nothing but the row."""
+"""Samples follow the expected distribution, and what a row draws depends only on that row."""
 
 import functools
 
@@ -11,11 +11,11 @@ from nanochat_jax.engine import sampler
 from nanochat_jax.engine.sampler import Plan, Settings
 
 VOCAB = 300
-ROWS = 2000  # always, since every new shape is compiled
+ROWS = 2000  # in every test, since each new shape is compiled
 
 
 def settings(temperature=1.0, top_k=0, top_p=1.0, seed=None) -> Settings:
-    """The same for every row, but for the seeds."""
+    """The same settings for every row, except for the seeds."""
     seeds = np.arange(ROWS, dtype=np.uint32) if seed is None else np.full(ROWS, seed, np.uint32)
     full = functools.partial(np.full, ROWS)
     return Settings(seeds, full(0, np.int32), full(temperature, np.float32), full(top_k, np.int32),
@@ -80,7 +80,7 @@ def test_top_k_beyond_the_vocabulary_is_the_vocabulary(logits):
 
 
 def test_a_row_draws_the_same_whatever_the_others_want(logits):
-    """Alone, each kind of row is served by the cheapest plan; together, by the widest."""
+    """Alone, each kind of row gets the cheapest plan; together, they get the widest."""
     kinds = [settings(temperature=0), settings(), settings(top_k=3), settings(top_k=200), settings(top_p=0.7)]
     assert {sampler.plan(kind, VOCAB) for kind in kinds} == {
         Plan(0, False), Plan(0, True), Plan(64, False), Plan(256, False), Plan(VOCAB, False),

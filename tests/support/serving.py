@@ -94,7 +94,7 @@ def save_model(base: Path, params, model_cfg: GPTConfig, tokenizer) -> None:
     tokenizer.save(base / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir("sft", "tiny"), keep_last=1)
     saver.save(7, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(model_cfg) | {"tokenizer": tokenizer.hash})
-    saver.wait()
+    saver.wait_all()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,272 @@
+"""Decides what the engine runs next: which prompts are prefilled, which slots their samples get, what is decoded.
+
+Continuous batching: a sample takes a slot as soon as one is free, while the sequences in the others go on decoding.
+Batched prefill: short prompts of similar length that wait together are prefilled together.
+Chunked prefill: a long prompt is computed a chunk per step, and the running sequences decode in between.
+Prefix caching: a prompt that begins like a row of the cache starts from a copy of that row, where this saves work.
+
+All of this is host code on lists of token ids; nothing here touches a device.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+
+from nanochat_jax.engine import cache as kv
+from nanochat_jax.engine.request import Request
+from nanochat_jax.engine.slots import Prompt, Sequence, Slots, common_prefix_length
+
+PREFILL_ROWS = 4  # prompts that are prefilled together, if that many of similar length wait
+PREFILL_TOKENS = 2048  # at most this many tokens in such a batch: longer prompts fill the device by themselves
+PREFILL_CHUNK = 512  # tokens per chunk of a longer prompt
+LAST_CHUNK = 64  # tokens of the last chunk if no more are left: little of a chat's next turn is new
+SMALLEST_PROMPT = 32  # tokens; the smallest length bucket
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Whole prompts to prefill together: row i holds prompts[i], padded to `size` tokens; more rows are padding."""
+
+    prompts: list[Prompt]
+    rows: int
+    size: int
+    score: bool  # whether the log-probabilities of their tokens are wanted
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """The row of `size` positions that a chunked prefill fills: a copy of a slot's cache row, or an empty one."""
+
+    size: int
+    copied_slot: int | None
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Tokens of one prompt to put at position `start` of its row, padded to `width` tokens."""
+
+    ids: list[int]
+    start: int
+    width: int
+    new_row: NewRow | None  # with the first chunk: the row to make first
+
+
+@dataclass
+class Prefill:
+    """Prompts in the middle of their prefill, or prefilled with samples that wait for slots; prompts[i] is row i."""
+
+    prompts: list[Prompt]
+    size: int  # positions of each row
+    computed: int  # tokens of each prompt that are in its row, padding included
+
+    @property
+    def complete(self) -> bool:
+        return self.computed >= len(self.prompts[0].request.ids)
+
+    @property
+    def left(self) -> int:
+        """Samples that still wait for a slot."""
+        return sum(prompt.left for prompt in self.prompts)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one step runs, in this order: a prefill, then either first tokens or a chunk of decoding."""
+
+    prefill: PrefillBatch | PrefillChunk | None
+    sequences: dict[int, Sequence]  # slot -> sequence that gets tokens in this step
+    first_tokens: dict[int, int]  # slot -> row of the prefill that its first token is drawn from; empty: decode
+    scored: list[Prompt]  # prompts that wanted nothing but their scores
+    lengths: list[int]  # tokens in the cache row of each slot; those of free slots must not be overwritten
+    cache_size: int  # positions of the cache
+
+    @property
+    def decodes(self) -> bool:
+        return bool(self.sequences) and not self.first_tokens
+
+
+class Scheduler:
+    """The queue of prompts and the slots of a model with a context of `context` tokens.
+
+    A step decodes at most `chunk` tokens for each slot; `stop_ids` end samples whose request names none.
+    """
+
+    def __init__(self, slots: int, context: int, chunk: int, stop_ids: tuple[int, ...]):
+        self.context, self.chunk, self.stop_ids = context, chunk, stop_ids
+        self.slots = Slots(slots)
+        self.queue: deque[Prompt] = deque()
+        self.prefill: Prefill | None = None
+        self.cache_size = kv.bucket(0, context)  # positions
+
+    @property
+    def waiting(self) -> int:
+        """Samples that wait for a slot."""
+        return sum(prompt.left for prompt in self.queue) + (self.prefill.left if self.prefill else 0)
+
+    def add(self, id: int, request: Request) -> None:
+        """Puts a request at the end of the queue."""
+        self.queue.append(Prompt(id, request))
+
+    def cancel(self, id: int, sample: int | None = None) -> None:
+        """Drops a request, or only one of its samples that has been started, and frees its slots."""
+        for slot, sequence in self.slots.running().items():
+            if sequence.prompt.id == id and sample in (None, sequence.sample):
+                self.slots.release(slot)
+        if sample is not None:
+            return
+        self.queue = deque(prompt for prompt in self.queue if prompt.id != id)
+        if self.prefill:
+            for prompt in self.prefill.prompts:
+                if prompt.id == id:
+                    prompt.started = prompt.request.n
+            self._drop_finished_prefill()
+
+    def schedule(self) -> Schedule:
+        """What the next step runs. Its prompts leave the queue and its new sequences take their slots.
+
+        If a slot is free, waiting samples come first; the running sequences decode where none is ready to start.
+        """
+        free = self.slots.free()
+        prefill = self._next_prefill(len(free)) if free and self.waiting else None
+        if free and self.prefill and self.prefill.complete:
+            return self._start_samples(free, self.prefill, prefill)
+        running = self.slots.running()
+        if running:
+            self._fit_cache()
+        return self._schedule(prefill, running)
+
+    def _schedule(
+        self,
+        prefill: PrefillBatch | PrefillChunk | None,
+        sequences: dict[int, Sequence],
+        first_tokens: dict[int, int] | None = None,
+        scored: list[Prompt] | None = None,
+    ) -> Schedule:
+        lengths = [self.slots.cached_length(slot) for slot in range(len(self.slots.sequences))]
+        return Schedule(prefill, sequences, first_tokens or {}, scored or [], lengths, self.cache_size)
+
+    # -----------------------------------------------------------------------------
+    # Prefill
+
+    def _next_prefill(self, free: int) -> PrefillBatch | PrefillChunk | None:
+        """The next prefill for at most `free` slots; None: the prompts of the last one still have samples to start."""
+        if self.prefill:
+            return None if self.prefill.complete else self._next_chunk(self.prefill)
+        return self._start_chunked_prefill() or self._start_batched_prefill(free)
+
+    def _start_chunked_prefill(self) -> PrefillChunk | None:
+        """The first chunk of the first prompt in the queue; None: it is better prefilled whole.
+
+        Its row is a copy of one that begins like it, where prefix caching saves work, or empty for a long prompt.
+        """
+        prompt = self.queue[0]
+        ids, length = prompt.request.ids, self._bucket(prompt)
+        if prompt.request.score:  # the logits of every token are needed
+            return None
+        # The last token is always computed, for the logits after it.
+        slot, shared = self.slots.longest_prefix(ids[:-1])
+        if prefix_caching_saves_work(shared, len(ids), length):
+            row = NewRow(kv.bucket(length, self.context), slot)
+        elif length > PREFILL_CHUNK:
+            row, shared = NewRow(length, None), 0
+        else:
+            return None
+        self.queue.popleft()
+        prompt.cached_tokens = shared
+        self.prefill = Prefill([prompt], row.size, computed=shared)
+        return self._next_chunk(self.prefill, row)
+
+    def _next_chunk(self, prefill: Prefill, new_row: NewRow | None = None) -> PrefillChunk:
+        """The next chunk of the only prompt of `prefill`."""
+        ids = prefill.prompts[0].request.ids
+        width = min(prefill.size, _chunk_width(len(ids) - prefill.computed))
+        start = min(prefill.computed, prefill.size - width)  # the last chunk may overlap the one before it
+        prefill.computed = start + width
+        return PrefillChunk(list(ids[start : start + width]), start, width, new_row)
+
+    def _start_batched_prefill(self, free: int) -> PrefillBatch:
+        """The first prompt of the queue, with others of its bucket if nearly a full batch of them waits.
+
+        Prompts that could continue from what the first one leaves in the cache wait for it instead. There are only two
+        batch sizes, since each is compiled for every length bucket.
+        """
+        first = self.queue[0]
+        length, score = self._bucket(first), first.request.score
+
+        def fits(other: Prompt) -> bool:
+            if self._bucket(other) != length or other.request.score != score:
+                return False
+            shared = 0 if score or other is first else common_prefix_length(other.request.ids[:-1], first.request.ids)
+            return not prefix_caching_saves_work(shared, len(other.request.ids), length)
+
+        prompts = list(islice(filter(fits, self.queue), min(free, PREFILL_ROWS)))
+        together = len(prompts) >= PREFILL_ROWS - 1 and length * PREFILL_ROWS <= PREFILL_TOKENS
+        if not together:
+            prompts = [first]
+        for prompt in prompts:
+            self.queue.remove(prompt)
+        self.prefill = Prefill(prompts, length, computed=length)
+        return PrefillBatch(prompts, PREFILL_ROWS if together else 1, length, score)
+
+    def _bucket(self, prompt: Prompt) -> int:
+        """The number of tokens that a prompt is padded to."""
+        return kv.bucket(len(prompt.request.ids), self.context, SMALLEST_PROMPT)
+
+    def _drop_finished_prefill(self) -> None:
+        """Ends the prefill once all samples of its prompts have been started."""
+        if self.prefill and not self.prefill.left:
+            self.prefill = None
+
+    # -----------------------------------------------------------------------------
+    # Slots and the cache
+
+    def _start_samples(
+        self, free: list[int], prefilled: Prefill, prefill: PrefillBatch | PrefillChunk | None
+    ) -> Schedule:
+        """Puts as many samples of the prefilled prompts into slots as are free."""
+        scored = [prompt for prompt in prefilled.prompts if prompt.left and prompt.request.max_tokens == 0]
+        for prompt in scored:
+            prompt.started = prompt.request.n
+        ready = [(row, prompt) for row, prompt in enumerate(prefilled.prompts) for _ in range(prompt.left)]
+        sequences, first_tokens = {}, {}
+        for slot, (row, prompt) in zip(free, ready, strict=False):
+            sequences[slot], first_tokens[slot] = self._start_sample(prompt), row
+            self.slots.assign(slot, sequences[slot])
+        self._drop_finished_prefill()
+        if sequences:
+            self._fit_cache(prefilled.size)
+        return self._schedule(prefill, sequences, first_tokens, scored)
+
+    def _start_sample(self, prompt: Prompt) -> Sequence:
+        """The next sample of a prompt, before its first token."""
+        request = prompt.request
+        stop_ids = self.stop_ids if request.stop_ids is None else tuple(request.stop_ids)
+        # The last token need not fit into the context, since nothing is computed from it.
+        left = min(request.max_tokens, self.context - len(request.ids) + 1)
+        prompt.started += 1
+        return Sequence(prompt, prompt.started - 1, stop_ids, list(request.ids), left)
+
+    def _fit_cache(self, at_least: int = 0) -> None:
+        """Chooses the smallest cache that holds all sequences to the end of the next chunk of decoding."""
+        needed = [sequence.length + min(self.chunk, sequence.left) for sequence in self.slots.running().values()]
+        self.cache_size = kv.bucket(max(at_least, *needed), self.context)
+        self.slots.truncate(self.cache_size)
+
+
+def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
+    """Whether a prompt of `tokens` tokens, in the bucket `length`, is less work if its first `shared` are cached.
+
+    1000 of 1010 tokens: True; 10 of 1010 tokens: False.
+    """
+
+    def work(tokens: int) -> int:  # in chunks, padding included
+        whole, rest = divmod(tokens, PREFILL_CHUNK)
+        return whole * PREFILL_CHUNK + (_chunk_width(rest) if rest else 0)
+
+    # Half a prompt or less, which every chat shares with every other, would gain little.
+    return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
+
+
+def _chunk_width(tokens: int) -> int:
+    """How many tokens the next chunk computes, padding included, if `tokens` are left: 700 -> 512, 64 -> 64."""
+    return LAST_CHUNK if tokens <= LAST_CHUNK else PREFILL_CHUNK

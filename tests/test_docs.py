@@ -9,11 +9,12 @@ import pytest
 from nanochat_jax.config import REPOSITORY
 
 HOW_IT_WORKS = REPOSITORY / "docs" / "how-it-works.md"
+FILES = (".md", ".toml", ".json", ".jsonl", ".py", ".js", ".sh", ".npy", ".parquet")
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def resolve(dotted: str) -> object:
-    """training.loop.train -> the function of that name in nanochat_jax/training/loop.py. Raises for what is not there."""
+    """training.loop.train -> the function `train` in nanochat_jax/training/loop.py. Raises for what does not exist."""
     parts = dotted.split(".")
     root = parts if parts[0] == "scripts" else ["nanochat_jax", *parts]
     for end in range(len(root), 0, -1):
@@ -29,9 +30,7 @@ def resolve(dotted: str) -> object:
 
 def test_every_function_that_how_it_works_names_exists():
     names = re.findall(r"`((?:\w+\.)+\w+)\(?\)?`", HOW_IT_WORKS.read_text(encoding="utf-8"))
-    names = [
-        n for n in names if not n.endswith((".md", ".toml", ".json", ".jsonl", ".py", ".js", ".sh", ".npy", ".parquet"))
-    ]
+    names = [n for n in names if not n.endswith(FILES)]
     missing = []
     for name in names:
         try:

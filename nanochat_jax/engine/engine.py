@@ -18,7 +18,7 @@ of its own slots and decodes them.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +129,7 @@ class Engine:
                 self.cancel(i)
         return [[_join(parts[i, s]) for s in range(r.n)] for i, r in zip(ids, requests, strict=True)]
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """Yields the events of one request as they come. The engine must be idle; closing the iterator cancels the
         request."""
         assert not self.busy, "stream with other samples under way"

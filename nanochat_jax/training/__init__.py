@@ -1,7 +1,7 @@
 """The four training stages: base, mid and sft share one loop, rl has its own.
 
-In: the settings of a stage, and the checkpoint of the stage before it. Out: a run's folder with checkpoints, config.json
-and log.jsonl.
+In: the settings of a stage, and the checkpoint of the stage before it. Out: a run's folder with checkpoints,
+config.json and log.jsonl.
 
 run opens a run (new, resumed or finished), stages and batch_shape derive what it trains on, step is what is compiled,
 optim what updates the weights, loop and rl are the loops, validation is what they evaluate in between.

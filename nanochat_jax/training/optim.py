@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel.sharding import Layout
@@ -114,9 +114,9 @@ def _offsets(sizes: list[int]) -> list[int]:
     return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
 
-def momentum_warmup(step: jax.Array) -> jax.Array:
+def momentum_warmup(step: ArrayLike) -> jax.Array:
     """Muon's momentum in pretraining and midtraining: 0.85 -> 0.95 over 300 steps."""
-    return 0.85 + 0.10 * jnp.minimum(step / 300, 1.0)
+    return 0.85 + 0.10 * jnp.minimum(jnp.asarray(step) / 300, 1.0)
 
 
 def make_optimizer(

@@ -376,4 +376,5 @@ def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
     lowered = step_of(run).lower(state, {"inputs": ids, "targets": ids}, lr_mult)
     used = lowered.compile().memory_analysis()
+    assert used is not None, "this backend does not report the memory of a compiled program"
     return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes

@@ -51,9 +51,13 @@ def ours(job: Job) -> dict:
     from nanochat_jax.engine.request import Request
     from nanochat_jax.model import gpt
     from nanochat_jax.parallel import devices
+    from nanochat_jax.tokenizer import Tokenizer
 
-    class Tokenizer:
+    class NoTokenizer(Tokenizer):
         """Stands in for a tokenizer: an engine without tools only asks for the ids of special tokens."""
+
+        def __init__(self):
+            pass
 
         def special(self, name: str) -> int:
             return 0
@@ -67,7 +71,7 @@ def ours(job: Job) -> dict:
     # Weights that a step reads: all but the embedding, of which it reads one row per token.
     weights = sum(x.size for name, x in params.items() if name not in ("wte", "blocks"))
     weights += sum(x.size for x in jax.tree.leaves(params["blocks"]))
-    engine = Engine(params, model_cfg, Tokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
+    engine = Engine(params, model_cfg, NoTokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
     del params
 
     def generate(seed: int) -> tuple[float, float]:

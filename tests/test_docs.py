@@ -58,3 +58,21 @@ def test_named_commands_exist(page: Path):
     for module in {m for m in modules if m != "scripts.NAME"}:
         path = REPOSITORY / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_the_line_counts_in_the_readme_are_right():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+    def lines(*patterns: str) -> int:
+        files = [path for pattern in patterns for path in REPOSITORY.glob(pattern)]
+        return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+
+    core = lines(*(f"nanochat_jax/{room}/*.py" for room in ("model", "parallel", "training", "data", "engine")))
+    python = lines("nanochat_jax/**/*.py", "scripts/**/*.py")
+    rust, page = (
+        lines("rustbpe/src/*.rs"),
+        lines(*(f"nanochat_jax/serve/ui/*.{kind}" for kind in ("js", "css", "html"))),
+    )
+    paragraph = re.search(r"\*\*Reading it\.\*\*.*?HTML", readme, re.DOTALL)
+    stated = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", paragraph[0])]
+    assert stated == pytest.approx([core, python, rust, page], rel=0.07)

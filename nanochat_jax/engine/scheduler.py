@@ -1,9 +1,9 @@
 """Decides what the engine runs next: which prompts are prefilled, which slots their samples get, what is decoded.
 
-Continuous batching: a sample takes a slot as soon as one is free, while the sequences in the others go on decoding.
-Batched prefill: short prompts of similar length that wait together are prefilled together.
-Chunked prefill: a long prompt is computed a chunk per step, and the running sequences decode in between.
-Prefix caching: a prompt that begins like a row of the cache starts from a copy of that row, where this saves work.
+- continuous batching: a sample takes a slot as soon as one is free, while the sequences in the others go on decoding.
+- batched prefill: short prompts of similar length that wait together are prefilled together.
+- chunked prefill: a long prompt is computed a chunk per step, and the running sequences decode in between.
+- prefix caching: a prompt that begins like a row of the cache starts from a copy of that row, where this saves work.
 
 All of this is host code on lists of token ids; nothing here touches a device.
 """

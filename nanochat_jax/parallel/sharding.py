@@ -201,7 +201,7 @@ class Layout:
         return jax.lax.with_sharding_constraint(tree, self.shardings(specs))
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
-        """All-gathers a weight [in, out] for as long as it is used; its gradient is sharded as soon as it is formed."""
+        """A weight [in, out] made whole by an all-gather for as long as it is used; its gradient is sharded at once."""
         if not self.full:  # every replica already holds all of w
             return w
         # Example wq [d, h*k]: w and its gradient have d over data and h*k over model; gathered, only h*k over model.
@@ -234,9 +234,9 @@ class Layout:
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
     def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
-        """Reduce-scatter: gradients [R, ...], one for each replica -> their sum [...], sharded over data.
+        """Gradients [R, ...], one for each replica -> their sum [...], sharded over data, by a reduce-scatter.
 
-        Between nodes it is followed by an all-reduce of the shards alone: that is where the wires are slow.
+        Between nodes, where the wires are slow, an all-reduce of the shards follows.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:

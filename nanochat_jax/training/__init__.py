@@ -3,6 +3,7 @@
 In: the settings of a stage, and the checkpoint of the stage before it. Out: a run's folder with checkpoints,
 config.json and log.jsonl.
 
-run opens a run (new, resumed or finished), stages and batch_shape derive what it trains on, step is what is compiled,
-optim what updates the weights, loop and rl are the loops, validation is what they evaluate in between.
+run opens a run (new, resumed or finished); stages and batch_shape derive what it trains on; step is what is compiled
+and optim what updates the weights; loop and rl (with rollouts) are the two loops, run_control decides when they save,
+evaluate and stop (interruption), and validation is what they evaluate.
 """

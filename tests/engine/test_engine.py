@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from scripted_model import line_ids, scripted
 
 from nanochat_jax.config import REPOSITORY, GPTConfig, UserError
@@ -36,10 +37,7 @@ def model_cfg(tokenizer):
 @pytest.fixture(scope="module")
 def params(model_cfg):
     """Random weights, including the output projections, and an uneven head, so that text is varied but not noise."""
-    fresh = gpt.init(model_cfg, seed=0)
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([jax.random.normal(k, x.shape) * 0.15 for k, x in zip(keys, leaves, strict=True)])
+    return tiny.random_params(model_cfg, 0.15)
 
 
 @pytest.fixture(scope="module")
@@ -460,6 +458,7 @@ def test_buckets_are_few_and_hold_what_they_must():
 ON_DEVICES = """
 import json
 import jax
+import tiny
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import scheduler
 from nanochat_jax.engine.engine import Engine

@@ -40,9 +40,7 @@ def model(tokenizer):
     model_cfg = GPTConfig(
         n_layer=1, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=128
     )
-    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = tree.unflatten([jax.random.normal(k, x.shape) * 0.3 for k, x in zip(keys, leaves, strict=True)])
+    params = tiny.random_params(model_cfg, 0.3)
     return EvalModel(params, model_cfg, tokenizer)
 
 

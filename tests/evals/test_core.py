@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from nanochat_jax.config import GPTConfig, UserError, base_dir
 from nanochat_jax.evals import bundle as bundles
@@ -33,9 +34,7 @@ def tokenizer():
 def model(tokenizer):
     """A model with random weights everywhere, so that its first choices differ."""
     model_cfg = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=tokenizer.vocab_size, sequence_len=64)
-    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = tree.unflatten([jax.random.normal(k, x.shape) * 0.3 for k, x in zip(keys, leaves, strict=True)])
+    params = tiny.random_params(model_cfg, 0.3)
     return EvalModel(params, model_cfg, tokenizer)
 
 

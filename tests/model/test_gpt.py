@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from nanochat_jax import hf
 from nanochat_jax.config import Base, GPTConfig, UserError
@@ -24,10 +25,7 @@ forward = jax.jit(gpt.forward, static_argnums=(1, 3))
 @pytest.fixture(scope="module")
 def params():
     """Random weights, output projections included: the zeros of the real initialisation would hide mistakes."""
-    fresh = gpt.init(CFG, seed=0)
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([jax.random.normal(k, x.shape) * 0.1 for k, x in zip(keys, leaves, strict=True)])
+    return tiny.random_params(CFG, 0.1)
 
 
 @pytest.mark.golden
@@ -210,10 +208,7 @@ def test_windows_cost_fewer_flops():
 
 @pytest.fixture(scope="module")
 def windowed_params():
-    fresh = gpt.init(WINDOWED, seed=0)
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([jax.random.normal(k, x.shape) * 0.1 for k, x in zip(keys, leaves, strict=True)])
+    return tiny.random_params(WINDOWED, 0.1)
 
 
 def test_a_token_reaches_exactly_its_windows(windowed_params):

@@ -8,12 +8,11 @@ import time
 from collections import Counter
 
 import httpx
-import jax
 import pytest
+import tiny
 from serving import TEXT, command, save_model, until
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CLIENTS = 200
@@ -65,9 +64,7 @@ async def client(port: int, expected: dict[str, str], number: int, until: float,
 def test_two_hundred_clients_half_of_whom_leave(own_base_dir):
     tokenizer = Tokenizer.train(iter(TEXT), 300)
     model_cfg = GPTConfig(2, 2, 2, 32, tokenizer.vocab_size, 128)
-    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = tree.unflatten([jax.random.normal(k, x.shape) * 0.2 for k, x in zip(keys, leaves, strict=True)])
+    params = tiny.random_params(model_cfg, 0.2)
     params["lm_head"] = params["lm_head"].at[model_cfg.vocab_size - len(SPECIAL_TOKENS) :].set(0)
     save_model(own_base_dir, params, model_cfg, tokenizer)
 

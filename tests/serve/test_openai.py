@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import openai
 import pytest
+import tiny
 from serving import TEXT, ScriptedEngine, answer_ids, command, save_model, serving, until
 
 from nanochat_jax.config import ChatWeb, GPTConfig
@@ -40,9 +41,7 @@ def model_cfg(tokenizer):
 @pytest.fixture(scope="module")
 def params(model_cfg):
     """Random weights, large enough for varied text; special tokens are never the most likely ones."""
-    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    made = tree.unflatten([jax.random.normal(k, x.shape) * 0.2 for k, x in zip(keys, leaves, strict=True)])
+    made = tiny.random_params(model_cfg, 0.2)
     return made | {"lm_head": made["lm_head"].at[model_cfg.vocab_size - len(SPECIAL_TOKENS) :].set(0)}
 
 

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import jax
 import pytest
+import tiny
 from serving import TEXT, ScriptedEngine, answer_ids, command, save_model, serving, until
 
 from nanochat_jax.config import ChatWeb, GPTConfig
 from nanochat_jax.engine.engine import Engine
-from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -27,9 +27,7 @@ def tokenizer():
 def model(tokenizer):
     """Random weights, large enough for varied text, and their GPTConfig."""
     model_cfg = GPTConfig(2, 2, 2, 32, tokenizer.vocab_size, 192)
-    leaves, tree = jax.tree.flatten(gpt.init(model_cfg, seed=0))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([jax.random.normal(k, x.shape) * 0.2 for k, x in zip(keys, leaves, strict=True)]), model_cfg
+    return tiny.random_params(model_cfg, 0.2), model_cfg
 
 
 def ask(server, text: str = "hi", **fields) -> list[dict]:

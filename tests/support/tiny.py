@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from nanochat_jax import config
-from nanochat_jax.config import REPOSITORY
+from nanochat_jax.config import REPOSITORY, GPTConfig
 from nanochat_jax.data import sources
+from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import Tokenizer
 
 FLAGS = {
@@ -79,3 +81,10 @@ def run(stage: str, base: Path, devices: int = 1, **changes) -> subprocess.Compl
         command(stage, **changes), cwd=REPOSITORY, env=environment(base, devices), capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
+
+
+def random_params(model_cfg: GPTConfig, scale: float) -> gpt.Params:
+    """Random weights everywhere, output projections included: the zeros of the real initialization hide mistakes."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([jax.random.normal(k, x.shape) * scale for k, x in zip(keys, leaves, strict=True)])

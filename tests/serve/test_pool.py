@@ -43,11 +43,11 @@ def gpus(events: list[dict]) -> set[int]:
 
 
 def test_requests_go_where_there_is_room(tokenizer):
-    engines = [
-        ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "a" * 40), slots=1, delay=0.02) for _ in range(2)
-    ]
+    engines = [ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "a" * 40), slots=1) for _ in range(2)]
     with serving(engines, ChatWeb(max_waiting=2)) as server, ThreadPoolExecutor(5) as clients:
         assert gpus(ask(server)) == gpus(ask(server)) == {0}  # a single chat stays where its earlier turns are cached
+        for engine in engines:
+            engine.delay = 0.25  # so that no answer is complete before all four have arrived, also on a busy machine
         answers = [clients.submit(ask, server) for _ in range(4)]
         until(lambda: httpx.get(f"{server.url}/stats").json()["waiting"] == 2)
         stats = httpx.get(f"{server.url}/stats").json()
@@ -55,6 +55,8 @@ def test_requests_go_where_there_is_room(tokenizer):
         assert [worker["gpu_id"] for worker in stats["workers"]] == [0, 1]
         refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "hi"})
         assert refused.status_code == 429 and refused.headers["retry-after"]
+        for engine in engines:
+            engine.delay = 0.0
         assert sorted(gpus(answer.result()).pop() for answer in answers) == [0, 0, 1, 1]
         assert httpx.get(f"{server.url}/health").json()["num_gpus"] == 2
 

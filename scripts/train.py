@@ -18,7 +18,8 @@ def main(cfg: config.Train) -> None:
         from nanochat_jax.training import rl
 
         rl.train(cfg)
-    elif isinstance(cfg, config.Base | config.Mid | config.Sft):
+    else:
+        assert isinstance(cfg, config.Base | config.Mid | config.Sft)
         from nanochat_jax.training import loop
 
         loop.train(cfg)

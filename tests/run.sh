@@ -7,9 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit 0 ;; esac
 
-pytest_args=() coverage=
+pytest_args=() selected= coverage=
 for argument in "$@"; do
-    if [ "$argument" = --cov ]; then coverage=1; else pytest_args+=("$argument"); fi
+    if [ "$argument" = --cov ]; then coverage=1; else pytest_args+=("$argument") selected=1; fi
 done
 
 source setup.sh dev
@@ -42,21 +42,21 @@ trap 'rm -f "$rust_log" "$pytest_log"' EXIT
 (set -e; check_rust) >"$rust_log" 2>&1 &
 rust_check=$!
 
-[[ " ${pytest_args[*]} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu")
-[ -z "$coverage" ] || pytest_args+=(--cov --cov-report=json:.coverage.json)
+[[ " ${pytest_args[*]-} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu")
+if [ -n "$coverage" ]; then pytest_args+=(--cov --cov-report=json:.coverage.json) && rm -f .coverage.json; fi
 status=0
 # Four workers even on two cores: much of the time goes into waiting for processes to start, stop or be killed.
 python -m pytest -n 4 --dist loadfile "${pytest_args[@]}" 2>&1 | tee "$pytest_log" || status=$?
 wait "$rust_check" || { status=1; echo "error: the tests or checks of the Rust crate failed:"; }
 cat "$rust_log"
-[ -z "$coverage" ] || python tests/support/coverage_by_room.py .coverage.json
+[ ! -f .coverage.json ] || python tests/support/coverage_by_room.py .coverage.json
 tail -n 1 "$pytest_log"
 
 # If the test data is present, no test may be skipped for lack of it. Pytest lists the tests skipped for other reasons,
 # which are not an error.
 data=${NANOCHAT_TEST_DATA:-../shared}
 missing=$(grep '^SKIPPED .*no test data' "$pytest_log" || true)
-if [ -d "$data/golden" ] && [ -n "$missing" ] && [ $# -eq 0 ]; then
+if [ -d "$data/golden" ] && [ -n "$missing" ] && [ -z "$selected" ]; then
     echo "error: tests were skipped for lack of test data, although $data has it" >&2
     exit 1
 fi

@@ -167,8 +167,8 @@ class Engine:
         try:
             output = self._runner.run(schedule)
         except BaseException:
-            for slot in schedule.first_tokens:  # their rows may lack the prompt, which must not look cached
-                self._scheduler.slots.discard(slot)
+            self._scheduler.abandon(schedule)
+            self._runner.drop_prefill()
             raise
         return self._postprocess(schedule, output)
 

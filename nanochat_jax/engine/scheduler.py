@@ -121,6 +121,12 @@ class Scheduler:
                     prompt.started = prompt.request.n
             self._drop_finished_prefill()
 
+    def abandon(self, schedule: Schedule) -> None:
+        """After a step that failed: forgets its prefill, and the slots whose rows may lack their prompt."""
+        for slot in schedule.first_tokens:
+            self.slots.discard(slot)
+        self.prefill = None
+
     def schedule(self) -> Schedule:
         """What the next step runs. Its prompts leave the queue and its new sequences take their slots.
 

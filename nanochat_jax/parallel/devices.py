@@ -33,6 +33,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     Only process 0 prints from here on. Call it before anything else touches JAX. UserError if there is no such device.
     """
     platforms = {"": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
+    assert device_type in platforms, f"device type {device_type!r}, expected one of {', '.join(platforms)}"
     import jax
 
     if platforms[device_type]:

@@ -217,6 +217,22 @@ def test_a_prompt_whose_prefill_failed_is_not_reused(engine, params, monkeypatch
     assert not engine.busy and greedy(engine, ids)[1] == 0
 
 
+def test_a_failed_prefill_is_forgotten_though_samples_still_waited_for_it(engine, params, full, monkeypatch):
+    def fail(batch):
+        raise MemoryError
+
+    engine.set_params(params)
+    id = engine.add(Request(prompt(70), n=engine.slots + 1))
+    with monkeypatch.context() as failing, pytest.raises(MemoryError):
+        failing.setattr(engine._runner, "_prefill_batch", fail)
+        engine.step()
+    assert not engine.busy
+    engine.cancel(id)  # as its caller does: it has gone already
+    ids = prompt(5)
+    answer, _ = greedy(engine, ids)
+    assert answer == full(params, [*ids, *answer[:-1]])[len(ids) - 1 :].argmax(-1).tolist()
+
+
 def test_sampled_text_does_not_depend_on_the_company(engine):
     """Each request alone, then all of them together, which are prefilled in a batch and refill the slots."""
     requests = [

@@ -1,9 +1,9 @@
 """Turns the command line into one of the settings dataclasses of config.py.
 
-Dataclass defaults < preset file (`--config cpu` or a path) < command line. A preset has common keys at the top and
-tables [tok] [base] [mid] [sft] [rl] [eval] [chat]; a key that no command knows is an error. Flags may be written with
-dashes or underscores, the last of a repeated flag wins, and a lone `--` is ignored. Nothing here imports JAX, so
-`--help` and every error about a flag are immediate.
+The command line overrides the preset file (`--config cpu` or a path), which overrides the dataclass defaults. A preset
+has common keys at the top and tables [tok] [base] [mid] [sft] [rl] [eval] [chat]; a key that no command knows is an
+error. Flags may be written with dashes or underscores; if a flag is repeated, the last one wins; a lone `--` is
+ignored. Nothing here imports JAX, so `--help` and every error about a flag are immediate.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
-    """Runs a command: a mistake of the user is one line and exit code 2, Ctrl-C is exit code 130, a bug a traceback."""
+    """Runs a command. A user's mistake prints one line and exits with 2, Ctrl-C with 130; a bug has a traceback."""
     try:
         main(parse(cls))
     except UserError as error:
@@ -102,7 +102,7 @@ def _parser(cls: type[config.Settings]) -> _Parser:
         if field.metadata["positional"]:
             parser.add_argument(field.name, **options)
             continue
-        if kind is bool:  # true where only the flag's name is given
+        if kind is bool:  # the flag without a value means true
             options |= {"nargs": "?", "const": True}
         flags = [f"--{field.name}"]
         if field.name in SHORT and not (field.name == "num_samples" and cls is config.Rl):
@@ -136,8 +136,8 @@ def _convert_for(value: object, field: dataclasses.Field, kind: type) -> object:
             return _to_str(value)
         return _to_mixture(value)
     except ValueError:
-        expected = {int: "an integer, like 8", float: "a number, like 0.1", bool: "true or false", str: "a text"}
-        mixture = "rows by name, each once, like gsm8k=0,identity=30"
+        expected = {int: "an integer, like 8", float: "a number, like 0.1", bool: "true or false", str: "a string"}
+        mixture = "a list of name=rows, each name once, like gsm8k=0,identity=30"
         raise argparse.ArgumentTypeError(f"{value!r} is not {expected.get(kind, mixture)}") from None
 
 
@@ -152,7 +152,7 @@ def _to_bool(value: object) -> bool:
 def _to_int(value: object) -> int:
     """ "1e9" -> 1000000000"""
     number = float(str(value))
-    if not number.is_integer():  # infinity and NaN are not either
+    if not number.is_integer():  # neither are infinity and NaN
         raise ValueError(value)
     try:
         return int(str(value))  # exact, also beyond 2**53
@@ -161,7 +161,7 @@ def _to_int(value: object) -> int:
 
 
 def _to_float(value: object) -> float:
-    """ "1e-3" -> 0.001; True, which Python counts among the numbers, is none."""
+    """ "1e-3" -> 0.001. True and False are refused, although Python counts them as numbers."""
     return float(str(value))
 
 
@@ -221,7 +221,7 @@ def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, An
 def _value_for(
     cls: type[config.Settings], owners: Iterable[type[config.Settings]], key: str, value: object, where: str
 ) -> dict[str, Any]:
-    """{key: converted value} if `key` is a setting of `cls`, {} if only of others of `owners`, UserError if of none."""
+    """{key: converted value} if `cls` has this setting, {} if only others of `owners` do, UserError if none does."""
     fields = {
         command: field
         for command in owners

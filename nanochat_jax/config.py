@@ -48,7 +48,7 @@ class GPTConfig:
     norm_eps: float = 1.1920929e-07  # torch's default for RMSNorm, the float32 machine epsilon
     rope_theta: float = 10000.0
     softcap: float = 15.0
-    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context; L, and the last layer: all of it
+    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context; L: all of it (always the last)
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "sequence_len"):
@@ -75,19 +75,19 @@ class GPTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding and the head: vocab_size, up to a multiple of 64 for fast matmuls and even shards."""
+        """Rows of embedding and head: vocab_size, rounded up to a multiple of 64 for fast matmuls and even shards."""
         return -(-self.vocab_size // 64) * 64
 
     @property
     def num_params(self) -> int:
-        """Number of weights, the padding of the vocabulary included."""
+        """Number of weights, including the padding of the vocabulary."""
         kv = self.n_kv_head * self.head_dim
         block = 2 * self.n_embd**2 + 2 * self.n_embd * kv + 8 * self.n_embd**2
         return 2 * self.padded_vocab * self.n_embd + self.n_layer * block
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward; attention is counted over the full square, as is usual."""
+        """Training FLOPs per token, forward and backward; as is usual, attention is counted without the causal mask."""
         matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is a lookup, not a matmul
         return 6 * matmul + 12 * self.n_embd * sum(window or self.sequence_len for window in self.windows)
 
@@ -108,8 +108,8 @@ def setting(
 ) -> Any:
     """A field with its line of `--help` and the values it accepts: from `low` to `high`, or one of `choices`.
 
-    The default is always accepted, also outside that range: -1 or "" often means something else than a number or name.
-    auto: an integer for which the word `auto` may be given, stored as 0. positional: written without --name.
+    The default is always accepted, even outside that range: -1 or "" often has a special meaning. auto: an integer for
+    which the word `auto` may be given, stored as 0. positional: given without --name.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
@@ -118,7 +118,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """The base of all settings: a value that its field does not accept is refused when the object is made."""
+    """Base class of all settings: a value that its field does not accept is refused when the object is made."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -154,28 +154,28 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 # Settings, one dataclass per command
 
 STAGES = ("base", "mid", "sft", "rl")
-DEVICES = ("cpu", "gpu", "cuda", "tpu")  # cuda: another word for gpu
+DEVICES = ("cpu", "gpu", "cuda", "tpu")  # cuda: an alias of gpu
 DTYPES = ("bfloat16", "float32")
 PACKINGS = ("split", "crop", "stream")
 
 DEVICE_TYPE = "platform to run on (default: the best available)"
-COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 where the device is fast with it)"
+COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if the device is fast with it, else float32)"
 MIXTURE = "training rows of each task, as name=rows,name=rows (0: all; more than a task has: repeated)"
 VAL_MIXTURE = "validation rows of each task, as name=rows,name=rows (0: all; more than a task has: repeated)"
 DATA_DIR = "folder of parquet, jsonl or txt files to use instead of --data"
-TASK_DATA_DIR = "folder with task data, used instead of the hub"
-CORE_DIR = "folder of the CORE bundle (default: eval_bundle in the base folder, else the hub)"
+TASK_DATA_DIR = "folder with the data of downloaded tasks, used instead of the Hugging Face hub"
+CORE_DIR = "folder of the CORE bundle (default: eval_bundle in the base folder, downloaded if missing)"
 TOP_K = "sample from the k most likely tokens (0: from all)"
 SAVE_EVERY = "steps between checkpoints (-1: only at the end, when stopped, and before tasks are evaluated)"
 EVAL_EVERY = "steps between evaluations of the validation loss (-1: only at the end)"
 EVAL_TOKENS = "tokens per evaluation of the validation loss"
-SHARD = "what the data axis shards besides the batch: optimizer state (ZeRO-1), or full: parameters as well (FSDP)"
-REMAT = "what the backward pass recomputes to save memory; matmuls: all but the results of matmuls; full: everything"
-PACKING = "how documents become rows; split: best fit, nothing lost; crop: best fit, truncated; stream: concatenated"
+SHARD = "what is sharded on the data axis besides the batch; optimizer: its state (ZeRO-1); full: weights too (FSDP)"
+REMAT = "what the backward pass recomputes to save memory; matmuls: everything except matmuls; full: everything"
+PACKING = "how documents fill rows; split: best fit, nothing lost; crop: best fit, truncated; stream: concatenated"
 COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
 AUTO_BATCH = "tokens per optimizer step (auto: rows for target_examples_per_step conversations)"
-REPORT = "reset: remember the start and the machine; generate: write the report"
-INIT_LR_FRAC = "fraction of every learning rate to start with"
+REPORT = "reset: record the start time and the machine; generate: write the report"
+INIT_LR_FRAC = "initial learning rates, as a fraction of those set by the --*_lr flags"
 MAX_SEED = 2**31 - 1
 
 
@@ -186,7 +186,7 @@ class ModelFlags(Settings):
     depth: int = setting(20, "layers; width, heads and training horizon follow from it", low=1)
     aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim", low=1)
     head_dim: int = setting(128, "size of an attention head; must be even", low=2)
-    n_kv_head: int = setting(0, "key/value heads; fewer than query heads is GQA (auto: as many)", auto=True, low=1)
+    n_kv_head: int = setting(0, "key/value heads; fewer than query heads: GQA (auto: equal number)", auto=True, low=1)
     max_seq_len: int = setting(2048, "context length in tokens", low=2)
     window_pattern: str = setting(
         "L", "attention windows, repeated over the layers: S for a quarter of the context, L for all of it"
@@ -212,9 +212,9 @@ class Train(Settings):
 
     preset: str = ""  # name of the preset, the default tag of its runs; not a flag
     run: str = setting("", "name of the wandb run (default $WANDB_RUN; empty or 'dummy': no wandb)")
-    model_tag: str = setting("", "folder of the run (default: the preset's name, else d<depth>)")
-    resume: str = setting("auto", "auto: from the last good checkpoint; never: move the old run aside; or a step")
-    seed: int = setting(42, "seed of initialization, data order and sampling", low=0, high=MAX_SEED)
+    model_tag: str = setting("", "name of the run and its folder (default: the preset's name, else d<depth>)")
+    resume: str = setting("auto", "auto: from the last good checkpoint; never: move the old run aside; N: from step N")
+    seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
     num_iterations: int = setting(-1, "optimizer steps (-1: derived from other settings)", low=1)
@@ -226,7 +226,7 @@ class Train(Settings):
     attention: str = setting("", "attention kernel (default: cuDNN where it runs)", choices=("cudnn", "xla"))
     remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
     coordinator: str = setting("", COORDINATOR)
-    num_processes: int = setting(0, "number of processes of a multi-host run with --coordinator")
+    num_processes: int = setting(0, "number of processes in a multi-host run with --coordinator")
     process_id: int = setting(-1, "number of this process, from 0, in a multi-host run with --coordinator")
     scan_layers: bool = setting(False, "compile one block for all layers: starts sooner, runs slower")
     embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW), times (width/768)^-0.5", low=0)
@@ -235,7 +235,7 @@ class Train(Settings):
     weight_decay: float = setting(0.0, "decoupled weight decay of the AdamW groups", low=0)
     grad_clip: float = setting(0.0, "largest global gradient norm; larger gradients are scaled down (0: off)", low=0)
     save_every: int = setting(-1, SAVE_EVERY)
-    keep_last: int = setting(2, "latest checkpoints to keep", low=1)
+    keep_last: int = setting(2, "number of latest checkpoints to keep", low=1)
     keep_every: int = setting(-1, "also keep checkpoints whose step is a multiple of this (-1: none)")
 
     table: ClassVar[str]
@@ -256,10 +256,10 @@ class Base(ModelFlags, Train):
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     target_flops: float = setting(-1.0, "train for this many FLOPs (-1: off)")
-    target_param_data_ratio: float = setting(20.0, "tokens per parameter to train on, unless another horizon is given")
-    warmup_ratio: float = setting(0.0, "fraction of the run in which the learning rate rises", low=0, high=1)
-    warmdown_ratio: float = setting(0.2, "fraction of the run in which the learning rate falls", low=0, high=1)
-    final_lr_frac: float = setting(0.0, "last learning rate as a fraction of the highest", low=0)
+    target_param_data_ratio: float = setting(20.0, "tokens per parameter to train on, unless steps or FLOPs are given")
+    warmup_ratio: float = setting(0.0, "fraction of the run used for learning-rate warm-up", low=0, high=1)
+    warmdown_ratio: float = setting(0.2, "fraction of the run used for learning-rate decay", low=0, high=1)
+    final_lr_frac: float = setting(0.0, "final learning rate, as a fraction of the peak", low=0)
     eval_every: int = setting(250, EVAL_EVERY)
     eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
     core_dir: str = setting("", CORE_DIR)
@@ -270,7 +270,7 @@ class Base(ModelFlags, Train):
 
 @dataclass(frozen=True)
 class Doctor(Base):
-    """What this machine is, and what training on it would be like."""
+    """Show what this machine is, whether everything is in place, and how long pretraining would take here."""
 
 
 @dataclass(frozen=True)
@@ -325,11 +325,11 @@ class Rl(Train):
     task_data_dir: str = setting("", TASK_DATA_DIR)
     device_batch_size: int = setting(8, "rows per device and micro-batch; lower it if memory runs out", low=1)
     examples_per_step: int = setting(16, "problems to train on per step", low=1)
-    num_samples: int = setting(16, "answers sampled per problem; they are compared with each other", low=2)
+    num_samples: int = setting(16, "answers sampled per problem; the advantage is the reward minus their mean", low=2)
     oversampling: int = setting(
-        1, "sample answers to this many times examples_per_step problems; train on those with unequal rewards", low=1
+        1, "problems to sample for each one trained on; those with unequal rewards are preferred", low=1
     )
-    max_new_tokens: int = setting(256, "longest answer in tokens", low=1)
+    max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
     top_k: int = setting(50, TOP_K, low=0)
     init_lr_frac: float = setting(0.05, INIT_LR_FRAC, low=0)
@@ -350,13 +350,13 @@ class TokTrain(Settings):
 
     table: ClassVar[str] = "tok"
     data: str = setting(
-        "", "text source: fineweb-edu, climbmix or local (default: that of the last tokenizer, else local)"
+        "", "text source: fineweb-edu, climbmix or local (default: the current tokenizer's, else local)"
     )
     data_dir: str = setting("", DATA_DIR)
-    num_files: int = setting(8, "training shards to read from a source on the hub (-1: all that were requested)")
+    num_files: int = setting(8, "training shards to read if the text is from the hub (-1: all requested shards)")
     max_chars: int = setting(10_000_000_000, "characters to train on", low=1)
     doc_cap: int = setting(10_000, "characters per document; longer documents are truncated", low=1)
-    vocab_size: int = setting(65536, "tokens: 256 bytes, merges and 9 special tokens", low=256 + 9)
+    vocab_size: int = setting(65536, "vocabulary size: 256 bytes, merges and 9 special tokens", low=256 + 9)
     fresh: bool = setting(False, "train again even if this tokenizer exists")
 
 
@@ -379,7 +379,7 @@ class Dataset(Settings):
     num_files: int = setting(-1, "training shards to download besides the validation shard (-1: all)")
     num_workers: int = setting(4, "parallel downloads")
     verify: bool = setting(False, "hash every shard again and download damaged ones again")
-    tokenize: bool = setting(False, "tokenize everything once, for training to read: the same batches, less work")
+    tokenize: bool = setting(False, "cache the tokens of all text: training reads the same batches with less work")
 
 
 @dataclass(frozen=True)
@@ -400,8 +400,8 @@ class BaseLoss(Load):
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage of the model to load", choices=STAGES)
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
-    split_tokens: int = setting(20 * 524288, "tokens to evaluate of each split", low=1)
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: that of the run)")
+    split_tokens: int = setting(20 * 524288, "tokens to evaluate per split (train and val)", low=1)
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the run's)")
     data_dir: str = setting("", DATA_DIR)
 
 
@@ -423,13 +423,13 @@ class ChatEval(Load):
     table: ClassVar[str] = "eval"
     source: str = setting("", "stage of the model to load (required)", choices=STAGES)
     task_name: str = setting("", "tasks joined by | (default: all six of ChatCORE)")
-    split: str = setting("test", "split of each task; settings are chosen on val", choices=("train", "val", "test"))
+    split: str = setting("test", "split to evaluate; use val to choose settings", choices=("train", "val", "test"))
     temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
-    max_new_tokens: int = setting(512, "longest answer in tokens", low=1)
-    num_samples: int = setting(1, "answers sampled per problem; one right answer is a pass", low=1)
+    max_new_tokens: int = setting(512, "maximum tokens per answer", low=1)
+    num_samples: int = setting(1, "answers sampled per problem; one right answer is enough (pass@k)", low=1)
     top_k: int = setting(50, TOP_K, low=0)
     batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
-    slots: int = setting(0, "answers generated at once per device (auto: as many as fit)", auto=True, low=1)
+    slots: int = setting(0, "answers generated at once per device (auto: as many as fit in memory)", auto=True, low=1)
     max_problems: int = setting(-1, "problems per task (-1: all)")
     seed: int = setting(42, "seed of sampling")
     task_data_dir: str = setting("", TASK_DATA_DIR)
@@ -440,10 +440,10 @@ class ChatCli(Load):
     """Talk to the model in the terminal."""
 
     table: ClassVar[str] = "chat"
-    prompt: str = setting("", "answer this prompt and exit (default: converse)")
+    prompt: str = setting("", "answer this prompt and exit (default: chat interactively)")
     temperature: float = setting(0.6, "sampling temperature (0: greedy)", low=0)
     top_k: int = setting(50, TOP_K, low=0)
-    max_new_tokens: int = setting(256, "longest answer in tokens", low=1)
+    max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     seed: int = setting(42, "seed of sampling")
 
 
@@ -454,13 +454,13 @@ class ChatWeb(Load):
     table: ClassVar[str] = "chat"
     temperature: float = setting(0.8, "sampling temperature unless a request sets it (0: greedy)", low=0, high=2)
     top_k: int = setting(50, "sample from the k most likely tokens unless a request sets k (0: all)", low=0, high=200)
-    max_new_tokens: int = setting(512, "longest answer in tokens; requests may ask for less", low=1, high=4096)
+    max_new_tokens: int = setting(512, "maximum tokens per answer; requests may ask for fewer", low=1, high=4096)
     port: int = setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
     host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: everyone in the network can chat)")
     num_gpus: int = setting(1, "GPUs to use, each with a copy of the model and --slots of its own", low=1, high=1024)
     slots: int = setting(4, "answers generated at once per GPU", low=1, high=1024)
     max_waiting: int = setting(
-        64, "requests that may wait for a slot; further ones are told to try again", low=0, high=100_000
+        64, "requests that may wait for a slot; any more are refused with 429, to be retried", low=0, high=100_000
     )
     timeout: float = setting(600.0, "seconds a request may take, waiting included (0: no limit)", low=0)
     api_key: str = setting("", "key that clients must send (default $NANOCHAT_API_KEY; empty: none is needed)")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich import progress
 
-PATIENCE = 2.0  # seconds; work that is done by then shows nothing
-BETWEEN_LINES = 10.0  # seconds
+PATIENCE = 2.0  # seconds; work that finishes sooner shows nothing
+BETWEEN_LINES = 10.0  # seconds between two printed lines, where there is no terminal
 
 
 class Progress:
@@ -32,7 +32,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since this was made."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -40,7 +40,7 @@ class Progress:
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """`done` pieces are done in all."""
+        """`done` pieces are done in total."""
         self.done = done
         now = time.monotonic()
         if now - self._start < PATIENCE:
@@ -83,7 +83,7 @@ class Timer:
         return elapsed
 
     def passed(self, seconds: float) -> bool:
-        """Whether the lap has lasted that long; if so, starts the next one."""
+        """Whether the lap has lasted `seconds`; if so, starts the next one."""
         if time.perf_counter() - self.start < seconds:
             return False
         self.lap()

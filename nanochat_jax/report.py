@@ -1,10 +1,10 @@
 """Writes report.md: what was run, on what, how long it took and how good the result is, from the runs' logs alone.
 
-    python -m nanochat_jax.report reset       remember the start and the machine
+    python -m nanochat_jax.report reset       record the start time and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
 The report covers the most recently saved run of each stage. With --model_tag=TAG, both commands refer to the runs of
-that name and use the folder report/TAG, so every run has its own start. A stage without a run is left out. Plots are
+that name and use the folder report/TAG, so every name has its own start. A stage without a run is left out. Plots are
 PNG files beside the report in the base folder; without matplotlib they are skipped.
 """
 
@@ -56,7 +56,7 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """{task: its best-founded record on the test split}.
+        """{task: its most reliable record on the test split}.
 
         The last checkpoint wins over others, then greedy answers over sampled ones, then more problems over fewer, then
         the later record. Scores on validation problems are not results, so they are left out.
@@ -190,7 +190,7 @@ def _summary(runs: dict[str, Run], start: dict) -> str:
         cells = [_cell(runs[s], scores[s], name) if s in runs else "-" for s in STAGES]
         if name in ("CORE", "ChatCORE") or set(cells) != {"-"}:
             rows.append([name, *cells])
-    lines = [_table(["Metric", *header], rows), "Each score with its standard error and the number of problems.\n"]
+    lines = [_table(["Metric", *header], rows), "Scores come with standard error and number of problems.\n"]
     if runs:
         total, without_rl = _wall_time(runs, start)
         after = f" ({clock(total)} with reinforcement learning)" if total > without_rl else ""
@@ -232,7 +232,7 @@ def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
 
 
 def _evaluation_seconds(run: Run) -> float:
-    """Seconds that evaluations after training took, for the scores shown; sums over tasks are not counted again."""
+    """Seconds that evaluations after training took, for the scores shown. CORE and ChatCORE are totals over tasks."""
     shown = [r for task, r in run.scores().items() if task not in ("CORE", "ChatCORE")]
     return sum(r.get("seconds") or 0 for r in shown if (r.get("time") or 0) > run.ended)
 

@@ -1,4 +1,4 @@
-"""A run's log: log.jsonl in the run's folder, one JSON object per line. It is the truth; wandb is a view of it.
+"""A run's log: log.jsonl in the run's folder, one JSON object per line. wandb only shows a copy.
 
 After a resume, a step may be logged twice: of records with the same KEY, the last one counts. When a run restarts from
 an earlier step, its record of kind "config" invalidates everything that its stage logged for later steps, scores and
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOG = "log.jsonl"
-# The last three distinguish scores on fewer problems, or of sampled answers.
+# The last three tell scores apart by number of problems and by sampling.
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
 
@@ -25,8 +25,8 @@ def append(run_dir: Path, kind: str, stage: str, step: int, **fields: Any) -> No
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     with open(run_dir / LOG, "a+b") as log:
         if log.tell() and _last_byte(log) != b"\n":
-            line = b"\n" + line  # a process ended in the middle of a line: do not continue that line
-        log.write(line)  # one write, so that lines of two writers do not mix
+            line = b"\n" + line  # a process died in the middle of a line: do not continue that line
+        log.write(line)  # one write, so that two writers' lines do not mix
 
 
 def _last_byte(file: BinaryIO) -> bytes:

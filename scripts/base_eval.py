@@ -1,9 +1,9 @@
-"""CORE: 22 in-context learning tasks, mostly for models that are only pretrained.
+"""CORE: 22 in-context learning tasks, mainly for base models, which are only pretrained.
 
     python -m scripts.base_eval
     python -m scripts.base_eval --max_per_task=500
 
-Adds to the log of the run that is evaluated, and writes $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
+Adds the scores to the log of the evaluated run, and writes $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
 """
 
 from pathlib import Path

@@ -3,8 +3,8 @@
     python -m scripts.base_loss
     python -m scripts.base_loss -g d20 --split_tokens=1e6
 
-Adds to the log of the run that is evaluated. Text and packing are those the run was trained with, unless others are
-named.
+Adds the results to the log of the evaluated run. The text is the one that the run was trained on unless --data or
+--data_dir names another; the packing is that of the run.
 """
 
 from collections.abc import Iterable, Iterator
@@ -59,7 +59,7 @@ def main(cfg: config.BaseLoss) -> None:
 
 
 def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
-    """The text that is asked for, otherwise that of the checkpoint. Prints a line if the run was trained on another."""
+    """The text that --data or --data_dir names, else that of the checkpoint. Prints a line if training used another."""
     from nanochat_jax.data import hub, sources
 
     trained, settings = meta.get("text", {}), meta["config"]
@@ -72,12 +72,12 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
     present = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     changed = [key for key in present if present[key] != trained.get(key, present[key])]
     if changed:
-        print(f"not the text the run was trained on (other {', '.join(changed)}): compare with care")
+        print(f"not the text the run was trained on (different {', '.join(changed)}): compare with care")
     return source
 
 
 class CountedBatches:
-    """Batches of a loader. `tokens` counts the targets that were seen so far."""
+    """Batches of a loader. `tokens` counts the targets seen so far."""
 
     def __init__(self, batches: "Iterable[dict[str, np.ndarray]]", progress: "Progress"):
         self.batches, self.progress, self.tokens = batches, progress, 0

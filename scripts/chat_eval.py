@@ -3,7 +3,7 @@
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i sft -a "GSM8K|HumanEval" -x 100
 
-Adds to the log of the run that is evaluated, and writes the answers to $NANOCHAT_BASE_DIR/chat_eval.
+Adds the scores to the log of the evaluated run, and writes the answers to $NANOCHAT_BASE_DIR/chat_eval.
 """
 
 import json
@@ -27,13 +27,13 @@ def main(cfg: config.ChatEval) -> None:
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
 
-    # All tasks are checked and loaded before the first one, which may take long, is evaluated.
+    # Check and load all tasks before evaluating the first one, which may take long.
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()] or list(chat.CHATCORE_TASKS)
     for name in names:
         if tasks.task_class(name).eval_type is None:
             scored = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
-    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # before anything is downloaded for it
+    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # fails before anything is downloaded
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     eval_model = on_all_devices(model, cfg.compute_dtype)

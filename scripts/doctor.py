@@ -125,11 +125,11 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     state = gib_per_device(opt_state, layout.shard_specs(opt_state))
 
     def fit(rows: int) -> int:
-        """Estimated, without the savings of --shard and --remat; training compiles the step to know."""
+        """An estimate that ignores what --shard and --remat save; training compiles the step to measure it."""
         try:
             return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
         except UserError as error:  # its advice, after the colon, may have been followed already
-            line("Memory", f"roughly estimated, {str(error).partition(':')[0]}, less what --shard and --remat save")
+            line("Memory", f"rough estimate: {str(error).partition(':')[0]}, before the savings of --shard and --remat")
             return 1
 
     replicas = sharding.replicas(layout.mesh)
@@ -139,10 +139,10 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     line("Preset", cfg.preset or "none, so the defaults (choose one with --config=NAME)")
     line("Model", f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.num_params:,} parameters")
     line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
-    line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; then gradients, activations")
+    line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; plus gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
-    unknown = "unknown, like this device's peak FLOP/s; training shows an estimate after a few steps"
+    unknown = "unknown, as is this device's peak FLOP/s; training shows an estimate after a few steps"
     seconds = devices.expected_seconds(flops)
     line("Expected time", f"{clock(seconds)} at an MFU of 50%" if seconds else unknown)
 

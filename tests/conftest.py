@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# A script starts background processes with Ctrl-C ignored, and their children inherit that; tests send Ctrl-C.
+# A shell script starts background processes with Ctrl-C ignored, which children inherit; but tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

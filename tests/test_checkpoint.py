@@ -1,4 +1,4 @@
-"""Checkpoints: every kind of damage is found, a full disk destroys nothing, old ones are removed as configured."""
+"""Checkpoints: all damage is found, a full disk destroys nothing, old checkpoints are removed as configured."""
 
 import random
 import shutil

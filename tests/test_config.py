@@ -76,7 +76,8 @@ def test_the_word_auto_is_for_settings_that_say_so_whatever_their_help_is(capsys
 def test_mixtures_on_the_command_line():
     assert parse(config.Sft, ["--mixture=gsm8k=0,identity=30"]).mixture == {"gsm8k": 0, "identity": 30}
     for wrong in ("gsm8k", "gsm8k=x", "gsm8k=1=2"):
-        with pytest.raises(UserError, match=f"--mixture: '{wrong}' is not rows by name, each once, like gsm8k=0,"):
+        problem = f"--mixture: '{wrong}' is not a list of name=rows, each name once, like gsm8k=0,"
+        with pytest.raises(UserError, match=problem):
             parse(config.Sft, [f"--mixture={wrong}"])
 
 
@@ -108,8 +109,9 @@ def test_wrong_flags_are_named(arguments, words):
     [("dept = 3", "dept: unknown setting"), ("[base]\nsource = 'x'", r"\[base\] source: unknown setting"),
      ("depth = 'four'", "depth = 'four' is not an integer"), ("depth = ", "not valid TOML"),
      ("depth = true", "depth = True is not an integer"), ("base = 3", "base: unknown setting"),
-     ("matrix_lr = true", "matrix_lr = True is not a number"), ("data = 3", "data = 3 is not a text"),
-     ("mid.mixture = 3", "mixture = 3 is not rows by name"), ("mixture = {a = 1.5}", "is not rows by name"),
+     ("matrix_lr = true", "matrix_lr = True is not a number"), ("data = 3", "data = 3 is not a string"),
+     ("mid.mixture = 3", "mixture = 3 is not a list of name=rows"),
+     ("mixture = {a = 1.5}", "is not a list of name=rows"),
      ("tok.fresh = 'perhaps'", "fresh = 'perhaps' is not true or false")],
 )  # fmt: skip
 def test_wrong_presets_are_named(preset, text, words):

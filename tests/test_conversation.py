@@ -75,7 +75,7 @@ def test_answer_goes_back_into_the_conversation_as_it_was(tokenizer):
     asked = [user("37*12?"), message(tokenizer, ids), user("sure?")]
     rendered = tokenizer.render_for_completion({"messages": asked})
     assert "".join(f"{i}," for i in ids) in "".join(f"{i}," for i in rendered)
-    # An answer that was truncated anywhere is completed.
+    # An answer that was truncated at any point is completed.
     for end in range(len(ids)):
         rendered = tokenizer.render_for_completion({"messages": [asked[0], message(tokenizer, ids[:end]), asked[2]]})
         assert rendered.count(tokenizer.special("<|assistant_end|>")) == 1

@@ -43,7 +43,7 @@ def test_a_package_that_is_missing_is_no_error(monkeypatch):
 
 
 def test_the_devices_are_asked_for_in_a_child_process():
-    """A child's import is a string: nothing but running it tells that it still resolves."""
+    """The child's import is in a string, so only running it shows that it still resolves."""
     assert re.fullmatch(r"\d+ x .+ \(cpu\), jax \S+", environment.describe()["Devices"])
 
 

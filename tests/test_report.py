@@ -41,7 +41,7 @@ def score(run, stage, task, value, suite="chat", step=40, **fields):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without asking for the devices, which takes a child process and seconds."""
+    """Does not look for devices, which takes a child process and some seconds."""
     monkeypatch.setattr(environment, "_devices", lambda: "1 x cpu (cpu)")
 
 
@@ -122,7 +122,7 @@ def test_stages_may_be_missing(quick, tmp_path):
 
 
 def test_the_reported_score_is_of_the_last_checkpoint_greedy_and_of_the_most_problems(quick, tmp_path):
-    """Whatever was measured later; of equal scores the later counts. Any other score says in what it differs."""
+    """Even if others were measured later; among equals, the latest counts. Any other score says how it differs."""
     run = train_log("sft")
     score(run, "sft", "MMLU", 0.3, n=14_042)
     score(run, "sft", "MMLU", 0.1, n=1024)
@@ -139,7 +139,7 @@ def test_the_reported_score_is_of_the_last_checkpoint_greedy_and_of_the_most_pro
 
 
 def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):
-    """They are logged beside test scores, also at the same step, and replace none of them."""
+    """They are logged beside test scores, even at the same step, and replace none of them."""
     run = train_log("sft")
     score(run, "sft", "Sums", 0.95, n=400, split="test")
     score(run, "sft", "Sums", 0.97, n=400, split="val")
@@ -172,7 +172,7 @@ def test_wall_time_without_and_with_rl(road):
 
 
 def test_an_evaluation_a_week_later_adds_its_own_time_alone(road):
-    """The time of each task; ChatCORE is their mean and adds none."""
+    """Every task adds its time; ChatCORE is the mean of the tasks and adds none."""
     runs = {"sft": report.find_run("sft")}
     for record in runs["sft"].records:
         record["time"] = 1000.0 + record["step"] + (7 * 86_400 if record["kind"] == "eval" else 0)

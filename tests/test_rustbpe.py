@@ -120,7 +120,7 @@ def test_recorded_merges(golden_dir, data_dir):
         texts = [json.loads(line)["text"] for line in file]
     ours = trained(iter(texts), len(golden["ranks"]), pattern=golden["pattern"])
     assert [[token.hex(), rank] for token, rank in ours.get_mergeable_ranks()] == golden["ranks"]
-    # The slow implementation takes its time: it learns the first merges only, and encodes the recorded texts with all.
+    # The slow implementation learns only the first merges, to save time, and encodes with all of the recorded merges.
     merges, pattern = ours.get_merges(), golden["pattern"]
     assert slow_bpe.train(texts, 256 + 20, pattern) == merges[:20]
     for case in json.loads((golden_dir / "encode.json").read_text(encoding="utf-8")):

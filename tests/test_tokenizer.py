@@ -29,8 +29,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def every_pair():
-    """Nearly every pair of bytes is a token, so that ids show where text was split. Special tokens make it more than
-    65,536 tokens."""
+    """Nearly every pair of bytes is a token, so that ids show where text was split. With special tokens, there are
+    more than 65,536 tokens."""
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)][: (1 << 16) - 256 - 3]
     ranks = [(bytes([b]), b) for b in range(256)] + [(pair, 256 + i) for i, pair in enumerate(pairs)]
     return Tokenizer(rustbpe.Tokenizer.from_mergeable_ranks(SPLIT_PATTERN, ranks))
@@ -140,7 +140,7 @@ def test_the_data_pipelines_encoder_equals_tiktoken():
     for text, ids in zip(texts, batch, strict=True):
         if text != ADVERSARIAL["spaces"]:
             assert ids == ours._encoding.encode_ordinary(text)
-        assert ids == ours.encode(text)  # which leaves long texts to our encoder
+        assert ids == ours.encode(text)  # encode() hands long texts to the same encoder
     assert ours.decode(batch[texts.index(ADVERSARIAL["spaces"])]) == ADVERSARIAL["spaces"]
     lines = "".join(real).splitlines(keepends=True)
     assert unbatched(ours.encode_batch(lines)) == ours.encode(lines)
@@ -154,7 +154,7 @@ def test_both_encoders_agree_on_batches(every_pair, texts):
 
 
 def test_both_encoders_agree_on_every_character(every_pair):
-    """Also on characters that are letters only in the version of Unicode that one of them knows."""
+    """Even on characters that are letters in one encoder's version of Unicode and not in the other's."""
     characters = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(characters), 4096):
         text = "".join(f"a{c} {c}1{c}\n{c}'{c}" for c in characters[start : start + 4096])

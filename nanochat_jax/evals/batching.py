@@ -2,8 +2,8 @@
 
 Used by CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss).
 
-An evaluation of thousands of prompts thus compiles only a handful of programs. A prompt's score does not depend on the
-other prompts in its batch: attention is causal, so padding on the right changes nothing before it.
+With so few shapes, an evaluation of thousands of prompts compiles only a handful of programs. A prompt's score does not
+depend on the other prompts in its batch: attention is causal, so padding on the right changes nothing before it.
 """
 
 import json
@@ -56,7 +56,7 @@ def num_rows(params: gpt.Params, batch_size: int) -> int:
 
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
-    """Puts rows that every process holds in full on the devices, sharded like a batch."""
+    """Puts rows on the devices, sharded like a batch. Every process holds all of the rows."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None:
         return jnp.asarray(rows)
@@ -64,7 +64,7 @@ def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
 
 
 def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
-    """Puts rows on the devices where each process holds only its own, as one array of all of them."""
+    """Puts rows on the devices as one array, sharded like a batch. Each process holds only its own rows."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None or isinstance(rows, jax.Array):
         return jnp.asarray(rows)

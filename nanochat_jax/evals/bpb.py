@@ -2,8 +2,8 @@
 
 Used by scripts.base_loss, and by training every --eval_every steps.
 
-It is the sum of the losses of all targets, in bits, divided by the number of bytes that these targets stand for.
-Special tokens stand for no bytes and count in neither sum.
+Bits per byte is the sum of the losses of all targets, in bits, divided by the number of bytes that these targets stand
+for. Special tokens stand for no bytes and count in neither sum.
 """
 
 import functools
@@ -23,7 +23,7 @@ from nanochat_jax.model.loss import num_chunks, token_losses
 
 
 def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) -> float:
-    """Bits per byte over batches {inputs, targets} int32 [b,t]. Targets below 0 are not counted. No bytes: inf.
+    """Bits per byte over batches {inputs, targets} int32 [b,t]. Targets below 0 are not counted; inf without bytes.
 
     With several processes, each passes its own rows, and all get the result over all rows.
     """
@@ -32,7 +32,7 @@ def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) ->
     for batch in batches:
         inputs, targets = (put_local(model.params, batch[name]) for name in ("inputs", "targets"))
         sums.append(_sums(model.params, model.model_cfg, inputs, targets, token_bytes, model.dtype))
-        if len(sums) > 2:  # wait for the batch before the last: the device stays busy and the queue short
+        if len(sums) > 2:  # wait for the batch two before this one: the device stays busy and the queue short
             jax.block_until_ready(sums[-3])
     # Added up on the host: float32 cannot add millions of nats exactly.
     nats = sum(float(n) for n, _ in sums)

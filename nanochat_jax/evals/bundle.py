@@ -1,4 +1,4 @@
-"""The CORE bundle: the list of tasks, their files, and the score of guessing in each.
+"""The CORE bundle: the list of tasks, their files, and the random baseline of each.
 
 Used by CORE (scripts.base_eval, and training every --core_metric_every steps).
 
@@ -32,7 +32,7 @@ KINDS = ("multiple_choice", "schema", "language_modeling")
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One task of CORE. `baseline` is the accuracy of guessing, 0 to 1."""
+    """One task of CORE. `baseline` is the accuracy of random guessing, 0 to 1."""
 
     label: str
     kind: str
@@ -136,10 +136,10 @@ def _download(folder: Path) -> None:
     pin = folder.with_name("eval_bundle.sha256")
     try:
         digest = _fetch(part, folder)
-        # The first download that unpacks is pinned by its hash; later ones must be the same.
+        # The first download that unpacks is pinned by its hash; later downloads must have the same hash.
         pinned = pin.read_text(encoding="utf-8").strip() if pin.exists() else digest
         if pinned != digest:
-            raise UserError(f"{URL} has changed: SHA-256 {digest}, before {pinned}; delete {pin} to accept it")
+            raise UserError(f"{URL} has changed: SHA-256 was {pinned}, is now {digest}; delete {pin} to accept it")
         with zipfile.ZipFile(part) as archive:
             archive.extractall(unpacked)
         inside = next(unpacked.rglob("core.yaml"), None)
@@ -178,4 +178,4 @@ def _fetch(part: Path, folder: Path) -> str:
             reason = first_line(error)
         if attempt < ATTEMPTS:
             time.sleep(attempt)
-    raise UserError(f"no CORE bundle: cannot download {URL} ({reason}); unzip it to {folder}, or give its --core_dir")
+    raise UserError(f"no CORE bundle: cannot download {URL} ({reason}); unzip it to {folder}, or use --core_dir")

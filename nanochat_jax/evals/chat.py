@@ -2,8 +2,8 @@
 
 Used by scripts.chat_eval, and by training every --eval_metrics_every steps.
 
-ChatCORE is the mean of six tasks' centered scores. It is comparable only with itself: the numbers published in October
-2025 are over five tasks, before SpellingBee.
+ChatCORE is the mean of six tasks' centered scores. It cannot be compared with the numbers published in October 2025,
+which are means over five tasks, without SpellingBee.
 """
 
 import functools
@@ -33,7 +33,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 WINDOW = 1024  # multiple-choice problems that are tokenized, sorted by length and batched together
-MAX_SLOTS = 64  # answers generated at once on a GPU, if its memory holds as many
+MAX_SLOTS = 64  # answers generated at once on a GPU, if they fit in its memory
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 50
     max_new_tokens: int = 512
-    num_samples: int = 1  # per problem; one right answer is enough
+    num_samples: int = 1  # answers per problem; one right answer is enough (pass@k)
     seed: int = 42
 
 
@@ -55,7 +55,7 @@ class ChatScore(Score):
     """Share of a task's problems answered right, and the answers themselves."""
 
     truncated: float | None  # share of generated answers that reached max_new_tokens; None for multiple choice
-    answers: list[dict] = field(repr=False)  # one per problem, to be looked at
+    answers: list[dict] = field(repr=False)  # one per problem, for inspection
 
 
 def evaluate(
@@ -147,7 +147,7 @@ def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
 def _choose_letter(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Which of letters [b,c] (-1: none) has the highest logit after position last [b] of ids [b,t]; int32 [b]."""
+    """Which of `letters` [b,c] (-1: none) has the highest logit after position `last` [b] of `ids` [b,t]."""
     x = gpt.hidden(params, model_cfg, ids, dtype)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(gpt.head(params, model_cfg, x), jnp.maximum(letters, 0), axis=1)
@@ -228,7 +228,7 @@ def _devices(params: gpt.Params) -> list[jax.Device]:
 
 
 def _slots_that_fit(model: EvalModel) -> int:
-    """How many full-context cache rows fit in a third of the free memory, as a power of two; the rest is for copies."""
+    """How many full-context cache rows fit in a third of the free memory, as a power of two; copies take the rest."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats:
@@ -242,12 +242,12 @@ def _slots_that_fit(model: EvalModel) -> int:
 def _check_answers(
     tokenizer: Tokenizer, task: Task, problems: Sequence[int], samples: list[list[Sample]]
 ) -> list[dict]:
-    """The texts of the answers and whether one is right. In threads: checking a program means waiting for it to end."""
+    """The texts of the answers and whether any is right. In threads, since checking a program means waiting for it."""
 
     def check(i: int, group: list[Sample]) -> dict:
         problem = task[i]
         texts = [tokenizer.decode(sample.content) for sample in group]
-        right = any(task.evaluate(problem, text) for text in texts)  # stops at the first
+        right = any(task.evaluate(problem, text) for text in texts)  # stops at the first right one
         reasons = [s.finish_reason for s in group]
         return {"problem": i, "answers": texts, "finish_reasons": reasons, "right": bool(right)}
 

@@ -1,16 +1,16 @@
-"""CORE (Li et al., 2024, arXiv:2406.11794): 22 in-context learning tasks, scored without generating anything.
+"""CORE (Li et al., 2024, arXiv:2406.11794): 22 in-context learning tasks, scored without generating text.
 
 Used by scripts.base_eval, and by training every --core_metric_every steps.
 
-The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), where the baseline is the score of
-guessing. There are three kinds of task:
+The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), where the baseline is the accuracy
+of random guessing. There are three kinds of task:
 
     multiple_choice     one context, several continuations: the answer is the one with the lowest mean loss per token
     schema              several contexts, one continuation: the answer is the context that makes it likeliest
-    language_modeling   every token of the continuation must be the model's first choice
+    language_modeling   every token of the continuation must be the most likely one (greedy decoding would write it)
 
 Items are shuffled with Random(1337), then truncated to `max_per_task`. The few-shot examples of item i are drawn from
-the other items with Random(1234 + i). Implementations that differ in this report other numbers for the same model.
+the other items with Random(1234 + i). Implementations that choose otherwise report other numbers for the same model.
 """
 
 import functools
@@ -51,7 +51,7 @@ class CoreScore(Score):
 
 @dataclass(frozen=True)
 class CoreResult:
-    """The scores of all tasks and CORE, their centered mean."""
+    """The scores of all tasks, and CORE, the mean of the centered scores."""
 
     tasks: list[CoreScore]
 
@@ -65,7 +65,7 @@ class CoreResult:
 
     @property
     def n(self) -> int:
-        """Items of all tasks."""
+        """Number of items over all tasks."""
         return sum(task.n for task in self.tasks)
 
 
@@ -108,7 +108,7 @@ def evaluate_task(
             spans = _spans(model.tokenizer, task, items, indices, model.model_cfg.sequence_len)
             truncated += sum(span.truncated for options in spans for span in options)
             pending.append(_Window(indices, spans, _dispatch(model, [s for options in spans for s in options], rows)))
-            # Results are read one window late: this one was tokenized while the devices computed the one before.
+            # Results are read one window late, so that this window is tokenized while the devices compute the last.
             if len(pending) > 1:
                 right += _count_right(task, items, pending.pop(0), progress)
         right += _count_right(task, items, pending.pop(0), progress)
@@ -121,7 +121,7 @@ def evaluate_task(
 
 
 def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
-    """The prompts of item `index` of the shuffled items: one per option, or [without, with] the continuation."""
+    """The prompts of item `index` of the shuffled items: one per option, or [without, with] its continuation."""
     # Never more examples than there are other items: a small max_per_task means fewer shots, not an error.
     shots = min(task.num_fewshot, len(items) - 1)
     others = random.Random(1234 + index).sample(range(len(items) - 1), shots)
@@ -165,16 +165,16 @@ def _item_spans(options: list[list[int]], kind: str, limit: int) -> list[Span]:
     """The spans of one item from the ids of its prompts."""
     shortest = min(map(len, options))
     if kind == "schema":
-        # The common end: at least one token, and at most all but the first, which nothing predicts.
+        # Score the common suffix: at least one token, and at most all but the first, which nothing predicts.
         length = min(max(1, _common_prefix([ids[::-1] for ids in options])), shortest - 1)
         starts = [len(ids) - length for ids in options]
     elif kind == "multiple_choice":
-        # From where the options differ. If one option is a prefix of another, nothing of it would be left to score and
-        # its mean would be 0/0, so the comparison begins one token earlier, for all of them.
+        # Score from where the options differ. If one option is a prefix of another, nothing of it would be left to
+        # score and its mean would be 0/0, so the comparison begins one token earlier, for all options.
         starts = [min(_common_prefix(options), shortest - 1)] * len(options)
     else:
-        # The prompt with its continuation, from where the prompt without it ends (or earlier, if the tokenizer merges
-        # the continuation into it).
+        # Score the continuation: from where the prompt alone ends (or earlier, if the tokenizer merges the end of the
+        # prompt with the beginning of the continuation).
         without, options = options[0], options[1:]
         starts = [min(_common_prefix([without, options[0]]), len(options[0]) - 1)]
     return [_fit(np.asarray(ids, np.int32), max(1, start), limit) for ids, start in zip(options, starts, strict=True)]
@@ -203,9 +203,9 @@ def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
 class _Batch(NamedTuple):
     """The scores of a batch, still on the devices."""
 
-    positions: list[int]  # of its rows in the list of spans
+    positions: list[int]  # where its rows are in the list of spans
     loss: jax.Array  # float32 [b], mean nats per scored token
-    right: jax.Array  # bool [b], whether every scored token is the model's first choice
+    right: jax.Array  # bool [b], whether every scored token is the argmax
 
 
 class _Window(NamedTuple):

@@ -1,4 +1,4 @@
-"""What an evaluation is given: the model. Used by all three evaluation commands and by training."""
+"""The model as evaluations take it. Used by all three evaluation commands and by training."""
 
 from dataclasses import dataclass
 

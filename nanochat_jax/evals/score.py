@@ -36,7 +36,7 @@ class Score:
 class Metric:
     """A score that is not a share of right answers: a mean over tasks (CORE, ChatCORE), or bits per byte.
 
-    `n` counts problems or tokens. `stderr` and `baseline` are None where they mean nothing.
+    `n` counts problems or tokens. `stderr` and `baseline` are None where they have no meaning.
     """
 
     task: str
@@ -50,7 +50,7 @@ class Metric:
 def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details: object) -> None:
     """Appends a score to the log of the run that was evaluated.
 
-    suite: "core", "chat" or "bpb". details: what else belongs to the record, such as the split and the settings.
+    suite: "core", "chat" or "bpb". details: further fields of the record, such as the split and the settings.
     """
     run_log.append(
         model.run_dir,
@@ -71,7 +71,7 @@ def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details:
 def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
     """Mean of the centered scores, with equal weight for each task, and its standard error.
 
-    The error only covers the choice of problems. Two training runs differ by more (in CORE by about 0.01 for a d20).
+    The error covers only the choice of problems. Two training runs differ by more (in CORE, by about 0.01 for a d20).
     """
     variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
     return sum(score.centered for score in scores) / len(scores), math.sqrt(variance) / len(scores)

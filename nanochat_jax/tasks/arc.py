@@ -1,6 +1,6 @@
 """ARC (Clark et al., 2018): grade-school science questions, in an easy and a hard collection.
 
-The letters are those of the data: a few questions use 1-4, and a few have three or five choices.
+Choices keep the labels of the data: a few questions use 1-4 instead of letters, and a few have three or five choices.
 """
 
 from pathlib import Path

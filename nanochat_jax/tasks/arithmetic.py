@@ -1,10 +1,10 @@
-"""Generated arithmetic in GSM8K's form: Sums take one step, TwoStep problems two, each a call of the calculator.
+"""Generated arithmetic in GSM8K's format: Sums take one step, TwoStep problems two; each step calls the calculator.
 
-Everything follows from (task, split, index). Three things are held out of training, some for validation and others for
-the test: pairs of numbers (by a hash of operands and operator, in every step), names of people, and phrasings (see
-stories.py). The text before a call repeats the question's numbers in the question's order and never a result, so that
-the model need not compute anything itself. The expression has no spaces, so that its numbers split into the same tokens
-everywhere.
+(task, split, index) determines a problem. Three things are held out of training, some for validation and others for the
+test: pairs of numbers (by a hash of operands and operator, in every step), names of people, and phrasings (see
+stories.py). The text before a calculator call repeats the numbers in the order of the question and never contains the
+result of the call, so that the model need not compute anything itself. The expression has no spaces, so that its
+numbers split into the same tokens everywhere.
 """
 
 import random
@@ -17,8 +17,8 @@ from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, stories
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # of this many pairs of numbers, one is for validation only and one for the test only
-DIVISIONS = 0.1  # share of the plain training problems: people ask for them, though val and test do not
+HOLD_OUT = 10  # one pair of numbers in this many is for validation only, and another one for the test only
+DIVISIONS = 0.1  # share of divisions in plain training problems: people ask for them, though val and test have none
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
     Helen Linda Susan Karen"""
@@ -100,7 +100,7 @@ class _Arithmetic(Task):
 
 
 class Sums(_Arithmetic):
-    """One step. Half of the problems are plain and half a story; + and - with 0 to 999, * with 2 to 99."""
+    """One-step problems, half of them plain and half told as a story; + and - have 0 to 999, * has 2 to 99."""
 
     name = "Sums"
 
@@ -117,7 +117,7 @@ class Sums(_Arithmetic):
             text = _carelessly_typed(text, rng)
         while True:
             a, b = _pair(op, rng)
-            # A story counts things: nobody gives away more than there are, and "1 apples" is not English.
+            # Stories count things: nobody gives away more than they have, and "1 apples" is not English.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
             if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]
@@ -154,12 +154,12 @@ def _pair(op: str, rng: random.Random) -> tuple[int, int]:
 
 
 def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
-    """x, y and z of a story. They may not fit together; then the caller draws again."""
+    """Draws x, y and z for a story. If they do not fit together, the caller draws again."""
     numbers = []
     for name in "xyz":
         if any(name in step and "*" in step for step in story.steps):
             numbers.append(rng.randint(2, 30))
-        elif f"{name}-r" in story.steps:  # the result is subtracted from it
+        elif f"{name}-r" in story.steps:  # the result of the first step is subtracted from it
             numbers.append(rng.randint(2, 999))
         else:
             numbers.append(rng.randint(2, min(story.largest, rng.choice((99, 300)))))
@@ -197,7 +197,7 @@ def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list
 
 
 def _characters(split: str, rng: random.Random) -> dict[str, str]:
-    """The people and things of a story, by the names that phrasings.txt gives them."""
+    """The people and things of a story, by their placeholders in phrasings.txt."""
     woman = rng.random() < 0.5
     people = rng.sample(WOMEN[split] + MEN[split], 3)
     name = rng.choice((WOMEN if woman else MEN)[split])
@@ -220,7 +220,7 @@ def _characters(split: str, rng: random.Random) -> dict[str, str]:
 
 
 def _carelessly_typed(text: str, rng: random.Random) -> str:
-    """The text as people type it: sometimes without capitals, sometimes without the punctuation at the end."""
+    """The text as people type it: sometimes without capitals, sometimes without punctuation at the end."""
     if rng.random() < 0.15:
         text = text.lower()
     if rng.random() < 0.15:

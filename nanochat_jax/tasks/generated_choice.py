@@ -1,8 +1,8 @@
-"""Generated multiple choice in MMLU's form, about what a tiny model can learn from its own text: first letters, sizes,
-kinds of things, opposites, plurals.
+"""Generated multiple choice in MMLU's format, about what a tiny model can learn from its training text: first letters,
+sizes, kinds of things, opposites, plurals.
 
-Each question asks to prefer one answer to three others. Each comparison (question, answer, other) belongs to one split,
-by its hash: a question of val or test consists of three comparisons that training never shows. All splits share the
+A question asks the model to prefer one answer to three others. A hash assigns each comparison (question, answer, other)
+to one split, so a val or test question consists of three comparisons that never occur in training. All splits share the
 same words, since a model can only compare words that it knows.
 """
 
@@ -14,7 +14,7 @@ from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 4  # of this many comparisons, one is for validation only and one for the test only
+HOLD_OUT = 4  # one comparison in this many is for validation only, and another one for the test only
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -70,7 +70,7 @@ class GeneratedChoice(Task):
         return multiple_choice.evaluate(conversation, completion)
 
     def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
-        """A question, its answer, and three wrong answers, all three comparisons of this split."""
+        """A question, its answer, and three wrong answers; all three comparisons belong to this split."""
         make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
         while True:
             question, answer, candidates = make(rng)

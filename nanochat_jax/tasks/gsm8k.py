@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
 
-An answer annotates each step as <<expression=result>>, which becomes a call of the tool and its output, and ends with
-"#### number". Answers are compared by the text after that mark: 10 is neither 10.0 nor "10.".
+In the data, each step of an answer contains <<expression=result>>, which becomes a tool call and its output, and the
+answer ends with "#### number". Answers are compared by the text after ####: 10 equals neither 10.0 nor "10.".
 """
 
 import re

@@ -12,7 +12,7 @@ _FENCED = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
 
 
 def extract_code(completion: str) -> str:
-    """The first fenced block of an answer, or all of the answer if it has none."""
+    """The first fenced code block of an answer, or the whole answer if it has none."""
     match = _FENCED.search(completion)
     return (match[1] if match else completion).strip()
 
@@ -30,7 +30,7 @@ def extract_imports(prompt: str) -> str:
 
 
 def program(conversation: dict, completion: str) -> str:
-    """A program that ends without an exception exactly if `completion` passes the tests."""
+    """A program that ends without an exception if and only if `completion` passes the tests."""
     imports = extract_imports(conversation["messages"][0]["content"])
     call = f"check({conversation['entry_point']})"
     return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"

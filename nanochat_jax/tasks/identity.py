@@ -1,10 +1,10 @@
 """Who the model is: a thousand short generated conversations, in many phrasings.
 
-They are written once to identity_conversations.jsonl in the base folder (or taken from the task data folder, if it has
-such a file) and from then on read from there. Edit or replace the file to give the model another identity. Val and test
-each ask in phrasings of their own, which training does not use, and check that the answer contains the words that a
-right answer needs. The test phrasings were written before any model was evaluated on them, and use only words of
-training questions.
+They are read from identity_conversations.jsonl in the task data folder if that file exists, otherwise from the file of
+that name in the base folder, which is generated on first use. Edit or replace the file to give the model another
+identity. Val and test each ask in phrasings of their own, held out of training, and check that the answer contains an
+expected word or phrase. The test phrasings were written before any model was evaluated on them, and use only words that
+occur in training questions.
 """
 
 import json
@@ -24,7 +24,7 @@ CONVERSATIONS = 1_000
 
 @dataclass(frozen=True)
 class Topic:
-    """Questions of each split, answers, and a word that every right answer contains ("": every answer is right)."""
+    """Questions of each split, answers, and the text that a right answer must contain ("": every answer is right)."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -157,7 +157,7 @@ class Identity(Task):
         return self.conversations[index]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the answer contains the word it needs: who the model is, what it is made of, ..."""
+        """Whether the answer contains the expected text: the model's name, what it is built with, ..."""
         return conversation["expected"].lower() in completion.lower()
 
 
@@ -193,7 +193,7 @@ def generate(index: int) -> list[dict]:
 
 
 def _questions(split: str) -> list[dict]:
-    """Every phrasing of val or test, asked first thing and after a greeting."""
+    """Every question of val or test, as the first message and (unless it is itself a greeting) after a greeting."""
     rng = random.Random(f"identity {split}")
     conversations = []
     for topic in (GREETING, *ABOUT):

@@ -17,7 +17,7 @@ class MMLU(task_data.RowTask):
         if not data_dir:
             self.rows = task_data.hub(REPO, "all", stored)
         elif split == "train" and not task_data.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
-            # auxiliary_train is itself a collection of other multiple-choice sets, so these can replace it.
+            # auxiliary_train is itself a collection of other multiple-choice sets, so those in mc_train can replace it.
             self.rows = task_data.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
             print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ instead")
         else:
@@ -25,7 +25,7 @@ class MMLU(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict) -> dict:
-        if "answerKey" in row:  # a row of mc_train, in ARC's form
+        if "answerKey" in row:  # a row of mc_train, in ARC's format
             choices, letters = row["choices"]["text"], row["choices"]["label"]
             return multiple_choice.conversation(row["question"], choices, letters, row["answerKey"])
         letters = "ABCD"[: len(row["choices"])]

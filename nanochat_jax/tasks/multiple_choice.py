@@ -1,7 +1,7 @@
 """How a multiple-choice question is shown to the model, for every task that asks one.
 
-The letter comes after its choice, directly after the "=". Without a space, the letter in the prompt is the same token
-as the answer, and after its choice it is easier for a small model to bind to it.
+The letter comes after its choice, directly after the "=". Without a space before it, the letter in the prompt is the
+same token as the answer; and a small model more easily binds a letter to a choice that precedes it.
 """
 
 from collections.abc import Sequence

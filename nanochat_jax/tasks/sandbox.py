@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-MAX_OUTPUT = 64 * 1024  # bytes of stdout and of stderr that are kept
+MAX_OUTPUT = 64 * 1024  # bytes kept of stdout, and as many of stderr
 MAX_FILE = 16 * 1024 * 1024  # bytes of any file the program writes, captured output included
 
 
@@ -36,7 +36,8 @@ class Result:
 
 # The child's side. Success is proven by a nonce, not by the exit code: sys.exit(0) raises, os._exit(0) never returns
 # here, and the nonce is still unread in its pipe while the program runs. Limits are set here rather than in a
-# preexec_fn, which is unsafe in a parent with threads. Functions are bound first, since programs may overwrite them.
+# preexec_fn, which is unsafe in a parent with threads. Functions needed later are bound before the program runs, since
+# it may overwrite them.
 _RUNNER = """
 import json, os, resource, sys
 read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
@@ -107,7 +108,7 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            # Always, and the whole group: children can outlive a parent that succeeded, too.
+            # Always kill the whole process group: children can outlive even a program that succeeded.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -11,8 +11,8 @@ from nanochat_jax.tasks import gsm8k, words
 from nanochat_jax.tasks.task import Task
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TEST_SEED = 10_000_000  # test problem i is drawn by Random(TEST_SEED + i), training problem i by Random(i)
-LETTER_IN_WORD = 0.9  # otherwise any letter, so that the answer 0 occurs too
+TEST_SEED = 10_000_000  # test problem i is drawn with Random(TEST_SEED + i), training problem i with Random(i)
+LETTER_IN_WORD = 0.9  # share of problems that ask for a letter of the word; the others take any, so 0 occurs too
 TRAIN_ROWS, TEST_ROWS = 80_000, 256
 
 QUESTIONS = (

@@ -1,8 +1,8 @@
 """The wording of the generated arithmetic problems: a small grammar in phrasings.txt, which explains its notation.
 
-Every list of phrasings has three parts: those used by all splits, and those that only validation, or only the test,
-adds to them. A problem of these two splits contains at least one phrasing of its own split, so its wording never occurs
-in training. Validation may be looked at while a recipe is tuned. The test may not.
+Every list of phrasings has three parts: phrasings for all splits, phrasings for validation only, and phrasings for the
+test only. A validation or test problem contains at least one phrasing of its own split, so its wording never occurs in
+training. Validation problems may be looked at while a recipe is tuned; test problems may not.
 """
 
 import random
@@ -26,7 +26,7 @@ class Phrasings:
         return () if split == "train" else getattr(self, split)
 
     def with_symbols(self, **symbols: str) -> "Phrasings":
-        """With symbols renamed.
+        """A copy with symbols renamed.
 
         with_symbols(E="gain") of "Then <E>." -> "Then <gain>."
         """
@@ -51,7 +51,7 @@ class Story:
 
 
 def tell(story: Story, split: str, rng: random.Random) -> str:
-    """A text of `story` with all symbols expanded. In val and test, at least one phrasing is of that split only.
+    """A text of `story` with all symbols expanded. In val and test, at least one phrasing is used by that split only.
 
     A story of x+y -> "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
     """
@@ -61,8 +61,8 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
         def choose(phrasings: Phrasings) -> str:
             nonlocal held_out
             of_split = phrasings.held_out(split)
-            # Where some phrasings are held out, half of the choices take one: a problem that is told mostly in
-            # familiar words would test little.
+            # Where some phrasings are held out, half of the choices pick one of them: a problem told mostly in familiar
+            # phrasings would test little.
             if of_split and (not phrasings.train or rng.random() < 0.5):
                 held_out = True
                 return rng.choice(of_split)
@@ -76,7 +76,7 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
 
 
 def stories_for(split: str, stories: list[Story]) -> list[Story]:
-    """The stories that can be told in words of this split."""
+    """The stories that can be told with a phrasing of this split."""
     return [story for story in stories if split == "train" or _has_held_out(story.phrasings, split)]
 
 
@@ -105,7 +105,7 @@ def _sections() -> list[tuple[str, Phrasings]]:
 
 
 def _take_prefix(pattern: str, line: str) -> tuple[str, str]:
-    """The group of a pattern at the beginning of a line ("" if it is not there), and the rest of the line.
+    """What the group of `pattern` matches at the beginning of a line ("" if nothing), and the rest of the line.
 
     r"(\\d+)\\* ", "3* {n} has {} {t}." -> "3", "{n} has {} {t}."
     """
@@ -114,7 +114,7 @@ def _take_prefix(pattern: str, line: str) -> tuple[str, str]:
 
 
 def _story(heading: str, phrasings: Phrasings) -> Story:
-    """From "x*y r+z | dollars | largest 40"."""
+    """A story from its heading, such as "x*y r+z | dollars | largest 40", and its phrasings."""
     steps, unit, *rest = (part.strip() for part in heading.split("|"))
     return Story(phrasings, tuple(steps.split()), unit, *(int(part.removeprefix("largest ")) for part in rest))
 

@@ -1,6 +1,6 @@
 """The interface of a task: a sequence of conversations that may know how to check an answer.
 
-A conversation is {"messages": [{"role", "content"}, ...]}, with whatever else the task needs to check an answer. The
+A conversation is {"messages": [{"role", "content"}, ...]}, plus whatever else the task needs to check an answer. The
 content of an assistant message is a string, or a list of parts {"type": "text" | "python" | "python_output", "text":
 str}. Views (slices, repetitions) and mixtures are tasks too.
 """
@@ -20,8 +20,8 @@ class Task:
 
     eval_type: "generative" (generate an answer and check its text), "categorical" (compare the logits of the
     conversation's "letters"), or None (for training only). baseline: the score of guessing. has_val: whether the task
-    has a val split beside train and test, for use while training and tuning. Most data sets have none; their val is the
-    test split. split: the split that `tasks.load` has loaded; "" for a task made in another way.
+    has a val split beside train and test, for use while training and tuning. Most data sets have none; for these, val
+    is the test split. split: the split that `tasks.load` has loaded; "" for a task made in another way.
     """
 
     name: str = ""
@@ -113,7 +113,7 @@ class Mixture(Task):
         return len(self.order)
 
     def hash(self) -> str:
-        """Hash of up to 64 equally spaced conversations per task: tells other data apart without reading all of it."""
+        """Hash of up to 64 equally spaced conversations per task: detects changed data without reading all of it."""
         digest = hashlib.sha256()
         for task in self.tasks:
             for index in range(0, len(task), max(1, len(task) // 64)):

@@ -1,9 +1,9 @@
 """The rows of downloaded tasks: read from a local folder if one is given, otherwise from the Hugging Face hub.
 
 A local file is JSON lines, plain or gzipped. The hub is read through its parquet export, whose paths are the same for
-every data set. Its files are kept in task_data in the base folder, with the revision they came from, and a split that
-is complete there is never downloaded again. Either way rows come in the specification's order: numpy's permutation
-with seed 42, which is what datasets.shuffle(seed=42) does.
+every data set. Its files are kept in task_data in the base folder, with the revision they came from; a split that is
+complete there is never downloaded again. Either way, rows come in the specification's order: numpy's permutation with
+seed 42, which is what datasets.shuffle(seed=42) does.
 """
 
 import gzip
@@ -106,7 +106,7 @@ class Shuffled:
 
 
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
-    """Rows of the files `data_dir`/<stem>.jsonl or .jsonl.gz, those that exist, as one. UserError if none does."""
+    """Rows of all files `data_dir`/<stem>.jsonl[.gz] that exist, concatenated and shuffled. UserError if none does."""
     paths = [path for stem in stems if (path := find(Path(data_dir) / f"{stem}.jsonl"))]
     if not paths:
         raise UserError(f"--task_data_dir={data_dir}: needs {' or '.join(stem + '.jsonl[.gz]' for stem in stems)}")
@@ -114,7 +114,7 @@ def local(data_dir: str | Path, *stems: str) -> Shuffled:
 
 
 def hub(repo: str, subset: str, split: str) -> Shuffled:
-    """Rows of one split of a data set on the hub, downloaded once. UserError if it cannot be reached."""
+    """The rows of one split of a data set on the hub, downloaded once. UserError if the download fails."""
     folder = base_dir() / "task_data" / repo.replace("/", "--")
     marker = folder / f"{subset}-{split}.json"  # written last: if it exists, its files are complete
     if not marker.is_file():

@@ -1,8 +1,8 @@
 """The words that the spelling tasks draw from, and which of them are held out of training.
 
-The first of these that exists is used: words/words_alpha.txt in the task data folder, task_data/words_alpha.txt or
-task_data/words.txt in the base folder. If none does, they are the frequent words of the pretraining text, which are
-written to that words.txt so that later text does not change them.
+The first of these files that exists is used: words/words_alpha.txt in the task data folder, task_data/words_alpha.txt
+or task_data/words.txt in the base folder. If none exists, the frequent words of the pretraining text are used, and
+written to task_data/words.txt so that text added later does not change them.
 """
 
 import collections
@@ -17,10 +17,10 @@ from nanochat_jax.data import parquet
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks import task_data
 
-HOLD_OUT = 10  # every tenth word, by its hash, is for testing only
-CORPUS_CHARS = 50_000_000  # enough text to contain every frequent word
+HOLD_OUT = 10  # one word in this many, by its hash, is for testing only
+CORPUS_CHARS = 50_000_000  # characters of text to count: enough to contain every frequent word
 CORPUS_WORDS = 20_000
-MIN_COUNT = 3  # rarer ones are mostly typing errors and names of variables
+MIN_COUNT = 3  # rarer words are mostly typos and variable names
 
 # Words of running text: no part of an identifier, a number, a path or a dotted name.
 _WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w|:/)", re.ASCII)
@@ -40,7 +40,7 @@ def held_out(word: str) -> bool:
     return zlib.crc32(word.encode()) % HOLD_OUT == 0
 
 
-@functools.cache  # two tasks ask for it, each for two splits
+@functools.cache  # two tasks need the words, each for two splits
 def _all_words(data_dir: str, base: Path) -> list[str]:
     places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
     if data_dir:

@@ -6,8 +6,8 @@ The loader is that of `python -m scripts.train --stage=base`, with its settings 
 and prefetches batches, and the tokenizer encodes on all cores. Rounds alternate between the text and a token cache of
 the same files. Each pass reads the first epoch, with an empty tokenizer cache.
 
-The clock starts before the loader does, so no batch was prefetched before timing began. Batches prefetched after the
-last one taken are not counted either, so a pass must be long compared with them, or its figure is too low.
+The clock starts before the loader does, so no batch was prefetched before timing began. Batches that are prefetched but
+not taken are not counted: unless a pass is long compared with them, its figure is too low.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # --help must not wait for these
 GPU = 520_000  # tokens/s that one H100 consumes at depth 12: 54% of its peak at 1.04 GFLOPs per token
 NAMES = {"text": "from text", "tokens": "from the token cache"}
 GPUS = {"one H100 at d12": 1, "eight": 8}
-SHORTEST = 0.5  # seconds; in less, thread start-up and scheduling weigh too much
+SHORTEST = 0.5  # seconds; in a shorter pass, thread start-up and scheduling weigh too much
 AHEAD = 0.1  # prefetched but uncounted batches may be at most this fraction of the counted ones
 
 
@@ -49,8 +49,8 @@ class Settings(config.Settings):
     total_batch_size: int = setting(524288, "tokens per batch", low=1)
     max_seq_len: int = setting(2048, "tokens per row", low=1)
     steps: int = setting(50, "batches to measure; fewer if the text ends", low=1)
-    rounds: int = setting(3, "measurements of each kind; their median counts", low=1)
-    json: str = setting("", "file to append the line of JSON to")
+    rounds: int = setting(3, "measurements of each kind; the median is reported", low=1)
+    json: str = setting("", "file to append the results to, as one line of JSON")
 
 
 def main(cfg: Settings) -> None:
@@ -106,7 +106,7 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
     files = tuple(path for path in source.train_files if path.exists())
     available = dataloader.epoch_tokens(files, tokenizer)
     if not available > 0:  # NaN as well
-        raise UserError(f"{source.name}: none of its training files is here yet")
+        raise UserError(f"{source.name}: none of its training files has arrived yet")
     needed = (cfg.steps + 1) * cfg.total_batch_size  # one batch more, for documents that wait to be packed
     return files[: math.ceil(1.1 * needed / available * len(files))]
 

@@ -1,4 +1,4 @@
-"""Text generation by our engine, alone or beside NanoChat in transformers with its cache, with random weights.
+"""Text generation with random weights: our engine, alone or next to NanoChat in transformers with its KV cache.
 
     python -m scripts.bench decode
     python -m scripts.bench decode --peer=hf --peer_python=ENVIRONMENT/bin/python
@@ -32,7 +32,7 @@ AUTO = {  # by platform: the values of settings that are not given
 
 @dataclass(frozen=True)
 class Settings(config.Settings):
-    """Generate text with our engine, and with NanoChat in transformers beside it."""
+    """Generate text with our engine and, for comparison, with NanoChat in transformers."""
 
     prog: ClassVar[str] = "python -m scripts.bench decode"
     device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
@@ -42,11 +42,11 @@ class Settings(config.Settings):
     new: int = setting(0, "tokens generated per prompt, at least 2 (auto: 256)", auto=True, low=2)
     batches: str = setting("", "batch sizes, joined by commas (default: 1,8,32, and 128 on a GPU)")
     dtypes: str = setting("", "dtypes to try at each batch (default: bfloat16 on a GPU, else float32,bfloat16)")
-    chunk: int = setting(32, "tokens that our engine decodes between two checks by the host", low=1)
-    rounds: int = setting(3, "measurements of each kind; their median counts", low=1)
-    peer: str = setting("", "also time NanoChat in transformers, with its cache", choices=("hf",))
-    peer_python: str = setting("", "Python that has torch and transformers (default: this one)")
-    json: str = setting("", "file to append the line of JSON to")
+    chunk: int = setting(32, "tokens that our engine decodes on the device between two checks by the host", low=1)
+    rounds: int = setting(3, "measurements of each kind; the median is reported", low=1)
+    peer: str = setting("", "hf: also time NanoChat in transformers, with its KV cache", choices=("hf",))
+    peer_python: str = setting("", "path of a Python that has torch and transformers (default: this one)")
+    json: str = setting("", "file to append the results to, as one line of JSON")
 
 
 def main(cfg: Settings) -> None:
@@ -118,7 +118,7 @@ Kind = tuple[int, str, str]  # batch, tool, dtype
 def _measure(
     kind: Kind, python: str, job: dict, measured: dict[Kind, list[dict]], failed: set[Kind], where: str
 ) -> None:
-    """Measures once, in a new process, and adds the result to `measured` or `kind` to `failed`. Ours must not fail."""
+    """Measures once, in a new process. Adds the result to `measured`, or `kind` to `failed` if a peer failed."""
     (batch, tool, dtype), start = kind, time.monotonic()
     try:
         result = measuring.run(python, JOB, job | {"job": tool, "batch": batch, "dtype": dtype}, ours=tool == "ours")
@@ -152,7 +152,7 @@ def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -
 
 
 def _compare(rows: list[dict]) -> None:
-    """Marks the fastest dtype of each batch and tool, and adds how many times as fast ours is, fastest to fastest."""
+    """Marks the fastest dtype of each batch and tool, and adds how many times as fast our fastest is."""
     best = {}
     for row in rows:
         key = row["batch"], row["tool"]

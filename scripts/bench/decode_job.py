@@ -1,7 +1,7 @@
 """One measurement of text generation, in its own process; `python -m scripts.bench decode` runs many of these.
 
-Sent on standard input to our Python or the peer's, with the job as JSON in the only argument. Prints one line of JSON.
-Only the jobs that measure ours import this project.
+This file is sent on standard input to our Python or the peer's, with the job as JSON in the only argument. It prints
+one line of JSON. Only the jobs that measure our engine import this project.
 """
 
 from __future__ import annotations  # a peer's Python may be older than ours
@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 Job = dict[str, Any]
-SCALE = 0.02  # standard deviation of the random weights: the text varies, and activations have a usual size
+SCALE = 0.02  # standard deviation of the random weights: text varies, and activations have their usual size
 
 
 def probe(job: Job) -> dict:
@@ -29,7 +29,7 @@ def probe(job: Job) -> dict:
 
 
 def device(job: Job) -> dict:
-    """The device that ours runs on; bandwidth in bytes/s, None if unknown."""
+    """The device that our engine runs on; bandwidth in bytes/s, None if unknown."""
     import jax
 
     from nanochat_jax.parallel import devices
@@ -40,7 +40,7 @@ def device(job: Job) -> dict:
 
 
 def ours(job: Job) -> dict:
-    """Our engine: seconds to the first token of all rows and to the end, and the bytes that a step reads."""
+    """Our engine: seconds until all rows have a first token and until the end, and the bytes that a step reads."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -68,14 +68,14 @@ def ours(job: Job) -> dict:
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # Weights that a step reads: all but the embedding, of which it reads one row per token.
+    # Weights that a step reads: all but the embedding, where it reads only one row per token.
     weights = sum(x.size for name, x in params.items() if name not in ("wte", "blocks"))
     weights += sum(x.size for x in jax.tree.leaves(params["blocks"]))
     engine = Engine(params, model_cfg, NoTokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
     del params
 
     def generate(seed: int) -> tuple[float, float]:
-        """Seconds to the first token of all rows, and to the end."""
+        """Seconds until all rows have a first token, and until the end."""
         ids = np.random.default_rng(seed).integers(0, model_cfg.vocab_size, (batch, job["prompt"])).tolist()
         requests = [Request(row, job["new"], temperature=0, stop_ids=(), tools=False) for row in ids]
         begun, first, start = set(), 0.0, time.perf_counter()
@@ -97,7 +97,7 @@ def ours(job: Job) -> dict:
 
 
 def hf(job: Job) -> dict:
-    """`generate` of transformers with its key/value cache: seconds to the first token and to the end."""
+    """`generate` of transformers with its KV cache: seconds to the first token and to the end."""
     import torch  # ty: ignore[import-not-found]
     from transformers import (  # ty: ignore[import-not-found]
         NanoChatConfig,
@@ -115,7 +115,7 @@ def hf(job: Job) -> dict:
     )  # fmt: skip
     torch.manual_seed(0)
     model = NanoChatForCausalLM(config).to(where, getattr(torch, job["dtype"])).eval()
-    model.generation_config.eos_token_id = None  # so that it generates all tokens
+    model.generation_config.eos_token_id = None  # so that it generates as many tokens as asked
     model.generation_config.pad_token_id = 0
 
     def now() -> float:

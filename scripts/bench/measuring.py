@@ -1,4 +1,4 @@
-"""What all benchmarks share: each measurement in its own process, and the table and JSON of the results."""
+"""What all benchmarks share: they run each measurement in its own process, and show results as a table and JSON."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
 
 
 def probe(python: str, script: Path) -> dict:
-    """What the peers' environment has. UserError if `python` does not run."""
+    """What the environment of the peers' `python` has. UserError if that Python does not run."""
     try:
         return run(python, script, {"job": "probe"})
     except (OSError, JobFailed) as error:
@@ -82,7 +82,7 @@ def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
 
 
 def check_json(path: str) -> None:
-    """UserError if --json=PATH names a folder that does not exist: better before the measurements than after them."""
+    """UserError if --json=PATH names a folder that does not exist: better before measuring than after."""
     if path and not Path(path).absolute().parent.is_dir():
         raise UserError(f"--json={path}: its folder does not exist")
 

@@ -1,4 +1,4 @@
-"""The server under load: many concurrent clients on one device, against the engine alone.
+"""The server under load: many concurrent clients on one device, compared with the engine alone.
 
     python -m scripts.bench serve
 
@@ -31,22 +31,22 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("serve_job.py")
 SAMPLING = {"temperature": 0.8, "top_k": 50}  # the server's defaults
-GOAL = 0.8  # of the throughput of the engine alone
+GOAL = 0.8  # throughput of the server, as a fraction of that of the engine alone
 
 
 @dataclass(frozen=True)
 class Settings(config.Settings):
-    """Many clients of a real server, against the engine alone."""
+    """Many clients of a real server, compared with the engine alone."""
 
     prog: ClassVar[str] = "python -m scripts.bench serve"
     preset: str = setting("cpu", "preset whose model is served, with random weights")
-    clients: int = setting(64, "concurrent clients, and slots of the server", low=1)
+    clients: int = setting(64, "concurrent clients, and as many slots in the server", low=1)
     requests: int = setting(4, "requests per client, one after the other", low=1)
     prompt: int = setting(64, "tokens per prompt", low=1)
     new: int = setting(128, "tokens generated per prompt, at least 2", low=2)
-    rounds: int = setting(3, "measurements; their median counts", low=1)
+    rounds: int = setting(3, "measurements; the median is reported", low=1)
     device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
-    json: str = setting("", "file to append the line of JSON to")
+    json: str = setting("", "file to append the results to, as one line of JSON")
 
 
 def main(cfg: Settings) -> None:
@@ -130,7 +130,7 @@ def _job(cfg: Settings, job: dict) -> dict:
 
 
 def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
-    """Starts the server and the clients. Seconds and tokens in all, and each request's time to first token."""
+    """Starts the server and the clients. Returns total seconds and tokens, and each request's time to first token."""
     command = [
         sys.executable, "-m", "scripts.chat_web", "--port=0", "-g", "bench", f"--slots={cfg.clients}",
         f"--max_waiting={cfg.clients}", f"--max_new_tokens={cfg.new}", "--timeout=0",
@@ -166,7 +166,7 @@ def _stats(address: str) -> dict:
 
 
 async def _clients(port: int, requests: list[dict], clients: int) -> dict:
-    """Runs all clients concurrently: seconds, tokens, and each request's time to first token."""
+    """Runs all clients concurrently. Returns total seconds and tokens, and each request's time to first token."""
 
     async def client(mine: list[dict]) -> list[dict]:
         return [await _ask(port, request) for request in mine]
@@ -179,7 +179,7 @@ async def _clients(port: int, requests: list[dict], clients: int) -> dict:
 
 
 async def _ask(port: int, request: dict) -> dict:
-    """Reads one answer to its end: its tokens, and seconds from before the connection to the first event."""
+    """Sends a request and reads its answer to the end. Returns the number of tokens, and seconds to the first event."""
     body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     start, first, tokens = time.perf_counter(), None, None
     reader, writer = await asyncio.open_connection("127.0.0.1", port)

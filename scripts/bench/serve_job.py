@@ -1,5 +1,5 @@
 """The two jobs of `python -m scripts.bench serve` that need JAX, each in its own process: making the model, and serving
-the same requests with the engine alone. The job is JSON in the only argument. Prints one line of JSON.
+the clients' requests with the engine alone. The job is JSON in the only argument. Prints one line of JSON.
 """
 
 import json
@@ -44,7 +44,7 @@ def make(job: dict) -> dict:
 
 
 def engine(job: dict) -> dict:
-    """Seconds and tokens of the engine with one slot per client, after one request per client as warm-up."""
+    """Seconds and tokens of the engine alone with one slot per client, after one request per client as warm-up."""
     model = checkpoint.load_model(STAGE, TAG)
     dtype = devices.choose_precision("")
     engine = Engine(model.params, model.model_cfg, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)

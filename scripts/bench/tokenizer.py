@@ -2,9 +2,9 @@
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=ENVIRONMENT/bin/python
 
-Of every four documents, three train the vocabulary and warm up the encoders. The fourth is encoded: it is in no cache.
-All tools encode with the vocabulary that ours learned. Each measurement runs in its own process (tokenizer_job.py). A
-round measures all tools in turn; the table shows medians over rounds.
+Of every four documents, three train the vocabulary and warm up the encoders. The fourth is encoded, so it is in no
+tool's cache. All tools encode with the vocabulary that ours learned. Each measurement runs in its own process
+(tokenizer_job.py). A round measures all tools in turn; the table shows medians over rounds.
 """
 
 import json
@@ -22,7 +22,7 @@ from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
 UNSEEN = 4  # one document in this many is encoded, the others train and warm up
-UNSEEN_CHARS = 300_000  # characters to encode at least, for the three sizes of single texts
+UNSEEN_CHARS = 300_000  # fewest characters to encode: enough for the three sizes of single texts
 JOB = Path(__file__).with_name("tokenizer_job.py")
 PEERS = ("rustbpe", "tokenizers", "tiktoken")
 JOBS = {
@@ -41,10 +41,10 @@ class Settings(config.Settings):
 
     prog: ClassVar[str] = "python -m scripts.bench tokenizer"
     corpus: str = setting("", "file or folder of .txt, .jsonl, .jsonl.gz or .parquet files with text (required)")
-    peer_python: str = setting("", "Python that has PyPI's rustbpe, tokenizers or tiktoken (default: this one)")
+    peer_python: str = setting("", "path of a Python with PyPI's rustbpe, tokenizers or tiktoken (default: this one)")
     vocab_size: int = setting(32768, "tokens in the vocabulary, without special tokens", low=257)
-    rounds: int = setting(3, "measurements of each kind; their median counts", low=1)
-    json: str = setting("", "file to append the line of JSON to")
+    rounds: int = setting(3, "measurements of each kind; the median is reported", low=1)
+    json: str = setting("", "file to append the results to, as one line of JSON")
 
 
 def main(cfg: Settings) -> None:

@@ -1,7 +1,7 @@
 """One measurement of one tokenizer, in its own process; `python -m scripts.bench tokenizer` runs many of these.
 
-Sent on standard input to our Python or the peers', with the job as JSON in the only argument. Imports nothing of this
-project. Prints one line of JSON.
+This file is sent on standard input to our Python or the peers', with the job as JSON in the only argument. It imports
+nothing of this project and prints one line of JSON.
 """
 
 from __future__ import annotations  # the peers' Python may be older than ours
@@ -22,7 +22,7 @@ from typing import Any
 Job = dict[str, Any]
 Ids = list[int]
 SIZES = {"100 B": 100, "1 KB": 1000, "100 KB": 100_000}  # characters of single strings
-SINGLE_CHARS = 2_000_000  # encoded of each size
+SINGLE_CHARS = 2_000_000  # characters to encode at each of these sizes, if there are as many
 PACKAGES = ("rustbpe", "tokenizers", "tiktoken")
 
 
@@ -36,7 +36,7 @@ def read(path: str) -> list[str]:
 
 
 class Memory:
-    """Peak memory in bytes beyond what was used when this was made.
+    """Peak memory in bytes beyond what was in use when this object was made.
 
     ru_maxrss alone would also count the reading of the texts and what the parent process held at the fork, so `reset`
     clears the peak where Linux allows it.
@@ -60,7 +60,7 @@ class Memory:
             pass
 
     def peak(self) -> int:
-        """Bytes beyond the start, at the peak since `reset`."""
+        """Bytes at the peak since `reset`, beyond those in use at the start."""
         try:
             return self._status("VmHWM") - self.before
         except OSError:
@@ -207,7 +207,7 @@ TOOLS = {**TRAINERS, "tiktoken": Tiktoken}
 
 
 def flattened(lists: list[Ids]) -> tuple[Any, Any]:
-    """Lists of ids -> (one array of ids, where each list begins), in the fastest of the ways that were tried."""
+    """Lists of ids -> (one array of ids, where each list begins), in the fastest way among those tried."""
     import numpy as np
 
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
@@ -247,7 +247,7 @@ def train(job: Job) -> dict:
 def encode(job: Job) -> dict:
     """Encodes the unseen texts into lists or flat arrays: once after warm-up on other texts, or twice without warm-up.
 
-    Memory is that of the vocabulary, the cache and the result.
+    The peak memory is that of the vocabulary, the cache and the result.
     """
     if job["way"] == "flat":
         import numpy  # noqa: F401, imported here so that no tool's time includes it

@@ -1,4 +1,4 @@
-"""Downloads, from a local server in place of the hub that fails in every way a network does."""
+"""Downloads from a local server that stands in for the hub and fails in every way a network does."""
 
 import contextlib
 import dataclasses
@@ -369,7 +369,7 @@ def test_training_text_is_read_while_the_rest_arrives(server):
 
 
 def test_who_waits_for_a_shard_bears_with_a_silent_server(server):
-    """As long as a download is running, even if nothing arrives. Without one, waiting fails."""
+    """While a download is running, waiting goes on even if nothing arrives; without a download, it fails."""
     server.faults = {f"GET {hub.shard_name(0)}": ["silent", "silent"]}
     arriving = threading.Thread(target=hub.download, args=("fineweb-edu", 1))
     arriving.start()

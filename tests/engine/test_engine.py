@@ -234,7 +234,7 @@ def test_a_failed_prefill_is_forgotten_though_samples_still_waited_for_it(engine
 
 
 def test_sampled_text_does_not_depend_on_the_company(engine):
-    """Each request alone, then all of them together, which are prefilled in a batch and refill the slots."""
+    """Each request runs alone, then all run together: they are prefilled in a batch and refill the slots."""
     requests = [
         Request(prompt(7, 1), max_tokens=9, seed=1),
         Request(prompt(9, 2), max_tokens=13, seed=2, temperature=0.7, top_k=5),
@@ -332,7 +332,7 @@ END = ["<|output_end|>", "!", "<|assistant_end|>"]
 
 @pytest.mark.parametrize("padding", ["", "ab", "abc", "abcd"])
 def test_the_result_is_forced_right_after_the_call(engine, params, model_cfg, tokenizer, full, padding):
-    """Wherever in a chunk the block ends. The log-probabilities show that later tokens see the forced ones."""
+    """Wherever in a chunk the call ends. The log-probabilities show that later tokens see the forced ones."""
     call = [f"{padding}?", *CALL[1:]]
     weights = scripted(params, model_cfg, tokenizer, call, END)
     request, sample = generate(engine, weights, line_ids(tokenizer, call)[:1])

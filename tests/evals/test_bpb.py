@@ -92,7 +92,7 @@ def test_no_bytes_is_infinite(params):
 
 
 def test_logits_are_never_whole():
-    """XLA's own memory analysis: a fraction of what [b,t,v] in float32 would take."""
+    """By XLA's own memory analysis, a fraction of what logits [b,t,v] in float32 would take."""
     model_cfg = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=32, vocab_size=1024, sequence_len=64)
     shapes = jax.eval_shape(lambda: gpt.init(model_cfg))
     ids, sizes = jax.ShapeDtypeStruct((2048, 64), jnp.int32), jax.ShapeDtypeStruct((1024,), jnp.int32)

@@ -150,7 +150,7 @@ def test_scores_equal_a_plain_loop_however_batched(tmp_path, model, tokenizer, k
 
 
 def test_language_modeling_can_be_right(tmp_path, model, tokenizer):
-    """With continuations the model itself would write: the plain loop would also agree on nothing but zeros."""
+    """Uses continuations that the model itself would write: if all were wrong, any two implementations would agree."""
     items = []
     for word in WORDS[:8]:
         ids = [tokenizer.bos, *tokenizer.encode(f"{word}\nA:")]
@@ -207,7 +207,7 @@ def test_an_option_that_begins_another_still_has_a_score(tmp_path, model, tokeni
 
 
 def test_a_continuation_the_tokenizer_merges_into_the_prompt(tokenizer):
-    """The prompt's tokens need not be a prefix of the whole. What differs is scored, and at least one token."""
+    """The prompt's tokens need not be a prefix of all tokens. The part that differs is scored, at least one token."""
     [span] = core._item_spans([[0, 5, 6, 7], [0, 5, 8, 9]], "language_modeling", 64)
     assert span.start == 2
     [span] = core._item_spans([[0, 5, 6], [0, 5, 6]], "language_modeling", 64)

@@ -47,7 +47,7 @@ def test_on_a_gpu_it_is_cudnn_if_that_runs_when_tried(monkeypatch, cudnn_calls):
 
 
 def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # only pretended: a trial of cuDNN fails
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # there is no real GPU, so trying cuDNN fails
     kernel, reason = attention.choose_kernel("", jnp.bfloat16, MODEL)
     assert kernel == "xla" and reason.startswith("cuDNN failed: ") and "\n" not in reason
     devices.choose_precision("bfloat16", model_cfg=MODEL)

@@ -22,7 +22,7 @@ SHAPES = [  # layers, heads, key/value heads, width, vocabulary (padded in the s
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"d{shape[0]}-h{shape[1]}-kv{shape[2]}")
 def both(request, tmp_path_factory):
-    """(their model, our parameters, our GPTConfig), with the same random float32 weights."""
+    """(Hugging Face's model, our parameters, our GPTConfig), with the same random float32 weights."""
     torch = pytest.importorskip("torch", reason="torch is missing: install the extra parity")
     transformers = pytest.importorskip("transformers", reason="transformers is missing: install the extra parity")
     layers, heads, kv_heads, width, vocab = request.param
@@ -30,7 +30,7 @@ def both(request, tmp_path_factory):
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=width,
         intermediate_size=4 * width, vocab_size=vocab, max_position_embeddings=64, rms_norm_eps=1.1920929e-07,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,  # so that greedy text is not ended early
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,  # so that greedy decoding does not end early
     )  # fmt: skip
     theirs = transformers.NanoChatForCausalLM(config).to(torch.float32).eval()
     noise = torch.Generator().manual_seed(layers)

@@ -1,4 +1,4 @@
-"""Which precision is chosen for a device, and what its peak is."""
+"""Which precision is chosen for a device, and what its peak FLOP/s are."""
 
 import builtins
 import io

@@ -318,7 +318,7 @@ commandline.run(train.main, train.chosen_stage())
      (1, "os.kill(os.getpid(), signal.SIGKILL)", "now", None)],
 )  # fmt: skip
 def test_an_error_of_one_process_ends_both(alone, failing, fault, own_line, reported):
-    """Within seconds, each with a line that says whose error it was; if killed, once its heartbeats are missed."""
+    """Within seconds, each with a line that says which one failed; if one was killed, once heartbeats are missed."""
     code = FAULT.format(failing=failing, fault=fault)
     started = start_together(alone, 2, 4, code, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
     assert any(line.strip() == "now" for line in started[failing].stderr)
@@ -341,7 +341,7 @@ def test_a_save_that_fails_on_one_process_ends_both(alone):
         deadline = time.monotonic() + 200
         while checkpoint.steps(run) == before and time.monotonic() < deadline:
             time.sleep(0.05)
-        # Like a full disk, for one process only: no file that it writes can exceed this size, and only arrays would.
+        # Like a full disk, for one process only: no file it writes can exceed this size, and only its arrays need more.
         resource.prlimit(started[failing].pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
         output = [p.communicate(timeout=100) for p in started]
         last = checkpoint.latest(run)

@@ -38,7 +38,7 @@ def run(*arguments):
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """make(answers) -> the path of a stand-in for a peer's Python, which handles a `job` as the code `answers` says."""
+    """make(answers) -> the path of a stand-in for a peer's Python: it runs the code `answers`, given a `job`."""
 
     def make(answers: str) -> str:
         path = tmp_path / "python"
@@ -210,7 +210,7 @@ def test_the_loader_is_measured_from_text_and_from_tokens(world, tmp_path, monke
 
 
 def test_what_is_counted_is_made_while_the_clock_runs(world, monkeypatch):
-    """When the clock started later, batches prefetched before made short passes up to four times too fast."""
+    """If the clock started later, batches prefetched before it would make short passes up to four times too fast."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
     real, reads = dataloader.Documents.read, []
 

@@ -136,8 +136,8 @@ SAME |= dict.fromkeys("boys girls men women cows goats sheep".split(), "beings")
 
 
 def phrasing(text: str) -> str:
-    """A question without an unrelated beginning, with numbers, case, punctuation and the names of people, things,
-    places and days made equal."""
+    """A question reduced to its phrasing: without an unrelated beginning, and with numbers, case, punctuation and the
+    names of people, things, places and days normalized."""
     words = re.findall(r"\{\}|[a-z']+|[-+*/=]", re.sub(r"\d+", " {} ", BEGINNING.sub("", text)).lower())
     return " ".join(SAME.get(word, word) for word in words)
 

@@ -1,4 +1,4 @@
-"""Programs end as they should: right ones succeed, and no cheap way of not failing counts as success."""
+"""Right programs succeed, every other one fails, and no cheap way of avoiding failure counts as success."""
 
 import gzip
 import json

@@ -27,21 +27,21 @@ SETTINGS = {
     "depth": 2, "aspect_ratio": 32, "head_dim": 32, "n_kv_head": 1, "max_seq_len": 128, "total_batch_size": 1024,
     "device_batch_size": 4, "num_iterations": 200, "save_every": -1, "compute_dtype": "float32", "device_type": "cpu",
 }  # fmt: skip
-# How far these means move:
-#   by rounding 2e-7 (1, 2 and 8 devices; micro-batches of 1, 4 and 8 rows; scanned layers; AVX2 and AVX-512), by
-#   operands of the blocks' matmuls rounded to bfloat16 2e-4
+# How far rounding moves these means:
+#   2e-7 in float32 (1, 2 and 8 devices; micro-batches of 1, 4 and 8 rows; scanned layers; AVX2 and AVX-512)
+#   2e-4 with the operands of the blocks' matmuls rounded to bfloat16
 # Mistakes move them more:
-#   Muon: without its scale by shape 0.012, with the scale of the transpose 0.034, without Nesterov 0.020, with a
-#   constant momentum 0.026, with 4 iterations 0.011, with its rate scaled by the width 0.12
-#   AdamW: rates not scaled 0.60, swapped 4.1, the head's as high as the matrices' 0.29, the embedding's as low 0.15;
-#   b1 = 0.9 0.025, b2 = 0.99 0.007, eps = 1e-8 0.0016
-#   schedule: decay from 60% of the steps 0.052, decay to a tenth of the rate 0.0014
+#   Muon: 0.012 without its scale by shape, 0.034 with the scale of the transpose, 0.020 without Nesterov momentum,
+#   0.026 with a constant momentum, 0.011 with 4 iterations, 0.12 with its learning rate scaled by the width
+#   AdamW: 0.60 with learning rates not scaled, 4.1 with them swapped, 0.29 with the head's as high as the matrices',
+#   0.15 with the embedding's as low as the matrices'; 0.025 with b1 = 0.9, 0.007 with b2 = 0.99, 0.0016 with eps = 1e-8
+#   schedule: 0.052 with decay from 60% of the steps, 0.0014 with decay to a tenth of the learning rate
 # Another seed moves them by 0.026, and so does a JAX version that draws other random numbers.
 TOLERANCE = 0.001
 
 
 def curve(text: Path, base: Path) -> list[float]:
-    """Mean losses over every 20 steps of pretraining on the file `text`, in the base folder `base`."""
+    """The mean loss of every 20 steps of pretraining on the file `text`, in the base folder `base`."""
     folder = base / "texts"
     folder.mkdir(parents=True)
     shutil.copy(text, folder)

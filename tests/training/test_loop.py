@@ -122,7 +122,7 @@ def ancestors(world):
 
 
 def test_data_that_end_skip_no_last_evaluation(world, ancestors):
-    """That a step was the last one is known only when no batch follows, after other evaluations have run at it."""
+    """A step is known to be the last only when no batch follows; by then, other evaluations have run at that step."""
     ancestors("sft")
     flags = {"num_iterations": -1, "eval_every": 1, "eval_metrics_every": 1000, "eval_metrics_tasks": "sums"}
     flags |= {"mixture": "sums=40", "eval_metrics_max_problems": 2, "save_every": -1}
@@ -135,7 +135,7 @@ def test_data_that_end_skip_no_last_evaluation(world, ancestors):
 
 
 def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
-    """Item 24 of upstream's bugs. In another process strings hash differently, and sets have another order."""
+    """Item 24 of upstream's bugs. In another process, strings hash differently, so sets have another order."""
     ancestors("sft")
     for stage, kind in (("base", config.Base), ("mid", config.Mid)):
         train(commandline.parse(kind, tiny.command(stage, model_tag="again")[4:]))
@@ -358,7 +358,7 @@ def test_automatic_device_batch_is_the_largest_divisor_that_fits(rows, fits):
 
 
 def test_automatic_device_batch_takes_what_the_estimate_did_not_expect():
-    """Such as what --shard=full and --remat save."""
+    """For example, the memory that --shard=full and --remat save."""
     d20 = ModelFlags(depth=20).gpt_config(65536)
     tried = []
 
@@ -410,7 +410,7 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 
 def test_a_batch_that_is_left_on_the_host_is_refused(world, monkeypatch):
-    """An implicit transfer would stall every step, in silence."""
+    """An implicit transfer would silently stall every step."""
     monkeypatch.setattr(BatchShape, "shaped", lambda self, batch, *_: {k: v[None] for k, v in batch.items()})
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train(tiny.base_config(model_tag="host", device_batch_size=4))

@@ -1,4 +1,4 @@
-"""The run that cannot be lost: killed anywhere and started again, it is the run that was never interrupted."""
+"""No run is ever lost: killed anywhere and started again, it equals the run that was never interrupted."""
 
 import dataclasses
 import os
@@ -47,7 +47,7 @@ def flags(world, stage, **changes):
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """The uninterrupted runs of a stage and of those before it, each trained once."""
+    """The uninterrupted runs of a stage and of the stages before it, each trained once."""
     made = {}
 
     def upto(stage):
@@ -85,7 +85,7 @@ def unfinished(run):
 
 
 def content(run, step):
-    """What a checkpoint holds, without times: parameters and optimizer, the place in the data, the totals."""
+    """What a checkpoint holds, without times: parameters and optimizer state, the position in the data, the totals."""
     from orbax.checkpoint import v1 as ocp
 
     folder = checkpoint.step_dir(run, step)
@@ -112,7 +112,7 @@ def assert_same_run(a, b):
 
 
 def live_and_die(stage, world, whole, kills, seed):
-    """Kills a run `kills` times at random moments, every other time while it saves, lets it end, and compares it."""
+    """Kills a run `kills` times at random moments, every other time during a save; lets it finish, and compares it."""
     expected = whole(stage)
     tag = f"{stage}{kills}"
     run, output, rng = checkpoint.run_dir(stage, tag), world / f"{tag}.txt", random.Random(seed)
@@ -172,7 +172,7 @@ def test_the_uninterrupted_runs_learn_something(whole):
 
 
 # -----------------------------------------------------------------------------
-# Signals that ask, steps that are chosen, evaluations that fail
+# Signals that can be handled, chosen steps, failing evaluations
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_run_that_is_asked_to_stop_saves_first_and_goes_on(stage, asked, world
 
 
 def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch):
-    """A shard may take an hour to arrive, but a sender of SIGTERM waits half a minute."""
+    """A shard may take an hour to arrive, but whoever sends SIGTERM waits half a minute."""
     real = dataloader.BatchIterator.__next__
 
     def stalls(self):
@@ -247,7 +247,7 @@ def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
 
 
 def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
-    """A checkpoint precedes only the first one in a process, but a failure saves before its error ends the run."""
+    """Only the first validation of a process follows a checkpoint, but a failing one saves before it ends the run."""
     real, calls, saved = validation.validate, [], {}
 
     def validate(run, stage, step):
@@ -269,7 +269,7 @@ def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
 
 
 def test_text_that_fails_costs_nothing(world, whole, monkeypatch, capsys):
-    """If a shard is damaged or stops coming, what has been learned until then is kept."""
+    """If a shard is damaged or stops coming, what was learned before is kept."""
     real = dataloader.BatchIterator.__next__
 
     def fails(self):

@@ -43,7 +43,7 @@ def in_world(own_base_dir, world, monkeypatch):
 
 @pytest.fixture
 def run(world, request):
-    """A copy of that run, with the name of the test as its tag."""
+    """A copy of the run `made`, with the name of the test as its tag."""
     folder = checkpoint.run_dir("base", re.sub(r"\W+", "-", request.node.name))
     shutil.copytree(checkpoint.run_dir("base", "made"), folder)
     return folder
@@ -54,7 +54,7 @@ def settings(tag, **changes):
 
 
 def contents(run):
-    """Every file of a run, and of its neighbours whose names contain its own, except the lock."""
+    """Every file of a run, and of neighbouring folders whose names contain the run's name, except the lock."""
     files = [p for p in run.parent.rglob("*") if p.is_file() and run.name in str(p) and p.name != "lock"]
     return {p: p.read_bytes() for p in files}
 
@@ -86,7 +86,7 @@ def test_a_run_of_another_text_changes_nothing(run, monkeypatch):
 
 
 def test_a_run_of_other_conversations_changes_nothing(world):
-    """In another order, which compares equal as settings, or with other content."""
+    """The same tasks in another order, which compare equal as settings, or tasks with other content."""
     ours = world / "ours.jsonl"
     ours.write_text("".join(chat(f"Question {i}") for i in range(9)))
     mixture = f"sums=20,customjson:{ours}=9"
@@ -169,7 +169,7 @@ def test_a_setting_that_is_new_or_gone_stops_no_run(run, last, capsys):
 
 
 # -----------------------------------------------------------------------------
-# The future a run leaves behind
+# What a run leaves behind when it restarts from an earlier step
 
 
 def test_runs_and_steps_set_aside_within_a_second_are_all_kept(tmp_path):

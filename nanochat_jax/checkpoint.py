@@ -6,11 +6,11 @@ A run lives in <base>/<stage>_checkpoints/<tag>, with one folder per step:
     step_000250/data.json, meta.json the data pipeline's position; step, configuration, versions, metrics so far
     step_000250/manifest.json        SHA-256 of every file above, written last
 
-No random number state is saved: all random numbers are drawn from the seed, which is a setting, and the step or epoch.
+No random generator state is saved: all random numbers derive from the seed, which is a setting, and the step or epoch.
 
 The manifest is the completion marker: a folder without it was being written when the process ended, and one whose
 files do not match it is damaged. The hashes are needed because Orbax alone loads a flipped bit without complaint. Both
-kinds of folder are skipped, with a line that says so, and the step before is used.
+kinds of folder are skipped, with a line that says so, and the checkpoint before is used.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ PyTree = Any  # nested containers of arrays, or of ShapeDtypeStructs with shardi
 
 
 class SaveState(IntEnum):
-    """How far a process is with its part of a save; integers, since the processes all-gather them."""
+    """How far a process has come with its part of a save; integers, since the processes all-gather them."""
 
     UNDER_WAY = 0
     COMPLETE = 1
@@ -67,9 +67,10 @@ def step_dir(run: Path, step: int) -> Path:
 class Saver:
     """Writes the checkpoints of one run in the background, one at a time.
 
-    It keeps the last `keep_last` of them, and every `keep_every`-th step for good (-1: none). With several processes,
-    each writes its own shards and process 0 the rest. All must call `save` and `wait_all` at the same points, where a
-    failure on one raises on all. Until then only the failing process knows, so the caller must share `failed`.
+    It keeps the last `keep_last` of them, and for good those whose step is a multiple of `keep_every` (-1: none). With
+    several processes, each writes its own shards, and process 0 also writes the other files. All must call `save` and
+    `wait_all` at the same points, where a failure on one raises on all. Until then only the failing process knows, so
+    the caller must share `failed`.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process_index: int = 0, process_count: int = 1):
@@ -80,9 +81,9 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, params: PyTree, opt_state: PyTree, data: dict, meta: dict) -> None:
-        """Starts a save, once the one before it is complete. UserError if that one failed, or if this one cannot start.
+        """Starts a save, once the previous one is complete. UserError if that one failed, or if this one cannot start.
 
-        It returns once the arrays are copied from the devices, so that the caller may donate them to the next step.
+        Returns once the arrays have been copied from the devices, so that the caller may donate them to the next step.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -90,10 +91,10 @@ class Saver:
         target = self._target = step_dir(self.run, step)
         # An existing folder does not count: it is half-written, damaged, or from before a resume.
         processes.broadcast_from_0(lambda: shutil.rmtree(target) if target.exists() else None)
-        meta_text = json.dumps(meta, indent=1)  # now, because the caller goes on changing what `meta` holds
+        meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller goes on changing what `meta` holds
         try:
             writing = ocp.save_checkpointables_async(str(target.resolve()), {"params": params, "optimizer": opt_state})
-        except OSError as error:  # no room even for its folder
+        except OSError as error:  # no room even for the checkpoint's folder
             self._record_failure(error)
             return self.raise_if_failed()
         args = writing, target, data, meta_text
@@ -122,15 +123,15 @@ class Saver:
                 shutil.rmtree(step_dir(self.run, old))
 
     def _record_failure(self, error: BaseException) -> None:
-        """Keeps the error for the caller, and frees the disk unless other processes may be writing there."""
+        """Keeps the error for the caller, and frees the disk space unless other processes may be writing there."""
         self._error = error
         if not self.multi_process:
             self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        """Removes what was written of the failed step, which is useless."""
+        """Removes what was written of the failed checkpoint, which is useless."""
         assert self._target is not None, "no save was started"
-        for folder in self.run.glob(f"{self._target.name}*"):  # including Orbax's temporary one
+        for folder in self.run.glob(f"{self._target.name}*"):  # including Orbax's temporary folder
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -164,7 +165,7 @@ class Saver:
             raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last_good()}") from error
 
     def _wait_for_other_processes(self) -> None:
-        """Returns once all processes are done, or one has failed; if it was another one, raises a UserError."""
+        """Waits until all processes are done or one has failed; raises a UserError if a different process failed."""
         states = processes.all_gather(self._state())
         while SaveState.UNDER_WAY in states and SaveState.FAILED not in states:
             if self._thread:
@@ -173,7 +174,7 @@ class Saver:
         if SaveState.FAILED not in states:
             return
         error = self._error
-        # Otherwise the thread may wait up to 20 minutes for what another process should have done.
+        # Without this, the thread may wait up to 20 minutes for what another process should have done.
         processes.disconnect()
         if self._thread:
             self._thread.join()
@@ -194,14 +195,14 @@ class Saver:
         return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
     def _describe(self, error: BaseException) -> str:
-        """One line about an error, with the room left if the disk is full."""
+        """One line about an error, with the free space if the disk is full."""
         message = str(error)
         if os.strerror(errno.ENOSPC) not in message and os.strerror(errno.EDQUOT) not in message:
             return first_line(error)
         free = f"{shutil.disk_usage(self.run).free / 1e6:,.0f} MB free"
         kept = steps(self.run)
         size = sum(p.stat().st_size for p in step_dir(self.run, kept[-1]).rglob("*")) if kept else 0
-        return f"the disk is full: {free}" + (f", the last one takes {size / 1e6:,.0f} MB" if size else "")
+        return f"the disk is full: {free}" + (f", the last checkpoint takes {size / 1e6:,.0f} MB" if size else "")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -219,7 +220,7 @@ def steps(run: Path) -> list[int]:
 
 
 def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
-    """What is wrong with a step's folder; None if its files are those that were saved.
+    """What is wrong with a step's folder; None if its files are as they were saved.
 
     Files whose names begin with one of `without` are not checked.
     """
@@ -261,7 +262,7 @@ def read_meta(run: Path, step: int) -> dict:
 def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, dict, dict]:
     """(params, opt_state, data, meta) of a step, with the shardings and dtypes of the given trees.
 
-    UserError if their shapes differ from the checkpoint's.
+    UserError if the trees' shapes differ from the checkpoint's.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -275,7 +276,7 @@ def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[Py
 def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
     """Only the parameters of a step, with the shardings and dtypes of the given tree.
 
-    UserError if its shapes differ from the checkpoint's.
+    UserError if the tree's shapes differ from the checkpoint's.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -290,7 +291,7 @@ def _check_shapes(folder: Path, **wanted: PyTree) -> None:
 
     def shapes(tree: PyTree) -> dict[str, tuple]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        # Only the names are compared, since Orbax returns dicts in place of named tuples.
+        # Paths are compared by name alone, since Orbax returns dicts in place of named tuples.
         return {
             "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf.shape
             for path, leaf in leaves
@@ -303,7 +304,7 @@ def _check_shapes(folder: Path, **wanted: PyTree) -> None:
             if saved.get(name) != expected.get(name):
                 there, here = saved.get(name, "missing"), expected.get(name, "missing")
                 raise UserError(
-                    f"{folder} holds a model of another shape: {item}/{name} is {there} there and {here} here; "
+                    f"{folder} holds a model of another shape: {item}/{name} is {there} there, but {here} here; "
                     "choose another --model_tag"
                 )
 
@@ -314,7 +315,7 @@ def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def clear_unfinished(run: Path) -> None:
-    """Removes what a process that was killed while saving has left. The caller holds the lock, so nobody is saving."""
+    """Removes what a process that was killed while saving left behind. The caller holds the lock: nobody is saving."""
     for folder in run.glob("step_*"):  # including Orbax's temporary folders
         if not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
@@ -324,7 +325,7 @@ def clear_unfinished(run: Path) -> None:
 
 
 def abandon_after(run: Path, step: int) -> None:
-    """Renames the checkpoints after `step`: the run resumes from there and will save other ones."""
+    """Renames the checkpoints after `step`: the run resumes from `step` and will save new ones."""
     for folder in run.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
             print(f"moved {folder.name} to {_set_aside(folder, f'abandoned_{folder.name}')}")
@@ -337,7 +338,7 @@ def move_aside(run: Path) -> None:
 
 
 def _set_aside(folder: Path, name: str) -> Path:
-    """Renames a folder to `name` plus the time, and a number if that name is taken within the same second."""
+    """Renames a folder to `name` plus the time, plus a number if that name was taken within the same second."""
     stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
@@ -369,7 +370,7 @@ class TrainedModel:
 
 
 def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
-    """(Folder of a run, step) of a checkpoint.
+    """Finds a checkpoint and returns (folder of its run, step).
 
     Without a tag, the stage's most recently saved run; without a step, the latest good one. UserError if there is none.
     """
@@ -384,7 +385,7 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
     if step >= 0:
         if step not in steps(run):
             existing = ", ".join(map(str, steps(run))) or "none"
-            raise UserError(f"no checkpoint of step {step} in {run}; there are: {existing}")
+            raise UserError(f"no checkpoint of step {step} in {run}; available: {existing}")
         if problem := damage(step_dir(run, step), only_for_training):
             raise UserError(f"{step_dir(run, step)}: {problem}")
         return run, step
@@ -402,7 +403,7 @@ def _saved(stage: str) -> list[Path]:
 def _nothing_saved(stage: str, tag: str) -> UserError:
     """An error that names the existing runs, and the command that makes the missing one."""
     others = sorted({p.parents[1].name for p in _saved(stage)} - {tag})
-    existing = f"there is {', '.join(others)}; or " if others else ""
+    existing = f"choose one that exists ({', '.join(others)}), or " if others else ""
     preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
     command = f"run python -m scripts.train --stage={stage}{preset}"
     return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {existing}{command}")
@@ -431,7 +432,7 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
     """The tokenizer that the run was trained with: the current one, or an older one that tok_train has moved aside.
 
-    UserError if there is none with its hash.
+    UserError if neither has the hash of that tokenizer.
     """
     from nanochat_jax.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
-# Our weights [l, in, out] -> theirs, one matrix [out, in] per layer.
+# Our names, for weights [l, in, out] -> the names in transformers, for one matrix [out, in] per layer.
 LAYER_NAMES = {
     "wq": "self_attn.q_proj",
     "wk": "self_attn.k_proj",

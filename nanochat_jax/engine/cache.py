@@ -36,7 +36,7 @@ def allocate(
 ) -> KV:
     """An empty cache of `rows` rows and `size` positions, arrays [rows,n,size,k], for a model that computes in `dtype`.
 
-    It is filled with zeros, since masked garbage could be NaN.
+    It is filled with zeros, since uninitialised memory could hold NaNs, which would get past the mask.
     """
     shape = (rows, model_cfg.n_kv_head, size, model_cfg.head_dim)
     return {
@@ -59,7 +59,7 @@ def size_of(cache: KV) -> int:
 def resize(cache: KV, size: int) -> KV:
     """Arrays [b,n,s,k] -> [b,n,size,k]: the last positions are truncated, or empty ones appended.
 
-    It replaces the buffers one by one and frees each old one, so that memory never holds two caches.
+    The buffers are replaced one by one, and each old one is freed, so that memory never holds two caches.
     """
     for buffers in cache.values():
         for i, old in enumerate(buffers):
@@ -85,8 +85,8 @@ def insert_rows(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, cou
     """Copies row source[i] of `prefix` [p,n,s',k] to the beginning of row target[i] of `cache` [b,n,s,k], s' <= s, for
     every i below `count`. source and target are int32 [b].
 
-    One prefix row may go to many slots: that is how the samples of a prompt share its prefill. A loop of slice updates
-    replaces a scatter, because it moves only the rows that change and works in place.
+    One prefix row may go to many slots: that is how the samples of a prompt share its prefill. This is a loop of slice
+    updates rather than a scatter, because the loop moves only the rows that change and works in place.
     """
 
     def copy(i: jax.Array, cache: KV) -> KV:

@@ -1,9 +1,9 @@
 """The calculator behind the model's python blocks: arithmetic, and counting a letter in a word.
 
 Nothing is evaluated as Python. An expression is parsed into a syntax tree, in which only numbers, + - * / //, signs and
-parentheses are accepted; counting is one pattern. The text is short, so every number is: no input can hang or exhaust
-the memory. Results are written as the training data writes them, because a tool that answers 3.0 where GSM8K says 3
-teaches the model to distrust it.
+parentheses are accepted; counting is matched by one regular expression. The text is short, and so is every number: no
+input can hang the process or exhaust the memory. Results are written as the training data writes them, because a tool
+that answers 3.0 where GSM8K says 3 teaches the model to distrust it.
 """
 
 import ast
@@ -47,7 +47,7 @@ def use_calculator(expression: str) -> str | None:
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    # Exact types: True is an int as well.
+    # The exact types, since True is an int as well.
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and (binary := _BINARY.get(type(node.op))):

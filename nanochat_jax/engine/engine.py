@@ -1,12 +1,13 @@
 """The engine: all text is generated here, for the terminal, the server, evaluation and reinforcement learning.
 
-The life of a request: `add` puts it into the scheduler's queue. When a slot is free, a step prefills its prompt, alone
-or with others, whole or chunk by chunk, starting from a cached prefix if there is one. Each of its n samples then takes
-a slot: the prompt's keys and values are copied into the slot's cache row, and its first token is drawn. From then on,
-every step decodes a chunk, a fixed number of tokens for all slots, in one compiled program with sampling, stopping and
-forced tokens on the device. After each chunk the host hands out the new tokens, runs the calculator for python blocks
-that were closed (their rows paused on the device, and the result is forced into their next chunk), and frees the slots
-of finished samples. What a sample leaves in its slot stays cached for prompts that begin with it.
+The life of a request: `add` puts it into the scheduler's queue. When a slot is free, a step prefills the request's
+prompt, alone or with others, whole or chunk by chunk, starting from a cached prefix if there is one. Each of the n
+samples then takes a slot: the prompt's keys and values are copied into the slot's cache row, and the sample's first
+token is drawn. From then on, every step decodes a chunk, a fixed number of tokens for all slots, in one compiled
+program with sampling, stopping and forced tokens on the device. After each chunk the host hands out the new tokens,
+runs the calculator for python blocks that were closed (such a row pauses on the device, and the result is forced into
+its next chunk), and frees the slots of finished samples. What a sample leaves in its slot stays cached for prompts that
+begin with it.
 
 `Engine.step` does all this in three moves: the scheduler decides (scheduler.py), the model runner computes
 (model_runner.py), and the engine gives the new tokens to their sequences. The host owns the schedule and sends it with
@@ -39,9 +40,9 @@ from nanochat_jax.tokenizer import Tokenizer
 class Engine:
     """Generates up to `slots` samples at a time with `params` of shape `model_cfg`, `chunk` tokens per step in `dtype`.
 
-    The tokenizer provides the ids of special tokens and the calculator's text. Dtype and slots are fixed, so that the
-    result of a request never depends on the load, except for rounding: the cached prefix of a prompt may have been
-    computed in different chunks.
+    The tokenizer provides the ids of special tokens, and converts the calculator's input and output. Dtype and slots
+    are fixed, so that the result of a request never depends on the load, except for rounding: the cached prefix of a
+    prompt may have been computed in different chunks.
     """
 
     def __init__(
@@ -73,25 +74,26 @@ class Engine:
     def set_params(self, params: gpt.Params) -> None:
         """Generates with these weights from now on. The engine must be idle.
 
-        float32 arrays may be shared with the engine: donating them elsewhere ends their use here too.
+        float32 arrays may be shared rather than copied: if they are donated elsewhere, the engine cannot use them any
+        more.
         """
         assert not self.busy, "set_params with samples under way"
         self._runner.set_params(params)
-        self._scheduler.slots.clear_cache()  # its keys and values belong to other weights
+        self._scheduler.slots.clear_cache()  # the cached keys and values belong to the old weights
 
     @property
     def running(self) -> int:
-        """Samples in slots."""
+        """The number of samples in slots."""
         return len(self._scheduler.slots.running())
 
     @property
     def waiting(self) -> int:
-        """Samples that wait for a slot."""
+        """The number of samples that wait for a slot."""
         return self._scheduler.waiting
 
     @property
     def cached(self) -> int:
-        """Tokens of all running samples in the cache, which has room for slots * sequence_len."""
+        """The number of tokens of running samples in the cache, which has room for slots * sequence_len."""
         return sum(sequence.length for sequence in self._scheduler.slots.running().values())
 
     @property
@@ -175,17 +177,17 @@ class Engine:
     def warmup(self, temperature: float, top_k: int) -> Iterator[int]:
         """Compiles what requests with these settings need, one prompt bucket after another.
 
-        It yields the bucket's size in tokens after every few programs. The engine must be idle whenever the iterator
-        is advanced.
+        After every few programs it yields the bucket's size in tokens. The engine must be idle whenever the iterator is
+        advanced.
         """
         context, size = self.model_cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # new, and so computed whole
+            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # not cached, so computed whole
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
             yield size
-            self.run([settings([*prompt, 1])])  # continues the one before, where prefix caching saves work
+            self.run([settings([*prompt, 1])])  # continues the previous prompt, where prefix caching saves work
             yield size
             if self.slots >= PREFILL_ROWS - 1:
                 self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled together
@@ -234,7 +236,7 @@ class Engine:
         ]
         if output.tokens:
             events += [self._extend(slot, seq, output.tokens) for slot, seq in schedule.sequences.items()]
-        if schedule.decodes:  # a chunk goes on writing at the last position of a row that is full
+        if schedule.decodes:  # in a full row, decoding keeps writing at the last position
             self._scheduler.slots.truncate(schedule.cache_size)
         self._free_unused_prefill()
         return events
@@ -272,7 +274,7 @@ class Engine:
         )
 
     def _follow_tool_call(self, sequence: Sequence, token: int) -> None:
-        """The tool state machine: python_start, an expression, python_end -> the result, if it has one, is forced."""
+        """The tool state machine: python_start, an expression, python_end; then the result, if any, is forced."""
         if token == self._special["python_start"]:
             sequence.expression = []
         elif token == self._special["python_end"] and sequence.expression is not None:
@@ -297,7 +299,7 @@ def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[Top
 
 
 def _scores(request: Request, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray) -> Scores:
-    """The scores of a prompt from one row of PromptScores, which has an entry after each token, padding included."""
+    """The scores of a prompt from its row of PromptScores, which has an entry after each token, padding included."""
     known = len(request.ids) - 1
     named = _top_logprobs(top_ids[:known], top_logprobs[:known], request.top_logprobs)
     return Scores([None, *logprobs[:known].tolist()], [None, *named])

@@ -46,8 +46,8 @@ class ModelRunner:
         if mesh is not None and (mesh.size == 1 or slots % sharding.replicas(mesh)):
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
-        self._prefix: kv.KV = {}  # the cache rows of the prefill under way; none: {}
-        self._logits: jax.Array | None = None  # [p,v] after its prompts
+        self._prefix: kv.KV = {}  # the cache rows of the prefill under way; {} if there is none
+        self._logits: jax.Array | None = None  # [p,v] next-token logits after the prompts of that prefill
         self.set_params(params)
         where = sharding.batch_sharding(mesh) or self.params["wte"].sharding
         self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, where)
@@ -55,12 +55,12 @@ class ModelRunner:
     def set_params(self, params: gpt.Params) -> None:
         """Runs with these weights from now on, replicated on every device of their mesh."""
         params = gpt.cast(params, self.fixed.dtype)
-        if mesh := sharding.mesh_of(params):  # once, however training shards them
+        if mesh := sharding.mesh_of(params):  # all-gathered once here, if training shards them
             params = jax.device_put(params, sharding.replicated(mesh))
         self.params = programs.lay_out(params)
 
     def run(self, schedule: Schedule) -> Output:
-        """Runs what one step asks for and waits for its tokens."""
+        """Runs the schedule of one step and waits for its tokens."""
         tokens = scores = None
         if isinstance(schedule.prefill, PrefillBatch):
             scores = self._prefill_batch(schedule.prefill)
@@ -109,7 +109,7 @@ class ModelRunner:
         )
 
     def _first_tokens(self, schedule: Schedule) -> Tokens:
-        """Copies the prefilled rows into their slots and draws each one's first token."""
+        """Copies the prefilled rows into their slots and draws the first token of each slot."""
         started = schedule.first_tokens
         pad = [0] * (self.slots - len(started))
         source, target = (np.array([*column, *pad], np.int32) for column in (started.values(), started))
@@ -133,7 +133,7 @@ class ModelRunner:
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """(How to sample for each slot, the plan for that, how many of the most likely tokens to name).
+        """(Sampling settings of each slot, the plan for them, how many of the most likely tokens to name).
 
         Free slots are greedy, which costs nothing.
         """
@@ -152,7 +152,7 @@ class ModelRunner:
     def _decode_inputs(self, sequences: list[Sequence | None], lengths: list[int]) -> DecodeInputs:
         b = self.slots
         zeros = functools.partial(np.zeros, dtype=np.int32)
-        # The length of a free slot's row too, so that what it holds is not overwritten.
+        # Free slots get the length of their row too, so that what it holds is not overwritten.
         inputs = DecodeInputs(
             token=zeros(b),
             length=np.array(lengths, np.int32),

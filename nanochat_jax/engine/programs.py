@@ -1,8 +1,8 @@
 """The engine's compiled functions: prefill prompts, draw first tokens, decode a chunk for all slots.
 
-Slots are independent. With several devices, each therefore decodes its own share of them through shard_map: left to
-itself, the compiler would all-gather the logits on every device for top-k, in every step. Prompts are prefilled on
-every device: that costs little compared with decoding, and the samples of a prompt share one prefill.
+Slots are independent, so with several devices each one decodes its own share of the slots through shard_map: left to
+itself, the compiler would all-gather the logits on every device for top-k, in every step. Every device prefills all
+prompts: that costs little compared with decoding, and the samples of a prompt share one prefill.
 """
 
 import functools
@@ -24,7 +24,7 @@ from nanochat_jax.parallel import sharding
 
 SCORED = 128  # positions whose logits are in memory at once while a prompt is scored
 
-DecodeParams = dict  # nested dict of arrays, as `lay_out` makes it
+DecodeParams = dict  # nested dict of arrays, as `lay_out` returns it
 
 
 # -----------------------------------------------------------------------------
@@ -37,7 +37,7 @@ class Fixed(NamedTuple):
     model_cfg: GPTConfig
     dtype: DTypeLike  # of the matmuls
     python_end: int  # the token that pauses a row until its tool call is answered
-    mesh: Mesh | None  # whose devices share out the slots; None: every device holds all of them
+    mesh: Mesh | None  # its devices divide the slots among them; None: every device holds all slots
 
 
 class DecodeInputs(NamedTuple):
@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """How likely the tokens of prompts were, after each of them and including the padding."""
+    """How likely the next token was after each token of the prompts, padding included."""
 
     logprobs: Array  # [p, t] of the token that follows
     top_ids: Array  # [p, t, top] the most likely tokens to follow
@@ -79,16 +79,16 @@ class PromptScores(NamedTuple):
 def lay_out(params: gpt.Params) -> DecodeParams:
     """The weights in the layout that decoding reads fastest.
 
-    There is one array per layer instead of a stack, so that a loop need not copy each layer out of it in every step.
-    The head is [d,v], which saves a fifth of the time of a single row on a CPU.
+    There is one array per layer instead of a stack, so that a loop need not copy each layer out of the stack in every
+    step. The head is [d,v], which saves a fifth of the time that a CPU takes for a single row.
     """
     blocks = {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}
     return {"wte": params["wte"], "head": params["lm_head"].T, "blocks": blocks}
 
 
 def _stack(params: DecodeParams) -> gpt.Params:
-    """The weights as the model expects them. Under jit this costs nothing: XLA takes slices of a concatenation from its
-    operands, and the head is not used for hidden states."""
+    """The weights as the model expects them. Under jit this costs nothing: XLA takes a slice of a concatenation
+    directly from its operand, and drops the transposed head, which hidden states do not need."""
     blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
     return {"wte": params["wte"], "lm_head": params["head"].T, "blocks": blocks}
 
@@ -103,8 +103,8 @@ def _head(params: DecodeParams, model_cfg: GPTConfig, x: jax.Array) -> jax.Array
 def _append(
     params: DecodeParams, ids: jax.Array, length: jax.Array, cache: dict, model_cfg: GPTConfig, dtype: DTypeLike
 ) -> tuple[jax.Array, kv.KV, jax.Array]:
-    """ids [p,t] with `length` [p] valid tokens, appended to the rows of `cache` -> hidden states [p,t,d], the rows,
-    logits [p,v] after the last valid token."""
+    """Appends ids [p,t], the first `length` [p] of them valid, to the rows of `cache` -> hidden states [p,t,d], the
+    rows, logits [p,v] after the last valid token."""
     x, cache = gpt.decode(_stack(params), model_cfg, ids, cache, dtype)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
     return x, {"k": cache["k"], "v": cache["v"]}, _head(params, model_cfg, last)
@@ -122,7 +122,7 @@ def prefill(
 ) -> tuple[kv.KV, jax.Array, PromptScores | None]:
     """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows, next-token logits [p,v], scores.
 
-    With `top`, they are scored, and the scores name the `top` most likely tokens at each position.
+    With `top`, the prompts are scored, and the scores name the `top` most likely tokens at each position.
     """
     rows, size = ids.shape
     empty = kv.allocate(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
@@ -135,7 +135,7 @@ def prefill(
         logits = _head(params, model_cfg, x)
         return sampler.log_prob(logits, following), *sampler.top_logprobs(logits, top)
 
-    # By position: the logits of a whole prompt at once would take more memory than the model.
+    # A few positions at a time: the logits of whole prompts would take more memory than the model.
     by_position = jnp.swapaxes(x, 0, 1), jnp.roll(ids, -1, axis=1).T
     scores = jax.lax.map(score, by_position, batch_size=max(1, SCORED // rows))
     return prefix, logits, PromptScores(*(jnp.swapaxes(scored, 0, 1) for scored in scores))
@@ -152,10 +152,10 @@ def prefill_chunk(
     model_cfg: GPTConfig,
     dtype: DTypeLike,
 ) -> tuple[kv.KV, jax.Array]:
-    """Chunks [p,t] of long prompts -> the cache rows `prefix` with them, next-token logits [p,v].
+    """Appends chunks [p,t] of long prompts to the cache rows `prefix` -> the rows, next-token logits [p,v].
 
-    `length` [p] of the tokens are valid, padded on the right; they go to position `start` [p] of their rows. The caller
-    keeps start + t within the rows.
+    `length` [p] of the tokens are valid, and padding follows; they go to position `start` [p] of their rows. The caller
+    ensures that start + t lies within the rows.
     """
     _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, model_cfg, dtype)
     return prefix, logits
@@ -172,8 +172,8 @@ def first_tokens(
     top: int,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, ...]:
-    """The first token of each slot [b], drawn from row[i] of the prefill's logits [p,v], and its log-probability [b];
-    then the `top` most likely tokens [b,top] and their log-probabilities."""
+    """Draws the first token of each slot i from row[i] of the prefill's logits [p,v] -> tokens [b] and their
+    log-probabilities [b]; then the `top` most likely tokens [b,top] and their log-probabilities."""
 
     def draw(
         logits: jax.Array, row: jax.Array, settings: sampler.Settings, position: jax.Array
@@ -196,7 +196,7 @@ def decode(
     plan: sampler.Plan,
     top: int,
 ) -> tuple[kv.KV, tuple[jax.Array, ...]]:
-    """A chunk of decoding -> the cache, and the fields of Tokens.
+    """Decodes a chunk for all slots -> the cache, and the fields of Tokens.
 
     A row that is not active repeats its last step without growing, which leaves its cache as it is.
     """

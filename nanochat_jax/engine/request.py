@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_STOP_IDS = 8
-TOP_LOGPROBS = 20  # the device names this many alternatives or none: two programs, not twenty
+TOP_LOGPROBS = 20  # the device names this many alternatives or none, so that two programs are compiled, not twenty
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Request:
     """What to generate: `n` samples that continue `ids`."""
 
     ids: Sequence[int]
-    max_tokens: int = 256  # at most, including forced ones; 0 only with `score`
+    max_tokens: int = 256  # to generate at most, including forced ones; 0 only with `score`
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -61,5 +61,5 @@ class Sample:
 
     @property
     def content(self) -> list[int]:
-        """The ids without the token that ended them."""
+        """The ids without the stop token."""
         return self.ids[:-1] if self.finish_reason == "stop" else self.ids

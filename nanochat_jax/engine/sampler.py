@@ -1,8 +1,8 @@
 """Samples the next token of every row on the device, each row with its own settings.
 
-A row's noise depends only on its seed, its sample number and the position of the token: the same request gives the same
-text alone or in a crowd. Rows without filters draw Gumbel noise by token id over the whole vocabulary; rows with top-k
-or top-p draw it by rank among the most likely tokens, which saves the noise for the rest.
+A row's noise depends only on its seed, its sample number and the position of the token: a request gives the same text
+alone or together with others. Rows without filters draw Gumbel noise by token id over the whole vocabulary; rows with
+top-k or top-p draw it by rank among the most likely tokens, which saves drawing noise for the rest.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 
 def plan(settings: Settings, vocab_size: int) -> Plan:
-    """The cheapest plan for these settings (numpy arrays). There are only a few, so that few programs are compiled."""
+    """The cheapest plan for these settings (numpy arrays). There are few plans, so that few programs are compiled."""
     warm = settings.temperature > 0
     by_k, by_p = warm & (settings.top_k > 0), warm & (settings.top_p < 1)
     widest = int(np.max(settings.top_k, where=by_k, initial=0))
@@ -47,7 +47,7 @@ def plan(settings: Settings, vocab_size: int) -> Plan:
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Plan) -> jax.Array:
-    """logits float32 [b,v] -> tokens int32 [b] for `position` [b] of their sequences.
+    """Samples from logits float32 [b,v] -> tokens int32 [b] for `position` [b] of their sequences.
 
     The order is temperature, top-k, then top-p over what top-k left, renormalised (as in transformers).
     """
@@ -68,7 +68,7 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The first of the largest entries of each row of x [b,v], int32 [b].
+    """The index int32 [b] of the largest entry of each row of x [b,v], the first one if there are several.
 
     Two plain reductions, which XLA:CPU vectorises: four times as fast as its single reduction over pairs.
     """
@@ -78,7 +78,7 @@ def _argmax(x: jax.Array) -> jax.Array:
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
-    """Samples from the `width` most likely tokens of each row, as far as top-k and top-p leave them."""
+    """Samples from those of the `width` most likely tokens of each row that top-k and top-p leave."""
     scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)

@@ -1,6 +1,6 @@
 """Decides what the engine runs next: which prompts are prefilled, which slots their samples get, what is decoded.
 
-- continuous batching: a sample takes a slot as soon as one is free, while the sequences in the others go on decoding.
+- continuous batching: a sample takes a slot as soon as one is free, while the sequences in other slots go on decoding.
 - batched prefill: short prompts of similar length that wait together are prefilled together.
 - chunked prefill: a long prompt is computed a chunk per step, and the running sequences decode in between.
 - prefix caching: a prompt that begins like a row of the cache starts from a copy of that row, where this saves work.
@@ -19,18 +19,18 @@ from nanochat_jax.engine.slots import Prompt, Sequence, Slots, common_prefix_len
 PREFILL_ROWS = 4  # prompts that are prefilled together, if that many of similar length wait
 PREFILL_TOKENS = 2048  # at most this many tokens in such a batch: longer prompts fill the device by themselves
 PREFILL_CHUNK = 512  # tokens per chunk of a longer prompt
-LAST_CHUNK = 64  # tokens of the last chunk if no more are left: little of a chat's next turn is new
+LAST_CHUNK = 64  # tokens of the last chunk if no more are left; a chat's next turn often adds no more than that
 SMALLEST_PROMPT = 32  # tokens; the smallest length bucket
 
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """Whole prompts to prefill together: row i holds prompts[i], padded to `size` tokens; more rows are padding."""
+    """Whole prompts to prefill together: row i holds prompts[i], padded to `size` tokens; any more rows are padding."""
 
     prompts: list[Prompt]
     rows: int
     size: int
-    score: bool  # whether the log-probabilities of their tokens are wanted
+    score: bool  # whether the log-probabilities of the prompts' tokens are wanted
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class PrefillChunk:
     ids: list[int]
     start: int
     width: int
-    new_row: NewRow | None  # with the first chunk: the row to make first
+    new_row: NewRow | None  # only with the first chunk: the row to make before it is computed
 
 
 @dataclass
 class Prefill:
-    """Prompts in the middle of their prefill, or prefilled with samples that wait for slots; prompts[i] is row i."""
+    """Prompts being prefilled, or prefilled already but with samples that wait for slots; prompts[i] is row i."""
 
     prompts: list[Prompt]
     size: int  # positions of each row
@@ -75,7 +75,7 @@ class Schedule:
 
     prefill: PrefillBatch | PrefillChunk | None
     sequences: dict[int, Sequence]  # slot -> sequence that gets tokens in this step
-    first_tokens: dict[int, int]  # slot -> row of the prefill that its first token is drawn from; empty: decode
+    first_tokens: dict[int, int]  # slot -> row of the prefill from which its first token is drawn; empty: decode
     scored: list[Prompt]  # prompts that wanted nothing but their scores
     lengths: list[int]  # tokens in the cache row of each slot; those of free slots must not be overwritten
     cache_size: int  # positions of the cache
@@ -130,7 +130,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """What the next step runs. Its prompts leave the queue and its new sequences take their slots.
 
-        If a slot is free, waiting samples come first; the running sequences decode where none is ready to start.
+        If a slot is free, waiting samples come first; the running sequences decode when no sample is ready to start.
         """
         free = self.slots.free()
         prefill = self._next_prefill(len(free)) if free and self.waiting else None
@@ -155,15 +155,16 @@ class Scheduler:
     # Prefill
 
     def _next_prefill(self, free: int) -> PrefillBatch | PrefillChunk | None:
-        """The next prefill for at most `free` slots; None: the prompts of the last one still have samples to start."""
+        """The next prefill for at most `free` slots; None if the last prefill's prompts still have samples to start."""
         if self.prefill:
             return None if self.prefill.complete else self._next_chunk(self.prefill)
         return self._start_chunked_prefill() or self._start_batched_prefill(free)
 
     def _start_chunked_prefill(self) -> PrefillChunk | None:
-        """The first chunk of the first prompt in the queue; None: it is better prefilled whole.
+        """The first chunk of the first prompt in the queue; None if that prompt is better prefilled whole.
 
-        Its row is a copy of one that begins like it, where prefix caching saves work, or empty for a long prompt.
+        The prompt's row is a copy of a cache row that begins like it, where prefix caching saves work, or empty for a
+        long prompt.
         """
         prompt = self.queue[0]
         ids, length = prompt.request.ids, self._bucket(prompt)
@@ -191,10 +192,10 @@ class Scheduler:
         return PrefillChunk(list(ids[start : start + width]), start, width, new_row)
 
     def _start_batched_prefill(self, free: int) -> PrefillBatch:
-        """The first prompt of the queue, with others of its bucket if nearly a full batch of them waits.
+        """Prefills the first prompt of the queue, with others of its bucket if nearly a full batch of them waits.
 
         Prompts that could continue from what the first one leaves in the cache wait for it instead. There are only two
-        batch sizes, since each is compiled for every length bucket.
+        batch sizes, since each size is compiled for every length bucket.
         """
         first = self.queue[0]
         length, score = self._bucket(first), first.request.score
@@ -229,7 +230,7 @@ class Scheduler:
     def _start_samples(
         self, free: list[int], prefilled: Prefill, prefill: PrefillBatch | PrefillChunk | None
     ) -> Schedule:
-        """Puts as many samples of the prefilled prompts into slots as are free."""
+        """Starts as many samples of the prefilled prompts as there are free slots."""
         scored = [prompt for prompt in prefilled.prompts if prompt.left and prompt.request.max_tokens == 0]
         for prompt in scored:
             prompt.started = prompt.request.n
@@ -260,7 +261,7 @@ class Scheduler:
 
 
 def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
-    """Whether a prompt of `tokens` tokens, in the bucket `length`, is less work if its first `shared` are cached.
+    """Whether a prompt of `tokens` tokens, in the bucket `length`, is less work if the first `shared` are cached.
 
     1000 of 1010 tokens: True; 10 of 1010 tokens: False.
     """
@@ -269,7 +270,7 @@ def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
         whole, rest = divmod(tokens, PREFILL_CHUNK)
         return whole * PREFILL_CHUNK + (_chunk_width(rest) if rest else 0)
 
-    # Half a prompt or less, which every chat shares with every other, would gain little.
+    # Sharing less than half a prompt, as any two chats do, would gain little.
     return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
 
 

@@ -1,4 +1,4 @@
-"""The slots as the host sees them: which sequence each one holds, and which tokens its cache row still has after that.
+"""The slots as the host sees them: which sequence each one holds, and which tokens its cache row still has afterwards.
 
 What a finished sequence leaves in its cache row stays there until the next one takes the slot. This is what prefix
 caching uses: a prompt that begins like such a row (the earlier turns of a chat), or like the row of a running sequence
@@ -18,8 +18,8 @@ class Prompt:
     id: int
     request: Request
     started: int = 0
-    scores: Scores | None = None  # once it has been prefilled, if the request asked for them
-    cached_tokens: int = 0  # how many of its tokens came from the cache
+    scores: Scores | None = None  # set when the prompt has been prefilled, if the request asked for scores
+    cached_tokens: int = 0  # how many of the prompt's tokens came from the cache
 
     @property
     def left(self) -> int:
@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample in its slot: `ids` holds the prompt and the answer so far. All but the last are in the cache."""
+    """One sample in its slot: `ids` holds the prompt and the answer so far. All but the last id are in the cache."""
 
     prompt: Prompt
     sample: int
@@ -68,7 +68,7 @@ class Slots:
         return {slot: sequence for slot, sequence in enumerate(self.sequences) if sequence}
 
     def free(self) -> list[int]:
-        """Slots without a sequence, the longest free first: what the others hold may still be reused."""
+        """Slots without a sequence, the longest free first: what the others still hold may yet be reused."""
         empty = (slot for slot, sequence in enumerate(self.sequences) if sequence is None)
         return sorted(empty, key=self._released_at.__getitem__)
 
@@ -95,7 +95,7 @@ class Slots:
     def truncate(self, size: int) -> None:
         """Truncates what free slots hold to a cache of `size` positions.
 
-        A full row loses its last position: that is where decoding writes for a free slot whose row is full.
+        A full row loses its last position, because decoding writes there for a free slot whose row is full.
         """
         self._leftover = [ids if len(ids) < size else ids[: size - 1] for ids in self._leftover]
 
@@ -105,7 +105,7 @@ class Slots:
         return sequence.length if sequence else len(self._leftover[slot])
 
     def longest_prefix(self, ids: abc.Sequence[int]) -> tuple[int, int]:
-        """(The slot whose cache row begins with the most tokens of `ids`, how many tokens these are)."""
+        """(The slot whose cache row shares the longest prefix with `ids`, the length of that prefix in tokens)."""
         rows = zip(self.sequences, self._leftover, strict=True)
         cached = [sequence.ids[:-1] if sequence else leftover for sequence, leftover in rows]
         shared = [common_prefix_length(row, ids) for row in cached]
@@ -114,5 +114,5 @@ class Slots:
 
 
 def common_prefix_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """How many tokens a and b have in common at their beginning: [1, 2, 3], [1, 2, 4] -> 2."""
+    """The length of the longest common prefix of a and b in tokens: [1, 2, 3], [1, 2, 4] -> 2."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

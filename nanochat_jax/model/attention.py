@@ -1,7 +1,7 @@
 """Causal attention: over a whole sequence in training, and against a cache in decoding.
 
 Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim. A window of w lets a query
-see itself and the w keys before it (FlashAttention's convention); 0 means all of them.
+see itself and the w keys before it (FlashAttention's convention); with 0 it sees all keys before it.
 """
 
 import functools
@@ -20,9 +20,9 @@ _chosen = "xla"  # set by `choose_kernel`, once per process
 def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
     """Sets the kernel that `causal_attention` uses from now on, and returns it with the reason.
 
-    `requested` is --attention; empty means cuDNN where it works, else XLA. cuDNN is tried by running it forward and
-    backward on a small input with the heads and windows of `model_cfg`: whether it works depends on them, the GPU, the
-    driver and the library's version, and an error in the middle of a compilation says little. UserError if the
+    `requested` is --attention; empty means cuDNN where it works, else XLA. cuDNN is tried out by forward and backward
+    passes on a small input with the heads and windows of `model_cfg`: whether it works depends on these, on the GPU, on
+    the driver and on the library's version, and an error in the middle of a compilation says little. UserError if the
     requested kernel does not work here.
     """
     global _chosen
@@ -42,7 +42,7 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
 
 
 def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
-    """Runs cuDNN forward and backward, and returns the first line of its error; empty if there was none."""
+    """Runs cuDNN's forward and backward passes and returns the first line of the error; empty if there was none."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> tuple[jax.Array, ...]:
@@ -53,7 +53,7 @@ def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
         kv = jnp.ones((1, 128, model_cfg.n_kv_head, model_cfg.head_dim), dtype)
         for window in sorted(set(model_cfg.windows)):
             jax.block_until_ready(gradients(q, kv, kv, window))
-    except Exception as error:  # whatever went wrong, XLA can do the work
+    except Exception as error:  # whatever went wrong, the XLA kernel still works
         return first_line(error)
     return ""
 
@@ -68,15 +68,16 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     """Flash attention. Causality and window are passed as flags: a mask would take cuDNN off its fast path."""
-    # From 2^31 elements of q on, cuDNN 9.27 gives wrong gradients without an error.
-    assert q.size < 2**31, f"queries {q.shape} have {q.size} elements, cuDNN's gradients are right below 2^31"
+    # If q has 2^31 elements or more, cuDNN 9.27 returns wrong gradients without an error.
+    assert q.size < 2**31, f"queries {q.shape} have {q.size} elements: cuDNN's gradients are correct only below 2^31"
     local = (window, 0) if window else None
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    # Four blocks of queries, each against only the keys it can see: 5/8 of the scores, since the rest would be masked.
-    # On a CPU, forward and backward take about two thirds of the time of one masked square (t = 256).
+    # The queries form four blocks, each multiplied only with the keys it can see: that computes 5/8 of the scores, and
+    # the rest would be masked. On a CPU, forward and backward take about two thirds of the time that one masked square
+    # of scores takes (t = 256).
     b, t, h, d = q.shape
     n = k.shape[2]
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], g query heads per kv head
@@ -104,8 +105,8 @@ def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
     """Attention of q [b,t,h,k], whose first token has position start [b], to cached k, v [b,n,s,k] -> [b,t,h,k].
 
-    A query at position p sees cache positions 0..p, or the last `window` + 1 of them. Softmax in float32. The cache may
-    have another dtype than q: the matmuls then use the cache's dtype, and the result has q's.
+    A query at position p sees cache positions 0..p, or the last `window` + 1 of them. Softmax in float32. The cache's
+    dtype may differ from q's: the matmuls then use the cache's dtype, and the result has q's.
     """
     b, t, h, d = q.shape
     n, dtype = k.shape[1], q.dtype

@@ -2,16 +2,16 @@
 
 Rotary embeddings, QK-norm, grouped-query attention, ReLU^2 MLP, RMSNorm without gains, no biases, untied head, logits
 soft-capped at 15. Flax NNX defines the modules; everything outside this file sees a plain nested dict of arrays (the
-parameters) and pure functions of it, so that `jax.jit`, `jax.grad` and optax need to know nothing of NNX.
+parameters) and pure functions of it, so that `jax.jit`, `jax.grad` and optax need not know about NNX.
 
 Axis letters, here and everywhere: b batch, t query time, s key time, d model, h query head, n kv head, k head dim,
-f ffn, v vocab, l layer. Layer weights are stacked [l, in, out]: one leaf per kind of weight, so that the optimizer
-orthogonalises them as one batch and a checkpoint has eight leaves. Example shapes are those of depth 20 with 32 rows
-per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
+f ffn, v vocab, l layer. Layer weights are stacked [l, in, out], one leaf per kind of weight, so that the optimizer
+orthogonalises all layers as one batch and a checkpoint has eight leaves. Example shapes are those of depth 20 with 32
+rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
 
 Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm
 statistics, softmax and logits are float32. The rotary table and rotation stay in float32, unlike in the specification,
-whose bf16 tables cost 1e-3 in the logits.
+whose bf16 tables cause errors of 1e-3 in the logits.
 """
 
 import functools
@@ -30,18 +30,18 @@ from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
 from nanochat_jax.model.precision import accum_dtype
 
-Params = dict[str, Any]  # nested dict of arrays, as `init` makes it
+Params = dict[str, Any]  # nested dict of arrays, as `init` returns it
 Weights = dict[str, jax.Array]  # the weights of the blocks by name: [l, in, out], or [in, out] for one layer
 Cache = dict[str, Any]  # {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the blocks are computed over whole sequences. It changes speed and memory, never the results."""
+    """How the blocks are computed over whole sequences: this affects speed and memory, never the results."""
 
     scan: bool = False  # one compiled block for all layers: compiles faster, runs slower
-    remat_policy: Callable | None = None  # for jax.checkpoint: what the backward pass keeps; None: all it needs
-    gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # makes a sharded weight whole before its use
+    remat_policy: Callable | None = None  # jax.checkpoint's: what to keep for the backward pass; None: all it needs
+    gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight before its use
 
 
 PLAIN = Execution()
@@ -51,7 +51,7 @@ PLAIN = Execution()
 # Pieces
 
 
-MATMUL = "matmul"  # the name by which jax.checkpoint policies know the results of `dense`
+MATMUL = "matmul"  # jax.checkpoint policies refer to the results of `dense` by this name
 
 
 def dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -61,10 +61,10 @@ def dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`dense` with its own VJP.
+    """`dense` with a custom VJP.
 
-    Plain autodiff would hand float32 cotangents to the two matmuls of the backward pass,
-    which then miss the fast bf16 kernels on GPUs and CPUs alike. The weight gradient is float32.
+    Plain autodiff would pass float32 cotangents to the two matmuls of the backward pass, which would then miss the fast
+    bf16 kernels on GPUs and CPUs alike. The weight gradient is float32.
     """
     y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accum_dtype(dtype))
     return y.astype(dtype)
@@ -78,7 +78,7 @@ def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax
     x, w = saved
     g = g.astype(dtype)
     dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    # Contracted over (b, t) unflattened: flattening first takes XLA:CPU off its fast path.
+    # Contracts b and t without flattening them: flattening first takes XLA:CPU off its fast path.
     dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accum_dtype(dtype))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -111,7 +111,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Blocks(nnx.Module):
-    """The weights of all transformer blocks, stacked over layers; `init` has a table of them."""
+    """The weights of all transformer blocks, stacked over layers; see the table in `init`."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         l, d, q, kv = model_cfg.n_layer, model_cfg.n_embd, model_cfg.n_embd, model_cfg.n_kv_head * model_cfg.head_dim
@@ -127,7 +127,7 @@ class Blocks(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Embedding, blocks and head; `init` has a table of the weights."""
+    """Embedding, blocks and head; see the table of weights in `init`."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         self.model_cfg = model_cfg
@@ -140,14 +140,14 @@ class GPT(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens appended.
 
-        UserError for more tokens than the context.
+        UserError if there are more tokens than the context holds.
         """
         model_cfg, b, t = self.model_cfg, *ids.shape
         if t > model_cfg.sequence_len:
-            raise UserError(f"a row has {t} tokens, the context only {model_cfg.sequence_len}")
+            raise UserError(f"a row has {t} tokens, but the context holds only {model_cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
-        # Looked up before it is cast: the gradient of a frequent token is a sum of thousands, formed in float32.
+        # Looked up first, then cast: the gradient of a frequent token sums thousands of terms, and does so in float32.
         x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
@@ -168,8 +168,9 @@ class GPT(nnx.Module):
 BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
 
 # Which mesh axis shards which axis of a weight. "model" shards the heads, the MLP's hidden width and the vocabulary
-# (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the other axis of a matrix: of gradients and optimizer
-# state, and with --shard=full of the weights too. sharding.py leaves an axis whole where the mesh does not divide it.
+# (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the other axis of each matrix, in gradients and
+# optimizer state, and with --shard=full in the weights too. sharding.py leaves an axis whole if the mesh axis does not
+# divide it.
 SHARDING = {
     "wte": P("data", "model"),  # [v, d]: vocabulary over data, width over model
     "lm_head": P("model", "data"),  # [v, d]: vocabulary over model, width over data
@@ -183,7 +184,7 @@ SHARDING = {
 
 
 def _unstack(stacked: Weights) -> list[Weights]:
-    """Weights [l, in, out] -> for each layer a dict of weights [in, out]."""
+    """Weights [l, in, out] -> a dict of weights [in, out] for each layer."""
     layers = {name: jnp.unstack(w) for name, w in stacked.items()}
     return [dict(zip(layers, ws, strict=True)) for ws in zip(*layers.values(), strict=True)]
 
@@ -203,7 +204,7 @@ def _qkv(
 
 
 def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig) -> jax.Array:
-    """Adds the attention's result y [b,t,h,k], projected, and then the MLP's to the residual stream x [b,t,d]."""
+    """Adds attention's output y [b,t,h,k], projected, to the residual stream x [b,t,d], and then the MLP's output."""
     with jax.named_scope("attention"):
         x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
     with jax.named_scope("mlp"):
@@ -227,12 +228,12 @@ def _stack(
     if execution.remat_policy is not None:
         block = jax.checkpoint(compute, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
-        # A scan would copy each layer's weights out of the stack and its gradients into it.
+        # A scan would copy each layer's weights out of the stack, and its gradients into another stack.
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
         return x
-    # One scan iteration computes a whole period of the window pattern: a window is a constant of the kernel.
+    # One scan iteration computes a whole period of the window pattern: to the kernel, a window is a constant.
     l, windows = model_cfg.n_layer, model_cfg.windows
     period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
 
@@ -274,14 +275,14 @@ def init(model_cfg: GPTConfig, seed: int = 42) -> Params:
 
 @functools.cache
 def _definition(model_cfg: GPTConfig) -> tuple[Any, ...]:
-    """(graph definition, abstract parameters, the rest): the model without its weights, built once per shape."""
+    """(graph definition, abstract parameters, the rest): the model without weights, built once per `model_cfg`."""
     return nnx.split(nnx.eval_shape(lambda: GPT(model_cfg, nnx.Rngs(0))), nnx.Param, ...)
 
 
 def bind(params: Params, model_cfg: GPTConfig) -> GPT:
     """The module with `params` as its weights."""
     graphdef, abstract, rest = _definition(model_cfg)
-    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one stays abstract
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, so that the cached tree stays abstract
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state, rest)
 
@@ -304,9 +305,9 @@ def decode(
     cache: Cache,  # keys and values [b,n,s,k] of every layer, e.g. [64, 10, 2048, 128]
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
-    """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], e.g. [64, 1, 1280], the longer cache).
+    """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], e.g. [64, 1, 1280], the extended cache).
 
-    cache = {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}. The caller keeps length + t <= s.
+    cache = {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}. The caller ensures that length + t <= s.
     """
     x, longer = bind(params, model_cfg)(ids, dtype, cache)
     assert longer is not None, "the model returns a cache whenever it gets one"
@@ -324,7 +325,7 @@ def head(
 
 
 def soft_capped(z: jax.Array, model_cfg: GPTConfig) -> jax.Array:
-    """Output of the head [..., v] -> soft-capped logits [..., vocab_size], without the padding."""
+    """Output of the head [..., v] -> soft-capped logits [..., vocab_size], without padding."""
     return model_cfg.softcap * jnp.tanh(z[..., : model_cfg.vocab_size] / model_cfg.softcap)
 
 

@@ -1,9 +1,10 @@
-"""Soft-capped cross-entropy that never holds the logits of a whole batch.
+"""Soft-capped cross-entropy that never materialises the logits of a whole batch.
 
-The head and the softmax run over chunks of the time axis. The gradient with respect to the hidden states and the head
-is formed in the forward pass, while a chunk's logits exist, and only scaled by the cotangent in the backward pass:
-three matmuls per chunk, nothing recomputed, and float32 logits of one chunk at a time (32 x 2048 tokens of a 65,536
-vocabulary would take 16 GiB). The idea comes from Liger's fused linear cross-entropy (arXiv:2410.10989).
+The head and the softmax run over chunks of the time axis. The gradients with respect to the hidden states and the head
+are computed in the forward pass, while a chunk's logits exist; the backward pass only scales them by the cotangent.
+This takes three matmuls per chunk, recomputes nothing, and holds the float32 logits of one chunk at a time (those of
+32 x 2048 tokens with a vocabulary of 65,536 would take 16 GiB). The idea comes from Liger's fused linear cross-entropy
+(arXiv:2410.10989).
 """
 
 import functools
@@ -15,7 +16,7 @@ from nanochat_jax.model.precision import accum_dtype
 
 
 def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
-    """The smallest number of chunks that divides `time` and leaves at most `tokens` tokens per chunk, if any does.
+    """The smallest divisor of `time` that gives chunks of at most `tokens` tokens; `time` itself if none does.
 
     Example: num_chunks(32, 2048) -> 8, chunks of 32 x 256 tokens.
     """
@@ -29,14 +30,14 @@ def cross_entropy(
     """Sum of weight times cross-entropy over the counted targets, a float32 scalar.
 
     x [b,t,d] hidden states in the compute dtype, head [v,d] without padding rows, targets int [b,t] (negative: not
-    counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The caller forms the mean, over all
-    counted tokens of the global batch, so that a batch without any gives 0 and not NaN.
+    counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The caller computes the mean over
+    all counted tokens of the global batch, so that a batch without any gives 0 and not NaN.
     """
     return (weights * token_losses(x, head, targets, softcap, chunks)).sum()
 
 
 def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
-    """Cross-entropy of each token, float32 [b,t]; 0 where targets are negative. Not for gradients: for bits per byte.
+    """Cross-entropy of each token, float32 [b,t]; 0 where targets are negative. For bits per byte, not for gradients.
 
     Arguments as in `cross_entropy`.
     """
@@ -50,7 +51,7 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: flo
 
 
 def _losses(x: jax.Array, w: jax.Array, targets: jax.Array, softcap: float) -> tuple[jax.Array, ...]:
-    """Losses [b,t] of one chunk, and what their gradient needs: capped logits, log-sum-exp, one-hot, counted."""
+    """Losses [b,t] of one chunk, and what their gradients need: capped logits, log-sum-exp, one-hot, counted."""
     z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accum_dtype(x.dtype))
     z = softcap * jnp.tanh(z / softcap)
     lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -72,13 +73,13 @@ def _forward(
         dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accum_dtype(x.dtype)).astype(x.dtype)
-        # [d,v] and not [v,d], which is slow on CPUs.
+        # As [d,v], since [v,d] is slow on CPUs.
         dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=accum_dtype(x.dtype))
         return dw, ((weights * losses).sum(), dx)
 
     split = tuple(_split(a, chunks) for a in (x, targets, weights))
     dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accum_dtype(x.dtype)), split)
-    # Without the barrier, XLA would form the product of a single chunk as [v,d]: not every CPU has a bf16 dot for that.
+    # Without the barrier, XLA would compute a single chunk's product as [v,d], and not every CPU has a bf16 dot for it.
     dw = jax.lax.optimization_barrier(dw).T
     return losses.sum(), (_join(dx), dw.astype(head.dtype))
 
@@ -94,7 +95,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _split(x: jax.Array, chunks: int) -> jax.Array:
-    """[b,t,...] -> [chunks, b, t/chunks, ...]; along time, so that a batch sharded over devices stays where it is."""
+    """[b,t,...] -> [chunks, b, t/chunks, ...]: splits time, so that a batch sharded over devices stays where it is."""
     b, t = x.shape[:2]
     return jnp.moveaxis(x.reshape(b, chunks, t // chunks, *x.shape[2:]), 1, 0)
 

@@ -11,7 +11,7 @@ def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def choose_dtype(requested: str) -> tuple[DTypeLike, str]:
-    """The dtype of matmul operands and the reason for it; `requested` is --compute_dtype, empty for automatic.
+    """The dtype of matmul operands and the reason for it; `requested` is --compute_dtype, empty for automatic choice.
 
     Example: choose_dtype("") on an H100 -> (jnp.bfloat16, "the GPU has bf16 units").
     """

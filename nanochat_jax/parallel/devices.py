@@ -1,4 +1,4 @@
-"""The devices of this machine: starting them, the precision they are good at, their peaks, running out of memory."""
+"""The devices: starting JAX on them, choosing the precision, their peak FLOP/s and bandwidth, running out of memory."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ from nanochat_jax.parallel import processes
 if TYPE_CHECKING:  # JAX takes seconds to import, and `start` must configure it first
     from jax.typing import DTypeLike
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. Unknown devices have no MFU.
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. No MFU is reported for unknown devices.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "GB200": 2500e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
-# Memory bandwidth of one device in bytes/s, from the same sheets.
+# Memory bandwidth of one device in bytes/s, from the same data sheets.
 PEAK_BANDWIDTH = {
     "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "H200": 4.8e12, "GH200": 4.0e12, "B200": 8e12,
     "GB200": 8e12, "A100-SXM4-80GB": 2.039e12, "A100 80GB": 1.935e12, "A100": 1.555e12, "L40S": 864e9, "L4": 300e9,
@@ -28,9 +28,10 @@ PEAK_BANDWIDTH = {
 
 
 def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Chooses the platform, turns the compile cache on, and joins the other processes of a run (`processes.join`).
+    """Chooses the platform, turns on the compilation cache, and joins the other processes of a run (`processes.join`).
 
-    Only process 0 prints from here on. Call it before anything else touches JAX. UserError if there is no such device.
+    From here on, only process 0 prints. Call this before anything else touches JAX. UserError if there is no such
+    device.
     """
     platforms = {"": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
     assert device_type in platforms, f"device type {device_type!r}, expected one of {', '.join(platforms)}"
@@ -38,7 +39,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
-    # JAX adds its options at run time; this one may come from JAX_COMPILATION_CACHE_DIR.
+    # JAX defines its options at run time; this one may have been set through JAX_COMPILATION_CACHE_DIR.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -49,12 +50,12 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"
         raise UserError(f"--device_type={device_type}: {reason}") from None
     if jax.process_index() > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
 
 
 @contextlib.contextmanager
 def out_of_memory_explained(what: str, advice: str) -> Generator[None]:
-    """Turns the runtime's out-of-memory error into a UserError of one line: what there was no memory for, and advice.
+    """Turns the runtime's out-of-memory error into a one-line UserError: what the memory was needed for, and advice.
 
     Example: ("a step", "try --remat=full") -> "out of memory for a step: try --remat=full".
     """
@@ -80,7 +81,7 @@ def describe() -> str:
 def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConfig | None = None) -> "DTypeLike":
     """Chooses the dtype of matmul operands and, given `model_cfg`, the kernel of `causal_attention`; prints both.
 
-    Decoding has an attention of its own and needs no `model_cfg`. The printed line gives the reasons.
+    Decoding has its own attention function and needs no `model_cfg`. The printed line gives the reasons.
     """
     import jax
     import jax.numpy as jnp
@@ -113,7 +114,7 @@ def peak_flops() -> float | None:
 
 
 def expected_seconds(flops: float) -> float | None:
-    """How long training would take at half of the devices' peak; None if that is unknown."""
+    """How long training would take at half of the devices' peak; None if the peak is unknown."""
     peak = peak_flops()
     return None if peak is None else flops / (0.5 * peak)
 
@@ -124,7 +125,7 @@ def peak_bandwidth() -> float | None:
 
 
 def _for_this_device(figures: dict[str, float]) -> float | None:
-    """The figure of the longest name that is in the device's name as whole words, so that an L40 is not an L4."""
+    """The figure for the longest key that occurs in the device's name as whole words: an L40 is not taken for an L4."""
     import jax
 
     kind = jax.devices()[0].device_kind

@@ -1,13 +1,14 @@
 """The processes of a run on several hosts: how they find each other, agree, and end together.
 
-How the error of one process ends the others: processes meet in collectives, so one that stops leaves the others
-waiting in the next one, for five minutes by JAX's defaults. `fail_together` shortens this. When its block raises in one
-process, that process writes its index and the error into the key-value store that JAX keeps for all processes, and
-tries for PATIENCE seconds to disconnect, which succeeds only if the others disconnect as well; then it exits. Meanwhile
-a thread in every process reads that store once a second. When it sees the error of another process, it waits GRACE
-seconds, in which its own process may end with an error of its own, since some errors hit all of them; otherwise it
-prints whose error it was, disconnects if it can, and exits with code 2. A process that is killed can write nothing: the
-others miss its heartbeat after HEARTBEAT seconds, and JAX ends them with a message that is a page long.
+How an error in one process ends the others: processes meet in collectives, so a process that stops leaves the others
+waiting in the next collective, for five minutes by JAX's defaults. `fail_together` shortens this. When its block raises
+in one process, that process writes its index and the error into the key-value store that JAX keeps for all processes.
+It then tries for PATIENCE seconds to disconnect, which succeeds only if the others disconnect as well, and exits.
+Meanwhile a thread in every process reads the store once a second. When the thread sees another process's error, it
+waits GRACE seconds for its own process to end with its own error, since some errors hit all processes. If that does not
+happen, it prints which process failed and why, disconnects if it can, and exits with code 2. A process that is killed
+cannot write anything: the others miss its heartbeat after HEARTBEAT seconds, and JAX ends them with a message that is a
+page long.
 """
 
 import atexit
@@ -26,17 +27,18 @@ import numpy as np
 from nanochat_jax.config import UserError, first_line
 
 T = TypeVar("T")
-HEARTBEAT = 30  # seconds without a heartbeat, sent by a thread of JAX, after which a process counts as lost
-PATIENCE = 10  # seconds for which a process with an error waits for the others to end as well
-GRACE = 3  # seconds that a process gets to end with its own error, once another process has reported one
+HEARTBEAT = 30  # seconds without a heartbeat (a JAX thread sends them) after which a process counts as lost
+PATIENCE = 10  # seconds that a process with an error waits for the others to end as well
+GRACE = 3  # seconds that a process gets to end with its own error once another process has reported one
 ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report their errors
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes of a run on several hosts, if there are any.
 
-    They find each other through `coordinator` (host:port of process 0), or through the environment that Slurm or
-    Kubernetes gives their tasks. Call it before anything else asks JAX for its devices. UserError if that fails.
+    They find each other through `coordinator` (host:port of process 0), or through the environment variables that Slurm
+    or Kubernetes sets for each task. Call this before anything else asks JAX for its devices. UserError if joining
+    fails.
     """
     import jax
 
@@ -59,7 +61,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         pass  # JAX reads the addresses from Slurm's environment
     elif "JOB_COMPLETION_INDEX" in os.environ:
-        # JAX asks Kubernetes for the addresses, through a package that it does not install.
+        # JAX asks Kubernetes for the addresses, through a package that is not installed along with JAX.
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
                 "this pod belongs to an indexed Kubernetes job, and finding its other pods needs the package "
@@ -75,10 +77,11 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 
 
 def broadcast_from_0(decide: Callable[[], T]) -> T:
-    """Calls `decide` on process 0 and returns its result (anything JSON can hold) on all; all must call it together.
+    """Calls `decide` on process 0 and returns its result (anything JSON can hold) on all processes.
 
-    An error that it raises on process 0 is raised on all, since the others would otherwise wait forever: a UserError as
-    a UserError, any other as itself on process 0 and as a RuntimeError elsewhere.
+    All processes must call this together. If `decide` raises, all of them raise, since the others would otherwise wait
+    forever: a UserError is raised as a UserError, any other error as itself on process 0 and as a RuntimeError
+    elsewhere.
     """
     import jax
 
@@ -101,7 +104,7 @@ def broadcast_from_0(decide: Callable[[], T]) -> T:
 
 
 def _broadcast_text(text: bytes) -> bytes:
-    """The text of process 0, on all processes: first its length, since all must pass arrays of the same size."""
+    """Returns process 0's text on all processes. Its length goes first, since all must pass arrays of the same size."""
     from jax.experimental import multihost_utils
 
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -110,21 +113,21 @@ def _broadcast_text(text: bytes) -> bytes:
 
 
 def all_gather(number: int) -> list[int]:
-    """The number of every process, in the order of their indices, on all processes; all must call it together."""
+    """All-gathers one number from each process, in order of process index; all processes must call this together."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def all_min(number: int) -> int:
-    """The smallest of the processes' numbers, on all processes; all must call it together."""
+    """The minimum of one number from each process, on all processes; all of them must call this together."""
     import jax
 
     return number if jax.process_count() == 1 else min(all_gather(number))
 
 
 def disconnect() -> None:
-    """Disconnects from the other processes, once all of them do. What still waits for this process gets an error."""
+    """Disconnects from the other processes, once all of them do. Calls still waiting for this process get an error."""
     import jax
 
     jax.distributed.shutdown()
@@ -132,9 +135,9 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def fail_together() -> Generator[None]:
-    """Within this block, an error of one process ends the others too, with a line that says whose error it was.
+    """Within this block, an error in one process ends the others too, with a line that names the process and the error.
 
-    The module's docstring tells how.
+    The module docstring explains how.
     """
     import jax
 
@@ -157,15 +160,15 @@ def fail_together() -> Generator[None]:
 
 
 def _key_value_store() -> Any:
-    """The store that all processes share; None after `disconnect`. JAX has no public access to it; Orbax reads it here
-    as well."""
+    """JAX's key-value store, shared by all processes; None after `disconnect`. JAX has no public API for it; Orbax
+    reads it from here as well."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 def _report(error: BaseException) -> None:
-    """Writes the error of this process into the shared store, for the others to read."""
+    """Writes this process's error into the shared store, for the others to read."""
     import jax
 
     reason = first_line(error)
@@ -177,7 +180,7 @@ def _report(error: BaseException) -> None:
 
 
 def _watch(ended: threading.Event) -> None:
-    """Ends this process soon after another one has reported an error, unless `ended` is set: its own block is over."""
+    """Ends this process soon after another has reported an error, unless `ended` says that its own block is over."""
     while not ended.wait(1):
         store = _key_value_store()
         if not store:
@@ -193,10 +196,10 @@ def _watch(ended: threading.Event) -> None:
 
 
 def _disconnect_or_exit() -> None:
-    """Disconnects if the other processes do so within PATIENCE seconds, as when all of them met the same error.
+    """Disconnects if the other processes do so within PATIENCE seconds, as when all of them meet the same error.
 
-    Otherwise this process will exit without JAX's farewell: its connections close, and what waits at their other ends
-    gets an error.
+    Otherwise this process will exit without JAX's orderly shutdown: its connections close, and whatever waits at their
+    other ends gets an error.
     """
 
     def try_to_disconnect() -> None:

@@ -2,10 +2,10 @@
 
 The mesh has three axes. `node` and `data` split a batch's rows; `data` also shards the optimizer state, and with
 --shard=full the weights; `model` shards heads, hidden width and vocabulary. A replica is one device, or the devices
-along the model axis that hold one copy of the model together.
+along the model axis that together hold one copy of the model.
 
 The axes are in Auto mode: the train step says where gradients, updates and whole weights lie, and XLA's partitioner
-(GSPMD) completes the rest. In Explicit mode every reshape and gather of the model would have to say so as well.
+(GSPMD) works out the rest. In Explicit mode, every reshape and gather in the model would have to state its sharding.
 """
 
 import math
@@ -22,17 +22,17 @@ from jax.sharding import PartitionSpec as P
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
-PyTree = Any  # nested dicts and tuples of arrays, or of what stands for them: shapes, specs, shardings
+PyTree = Any  # nested dicts and tuples of arrays, or of their shapes, specs or shardings
 AXES = ("node", "data", "model")
 BATCH_AXES = ("node", "data")  # the axes over which a batch's rows are sharded
-GATHERED = "gathered weight"  # the name by which jax.checkpoint policies know the result of `Layout.gather`
+GATHERED = "gathered weight"  # jax.checkpoint policies refer to the result of `Layout.gather` by this name
 
 
 def make_mesh(spec: str = "") -> Mesh:
     """All devices of all processes as a mesh (node, data, model).
 
-    `spec` is --mesh, like "node=2,data=8"; omitted axes are 1, and "" puts all devices on data. UserError if the sizes
-    do not multiply to the number of devices.
+    `spec` is --mesh, like "node=2,data=8"; omitted axes have size 1, and "" puts all devices on the data axis.
+    UserError if the product of the sizes is not the number of devices.
     """
     devices = jax.device_count()
     sizes, given = dict.fromkeys(AXES, 1), set()
@@ -62,15 +62,15 @@ def describe(mesh: Mesh) -> str:
 
 
 def replicas(mesh: Mesh) -> int:
-    """The number of copies of the model that compute side by side, each with rows of its own."""
+    """The number of copies of the model that compute side by side, each on its own rows."""
     return mesh.shape["node"] * mesh.shape["data"]
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process reads part `index` of `count` equal parts of a batch's rows.
 
-    Processes that hold one replica together, along the model axis, read the same rows. Example: two processes of four
-    devices read (0, 2) and (1, 2) with model=4, but both (0, 1) with model=8.
+    Processes that share a replica, along the model axis, read the same rows. Example: with four devices each, two
+    processes get (0, 2) and (1, 2) if model=4, but both get (0, 1) if model=8.
     """
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
     shares = list(dict.fromkeys(holders))
@@ -78,14 +78,14 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
         size, own = mesh.shape["model"], len(mesh.local_devices)
         fits = math.gcd(size, own)
         raise UserError(
-            f"--mesh: model={size} does not line up with processes of {own} devices, each of which reads whole rows: "
+            f"--mesh: model={size} does not line up with processes of {own} devices, which must each read whole rows: "
             f"try node={mesh.shape['node']},data={mesh.shape['data'] * size // fits},model={fits}"
         )
     return next(i for i, share in enumerate(shares) if jax.process_index() in share), len(shares)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding under which every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
@@ -100,7 +100,7 @@ def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
-    """This process's flag, once per device, as a global array int32 [devices]: the sum is positive if any is set."""
+    """This process's flag, once per device, in a global int32 array [devices], whose sum is positive if any is set."""
     mine = np.full(len(mesh.local_devices), int(flag), np.int32)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine)
 
@@ -118,14 +118,14 @@ def mesh_of(params: gpt.Params) -> Mesh | None:
 
 
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of arrays [rows, ...]: rows over the replicas. Without a mesh: None, JAX's word for one device."""
+    """The sharding of arrays [rows, ...]: rows over the replicas; without a mesh None (for JAX, one device)."""
     return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
 
 def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
-    """`function(shared, *arrays) -> result`, where each device computes its own rows without any communication.
+    """Makes each device compute its own rows of `function(shared, *arrays) -> result`, without any communication.
 
-    `shared` is replicated; the first axis of every array in `arrays` and in the result is that of the rows.
+    `shared` is replicated; the first axis of every array in `arrays` and in the result is the row axis.
     Without a mesh: `function` itself.
     """
     if mesh is None:
@@ -140,7 +140,7 @@ def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callab
 
 
 def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
-    """Within jit: an all-gather, after which every process can read the whole arrays. Without a mesh: unchanged."""
+    """All-gathers the arrays, within jit, so that every process can read all of them. Without a mesh: unchanged."""
     return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
@@ -153,7 +153,7 @@ class Layout:
     """Where parameters, gradients and optimizer state lie on a mesh.
 
     `shard` is "optimizer" (ZeRO stage 1, arXiv:1910.02054: every replica holds the whole weights, and its shard of the
-    reduced gradients and of the optimizer state) or "full" (FSDP: a shard of the weights as well).
+    reduced gradients and of the optimizer state) or "full" (FSDP: the weights are sharded as well).
 
     In the shapes below, [in, out] is one layer's weight, and R = `replicas(mesh)`.
     """
@@ -169,7 +169,7 @@ class Layout:
         return self.shard == "full"
 
     def check(self, model_cfg: GPTConfig) -> None:
-        """UserError for heads that the model axis does not divide; other axes that it does not divide stay whole."""
+        """UserError if the model axis does not divide the heads; any other axis that it does not divide stays whole."""
         size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
         if heads % size or kv_heads % size:
             raise UserError(
@@ -185,7 +185,7 @@ class Layout:
         return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, along), tree)
 
     def compute_specs(self, tree: PyTree) -> PyTree:
-        """`shard_specs` over the model axis alone: what a replica computes with."""
+        """`shard_specs` over the model axis alone: how the weights lie while a replica computes."""
         return self.shard_specs(tree, ("model",))
 
     def param_specs(self, params: PyTree) -> PyTree:
@@ -197,14 +197,15 @@ class Layout:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
 
     def constrain(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Within jit: the same values, laid out by `specs`."""
+        """Lays out a tree by `specs`, within jit; the values stay the same."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(specs))
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
-        """A weight [in, out] made whole by an all-gather for as long as it is used; its gradient is sharded at once."""
+        """All-gathers a weight [in, out] for as long as it is used; its gradient is sharded again at once."""
         if not self.full:  # every replica already holds all of w
             return w
-        # Example wq [d, h*k]: w and its gradient have d over data and h*k over model; gathered, only h*k over model.
+        # Example wq [d, h*k]: w and its gradient are sharded over data along d and over model along h*k; the gathered
+        # w is sharded only over model.
         path = (jax.tree_util.DictKey(name),)
         sharded, gathered_spec = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
 
@@ -216,7 +217,7 @@ class Layout:
         return gathered(w)
 
     def by_replica(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """[accum, rows, t] -> [accum, R, rows of one replica, t]; no data moves."""
+        """Splits the rows by replica, [accum, rows, t] -> [accum, R, rows of one replica, t]; no data moves."""
 
         def split(x: jax.Array) -> jax.Array:
             x = x.reshape(x.shape[0], replicas(self.mesh), -1, x.shape[-1])
@@ -225,18 +226,18 @@ class Layout:
         return jax.tree.map(split, batch)
 
     def constrain_per_replica(self, tree: PyTree) -> PyTree:
-        """(losses [R], gradients [R, ...]), laid out so that each replica holds its own."""
+        """Lays out (losses [R], gradients [R, ...]) so that each replica holds its own."""
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), tree[1])
         return self.constrain(tree, (P(BATCH_AXES), self._per_replica_specs(single)))
 
     def _per_replica_specs(self, single: PyTree) -> PyTree:
-        """The shapes of one replica's gradients [...] -> specs of all of them [R, ...]."""
+        """The shapes of one replica's gradients [...] -> the specs of all replicas' gradients [R, ...]."""
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
     def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
-        """Gradients [R, ...], one for each replica -> their sum [...], sharded over data, by a reduce-scatter.
+        """Reduce-scatter: gradients [R, ...], one for each replica -> their sum [...], sharded over data.
 
-        Between nodes, where the wires are slow, an all-reduce of the shards follows.
+        An all-reduce of the shards follows between nodes, where links are slow.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:
@@ -260,8 +261,8 @@ class Layout:
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
         """All-to-all: [n, in, out] sharded on `in` over data -> sharded on n, zero-padded to a multiple of data.
 
-        Each device then holds whole matrices. Spelled out, since XLA's partitioner finds this exchange on some meshes
-        only, and elsewhere gathers everything. Example: 52 matrices over 8 devices -> 56, 7 on each.
+        Each device then holds whole matrices. The exchange is spelled out because XLA's partitioner finds it only on
+        some meshes and all-gathers everything on others. Example: 52 matrices over 8 devices -> 56, 7 on each.
         """
         size = self.mesh.shape["data"]
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
@@ -269,7 +270,7 @@ class Layout:
             return self.constrain(x, P("data"))
 
         def exchange(x: jax.Array) -> jax.Array:  # [n, in/data, out] -> [n/data, in, out]
-            # One array with one layout: XLA on a CPU refuses to send slices of the arrays that x was made of.
+            # Forces x into one array: XLA on a CPU refuses to send slices of the arrays that x was assembled from.
             x = jax.lax.optimization_barrier(x)
             return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
 
@@ -280,7 +281,7 @@ class Layout:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         table_row = gpt.SHARDING.get(names[-1], P()) if names else P()
         row = table_row[len(table_row) - len(shape) :]  # [l, in, out] as in the table, or one layer's [in, out]
-        if len(row) != len(shape):  # [] counters of the optimizer
+        if len(row) != len(shape):  # the optimizer's counters, of shape []
             return P()
         return P(*[a if a in axes and n % self.mesh.shape[a] == 0 else None for a, n in zip(row, shape, strict=True)])
 

@@ -24,8 +24,8 @@ class BatchShape:
     grad_accum_steps  micro-batches, computed one after another, whose gradients are summed
     rows              rows of one micro-batch on one replica: what a device computes at once
     replicas          copies of the model (devices, or groups of them along the model axis) that compute side by side
-    seq_len           tokens of a row
-    padding           how many of all rows, the last ones, have no targets
+    seq_len           tokens per row
+    padding           number of rows without targets, at the end of all rows
 
     Example: 524,288 tokens in rows of 2048 on 8 devices that take 16 rows at once are
     BatchShape(grad_accum_steps=2, rows=16, replicas=8, seq_len=2048): 2 x 16 x 8 = 256 rows.
@@ -53,7 +53,7 @@ class BatchShape:
     def shaped(self, batch: dict[str, np.ndarray], mesh: Mesh, vocab_size: int) -> dict[str, jax.Array]:
         """This process's rows [rows, t] -> global arrays [grad_accum_steps, all rows of a micro-batch, t] on devices.
 
-        UserError for a token id outside the vocabulary: on the device it would silently become another one.
+        UserError for a token id outside the vocabulary, which would silently become another id on the device.
         """
         _check_ids("inputs", batch["inputs"], 0, vocab_size)
         _check_ids("targets", batch["targets"], -1, vocab_size)  # a target of -1 is not counted
@@ -78,7 +78,7 @@ def batch_shape(
 ) -> BatchShape:
     """Splits `total_batch_size` tokens into rows and micro-batches.
 
-    A `device_batch_size` of 0 is automatic: `fit(rows)` then says how many of a replica's rows it can take at once.
+    A `device_batch_size` of 0 is automatic: `fit(rows)` then says how many of its rows a replica can take at once.
     UserError if the tokens do not divide into rows for all replicas, or the rows into micro-batches.
 
     Example: (524288, 16, 2048, 8, fit) -> BatchShape(2, 16, 8, 2048).
@@ -106,9 +106,9 @@ def batch_shape_of_rows(
 ) -> BatchShape:
     """Splits `total_rows` rows over any number of replicas, adding padding rows where they do not divide.
 
-    `device_batch_size` and `fit` as in `batch_shape`, but a step with fewer rows per replica takes those at once.
+    `device_batch_size` and `fit` are as in `batch_shape`, but a replica with fewer rows takes all of them at once.
 
-    Example: 50 rows, 4 at once on 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
+    Example: 50 rows, 4 at a time on 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
     """
     share = math.ceil(total_rows / replicas)
     rows = min(device_batch_size, share) or fit(share)
@@ -131,23 +131,24 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 
 
 def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
-    """How many of a device's `rows` it can take at once: the largest divisor of `rows` whose step fits its memory.
+    """How many of its `rows` a device can take at once: the largest divisor of `rows` whose step fits in its memory.
 
-    `need(grad_accum_steps, rows)` says how many bytes such a step holds at its peak; `limit` is how many there are
-    (default: 95% of a device's memory, the smallest of all processes). On a CPU the answer is the largest divisor that
-    makes at most 8,192 tokens, since more gain nothing.
+    `need(grad_accum_steps, rows)` returns the peak memory of such a step in bytes; `limit` is how many bytes there are
+    (default: 95% of a device's memory, the minimum over all processes). On a CPU the answer is the largest divisor that
+    gives at most 8,192 tokens, since more bring no gain.
     UserError if not even one row fits.
 
-    Each call of `need` compiles a step, so the search makes few of them. `estimated_memory` costs nothing but is rough,
-    and ignores what --shard and --remat save: from it comes a likely size, and the search starts at the largest divisor
-    up to twice that. If this one fits, larger divisors are tried until one does not; else smaller ones until one does.
+    Each call of `need` compiles a step, so the search makes few calls. `estimated_memory` costs nothing but is rough,
+    and ignores what --shard and --remat save. It gives a likely size, and the search starts at the largest divisor up
+    to twice that size. If this divisor fits, larger ones are tried until one does not; if not, smaller ones until one
+    does.
     """
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
             return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
-        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # in MiB, to fit an int32
+        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # sent in MiB, to fit in an int32
 
     likely = 1
     while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:
@@ -173,10 +174,10 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
 
 
 def estimated_memory(model_cfg: GPTConfig, rows: int) -> int:
-    """Roughly the bytes of a step on one device with `rows` rows at once, without compiling it.
+    """A rough estimate, without compiling, of the bytes that a step with `rows` rows at once needs on one device.
 
-    Weights, gradients and optimizer state, a chunk of logits, and about 17 activations of the model's width per layer
-    and token, in two bytes each.
+    It counts weights, gradients and optimizer state, a chunk of logits, and about 17 activations of the model's width
+    per layer and token, at two bytes per number.
     """
     activations = 2 * 17 * model_cfg.n_layer * model_cfg.n_embd * model_cfg.sequence_len * rows
     return 16 * model_cfg.num_params + 12 * 8192 * model_cfg.padded_vocab + activations

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM while a run trains: it saves before it stops.
+"""Ctrl-C and SIGTERM during training: the run saves before it stops.
 
-The way of a stop signal, from its arrival to the exit code:
+What a stop signal goes through, from its arrival to the exit code:
 
 1. The handler of `Interruption` stores it as `received` and prints a line. A second Ctrl-C ends the process at once.
 2. In a single process, `received` is the `stop_signal` that the loop reads before every step. While the loop waits for
@@ -8,8 +8,8 @@ The way of a stop signal, from its arrival to the exit code:
 3. Several processes must stop after the same step: one that stopped alone would leave the others waiting in a
    collective. So each process requests a stop with a flag in its batch (`sharding.put_flag` -> batch["stop"]), and the
    step sums the flags of all devices into its metric `stop`. `StepLog.flush` reads the sum, one step late like every
-   metric but at the same step in every process, and sets `agreed`, which is the `stop_signal` there. A process that
-   could not write its part of a checkpoint requests a stop in the same way.
+   metric but at the same step in every process, and sets `agreed`, which is the `stop_signal` of a run with several
+   processes. A process that could not write its part of a checkpoint requests a stop in the same way.
 4. `RunControl` saves the state, waits until the checkpoint is complete and exits with 128 + the signal's number. The
    same command resumes the run.
 """
@@ -27,18 +27,18 @@ class Interruption:
 
     def __init__(self):
         self.received: int | None = None  # the signal that this process has received
-        self.agreed: int | None = None  # the one that several processes stop with, once any of them requested it
+        self.agreed: int | None = None  # the signal that several processes stop with, once any has requested a stop
         self._old_handlers: dict = {}
         self._waiting = False
 
     @property
     def stop_signal(self) -> int | None:
-        """The signal to stop with before the next step, None: go on."""
+        """The signal to stop with before the next step; None: continue."""
         return self.received if jax.process_count() == 1 else self.agreed
 
     @contextmanager
     def raise_while_waiting(self) -> Generator[None]:
-        """Within it a signal raises InterruptedError at once, for waits that may take long."""
+        """Within this block, which is for long waits, a signal raises InterruptedError at once."""
         self._waiting = True
         try:
             if self.received:

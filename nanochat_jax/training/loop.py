@@ -1,8 +1,8 @@
 """The loop that pretraining, midtraining and finetuning share.
 
-The three stages differ in where their rows come from and in how the learning rate falls (stages.py). The rest is one
-story: fetch a batch, take a step, log the step before it (so that the device never waits for the host), and once in a
-while save and evaluate. If reading text or an evaluation fails, a run in one process saves its state before the error
+The three stages differ in where their rows come from and in how the learning rate falls (stages.py). All else is the
+same: fetch a batch, take a step, log the previous step (so that the device never waits for the host), and once in a
+while save and evaluate. If reading text or an evaluation fails, a single-process run saves its state before the error
 ends it.
 """
 
@@ -50,7 +50,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             while True:
                 last = data_ended or control.step == stage.steps
 
-                # Once in a while: save. Before evaluating, so that whatever goes wrong there, the weights are safe.
+                # Once in a while: save, before evaluating, so that the weights are safe if an evaluation fails.
                 stop = interruption.stop_signal
                 control.save_if_due(last, stop)
 
@@ -65,7 +65,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
 
                 batch = next_batch(stage.loader, interruption, control)
                 if batch is NoBatch.END:
-                    data_ended = True  # the step before was the last one, and the final save and evaluation are due
+                    data_ended = True  # the previous step was the last, so the final save and evaluation are due
                     continue
                 if batch is NoBatch.STOP:
                     continue
@@ -76,7 +76,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 lr_mult = stage.lr_mult(control.step, progress)
                 waited = log.timer.lap() if log.timed else 0.0
                 arrays = stage.batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
-                if jax.process_count() > 1:  # they all stop after the same step (interruption.py)
+                if jax.process_count() > 1:  # all processes stop after the same step (interruption.py)
                     stop_requested = interruption.received is not None or run.saver.failed
                     arrays["stop"] = sharding.put_flag(run.layout.mesh, stop_requested)
                 lr = run.put_scalar(lr_mult)
@@ -86,7 +86,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 # ---------------------------------------------------------------------
 
                 run.saver.raise_if_failed()
-                log.push(control.step, results, lr_mult, waited, progress)  # waits for the step before, and logs that
+                log.push(control.step, results, lr_mult, waited, progress)  # waits for the previous step, and logs it
             stage.loader.close()
             run.finish(control.step)
             print(f"{cfg.stage}: done, {control.step} steps in {clock(run.totals['seconds'])} (excluding compilation)")
@@ -95,14 +95,14 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
 class NoBatch(enum.Enum):
     """Why `next_batch` has no batch to return."""
 
-    END = enum.auto()  # the data have ended
+    END = enum.auto()  # there is no more data
     STOP = enum.auto()  # a stop signal came while waiting
 
 
 def next_batch(
     loader: dataloader.Loader, interruption: Interruption, control: RunControl
 ) -> dataloader.Batch | NoBatch:  # fmt: skip
-    """The next batch of this process's rows, after which `control.place` is the place in the data.
+    """Returns the next batch of this process's rows, and sets `control.place` to the position after it.
 
     If reading fails, the state is saved before the error ends the run.
     """
@@ -125,7 +125,7 @@ def next_batch(
 
 
 def announce(run: Run, stage: Stage) -> None:
-    """Prints everything derived, before the first step."""
+    """Prints everything that is derived from the settings, before the first step."""
     batch_shape, model_cfg = stage.batch_shape, run.model_cfg
     padding = f", less {batch_shape.padding} empty rows" if batch_shape.padding else ""
     passes = "one pass over the data" if stage.epochs == 1 else f"{stage.epochs} passes over the data"
@@ -142,7 +142,7 @@ def announce(run: Run, stage: Stage) -> None:
     if stage.steps:
         flops = stage.steps * batch_shape.tokens * model_cfg.flops_per_token
         seconds = devices.expected_seconds(flops)
-        unknown = "n/a: the peak of this device is not known; see the eta below"
+        unknown = "n/a: the peak FLOP/s of this device are not known; see the eta below"
         facts["total FLOPs"] = f"{flops:.3e}"
         facts["expected time"] = f"{clock(seconds)} at an MFU of 50%" if seconds else unknown
     for name, value in facts.items():
@@ -151,14 +151,14 @@ def announce(run: Run, stage: Stage) -> None:
 
 
 class DispatchedStep(NamedTuple):
-    """A step that has been dispatched, and is logged once the next one has been."""
+    """A dispatched step, which is logged once the next one has been dispatched."""
 
     step: int
-    results: StepMetrics  # as the step returns them: reading one waits for the device
+    results: StepMetrics  # still on the device: reading one waits for the step
     lr_mult: float
-    waited: float  # seconds for the batch
+    waited: float  # seconds spent waiting for the batch
     progress: float  # of the stage, from 0 to 1
-    info: dict  # of the loader, about the batch
+    info: dict  # what the loader reports about the batch
 
 
 class StepLog:
@@ -174,7 +174,7 @@ class StepLog:
         self._steps_timed, self._seconds_timed = 0, 0.0
 
     def push(self, step: int, results: StepMetrics, lr_mult: float, waited: float, progress: float) -> None:
-        """Logs the step before, and keeps this one until the next has been dispatched."""
+        """Logs the previous step, and keeps this one until the next has been dispatched."""
         info = dict(self.stage.loader.info)
         self.flush()
         self._pending = DispatchedStep(step, results, lr_mult, waited, progress, info)
@@ -219,7 +219,7 @@ class StepLog:
     def _print(
         self, done: DispatchedStep, grad_norm: float, dt: float | None, speed: float | None, mfu: float | None
     ) -> None:
-        """Prints one line. A learning rate of x1 is left out; waste and wait are always shown: a wait should read 0."""
+        """Prints one line. A learning rate of x1 is left out; waste and wait are always shown, and wait should be 0."""
         step, total, info = done.step, self.stage.steps, done.info
         percent = 100 * (step / total if total else done.progress)
         parts = [

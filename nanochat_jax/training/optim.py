@@ -28,7 +28,7 @@ class MuonState(NamedTuple):
 
 
 def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Pushes the singular values of the matrices g [..., in, out] towards 1 (into about 0.7 to 1.2), in `dtype`."""
+    """Pushes the singular values of the matrices g [..., in, out] towards 1 (to about 0.7 to 1.2), in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
@@ -46,9 +46,9 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)); the learning rate is not applied here.
 
-    For leaves [l, in, out]. `momentum` may be a schedule over steps; `dtype` is that of the iterations (bfloat16 on
+    For leaves [l, in, out]. `momentum` may be a schedule over steps; the iterations compute in `dtype` (bfloat16 on
     GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each device whole matrices
-    to orthogonalise, and an all-gather in `dtype` (with --shard=full a second all-to-all) returns the results.
+    to orthogonalise, and an all-gather in `dtype` (with --shard=full, a second all-to-all) returns the results.
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -64,7 +64,8 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # From two sharded axes to another one, XLA would gather the whole array: first reshard to `data` alone.
+                # XLA would gather the whole array to move from two sharded axes to another one, so first reshard to
+                # `data` alone.
                 specs = layout.shard_specs(nesterov, ("data",))
                 nesterov = layout.constrain(nesterov, specs)
                 # Matrices can only be concatenated if all of them are sharded on the same axis: `in`.
@@ -79,19 +80,19 @@ def scale_by_muon(
 
 
 def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) -> jax.Array:
-    """Orthogonalises x [n, in, out], each device its share of the n matrices."""
+    """Orthogonalises x [n, in, out]; each device does its share of the n matrices."""
     if layout is None or layout.mesh.size == 1:
         return orthogonalize(x, dtype).astype(x.dtype)
     y = orthogonalize(layout.all_to_all_matrices(x), dtype)
     if not layout.full:
-        y = layout.constrain(y, P())  # all-gathered before it is widened to float32: half the bytes
+        y = layout.constrain(y, P())  # all-gathered before it is widened to float32, which halves the bytes
     return y[: x.shape[0]].astype(x.dtype)
 
 
 def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -> Any:
     """Applies f to the leaves [l, in, out], merging those of equal shape into one batch.
 
-    `transposed` says of each leaf whether to transpose its matrices first, and the results back afterwards. Example:
+    `transposed` says for each leaf whether to transpose its matrices first and the results back afterwards. Example:
     w_in [20, 1280, 5120] and w_out [20, 5120, 1280], transposed, are one batch [40, 1280, 5120].
     """
     leaves, treedef = jax.tree.flatten(tree)
@@ -132,7 +133,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of every stage: AdamW for wte and lm_head, Muon for the blocks.
 
-    Its updates are linear in the learning rates, so a schedule is one factor on all of them, which the train step
+    Its updates are linear in the learning rates, so a schedule is one factor on all updates, which the train step
     applies. AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's does not depend on the width.
     `momentum`, `dtype` and `layout` are those of `scale_by_muon`; weight decay applies to AdamW alone.
     """

@@ -5,8 +5,8 @@ reward minus the group's mean as the advantage of every token of an answer, and 
 log-likelihood, normalised by the number of tokens. It is on policy, with one update per batch: no reference model, no
 ratio to clip.
 
-Unlike in the specification, the token that ends an answer is trained on too, so that stopping is learned. And a group
-whose answers are all right, or all wrong, teaches nothing: --oversampling=K samples answers to K times as many
+Unlike in the specification, the token that ends an answer is trained on too, so that the model learns to stop. And a
+group whose answers are all right, or all wrong, teaches nothing: --oversampling=K samples answers to K times as many
 problems, and the groups that do teach something are trained on first.
 """
 
@@ -42,7 +42,7 @@ from nanochat_jax.training.stages import pin_tasks
 from nanochat_jax.training.step import StepMetrics
 
 SLOTS = 64  # answers a device generates at once
-SHORTEST = 64  # tokens; rows of shorter answers are padded to it
+SHORTEST = 64  # tokens; shorter rows are padded to this length
 FEWER_ANSWERS = "lower --num_samples, --examples_per_step or --max_new_tokens"
 
 
@@ -57,7 +57,7 @@ def train(cfg: config.Rl) -> None:
         announce(run, cfg, stage)
 
         with devices.out_of_memory_explained("the answers", FEWER_ANSWERS):
-            slots = min(stage.drawn * cfg.num_samples, SLOTS * jax.device_count())  # the devices divide both
+            slots = min(stage.drawn * cfg.num_samples, SLOTS * jax.device_count())  # the device count divides both
             engine = Engine(run.state.params, run.model_cfg, run.tokenizer, slots=slots, dtype=run.dtype)
 
             def evaluate_answers(step: int) -> None:
@@ -70,7 +70,7 @@ def train(cfg: config.Rl) -> None:
             while True:
                 last = control.step >= stage.steps
 
-                # Once in a while: save. Before evaluating, so that whatever goes wrong there, the weights are safe.
+                # Once in a while: save, before evaluating, so that the weights are safe if an evaluation fails.
                 stop = interruption.stop_signal
                 control.save_if_due(last, stop)
 
@@ -83,8 +83,8 @@ def train(cfg: config.Rl) -> None:
                 if last:
                     break
 
-                # Sample answers. Setting the weights forgets what an evaluation has cached, so that the answers are
-                # the same with and without one.
+                # Sample answers. Setting the weights clears what an evaluation has cached, so that the answers do not
+                # depend on whether one has run.
                 engine.set_params(run.state.params)
                 indices = problems_of(control.step, len(stage.task), stage.drawn, cfg.seed)
                 seed = derive_seed(cfg.seed, control.step)
@@ -119,12 +119,12 @@ class RlStage:
     batch_shape: BatchShape
     task: tasks.Mixture  # the problems to train on
     held_out: tasks.Mixture  # the problems to evaluate on
-    drawn: int  # problems per step that answers are sampled to
+    drawn: int  # problems per step for which answers are sampled
     steps: int  # optimizer steps
 
 
 def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
-    """The stage for a run. UserError for settings that cannot work."""
+    """Makes the stage for a run. UserError for settings that cannot work."""
     if jax.process_count() > 1:
         raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
     if cfg.max_new_tokens > run.model_cfg.sequence_len - SHORTEST_PROMPT:
@@ -143,8 +143,8 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
     drawn = cfg.examples_per_step * cfg.oversampling
     if drawn > len(task):  # a problem drawn twice in a step would get the same answers twice
         raise UserError(
-            f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} problems per step: "
-            f"the mixture has only {len(task)}"
+            f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} problems per step, "
+            f"but the mixture has only {len(task)}"
         )
     pin_tasks(run, task)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // drawn
@@ -152,8 +152,8 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
 
 
 def batch_shape_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
-    """The answers of a step as rows. UserError if they do not divide over `count` devices, which make up `replicas`
-    that take rows of their own, or into micro-batches."""
+    """Arranges the answers of a step as rows. UserError if they do not divide over the `count` devices, which form
+    `replicas` replicas, or into micro-batches."""
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
     if answers % count:
@@ -168,7 +168,7 @@ def batch_shape_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: i
 
 
 def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
-    """Prints everything derived, before the first step."""
+    """Prints everything that is derived from the settings, before the first step."""
     print(f"  parameters: {run.model_cfg.num_params:,}, FLOPs per token: {run.model_cfg.flops_per_token:.3e}")
     print(
         f"  task: {', '.join(cfg.mixture)}, {len(stage.task):,} problems; {stage.drawn} per step, "
@@ -186,10 +186,10 @@ def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
 def update(
     run: Run, step_fn: jax.stages.Wrapped, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
 ) -> StepMetrics:
-    """One policy-gradient step on the rollouts; the state of `run` becomes the new one. UserError if the loss is not
+    """Takes one policy-gradient step on the rollouts, which replaces the state of `run`. UserError if the loss is not
     finite."""
     longest = max(len(r.prompt) + len(r.sample.ids) for r in rollouts)
-    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths: each one is compiled
+    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths, since each one is compiled
     batch = as_batch(rollouts, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     lr = run.put_scalar(lr_mult)
@@ -212,12 +212,12 @@ class RolloutLog:
     def __init__(self, run: Run, cfg: config.Rl, steps: int):
         self.run, self.cfg, self.steps = run, cfg, steps
         self.timer = Timer()
-        self._seconds: list[float] = []  # per step, without the first one of this process, which compiles
+        self._seconds: list[float] = []  # per step, except the first of this process, which compiles
 
     def push(
         self, step: int, sampled: list[Rollout], results: StepMetrics, lr_mult: float, sampling_seconds: float
     ) -> None:
-        """One step: reward and length of all sampled answers, how many groups taught nothing, where the time went."""
+        """Logs one step: reward and length of all sampled answers, groups that taught nothing, where the time went."""
         training_seconds = self.timer.lap()
         dt = None
         if step > self.run.step + 1:
@@ -246,7 +246,7 @@ class RolloutLog:
 
 
 def evaluate(run: Run, cfg: config.Rl, engine: Engine, task: tasks.Mixture, step: int) -> None:
-    """pass@k on held-out problems: the share of problems with a right answer among the first k."""
+    """Logs pass@k on held-out problems: the share of problems with a right answer among the first k."""
     count = min(cfg.eval_examples, len(task))
     problems = [task[i] for i in range(count)]
     seeds = [derive_seed(cfg.seed, 1, i) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Rollouts: the answers that a policy samples, their rewards and advantages, and the rows they are trained on as."""
+"""Rollouts: the answers that a policy samples, their rewards and advantages, and the training rows made of them."""
 
 from dataclasses import dataclass
 
@@ -22,8 +22,8 @@ class Rollout:
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
-    """The problems of a step: `count` indices, the next ones of a walk through a permutation of range(size), which is
-    drawn again for every epoch. problems_of(1, 4, 2, 0) -> the second half of the first permutation."""
+    """The problems of a step: the next `count` indices of a permutation of range(size), which is drawn anew for every
+    epoch. problems_of(1, 4, 2, 0) -> the second half of the first permutation."""
     positions = range(step * count, (step + 1) * count)
     orders = {e: np.random.default_rng((seed, e)).permutation(size) for e in {p // size for p in positions}}
     return [int(orders[p // size][p % size]) for p in positions]
@@ -32,7 +32,7 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
 def sample_rollouts(
     engine: Engine, tokenizer: Tokenizer, task: Task, indices: list[int], cfg: config.Rl, seed: int
 ) -> list[Rollout]:
-    """`cfg.num_samples` answers to each of the problems, one group after the other."""
+    """Samples `cfg.num_samples` answers to each of the problems; they come in groups, one per problem."""
     problems = [task[i] for i in indices]
     seeds = [derive_seed(seed, i) for i in indices]
     prompts, groups = answer(engine, tokenizer, problems, cfg, cfg.num_samples, seeds)
@@ -47,7 +47,7 @@ def sample_rollouts(
 def answer(
     engine: Engine, tokenizer: Tokenizer, problems: list[dict], cfg: config.Rl, n: int, seeds: list[int]
 ) -> tuple[list[list[int]], list[list[Sample]]]:
-    """(the prompts as token ids, `n` sampled answers to each), with one seed for each problem."""
+    """Samples `n` answers to each problem, with one seed per problem -> (prompts as token ids, answers to each)."""
     limit = engine.model_cfg.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(problem, max_tokens=limit) for problem in problems]
     requests = [
@@ -76,8 +76,8 @@ def split_groups(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
 
 
 def as_batch(rollouts: list[Rollout], length: int, pad: int) -> dict[str, np.ndarray]:
-    """Rows [len(rollouts), length] of inputs int32, targets int32 (-1 for prompt, forced tokens and padding) and
-    weights float32, the advantages.
+    """Makes rows [len(rollouts), length]: inputs int32, targets int32 (-1 for prompt, forced tokens and padding), and
+    the advantages as weights float32.
 
     A prompt [1, 2] with the answer [7, 8] -> inputs [1, 2, 7, pad], targets [-1, 7, 8, -1].
     """

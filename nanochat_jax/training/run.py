@@ -43,9 +43,9 @@ FREE = {
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
-MEASURED = ("train", "val", "core")  # kinds of log records: every checkpoint holds the last one of each
+MEASURED = ("train", "val", "core")  # kinds of log records: every checkpoint holds the last record of each kind
 
-# What to do when the folder holds another run than the one asked for.
+# What to do when the folder holds a different run from the one asked for.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
 
@@ -58,15 +58,15 @@ class StartPlan:
     """How a run starts. Process 0 decides, and broadcasts the fields as JSON."""
 
     tag: str  # name of the run's folder
-    step: int | None  # checkpoint to resume from, None: a fresh start
+    step: int | None  # checkpoint to resume from; None for a fresh start
     finished: bool  # whether that checkpoint is the last one of a finished run
-    parent_id: str  # names the weights of the parent by content (`_identify`), "" for base
+    parent_id: str  # identifies the parent's weights by content (`_identify`); "" for base
     parent_dir: str | None = None  # the parent's folder; None when resuming, and for base
     parent_step: int | None = None  # the parent's checkpoint
 
     @property
     def parent(self) -> Parent | None:
-        """What a fresh start of a later stage takes its weights from."""
+        """The folder and step from which a fresh start of a later stage takes its weights."""
         return (Path(self.parent_dir), self.parent_step) if self.parent_dir and self.parent_step is not None else None
 
 
@@ -74,8 +74,8 @@ class StartPlan:
 class Run:
     """A run that is open for training."""
 
-    cfg: Train  # the settings of its stage
-    dir: Path  # its folder
+    cfg: Train  # the settings of the stage
+    dir: Path  # the run's folder
     model_cfg: GPTConfig
     tokenizer: Tokenizer
     layout: Layout  # the mesh, and how weights and optimizer state are sharded on it
@@ -84,20 +84,20 @@ class Run:
     state: TrainState  # weights and optimizer state; every step replaces it
     saver: checkpoint.Saver
     lock: ExitStack  # holds the lock file of the folder
-    step: int  # optimizer steps done when it was opened: 0, or the step it resumes from
-    data: dict | None  # position in the data when it resumes, None for a fresh start
+    step: int  # optimizer steps done when the run was opened: 0, or the step it resumes from
+    data: dict | None  # position in the data to resume from; None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
-    identity: dict  # goes into every checkpoint: a run resumes only from its own parent, text and tasks
+    identity: dict  # saved in every checkpoint: a run resumes only with the same parent, text and tasks
     metrics: dict  # the last log record of each of the MEASURED kinds
-    wandb: Wandb | None = None  # in process 0, from `begin` on
+    wandb: Wandb | None = None  # set by `begin`, in process 0 only
 
     @property
     def eval_model(self) -> EvalModel:
-        """The model as it stands, for an evaluation."""
+        """The model with its current weights, for an evaluation."""
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
 
     def begin(self) -> None:
-        """Makes the folder that of this run, and logs its start. To be called once nothing can be refused any more."""
+        """Takes over the folder for this run, and logs its start. Call it once nothing can be refused any more."""
         plain = dataclasses.asdict(self.cfg)
         processes.broadcast_from_0(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
@@ -109,7 +109,8 @@ class Run:
 
     def _make_room(self) -> None:
         """Moves aside what is in the way. With --resume=never that is the old run. Otherwise it is the checkpoints of
-        later steps, which belong to another future, and damaged ones, which would count as the last few to keep."""
+        later steps, which are no longer part of this run, and damaged ones, which would count among the last few to
+        keep."""
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
             self.lock.enter_context(checkpoint.exclusive(self.dir))  # the first lock file moved with the old folder
@@ -121,7 +122,7 @@ class Run:
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
     def log(self, kind: str, step: int, **fields) -> None:
-        """Adds a record to log.jsonl, and its numbers to wandb. Only process 0 does."""
+        """Adds a record to log.jsonl, and the record's numbers to wandb; in process 0 only."""
         if jax.process_index() > 0:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
@@ -133,7 +134,7 @@ class Run:
             self.wandb.log(step, **numbers)
 
     def save(self, step: int, data: dict) -> None:
-        """Starts to save a checkpoint of `step`, with `data` as the position in the data."""
+        """Starts saving a checkpoint of `step`, with `data` as the position in the data."""
         meta = checkpoint.model_meta(self.model_cfg) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
             "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": environment.versions(),
@@ -144,7 +145,7 @@ class Run:
         self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name, save_seconds=timer.lap())
 
     def finish(self, step: int) -> None:
-        """Notes in the log that the run is finished, once its last checkpoint is complete."""
+        """Waits until the last checkpoint is complete, then notes in the log that the run is finished."""
         self.saver.wait_all()
         self.log("note", step, text="finished")
         if self.wandb:
@@ -153,14 +154,14 @@ class Run:
 
 @contextmanager
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | None]:
-    """Opens the run that `cfg` describes, locked against a second process; None if it is finished.
+    """Opens the run that `cfg` describes, locked against a second process; yields None if the run is finished.
 
-    Nothing of an earlier run is touched before `Run.begin`: a start that is refused until then changes nothing. On
-    leaving, this process finishes its part of a save that is under way.
+    Nothing of an earlier run is touched before `Run.begin`: a start that is refused before then changes nothing. On
+    exit, this process finishes its part of a save that is under way.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with processes.fail_together(), ExitStack() as lock:
-        # Process 0 decides and holds the lock: all processes see one file system.
+        # Process 0 decides and holds the lock: all processes share one file system.
         plan = StartPlan(**processes.broadcast_from_0(lambda: dataclasses.asdict(_plan_start(cfg, lock))))
         folder = checkpoint.run_dir(cfg.stage, plan.tag)
         if plan.finished:
@@ -199,7 +200,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
         try:
             yield run
         finally:
-            run.saver.wait_local()  # not `wait_all`: after an error, the other processes may not come to this point
+            run.saver.wait_local()  # not `wait_all`: after an error, the other processes may never reach this point
 
 
 def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
@@ -221,7 +222,7 @@ def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
 
 
 def _default_tag(cfg: Train) -> str:
-    """The tag of a run that has neither a tag nor a preset: d20 for a base run of depth 20, else the parent's."""
+    """The tag of a run without --model_tag and preset: d20 for a base run of depth 20, else the parent's tag."""
     if isinstance(cfg, config.Base):
         return f"d{cfg.depth}"
     parent = _find_parent(cfg)
@@ -230,8 +231,8 @@ def _default_tag(cfg: Train) -> str:
 
 
 def _find_parent(cfg: Train) -> Parent | None:
-    """The run that a stage starts from: the one with this run's own tag if it exists, else that of the preset, else,
-    without a preset, the latest. None for base."""
+    """The run that a stage starts from: the one called --model_tag if it exists, else the preset's, or without a preset
+    the latest. None for base."""
     if not isinstance(cfg, LaterStage):
         return None
     if cfg.model_tag and checkpoint.steps(checkpoint.run_dir(cfg.source, cfg.model_tag)):
@@ -240,7 +241,7 @@ def _find_parent(cfg: Train) -> Parent | None:
 
 
 def _identify(cfg: Train, parent: Parent | None) -> str:
-    """Names the parent's weights by content: "base d20 step 21400 0123456789abcdef"; "" for none."""
+    """Identifies the parent's weights by content: "base d20 step 21400 0123456789abcdef"; "" without a parent."""
     if parent is None or not isinstance(cfg, LaterStage):
         return ""
     parent_dir, step = parent
@@ -249,7 +250,7 @@ def _identify(cfg: Train, parent: Parent | None) -> str:
 
 
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
-    """Those of the run itself if it resumes, else those of the parent. A fresh base run makes its shape from `cfg`."""
+    """The run's shape and tokenizer if it resumes, else the parent's. A fresh base run takes its shape from `cfg`."""
     tokenizer_dir = config.base_dir() / "tokenizer"
     if plan.step is not None:
         run_dir, step = folder, plan.step
@@ -261,12 +262,12 @@ def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple
         return cfg.gpt_config(tokenizer.vocab_size), tokenizer
     meta = checkpoint.read_meta(run_dir, step)
     if cfg.stage == "base" and Tokenizer.load(tokenizer_dir).hash != meta["tokenizer"]:
-        raise UserError(f"{folder} was trained with another tokenizer than the one in {tokenizer_dir}: {INSTEAD}")
+        raise UserError(f"{folder} was trained with a different tokenizer from the one in {tokenizer_dir}: {INSTEAD}")
     return GPTConfig(**meta["model"]), checkpoint.load_tokenizer(meta, run_dir)
 
 
 def _step_to_resume(cfg: Train, folder: Path) -> int | None:
-    """The step to resume from, None for a fresh start."""
+    """The step to resume from; None for a fresh start."""
     if cfg.resume == "never":
         return None
     if cfg.resume == "auto":
@@ -292,7 +293,8 @@ def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
 
 
 def _parent_differs(cfg: Train, parent_id: str) -> bool:
-    """Whether a fresh start would begin with other weights. If the parent is gone, nothing speaks against resuming."""
+    """Whether a fresh start would begin with different weights; False, so that the run can resume, if the parent is
+    gone."""
     try:
         return _identify(cfg, _find_parent(cfg)) != parent_id
     except UserError:
@@ -302,7 +304,8 @@ def _parent_differs(cfg: Train, parent_id: str) -> bool:
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:
     """The settings that matter and have changed since the run was saved, as "matrix_lr: 0.02, now 0.03".
 
-    A setting that is newer than the run had its default; one that no longer exists is ignored, and named in a line.
+    A setting that is newer than the run is taken to have had its default; one that no longer exists is ignored, with a
+    printed line.
     """
     now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
     if gone := sorted(saved.keys() - now.keys()):
@@ -320,7 +323,7 @@ def _initial_state(
     cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout, folder: Path,
     plan: StartPlan,
 ) -> tuple[TrainState, dict | None, dict]:  # fmt: skip
-    """(state, position in the data or None, totals): restored, or with the parent's weights, or fresh."""
+    """(state, position in the data or None, totals): restored, or with the parent's weights, or from scratch."""
 
     def fresh() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
@@ -354,12 +357,12 @@ def step_of(run: Run) -> jax.stages.Wrapped:
 
 
 def no_implicit_transfers() -> AbstractContextManager[None]:
-    """Around a step: an argument that is still on the host, or on the wrong devices, is an error, not a hidden copy."""
+    """Wraps a step, so that an argument still on the host, or on the wrong devices, is an error, not a hidden copy."""
     return jax.transfer_guard("disallow")
 
 
 def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
-    """Around steps in which a device takes `rows` rows at once: running out of memory is a UserError with advice."""
+    """Wraps steps in which a device takes `rows` rows at once: running out of memory is a UserError with advice."""
     fewer_rows = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
     return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
 
@@ -367,7 +370,7 @@ def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
 def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
     """Peak memory of the compiled step on one device, in bytes, when a device takes `rows` rows at once.
 
-    The arguments are described just as the loop passes them, so that the step it runs comes from the compile cache.
+    The arguments are described just as the loop passes them, so that the loop's step comes from the compilation cache.
     """
     mesh = run.layout.mesh
     shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)

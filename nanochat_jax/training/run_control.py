@@ -15,9 +15,9 @@ from nanochat_jax.training.run import Run
 class Evaluation:
     """An evaluation every `every` steps and at the end. If `every` is below 1: never, or only at the end if `at_end`.
 
-    A `risky` evaluation, one that loads data or generates text, is preceded by a checkpoint every time. Any other is
-    preceded by one only the first time in a process: after that it is known to work, and a checkpoint each time would
-    cost more than it protects.
+    A `risky` evaluation, one that loads data or generates text, is preceded by a checkpoint every time. Any other
+    evaluation is preceded by a checkpoint only the first time in a process: after that it is known to work, and a
+    checkpoint each time would cost more than it protects.
     """
 
     evaluate: Callable[[int], None]  # called with the step
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 class RunControl:
-    """How far a run is, and when it was last saved and evaluated.
+    """Keeps track of how far a run has come, and of when it was last saved and evaluated.
 
     Every pass of a training loop begins with `save_if_due`, `exit` if there is a stop signal, and `evaluate_due`, in
     this order: the checkpoint comes before the evaluation, so that no evaluation can cost the run its weights.
@@ -43,12 +43,12 @@ class RunControl:
         self, run: Run, evaluations: Sequence[Evaluation], place: dict, timer: Timer, flush: Callable[[], None]
     ):  # fmt: skip
         self.run, self.evaluations = run, evaluations
-        self.timer = timer  # of the steps; saving and evaluating are no part of them
+        self.timer = timer  # times the steps, without saving and evaluating
         self.flush = flush  # logs the steps that are not logged yet, so that they come before what is logged here
         self.step = run.step  # optimizer steps that are done
         self.place = place  # position in the data after the last batch that was trained on
         self.saved_at = run.step if run.data is not None else -1
-        self.evaluated_at: dict[Evaluation, int] = {}  # by this process
+        self.evaluated_at: dict[Evaluation, int] = {}  # the step at which this process last ran each evaluation
 
     def save_if_due(self, last: bool, stop: int | None) -> None:
         """Saves after the last step, before a stop, before risky evaluations, and every --save_every steps."""
@@ -63,7 +63,7 @@ class RunControl:
         if not due:
             return
         self.flush()
-        if self._has_risk(due):  # it may end the process: the checkpoint must be complete, not still being written
+        if self._has_risk(due):  # they may end the process, so the checkpoint must be complete first
             self.run.saver.wait_all()
         for evaluation in due:
             try:
@@ -81,8 +81,8 @@ class RunControl:
         raise SystemExit(128 + stop)
 
     def rescue(self) -> None:
-        """Saves before an unrelated error ends the run. Single process only: the others may be blocked in a
-        collective."""
+        """Saves before an unrelated error ends the run. With several processes it does nothing, since the others may be
+        blocked in a collective."""
         if self.step == 0 or self.saved_at == self.step or jax.process_count() > 1:
             return
         try:

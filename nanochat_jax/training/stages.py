@@ -1,4 +1,4 @@
-"""What sets pretraining, midtraining and finetuning apart: where rows come from, how many steps, how the rate falls."""
+"""What sets pretraining, midtraining and finetuning apart: source of rows, number of steps, learning-rate schedule."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
 
 @dataclass
 class Stage:
-    """One of base, mid and sft, for a run."""
+    """A stage (base, mid or sft) as set up for one run."""
 
     batch_shape: BatchShape
     steps: int | None  # optimizer steps; None: until the loader ends
@@ -36,13 +36,13 @@ class Stage:
     facts: dict[str, str] = field(default_factory=dict)  # derived numbers to print
 
     def progress(self, step: int) -> float:
-        """How much of the stage is done before step `step`, whose batch has been loaded: from 0 to 1."""
+        """The fraction of the stage that is done before step `step`, whose batch has been loaded: from 0 to 1."""
         return step / self.steps if self.steps else self.loader.info["progress"] / self.epochs
 
 
 def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
     """What `batch_shape` and `batch_shape_of_rows` need besides the size of the batch: rows that a device takes at once
-    (0: automatic), tokens per row, replicas, and how many rows fit on a device."""
+    (0: automatic), tokens per row, replicas, and a function that says how many rows fit on a device."""
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 
@@ -78,9 +78,9 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
 
 
 def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
-    """Midtraining: packed conversations, loss on all tokens. Finetuning: whole ones, loss on the assistant's tokens.
+    """Midtraining: packed conversations, loss on all tokens. Finetuning: whole conversations, loss on assistant tokens.
 
-    Training ends after --num_iterations steps, else with the data; the learning rate follows the progress.
+    Training ends after --num_iterations steps if given, else with the data; the learning rate follows the progress.
     """
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
     if isinstance(cfg, config.Mid):
@@ -123,8 +123,9 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
-    """Records with the checkpoints which text is read, and returns the source with the files that the run began with:
-    their number decides their order in later epochs. UserError if the run resumes from a checkpoint of other text."""
+    """Records in the checkpoints which text is read, and returns the source with only the files that the run began
+    with, since their number decides their order in later epochs. UserError if the run resumes from a checkpoint that
+    was trained on different text."""
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     count = len(source.train_files)
     if run.data is not None:
@@ -143,8 +144,9 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
 
 
 def pin_tasks(run: Run, task: tasks.Mixture) -> None:
-    """Records with the checkpoints which conversations are trained on: names and numbers of rows in their order, which
-    decides the shuffle, and a hash of a sample of them. UserError if the run resumes from a checkpoint of others."""
+    """Records in the checkpoints which conversations are trained on: the tasks' names and numbers of rows, in the order
+    that decides the shuffle, and a hash of a sample of the conversations. UserError if the run resumes from a
+    checkpoint that was trained on different ones."""
     conversations = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
     if run.data is not None:
         saved = checkpoint.read_meta(run.dir, run.step).get("tasks", conversations)
@@ -164,7 +166,7 @@ def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cac
     """
     files = source.train_files
     available = dataloader.epoch_tokens(files, tokenizer, cache_dir)
-    if none_here := math.isnan(available):  # the validation shard is here, and about as large
+    if none_here := math.isnan(available):  # estimated from the validation shard, which is here and about as large
         available = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, available)
     shards = min(len(files), math.ceil(epochs * len(files)))
@@ -179,7 +181,7 @@ def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cac
 
 def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
     """The number of steps of `tokens` tokens each: --num_iterations if given, else from --target_flops if given, else
-    from --target_param_data_ratio. UserError if there is not one step."""
+    from --target_param_data_ratio. UserError if that is not even one step."""
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations
     elif cfg.target_flops > 0:

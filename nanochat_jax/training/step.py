@@ -39,7 +39,7 @@ def make_step(
     layout: Layout | None = None,
     execution: gpt.Execution = gpt.PLAIN,
 ) -> jax.stages.Wrapped:
-    """The jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics), which donates its state.
+    """Makes the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics), which donates its state.
 
     batch: inputs and targets int32 [accum, rows, t] (targets -1: not counted), e.g. [2, 256, 2048] for two gradient
     accumulation steps of 32 rows on each of 8 devices; optionally weights float32 of the same shape, one for each
@@ -52,7 +52,7 @@ def make_step(
     reduce-scatter per step follows. With --shard=full, the gradients are reduced in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
-    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if replicas keep gradients apart
+    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if each replica sums its gradients
     if layout:
         execution = dataclasses.replace(execution, gather=layout.gather)
 
@@ -95,8 +95,9 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
         if grad_clip > 0:
-            # Over the global gradient; the specification clips each rank's own, which depends on the number of ranks.
-            # Off by default: the norm does not exceed 1 in these runs, and clipping costs about 2% of the speed.
+            # Clips the global gradient; the specification clips each rank's own gradient, so its result depends on the
+            # number of ranks. Off by default: the norm does not exceed 1 in these runs, and clipping costs about 2% of
+            # the speed.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         if layout:
@@ -110,10 +111,10 @@ def make_step(
 
 
 def execution(cfg: Train) -> gpt.Execution:
-    """How --scan_layers, --remat and --shard have the blocks computed."""
+    """How the blocks are computed, as --scan_layers, --remat and --shard ask for."""
     policies = jax.checkpoint_policies
     known = {"none": None, "matmuls": policies.save_only_these_names(gpt.MATMUL), "full": policies.nothing_saveable}
     policy = known[cfg.remat]
-    if policy is None and cfg.shard == "full":  # do not keep gathered weights: the backward pass gathers them again
+    if policy is None and cfg.shard == "full":  # keep no gathered weights: the backward pass all-gathers them again
         policy = policies.save_anything_except_these_names(sharding.GATHERED)
     return gpt.Execution(cfg.scan_layers, policy)

@@ -1,6 +1,6 @@
-"""What is evaluated while training: validation loss, CORE, samples, tasks.
+"""The evaluations during training: validation loss, CORE, samples, tasks.
 
-RunControl decides when; what `evaluations_of` returns says how often. Results go to the run's log.
+`evaluations_of` sets how often each one runs, and RunControl runs those that are due. Results go to the run's log.
 """
 
 import functools
@@ -31,7 +31,7 @@ FEWER_EVALUATIONS = "turn off evaluations, with -1 for --core_metric_every, --sa
 
 
 def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | config.Sft) -> list[Evaluation]:
-    """Validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
+    """Sets up the evaluations: validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
 
     def evaluation(evaluate: Callable, every: int, **when: bool) -> Evaluation:
         return Evaluation(functools.partial(_evaluate, evaluate, run, stage), every, **when)
@@ -53,7 +53,7 @@ def _evaluate(evaluate: Callable[[Run, Stage, int], None], run: Run, stage: Stag
 
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
-    """The tasks of --eval_metrics_tasks. They are loaded before the first step, so that problems show up then."""
+    """Loads the tasks of --eval_metrics_tasks. This is done before the first step, so that errors show up then."""
     loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
     for task in loaded:
         if task.eval_type is None:
@@ -62,7 +62,7 @@ def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
 
 
 def validate(run: Run, stage: Stage, step: int) -> None:
-    """Bits per byte on the held-out data."""
+    """Logs bits per byte on the held-out data."""
     from nanochat_jax.evals.bpb import bits_per_byte
 
     batches = stage.validation()
@@ -73,7 +73,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
 
 
 def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
-    """CORE on up to --core_metric_max_per_task examples per task; skipped, with a line, if its data are not here."""
+    """Logs CORE on up to --core_metric_max_per_task examples per task; skips it with a line if data is missing."""
     from nanochat_jax.evals import core
 
     try:
@@ -87,7 +87,7 @@ def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
 
 
 def sample(run: Run, stage: Stage, step: int) -> None:
-    """Greedy continuations of seven prompts."""
+    """Logs greedy continuations of seven prompts."""
     for prompt, text in complete(run.state.params, run.model_cfg, run.tokenizer, run.dtype):
         run.log("sample", step, task=prompt, text=text)
         print(f"  {prompt}{text!r}")
@@ -111,7 +111,7 @@ def complete(
 
 
 def task_metrics(run: Run, stage: Stage, step: int, loaded: list[tasks.Task], max_problems: int) -> None:
-    """The scores of the tasks, on up to `max_problems` problems each."""
+    """Logs the scores of the tasks, on up to `max_problems` problems each."""
     from nanochat_jax.evals import chat
 
     for task in loaded:

@@ -179,7 +179,7 @@ def test_attention_in_blocks_equals_jax(t, window):
 
 
 def test_more_tokens_than_the_context_are_refused(params):
-    with pytest.raises(UserError, match="a row has 33 tokens, the context only 32"):
+    with pytest.raises(UserError, match="a row has 33 tokens, but the context holds only 32"):
         gpt.hidden(params, CFG, jnp.zeros((1, 33), jnp.int32))
 
 

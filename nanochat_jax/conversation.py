@@ -1,6 +1,6 @@
 """Turns conversations into prompts that fit the context, and generated token ids back into readable parts.
 
-Both the terminal and the server use it, so that the same conversation is the same prompt in both.
+The terminal and the server share this code, so that a conversation gives the same prompt in both.
 """
 
 from bisect import bisect_left
@@ -31,7 +31,7 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
     if that is less. `messages` alternate user, assistant, ..., after an optional system message, which is never
     dropped. UserError if they do not alternate, or if the last one is too long by itself.
     """
-    # A quarter: the longest correct answers of the cpu preset take 53 of its 256 tokens.
+    # A quarter: the longest correct answers of the cpu preset take 53 of its 256 tokens of context.
     room = context - min(max_tokens, context // 4)
     turns = messages[messages[0]["role"] == "system" :]
     system = messages[: len(messages) - len(turns)]
@@ -58,11 +58,11 @@ def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:
 
 
 class PartReader:
-    """Reads an answer while it is generated: ("text", piece), ("python", expression), ("python_output", result).
+    """Splits an answer into parts as it comes: ("text", piece), ("python", expression), ("python_output", result).
 
-    Text comes in pieces of whole characters, an expression or a result all at once. The kinds are those of the parts of
-    an assistant message (tokenizer.PARTS), so that an answer can be sent back and rendered unchanged. Other special
-    tokens are dropped.
+    Text comes in pieces of whole characters; an expression or a result comes all at once. The kinds are those of the
+    parts of an assistant message (tokenizer.PARTS), so that an answer can be sent back and rendered unchanged. Other
+    special tokens are dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -2,7 +2,7 @@
 
 Our Rust crate learns the merges. tiktoken encodes single texts; whole batches of documents go through our own encoder,
 which gives the same ids. Ids: the 256 bytes, then the merges in the order learned, then the special tokens. Special
-tokens come only from names given by the program: text is always encoded as ordinary text.
+tokens are added only by the program, by name: text is always encoded as ordinary text.
 """
 
 import codecs
@@ -31,7 +31,8 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 
-# GPT-4's pattern, but with numbers in groups of at most two digits: three would use up much of a small vocabulary.
+# GPT-4's pattern, but with numbers in groups of at most two digits: with three, they would use up much of a small
+# vocabulary.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
@@ -42,8 +43,8 @@ LONG_TEXT = 1 << 16  # characters
 SHORTEST_PROMPT = 4  # tokens: <|bos|>, a user message without text, <|assistant_start|>
 NO_LIMIT = 1 << 30  # `max_tokens` of a conversation that must not be truncated
 
-# The parts of an assistant message: the special tokens before and after each, and whether it is supervised. The model
-# learns to call the calculator, not to predict its results.
+# The parts of an assistant message. For each type: the special tokens before and after it, and whether it is
+# supervised. The model learns to call the calculator, not to predict its results.
 PARTS: dict[str, tuple[str | None, str | None, int]] = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -54,8 +55,8 @@ PARTS: dict[str, tuple[str | None, str | None, int]] = {
 def rust_crate() -> ModuleType:
     """Imports our Rust crate. UserError if it is not built.
 
-    Without it, the import may still find something: the folder rustbpe, as an empty package, from the repository root;
-    PyPI's rustbpe; or an older build. None of them has encode_batch.
+    If it is not built, the import may find something else: in the repository root, the folder rustbpe as an empty
+    package; PyPI's rustbpe; or an older build. None of these has encode_batch.
     """
     try:
         import rustbpe
@@ -84,7 +85,8 @@ class Tokenizer:
     def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None) -> "Tokenizer":
         """Learns a vocabulary of `vocab_size` tokens, special tokens included; fewer if the texts run out of pairs.
 
-        `progress(merges_done, merges_wanted)` is called now and then. UserError: no text, or too small a vocabulary.
+        `progress(merges_done, merges_wanted)` is called now and then. UserError if there is no text or the
+        vocabulary is too small.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
@@ -93,7 +95,7 @@ class Tokenizer:
         try:
             core.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
         except UserError:
-            raise  # from the iterator `texts`
+            raise  # raised by the iterator `texts`
         except ValueError as error:
             raise UserError(f"cannot train a tokenizer: {error}") from error
         return Tokenizer(core)
@@ -122,7 +124,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of the saved tokenizer.json: the same if and only if the tokenizers are."""
+        """SHA-256 (hex) of the saved tokenizer.json: equal if and only if two tokenizers are equal."""
         return tokenizer_file.sha256(self._json)
 
     @functools.cached_property
@@ -141,7 +143,7 @@ class Tokenizer:
         return self._special[name]
 
     def _token_id(self, token: int | str) -> int:
-        """An id, unchanged, or that of a special token's name: "<|bos|>" -> 65527."""
+        """The id of a token given by its id or, if it is special, by name: "<|bos|>" -> 65527."""
         return self.special(token) if isinstance(token, str) else self._check_ids([token])[0]
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
@@ -194,7 +196,7 @@ class Tokenizer:
     __call__ = encode
 
     def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts at once, for data pipelines: those of `encode`, but from our own encoder on all cores.
+        """Ids of many texts at once, for data pipelines: the same as `encode` gives, but from our encoder on all cores.
 
         Returns tokens, uint16[n] (uint32[n] if the vocabulary needs it), and offsets, int64[len(texts) + 1]: the tokens
         of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` is an id or the name of a special token. TypeError
@@ -214,7 +216,7 @@ class Tokenizer:
         return tokens, offsets
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of one text, by tiktoken if it is short."""
+        """Ids of one text, from tiktoken if the text is short, otherwise from our own encoder."""
         if len(text) <= LONG_TEXT:
             return self._encoding.encode_ordinary(text)
         try:
@@ -223,8 +225,8 @@ class Tokenizer:
             return self._core.encode(_without_surrogates(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids. Bytes that are not UTF-8 become U+FFFD, special tokens their names. ValueError for an id outside
-        the vocabulary."""
+        """Text of ids. Bytes that are not UTF-8 become U+FFFD, and special tokens appear by name. ValueError for an id
+        outside the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -243,8 +245,8 @@ class Tokenizer:
     def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
         """A conversation as ids and their mask (1: supervised), both truncated on the right to `max_tokens`.
 
-        The assistant is to learn its text, its calculator calls and <|assistant_end|>; not <|assistant_start|>, nor the
-        calculator's results. UserError for messages in the wrong order or of the wrong form.
+        The model learns the assistant's text, its calculator calls and <|assistant_end|>, but not <|assistant_start|>
+        or the calculator's results. UserError for messages in the wrong order or of the wrong form.
 
         >>> tokenizer = Tokenizer.train(["a short text"], vocab_size=265)
         >>> question, answer = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
@@ -274,8 +276,8 @@ class Tokenizer:
     def render_for_completion(self, conversation: dict, max_tokens: int = 2048) -> list[int]:
         """Ids of a prompt for the assistant's next message; a final message of the assistant is left out.
 
-        A conversation that is too long loses its oldest turns, but not the system message; a last message that is too
-        long by itself loses its beginning. The specification truncates the end instead, and with it the question and
+        A conversation that is too long loses its oldest turns, but not the system message; if its last message alone is
+        too long, that loses its beginning. The specification truncates the end instead, which loses the question and
         <|user_end|>. UserError for messages in the wrong order or of the wrong form.
         """
         if max_tokens < SHORTEST_PROMPT:
@@ -296,7 +298,7 @@ class Tokenizer:
         return ids if len(ids) <= max_tokens else ids[:2] + ids[len(ids) - max_tokens + 2 :]
 
     def _render_message(self, message: dict, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Ids and mask of one checked message. `system` is put before the text of a user message, with a blank line."""
+        """Ids and mask of one checked message. `system` goes before the text of a user message, then a blank line."""
         ids, mask = [], []
 
         def add(new: list[int], supervised: int) -> None:
@@ -317,7 +319,7 @@ class Tokenizer:
         return ids, mask
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
-        """The tokens for a terminal, separated by bars: supervised ones green, others red, and ids grey."""
+        """The tokens in color, for a terminal, separated by bars: supervised tokens green, others red, and ids grey."""
         shown = []
         for i, supervised in zip(ids, mask, strict=True):
             color = "\033[92m" if supervised else "\033[91m"
@@ -326,7 +328,7 @@ class Tokenizer:
 
 
 def _without_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot hold, by U+FFFD, and joins two halves of a character, as tiktoken
+    """Replaces lone surrogates, which UTF-8 cannot encode, with U+FFFD, and joins surrogate pairs, as tiktoken
     does: "\\ud83d\\ude00 \\ud83d" -> "😀 \\ufffd"."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -343,7 +345,7 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD. The decoder is then ready for another text."""
+        """U+FFFD for the bytes held back, or "". The decoder is then ready for another text."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -368,7 +370,7 @@ def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
         if not isinstance(system, str):
             raise UserError(f"messages[0]: content of a system message must be a str, got {type(system).__name__}")
         if len(messages) == 1:
-            raise UserError("messages[0]: nothing follows the system message; a message of role user must")
+            raise UserError("messages[0]: nothing follows the system message; add a message of role user")
     offset = 0 if system is None else 1
     for i, message in enumerate(messages[offset:], offset):
         expected = "user" if (i - offset) % 2 == 0 else "assistant"

@@ -33,13 +33,13 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
     """The text of tokenizer.json and the (token bytes, id) pairs in it.
 
-    UserError says which of the two files is missing, damaged or from another program, and why. Another split pattern or
-    other special tokens are refused too.
+    UserError says which of the two files is missing, damaged or from another program, and why. A different split
+    pattern or different special tokens are refused too.
     """
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
         if not path.exists():
-            fix = "train a tokenizer with python -m scripts.tok_train, and the --config of this command if it has one"
+            fix = "train a tokenizer with python -m scripts.tok_train, with the --config of this command, if any"
             raise UserError(f"{path} does not exist: {fix}")
     about = _parse(_read(ours), ours)
     if about.get("format") != FORMAT:
@@ -49,7 +49,7 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
     data = _read(theirs)
     if about.get("sha256") != hashlib.sha256(data).hexdigest():
         raise UserError(
-            f"{theirs}: its SHA-256 is not the one in {ours.name}; it was changed or damaged: "
+            f"{theirs}: its SHA-256 is not the one in {ours.name}; the file was changed or damaged: "
             "run tok_train again with the same settings"
         )
 
@@ -114,7 +114,7 @@ def difference(actual: str, expected: str) -> str:
 
 
 def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
-    """The (token bytes, id) pairs of a parsed tokenizer.json, with every id from 0 on exactly once, and its special
+    """The (token bytes, id) pairs of a parsed tokenizer.json, each id from 0 up exactly once, and its special
     tokens: [(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}."""
     model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
@@ -127,7 +127,7 @@ def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[byt
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a byte-level BPE with a split pattern ({error!r})") from error
     if its_pattern != pattern:
-        raise UserError(f"{path}: text is split by {its_pattern!r}, in this program by {pattern!r}")
+        raise UserError(f"{path}: the split pattern is {its_pattern!r}, expected {pattern!r}")
 
     byte_of = {c: b for b, c in _alphabet().items()}
     ranks = []
@@ -135,7 +135,7 @@ def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[byt
         if type(rank) is not int:
             raise UserError(f"{path}: the id of token {name!r} is {rank!r}, expected a whole number")
         if not set(name) <= byte_of.keys():
-            raise UserError(f"{path}: token {name!r} is not written in the alphabet of bytes")
+            raise UserError(f"{path}: token {name!r} has characters outside the byte alphabet")
         ranks.append((bytes(byte_of[c] for c in name), rank))
     missing = set(range(len(ranks))) - {rank for _, rank in ranks}
     if missing:
@@ -145,7 +145,7 @@ def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[byt
 
 @functools.cache
 def _alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte: the byte itself if it is visible, otherwise one from U+0100 on.
+    """GPT-2's printable character for each byte: the byte itself if it is visible, otherwise one from U+0100 up.
     ord("a") -> "a", ord(" ") -> "Ġ"."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in visible)

@@ -3,7 +3,7 @@
 python -m scripts.chat_cli                        a conversation: /help lists the commands, Ctrl-C stops an answer
 python -m scripts.chat_cli -p "Why is it blue?"   one answer
 python -m scripts.chat_cli -i mid -t 0            the mid model, greedily
-python -m scripts.chat_cli < questions.txt        one answer per line; anything else goes to stderr
+python -m scripts.chat_cli < questions.txt        one answer per line; everything else goes to stderr
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # it imports JAX, and --help should be immediate
+if TYPE_CHECKING:  # it imports JAX, which would slow down --help
     from nanochat_jax.engine.engine import Engine
 
 Number = TypeVar("Number", int, float)
 
-CHUNK = 8  # tokens decoded per step: few, so that text appears evenly
-HISTORY = 1000  # typed lines that are remembered from one conversation to the next
+CHUNK = 8  # tokens decoded per step: few, so that text appears smoothly
+HISTORY = 1000  # typed lines remembered from one conversation to the next
 QUIT = ("quit", "exit", "/quit", "/exit")
-# Characters of a model's text that could move the cursor or recolour the terminal are removed.
+# Characters removed from the model's text, since they could move the cursor or recolour the terminal.
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -79,7 +79,7 @@ class Chat:
     def answer(
         self, text: str, stop: threading.Event | None = None
     ) -> tuple[int, Generator[tuple[str, str], None, None]]:
-        """Starts to answer `text`. Returns the number of old messages that were dropped to make room, and the parts of
+        """Starts answering `text`. Returns the number of old messages that were dropped to make room, and the parts of
         the answer (see PartReader) as they are generated, until it ends or `stop` is set.
 
         Text and answer become part of the conversation when the iterator ends or is closed. UserError if the text is
@@ -133,7 +133,7 @@ def converse(chat: Chat) -> None:
     """Reads messages and prints answers until quit, the end of the input, or Ctrl-C twice at the prompt."""
     typed = interactive()
     if typed:
-        print("Talk to the model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        print("Talk to the model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits.")
     interrupted = False
     while True:
         try:
@@ -143,7 +143,7 @@ def converse(chat: Chat) -> None:
                 print(end="\n" if typed else "")
                 return
             interrupted = True
-            note("\n[nothing was sent; press Ctrl-C again to end]")
+            note("\n[nothing was sent; press Ctrl-C again to quit]")
             continue
         except EOFError:
             print(end="\n" if typed else "")
@@ -183,7 +183,7 @@ def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
 def stoppable() -> Generator[threading.Event, None, None]:
     """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts the program.
 
-    An exception in the middle of a step would leave the engine without its cache, so an answer ends between two steps.
+    An exception in the middle of a step would leave the engine without its cache, so an answer stops between two steps.
     """
     stop = threading.Event()
 
@@ -205,7 +205,7 @@ def stoppable() -> Generator[threading.Event, None, None]:
 def run_command(chat: Chat, text: str) -> bool:
     """Runs `text` if it is a command; False if it is a message to the model. UserError if the command fails.
 
-    In a file of questions, a line may begin with a slash by chance; only at a terminal is an unknown command an error.
+    An unknown command is an error only at a terminal: in a file of questions, a line may begin with a slash by chance.
     """
     name, _, value = text.partition(" ")
     name, value = name.lower(), value.strip()
@@ -238,7 +238,7 @@ def set_top_k(chat: Chat, value: str) -> None:
 
 
 def number(kind: type[Number], command: str, value: str, example: Number) -> Number:
-    """`value` as a number of type `kind`. UserError, with an example, if it is none."""
+    """`value` as a number of type `kind`. UserError, with an example, if it is not one."""
     try:
         return kind(value)
     except ValueError:
@@ -252,7 +252,7 @@ def set_system(chat: Chat, value: str) -> None:
 
 
 def save(chat: Chat, value: str) -> None:
-    """Appends the conversation to the file `value`: one line, a JSON array of messages."""
+    """Appends the conversation to the file `value` as one line, a JSON array of messages."""
     if not value:
         raise config.UserError("/save: name a file, like /save chat.jsonl")
     if not chat.messages:
@@ -268,9 +268,9 @@ def save(chat: Chat, value: str) -> None:
 
 
 def plain_text(message: dict) -> dict:
-    """Joins the parts of a message that is text alone, since training files have strings as content.
+    """Joins the parts of a message that has only text, since training files have strings as content.
 
-    {"content": [{"type": "text", "text": "4"}]} -> {"content": "4"}; a message with a calculator's call stays as it is.
+    {"content": [{"type": "text", "text": "4"}]} -> {"content": "4"}; a message with a calculator call stays as it is.
     """
     content = message["content"]
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
@@ -280,7 +280,7 @@ def plain_text(message: dict) -> dict:
 
 def show_help(chat: Chat, value: str) -> None:
     lines = [(command.usage, command.help) for command in COMMANDS.values()]
-    lines.append(("/quit", "end; so does Ctrl-D"))
+    lines.append(("/quit", "quit; so does Ctrl-D"))
     width = max(len(usage) for usage, _ in lines)
     print("\n".join(f"{usage:{width}}  {help}" for usage, help in lines))
 
@@ -289,7 +289,7 @@ def show_help(chat: Chat, value: str) -> None:
 class Command:
     usage: str
     help: str
-    run: Callable[[Chat, str], None]  # with the text behind the command's name
+    run: Callable[[Chat, str], None]  # gets the text after the command's name
 
 
 COMMANDS = {
@@ -298,7 +298,7 @@ COMMANDS = {
         "/temperature 0.8", "sampling temperature; 0: always the most likely token", set_temperature
     ),
     "/topk": Command("/topk 50", "sample from the 50 most likely tokens; 0: from all", set_top_k),
-    "/system": Command("/system You are brief.", "system prompt, before the conversation; off: none", set_system),
+    "/system": Command("/system You are brief.", "set the system prompt of the conversation; off: none", set_system),
     "/save": Command("/save FILE", "append the conversation to a JSON Lines file; the page can import it", save),
     "/help": Command("/help", "list the commands", show_help),
 }
@@ -345,7 +345,7 @@ class Display:
 
 
 def note(text: str) -> None:
-    """Prints something that is not part of an answer: in a pipe to stderr, so that stdout holds only the answers."""
+    """Prints something that is not part of an answer; in a pipe, to stderr, so that stdout holds only the answers."""
     if sys.stdout.isatty():
         print(dim(text, colored()), flush=True)
     else:
@@ -362,13 +362,13 @@ def colored() -> bool:
 
 
 def interactive() -> bool:
-    """Whether a person types and reads, rather than a program."""
+    """Whether a person, not a program, types the input and reads the output."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 @contextlib.contextmanager
 def line_editing() -> Generator[None, None, None]:
-    """Within it, input() edits lines, completes commands, and remembers typed lines across conversations."""
+    """Within the block, input() edits lines, completes commands, and remembers typed lines across conversations."""
     try:
         import readline
     except ImportError:

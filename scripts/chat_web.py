@@ -1,7 +1,7 @@
 """Talk to the model in the browser: python -m scripts.chat_web, then open the address it prints.
 
 The page streams from POST /chat/completions of the same server, and programs use OpenAI's API under /v1; all clients of
-a server share its --slots. After SIGTERM the server first finishes running answers, after Ctrl-C only for a moment.
+a server share its --slots. After SIGTERM, running answers get time to finish; after Ctrl-C, only a moment.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # at run time these would make --help slow, and need the extra `serve`
+if TYPE_CHECKING:  # at run time, these would slow down --help and require the extra `serve`
     import uvicorn
 
     from nanochat_jax.serve.pool import Pool
 
-CHUNK = 8  # tokens decoded per step: few, so that text appears evenly and a client that leaves frees its slot soon
-DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds that running answers get after a signal
-UNREAD_SECONDS = 60  # after which the connection of a client that has stopped reading is closed
+CHUNK = 8  # tokens decoded per step: few, so that text appears smoothly and a client that leaves frees its slot soon
+DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds to finish running answers after a signal
+UNREAD_SECONDS = 60  # then the connection of a client that has stopped reading is closed
 
 
 def main(cfg: config.ChatWeb) -> None:
@@ -63,7 +63,7 @@ def main(cfg: config.ChatWeb) -> None:
             )
             for device in chosen
         ]
-        model = dataclasses.replace(model, params={})  # frees the weights as they were loaded
+        model = dataclasses.replace(model, params={})  # frees the original copy of the weights
 
         # Compile what a short prompt needs; the server compiles the rest while it is idle.
         warmups = [engine.warmup(cfg.temperature, cfg.top_k) for engine in engines]
@@ -75,7 +75,7 @@ def main(cfg: config.ChatWeb) -> None:
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
             print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
-        # Warnings only, and so no access log: who asks is private.
+        # Warnings only, so there is no access log: who uses the server is private.
         serve(uvicorn.Config(app, log_level="warning"), app.state.pool, listener)
 
 
@@ -98,9 +98,9 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
 
 
 def leave(sig: int, frame: FrameType | None) -> None:
-    """Ends the program. A SIGTERM is not a failure: exit code 0.
+    """Ends the program. A SIGTERM is not a failure, so its exit code is 0.
 
-    sys.exit would not do: Python's shutdown takes longer than all the rest, and aborts if an engine's thread is
+    sys.exit would not do: Python's own shutdown takes longer than everything else, and aborts if an engine's thread is
     compiling.
     """
     if sig == signal.SIGINT:

@@ -2,7 +2,7 @@
 
     python -m scripts.tok_eval
 
-tiktoken loads the vocabularies of GPT-2 and GPT-4 from its cache or the network; one that is unavailable is skipped.
+tiktoken loads the vocabularies of GPT-2 and GPT-4 from its cache or the network; one that does not load is skipped.
 Adds a record per kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
 """
 
@@ -114,7 +114,7 @@ def main(cfg: config.TokEval) -> None:
     for label, name in PEERS.items():
         peer = _load_peer(name)
         if peer is None:
-            print(f"{label}: skipped, tiktoken has {name} neither in its cache nor from the network")
+            print(f"{label}: skipped, tiktoken found {name} neither in its cache nor on the network")
         else:
             encoders[label] = (peer.n_vocab, peer.encode_ordinary, peer.decode)
     counts = {label: {} for label in encoders}
@@ -140,7 +140,7 @@ def _field(label: str) -> str:
 
 
 def _load_peer(name: str) -> "tiktoken.Encoding | None":
-    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. In a thread, since a download may hang."""
+    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. Uses a thread: a download may hang."""
     import tiktoken
 
     loaded = []
@@ -158,7 +158,7 @@ def _load_peer(name: str) -> "tiktoken.Encoding | None":
 
 
 def _print_table(texts: dict[str, str], counts: dict[str, dict[str, int]]) -> None:
-    """Prints bytes per token, and how many percent fewer (+) or more (-) tokens ours needs than each of the others."""
+    """Prints bytes per token, and how many percent fewer (+) or more (-) tokens ours needs than each peer."""
     peers = [label for label in counts if label != "ours"]
     head = f"{'text':<8}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
     print(head + "".join(f"{label:>9}{'ours vs':>10}" for label in peers))

@@ -3,7 +3,7 @@
     python -m scripts.tok_train --max_chars=2000000000
 
 Writes $NANOCHAT_BASE_DIR/tokenizer: tokenizer.json, nanochat.json, source.json (what it was trained on; later stages
-read the same text by default) and a record in log.jsonl. A second run of the same command finds the work done.
+read the same text by default) and a record in log.jsonl. Running the same command again finds the work done.
 """
 
 import json
@@ -46,7 +46,7 @@ def main(cfg: config.TokTrain) -> None:
             _swap(aside, folder)
             return
 
-    # Shards may still be downloading; the clock starts when they are here.
+    # Shards may still be downloading; the clock starts when they have arrived.
     try:
         for path in source.train_files:
             hub.wait_for_shard(path)
@@ -89,7 +89,7 @@ def main(cfg: config.TokTrain) -> None:
 
 
 def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
-    """Everything that determines the tokenizer. Without --data and --data_dir: data_dir of the last tokenizer."""
+    """Everything that determines the tokenizer. Without --data and --data_dir, the data_dir is the last tokenizer's."""
     from nanochat_jax.data import hub
 
     data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
@@ -132,14 +132,14 @@ def _swap(new: Path, folder: Path) -> None:
         aside = folder.with_name(f"tokenizer-{old_hash[:8]}")
         shutil.rmtree(aside, ignore_errors=True)  # the same tokenizer, moved aside earlier
         os.replace(folder, aside)
-        print(f"the previous tokenizer is now {aside}; models trained with it need it back")
+        print(f"the previous tokenizer is now in {aside}; models trained with it still need it")
     os.replace(new, folder)
 
 
 def _documents(
     source: "Source", max_chars: int, doc_cap: int, counts: dict[str, int], report: Callable[[int], None]
 ) -> Iterator[str]:
-    """Training documents, truncated to `doc_cap` characters, up to the first that exceeds `max_chars` in total.
+    """Training documents, truncated to `doc_cap` characters, up to the one with which the total exceeds `max_chars`.
 
     Adds to `counts`; calls `report(characters so far)` now and then.
     """
@@ -155,7 +155,7 @@ def _documents(
 
 
 def _expected_chars(cfg: config.TokTrain, source: "Source", shard_chars: int) -> int | None:
-    """An estimate for the progress bar; None for a single file, whose size says little."""
+    """Estimates the characters to read, for the progress bar; None for a single file, whose size says little."""
     files = len(source.train_files)
     return min(cfg.max_chars, files * shard_chars) if files > 1 else None
 
@@ -182,11 +182,11 @@ class Meter:
         self.phase.__exit__(*error)
 
     def chars(self, done: int) -> None:
-        """`done` characters are read."""
+        """Reports that `done` characters have been read."""
         self.phase.reach(done, f"{done / 1e6 / max(self.phase.seconds, 1e-9):.1f}M/s")
 
     def merges(self, done: int, total: int) -> None:
-        """`done` of `total` merges are learned; the first call ends the phase of reading."""
+        """Reports that `done` of `total` merges have been learned; the first call ends the reading phase."""
         if not self.merging:
             self.merging = True
             self.phase.__exit__()

@@ -1,8 +1,8 @@
 """Makes batches for training and validation. In: parquet files or conversations, and a tokenizer. Out: inputs, targets.
 
-As Grain pipelines: documents -> tokens -> packed rows -> batches. Everything is deterministic for a seed and has an
-exact state. The order of examples depends only on the number of rows in the global batch: each process packs the whole
-batch and keeps its own contiguous rows, so that one state serves all processes and any number of them may resume from
+Built on Grain: documents -> tokens -> packed rows -> batches. Given a seed, everything is deterministic, and the state
+is exact. The order of examples depends only on the number of rows in the global batch: each process packs the whole
+batch and keeps its own contiguous rows, so one state serves all processes, and any number of processes can resume from
 it. Reading, tokenizing and packing run ahead in a thread.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
-CHARS_AT_ONCE = 2_000_000  # but no more than this: documents waiting to be packed are part of the state
+CHARS_AT_ONCE = 2_000_000  # fewer documents if they are long: those waiting to be packed are part of the state
 RENDER_AT_ONCE = 16  # conversations
 PREFETCH = 4  # batches
 Cursor = dict[str, Any]
@@ -32,7 +32,7 @@ Batch = dict[str, np.ndarray]
 
 
 class ChatTask(Protocol):
-    """What a loader needs of a task: its conversations by index."""
+    """What a loader needs from a task: its conversations by index."""
 
     def __len__(self) -> int: ...
 
@@ -40,17 +40,18 @@ class ChatTask(Protocol):
 
 
 class Loader:
-    """Iterator over batches {inputs: int32[b, T], targets: int32[b, T]}, the b rows of this process; target -1 is not
-    counted in the loss.
+    """Iterator over batches {inputs: int32[b, T], targets: int32[b, T]}. The b rows are this process's share of the
+    global batch; the loss ignores targets of -1.
 
-    `info` describes the last batch: epoch, progress (epochs completed, as a fraction), waste, and where it was read.
-    `state()` is JSON-able and belongs to the batch returned last, whatever the thread has prepared since.
+    `info` describes the last batch: epoch, progress (epochs completed, 1.5 after one and a half), waste (see packing),
+    and how far reading had got. `state()` is JSON-serializable and belongs to the batch returned last, no matter what
+    the thread has prepared since.
     """
 
     def __init__(self, batches: "Batches"):
         self.info: dict[str, Any] = {}
-        # A list, so that `_close` can empty it at exit or when the loader is dropped. Close explicitly; otherwise Grain
-        # reports errors during interpreter shutdown.
+        # A list, so that `_close` can empty it at exit or when the loader is garbage-collected. Grain reports errors
+        # during interpreter shutdown unless its iterators are closed explicitly.
         self._iterators = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))]
         self._finalizer = weakref.finalize(self, _close, self._iterators, batches.stop)
 
@@ -67,11 +68,11 @@ class Loader:
         return self._iterator.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after the batch that `state` belongs to. UserError if its rows are of another packing or width."""
+        """Continues after the batch that `state` belongs to. UserError if its packing method or row width differs."""
         self._iterator.set_state(state)
 
     def close(self) -> None:
-        """Ends the thread; may be called twice."""
+        """Stops the thread; may be called twice."""
         self._finalizer()
 
     @property
@@ -99,10 +100,10 @@ def base_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Pretraining batches from parquet files: `rows` rows in the global batch, of which this process gets its share.
+    """Pretraining batches from parquet files: this process gets its share of the `rows` rows in the global batch.
 
-    Ends after `epochs` passes (None: never); the last batch is filled up with empty rows, which have no targets. Files
-    with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again; the batches are the same.
+    Ends after `epochs` passes (None: never); the last batch is padded with empty rows, which have no targets. Files
+    with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again, which does not change the batches.
     """
     documents = Documents(files, tokenizer, seed, epochs, cache_dir)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
@@ -120,9 +121,10 @@ def val_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Validation batches: the first `num_tokens` tokens of the files, in whole rows, at least one (None: all).
+    """Validation batches: the first `num_tokens` tokens of the files (None: all), as whole rows, at least one.
 
-    What is in the rows does not depend on `rows`, their number in a batch. The last batch is filled up with empty rows.
+    What the rows contain does not depend on `rows`, the number of rows in a batch. The last batch is padded with empty
+    rows.
     """
     documents = Documents(files, tokenizer, None, 1, cache_dir)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
@@ -146,9 +148,9 @@ def chat_loader(
     """Batches of conversations, reshuffled in each epoch. UserError if the task has none.
 
     supervise="all" (midtraining): split packing, loss on every token. "mask" (finetuning): whole conversations,
-    truncated only if longer than a row, loss on the assistant's tokens; a conversation without any is skipped. `info`
-    counts the `truncated` and `skipped` ones. `max_rows` ends the batches early. Every batch has `padding` empty rows
-    after its `rows`, for devices among which the rows alone cannot be divided evenly.
+    truncated only if longer than a row, loss on the assistant's tokens only; a conversation without such tokens is
+    skipped. `info` counts the conversations `truncated` and `skipped`. `max_rows` ends the batches early. Every batch
+    has `padding` empty rows after its `rows`, for when `rows` cannot be divided evenly among the devices.
     """
     assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
     conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
@@ -171,10 +173,11 @@ def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> floa
 def epoch_tokens(
     files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path | None = None, sample: int = 256
 ) -> float:
-    """Estimates how many tokens the files hold, with a BOS per document.
+    """Estimates how many tokens the files hold, including a BOS per document.
 
-    From the first eight files: the mean of those with cached tokens, or else the bytes of those that have arrived times
-    the tokens per byte in the first `sample` documents. NaN if none has arrived.
+    Extrapolates from the first eight files: from the mean token count of those with cached tokens, if any; otherwise
+    from the mean size of the first eight that have arrived, times the tokens per byte in the first `sample` documents.
+    NaN if none has arrived.
     """
     counts = []
     for path in files[:8]:
@@ -202,8 +205,8 @@ def epoch_tokens(
 class Documents:
     """Tokenized documents of parquet files.
 
-    In the first epoch files come in their own order, since later ones may still be arriving; in the following epochs
-    they are shuffled. The row groups of a file are always shuffled. seed None: nothing is.
+    The first epoch reads the files in order, since later ones may still be downloading; later epochs shuffle them. The
+    row groups within a file are always shuffled. With seed=None, nothing is shuffled.
     """
 
     start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0, "skipped": 0}
@@ -221,15 +224,15 @@ class Documents:
         self.cache_dir = cache_dir
         self.bos = tokenizer.bos
         self.stop = threading.Event()
-        # The open file, and its row group that documents are taken from.
+        # The open file, and the row group that has been loaded from it.
         self._path: Path | None = None
         self._file: pq.ParquetFile | token_cache.TokenCache | None = None
         self._group: int | None = None
         self._docs: list = []  # str, or tokens int[n] without BOS
-        self._chars: Sequence[int] | np.ndarray = []  # of each document
+        self._chars: Sequence[int] | np.ndarray = []  # number of characters of each document
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
-        """The documents at a cursor and the next cursor; None at the end. Tokenizes a row group in several steps."""
+        """The documents at a cursor and the next cursor; None at the end. A row group takes several calls."""
         epoch, file, row_group, begin = (cursor[k] for k in ("epoch", "file", "row_group", "document"))
         if epoch == self.epochs:
             return None
@@ -252,7 +255,7 @@ class Documents:
         return usable, following | {"skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Where a cursor stands: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}."""
+        """The position of a cursor: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}."""
         epoch, file = cursor["epoch"], cursor["file"]
         done = epoch == self.epochs
         num_groups = 1 if done else self._open(self._nth_file(epoch, file)) if cursor["row_group"] else 1
@@ -269,11 +272,11 @@ class Documents:
         return self.files[self._nth(epoch, i)]
 
     def _shuffled(self, n: int, epoch: int, stream: int) -> np.ndarray:
-        """0 to n - 1 in the random order of an epoch. Stream 0 orders the files, 1 + file its row groups."""
+        """0 to n - 1 in the random order of an epoch. Stream 0 orders the files, 1 + i the i-th file's row groups."""
         return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, stream]).permutation(n)
 
     def _open(self, path: Path) -> int:
-        """Opens a file, waiting for it if it is still arriving. Returns the number of its row groups."""
+        """Opens a file, waiting for it if it is still downloading. Returns its number of row groups."""
         if self._file is None or path != self._path:
             file = token_cache.find(path, self.cache_dir)
             if file is None:
@@ -297,7 +300,7 @@ class Documents:
         self._group = index
 
     def _tokenize(self, docs: list) -> list[np.ndarray]:
-        """["Hi"] (or its tokens without BOS) -> [int32[bos, 72, 105]]."""
+        """Token ids of documents, given as text or as cached tokens without BOS: ["Hi"] -> [int32[bos, 72, 105]]."""
         if isinstance(self._file, token_cache.TokenCache):
             return [packing.document(np.concatenate([[self.bos], ids])) for ids in docs]
         tokens, offsets = self.tokenizer.encode_batch(docs, prepend=self.bos)
@@ -305,8 +308,8 @@ class Documents:
 
 
 class Conversations:
-    """Rendered conversations of a task, reshuffled in every epoch. With `max_tokens` they are truncated to it and carry
-    their mask; with None they are complete and every token is a target."""
+    """Rendered conversations of a task, reshuffled in every epoch. They are truncated to `max_tokens` and carry their
+    mask; if `max_tokens` is None, they are complete and every token is a target."""
 
     start: ClassVar[Cursor] = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
 
@@ -344,8 +347,8 @@ class Conversations:
         return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Where a cursor stands. The `waiting` conversations, read but not yet placed in a row, do not count as
-        progress: otherwise the learning rate of a small task would reach its end before training does."""
+        """The position of a cursor. The `waiting` conversations, read but not yet placed in a row, do not count as
+        progress; if they did, the learning rate schedule of a small task would end before training does."""
         consumed = cursor["epoch"] * len(self.task) + cursor["position"] - waiting
         counts = {k: cursor[k] for k in ("epoch", "truncated", "skipped")}
         return {**counts, "shard": None, "row_group": None, "progress": max(0, consumed) / len(self.task)}
@@ -398,7 +401,7 @@ class BatchIterator(grain.DatasetIterator):
             packing.Stream(batches.width, bos) if stream else packing.BestFit(batches.method, batches.width, bos)
         )
         self._cursor = dict(batches.documents.start)
-        self._rows = 0  # of the global batch, returned so far
+        self._rows = 0  # rows of global batches made so far
 
     def __next__(self) -> dict[str, Any]:
         rows = []

@@ -1,17 +1,17 @@
 """Downloads shards of pretraining text from the Hugging Face hub. In: a source's name. Out: parquet files, verified.
 
-Only text shards: the rows of tasks are downloaded by tasks/source.py. Shards are fetched in parallel, and a download
-that was interrupted is resumed.
+Only text shards: the rows of tasks are downloaded by tasks/source.py. Shards are downloaded in parallel, and an
+interrupted download is resumed.
 
-    <base>/data/<source>/shard_00000.parquet          complete and verified, or not there
+    <base>/data/<source>/shard_00000.parquet          complete and verified, or absent
     <base>/data/<source>/shard_00000.parquet.sha256   its SHA-256, in the format of `sha256sum -c`
-    <base>/data/<source>/shard_00000.parquet.*.part   its beginning, named after the version it belongs to
+    <base>/data/<source>/shard_00000.parquet.*.part   a partial download, named after the version of the shard
     <base>/data/<source>/manifest.json                how many shards were requested
 
-Addresses, tokens, mirrors and offline mode are huggingface_hub's: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. The transfer
-is ours: the library (2.4) discards a partial file when it is interrupted, compares sizes but not hashes, and takes 23 s
-to notice that a server does not answer. The expected hash is the hub's; if a mirror reports none, it is that of the
-first download.
+Addresses, tokens, mirrors and offline mode are left to huggingface_hub (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). The
+transfer is our own code: the library (2.4) discards a partial file when it is interrupted, compares sizes but not
+hashes, and takes 23 s to notice that a server does not answer. The expected hash is the one that the hub reports; if a
+mirror reports none, it is the hash of the first download.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ SOURCES = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
 }
-TRIES = 5  # in a row, none of which transferred a byte
-FEW_TRIES = 3  # if no server answers, or if it sends the wrong bytes
+TRIES = 5  # consecutive tries that do not transfer a byte
+FEW_TRIES = 3  # if no server answers, or if the bytes it sends are wrong
 PAUSE = 0.5  # seconds before the second try, doubled before each further one
-LONGEST_PAUSE = 300.0  # seconds; the hub limits the requests in five minutes
+LONGEST_PAUSE = 300.0  # seconds; the hub limits the number of requests per five minutes
 
 
 def shard_name(index: int) -> str:
@@ -55,10 +55,10 @@ def folder_of(source: str) -> Path:
 
 
 def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
-    """(training shards, validation shard) that `download` was asked for. UserError if nothing was downloaded.
+    """The training shards and the validation shard that `download` was asked for. UserError if nothing was downloaded.
 
-    Shards that have not arrived yet are included, so that the order never depends on what has. `num_files`: exactly
-    this many training shards, even if more or fewer were requested (-1: all that were).
+    Shards that have not arrived yet are included, so that the order never depends on which have. `num_files`: exactly
+    this many training shards, even if more or fewer were requested (-1: all that were requested).
     """
     folder, last = folder_of(source), shard_name(SOURCES[source][1])
     if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
@@ -69,7 +69,7 @@ def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     count = read_json(folder / "manifest.json").get("shards")
     if num_files > 0:
         train = [folder / shard_name(i) for i in range(num_files)]
-    elif count is None:  # copied here by hand
+    elif count is None:  # no manifest: the shards were copied here by hand
         train = [p for p in sorted(folder.glob("shard_*.parquet")) if p.name != last]
     else:
         train = [folder / shard_name(i) for i in range(count)]
@@ -82,8 +82,8 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
     """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. UserError
     if any shard is missing in the end.
 
-    Existing shards are kept and partial ones resumed. Shards that changed since they were verified are hashed again,
-    with `verify` all of them; damaged ones are fetched again.
+    Existing shards are kept and partial ones resumed. Shards that changed since they were verified are hashed again
+    (with `verify`, all shards are), and damaged ones are downloaded again.
     """
     if source not in SOURCES:
         raise UserError(f"--data={source}: unknown source, expected {' or '.join(SOURCES)}")
@@ -101,16 +101,16 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             for _ in pool.map(lambda name: _verify(job, name, verify), existing):
                 job.touch_lock()
                 progress.advance()
-        # The validation shard comes first and alone: it is always needed, and if the hub cannot be reached, this fails
-        # once and early.
+        # The validation shard comes first and alone: it is always needed, and if the hub cannot be reached, there is a
+        # single failure, early on.
         if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
-        # A smaller request takes nothing away.
+        # Requesting fewer shards than before removes none.
         requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
         if failures := _fetch_all(job, names, f"{source}, MB", workers):
             missing = sum(not (folder / name).exists() for name in names)
-            message = f"{missing} of {count} shards missing, the first because {failures[0]}"
+            message = f"{missing} of {count} shards missing; first failure: {failures[0]}"
             raise UserError(f"{message}; run it again to resume")
 
 
@@ -119,7 +119,7 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
 
 
 def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Blocks until a shard that is being downloaded has arrived, so that training can start on the first ones.
+    """Blocks until a shard that is being downloaded has arrived, so that training can start before all of them have.
 
     UserError if nothing has changed in its folder for `patience` seconds; InterruptedError once `stop` is set.
     """
@@ -134,8 +134,8 @@ def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: fl
 
 
 def _last_change(folder: Path) -> float:
-    """When a file in the folder was last modified, in seconds since the epoch. A download touches its lock even while
-    it only waits."""
+    """When a file in the folder was last modified, in seconds since the epoch. A download touches its lock file
+    even while it is only waiting."""
     times = [0.0]
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -164,7 +164,7 @@ class Job:
 
     @contextlib.contextmanager
     def threads(self, workers: int) -> Generator[ThreadPoolExecutor, None, None]:
-        """A thread pool for the block; its threads are stopped when the block ends, also by an exception."""
+        """A thread pool for a `with` block; its threads are stopped when the block ends, even by an exception."""
         pool = ThreadPoolExecutor(workers)
         try:
             yield pool
@@ -186,19 +186,19 @@ class BadContent(Exception):
 
 
 def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str]:
-    """Fetches the missing shards in parallel and returns one line per failure. Many failures stop it early."""
+    """Fetches the missing shards in parallel and returns one line per failure. Stops early after many failures."""
     missing = [name for name in names if not (job.folder / name).exists()]
     job.received, job.expected = dict.fromkeys(missing, 0), {}
     failures = []
     with job.threads(workers) as pool, Progress(label, None) as progress:
         pending = {pool.submit(_fetch, job, name) for name in missing}
-        while pending and len(failures) < 2 * workers:  # more: the cause is not a single shard
+        while pending and len(failures) < 2 * workers:  # with more, the cause is not a single shard
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             job.touch_lock()
             failures += [failure for future in done if (failure := future.result())]
             arrived = len(missing) - len(pending) - len(failures)
             sizes, received = list(job.expected.values()), sum(list(job.received.values()))
-            # Shards are all about the same size, so those not yet begun are assumed to be as large as the others.
+            # Shards are all about the same size, so those not yet started are assumed to be of average size.
             progress.total = int(sum(sizes) / max(1, len(sizes)) * (len(missing) - len(failures)) / 1e6) or None
             speed = received / 1e6 / max(progress.seconds, 1e-9)
             progress.reach(int(received / 1e6), f"{arrived}/{len(missing)} files, {speed:.1f} MB/s")
@@ -240,14 +240,14 @@ def _retry_limits(error: Exception) -> tuple[int, float]:
     if response is None:
         return FEW_TRIES, 0
     if response.status_code not in (408, 429) and response.status_code < 500:
-        return 1, 0  # it does not exist, or we may not read it
+        return 1, 0  # the file does not exist, or we may not read it
     limits = response.headers.get("Retry-After", ""), response.headers.get("RateLimit", "")
     seconds = re.fullmatch(r"(\d+)", limits[0]) or re.search(r"\bt=(\d+)", limits[1])
     return TRIES, min(float(seconds[1]), LONGEST_PAUSE) if seconds else 0
 
 
 def _transfer(job: Job, name: str) -> None:
-    """Tries once: asks for the shard's size and hash, completes its partial file, verifies and renames it."""
+    """Makes one attempt: asks for the shard's size and hash, completes its partial file, verifies and renames it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     # The endpoint is read here, because the library reads it only once, when it is imported.
@@ -263,7 +263,7 @@ def _transfer(job: Job, name: str) -> None:
         if other != part:
             other.unlink()
     _complete(job, name, url, part, about.size)
-    expected = digest or (f"{recorded} as the first time ({_hash_file(path).name})" if recorded else "")
+    expected = digest or (f"{recorded} as first recorded ({_hash_file(path).name})" if recorded else "")
     _accept(part, path, expected, about.size)
 
 
@@ -297,10 +297,10 @@ def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> No
 
 
 def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
-    """Renames a complete partial file to `path`, deletes a bad one. `expected` begins with the SHA-256, or is ""."""
+    """Renames a complete download to `path`, or deletes a bad one. `expected` begins with the SHA-256, or is ""."""
     length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:
-        raise ConnectionError(f"got {length:,} of {size:,} bytes")  # the rest may still come
+        raise ConnectionError(f"got {length:,} of {size:,} bytes")  # another try may bring the rest
     if size is not None and length > size:
         problem = f"got {length:,} bytes instead of {size:,}"
     elif expected and not expected.startswith(digest):
@@ -310,13 +310,13 @@ def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
     if problem:
         part.unlink()
         raise BadContent(problem)
-    write_text(_hash_file(path), f"{digest}  {path.name}\n")  # first, so that every shard has its hash
+    write_text(_hash_file(path), f"{digest}  {path.name}\n")  # before the shard, so that every shard has its hash
     os.replace(part, path)
 
 
 def _verify(job: Job, name: str, always: bool) -> None:
-    """Deletes a shard that is damaged, so that it is fetched again. Hashes it only if it is newer than its hash, or
-    `always`."""
+    """Deletes a shard if it is damaged, so that it is downloaded again. Hashes it only if it is newer than its recorded
+    hash, or if `always`."""
     path = job.folder / name
     recorded = _recorded_hash(path)
     if recorded and not always and path.stat().st_mtime <= _hash_file(path).stat().st_mtime:
@@ -358,7 +358,7 @@ def _recorded_hash(path: Path) -> str:
 
 
 def _as_sha256(etag: str | None) -> str:
-    """The tag itself if it is a SHA-256, as the hub's are for large files, else "": other servers may send anything."""
+    """The ETag if it is a SHA-256, as the hub's are for large files; else "", since other servers may send anything."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
 
 

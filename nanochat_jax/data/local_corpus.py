@@ -1,9 +1,9 @@
-"""Collects the corpus that is always available: installed docstrings. In: package names. Out: training and validation
-documents, and the versions they come from.
+"""Collects a corpus that is always available: the docstrings of installed packages. In: package names. Out: training
+and validation documents, and the versions of the packages.
 
-Files are parsed, never imported. A class or function with its methods is one document; a docstring that is too short
-for that goes into the document of its module. Repeated paragraphs are dropped, and a fixed share of the documents,
-chosen by the hash of their names, is held out. The same versions give the same corpus.
+Files are parsed, never imported. A class or function, with everything inside it, is one document; if its docstrings are
+too short for that, they go into the document of their module. Repeated paragraphs are dropped, and a fixed share of the
+documents, chosen by the hash of their names, is held out. The same versions give the same corpus.
 """
 
 import ast
@@ -21,32 +21,32 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-# What the corpus is made of besides the standard library: the core dependencies and what they depend on.
+# The packages in the corpus, besides the standard library: the core dependencies and what those depend on.
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "scipy", "ml_dtypes", "tensorstore", "tiktoken",
     "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "regex", "requests", "urllib3",
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-MIN_CHARS = 200  # of a document
+MIN_CHARS = 200  # per document
 MIN_PARAGRAPH = 60  # characters; shorter paragraphs (headings, "Returns") may repeat
-HELD_OUT = 64  # one document in this many is for validation
+HELD_OUT = 64  # one document in this many is held out for validation
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
-    """Training documents (shuffled), validation documents, and the version of every package they come from (None: not
-    installed). The standard library is always included."""
+    """Training documents (shuffled), validation documents, and the version of every package (None: not installed). The
+    standard library is always included."""
     files = _module_files(Path(sysconfig.get_paths()["stdlib"]), "")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
-        spec = importlib.util.find_spec(package)  # of a top-level name: finds the files without importing them
+        spec = importlib.util.find_spec(package)  # for a top-level name: finds the files, imports nothing
         versions[package] = _version(package) if spec else None
         for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
             files += _module_files(Path(folder), package)
 
-    # Parsing takes some 20 s on one core. Children are spawned, since a fork of a process that runs JAX may hang.
+    # Parsing takes some 20 s on one core. Workers are spawned, since a fork of a process that runs JAX may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
         modules = pool.map(module_documents, *zip(*sorted(files), strict=True), chunksize=64)
@@ -58,12 +58,12 @@ def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str 
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the document of this name is for validation. Decided by name, so that it never depends on the others."""
+    """Whether the document called `name` is for validation. Depends on the name alone, not on the other documents."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
 def module_documents(module: str, path: str) -> list[tuple[str, str]]:
-    """("pets.Dog", "pets.Dog\\n\\nBarks at ...") for each document in one Python file; [] if it cannot be parsed."""
+    """The documents of one Python file, like ("pets.Dog", "pets.Dog\\n\\nBarks at ..."); [] if it cannot be parsed."""
     try:
         source = Path(path).read_bytes()
         if b'"""' not in source and b"'''" not in source and module != "pydoc_data.topics":
@@ -100,13 +100,13 @@ def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    """Of an installed package: "jax" -> "0.10.2". Its distribution may have another name."""
+    """The version of an installed package: "jax" -> "0.10.2". Its distribution may have another name."""
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(distributions[0])
 
 
 def _sections(tree: ast.Module, prefix: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of each class and function at the top of a module, with everything inside it."""
+    """(dotted name, text) of each class and function at the top level of a module, with everything inside it."""
     for node in _definitions(tree):
         if isinstance(node, ast.Call):  # add_newdoc("module", "name", "docs"): docstrings of functions written in C
             strings = [a.value for a in ast.walk(node) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
@@ -129,7 +129,7 @@ def _docstrings(node: Definition, name: str) -> Iterator[str]:
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition | ast.Call]:
-    """Classes, functions and add_newdoc calls directly inside a node, also inside its if, try and with blocks."""
+    """Classes, functions and add_newdoc calls directly inside a node, or in its if, try and with blocks."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             yield child
@@ -151,7 +151,7 @@ def _topics(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _clean(text: str) -> str:
-    """Removes indentation, the prompts of examples and markers meant for tools: "    >>> 1 + 1  # doctest: +SKIP" ->
+    """Removes outer blank space, the prompts of examples, and doctest markers: "    >>> 1 + 1  # doctest: +SKIP" ->
     "1 + 1"."""
     lines = []
     for line in text.expandtabs().rstrip().splitlines():
@@ -163,8 +163,8 @@ def _clean(text: str) -> str:
 
 
 def _drop_repeated_paragraphs(named: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drops paragraphs that occurred before, and then documents with too little left. Scientific packages quote each
-    other at length; this also keeps the validation text out of the training text."""
+    """Drops paragraphs that occurred before, then documents with too little text left. Scientific packages quote each
+    other at length; dropping repetitions also keeps the validation text out of the training text."""
     seen, kept = set(), []
     for name, text in named:
         paragraphs = []

@@ -2,7 +2,7 @@
 
 A document is an int32 array of token ids that begins with BOS. A token that is read but not predicted (a user's words,
 padding) is stored as its complement, ~id. BestFit and Stream turn documents into rows of T+1 tokens; `as_batch` turns
-rows into inputs and targets. Whatever they discard or pad is counted, and their state is small, exact and JSON-able.
+rows into inputs and targets. Both count what they discard or pad; their state is small, exact and JSON-serializable.
 """
 
 import base64
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Documents that best fit chooses from. More of them leave fewer gaps, but make the state larger. nanochat buffers 1000
-# for "crop" and 100 for "whole".
+# How many buffered documents best fit chooses from. A larger buffer leaves fewer gaps, but makes the state larger. The
+# original nanochat buffers 1000 for "crop" and 100 for "whole".
 BUFFER_DOCUMENTS = {"split": 256, "crop": 1000, "whole": 100}
 
 
@@ -31,7 +31,7 @@ def document(ids: ArrayLike, mask: Sequence[int] | None = None) -> np.ndarray:
 def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
     """Rows int32[b, T+1] -> inputs and targets int32[b, T]; a target is -1 where no token is to be predicted.
 
-    >>> batch = as_batch(np.array([[0, 5, ~6, 7, ~0]]))  # BOS 0; 6 is read only; the row ends with padding
+    >>> batch = as_batch(np.array([[0, 5, ~6, 7, ~0]]))  # BOS is 0; 6 is only read; the row ends with padding
     >>> batch["inputs"].tolist(), batch["targets"].tolist()
     ([[0, 5, 6, 7]], [[5, -1, 7, -1]])
     """
@@ -48,8 +48,8 @@ class BestFit:
     """Fills each row with the largest buffered document that still fits; every row begins with BOS. If none fits:
 
     - "split": the longest is split, and its remainder returns to the buffer as a document with its own BOS. Nothing is
-      lost. A document longer than a row is split as soon as it is the longest, before such documents can pile up behind
-      short ones.
+      lost. Every row begins with the longest document, even if that has to be split, so that documents longer than a
+      row cannot pile up behind short ones.
     - "crop": the shortest is truncated, and its remainder is discarded and counted (nanochat's method in 2026).
     - "whole": the rest of the row is padded. No document may be longer than a row.
 
@@ -78,7 +78,7 @@ class BestFit:
 
     def add(self, doc: np.ndarray) -> None:
         """Adds a document (int32[n], n >= 1) to the buffer."""
-        assert self.method != "whole" or len(doc) <= self.width, f"{len(doc)} tokens do not fit {self.width}"
+        assert self.method != "whole" or len(doc) <= self.width, f"{len(doc)} tokens do not fit in {self.width}"
         self._add(False, doc)
 
     def _add(self, needs_bos: bool, doc: np.ndarray) -> None:
@@ -93,18 +93,18 @@ class BestFit:
 
     @property
     def needs_documents(self) -> bool:
-        """Whether to add documents before the next row is made. With "split", a few rows' worth of tokens is choice
-        enough, and stopping there keeps the state small when documents are long."""
+        """Whether to add documents before the next row is made. With "split", 64 rows' worth of tokens gives enough
+        choice, and stopping there keeps the state small when documents are long."""
         enough = self.method == "split" and self._buffered_tokens >= 64 * self.width
         return len(self._order) < BUFFER_DOCUMENTS[self.method] and not enough
 
     @property
     def waste(self) -> float:
-        """Fraction of all tokens so far that was discarded or is padding."""
+        """Fraction of all tokens so far that were discarded or are padding."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
-        """The next row, int32[width]; padded only if "whole", or if too few documents are left to fill it."""
+        """The next row, int32[width]; padded only with "whole", or if too few documents are left to fill it."""
         row, filled = empty_row(self.width, self.bos), 0
         while filled < self.width and self._order:
             taken = self._take(self.width - filled, row_is_empty=not filled)
@@ -124,7 +124,7 @@ class BestFit:
         return row
 
     def _take(self, room: int, row_is_empty: bool) -> tuple[bool, np.ndarray] | None:
-        """Removes the document that goes next into `room` positions: the oldest of the chosen length. None: pad."""
+        """Removes the document to place next in `room` positions: the oldest of the chosen length. None: pad."""
         num_fitting = bisect_right(self._order, (room, self._serial))
         if self.method == "split" and (row_is_empty or not num_fitting):
             index = -1
@@ -147,7 +147,7 @@ class BestFit:
             self._emitted += len(remainder)
 
     def state(self) -> dict[str, Any]:
-        """Everything the next rows depend on, JSON-able."""
+        """Everything the next rows depend on, JSON-serializable."""
         buffered = [self._documents[serial] for serial in sorted(self._documents)]
         parts = []
         for needs_bos, doc in buffered:
@@ -167,10 +167,10 @@ class BestFit:
 
 
 class Stream:
-    """Documents end to end, split every T tokens (nanochat's method in 2025).
+    """Joins documents end to end and splits them every T tokens (nanochat's method in 2025).
 
-    Nothing is lost, but a row may begin anywhere. Unlike in nanochat, the last target of a row is also the first input
-    of the next, so that the rows do not depend on the batch size.
+    Nothing is lost, but a row may begin in the middle of a document. Unlike in nanochat, the last target of a row is
+    also the first input of the next, so that the rows do not depend on the batch size.
     """
 
     def __init__(self, width: int, bos: int):
@@ -193,7 +193,7 @@ class Stream:
 
     @property
     def waste(self) -> float:
-        """Fraction of all positions so far that is padding."""
+        """Fraction of all positions so far that are padding."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
@@ -209,7 +209,7 @@ class Stream:
         return row
 
     def state(self) -> dict[str, Any]:
-        """Everything the next rows depend on, JSON-able."""
+        """Everything the next rows depend on, JSON-serializable."""
         return {"tokens": _encode(self._parts), "emitted": self._emitted, "wasted": self._wasted}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ class Stream:
 
 
 def _encode(arrays: list[np.ndarray]) -> str:
-    """Tokens as base64: [int32[2]] -> 12 characters. Kept in the state, so that resuming rereads and tokenizes nothing.
+    """Tokens as base64: [int32[2]] -> 12 characters. The state holds them, so that resuming tokenizes nothing again.
 
     >>> _encode([np.array([0, 258], np.int32)])
     'AAAAAAIBAAA='

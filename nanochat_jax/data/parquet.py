@@ -1,7 +1,7 @@
-"""Parquet files with one string column `text`. In: a path, or texts to write. Out: documents by row group, or shards.
+"""Reads and writes parquet files with a string column `text`. In: a path, or texts. Out: documents, or shards.
 
-A file that cannot be used is a UserError that names it; a document that cannot be used is read as "", so that the
-others keep their positions.
+A file that cannot be used raises a UserError that names it; a document that cannot be used is read as "", so that the
+other documents keep their positions.
 """
 
 import itertools
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     import pyarrow.parquet as pq  # imported where it is used: it is slow to load
 
-ROW_GROUP = 1024  # documents; read and tokenized together
+ROW_GROUP = 1024  # documents, which are read together
 SHARD_CHARS = 250_000_000  # about 100 MB of zstd
-MAX_CHARS = 1_000_000  # of a document; longer ones are split, since a document is tokenized and packed as a whole
-HOW_TO_FIX = "a downloaded file is fetched again by python -m nanochat_jax.dataset --verify"
+MAX_CHARS = 1_000_000  # per document; longer ones are split, since a document is tokenized and packed as a whole
+HOW_TO_FIX = "if it was downloaded, python -m nanochat_jax.dataset --verify downloads it again"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
 def open(path: Path) -> "pq.ParquetFile":
-    """Opens a parquet file that has a string column `text`. UserError names a file that is damaged or has none.
+    """Opens a parquet file that has a string column `text`. UserError if it is damaged or has no such column.
 
     Named like gzip.open, and called the same way: parquet.open(path).
     """
@@ -37,7 +37,7 @@ def open(path: Path) -> "pq.ParquetFile":
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file ({first_line(error)}); {HOW_TO_FIX}") from error
     if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path}: no column 'text', it has {', '.join(file.schema_arrow.names) or 'none'}")
+        raise UserError(f"{path}: no column 'text'; its columns: {', '.join(file.schema_arrow.names) or 'none'}")
     kind = file.schema_arrow.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in TEXT_TYPES:
@@ -49,7 +49,8 @@ def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
     """The documents of one row group of an open file; a document that is too long becomes several. UserError if the row
     group cannot be read.
 
-    "" stands for a document that cannot be used: it is empty, or not UTF-8. The latter are reported on stderr.
+    "" stands for a document that cannot be used: it is empty, or it is not UTF-8. The number of documents that are not
+    UTF-8 is reported on stderr.
     """
     import pyarrow as pa
 
@@ -96,7 +97,7 @@ def _decode(data: bytes | None) -> str | None:
 
 
 def split_long(text: str) -> list[str]:
-    """The text in pieces of at most MAX_CHARS, split after a line or else a word where possible. Nothing is lost.
+    """Splits a text into pieces of at most MAX_CHARS, if possible after a line or else after a word. Nothing is lost.
 
     With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
     """
@@ -114,8 +115,8 @@ def write_shards(
 ) -> int:
     """Writes <stem>_00000.parquet, <stem>_00001.parquet, ... and returns the number of documents in them.
 
-    `digest` is updated with the documents, each after its length, so that it identifies the text itself. `row_group` is
-    the number of documents in a row group.
+    `digest` is updated with every document, preceded by its length, so that it identifies the text and not the files.
+    `row_group` is the number of documents in a row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -26,8 +26,8 @@ from nanochat_jax.files import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus on disk. `hash` identifies its contents: all of the text where it was written here, otherwise only file
-    names and sizes, since parquet files that are read in place may be too large to read twice."""
+    """A corpus on disk. `hash` identifies its contents. It covers the whole text if the files were written here, and
+    otherwise only file names and sizes, since parquet files that are read in place may be too large to read twice."""
 
     name: str
     train_files: tuple[Path, ...]
@@ -35,13 +35,13 @@ class Source:
     hash: str
 
     def texts(self, split: str) -> Iterator[str]:
-        """Documents of "train" or "val" in file order, without end markers. Waits for shards still arriving."""
+        """The documents of "train" or "val" in file order, as plain text. Waits for shards still downloading."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
             hub.wait_for_shard(path)
             yield from filter(None, parquet.texts_of(path))
 
     def val_hash(self) -> str:
-        """SHA-256 (hex) of the validation files. Scores of runs with the same one are comparable."""
+        """SHA-256 (hex) of the validation files. Runs with the same hash have comparable scores."""
         digest = hashlib.sha256()
         for path in self.val_files:
             digest.update(bytes.fromhex(sha256(path)))
@@ -51,9 +51,9 @@ class Source:
 def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
     """The corpus named `source`, or the one in the folder `data_dir`. UserError if it is not there or not usable.
 
-    With neither, the one the tokenizer was trained on, so that all stages read the same text; "local" if there is no
-    tokenizer yet. `num_files` limits a source on the hub to its first training shards (-1: all that were requested);
-    they may still be arriving. Named like gzip.open, and called the same way: sources.open(cfg.data).
+    With neither, the corpus that the tokenizer was trained on, so that all stages read the same text; "local" if there
+    is no tokenizer yet. `num_files` limits a source on the hub to its first training shards (-1: all that were
+    requested); these may still be downloading. Named like gzip.open, and called the same way: sources.open(cfg.data).
     """
     recorded = config.base_dir() / "tokenizer" / "source.json"
     if not source and not data_dir and recorded.exists():
@@ -68,7 +68,7 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
     train, val = hub.shards_of(source, num_files)
-    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same however many shards are here
+    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same for any number of shards
 
 
 # -----------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
         counts["train"] = parquet.write_shards(tmp, "train", train, digest, row_group)
         for split, count in counts.items():
             if not count:
-                raise UserError(f"{name}: no documents to use for {split}; give more text")
+                raise UserError(f"{name}: no usable documents for {split}; add more text")
         manifest = {"source": name, "hash": digest.hexdigest(), "documents": counts, **notes}
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         try:
@@ -120,10 +120,10 @@ def _open_local() -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
-    """The corpus in a user's folder. Its last file is the validation set; if it has only one file, the last 1% of the
-    documents are. Several parquet files are read in place; anything else is converted and shuffled once."""
+    """The corpus in a user's folder. Its last file is the validation set; if there is only one file, the last 1% of
+    its documents are. Several parquet files are read in place; anything else is converted and shuffled once."""
     if not folder.is_dir():
-        reason = "a file: name the folder it is in" if folder.exists() else "no such folder"
+        reason = "this is a file; give the folder it is in" if folder.exists() else "no such folder"
         raise UserError(f"--data_dir={folder}: {reason}")
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
     if not files:
@@ -139,7 +139,7 @@ def _open_folder(folder: Path) -> Source:
     target = config.base_dir() / "data" / f"{folder.name}-{key}"
     if (target / "manifest.json").exists():
         return _open_built(target)
-    print(f"converting {len(files)} files of {folder} to parquet (once)", flush=True)
+    print(f"converting {len(files)} files in {folder} to parquet (once)", flush=True)
     counts = Counter()
     train, val = _split_files(files, counts)
     notes = {"files": [p.name for p in files], "met": counts}
@@ -160,7 +160,7 @@ def _split_files(files: list[Path], counts: Counter[str]) -> tuple[Iterator[str]
         return (text for path in files[:-1] for text in documents(path)), documents(files[-1])
     [(path, length)] = lengths.items()
     if length < 2:
-        raise UserError(f"{path}: one document cannot be both training and validation set; add another file")
+        raise UserError(f"{path}: one document cannot be both the training and the validation set; add a file")
     first_val = length - max(1, length // 100)
     train = (text for i, text in enumerate(documents(path)) if i < first_val)
     return train, (text for i, text in enumerate(documents(path)) if i >= first_val)

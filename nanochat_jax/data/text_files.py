@@ -19,9 +19,9 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
 def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
-    """The non-empty documents of one file, long ones in pieces. UserError names a file or line that cannot be read.
+    """The non-empty documents of one file, long ones split. UserError names the file or line that cannot be read.
 
-    `counts` is updated with the number of documents, and of those that are empty, too long or not valid Unicode.
+    `counts` is updated with the number of documents, and how many are empty, too long or not valid Unicode.
     """
     counts = Counter() if counts is None else counts
     for text in parquet.texts_of(path) if path.suffix == ".parquet" else _read_documents(path):
@@ -70,8 +70,8 @@ def _json_text(line: str, where: str) -> str:
 
 
 def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
-    """Groups the paragraphs of a plain text into documents of about `size` characters: a whole book in one document
-    would leave nothing to shuffle.
+    """Groups the paragraphs of a plain text into documents of about `size` characters: if a whole book were one
+    document, there would be nothing to shuffle.
 
     With size=10: "one\\n\\ntwo\\n\\nthree" -> "one\\n\\ntwo", "three".
     """
@@ -87,8 +87,8 @@ def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
 
 
 def shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
-    """The same texts in random order. Training reads shards in order, so documents have to be mixed when they are
-    written; the authors of the shards on the hub did the same."""
+    """The same texts in random order. Training reads shards in order, so documents have to be shuffled when they are
+    written, as those in the hub's shards were."""
     rng, window, chars = random.Random(seed), [], 0
     for text in texts:
         window.append(text)

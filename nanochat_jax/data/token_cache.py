@@ -4,10 +4,10 @@
         shard_00000.tokens.npy   uint16 (uint32 if the vocabulary needs it): the documents end to end, without BOS
         shard_00000.index.npz    where documents and row groups begin, their checksums, and a fingerprint of the text
 
-The cached tokens of a file have the same row groups and documents as its text, unusable documents included. A position
-in one is therefore a position in the other: a run may resume from tokens after reading text and vice versa, gets the
-very same batches, and reads a file without cached tokens as text. Built by `python -m nanochat_jax.dataset --tokenize`;
-worth it where tokenizing cannot keep up with the accelerators.
+The cached tokens of a file have the same row groups and documents as its text, unusable documents included, so that a
+position in the text is the same position in the tokens. A run that read text can resume from tokens, and vice versa,
+with exactly the same batches; files without cached tokens are read as text. `python -m nanochat_jax.dataset --tokenize`
+builds the cache, which is worth it where tokenizing cannot keep up with the accelerators.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ HOW_TO_FIX = "delete it and run python -m nanochat_jax.dataset --tokenize again"
 
 
 class RowGroup(NamedTuple):
-    """The documents of a row group: their tokens without BOS, and the number of characters of each one's text."""
+    """The documents of a row group: the tokens of each without BOS, and the length of its text in characters."""
 
     docs: list[np.ndarray]
     chars: np.ndarray
@@ -41,8 +41,8 @@ class TokenCache:
 
     def __init__(self, tokens: Path, index: Mapping[str, np.ndarray]):
         self.path = tokens
-        self.offsets, self.chars = index["offsets"], index["chars"]  # of documents
-        self.groups, self.checksums = index["groups"], index["checksums"]  # of row groups
+        self.offsets, self.chars = index["offsets"], index["chars"]  # per document
+        self.groups, self.checksums = index["groups"], index["checksums"]  # per row group
         try:
             self.tokens = np.load(tokens, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
@@ -69,12 +69,12 @@ class TokenCache:
 
 
 def folder_of(source: sources.Source, tokenizer: Tokenizer) -> Path:
-    """The folder of the cached tokens of a source under a tokenizer."""
+    """The folder for the tokens of a source, as cached with one tokenizer."""
     return config.base_dir() / "tokenized_data" / f"{source.name}-{tokenizer.hash[:8]}"
 
 
 def find(text: Path, folder: Path | None) -> TokenCache | None:
-    """The cached tokens of a text file; None if `folder` has none, or only those of another text. The text itself may
+    """The cached tokens of a text file; None if `folder` has none, or only those of a different text. The text file may
     have been deleted."""
     if folder is None:
         return None
@@ -92,13 +92,13 @@ def find(text: Path, folder: Path | None) -> TokenCache | None:
 
 
 def num_cached(files: Iterable[Path], folder: Path) -> int:
-    """How many of the files have cached tokens, whether of their present text or not."""
+    """How many of the files have cached tokens, whether or not these are of the current text."""
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
 def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = None) -> Path:
-    """Tokenizes the training and validation files that have no cached tokens yet. Returns the folder they are in: where
-    training looks for them, unless another is given."""
+    """Tokenizes the training and validation files that have no cached tokens yet. Returns the folder of the tokens, by
+    default the one in which training looks for them."""
     folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     files = [*source.val_files, *source.train_files]
@@ -114,12 +114,12 @@ def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = No
             count += len(cached.tokens)
             cached.close()
             progress.advance(note=f"{count / 1e6:,.0f}M tokens")
-    print(f"{source.name}: {count:,} tokens of {len(files)} files in {folder}")
+    print(f"{source.name}: {count:,} tokens from {len(files)} files in {folder}")
     return folder
 
 
 def _write(text: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """Tokenizes one file. The index is written last, so that cached tokens are complete or not there."""
+    """Tokenizes one file. The index is written last, so that cached tokens are either complete or absent."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths, chars, groups, checksums = [], [0], [], [0], []
     for texts in parquet.row_groups(text):
@@ -155,7 +155,7 @@ def _paths(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def _fingerprint(text: Path) -> str:
-    """Identifies a parquet file without reading all of it: its size and the hash of its end, which holds the positions
+    """Identifies a parquet file without reading all of it, by its size and a hash of its end, which holds the positions
     of all its pages."""
     size = text.stat().st_size
     with text.open("rb") as file:

@@ -4,14 +4,14 @@
 
     {"dropped": n}                               the oldest n messages did not fit into the context
     {"waiting": position}                        no slot is free yet
-    {"token": text, "gpu": n}                    text of the answer
+    {"token": text, "gpu": n}                    more text of the answer, generated on GPU n
     {"python": expression}, {"output": result}   the calculator's call and its result
     {"cut": "length"}                            the answer reached its maximum length
     {"error": text}                              the answer failed
     {"done": true}                               always the last
 
-A conversation whose last message is the assistant's is continued there. A client's mistake is answered with 400 and
-{"detail": reason}. Conversations are not logged unless --log_chats is set.
+If the last message of a conversation is the assistant's, the answer continues it. An invalid request is answered with
+400 and {"detail": reason}. Conversations are not logged unless --log_chats is set.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -41,10 +41,10 @@ EVENT_NAMES = {"python": "python", "python_output": "output"}
 def create_app(
     engines: Sequence[Engine], cfg: ChatWeb, name: str, device: str = "cpu", warmups: Sequence[Iterator[int]] = ()
 ) -> FastAPI:
-    """The application around `engines`, which are replicas of one model and belong to the application from now on.
+    """Makes the application around `engines`, replicas of one model, which nothing else may use from now on.
 
-    `name` is the model's name, as clients see it; `device` is the kind of device, for /stats. `warmups` are what is
-    left of the engines' warm-ups (see `Engine.warmup`); they go on while the server is idle.
+    `name` is the model's name, as clients see it; `device` is the kind of device, for /stats. `warmups` are the
+    engines' warm-ups (see `Engine.warmup`), perhaps partly done; they continue while the server is idle.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -114,7 +114,7 @@ def create_app(
 
     @app.post("/chat/completions")
     async def chat_completions(body: ChatBody):
-        # Tokenizing must not hold up the event loop.
+        # Tokenizing must not block the event loop.
         request, dropped = await run_in_threadpool(schema.chat_request, body, engine, cfg)
         answer = schema.submit(pool, request)
         return AnswerResponse(answer, events(answer, engine.tokenizer, dropped))

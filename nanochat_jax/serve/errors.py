@@ -19,13 +19,13 @@ from nanochat_jax.serve.worker import EngineFailure, TimedOut
 DETAIL_PATHS = (*FILES, "/chat/completions", "/health", "/stats", "/metrics", "/openapi.json")
 NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"
 
-_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # others by their class
-_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # how pydantic names the member of a union it tried
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # others: openai_error
+_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # pydantic's names for the types of a union
 _JSON_TYPE = re.compile(r"\s*application/([^;]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
 class ApiError(HTTPException):
-    """A refusal. `param` is the field at fault, `code` a machine-readable reason."""
+    """A refused request. `param` is the field at fault, `code` a machine-readable reason."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class ApiError(HTTPException):
 
 
 def openai_error(error: HTTPException) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """The error as OpenAI's API represents it."""
     status = error.status_code
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     param, code = getattr(error, "param", None), getattr(error, "code", None)
@@ -55,17 +55,17 @@ def error_response(path: str, error: HTTPException) -> JSONResponse:
 
 
 def replace_surrogates(text: str) -> str:
-    """Text that UTF-8 can encode: "\\ud83c" -> "?". JSON may contain half a surrogate pair, which errors then quote."""
+    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Errors may quote them from JSON."""
     return text.encode("utf-8", "replace").decode()
 
 
 def handlers() -> dict:
-    """FastAPI's exception handlers: every way in which a request can fail."""
+    """The exception handlers for FastAPI, which cover every way in which a request can fail."""
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         path = request.url.path
         if error.status_code == 404 and not isinstance(error, ApiError):  # from the router: no route has this path
-            error = ApiError(404, f"there is no {path[:80]!r} here: the API is under /v1, /openapi.json describes it")
+            error = ApiError(404, f"there is no {path[:80]!r} here: the API is under /v1; /openapi.json describes it")
         if error.status_code == 400 and not isinstance(error, ApiError):  # from FastAPI: the bytes are not text
             error = ApiError(400, "the body is not JSON in UTF-8", code="invalid_json")
         return error_response(path, error)
@@ -87,8 +87,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
     """Turns FastAPI's 422 with its list of objects into 400 with one line: the field and what is wrong with it.
 
     Example: [{"loc": ["body", "messages", 0, "content"], "msg": "Field required"}] -> "messages[0].content: Field
-    required". For a field that may have several types, pydantic reports a complaint per type. We keep the one that is
-    nested deepest, since that type was probably meant, and otherwise one that is not about the type itself.
+    required". For a field that may have several types, pydantic reports one error per type. We keep the most deeply
+    nested error, since its type was probably meant; among equals, one that is not about the type itself.
     """
     worst = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     field = ""

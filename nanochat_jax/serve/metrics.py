@@ -1,10 +1,10 @@
-"""What Prometheus may know about the server: how busy and how fast it is, and how answers end. No text of any chat."""
+"""The server's Prometheus metrics: how busy and how fast it is, and how answers end. They hold no text of any chat."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# Seconds. A small model's first token takes milliseconds on an idle GPU, and minutes behind a full queue.
+# Buckets in seconds. A small model's first token takes milliseconds on an idle GPU, and minutes behind a full queue.
 FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -17,7 +17,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._registry = registry
 
-        # How busy: read from the pool whenever somebody asks (`Pool.publish`).
+        # How busy: read from the pool whenever Prometheus scrapes the metrics (`Pool.publish`).
         self.slots = Gauge("nanochat_slots", "Answers that can be generated at once", registry=registry)
         self.running = Gauge("nanochat_requests_running", "Answers being generated", registry=registry)
         self.waiting = Gauge("nanochat_requests_waiting", "Answers waiting for a slot", registry=registry)

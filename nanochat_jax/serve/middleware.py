@@ -1,4 +1,4 @@
-"""What a request must pass before it reaches the application: the API key, and limits on its body's size and time."""
+"""Checks requests before they reach the application: the API key, and the size and duration of the body."""
 
 import asyncio
 import hmac
@@ -15,11 +15,11 @@ MAX_BODY = 1 << 20  # bytes; 32,000 characters fit easily, even if each is escap
 MAX_DRAINED = 16 << 20
 BODY_SECONDS = 30  # a client that sends its request byte by byte holds a connection for no longer than this
 CLOSE = {"Connection": "close"}
-PUBLIC = (*FILES, "/health")  # paths that need no key: the page asks its user for it
+PUBLIC = (*FILES, "/health")  # paths that need no key: the page asks its user for the key
 
 
 class Guard:
-    """ASGI middleware: 401 without the key, 413 or 408 for a body too large or too slow. Counts refused requests."""
+    """ASGI middleware: 401 without the key, 413 if the body is too large, 408 if too slow. Counts refused requests."""
 
     def __init__(self, app: ASGIApp, api_key: str, metrics: Metrics):
         self.app, self.api_key, self.metrics = app, api_key.encode(), metrics
@@ -51,7 +51,7 @@ class Guard:
 
     @staticmethod
     def _limited(receive: Receive) -> Receive:
-        """`receive`, but raising ApiError once the body is too large or too slow: it is never held in memory whole."""
+        """Makes `receive` raise ApiError once the body is too large or too slow, so the body is never held whole."""
         size, more = 0, True
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 

@@ -1,6 +1,6 @@
 """OpenAI's API for this model: POST /v1/chat/completions and /v1/completions, GET /v1/models.
 
-The bodies of requests are in schema.py. An answer that reaches the end of the context ends with finish_reason
+Request bodies are defined in schema.py. An answer that reaches the end of the context ends with finish_reason
 "length"; a prompt that leaves no room for an answer is refused.
 """
 
@@ -36,7 +36,7 @@ class Job:
     model: str
     id: str
     logprobs: bool  # whether the client wants log-probabilities
-    echoes: list[str]  # the text of each prompt, if its choices begin with it
+    echoes: list[str]  # the text of each prompt if its choices begin with it, else ""
     hidden: list[int]  # tokens at the beginning of each prompt that are not in its text
     scored: bool = False  # whether a choice begins with its prompt's log-probabilities
     created: int = field(default_factory=lambda: int(time.time()))
@@ -77,7 +77,7 @@ def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
     async def respond(body: GenerationBody, make_job: Callable[[], Job]) -> AnswerResponse:
         check_model(body.model)
         schema.check_unsupported(body)
-        job = await run_in_threadpool(make_job)  # tokenizing must not hold up the event loop
+        job = await run_in_threadpool(make_job)  # tokenizing must not block the event loop
         answer = schema.submit(pool, *job.requests)
         if body.stream:
             return AnswerResponse(answer, stream(answer, job, engine.tokenizer))
@@ -138,7 +138,7 @@ class Choices:
     def read(self, event: Event) -> tuple[int, str, list[Token], str | None]:
         """Index of the choice, its new text and tokens, and its finish_reason if it has just ended.
 
-        A choice begins with the echo of its prompt. One that has reached a stop string gives up its slot.
+        A choice begins with the echo of its prompt, if any. Once it has reached a stop string, it gives up its slot.
         """
         self._cached_tokens += event.cached_tokens
         key = event.request, event.sample
@@ -204,7 +204,7 @@ async def whole(answer: Answer, job: Job, tokenizer: Tokenizer) -> JSONResponse:
         head = {"id": job.id, "object": job.kind, "created": job.created, "model": job.model}
         return JSONResponse(head | {"choices": objects, "usage": choices.usage})
 
-    return await run_in_threadpool(build)  # with many log-probabilities it takes a while
+    return await run_in_threadpool(build)  # slow if there are many log-probabilities
 
 
 async def stream(answer: Answer, job: Job, tokenizer: Tokenizer) -> AsyncGenerator[str, None]:

@@ -13,7 +13,7 @@ class Token:
     """A token of a text, with its log-probability and the most likely tokens in its place."""
 
     id: int
-    start: int  # characters before it
+    start: int  # characters of the text before it
     logprob: float | None  # None for the first token of a prompt
     top: TopLogprobs | None
 
@@ -21,14 +21,14 @@ class Token:
 class Choice:
     """Turns one sample's events into text and tokens. The calculator's calls and results are left out.
 
-    Text that may be the beginning of a stop string is held back until that is decided. With the stop string "END",
-    the pieces "the ", "E", "N", "D." give "the ", "", "", and then finish_reason "stop".
+    Text that may be the beginning of a stop string is held back until the text after it decides. With the stop string
+    "END", the pieces "the ", "E", "N", "D." give "the ", "", "", and then finish_reason "stop".
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), offset: int = 0):
-        """`offset` is the number of characters before the answer in the text the client gets."""
+        """`offset` is the number of characters that the client gets before the answer."""
         self.finish_reason: str | None = None
-        self.generated = 0  # tokens, including the calculator's and the last one
+        self.generated = 0  # tokens, including the calculator's and the one that ends the answer
         self._reader, self._stop_strings = PartReader(tokenizer), stop_strings
         self._length = offset  # characters read so far
         self._sent = offset  # characters handed out so far
@@ -50,7 +50,7 @@ class Choice:
             return self._release(len(self._pending) - self._held_back())
         if not self._append(self._reader.read((), end=True)):
             self.finish_reason = event.finish_reason
-            self._length += 1  # so that bytes after the last whole character are handed out too
+            self._length += 1  # so that tokens after the last whole character are handed out too
         return self._release(len(self._pending))
 
     def _append(self, parts: list[tuple[str, str]]) -> bool:
@@ -84,7 +84,7 @@ class Choice:
 
 
 def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidden: int = 0) -> list[Token]:
-    """The tokens of a prompt with their log-probabilities, without the first `hidden`, which are not in its text."""
+    """The tokens of a prompt with their log-probabilities, except the first `hidden`, which are not in its text."""
     decoder, length, tokens = StreamDecoder(tokenizer), 0, []
     for id, logprob, top in list(zip(ids, scores.logprobs, scores.top, strict=True))[hidden:]:
         tokens.append(Token(id, length, logprob, top))
@@ -115,7 +115,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
-    """The field `logprobs` of a completion. As at OpenAI, a token itself is always among its top log-probabilities."""
+    """The field `logprobs` of a completion. As with OpenAI, a token is always among its own top log-probabilities."""
 
     def top_logprobs(token: Token) -> dict[str, float] | None:
         if token.logprob is None:

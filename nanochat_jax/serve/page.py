@@ -1,4 +1,4 @@
-"""The page's static files: read once at start and served without a key; nothing else in their folder is reachable."""
+"""Serves the page's static files, read once at startup. They need no key; no other file in their folder is served."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ SCRIPTS = (
 FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "logo.svg", *SCRIPTS)}  # URL path -> file
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-# The page runs its own scripts and talks to its own server. Nothing else runs or is loaded, and no string becomes HTML,
+# The page runs its own scripts and talks to its own server. Nothing else is run or loaded, and no string becomes HTML,
 # whatever a model writes.
 HEADERS = {
     "Content-Security-Policy": (

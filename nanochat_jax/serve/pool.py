@@ -1,4 +1,4 @@
-"""Several engines behind one interface, each with its own weights and cache on its own GPU."""
+"""Puts several engines behind one interface; each has its own weights and cache on its own GPU."""
 
 import time
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from nanochat_jax.serve.worker import Answer, EngineWorker
 class Pool:
     """Sends each request to the worker with the most free slots.
 
-    Ties go to the first worker, so a single chat stays where its earlier turns are cached. A worker that has failed
-    gets no more requests; the others go on.
+    Ties go to the first worker, so a single chat stays on the worker that has its earlier turns in the cache. A worker
+    that has failed gets no more requests; the others go on.
     """
 
     def __init__(self, workers: Sequence[EngineWorker]):
@@ -41,7 +41,7 @@ class Pool:
         return max(self.alive or self.workers, key=lambda worker: worker.free_slots).submit(*requests)
 
     def publish(self, metrics: Metrics) -> None:
-        """Lets `metrics` read the pool's load whenever it is asked for."""
+        """Lets `metrics` read the pool's load whenever the metrics are scraped."""
         metrics.slots.set_function(lambda: self.slots)
         metrics.running.set_function(lambda: self.running)
         metrics.waiting.set_function(lambda: self.waiting)
@@ -53,12 +53,12 @@ class Pool:
 
     @property
     def failure(self) -> Exception | None:
-        """Why no worker works any more; None as long as one does."""
+        """Why no worker is left; None as long as one still works."""
         return None if self.alive else self.workers[0].failure
 
     @property
     def warming(self) -> bool:
-        """Whether programs that requests will need are still to be compiled."""
+        """Whether some programs that requests may need are not compiled yet."""
         return any(worker.warming for worker in self.alive)
 
     @property

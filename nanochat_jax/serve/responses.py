@@ -15,7 +15,7 @@ from nanochat_jax.serve.worker import Answer
 
 READ_GRACE = 15  # seconds a client gets to read the rest of an answer that has timed out
 HEARTBEAT_SECONDS = 15  # silence after which a stream sends a heartbeat, so that no proxy closes the connection
-HEARTBEAT = ": still here\n\n"  # a comment, which readers of event streams skip
+HEARTBEAT = ": still here\n\n"  # a comment, which clients of event streams ignore
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer the tokens
 
 

@@ -1,8 +1,8 @@
-"""The bodies of requests, and how they reach the engine: for the page's own endpoint and for OpenAI's API.
+"""Request bodies, and how they become requests to the engine: for the page's own endpoint and for OpenAI's API.
 
-A field that is omitted or null takes the server's default. Unknown fields are ignored, as OpenAI's clients expect;
-those that would change the answer and cannot be honoured are refused. A conversation whose last message is the
-assistant's is continued there.
+A field that is omitted or null takes the server's default. Unknown fields are ignored, as OpenAI's clients expect, but
+fields that would change the answer and cannot be honoured are refused. If the last message of a conversation is the
+assistant's, the answer continues it.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ MAX_CHARS = 32_000
 
 # OpenAI's API.
 OPENAI_ROLES = ("system", "developer", "user", "assistant")
-MAX_CHOICES = 128  # samples of one request, over all its prompts
+MAX_CHOICES = 128  # samples per request, over all its prompts
 COMPLETION_TOKENS = 16  # OpenAI's default for completions, where nothing tells a model to stop
 
-# Fields that would change the answer, with the values that ask for what happens without them.
+# Unsupported fields that would change the answer, each with the values that ask for nothing unusual.
 NEUTRAL = {
     "audio": [],
     "best_of": [1],
@@ -121,7 +121,7 @@ TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 
 
 class CompletionBody(GenerationBody):
-    """The body of POST /v1/completions. A text prompt gets <|bos|> before it; token ids are used as they are."""
+    """The body of POST /v1/completions. <|bos|> is put before a text prompt; token ids are used as they are."""
 
     prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)] = ""
     max_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
@@ -142,7 +142,7 @@ class CompletionBody(GenerationBody):
 
 
 def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request, int]:
-    """The engine's request, and the number of oldest messages that were dropped because the context is full.
+    """The engine's request, and the number of oldest messages that were dropped to make room in the context.
 
     ApiError 400 for a conversation that is invalid or cannot fit.
     """
@@ -159,26 +159,26 @@ def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request,
 def check_messages(messages: Sequence[Message]) -> None:
     """Raises ApiError 400, with the reason, for a conversation that the page's endpoint does not accept."""
     if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise ApiError(400, f"messages: got {len(messages)}, allowed are 1 to {MAX_MESSAGES}")
+        raise ApiError(400, f"messages: got {len(messages)}, expected 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
         check_role(message, i, ROLES)
-        # The model's own messages must be accepted again, however long they were (the specification refuses them).
+        # The model's own answers must be accepted when sent back, even long ones (the specification refuses those).
         longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
         if not 1 <= message.chars <= longest:
-            raise ApiError(400, f"messages[{i}].content: has {message.chars} characters, allowed are 1 to {longest}")
+            raise ApiError(400, f"messages[{i}].content: has {message.chars} characters, expected 1 to {longest}")
         if not isinstance(message.content, str) and message.role != "assistant":
             raise ApiError(400, f"messages[{i}].content: only the assistant's content may be a list of parts")
     if (total := sum(message.chars for message in messages)) > MAX_CHARS:
-        raise ApiError(400, f"messages: {total} characters in total, at most {MAX_CHARS} are allowed")
+        raise ApiError(400, f"messages: {total} characters in total, expected at most {MAX_CHARS}")
     if messages[-1].role == "system":
-        raise ApiError(400, f"messages[{len(messages) - 1}].role: got system, the last must be user or assistant")
+        raise ApiError(400, f"messages[{len(messages) - 1}].role: got system, but the last must be user or assistant")
 
 
 def check_role(message: Message, index: int, allowed: Sequence[str]) -> None:
     """Raises ApiError 400 unless the role of messages[index] is one of `allowed`."""
     if message.role not in allowed:
         field = f"messages[{index}].role"
-        raise ApiError(400, f"{field}: got {message.role[:40]!r}, allowed are {', '.join(allowed)}", field)
+        raise ApiError(400, f"{field}: got {message.role[:40]!r}, expected one of {', '.join(allowed)}", field)
 
 
 def check_unsupported(body: GenerationBody) -> None:
@@ -256,7 +256,7 @@ def openai_request(
         raise ApiError(400, reason, param, "context_length_exceeded")
     request = dataclasses.replace(
         engine_request(body, ids, max_tokens, engine, cfg),
-        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # 0 leaves the most likely token
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # 0 keeps only the most likely token
         n=body.n or 1,
         top_logprobs=top_logprobs,
         score=score,
@@ -282,7 +282,7 @@ def engine_request(
 
 
 def submit(pool: Pool, *requests: Request) -> Answer:
-    """Queues `requests`. ApiError if the server cannot take them: 400 for the engine's reason, 429, 503."""
+    """Queues `requests`. ApiError: 400 if the engine refuses them, 429 if the server is busy, 503 if it has failed."""
     try:
         return pool.submit(*requests)
     except UserError as error:

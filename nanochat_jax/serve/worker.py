@@ -1,8 +1,8 @@
-"""The one thread that owns an engine, and the way from the event loop to it and back.
+"""The one thread that owns an engine, and the queues between it and the event loop.
 
 The model computes for milliseconds at a time, and the event loop that talks to the clients must not wait for it. So
-handlers only put requests on a queue and await events. The thread adds requests to the engine between two steps, and
-hands all events of a step back to the event loop at once.
+handlers only put requests on a queue and await events. The thread adds requests to the engine between steps, and hands
+all events of a step back to the event loop at once.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ class Answer:
         self.timeout = worker.timeout
         self.gpu = worker.gpu
         self.submitted = time.monotonic()
-        # What follows is written by the worker's thread.
+        # The worker's thread writes the attributes from here to `logged_ids`.
         self.indices: dict[int, int] = {}  # the engine's id of a request -> its index
         self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
         self.first_token_at: float | None = None  # time.monotonic
@@ -62,7 +62,7 @@ class Answer:
     async def events(self, heartbeat: float) -> AsyncIterator[Event | None]:
         """Yields the events as they come, and None after every `heartbeat` seconds without one.
 
-        Raises EngineFailure if they end early, TimedOut if that is because the answer took too long.
+        Raises TimedOut if the answer takes too long, and EngineFailure if it fails for another reason.
         """
         while True:
             left = self.submitted + self.timeout - time.monotonic() if self.timeout else heartbeat
@@ -90,11 +90,11 @@ class Answer:
         self._worker.cancel(self)
 
     def put(self, event: Event | Exception | None) -> None:
-        """Delivers an event, and at the end None or the exception to raise. Called in the event loop."""
+        """Delivers an event; at the end, None or the exception to raise. Called in the event loop."""
         self._events.put_nowait(event)
 
     def seconds_per_token(self) -> float | None:
-        """Time between two tokens of a sample, averaged over the samples until now; None if none has two tokens."""
+        """Time between two tokens of a sample, averaged over the samples so far; None if none has two tokens."""
         later = self.generated - self.samples  # tokens after the first of each sample
         if self.first_token_at is None or later <= 0:
             return None
@@ -106,7 +106,7 @@ class EngineWorker:
 
     The engine generates as many samples at once as it has slots. While `max_waiting` more are waiting for a slot, new
     requests are refused. An answer may take `timeout` seconds (0: no limit). With `log_chats`, prompts and answers are
-    logged. `warmup` is an iterator that compiles one program per item; the worker advances it while it is idle.
+    logged. `warmup` is an iterator that compiles a few programs per item; the worker advances it while idle.
     `gpu` is the worker's number in its pool.
     """
 
@@ -122,14 +122,14 @@ class EngineWorker:
     ):
         self.slots, self.metrics, self.max_waiting, self.timeout = engine.slots, metrics, max_waiting, timeout
         self.log_chats, self.gpu = log_chats, gpu
-        self.warming = warmup is not None  # whether programs are still to be compiled
+        self.warming = warmup is not None  # whether some programs are not compiled yet
         self.failure: Exception | None = None
         self._warmup = warmup or iter(())
         self._engine = engine
         self._lock = threading.Lock()
-        # Submitted and not ended; guarded by the lock. What follows belongs to the thread.
+        # Submitted and not ended; guarded by the lock. `_answers` and `_outbox` below belong to the thread.
         self._open_answers: set[Answer] = set()
-        self._answers: dict[int, Answer] = {}  # what the engine is working on, by the engine's request ids
+        self._answers: dict[int, Answer] = {}  # what the engine is working on, by its request ids
         self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._outbox: list[tuple[Answer, Event | Exception | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -141,7 +141,7 @@ class EngineWorker:
         self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Makes the thread end after its current step, and every unfinished answer with it."""
+        """Makes the thread end after its current step, which also ends every unfinished answer."""
         self._inbox.put(("stop",))
 
     def stop(self, timeout: float = 5.0) -> None:
@@ -184,7 +184,7 @@ class EngineWorker:
         """Queues `requests` and returns their answer at once.
 
         Raises Busy if too many are waiting, EngineFailure if the engine has failed, and UserError for a request that
-        the engine cannot do: raised in the engine's thread, that would end the service for everybody.
+        the engine cannot serve: if the engine's thread raised it, the service would end for everybody.
         """
         for request in requests:
             self._engine.check(request)
@@ -200,7 +200,7 @@ class EngineWorker:
         return answer
 
     def cancel(self, answer: Answer, *which: int) -> None:
-        """Ends `answer`, or only one of its samples, given as request, sample."""
+        """Ends `answer`, or only one of its samples: `which` is empty, or a request and a sample."""
         with self._lock:
             is_open = answer in self._open_answers
         if is_open:
@@ -210,19 +210,19 @@ class EngineWorker:
     # In the thread
 
     def _run(self) -> None:
-        """Reads messages, then makes one step, and so on; sleeps on the inbox while there is nothing to generate."""
+        """Reads messages and makes a step, in turn; sleeps on the inbox while there is nothing to generate."""
         try:
             while self._read_inbox():
                 for event in self._engine.step() if self._answers else ():
                     self._handle(event)
                 self._send_outbox()
             self._end_all(EngineFailure(SHUTTING_DOWN))
-        except Exception as error:  # the device is out of memory, or a bug: the engine's state is lost
+        except Exception as error:  # out of device memory, or a bug: the engine's state is lost
             log.exception("the engine failed")
             self._end_all(EngineFailure(STOPPED_WORKING), failure=error)
 
     def _read_inbox(self) -> bool:
-        """Handles all messages; an idle engine is warmed up, or waits for the next one. False: stop."""
+        """Handles all messages; while the engine is idle, warms it up or waits for the next message. False: stop."""
         while not self._answers or not self._inbox.empty():
             if self._inbox.empty() and self.warming:
                 self._warm_up()
@@ -238,10 +238,10 @@ class EngineWorker:
         return True
 
     def _warm_up(self) -> None:
-        """Compiles one more program.
+        """Compiles a few more programs.
 
-        If that fails (the program may be too large for the memory), the server goes on: perhaps no request will ever
-        need the program, and one that does will fail by itself.
+        If that fails (a program may be too large for the memory), the server goes on: perhaps no request will ever need
+        that program, and if one does, the failure shows then.
         """
         try:
             self.warming = next(self._warmup, None) is not None
@@ -266,7 +266,7 @@ class EngineWorker:
             self._end(answer, "cancelled" if request is None else "stop")
 
     def _handle(self, event: Event) -> None:
-        """Counts an event and puts it in the outbox; the last one ends its answer."""
+        """Counts an event and puts it in the outbox; the last event of an answer ends it."""
         answer = self._answers[event.request]
         index = answer.indices[event.request]
         if (index, event.sample) not in answer.unfinished:
@@ -317,7 +317,7 @@ class EngineWorker:
         self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Hands the outbox to the event loop, waking it once for all events: once per event would cost it more time."""
+        """Hands the outbox to the event loop, waking it once for all events: once for each would cost more time."""
         outbox, self._outbox = self._outbox, []
 
         def put_all() -> None:

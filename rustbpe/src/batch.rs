@@ -35,15 +35,15 @@ struct Output<I, T> {
     /// The pieces that the thread encoded, each with the end of its ids in `ids`. They are kept to the end, so that the
     /// thread that made the texts also frees them.
     pieces: Vec<(Piece<T>, usize)>,
-    /// The number of a text, and how many ids the text (or its part in one piece) has.
+    /// For each text, or part of a text in one piece: the number of the text, and how many ids it has here.
     counts: Vec<(usize, usize)>,
     error: Option<String>,
 }
 
 impl Encoder {
     /// Encodes the texts that `produce` passes to its sink, on the threads of `plan`. `produce` runs while the other
-    /// threads encode. Its error ends the encoding and is returned. So is an error of the pattern, after which the sink
-    /// returns false.
+    /// threads encode. An error from `produce` ends the encoding and is returned; so is an error of the pattern, after
+    /// which the sink returns false.
     ///
     /// "aa", "", "b" -> ids [97, 97, 98], offsets [0, 2, 2, 3] (without merges)
     pub fn encode_batch<I: Id, T: AsRef<str> + Send + Sync, E: From<String>>(

@@ -9,7 +9,8 @@ use crate::chunk::Key;
 /// How many ids fit beside a key.
 pub const INLINE_IDS: usize = 3;
 
-/// The buckets take 8 MB. Half as many make prose a tenth slower with a vocabulary of 32,768; twice as many gain little.
+/// The buckets take 8 MB. With a vocabulary of 32,768, half as many make encoding prose a tenth slower, and twice as
+/// many gain little.
 const BUCKETS: usize = 1 << 17;
 
 /// The map is emptied before its keys and ids take more memory than this.

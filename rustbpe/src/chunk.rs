@@ -60,7 +60,7 @@ impl Key {
         if self.is_short() { (self.0 >> 120) as usize } else { self.0 as usize }
     }
 
-    /// The first `chunk_len()` of these are the bytes of a short chunk.
+    /// The bytes of the key. If the chunk is short, the first `chunk_len()` of them are its bytes.
     pub fn bytes(self) -> [u8; 16] {
         self.0.to_le_bytes()
     }

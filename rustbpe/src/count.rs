@@ -21,8 +21,8 @@ pub struct ChunkCounts {
 
 impl ChunkCounts {
     /// Counts the chunks of the texts that `produce` passes to its sink, on the threads of `plan`. `produce` runs while
-    /// the other threads count. Its error ends the counting and is returned. So is an error of the pattern, after which
-    /// the sink returns false.
+    /// the other threads count. An error from `produce` ends the counting and is returned; so is an error of the
+    /// pattern, after which the sink returns false.
     ///
     /// "a cat", "a cat" -> {"a": 2, " cat": 2}
     pub fn of_texts<T: AsRef<str> + Send + Sync, E: From<String>>(
@@ -123,7 +123,7 @@ impl ChunkCounts {
         }
     }
 
-    /// The sum of both. Adds the smaller to the larger, because that is less work.
+    /// The sum of two counts. Adds the smaller table to the larger, because that is less work.
     fn plus(self, other: Self) -> Self {
         let (mut large, small) = if self.len() >= other.len() { (self, other) } else { (other, self) };
         for (key, count) in small.short.into_iter().filter(|&(key, _)| key != Key::default()) {

@@ -30,8 +30,8 @@ impl Encoder {
         encoder
     }
 
-    /// Makes an encoder from the bytes of all tokens in the order of their ids. The merges before a token turn its
-    /// bytes into two tokens, and those two are its merge. Fails, naming the token, if they are not two.
+    /// Makes an encoder from the bytes of all tokens in the order of their ids. The merges learned before a token turn
+    /// its bytes into two tokens: the pair that it was merged from. Fails, naming the token, if there are not two.
     ///
     /// [.., "ab", "abc"] -> merges (97, 98), (256, 99)
     pub fn from_tokens(splitter: Splitter, tokens: &[Vec<u8>]) -> Result<Self, String> {
@@ -104,8 +104,8 @@ impl Encoder {
         Ok(ids)
     }
 
-    /// Calls `use_it` with a cache that no other thread uses meanwhile. Caches live as long as the encoder, so that one
-    /// call speeds up the next.
+    /// Calls `use_it` with a cache that no other thread uses in the meantime. Caches live as long as the encoder, so
+    /// that one call speeds up the next.
     pub fn with_cache<R>(&self, use_it: impl FnOnce(&mut Cache) -> R) -> R {
         let free = || self.caches.lock().unwrap_or_else(PoisonError::into_inner);
         let cache = free().pop();
@@ -125,8 +125,8 @@ impl Encoder {
         cache
     }
 
-    /// The length that `encode_with` needs `out` to have: one id per byte is the most there can be, and a few more,
-    /// because it writes INLINE_IDS ids at a time.
+    /// The length that `out` must have in `encode_with`: at most one id per byte, and a few more because INLINE_IDS ids
+    /// are written at a time.
     pub fn room_for(text: &str) -> usize {
         text.len() + cache::INLINE_IDS
     }
@@ -135,7 +135,7 @@ impl Encoder {
     pub fn encode_with(&self, cache: &mut Cache, text: &str, out: &mut [u32]) -> Result<usize, String> {
         let (bytes, mut at) = (text.as_bytes(), 0);
         let mut chunks = self.splitter.chunks(text);
-        // While these chunks are split, the cache lines of the first ones arrive from memory.
+        // While the last of these chunks are split, the cache lines of the first arrive from memory.
         let mut ahead = [Chunk::default(); AHEAD];
         let mut buckets = [0; AHEAD];
         loop {

@@ -9,7 +9,7 @@ pub type Pair = (u32, u32);
 /// Stands for "no token".
 const NONE: u32 = u32::MAX;
 
-/// Longer chunks are merged with a heap, in n log n time; searching all pairs before each merge is quadratic.
+/// Longer chunks are merged with a heap, in O(n log n) time; searching all pairs before each merge is quadratic.
 const HEAP_ABOVE: usize = 96;
 
 /// Maps a pair of tokens to the token they merge into. That id is also the merge's rank, because ids are assigned in
@@ -29,7 +29,7 @@ impl MergeTable {
         Self { slots: vec![((0, 0), NONE); slots], shift: 64 - slots.ilog2(), bytes: vec![NONE; 1 << 16] }
     }
 
-    /// Adds the merge of `pair` into `id`. May be called `capacity` times, each time with another pair.
+    /// Adds the merge of `pair` into `id`. May be called `capacity` times, each time with a different pair.
     pub fn insert(&mut self, pair: Pair, id: u32) {
         if pair.0 < 256 && pair.1 < 256 {
             self.bytes[(pair.0 << 8 | pair.1) as usize] = id;
@@ -75,7 +75,7 @@ impl MergeTable {
         }
     }
 
-    /// Merges the pair of the lowest rank first, the leftmost among equals. Searches all pairs. For up to `N` bytes.
+    /// Merges the pair with the lowest rank first, the leftmost among equals. Searches all pairs; for up to `N` bytes.
     fn merge_short<const N: usize>(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         // ranks[i] is the id that parts i and i + 1 would merge into.
         let mut ranks = [NONE; N];

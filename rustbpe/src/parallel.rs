@@ -11,10 +11,10 @@ use crate::split::Splitter;
 /// The number of cores that this process may use.
 static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
 
-/// The most threads that are used, whatever the caller asks for. More would help nobody.
+/// The most threads that are used, whatever the caller asks for. More would never help.
 const MAX_THREADS: usize = 1024;
 
-/// What a text adds to the size of its piece besides its bytes, so that a piece of empty texts is sent too.
+/// What a text counts in the size of its piece besides its bytes, so that a piece of empty texts fills up too.
 pub const TEXT_OVERHEAD: usize = 64;
 
 /// How work is distributed over threads.
@@ -49,7 +49,7 @@ pub fn feed_all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut TextS
 }
 
 /// Folds the items that `produce` sends. Up to `threads` threads work, including this one. Each has its own state, made
-/// by `init`, and adds its items to it with `step`. Returns the result of `produce`, and the states in no particular
+/// by `init`, and folds items into it with `step`. Returns the result of `produce`, and the states in no particular
 /// order.
 ///
 /// This thread runs `step` too when the others fall behind, and after the last item. A single item starts no thread.

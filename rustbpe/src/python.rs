@@ -232,7 +232,7 @@ impl Tokenizer {
     }
 }
 
-/// A Python int, clamped to the range of i64. Callers accept or reject a larger int as they do the limit.
+/// A Python int, clamped to the range of i64. Callers accept or reject a larger int just as they would the limit.
 ///
 /// 2**70 -> i64::MAX
 fn saturating_i64(value: &Bound<'_, PyAny>) -> PyResult<i64> {
@@ -276,7 +276,7 @@ fn new_array<'py, T: Element>(
     let buffer = PyBuffer::<T>::get(&array)?;
     let mut values = buffer.as_slice_ptr().expect("a new array should be contiguous");
     // SAFETY: the array is new, so nothing else refers to it, and `buffer` keeps it in place. T is a plain number, for
-    // which any bits are a valid value.
+    // which every bit pattern is a valid value.
     fill(unsafe { values.as_mut() });
     Ok(array)
 }

@@ -9,7 +9,7 @@
 //! \s+(?!\S) | \s+
 //! ```
 //!
-//! `scan_short` takes the chunks that its table of guesses covers, about nine of ten: an ASCII word with at most one
+//! `scan_short` takes the chunks that its table of guesses covers, about nine in ten: an ASCII word with at most one
 //! other ASCII character before it. `chunk_end` takes the rest, one character at a time. Its table of character classes
 //! is built from the regex engine's own tables, so the two cannot disagree about Unicode.
 
@@ -230,8 +230,8 @@ impl Guess {
     }
 }
 
-/// The guesses by the class of the first byte, then of the second. A table, because the processor cannot predict
-/// branches on the text: prose has no pattern.
+/// The guesses, indexed by the class of the first byte, then of the second. A table instead of branches, because the
+/// processor cannot predict branches that depend on the text.
 type Guesses = [[Guess; 8]; 8];
 
 static GUESSES: [Guesses; 3] = [guesses(1), guesses(2), guesses(3)];
@@ -338,8 +338,8 @@ fn letters_end(classes: &[CharClass], text: &[u8], mut at: usize) -> usize {
     }
 }
 
-/// The end of the chunk that begins at `start`. Some alternative of the pattern takes every character, so the chunks
-/// cover the text. The alternatives are tried in the pattern's order.
+/// The end of the chunk that begins at `start`. Every character is taken by some alternative of the pattern, so the
+/// chunks cover the text. The alternatives are tried in the pattern's order.
 fn chunk_end(classes: &[CharClass], text: &[u8], start: usize, digits: usize) -> usize {
     if text[start] == b'\'' {
         if let Some(len) = contraction(&text[start + 1..]) {
@@ -362,7 +362,8 @@ fn chunk_end(classes: &[CharClass], text: &[u8], start: usize, digits: usize) ->
     }
 }
 
-/// How many bytes `(?i:[sdmt]|ll|ve|re)` takes. Case folding matches the long s (U+017F) to the letter s.
+/// How many bytes `(?i:[sdmt]|ll|ve|re)` matches at the start of `text`. Case folding matches the long s (U+017F) to
+/// the letter s.
 fn contraction(text: &[u8]) -> Option<usize> {
     let second = text.get(1).map(u8::to_ascii_lowercase);
     match (text.first()?.to_ascii_lowercase(), second) {
@@ -391,7 +392,7 @@ fn symbols_end(classes: &[CharClass], text: &[u8], at: usize) -> usize {
 
 /// `\s*[\r\n]|\s+(?!\S)|\s+` takes the run of white space up to its last newline. Without a newline, it takes the
 /// whole run at the end of the text; elsewhere all but the last character, which is left to open the next word, unless
-/// the run is that one character.
+/// the run has only that character.
 fn whitespace_end(classes: &[CharClass], text: &[u8], start: usize) -> usize {
     let (mut at, mut last, mut after_newline) = (start, start, start);
     loop {

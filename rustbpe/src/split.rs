@@ -13,7 +13,7 @@ use crate::scan::{self, Scanner};
 pub const GPT4_PATTERN: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
-/// Ends the errors about matches of the empty string, with which the splitter would never advance.
+/// The end of error messages about matches of the empty string, with which the splitter would never advance.
 const NON_EMPTY: &str = "expected at least one character in every match";
 
 pub struct Splitter {
@@ -49,7 +49,7 @@ impl Splitter {
         &self.pattern
     }
 
-    /// Whether the hand-written scanner serves the pattern.
+    /// Whether the hand-written scanner handles the pattern.
     pub fn is_scanner(&self) -> bool {
         matches!(self.engine, Engine::Scanner(_))
     }
@@ -67,8 +67,8 @@ impl Splitter {
         }
     }
 
-    /// Cuts `text` into parts of about `size` bytes whose chunks, taken together, are the chunks of the whole. A regex
-    /// gets a single part, because nothing is known about where its text can be cut.
+    /// Cuts `text` into parts of about `size` bytes whose chunks, taken together, are the chunks of the whole. With a
+    /// regex there is a single part, because nothing is known about where its text can be cut.
     pub fn parts(&self, text: &str, size: usize) -> Vec<Range<usize>> {
         let mut parts = vec![];
         let mut start = 0;

@@ -12,8 +12,8 @@ use crate::merge::Pair;
 
 const NONE: u32 = u32::MAX;
 
-/// One byte of a distinct chunk. A token's id is stored at its first and its last byte, so that the tokens on both
-/// sides of a token are found from its length. Nothing reads the bytes between.
+/// One byte of a distinct chunk. A token's id is stored at its first and its last byte, so that a token's length is
+/// enough to find its neighbours on both sides. Nothing reads the bytes between.
 struct Position {
     /// NONE between chunks, and where the right part of a merge began.
     token: u32,
@@ -26,7 +26,7 @@ struct PairStats {
     pair: Pair,
     /// How often the pair occurs in the corpus.
     count: i64,
-    /// The positions where the pair begins, in order. Stale ones stay in the list until the pair is merged.
+    /// The positions where the pair begins, in order. Stale positions stay in the list until the pair is merged.
     positions: Vec<u32>,
 }
 
@@ -41,7 +41,7 @@ struct Trainer {
     /// The length in bytes of each token.
     token_lens: Vec<u32>,
     stats: Vec<PairStats>,
-    /// Indices into `stats` whose pair no longer occurs, for reuse.
+    /// Indices into `stats` of pairs that no longer occur, for reuse.
     free_stats: Vec<u32>,
     queue: BinaryHeap<Candidate>,
     /// Indices of the pairs (other, new token), by the other token: an array, so that nothing is hashed. Reset to NONE
@@ -182,7 +182,7 @@ impl Trainer {
             true
         });
 
-        // Add the pairs that it forms with its neighbours.
+        // Add the pairs that the new token forms with its neighbours.
         let mut new_pairs = vec![];
         for &at in &positions {
             let at = at as usize;
@@ -257,7 +257,7 @@ mod tests {
         learn_merges(count(texts, Plan::new(None)), num_merges, |_| Ok::<_, Infallible>(())).unwrap()
     }
 
-    /// Training by its definition: counts every pair again before each merge.
+    /// Trains as BPE is defined: counts every pair again before each merge.
     fn learn_naively(texts: &[String], num_merges: usize) -> Vec<Pair> {
         let splitter = Splitter::new(GPT4_PATTERN).unwrap();
         let mut words: Vec<Vec<u32>> = vec![];
@@ -318,7 +318,8 @@ mod tests {
 
     #[test]
     fn a_merge_costs_the_same_in_a_long_chunk() {
-        // Every merge changes this one chunk, so the test would not end in time if a merge cost its length.
+        // Every merge changes this one chunk, so the test would not end in time if the cost of a merge grew with the
+        // chunk's length.
         let mut state = 1u64;
         let draw = |_| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

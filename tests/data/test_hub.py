@@ -274,7 +274,7 @@ def test_a_server_without_ranges_sends_the_whole_file(server):
 def test_a_fault_that_stays_is_the_reason_and_the_rest_arrives(server, fault, words, monkeypatch):
     monkeypatch.setattr(hub, "LONGEST_PAUSE", 0.1)  # with 429 the server asks for a second
     server.faults = {f"GET {hub.shard_name(1)}": [fault] * 50}
-    start, missing = time.monotonic(), f"1 of 3 shards missing, the first because {hub.shard_name(1)}"
+    start, missing = time.monotonic(), f"1 of 3 shards missing; first failure: {hub.shard_name(1)}"
     with pytest.raises(UserError, match=f"{missing}: .*{words}") as caught:
         hub.download("fineweb-edu", 3)
     assert "\n" not in str(caught.value) and time.monotonic() - start < 8
@@ -287,7 +287,7 @@ def test_a_fault_that_stays_is_the_reason_and_the_rest_arrives(server, fault, wo
 def test_a_failed_shard_is_an_exit_code_and_one_line(server):
     server.missing = {hub.shard_name(1)}
     done = run("-n", "3")
-    assert done.returncode == 2 and "1 of 3 shards missing, the first because shard_00001.parquet" in done.stderr
+    assert done.returncode == 2 and "1 of 3 shards missing; first failure: shard_00001.parquet" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert (data_folder() / hub.shard_name(2)).exists() and not (data_folder() / hub.shard_name(1)).exists()
     server.missing = set()
@@ -455,7 +455,7 @@ def test_without_a_hash_from_the_server_the_first_download_is_what_later_ones_mu
     path = data_folder() / hub.shard_name(0)
     path.unlink()
     server.faults = {f"GET {hub.shard_name(0)}": ["wrong"] * 50}
-    with pytest.raises(UserError, match=r"expected [0-9a-f]{64} as the first time \(shard_00000\.parquet\.sha256\)"):
+    with pytest.raises(UserError, match=r"expected [0-9a-f]{64} as first recorded \(shard_00000\.parquet\.sha256\)"):
         hub.download("fineweb-edu", 1)
     assert not path.exists()
     server.faults = {f"GET {hub.shard_name(0)}": ["drop", "wrong", "drop"]}

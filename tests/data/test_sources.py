@@ -212,7 +212,7 @@ def test_the_validation_hash_is_that_of_the_validation_text_alone(tmp_path):
 def test_a_missing_column_is_named(tmp_path):
     for name in "ab":
         write_parquet(tmp_path / f"{name}.parquet", ["x"], column="content")
-    with pytest.raises(UserError, match=r"a\.parquet: no column 'text', it has content"):
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'text'; its columns: content"):
         sources.open(data_dir=tmp_path)
 
 

@@ -347,7 +347,7 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer
         terminal.wait_for("half a tho")
         time.sleep(0.5)  # CPython's input() misses a signal between echoing a letter and waiting for the next
         terminal.type("\x03")
-        terminal.wait_for("press Ctrl-C again to end")
+        terminal.wait_for("press Ctrl-C again to quit")
         terminal.wait_for("User: ")
         terminal.type("q\n")
         terminal.wait_for("é!")

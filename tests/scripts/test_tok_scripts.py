@@ -125,7 +125,7 @@ def test_eval_does_not_wait_long_for_peers(corpus, own_base_dir, capsys, monkeyp
     assert time.monotonic() - start < 4
     printed = capsys.readouterr().out
     for label, name in tok_eval.PEERS.items():
-        assert f"{label}: skipped, tiktoken has {name} neither in its cache nor from the network\n" in printed
+        assert f"{label}: skipped, tiktoken found {name} neither in its cache nor on the network\n" in printed
     assert "news " in printed
 
 

@@ -13,7 +13,7 @@ from nanochat_jax.config import UserError
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Generator[BinaryIO]:
+def atomic_write(path: Path) -> Generator[BinaryIO]:
     """A file to write, renamed to `path` once it is complete and on the disk.
 
     Readers, also after a crash, see either the old file or the new one, never a part of it.
@@ -32,7 +32,7 @@ def whole(path: Path) -> Generator[BinaryIO]:
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically; creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 
 

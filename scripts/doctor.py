@@ -107,7 +107,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     from nanochat_jax.parallel import devices, sharding
     from nanochat_jax.progress import clock
     from nanochat_jax.training import optim
-    from nanochat_jax.training.batch_shape import batch_shape, estimated_memory, rows_that_fit
+    from nanochat_jax.training.batch_shape import estimated_memory, rows_that_fit, shape_for_tokens
     from nanochat_jax.training.stages import horizon
 
     layout.check(model_cfg)
@@ -133,7 +133,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
             return 1
 
     replicas = sharding.replicas(layout.mesh)
-    shape = batch_shape(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
+    shape = shape_for_tokens(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
     steps = horizon(cfg, model_cfg, shape.tokens)
     flops = steps * shape.tokens * model_cfg.flops_per_token
     line("Preset", cfg.preset or "none, so the defaults (choose one with --config=NAME)")

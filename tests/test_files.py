@@ -3,7 +3,7 @@
 import pytest
 
 from nanochat_jax.config import UserError
-from nanochat_jax.files import exclusive, read_json, sha256, whole, write_text
+from nanochat_jax.files import atomic_write, exclusive, read_json, sha256, write_text
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
@@ -17,7 +17,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a.json", '{"a": 1}')
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a.json", '{"a": "\ud83c"}')
-    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "a.json") as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a.json") as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert read_json(tmp_path / "a.json") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -21,7 +21,7 @@ import numpy as np
 from nanochat_jax import config
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.data import hub, parquet, sources
-from nanochat_jax.files import whole
+from nanochat_jax.files import atomic_write
 from nanochat_jax.progress import Progress
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ def _write(text: Path, folder: Path, tokenizer: Tokenizer) -> None:
     index_path.unlink(missing_ok=True)
     total = sum(lengths)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (total,)}
-    with whole(tokens_path) as file:
+    with atomic_write(tokens_path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(part)
@@ -145,7 +145,7 @@ def _write(text: Path, folder: Path, tokenizer: Tokenizer) -> None:
         "groups": np.asarray(groups, np.int64),
         "checksums": np.asarray(checksums, np.uint32),
     }
-    with whole(index_path) as file:
+    with atomic_write(index_path) as file:
         np.savez(file, **index)
 
 

@@ -73,7 +73,7 @@ def _check_ids(name: str, ids: np.ndarray, low: int, vocab_size: int) -> None:
     )
 
 
-def batch_shape(
+def shape_for_tokens(
     total_batch_size: int, device_batch_size: int, seq_len: int, replicas: int, fit: Callable[[int], int]
 ) -> BatchShape:
     """Splits `total_batch_size` tokens into rows and micro-batches.
@@ -101,12 +101,12 @@ def batch_shape(
     return BatchShape(rows // device_batch_size, device_batch_size, replicas, seq_len)
 
 
-def batch_shape_of_rows(
+def shape_for_rows(
     total_rows: int, device_batch_size: int, seq_len: int, replicas: int, fit: Callable[[int], int]
 ) -> BatchShape:
     """Splits `total_rows` rows over any number of replicas, adding padding rows where they do not divide.
 
-    `device_batch_size` and `fit` are as in `batch_shape`, but a replica with fewer rows takes all of them at once.
+    `device_batch_size` and `fit` are as in `shape_for_tokens`, but a replica with fewer rows takes all of them at once.
 
     Example: 50 rows, 4 at a time on 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
     """

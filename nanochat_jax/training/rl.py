@@ -132,7 +132,7 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
             f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model_cfg.sequence_len} tokens, "
             f"prompts included: try {run.model_cfg.sequence_len // 2}"
         )
-    batch_shape = batch_shape_of_answers(
+    batch_shape = shape_for_answers(
         cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model_cfg.sequence_len
     )
     for name in cfg.mixture:
@@ -151,7 +151,7 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
     return RlStage(batch_shape, task, held_out, drawn, steps)
 
 
-def batch_shape_of_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
+def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
     """Arranges the answers of a step as rows. UserError if they do not divide over the `count` devices, which form
     `replicas` replicas, or into micro-batches."""
     answers = cfg.examples_per_step * cfg.num_samples

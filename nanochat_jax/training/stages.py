@@ -15,10 +15,10 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import (
     BatchShape,
-    batch_shape,
-    batch_shape_of_rows,
     rows_of_examples,
     rows_that_fit,
+    shape_for_rows,
+    shape_for_tokens,
 )
 from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
 
@@ -41,8 +41,8 @@ class Stage:
 
 
 def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
-    """What `batch_shape` and `batch_shape_of_rows` need besides the size of the batch: rows that a device takes at once
-    (0: automatic), tokens per row, replicas, and a function that says how many rows fit on a device."""
+    """What `shape_for_tokens` and `shape_for_rows` need besides the size of the batch: rows that a device takes at
+    once (0: automatic), tokens per row, replicas, and a function that says how many rows fit on a device."""
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 
@@ -50,7 +50,7 @@ def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
 def base_stage(run: Run, cfg: config.Base) -> Stage:
     """Pretraining: packed documents, a number of steps known in advance, a trapezoidal learning rate."""
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
-    shape = batch_shape(cfg.total_batch_size, *_batch_limits(run))
+    shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run))
     steps = horizon(cfg, model_cfg, shape.tokens)
     source = pin_text(run, sources.open(cfg.data, cfg.data_dir))
     cache_dir = token_cache.folder_of(source, tokenizer)
@@ -93,10 +93,10 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
     mean_length = dataloader.mean_tokens(task, tokenizer)
     if isinstance(cfg, config.Mid) or cfg.total_batch_size:
-        shape = batch_shape(cfg.total_batch_size, *_batch_limits(run))
+        shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run))
     else:
         rows = rows_of_examples(cfg.target_examples_per_step, mean_length, model_cfg.sequence_len)
-        shape = batch_shape_of_rows(rows, *_batch_limits(run))
+        shape = shape_for_rows(rows, *_batch_limits(run))
     process_index, process_count = sharding.process_rows(run.layout.mesh)
 
     loader = dataloader.chat_loader(

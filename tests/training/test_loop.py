@@ -24,7 +24,7 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as train_module
 from nanochat_jax.training import optim, stages, validation
 from nanochat_jax.training import run as run_module
-from nanochat_jax.training.batch_shape import BatchShape, batch_shape_of_rows, rows_of_examples, rows_that_fit
+from nanochat_jax.training.batch_shape import BatchShape, rows_of_examples, rows_that_fit, shape_for_rows
 from nanochat_jax.training.interruption import Interruption
 from nanochat_jax.training.loop import DispatchedStep, StepLog, train
 from nanochat_jax.training.run import compiled_memory, open_run
@@ -428,7 +428,7 @@ def test_rows_of_conversations_are_no_more_than_asked():
 @pytest.mark.parametrize("devices", [1, 8, 16])
 @pytest.mark.parametrize("at_once", [0, 1, 4])
 def test_as_many_rows_are_cut_over_any_number_of_devices(rows, devices, at_once):
-    shape = batch_shape_of_rows(rows, at_once, 64, devices, fit=lambda share: 1)
+    shape = shape_for_rows(rows, at_once, 64, devices, fit=lambda share: 1)
     assert shape.total_rows == rows and shape.tokens == 64 * rows
     assert shape.padding < devices * shape.rows and shape.rows <= max(1, at_once)
     if devices == 1 and not at_once:

@@ -287,7 +287,7 @@ def test_a_disk_full_to_the_last_byte(small_disk):
     assert checkpoint.latest(small_disk) == 1
 
 
-def test_a_failed_save_is_told_without_waiting_for_the_next(small_disk):
+def test_a_failed_save_is_reported_without_waiting_for_the_next(small_disk):
     saver = checkpoint.Saver(small_disk, keep_last=1)
     saver.raise_if_failed()
     saver.save(1, *state(1, size=2_000_000), DATA, META)

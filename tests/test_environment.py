@@ -20,7 +20,7 @@ def git(folder, *args):
     subprocess.run(["git", "-C", str(folder), *name, *args], check=True, capture_output=True)
 
 
-def test_the_commit_is_told_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+def test_the_commit_is_given_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert environment.code() == "not a git checkout" and environment.versions()["commit"] == ""

@@ -43,7 +43,7 @@ def test_the_examples_of_the_slow_implementation_hold():
 
 @settings(max_examples=150, deadline=None)
 @given(corpora, st.integers(256, 300), st.sampled_from([SPLIT_PATTERN, GPT2_PATTERN]), dense)
-def test_equals_the_slow_twin(texts, vocab_size, pattern, other):
+def test_equals_the_slow_implementation(texts, vocab_size, pattern, other):
     if not any(texts):
         texts = ["a"]
     ours = trained(texts, vocab_size, pattern=pattern)
@@ -107,7 +107,7 @@ def test_equals_what_others_learn_and_answer(case):
 
 
 @pytest.mark.parametrize("case", PEERS["cases"], ids=lambda case: case["name"])
-def test_the_slow_twin_learns_and_answers_the_same(case):
+def test_the_slow_implementation_learns_and_answers_the_same(case):
     merges = slow_bpe.train(case["texts"], 256 + len(case["rustbpe"]), case["pattern"])
     assert trained(case["texts"], 256 + len(case["rustbpe"]), pattern=case["pattern"]).get_merges() == merges
     assert [slow_bpe.encode(text, merges, case["pattern"]) for text in PEERS["encoded_texts"]] == case["encoded"]

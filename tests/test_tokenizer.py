@@ -342,7 +342,7 @@ def test_system_message_is_merged_into_the_first_user_message(tokenizer):
     assert conversation["messages"][1] == user("Hi")  # unchanged
 
 
-def test_rendering_is_cut_on_the_right(tokenizer):
+def test_rendering_is_truncated_on_the_right(tokenizer):
     conversation = chat(user("a long question " * 20), assistant("an answer"))
     ids, mask = tokenizer.render_conversation(conversation)
     assert tokenizer.render_conversation(conversation, 10) == (ids[:10], mask[:10])

@@ -336,7 +336,7 @@ def test_mid_supervises_every_token_and_cuts_nothing():
     assert sorted(targets[targets > 0].tolist()) == sorted(expected)
 
 
-def test_overlong_conversations_are_cut_and_counted_or_skipped_and_counted():
+def test_overlong_conversations_are_truncated_and_counted_or_skipped_and_counted():
     # 0: fits exactly; 1: the answer is truncated; 2: nothing of the answer is left.
     question, answer = [3, 3, 40], [T + 1 - 8, 60, 5]
     task = Task(3, answer=lambda i: answer[i], question=lambda i: question[i])

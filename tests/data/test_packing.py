@@ -155,7 +155,7 @@ def test_padding_has_no_targets_even_though_bos_is_zero():
     assert (batch["inputs"] == BOS).all() and (batch["targets"] == -1).all()
 
 
-def test_a_long_document_is_cut_before_it_piles_up():
+def test_a_long_document_is_split_before_it_piles_up():
     short = [packing.document([BOS, 99]) for _ in range(50)]
     rows, _ = pack("split", 9, [packing.document([BOS, *range(1, 25)]), *short])
     assert tokens(rows[:3]) == list(range(1, 25))

@@ -69,7 +69,7 @@ def test_parquet_files_are_read_in_place(tmp_path):
     assert list(source.texts("train")) == [f"{n}{i}" for n in "ab" for i in range(10)]
 
 
-def test_a_large_text_file_is_cut_between_paragraphs(tmp_path):
+def test_a_large_text_file_is_split_between_paragraphs(tmp_path):
     paragraphs = [f"{i} " + "word " * 100 for i in range(100)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     source = sources.open(data_dir=tmp_path)
@@ -166,7 +166,7 @@ def test_a_conversion_counts_what_it_met(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "txt", "parquet"])
-def test_a_document_of_50_mb_is_cut_and_nothing_of_it_is_lost(form, tmp_path):
+def test_a_document_of_50_mb_is_split_and_nothing_of_it_is_lost(form, tmp_path):
     lines = [f"line {i} of a very long document, with some words in it" for i in range(850_000)]
     text = "\n".join(lines)
     assert len(text) > 50_000_000
@@ -186,7 +186,7 @@ def test_a_document_of_50_mb_is_cut_and_nothing_of_it_is_lost(form, tmp_path):
         assert "".join(pieces) == text
 
 
-def test_a_document_without_a_place_to_cut_is_cut_anywhere(tmp_path):
+def test_a_document_without_a_place_to_split_is_split_anywhere(tmp_path):
     for name in "ab":
         write_parquet(tmp_path / f"{name}.parquet", ["x" * 2_500_000])
     pieces = list(sources.open(data_dir=tmp_path).texts("train"))

@@ -46,7 +46,7 @@ def test_on_a_gpu_it_is_cudnn_if_that_runs_when_tried(monkeypatch, cudnn_calls):
     assert attention.choose_kernel("cudnn", jnp.bfloat16, MODEL) == ("cudnn", "it passed a trial run")
 
 
-def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_told(monkeypatch, capsys):
+def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # there is no real GPU, so trying cuDNN fails
     kernel, reason = attention.choose_kernel("", jnp.bfloat16, MODEL)
     assert kernel == "xla" and reason.startswith("cuDNN failed: ") and "\n" not in reason

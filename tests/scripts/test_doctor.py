@@ -44,7 +44,7 @@ def test_a_preset_on_eight_devices(own_base_dir):
     assert int(printed["Peak"]) < 1500, "MiB, where weights and optimizer state would be 6,000"
 
 
-def test_two_processes_are_told_as_one_machine(own_base_dir):
+def test_two_processes_are_described_as_one_machine(own_base_dir):
     where = tiny.free_address()
     command = [sys.executable, "-m", "scripts.doctor", f"--coordinator={where}", "--num_processes=2", "--depth=2"]
     started = [
@@ -70,7 +70,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_whether_the_hub_answers_is_told(monkeypatch):
+def test_whether_the_hub_answers_is_printed(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:

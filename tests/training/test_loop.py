@@ -145,7 +145,7 @@ def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
     assert losses(checkpoint.run_dir("base", "another"))[2] != losses(checkpoint.run_dir("base", "again"))[2]
 
 
-def test_what_a_run_needs_is_told_before_the_first_shard_has_come(world):
+def test_what_a_run_needs_is_printed_before_the_first_shard_has_come(world):
     source, tokenizer = sources.open(), Tokenizer.load(world / "tokenizer")
     of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
     coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
@@ -427,7 +427,7 @@ def test_rows_of_conversations_are_no_more_than_asked():
 @pytest.mark.parametrize("rows", [1, 3, 8, 17, 50])
 @pytest.mark.parametrize("devices", [1, 8, 16])
 @pytest.mark.parametrize("at_once", [0, 1, 4])
-def test_as_many_rows_are_cut_over_any_number_of_devices(rows, devices, at_once):
+def test_as_many_rows_are_split_over_any_number_of_devices(rows, devices, at_once):
     shape = shape_for_rows(rows, at_once, 64, devices, fit=lambda share: 1)
     assert shape.total_rows == rows and shape.tokens == 64 * rows
     assert shape.padding < devices * shape.rows and shape.rows <= max(1, at_once)

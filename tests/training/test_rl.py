@@ -82,7 +82,7 @@ def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(si
      ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 devices.*: try 2"),
      ({"num_samples": 3, "examples_per_step": 1}, "--examples_per_step=1 x --num_samples=3 answers do not divide")],
 )  # fmt: skip
-def test_answers_that_cannot_be_cut_name_the_flags_of_this_stage(changes, words):
+def test_answers_that_cannot_be_split_name_the_flags_of_this_stage(changes, words):
     cfg = Rl(**{"examples_per_step": 2, "num_samples": 4, "device_batch_size": 4} | changes)
     with pytest.raises(UserError, match=words) as caught:
         rl.shape_for_answers(cfg, 2, 2, 64)
@@ -99,6 +99,6 @@ def test_numbers_that_no_run_can_have_are_refused_by_their_flag(changes):
         Rl(**changes)
 
 
-def test_answers_are_cut_into_micro_batches():
+def test_answers_are_split_into_micro_batches():
     shape = rl.shape_for_answers(Rl(examples_per_step=4, num_samples=4, device_batch_size=2), 4, 2, 64)
     assert (shape.grad_accum_steps, shape.rows, shape.replicas, shape.padding) == (4, 2, 2, 0)

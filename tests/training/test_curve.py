@@ -1,8 +1,8 @@
 """A learning curve: the loss of a tiny model over 200 steps on real text falls as it did when it was recorded.
 
-    python tests/training/test_curve.py     # records tests/recorded/curve.json again, from $NANOCHAT_TEST_DATA
+    PYTHONPATH=.:tests/support python tests/training/test_curve.py     # re-records tests/recorded/curve.json
 
-Record it again only for changes that are meant to change what is learned.
+Its text comes from $NANOCHAT_TEST_DATA. Record it again only for changes that are meant to change what is learned.
 """
 
 import json

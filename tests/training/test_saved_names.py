@@ -1,6 +1,6 @@
 """What a run saves keeps its names: runs of earlier versions are resumed, reported and chatted with.
 
-    PYTHONPATH=.:tests/support python tests/training/test_saved_names.py     # re-records tests/recorded/saved_names.json
+    PYTHONPATH=.:tests/support python tests/training/test_saved_names.py   # records tests/recorded/saved_names.json
 
 Record it again only when a name is meant to go.
 """

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
-# Our names, for weights [l, in, out] -> the names in transformers, for one matrix [out, in] per layer.
+# Our name of a weight [l, in, out] -> what transformers calls its matrix [out, in] in each layer.
 LAYER_NAMES = {
     "wq": "self_attn.q_proj",
     "wk": "self_attn.k_proj",
@@ -21,9 +21,9 @@ LAYER_NAMES = {
 
 
 def load(folder: Path) -> tuple[gpt.Params, GPTConfig]:
-    """Parameters (float32 NumPy arrays) and shape of the model in `folder` (config.json, model.safetensors).
+    """Loads the model in `folder` (config.json, model.safetensors) -> (float32 NumPy parameters, the model's shape).
 
-    UserError for a model of another type.
+    Raises UserError if the model is of another type.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "nanochat":

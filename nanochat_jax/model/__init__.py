@@ -1,6 +1,6 @@
 """The transformer as pure functions of its parameters.
 
 In: a GPTConfig, parameters (a nested dict of arrays) and token ids [b,t]. Out: hidden states [b,t,d], logits [b,t,v]
-or the loss. Apart from choosing the dtype and the attention kernel, all of it runs inside `jax.jit`. parallel/ decides
-how arrays are sharded, training/ updates them.
+or the loss. All of it runs inside `jax.jit`, except the choice of the dtype and of the attention kernel. parallel/
+decides how the arrays are sharded, and training/ updates the parameters.
 """

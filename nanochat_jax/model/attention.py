@@ -1,7 +1,8 @@
 """Causal attention: over a whole sequence in training, and against a cache in decoding.
 
-Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim. A window of w lets a query
-see itself and the w keys before it (FlashAttention's convention); with 0 it sees all keys before it.
+Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim. With a window of w, a
+query sees its own key and the w keys before it (FlashAttention's convention); with a window of 0, it sees its own key
+and all keys before it.
 """
 
 import functools
@@ -14,16 +15,16 @@ from nanochat_jax.config import GPTConfig, UserError, first_line
 from nanochat_jax.model.precision import accum_dtype
 
 KERNELS = ("cudnn", "xla")
-_chosen = "xla"  # set by `choose_kernel`, once per process
+_chosen = "xla"  # the kernel that `causal_attention` uses; set by `choose_kernel`
 
 
 def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
     """Sets the kernel that `causal_attention` uses from now on, and returns it with the reason.
 
-    `requested` is --attention; empty means cuDNN where it works, else XLA. cuDNN is tried out by forward and backward
-    passes on a small input with the heads and windows of `model_cfg`: whether it works depends on these, on the GPU, on
-    the driver and on the library's version, and an error in the middle of a compilation says little. UserError if the
-    requested kernel does not work here.
+    `requested` is --attention; if it is empty, the kernel is cuDNN where that works, else XLA. cuDNN is tried out by
+    forward and backward passes on a small input with the heads and windows of `model_cfg`. Whether it works depends on
+    these, on the GPU, on the driver and on cuDNN's version, and an error while the training step compiles would say
+    little about the cause. Raises UserError if the requested kernel does not work here.
     """
     global _chosen
     assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
@@ -42,7 +43,7 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
 
 
 def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
-    """Runs cuDNN's forward and backward passes and returns the first line of the error; empty if there was none."""
+    """Runs cuDNN's forward and backward passes and returns the first line of the error, or "" if there is none."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> tuple[jax.Array, ...]:
@@ -61,13 +62,13 @@ def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) -> jax.Array:
     """Causal attention of q [b,t,h,k] to k, v [b,t,n,k] -> [b,t,h,k]; query head i uses kv head i // (h/n).
 
-    Scale 1/sqrt(head dim), softmax in float32.
+    The scores are scaled by 1/sqrt(head dim), and the softmax is computed in float32.
     """
     return (_cudnn if _chosen == "cudnn" else _xla)(q, k, v, window)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """Flash attention. Causality and window are passed as flags: a mask would take cuDNN off its fast path."""
+    """Flash attention. Causality and window are passed as flags, since a mask would take cuDNN off its fast path."""
     # If q has 2^31 elements or more, cuDNN 9.27 returns wrong gradients without an error.
     assert q.size < 2**31, f"queries {q.shape} have {q.size} elements: cuDNN's gradients are correct only below 2^31"
     local = (window, 0) if window else None
@@ -75,9 +76,9 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    # The queries form four blocks, each multiplied only with the keys it can see: that computes 5/8 of the scores, and
-    # the rest would be masked. On a CPU, forward and backward take about two thirds of the time that one masked square
-    # of scores takes (t = 256).
+    # The queries are split into four blocks, and each block is multiplied only with the keys that its queries can see.
+    # Without a window, this computes 5/8 of all scores; the rest would be masked. On a CPU, with t = 256, the forward
+    # and backward passes take about two thirds of the time that computing and masking all scores would take.
     b, t, h, d = q.shape
     n = k.shape[2]
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], g query heads per kv head
@@ -97,20 +98,21 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
-    """Query positions [..., t] and key positions [s] -> bool [..., t, s]: whether the query sees the key."""
+    """Query positions [..., t] and key positions [s] -> bool [..., t, s]: whether each query sees each key."""
     distance = queries[..., :, None] - jnp.expand_dims(keys, range(queries.ndim))
     return (distance >= 0) & (distance <= window) if window else distance >= 0
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
-    """Attention of q [b,t,h,k], whose first token has position start [b], to cached k, v [b,n,s,k] -> [b,t,h,k].
+    """Attention of q [b,t,h,k] to cached k, v [b,n,s,k] -> [b,t,h,k]; start [b]: position of each row's first query.
 
-    A query at position p sees cache positions 0..p, or the last `window` + 1 of them. Softmax in float32. The cache's
-    dtype may differ from q's: the matmuls then use the cache's dtype, and the result has q's.
+    A query at position p sees cache positions 0 to p, or with a window only the last `window` + 1 of these. The softmax
+    is computed in float32. If the cache has another dtype than q, the matmuls use the cache's dtype, and the result is
+    cast back to q's dtype.
     """
     b, t, h, d = q.shape
     n, dtype = k.shape[1], q.dtype
-    # [b,n,g,t,k] as in `_xla`: not every CPU has a bf16 dot for another axis order.
+    # Axes [b,n,g,t,k], as in `_xla`, since some CPUs have no bf16 dot for another axis order.
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
     scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accum_dtype(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]

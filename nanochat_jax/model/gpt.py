@@ -1,13 +1,13 @@
 """The model: a decoder-only transformer, its initialisation, and the functions that apply it.
 
 Rotary embeddings, QK-norm, grouped-query attention, ReLU^2 MLP, RMSNorm without gains, no biases, untied head, logits
-soft-capped at 15. Flax NNX defines the modules; everything outside this file sees a plain nested dict of arrays (the
-parameters) and pure functions of it, so that `jax.jit`, `jax.grad` and optax need not know about NNX.
+soft-capped at 15. The modules are defined with Flax NNX, but everything outside this file sees only a plain nested dict
+of arrays (the parameters) and pure functions of it, so that `jax.jit`, `jax.grad` and optax need not know about NNX.
 
 Axis letters, here and everywhere: b batch, t query time, s key time, d model, h query head, n kv head, k head dim,
-f ffn, v vocab, l layer. Layer weights are stacked [l, in, out], one leaf per kind of weight, so that the optimizer
-orthogonalises all layers as one batch and a checkpoint has eight leaves. Example shapes are those of depth 20 with 32
-rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
+f ffn, v vocab, l layer. The weights of all layers are stacked as [l, in, out], one array for each kind of weight, so
+that the optimizer orthogonalises all layers as one batch and the parameters are only eight arrays. Example shapes are
+those of a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
 
 Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm
 statistics, softmax and logits are float32. The rotary table and rotation stay in float32, unlike in the specification,
@@ -32,7 +32,7 @@ from nanochat_jax.model.precision import accum_dtype
 
 Params = dict[str, Any]  # nested dict of arrays, as `init` returns it
 Weights = dict[str, jax.Array]  # the weights of the blocks by name: [l, in, out], or [in, out] for one layer
-Cache = dict[str, Any]  # {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}
+Cache = dict[str, Any]  # {"k": list of l arrays [b,n,s,k], "v": like "k", "length": int32 [b]}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Execution:
     """How the blocks are computed over whole sequences: this affects speed and memory, never the results."""
 
     scan: bool = False  # one compiled block for all layers: compiles faster, runs slower
-    remat_policy: Callable | None = None  # jax.checkpoint's: what to keep for the backward pass; None: all it needs
+    remat_policy: Callable | None = None  # jax.checkpoint's policy, what to keep for the backward pass; None: keep all
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight before its use
 
 
@@ -78,7 +78,7 @@ def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax
     x, w = saved
     g = g.astype(dtype)
     dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    # Contracts b and t without flattening them: flattening first takes XLA:CPU off its fast path.
+    # Contracts b and t without flattening them first, since flattening takes XLA:CPU off its fast path.
     dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accum_dtype(dtype))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -101,7 +101,7 @@ def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.A
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [b,t,h,k] in the planes (j, j + k/2), by *minus* the angle, as nanochat's checkpoints expect."""
+    """Rotates x [b,t,h,k] in the planes (j, j + k/2) by *minus* the angle, as nanochat's checkpoints expect."""
     x1, x2 = jnp.split(x.astype(accum_dtype(x.dtype)), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
 
@@ -140,14 +140,15 @@ class GPT(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens appended.
 
-        UserError if there are more tokens than the context holds.
+        Without a cache, the second value is None. Raises UserError if a row has more tokens than the context holds.
         """
         model_cfg, b, t = self.model_cfg, *ids.shape
         if t > model_cfg.sequence_len:
             raise UserError(f"a row has {t} tokens, but the context holds only {model_cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
-        # Looked up first, then cast: the gradient of a frequent token sums thousands of terms, and does so in float32.
+        # Embeddings are looked up before they are cast, so that their gradients are summed in float32: for a frequent
+        # token, the sum has thousands of terms.
         x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
@@ -167,10 +168,10 @@ class GPT(nnx.Module):
 
 BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
 
-# Which mesh axis shards which axis of a weight. "model" shards the heads, the MLP's hidden width and the vocabulary
-# (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the other axis of each matrix, in gradients and
-# optimizer state, and with --shard=full in the weights too. sharding.py leaves an axis whole if the mesh axis does not
-# divide it.
+# Which mesh axis shards which axis of a weight. "model" shards the attention heads, the MLP's hidden width, the
+# vocabulary of lm_head and the width of wte (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the other
+# axis of each matrix: always in gradients and optimizer state, but in weights only with --shard=full. sharding.py
+# leaves an axis whole if the mesh axis does not divide it.
 SHARDING = {
     "wte": P("data", "model"),  # [v, d]: vocabulary over data, width over model
     "lm_head": P("model", "data"),  # [v, d]: vocabulary over model, width over data
@@ -192,7 +193,7 @@ def _unstack(stacked: Weights) -> list[Weights]:
 def _qkv(
     x: jax.Array, w: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [b,t,d] -> q [b,t,h,k], k and v [b,t,n,k], q and k rotated and normed."""
+    """x [b,t,d] -> q [b,t,h,k], k and v [b,t,n,k]; q and k are rotated and normed."""
     b, t, _ = x.shape
     with jax.named_scope("qkv"):
         y = norm(x, model_cfg.norm_eps)
@@ -204,7 +205,7 @@ def _qkv(
 
 
 def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig) -> jax.Array:
-    """Adds attention's output y [b,t,h,k], projected, to the residual stream x [b,t,d], and then the MLP's output."""
+    """Adds to the residual stream x [b,t,d] first the projected output of attention, y [b,t,h,k], then the MLP's."""
     with jax.named_scope("attention"):
         x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
     with jax.named_scope("mlp"):
@@ -215,7 +216,7 @@ def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig)
 def _stack(
     x: jax.Array, stacked: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig, execution: Execution
 ) -> jax.Array:
-    """All blocks over whole sequences: x [b,t,d] -> [b,t,d]."""
+    """Applies all blocks to whole sequences: x [b,t,d] -> [b,t,d]."""
 
     def compute(x: jax.Array, w: Weights, window: int) -> jax.Array:
         w = {name: execution.gather(name, layer) for name, layer in w.items()}
@@ -228,12 +229,12 @@ def _stack(
     if execution.remat_policy is not None:
         block = jax.checkpoint(compute, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
-        # A scan would copy each layer's weights out of the stack, and its gradients into another stack.
+        # A Python loop: a scan would copy each layer's weights out of the stack and its gradients into another stack.
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
         return x
-    # One scan iteration computes a whole period of the window pattern: to the kernel, a window is a constant.
+    # Each scan iteration computes a whole period of the window pattern, since the kernel needs windows as constants.
     l, windows = model_cfg.n_layer, model_cfg.windows
     period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
 
@@ -247,7 +248,7 @@ def _stack(
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes new [b,t,n,k] into cache [b,n,s,k], at positions start [b] to start + t - 1 of each row."""
+    """Writes new [b,t,n,k] into cache [b,n,s,k]: in row i, at the t positions from start[i] on."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(put)(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), start)
 
@@ -275,7 +276,7 @@ def init(model_cfg: GPTConfig, seed: int = 42) -> Params:
 
 @functools.cache
 def _definition(model_cfg: GPTConfig) -> tuple[Any, ...]:
-    """(graph definition, abstract parameters, the rest): the model without weights, built once per `model_cfg`."""
+    """The model without weights, as (graph definition, abstract parameters, the rest); built once per `model_cfg`."""
     return nnx.split(nnx.eval_shape(lambda: GPT(model_cfg, nnx.Rngs(0))), nnx.Param, ...)
 
 
@@ -307,7 +308,8 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], e.g. [64, 1, 1280], the extended cache).
 
-    cache = {"k": [l arrays [b,n,s,k]], "v": the same, "length": int32 [b]}. The caller ensures that length + t <= s.
+    cache = {"k": list of l arrays [b,n,s,k], "v": like "k", "length": int32 [b]}. The caller ensures that
+    length + t <= s.
     """
     x, longer = bind(params, model_cfg)(ids, dtype, cache)
     assert longer is not None, "the model returns a cache whenever it gets one"

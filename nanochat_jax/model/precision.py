@@ -11,8 +11,9 @@ def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def choose_dtype(requested: str) -> tuple[DTypeLike, str]:
-    """The dtype of matmul operands and the reason for it; `requested` is --compute_dtype, empty for automatic choice.
+    """Chooses the dtype of matmul operands, and returns it with the reason.
 
+    `requested` is --compute_dtype; if it is empty, the devices decide.
     Example: choose_dtype("") on an H100 -> (jnp.bfloat16, "the GPU has bf16 units").
     """
     known = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -25,7 +26,7 @@ def choose_dtype(requested: str) -> tuple[DTypeLike, str]:
         return jnp.float32, "this GPU has no bf16 units"
     if device.platform == "tpu":
         return jnp.bfloat16, "TPUs multiply in bf16"
-    # Without AMX, bf16 matmuls are slower than float32 ones on a CPU (measured: 0.6x with AVX512-BF16).
+    # Without AMX, bf16 matmuls are slower than float32 ones on a CPU (0.6 times the speed with AVX512-BF16).
     if _cpu_has_amx():
         return jnp.bfloat16, "the CPU has AMX"
     return jnp.float32, "a CPU without AMX multiplies float32 faster"

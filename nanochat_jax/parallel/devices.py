@@ -1,4 +1,4 @@
-"""The devices: starting JAX on them, choosing the precision, their peak FLOP/s and bandwidth, running out of memory."""
+"""The devices: starting JAX on them, choosing the precision, explaining memory errors, peak FLOP/s and bandwidth."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
 
-if TYPE_CHECKING:  # JAX takes seconds to import, and `start` must configure it first
+if TYPE_CHECKING:  # at run time, JAX takes seconds to import, and `start` must configure it before it is used
     from jax.typing import DTypeLike
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. No MFU is reported for unknown devices.
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. No MFU is reported for devices not listed.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "GB200": 2500e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
@@ -30,8 +30,8 @@ PEAK_BANDWIDTH = {
 def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Chooses the platform, turns on the compilation cache, and joins the other processes of a run (`processes.join`).
 
-    From here on, only process 0 prints. Call this before anything else touches JAX. UserError if there is no such
-    device.
+    Afterwards, only process 0 prints. Call this before anything else uses JAX. Raises UserError if there is no device
+    of type `device_type`.
     """
     platforms = {"": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
     assert device_type in platforms, f"device type {device_type!r}, expected one of {', '.join(platforms)}"
@@ -39,7 +39,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
-    # JAX defines its options at run time; this one may have been set through JAX_COMPILATION_CACHE_DIR.
+    # The user may have set this option through JAX_COMPILATION_CACHE_DIR. Type checkers do not know JAX's options.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -55,7 +55,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
 @contextlib.contextmanager
 def out_of_memory_explained(what: str, advice: str) -> Generator[None]:
-    """Turns the runtime's out-of-memory error into a one-line UserError: what the memory was needed for, and advice.
+    """Turns an out-of-memory error of JAX into a one-line UserError that says what needed the memory and what to try.
 
     Example: ("a step", "try --remat=full") -> "out of memory for a step: try --remat=full".
     """
@@ -81,7 +81,8 @@ def describe() -> str:
 def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConfig | None = None) -> "DTypeLike":
     """Chooses the dtype of matmul operands and, given `model_cfg`, the kernel of `causal_attention`; prints both.
 
-    Decoding has its own attention function and needs no `model_cfg`. The printed line gives the reasons.
+    For decoding, leave out `model_cfg`: decoding has its own attention function. The printed line gives the reasons for
+    both choices.
     """
     import jax
     import jax.numpy as jnp
@@ -114,7 +115,7 @@ def peak_flops() -> float | None:
 
 
 def expected_seconds(flops: float) -> float | None:
-    """How long training would take at half of the devices' peak; None if the peak is unknown."""
+    """The seconds that `flops` operations take at half of the devices' peak FLOP/s; None if the peak is unknown."""
     peak = peak_flops()
     return None if peak is None else flops / (0.5 * peak)
 
@@ -125,7 +126,10 @@ def peak_bandwidth() -> float | None:
 
 
 def _for_this_device(figures: dict[str, float]) -> float | None:
-    """The figure for the longest key that occurs in the device's name as whole words: an L40 is not taken for an L4."""
+    """The figure for the longest key that occurs in the device's name; None if none does.
+
+    A key must occur as whole words, so that an L40 is not taken for an L4.
+    """
     import jax
 
     kind = jax.devices()[0].device_kind

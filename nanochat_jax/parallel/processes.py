@@ -1,14 +1,14 @@
 """The processes of a run on several hosts: how they find each other, agree, and end together.
 
 How an error in one process ends the others: processes meet in collectives, so a process that stops leaves the others
-waiting in the next collective, for five minutes by JAX's defaults. `fail_together` shortens this. When its block raises
-in one process, that process writes its index and the error into the key-value store that JAX keeps for all processes.
-It then tries for PATIENCE seconds to disconnect, which succeeds only if the others disconnect as well, and exits.
-Meanwhile a thread in every process reads the store once a second. When the thread sees another process's error, it
-waits GRACE seconds for its own process to end with its own error, since some errors hit all processes. If that does not
-happen, it prints which process failed and why, disconnects if it can, and exits with code 2. A process that is killed
-cannot write anything: the others miss its heartbeat after HEARTBEAT seconds, and JAX ends them with a message that is a
-page long.
+waiting in the next collective, for five minutes by JAX's defaults. `fail_together` shortens this wait. When its block
+raises an error in one process, that process writes its index and the error into the key-value store that JAX keeps for
+all processes. For PATIENCE seconds the failed process then tries to disconnect, which succeeds only if the others
+disconnect as well; then it exits in any case. Meanwhile a thread in every process reads the store once a second. When
+the thread sees another process's error, it waits GRACE seconds for its own process to end with its own error, since
+some errors occur in all processes. If that does not happen, the thread prints which process failed and why, disconnects
+if it can, and ends its process with exit code 2. A process that is killed cannot write its error: the others miss its
+heartbeat after HEARTBEAT seconds, and JAX ends them with a message that is a page long.
 """
 
 import atexit
@@ -27,7 +27,7 @@ import numpy as np
 from nanochat_jax.config import UserError, first_line
 
 T = TypeVar("T")
-HEARTBEAT = 30  # seconds without a heartbeat (a JAX thread sends them) after which a process counts as lost
+HEARTBEAT = 30  # seconds without a heartbeat, which a JAX thread sends, until a process counts as lost
 PATIENCE = 10  # seconds that a process with an error waits for the others to end as well
 GRACE = 3  # seconds that a process gets to end with its own error once another process has reported one
 ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report their errors
@@ -36,9 +36,9 @@ ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes of a run on several hosts, if there are any.
 
-    They find each other through `coordinator` (host:port of process 0), or through the environment variables that Slurm
-    or Kubernetes sets for each task. Call this before anything else asks JAX for its devices. UserError if joining
-    fails.
+    The processes find each other through `coordinator` (host:port of process 0), or through the environment variables
+    that Slurm or Kubernetes sets for each task. Call this before anything else asks JAX for its devices. Raises
+    UserError if the arguments do not fit together or if joining fails.
     """
     import jax
 
@@ -79,9 +79,9 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 def broadcast_from_0(decide: Callable[[], T]) -> T:
     """Calls `decide` on process 0 and returns its result (anything JSON can hold) on all processes.
 
-    All processes must call this together. If `decide` raises, all of them raise, since the others would otherwise wait
-    forever: a UserError is raised as a UserError, any other error as itself on process 0 and as a RuntimeError
-    elsewhere.
+    All processes must call this together. If `decide` raises an error, every process raises one, since the others would
+    otherwise wait forever. Process 0 raises the error itself; the others raise a UserError if the error is one, else
+    a RuntimeError.
     """
     import jax
 
@@ -104,7 +104,10 @@ def broadcast_from_0(decide: Callable[[], T]) -> T:
 
 
 def _broadcast_text(text: bytes) -> bytes:
-    """Returns process 0's text on all processes. Its length goes first, since all must pass arrays of the same size."""
+    """Returns process 0's text on all processes.
+
+    The length of the text is sent first, since all processes must pass arrays of the same size to a broadcast.
+    """
     from jax.experimental import multihost_utils
 
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -120,14 +123,17 @@ def all_gather(number: int) -> list[int]:
 
 
 def all_min(number: int) -> int:
-    """The minimum of one number from each process, on all processes; all of them must call this together."""
+    """Returns, on all processes, the minimum of their numbers; all processes must call this together."""
     import jax
 
     return number if jax.process_count() == 1 else min(all_gather(number))
 
 
 def disconnect() -> None:
-    """Disconnects from the other processes, once all of them do. Calls still waiting for this process get an error."""
+    """Waits until all processes call this, then disconnects them from each other.
+
+    A call to JAX that still waits for another process then raises an error.
+    """
     import jax
 
     jax.distributed.shutdown()
@@ -160,8 +166,10 @@ def fail_together() -> Generator[None]:
 
 
 def _key_value_store() -> Any:
-    """JAX's key-value store, shared by all processes; None after `disconnect`. JAX has no public API for it; Orbax
-    reads it from here as well."""
+    """JAX's key-value store, shared by all processes; None after `disconnect`.
+
+    JAX has no public API for the store; Orbax takes it from the same private module.
+    """
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -180,14 +188,17 @@ def _report(error: BaseException) -> None:
 
 
 def _watch(ended: threading.Event) -> None:
-    """Ends this process soon after another has reported an error, unless `ended` says that its own block is over."""
+    """Ends this process soon after another has reported an error, unless `ended` is set by then.
+
+    `fail_together` sets `ended` when its block ends in this process.
+    """
     while not ended.wait(1):
         store = _key_value_store()
         if not store:
             return
         try:
             reports = store.key_value_dir_get(ENDED)
-        except Exception:  # this process has just disconnected, or process 0 is lost, which JAX reports
+        except Exception:  # this process has just disconnected, or process 0 is lost and JAX reports it
             return
         if reports and not ended.wait(GRACE):
             print(f"error: {reports[0][1]}", file=sys.stderr)
@@ -196,10 +207,10 @@ def _watch(ended: threading.Event) -> None:
 
 
 def _disconnect_or_exit() -> None:
-    """Disconnects if the other processes do so within PATIENCE seconds, as when all of them meet the same error.
+    """Disconnects if the other processes do so within PATIENCE seconds, as they do if all have the same error.
 
-    Otherwise this process will exit without JAX's orderly shutdown: its connections close, and whatever waits at their
-    other ends gets an error.
+    Otherwise this process will exit without JAX's orderly shutdown: its connections then simply close, and any process
+    that waits at the other end of one gets an error.
     """
 
     def try_to_disconnect() -> None:
@@ -210,7 +221,7 @@ def _disconnect_or_exit() -> None:
     attempt.start()
     attempt.join(PATIENCE)
     if attempt.is_alive():
-        atexit.register(_exit_now)  # runs before JAX's own handler, which would wait
+        atexit.register(_exit_now)  # runs before JAX's own exit handler, which would wait for the others
 
 
 def _exit_now() -> None:

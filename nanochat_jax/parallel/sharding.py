@@ -1,10 +1,10 @@
 """The mesh of devices, and where parameters, gradients and optimizer state lie on it.
 
-The mesh has three axes. `node` and `data` split a batch's rows; `data` also shards the optimizer state, and with
---shard=full the weights; `model` shards heads, hidden width and vocabulary. A replica is one device, or the devices
-along the model axis that together hold one copy of the model.
+The mesh has three axes. `node` and `data` split a batch's rows. `data` also shards the optimizer state and, with
+--shard=full, the weights. `model` shards the heads, the MLP's hidden width and the vocabulary. A replica is one device,
+or the devices along the model axis that together hold one copy of the model.
 
-The axes are in Auto mode: the train step says where gradients, updates and whole weights lie, and XLA's partitioner
+The axes are in Auto mode: the train step says where gradients, updates and gathered weights lie, and XLA's partitioner
 (GSPMD) works out the rest. In Explicit mode, every reshape and gather in the model would have to state its sharding.
 """
 
@@ -32,7 +32,7 @@ def make_mesh(spec: str = "") -> Mesh:
     """All devices of all processes as a mesh (node, data, model).
 
     `spec` is --mesh, like "node=2,data=8"; omitted axes have size 1, and "" puts all devices on the data axis.
-    UserError if the product of the sizes is not the number of devices.
+    Raises UserError if `spec` is malformed, or if the product of the sizes is not the number of devices.
     """
     devices = jax.device_count()
     sizes, given = dict.fromkeys(AXES, 1), set()
@@ -57,7 +57,7 @@ def make_mesh(spec: str = "") -> Mesh:
 
 
 def describe(mesh: Mesh) -> str:
-    """Example: "node=1, data=8, model=1"."""
+    """The sizes of the mesh's axes, such as "node=1, data=8, model=1"."""
     return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
@@ -67,18 +67,18 @@ def replicas(mesh: Mesh) -> int:
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process reads part `index` of `count` equal parts of a batch's rows.
+    """Which rows this process reads, as (index, count): part `index` of `count` equal parts of a batch's rows.
 
-    Processes that share a replica, along the model axis, read the same rows. Example: with four devices each, two
+    Processes whose devices belong to the same replica read the same rows. Example: with four devices each, two
     processes get (0, 2) and (1, 2) if model=4, but both get (0, 1) if model=8.
     """
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
     shares = list(dict.fromkeys(holders))
-    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # a process belongs to two shares
+    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # some process is in two of the sets
         size, own = mesh.shape["model"], len(mesh.local_devices)
         fits = math.gcd(size, own)
         raise UserError(
-            f"--mesh: model={size} does not line up with processes of {own} devices, which must each read whole rows: "
+            f"--mesh: model={size} does not line up with the {own} devices of a process, which must read whole rows: "
             f"try node={mesh.shape['node']},data={mesh.shape['data'] * size // fits},model={fits}"
         )
     return next(i for i, share in enumerate(shares) if jax.process_index() in share), len(shares)
@@ -90,27 +90,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_rows(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """This process's rows [accum, rows, t] -> the global array [accum, all rows, t], rows sharded over the replicas."""
+    """This process's rows [accum, rows, t] -> the global array [accum, all rows, t], split by rows over replicas."""
     return jax.make_array_from_process_local_data(micro_batch_sharding(mesh), batch)
 
 
 def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch [accum, rows, t]: rows over the replicas."""
+    """The sharding of a batch [accum, rows, t]: its rows are split over the replicas."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
-    """This process's flag, once per device, in a global int32 array [devices], whose sum is positive if any is set."""
+    """Makes a global int32 array [devices] in which every device holds the flag of its process.
+
+    The sum of the array is positive if any process has set its flag.
+    """
     mine = np.full(len(mesh.local_devices), int(flag), np.int32)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine)
 
 
 # -----------------------------------------------------------------------------
-# For decoding and evaluation, which take parameters wherever they live
+# For decoding and evaluation, which take parameters wherever they lie
 
 
 def mesh_of(params: gpt.Params) -> Mesh | None:
-    """The mesh on which the parameters live; None if they are on one device."""
+    """The mesh on which the parameters lie; None if they are on one device."""
     sharding = getattr(params["wte"], "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
@@ -118,7 +121,10 @@ def mesh_of(params: gpt.Params) -> Mesh | None:
 
 
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of arrays [rows, ...]: rows over the replicas; without a mesh None (for JAX, one device)."""
+    """The sharding of arrays [rows, ...]: their rows are split over the replicas.
+
+    Without a mesh: None, which to JAX means a single device.
+    """
     return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -126,7 +132,7 @@ def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callab
     """Makes each device compute its own rows of `function(shared, *arrays) -> result`, without any communication.
 
     `shared` is replicated; the first axis of every array in `arrays` and in the result is the row axis.
-    Without a mesh: `function` itself.
+    Without a mesh, returns `function` itself.
     """
     if mesh is None:
         return function
@@ -140,7 +146,7 @@ def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callab
 
 
 def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
-    """All-gathers the arrays, within jit, so that every process can read all of them. Without a mesh: unchanged."""
+    """All-gathers the arrays, within jit, so that every process can read all of them; without a mesh, does nothing."""
     return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
@@ -152,10 +158,10 @@ def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
 class Layout:
     """Where parameters, gradients and optimizer state lie on a mesh.
 
-    `shard` is "optimizer" (ZeRO stage 1, arXiv:1910.02054: every replica holds the whole weights, and its shard of the
+    `shard` is "optimizer" (ZeRO stage 1, arXiv:1910.02054: every replica holds all weights, but only its shard of the
     reduced gradients and of the optimizer state) or "full" (FSDP: the weights are sharded as well).
 
-    In the shapes below, [in, out] is one layer's weight, and R = `replicas(mesh)`.
+    In the comments below, [in, out] is the shape of one layer's weight, and R is `replicas(mesh)`.
     """
 
     mesh: Mesh
@@ -169,7 +175,10 @@ class Layout:
         return self.shard == "full"
 
     def check(self, model_cfg: GPTConfig) -> None:
-        """UserError if the model axis does not divide the heads; any other axis that it does not divide stays whole."""
+        """Raises UserError if the size of the mesh's model axis does not divide the number of heads.
+
+        Any other axis of a weight stays whole if the model axis does not divide it.
+        """
         size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
         if heads % size or kv_heads % size:
             raise UserError(
@@ -201,7 +210,7 @@ class Layout:
         return jax.lax.with_sharding_constraint(tree, self.shardings(specs))
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
-        """All-gathers a weight [in, out] for as long as it is used; its gradient is sharded again at once."""
+        """All-gathers a weight [in, out] just before it is used, and shards its gradient as soon as it is computed."""
         if not self.full:  # every replica already holds all of w
             return w
         # Example wq [d, h*k]: w and its gradient are sharded over data along d and over model along h*k; the gathered
@@ -226,7 +235,7 @@ class Layout:
         return jax.tree.map(split, batch)
 
     def constrain_per_replica(self, tree: PyTree) -> PyTree:
-        """Lays out (losses [R], gradients [R, ...]) so that each replica holds its own."""
+        """Lays out (losses [R], gradients [R, ...]) so that each replica holds its own loss and gradients."""
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), tree[1])
         return self.constrain(tree, (P(BATCH_AXES), self._per_replica_specs(single)))
 
@@ -237,14 +246,14 @@ class Layout:
     def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
         """Reduce-scatter: gradients [R, ...], one for each replica -> their sum [...], sharded over data.
 
-        An all-reduce of the shards follows between nodes, where links are slow.
+        Then the shards, which are smaller, are all-reduced over the slow links between nodes.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:
             g = g[0]  # [1, ...] -> [...]: the gradient of this replica
-            if "data" in spec:  # [in, out] -> e.g. for wq [in/data, out]
+            if "data" in spec:  # [in, out] -> a shard of the sum, for wq [in/data, out]
                 g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
-            else:  # [in, out], which data does not divide: all-reduce, every replica holds the whole sum
+            else:  # data does not divide the axis: an all-reduce, so that every replica holds the whole sum
                 g = jax.lax.psum(g, "data")
             return jax.lax.psum(g, "node") if self.mesh.shape["node"] > 1 else g
 
@@ -259,25 +268,26 @@ class Layout:
         )(grads)
 
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
-        """All-to-all: [n, in, out] sharded on `in` over data -> sharded on n, zero-padded to a multiple of data.
+        """All-to-all: matrices [n, in, out] sharded over data on `in` -> sharded over data on n.
 
-        Each device then holds whole matrices. The exchange is spelled out because XLA's partitioner finds it only on
-        some meshes and all-gathers everything on others. Example: 52 matrices over 8 devices -> 56, 7 on each.
+        Each device then holds whole matrices; n is zero-padded to a multiple of data's size. The exchange is spelled
+        out because XLA's partitioner finds it only on some meshes and all-gathers everything on others. Example: 52
+        matrices over 8 devices are padded to 56, so that each device holds 7.
         """
         size = self.mesh.shape["data"]
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
-        if x.shape[1] % size:  # `in` is whole on every device, so that nothing has to be exchanged
+        if x.shape[1] % size:  # `in` is whole on every device, so nothing has to be exchanged
             return self.constrain(x, P("data"))
 
         def exchange(x: jax.Array) -> jax.Array:  # [n, in/data, out] -> [n/data, in, out]
-            # Forces x into one array: XLA on a CPU refuses to send slices of the arrays that x was assembled from.
+            # Forces x into one array, since XLA on a CPU refuses to send slices of the arrays that x is built from.
             x = jax.lax.optimization_barrier(x)
             return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
 
         return jax.shard_map(exchange, mesh=self.mesh, in_specs=P(None, "data"), out_specs=P("data"))(x)
 
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
-        """The spec of one leaf: its row of gpt.SHARDING, restricted to `axes` and to sizes that they divide."""
+        """The spec of one leaf: its row of gpt.SHARDING, with only the mesh axes in `axes` that divide the leaf's."""
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         table_row = gpt.SHARDING.get(names[-1], P()) if names else P()
         row = table_row[len(table_row) - len(shape) :]  # [l, in, out] as in the table, or one layer's [in, out]

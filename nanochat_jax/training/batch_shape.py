@@ -25,9 +25,9 @@ class BatchShape:
     rows              rows of one micro-batch on one replica: what a device computes at once
     replicas          copies of the model (devices, or groups of them along the model axis) that compute side by side
     seq_len           tokens per row
-    padding           number of rows without targets, at the end of all rows
+    padding           rows without targets, which come after all other rows of the step
 
-    Example: 524,288 tokens in rows of 2048 on 8 devices that take 16 rows at once are
+    Example: 524,288 tokens in rows of 2048, on 8 devices that each take 16 rows at once, are
     BatchShape(grad_accum_steps=2, rows=16, replicas=8, seq_len=2048): 2 x 16 x 8 = 256 rows.
     """
 
@@ -51,9 +51,9 @@ class BatchShape:
         return f"{self.grad_accum_steps} gradient accumulation steps x {self.rows} rows x {self.replicas} replicas"
 
     def shaped(self, batch: dict[str, np.ndarray], mesh: Mesh, vocab_size: int) -> dict[str, jax.Array]:
-        """This process's rows [rows, t] -> global arrays [grad_accum_steps, all rows of a micro-batch, t] on devices.
+        """This process's rows [rows, t] -> global arrays [grad_accum_steps, all rows of a micro-batch, t], on devices.
 
-        UserError for a token id outside the vocabulary, which would silently become another id on the device.
+        Raises UserError if a token id is outside the vocabulary: on the device, it would silently become another id.
         """
         _check_ids("inputs", batch["inputs"], 0, vocab_size)
         _check_ids("targets", batch["targets"], -1, vocab_size)  # a target of -1 is not counted
@@ -62,7 +62,7 @@ class BatchShape:
 
 
 def _check_ids(name: str, ids: np.ndarray, low: int, vocab_size: int) -> None:
-    """UserError unless all ids are at least `low` and below `vocab_size`."""
+    """Raises UserError unless all ids are at least `low` and below `vocab_size`."""
     smallest, largest = int(ids.min()), int(ids.max())
     if smallest >= low and largest < vocab_size:
         return
@@ -78,8 +78,8 @@ def shape_for_tokens(
 ) -> BatchShape:
     """Splits `total_batch_size` tokens into rows and micro-batches.
 
-    A `device_batch_size` of 0 is automatic: `fit(rows)` then says how many of its rows a replica can take at once.
-    UserError if the tokens do not divide into rows for all replicas, or the rows into micro-batches.
+    If `device_batch_size` is 0, `fit(rows)` is called to choose how many of its `rows` rows a replica takes at once.
+    Raises UserError if the tokens do not divide into rows for all replicas, or the rows into micro-batches.
 
     Example: (524288, 16, 2048, 8, fit) -> BatchShape(2, 16, 8, 2048).
     """
@@ -104,11 +104,12 @@ def shape_for_tokens(
 def shape_for_rows(
     total_rows: int, device_batch_size: int, seq_len: int, replicas: int, fit: Callable[[int], int]
 ) -> BatchShape:
-    """Splits `total_rows` rows over any number of replicas, adding padding rows where they do not divide.
+    """Splits `total_rows` rows over any number of replicas, adding padding rows if they do not divide evenly.
 
-    `device_batch_size` and `fit` are as in `shape_for_tokens`, but a replica with fewer rows takes all of them at once.
+    `device_batch_size` and `fit` are as in `shape_for_tokens`, but a replica with fewer rows than that takes all at
+    once.
 
-    Example: 50 rows, 4 at a time on 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
+    Example: 50 rows, 4 at a time on each of 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
     """
     share = math.ceil(total_rows / replicas)
     rows = min(device_batch_size, share) or fit(share)
@@ -118,9 +119,9 @@ def shape_for_rows(
 
 
 def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
-    """The rows of `seq_len` tokens that hold `examples` conversations of `mean_length` tokens.
+    """The number of rows of `seq_len` tokens that hold `examples` conversations of `mean_length` tokens.
 
-    The number does not depend on how many devices there are, since another batch size would be another recipe.
+    The number does not depend on how many devices there are, since another batch size would change the recipe.
     Example: 32 conversations of 100 tokens in rows of 64 -> 50.
     """
     return math.ceil(examples * mean_length / seq_len)
@@ -131,17 +132,18 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 
 
 def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
-    """How many of its `rows` a device can take at once: the largest divisor of `rows` whose step fits in its memory.
+    """How many of its `rows` rows a device can take at once: the largest divisor of `rows` that fits in its memory.
 
-    `need(grad_accum_steps, rows)` returns the peak memory of such a step in bytes; `limit` is how many bytes there are
-    (default: 95% of a device's memory, the minimum over all processes). On a CPU the answer is the largest divisor that
-    gives at most 8,192 tokens, since more bring no gain.
-    UserError if not even one row fits.
+    `need(grad_accum_steps, rows)` returns the peak memory in bytes of a step with `rows` rows at once; `limit` is the
+    available memory in bytes (default: 95% of a device's memory, the minimum over all processes). Without a `limit`, on
+    a CPU or a device that does not report its memory, the answer is the largest divisor that gives at most 8,192
+    tokens, since a CPU gains nothing from more.
+    Raises UserError if not even one row fits.
 
     Each call of `need` compiles a step, so the search makes few calls. `estimated_memory` costs nothing but is rough,
-    and ignores what --shard and --remat save. It gives a likely size, and the search starts at the largest divisor up
-    to twice that size. If this divisor fits, larger ones are tried until one does not; if not, smaller ones until one
-    does.
+    and ignores what --shard and --remat save. It gives a likely number of rows, and the search starts at the largest
+    divisor that is at most twice this number. If this divisor fits, larger ones are tried until one does not fit; if it
+    does not fit, smaller ones are tried until one fits.
     """
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if limit is None:
@@ -174,10 +176,10 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
 
 
 def estimated_memory(model_cfg: GPTConfig, rows: int) -> int:
-    """A rough estimate, without compiling, of the bytes that a step with `rows` rows at once needs on one device.
+    """Estimates roughly, without compiling, how many bytes a step with `rows` rows at once needs on one device.
 
-    It counts weights, gradients and optimizer state, a chunk of logits, and about 17 activations of the model's width
-    per layer and token, at two bytes per number.
+    The estimate counts weights, gradients and optimizer state (16 bytes per parameter), one chunk of logits, and for
+    each layer and token about 17 activation vectors of the model's width, at two bytes per number.
     """
     activations = 2 * 17 * model_cfg.n_layer * model_cfg.n_embd * model_cfg.sequence_len * rows
     return 16 * model_cfg.num_params + 12 * 8192 * model_cfg.padded_vocab + activations

@@ -2,14 +2,16 @@
 
 What a stop signal goes through, from its arrival to the exit code:
 
-1. The handler of `Interruption` stores it as `received` and prints a line. A second Ctrl-C ends the process at once.
+1. The handler of `Interruption` stores the signal as `received` and prints a line. A second Ctrl-C ends the process at
+   once.
 2. In a single process, `received` is the `stop_signal` that the loop reads before every step. While the loop waits for
    a batch, `raise_while_waiting` ends the wait with an InterruptedError, since a shard may take an hour to arrive.
 3. Several processes must stop after the same step: one that stopped alone would leave the others waiting in a
-   collective. So each process requests a stop with a flag in its batch (`sharding.put_flag` -> batch["stop"]), and the
-   step sums the flags of all devices into its metric `stop`. `StepLog.flush` reads the sum, one step late like every
-   metric but at the same step in every process, and sets `agreed`, which is the `stop_signal` of a run with several
-   processes. A process that could not write its part of a checkpoint requests a stop in the same way.
+   collective. So a process requests a stop by setting a flag in its batch (`sharding.put_flag` -> batch["stop"]), and
+   the step sums the flags of all devices into its metric `stop`. `StepLog.flush` reads the sum one step late, like
+   every metric, but at the same step in every process. If the sum is positive, `flush` sets `agreed`, which is the
+   `stop_signal` of a run with several processes. A process that could not write its part of a checkpoint requests a
+   stop in the same way.
 4. `RunControl` saves the state, waits until the checkpoint is complete and exits with 128 + the signal's number. The
    same command resumes the run.
 """
@@ -27,18 +29,18 @@ class Interruption:
 
     def __init__(self):
         self.received: int | None = None  # the signal that this process has received
-        self.agreed: int | None = None  # the signal that several processes stop with, once any has requested a stop
+        self.agreed: int | None = None  # the signal with which several processes stop, once any has requested it
         self._old_handlers: dict = {}
         self._waiting = False
 
     @property
     def stop_signal(self) -> int | None:
-        """The signal to stop with before the next step; None: continue."""
+        """The signal because of which the run must stop before the next step; None to continue."""
         return self.received if jax.process_count() == 1 else self.agreed
 
     @contextmanager
     def raise_while_waiting(self) -> Generator[None]:
-        """Within this block, which is for long waits, a signal raises InterruptedError at once."""
+        """Within this block, which is for long waits, a stop signal raises InterruptedError at once."""
         self._waiting = True
         try:
             if self.received:

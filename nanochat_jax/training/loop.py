@@ -1,9 +1,9 @@
 """The loop that pretraining, midtraining and finetuning share.
 
 The three stages differ in where their rows come from and in how the learning rate falls (stages.py). All else is the
-same: fetch a batch, take a step, log the previous step (so that the device never waits for the host), and once in a
-while save and evaluate. If reading text or an evaluation fails, a single-process run saves its state before the error
-ends it.
+same: fetch a batch, take a step, log the previous step (one step late, so that the device never waits for the host),
+and once in a while save and evaluate. If reading a batch or an evaluation fails, a run with a single process saves its
+state before the error ends it.
 """
 
 import enum
@@ -44,13 +44,13 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         log = StepLog(run, stage, interruption)
         control = RunControl(run, evaluations, stage.loader.state(), log.timer, log.flush)
 
-        # Around the whole loop, since a step's error surfaces one step late, when its metrics are read.
+        # This block holds the whole loop, since a step's error surfaces one step late, when its metrics are read.
         with out_of_memory_in_step(stage.batch_shape.rows):
             data_ended = False
             while True:
                 last = data_ended or control.step == stage.steps
 
-                # Once in a while: save, before evaluating, so that the weights are safe if an evaluation fails.
+                # Once in a while: save. This comes before evaluating, so that no failed evaluation costs the weights.
                 stop = interruption.stop_signal
                 control.save_if_due(last, stop)
 
@@ -71,7 +71,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                     continue
 
                 # ---------------------------------------------------------------------
-                # One optimizer step. It is dispatched, not waited for.
+                # One optimizer step, which is dispatched but not waited for.
                 progress = stage.progress(control.step)
                 lr_mult = stage.lr_mult(control.step, progress)
                 waited = log.timer.lap() if log.timed else 0.0
@@ -106,7 +106,7 @@ def next_batch(
 
     If reading fails, the state is saved before the error ends the run.
     """
-    # A shard may take long to arrive, so a stop signal ends the wait. With several processes, none may stop alone.
+    # A shard may take long to arrive, so a stop signal ends the wait; but of several processes, none may stop alone.
     waiting = interruption.raise_while_waiting() if jax.process_count() == 1 else nullcontext()
     try:
         with waiting:
@@ -120,7 +120,7 @@ def next_batch(
     except Exception:
         control.rescue()
         raise
-    control.place = place  # only now: a batch whose wait was interrupted is not trained on
+    control.place = place  # set only here: if the wait was interrupted, the batch is not trained on
     return batch
 
 
@@ -157,7 +157,7 @@ class DispatchedStep(NamedTuple):
     results: StepMetrics  # still on the device: reading one waits for the step
     lr_mult: float
     waited: float  # seconds spent waiting for the batch
-    progress: float  # of the stage, from 0 to 1
+    progress: float  # fraction of the stage that was done before this step
     info: dict  # what the loader reports about the batch
 
 
@@ -167,7 +167,7 @@ class StepLog:
     def __init__(self, run: Run, stage: Stage, interruption: Interruption, print_every: float = 5.0):
         self.run, self.stage, self.interruption, self.print_every = run, stage, interruption, print_every
         self.timer, self.peak = Timer(), devices.peak_flops()
-        self.timed = False  # the first step of a process compiles, so its time says nothing
+        self.timed = False  # whether to time steps: not the first of a process, which compiles
         self._pending: DispatchedStep | None = None
         self._smooth_loss, self._weight = 0.0, 0.0
         self._since_print = Timer()
@@ -219,7 +219,10 @@ class StepLog:
     def _print(
         self, done: DispatchedStep, grad_norm: float, dt: float | None, speed: float | None, mfu: float | None
     ) -> None:
-        """Prints one line. A learning rate of x1 is left out; waste and wait are always shown, and wait should be 0."""
+        """Prints one line about a step.
+
+        A learning-rate factor of 1 is left out. Waste and wait are always shown; the wait (for the batch) should be 0.
+        """
         step, total, info = done.step, self.stage.steps, done.info
         percent = 100 * (step / total if total else done.progress)
         parts = [
@@ -247,7 +250,7 @@ class StepLog:
 
 
 def _place(info: dict) -> str:
-    """Where the loader reads: "epoch 0 shard 112 group 45"; for conversations "epoch 0.25"."""
+    """The position of the loader: "epoch 0 shard 112 group 45" in text, "epoch 0.25" in conversations."""
     if info.get("shard") is None:
         return f"epoch {info['progress']:.2f}"
     return f"epoch {info['epoch']} shard {info['shard']} group {info['row_group']}"

@@ -1,8 +1,9 @@
 """Muon for the transformer's matrices, AdamW for embedding and head, and the learning-rate schedules.
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix with the nearest
-semi-orthogonal matrix, by five Newton-Schulz iterations. Ours differs from `optax.contrib.muon` in what nanochat needs:
-momentum without bias correction, on a schedule of its own, and layers stacked [l, in, out] orthogonalised as one batch.
+semi-orthogonal matrix, approximated by five Newton-Schulz iterations. Unlike `optax.contrib.muon`, the Muon here does
+what nanochat needs: momentum has no bias correction and follows a schedule of its own, and layers stacked as
+[l, in, out] are orthogonalised as one batch.
 """
 
 from collections.abc import Callable, Hashable
@@ -17,18 +18,18 @@ from jax.typing import ArrayLike, DTypeLike
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel.sharding import Layout
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients tuned for a steep start; 5 iterations
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic, tuned to raise small singular values fast
 
 
 class MuonState(NamedTuple):
     """What Muon carries from step to step."""
 
     count: jax.Array  # int32 scalar, steps taken
-    momentum: optax.Updates  # like the parameters, float32
+    momentum: optax.Updates  # float32, one array for each parameter array
 
 
 def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Pushes the singular values of the matrices g [..., in, out] towards 1 (to about 0.7 to 1.2), in `dtype`."""
+    """Pushes singular values of the matrices g [..., in, out] towards 1 (to about 0.7 to 1.2), computing in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
@@ -44,11 +45,12 @@ def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
 def scale_by_muon(
     momentum: optax.Schedule | float = 0.95, dtype: DTypeLike = jnp.float32, layout: Layout | None = None
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)); the learning rate is not applied here.
+    """Updates with Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)), but without the learning rate.
 
-    For leaves [l, in, out]. `momentum` may be a schedule over steps; the iterations compute in `dtype` (bfloat16 on
-    GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each device whole matrices
-    to orthogonalise, and an all-gather in `dtype` (with --shard=full, a second all-to-all) returns the results.
+    All leaves are [l, in, out]. `momentum` may be a schedule over steps. The Newton-Schulz iterations compute in
+    `dtype` (bfloat16 on GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each
+    device whole matrices to orthogonalise, and an all-gather in `dtype` (with --shard=full, a second all-to-all)
+    returns the results.
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -64,11 +66,11 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # XLA would gather the whole array to move from two sharded axes to another one, so first reshard to
-                # `data` alone.
+                # To move the sharding from two axes to a third, XLA would all-gather the whole array. So the array is
+                # first resharded over `data` alone.
                 specs = layout.shard_specs(nesterov, ("data",))
                 nesterov = layout.constrain(nesterov, specs)
-                # Matrices can only be concatenated if all of them are sharded on the same axis: `in`.
+                # All matrices must be sharded on `in` to be concatenated, so those sharded on `out` are transposed.
                 transposed = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, specs)
             updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, transposed)
             if layout and layout.full:
@@ -85,7 +87,7 @@ def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) ->
         return orthogonalize(x, dtype).astype(x.dtype)
     y = orthogonalize(layout.all_to_all_matrices(x), dtype)
     if not layout.full:
-        y = layout.constrain(y, P())  # all-gathered before it is widened to float32, which halves the bytes
+        y = layout.constrain(y, P())  # all-gathered before the cast to float32, to halve the bytes sent
     return y[: x.shape[0]].astype(x.dtype)
 
 
@@ -93,7 +95,7 @@ def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -
     """Applies f to the leaves [l, in, out], merging those of equal shape into one batch.
 
     `transposed` says for each leaf whether to transpose its matrices first and the results back afterwards. Example:
-    w_in [20, 1280, 5120] and w_out [20, 5120, 1280], transposed, are one batch [40, 1280, 5120].
+    w_in [20, 1280, 5120] and the transposed w_out [20, 5120, 1280] form one batch [40, 1280, 5120].
     """
     leaves, treedef = jax.tree.flatten(tree)
     transposed = treedef.flatten_up_to(transposed)
@@ -111,12 +113,12 @@ def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -
 
 
 def _offsets(sizes: list[int]) -> list[int]:
-    """Where to split a concatenation: [3, 4, 5] -> [3, 7]."""
+    """Where to split a concatenation of arrays of these sizes: [3, 4, 5] -> [3, 7]."""
     return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
 
 def momentum_warmup(step: ArrayLike) -> jax.Array:
-    """Muon's momentum in pretraining and midtraining: 0.85 -> 0.95 over 300 steps."""
+    """Muon's momentum in pretraining and midtraining: it rises from 0.85 to 0.95 over 300 steps."""
     return 0.85 + 0.10 * jnp.minimum(jnp.asarray(step) / 300, 1.0)
 
 
@@ -133,9 +135,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of every stage: AdamW for wte and lm_head, Muon for the blocks.
 
-    Its updates are linear in the learning rates, so a schedule is one factor on all updates, which the train step
-    applies. AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's does not depend on the width.
-    `momentum`, `dtype` and `layout` are those of `scale_by_muon`; weight decay applies to AdamW alone.
+    The updates are linear in the learning rates, so a learning-rate schedule is one factor on all updates, which the
+    train step applies. AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's rate does not depend on
+    the width. `momentum`, `dtype` and `layout` are those of `scale_by_muon`; weight decay applies to AdamW alone.
     """
     factor = (width / 768) ** -0.5
 
@@ -152,11 +154,11 @@ def make_optimizer(
 
 
 # -----------------------------------------------------------------------------
-# Learning-rate multipliers, in plain Python: the host passes the number to the step
+# Learning-rate multipliers, computed in plain Python on the host and passed to the step as a number
 
 
 def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float, final: float) -> float:
-    """Pretraining: linear warm-up over the first `warmup_ratio` of the steps, constant, linear decay to `final`."""
+    """Pretraining: linear warm-up over `warmup_ratio` of the steps, then 1, then linear decay to `final` at the end."""
     warmup, warmdown = round(warmup_ratio * steps), round(warmdown_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -167,10 +169,10 @@ def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float,
 
 
 def late_decay(progress: float) -> float:
-    """Midtraining, for `progress` from 0 to 1: constant until 0.8, then linear to 0."""
+    """Midtraining, for `progress` from 0 to 1: constant at 1 until 0.8, then linear decay to 0."""
     return 1.0 if progress < 0.8 else max(0.0, (1 - progress) / 0.2)
 
 
 def linear_decay(progress: float) -> float:
-    """SFT and RL, for `progress` from 0 to 1: linear to 0."""
+    """SFT and RL, for `progress` from 0 to 1: linear decay from 1 to 0."""
     return max(0.0, 1 - progress)

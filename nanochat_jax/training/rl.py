@@ -2,12 +2,12 @@
 
 REINFORCE with a group baseline, nanochat's simplification of GRPO: sample a group of answers to each problem, take the
 reward minus the group's mean as the advantage of every token of an answer, and ascend the advantage-weighted
-log-likelihood, normalised by the number of tokens. It is on policy, with one update per batch: no reference model, no
-ratio to clip.
+log-likelihood, normalised by the number of tokens. It is on policy, with one update per batch, so it needs neither a
+reference model nor a ratio to clip.
 
-Unlike in the specification, the token that ends an answer is trained on too, so that the model learns to stop. And a
-group whose answers are all right, or all wrong, teaches nothing: --oversampling=K samples answers to K times as many
-problems, and the groups that do teach something are trained on first.
+Unlike in the specification, the token that ends an answer is trained on too, so that the model learns to stop. Another
+addition is --oversampling=K: a group whose answers are all right, or all wrong, teaches nothing, so answers to K times
+as many problems are sampled, and the groups that do teach something are trained on first.
 """
 
 import math
@@ -41,8 +41,8 @@ from nanochat_jax.training.run_control import Evaluation, RunControl
 from nanochat_jax.training.stages import pin_tasks
 from nanochat_jax.training.step import StepMetrics
 
-SLOTS = 64  # answers a device generates at once
-SHORTEST = 64  # tokens; shorter rows are padded to this length
+SLOTS = 64  # maximum number of answers that a device generates at once
+SHORTEST = 64  # length in tokens to which shorter rows are padded
 FEWER_ANSWERS = "lower --num_samples, --examples_per_step or --max_new_tokens"
 
 
@@ -57,7 +57,7 @@ def train(cfg: config.Rl) -> None:
         announce(run, cfg, stage)
 
         with devices.out_of_memory_explained("the answers", FEWER_ANSWERS):
-            slots = min(stage.drawn * cfg.num_samples, SLOTS * jax.device_count())  # the device count divides both
+            slots = min(stage.drawn * cfg.num_samples, SLOTS * jax.device_count())  # a multiple of the device count
             engine = Engine(run.state.params, run.model_cfg, run.tokenizer, slots=slots, dtype=run.dtype)
 
             def evaluate_answers(step: int) -> None:
@@ -84,7 +84,7 @@ def train(cfg: config.Rl) -> None:
                     break
 
                 # Sample answers. Setting the weights clears what an evaluation has cached, so that the answers do not
-                # depend on whether one has run.
+                # depend on whether an evaluation has run.
                 engine.set_params(run.state.params)
                 indices = problems_of(control.step, len(stage.task), stage.drawn, cfg.seed)
                 seed = derive_seed(cfg.seed, control.step)
@@ -124,7 +124,7 @@ class RlStage:
 
 
 def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
-    """Makes the stage for a run. UserError for settings that cannot work."""
+    """Makes the stage for a run. Raises UserError if the settings cannot work."""
     if jax.process_count() > 1:
         raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
     if cfg.max_new_tokens > run.model_cfg.sequence_len - SHORTEST_PROMPT:
@@ -143,8 +143,8 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
     drawn = cfg.examples_per_step * cfg.oversampling
     if drawn > len(task):  # a problem drawn twice in a step would get the same answers twice
         raise UserError(
-            f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} problems per step, "
-            f"but the mixture has only {len(task)}"
+            f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} asks for {drawn} "
+            f"problems per step, but the mixture has only {len(task)}"
         )
     pin_tasks(run, task)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // drawn
@@ -152,8 +152,10 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
 
 
 def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
-    """Arranges the answers of a step as rows. UserError if they do not divide over the `count` devices, which form
-    `replicas` replicas, or into micro-batches."""
+    """Arranges the answers of a step as rows for `count` devices, which form `replicas` replicas.
+
+    Raises UserError if the answers do not divide over the devices, or a replica's answers into micro-batches.
+    """
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
     if answers % count:
@@ -186,10 +188,12 @@ def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
 def update(
     run: Run, step_fn: jax.stages.Wrapped, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
 ) -> StepMetrics:
-    """Takes one policy-gradient step on the rollouts, which replaces the state of `run`. UserError if the loss is not
-    finite."""
+    """Takes one policy-gradient step on the rollouts, which replaces the state of `run`.
+
+    Raises UserError if the loss or the norm of the gradient is not finite.
+    """
     longest = max(len(r.prompt) + len(r.sample.ids) for r in rollouts)
-    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths, since each one is compiled
+    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths, as each is compiled
     batch = as_batch(rollouts, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     lr = run.put_scalar(lr_mult)
@@ -207,17 +211,17 @@ def update(
 
 
 class RolloutLog:
-    """Logs each step at once: sampling the next answers would wait for it anyway."""
+    """Logs each step at once, not one step late: sampling the next answers has to wait for the step anyway."""
 
     def __init__(self, run: Run, cfg: config.Rl, steps: int):
         self.run, self.cfg, self.steps = run, cfg, steps
         self.timer = Timer()
-        self._seconds: list[float] = []  # per step, except the first of this process, which compiles
+        self._seconds: list[float] = []  # seconds per step, without this process's first step, which compiles
 
     def push(
         self, step: int, sampled: list[Rollout], results: StepMetrics, lr_mult: float, sampling_seconds: float
     ) -> None:
-        """Logs one step: reward and length of all sampled answers, groups that taught nothing, where the time went."""
+        """Logs one step: reward and length of the sampled answers, share of groups that taught nothing, time spent."""
         training_seconds = self.timer.lap()
         dt = None
         if step > self.run.step + 1:

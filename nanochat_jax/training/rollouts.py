@@ -16,14 +16,16 @@ class Rollout:
     """One sampled answer to one problem."""
 
     prompt: list[int]  # token ids
-    sample: Sample  # the answer: ids, and which of them were sampled (1) or forced (0)
+    sample: Sample  # the answer: token ids, and a mask that tells sampled (1) from forced ones (0)
     reward: float
-    advantage: float  # the reward minus the mean of its group, the answers to the same problem
+    advantage: float  # the reward minus the mean reward of the answers to the same problem
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
-    """The problems of a step: the next `count` indices of a permutation of range(size), which is drawn anew for every
-    epoch. problems_of(1, 4, 2, 0) -> the second half of the first permutation."""
+    """The problems of a step: the next `count` indices of a permutation of range(size), drawn anew for every epoch.
+
+    Example: problems_of(1, 4, 2, 0) -> the second half of the first permutation.
+    """
     positions = range(step * count, (step + 1) * count)
     orders = {e: np.random.default_rng((seed, e)).permutation(size) for e in {p // size for p in positions}}
     return [int(orders[p // size][p % size]) for p in positions]
@@ -32,7 +34,7 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
 def sample_rollouts(
     engine: Engine, tokenizer: Tokenizer, task: Task, indices: list[int], cfg: config.Rl, seed: int
 ) -> list[Rollout]:
-    """Samples `cfg.num_samples` answers to each of the problems; they come in groups, one per problem."""
+    """Samples `cfg.num_samples` answers to each problem of `indices`; those to the same problem are adjacent."""
     problems = [task[i] for i in indices]
     seeds = [derive_seed(seed, i) for i in indices]
     prompts, groups = answer(engine, tokenizer, problems, cfg, cfg.num_samples, seeds)
@@ -47,7 +49,7 @@ def sample_rollouts(
 def answer(
     engine: Engine, tokenizer: Tokenizer, problems: list[dict], cfg: config.Rl, n: int, seeds: list[int]
 ) -> tuple[list[list[int]], list[list[Sample]]]:
-    """Samples `n` answers to each problem, with one seed per problem -> (prompts as token ids, answers to each)."""
+    """Samples `n` answers to each problem, with one seed per problem -> (prompts as token ids, answers to each one)."""
     limit = engine.model_cfg.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(problem, max_tokens=limit) for problem in problems]
     requests = [
@@ -63,23 +65,25 @@ def derive_seed(*parts: int) -> int:
 
 
 def select_informative(rollouts: list[Rollout], count: int, size: int) -> list[Rollout]:
-    """The `count` groups of `size` answers to train on: those with unequal rewards come first (DAPO's dynamic sampling,
-    arXiv:2503.14476). In the other groups every advantage is 0."""
+    """Selects `count` groups of `size` answers to train on, first those with unequal rewards.
+
+    This is DAPO's dynamic sampling (arXiv:2503.14476). In a group with equal rewards, every advantage is 0.
+    """
     groups = split_groups(rollouts, size)
-    groups.sort(key=lambda group: not any(r.advantage for r in group))  # stable: otherwise in the order sampled
+    groups.sort(key=lambda group: not any(r.advantage for r in group))  # stable: each kind stays in the order sampled
     return [rollout for group in groups[:count] for rollout in group]
 
 
 def split_groups(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
-    """[a, b, c, d] with size 2 -> [[a, b], [c, d]]: the answers to each problem."""
+    """Splits rollouts into groups, one for each problem: [a, b, c, d] with size 2 -> [[a, b], [c, d]]."""
     return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
 
 
 def as_batch(rollouts: list[Rollout], length: int, pad: int) -> dict[str, np.ndarray]:
     """Makes rows [len(rollouts), length]: inputs int32, targets int32 (-1 for prompt, forced tokens and padding), and
-    the advantages as weights float32.
+    weights float32 (the advantages).
 
-    A prompt [1, 2] with the answer [7, 8] -> inputs [1, 2, 7, pad], targets [-1, 7, 8, -1].
+    Example: a prompt [1, 2] with the answer [7, 8] -> inputs [1, 2, 7, pad], targets [-1, 7, 8, -1].
     """
     rows = len(rollouts)
     ids = np.full((rows, length + 1), pad, np.int32)

@@ -1,9 +1,9 @@
 """A training run: where it lives, what it starts from, and whether it resumes from where it stopped.
 
 A run starts in one of four ways, tried in this order:
-1. It is finished: a line says so, and nothing is done.
-2. It has a good checkpoint, made with the same settings and from the same parent (which may be gone by now): it resumes
-   from there, exactly.
+1. The run is finished: a line says so, and nothing is done.
+2. The run has an undamaged checkpoint: it resumes from there, exactly. It is refused if settings that matter, the data
+   or the parent's weights have changed since then; a parent that is gone is no reason to refuse.
 3. mid, sft and rl start from the weights of their parent, a run of another stage.
 4. base starts from scratch.
 """
@@ -34,7 +34,7 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.step import TrainState, execution, make_step
 from nanochat_jax.training.wandb_log import Wandb
 
-# Settings that may change when a run resumes: they do not change what is computed.
+# Settings that may change when a run resumes, since they do not change what is computed.
 FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
@@ -55,11 +55,11 @@ LaterStage = config.Mid | config.Sft | config.Rl  # the stages that start from a
 
 @dataclass(frozen=True)
 class StartPlan:
-    """How a run starts. Process 0 decides, and broadcasts the fields as JSON."""
+    """How a run starts. Process 0 decides this, and broadcasts the fields as JSON."""
 
     tag: str  # name of the run's folder
     step: int | None  # checkpoint to resume from; None for a fresh start
-    finished: bool  # whether that checkpoint is the last one of a finished run
+    finished: bool  # whether `step` is the last step of a finished run
     parent_id: str  # identifies the parent's weights by content (`_identify`); "" for base
     parent_dir: str | None = None  # the parent's folder; None when resuming, and for base
     parent_step: int | None = None  # the parent's checkpoint
@@ -79,17 +79,17 @@ class Run:
     model_cfg: GPTConfig
     tokenizer: Tokenizer
     layout: Layout  # the mesh, and how weights and optimizer state are sharded on it
-    dtype: DTypeLike  # of matmul operands
+    dtype: DTypeLike  # the dtype of matmul operands
     optimizer: optax.GradientTransformation
-    state: TrainState  # weights and optimizer state; every step replaces it
+    state: TrainState  # weights and optimizer state; every step replaces them
     saver: checkpoint.Saver
-    lock: ExitStack  # holds the lock file of the folder
+    lock: ExitStack  # holds the lock of the run's folder; empty except in process 0
     step: int  # optimizer steps done when the run was opened: 0, or the step it resumes from
     data: dict | None  # position in the data to resume from; None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
     identity: dict  # saved in every checkpoint: a run resumes only with the same parent, text and tasks
     metrics: dict  # the last log record of each of the MEASURED kinds
-    wandb: Wandb | None = None  # set by `begin`, in process 0 only
+    wandb: Wandb | None = None  # set in process 0 only, once `begin` has run
 
     @property
     def eval_model(self) -> EvalModel:
@@ -97,7 +97,7 @@ class Run:
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
 
     def begin(self) -> None:
-        """Takes over the folder for this run, and logs its start. Call it once nothing can be refused any more."""
+        """Takes over the folder for this run, and logs its start. Call this once the run can no longer be refused."""
         plain = dataclasses.asdict(self.cfg)
         processes.broadcast_from_0(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
@@ -108,12 +108,14 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
-        """Moves aside what is in the way. With --resume=never that is the old run. Otherwise it is the checkpoints of
-        later steps, which are no longer part of this run, and damaged ones, which would count among the last few to
-        keep."""
+        """Moves aside what is in the way in the run's folder.
+
+        With --resume=never, this is the whole old run. Otherwise it is every checkpoint after the step to resume from:
+        such a checkpoint is no longer part of this run, and if damaged, it would count among the last few to keep.
+        """
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
-            self.lock.enter_context(checkpoint.exclusive(self.dir))  # the first lock file moved with the old folder
+            self.lock.enter_context(checkpoint.exclusive(self.dir))  # the first lock file went with the old folder
         else:
             checkpoint.abandon_after(self.dir, self.step if self.data is not None else -1)
 
@@ -154,14 +156,14 @@ class Run:
 
 @contextmanager
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | None]:
-    """Opens the run that `cfg` describes, locked against a second process; yields None if the run is finished.
+    """Opens the run that `cfg` describes, and locks its folder; yields None if the run is finished.
 
-    Nothing of an earlier run is touched before `Run.begin`: a start that is refused before then changes nothing. On
-    exit, this process finishes its part of a save that is under way.
+    Nothing that an earlier run has saved is touched before `Run.begin`, so a start that is refused before then changes
+    nothing. On exit, waits until this process has written its part of any checkpoint still being saved.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with processes.fail_together(), ExitStack() as lock:
-        # Process 0 decides and holds the lock: all processes share one file system.
+        # Only process 0 makes the plan and holds the lock, since all processes share one file system.
         plan = StartPlan(**processes.broadcast_from_0(lambda: dataclasses.asdict(_plan_start(cfg, lock))))
         folder = checkpoint.run_dir(cfg.stage, plan.tag)
         if plan.finished:
@@ -222,7 +224,7 @@ def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
 
 
 def _default_tag(cfg: Train) -> str:
-    """The tag of a run without --model_tag and preset: d20 for a base run of depth 20, else the parent's tag."""
+    """The tag of a run with neither --model_tag nor a preset: d20 for a base run of depth 20, else the parent's tag."""
     if isinstance(cfg, config.Base):
         return f"d{cfg.depth}"
     parent = _find_parent(cfg)
@@ -231,8 +233,11 @@ def _default_tag(cfg: Train) -> str:
 
 
 def _find_parent(cfg: Train) -> Parent | None:
-    """The run that a stage starts from: the one called --model_tag if it exists, else the preset's, or without a preset
-    the latest. None for base."""
+    """The parent, which is the run that a stage starts from; None for base.
+
+    It is the run named by --model_tag if that exists, else the run named by the preset, else (without a preset) the
+    latest run.
+    """
     if not isinstance(cfg, LaterStage):
         return None
     if cfg.model_tag and checkpoint.steps(checkpoint.run_dir(cfg.source, cfg.model_tag)):
@@ -250,7 +255,10 @@ def _identify(cfg: Train, parent: Parent | None) -> str:
 
 
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
-    """The run's shape and tokenizer if it resumes, else the parent's. A fresh base run takes its shape from `cfg`."""
+    """The model's shape and tokenizer: the run's own if it resumes, else the parent's.
+
+    A fresh base run takes its shape from `cfg`, and the tokenizer from the base folder.
+    """
     tokenizer_dir = config.base_dir() / "tokenizer"
     if plan.step is not None:
         run_dir, step = folder, plan.step
@@ -284,7 +292,7 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
 
 
 def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
-    """UserError if the run in `folder` is not the one that `cfg` asks for."""
+    """Raises UserError if the run in `folder` is not the one that `cfg` asks for."""
     difference = "from different weights" if _parent_differs(cfg, meta["parent"]) else ""
     if changed := _changed_settings(cfg, meta["config"]):
         difference = f"with different settings ({', '.join(changed[:4])})"
@@ -293,8 +301,10 @@ def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
 
 
 def _parent_differs(cfg: Train, parent_id: str) -> bool:
-    """Whether a fresh start would begin with different weights; False, so that the run can resume, if the parent is
-    gone."""
+    """Whether a fresh start would begin with weights other than those that `parent_id` identifies.
+
+    False if the parent is gone, so that the run can still resume.
+    """
     try:
         return _identify(cfg, _find_parent(cfg)) != parent_id
     except UserError:
@@ -304,8 +314,8 @@ def _parent_differs(cfg: Train, parent_id: str) -> bool:
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:
     """The settings that matter and have changed since the run was saved, as "matrix_lr: 0.02, now 0.03".
 
-    A setting that is newer than the run is taken to have had its default; one that no longer exists is ignored, with a
-    printed line.
+    If a setting did not exist yet when the run was saved, its default is taken as the saved value. A saved setting that
+    no longer exists is ignored, with a printed line.
     """
     now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
     if gone := sorted(saved.keys() - now.keys()):
@@ -323,7 +333,7 @@ def _initial_state(
     cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout, folder: Path,
     plan: StartPlan,
 ) -> tuple[TrainState, dict | None, dict]:  # fmt: skip
-    """(state, position in the data or None, totals): restored, or with the parent's weights, or from scratch."""
+    """Makes (state, position in the data or None, totals): restored, with the parent's weights, or from scratch."""
 
     def fresh() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
@@ -357,12 +367,12 @@ def step_of(run: Run) -> jax.stages.Wrapped:
 
 
 def no_implicit_transfers() -> AbstractContextManager[None]:
-    """Wraps a step, so that an argument still on the host, or on the wrong devices, is an error, not a hidden copy."""
+    """Wraps a step: an argument still on the host, or on the wrong devices, raises an error and is not copied."""
     return jax.transfer_guard("disallow")
 
 
 def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
-    """Wraps steps in which a device takes `rows` rows at once: running out of memory is a UserError with advice."""
+    """Wraps steps in which a device takes `rows` rows at once: running out of memory raises a UserError with advice."""
     fewer_rows = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
     return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
 

@@ -13,7 +13,9 @@ from nanochat_jax.training.run import Run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation every `every` steps and at the end. If `every` is below 1: never, or only at the end if `at_end`.
+    """An evaluation that runs every `every` steps and at the end, and with `at_start` also at step 0.
+
+    If `every` is below 1, the evaluation never runs, or with `at_end` only at the end.
 
     A `risky` evaluation, one that loads data or generates text, is preceded by a checkpoint every time. Any other
     evaluation is preceded by a checkpoint only the first time in a process: after that it is known to work, and a
@@ -44,7 +46,7 @@ class RunControl:
     ):  # fmt: skip
         self.run, self.evaluations = run, evaluations
         self.timer = timer  # times the steps, without saving and evaluating
-        self.flush = flush  # logs the steps that are not logged yet, so that they come before what is logged here
+        self.flush = flush  # logs steps that are not logged yet; called before anything else is logged here
         self.step = run.step  # optimizer steps that are done
         self.place = place  # position in the data after the last batch that was trained on
         self.saved_at = run.step if run.data is not None else -1
@@ -63,7 +65,7 @@ class RunControl:
         if not due:
             return
         self.flush()
-        if self._has_risk(due):  # they may end the process, so the checkpoint must be complete first
+        if self._has_risk(due):  # one of them may end the process, so the checkpoint must be complete
             self.run.saver.wait_all()
         for evaluation in due:
             try:
@@ -81,15 +83,17 @@ class RunControl:
         raise SystemExit(128 + stop)
 
     def rescue(self) -> None:
-        """Saves before an unrelated error ends the run. With several processes it does nothing, since the others may be
-        blocked in a collective."""
+        """Saves before an error in reading data or in an evaluation ends the run.
+
+        With several processes, does nothing, since the other processes may be blocked in a collective.
+        """
         if self.step == 0 or self.saved_at == self.step or jax.process_count() > 1:
             return
         try:
             self._save()
             self.run.saver.wait_all()
             print(f"saved at step {self.step}, before the error")
-        except Exception as error:  # such as a loss that is not finite; the first error is the one to report
+        except Exception as error:  # such as a loss that is not finite; the caller still raises the first error
             print(f"not saved: {first_line(error)}")
 
     def _due(self, last: bool) -> list[Evaluation]:

@@ -36,13 +36,16 @@ class Stage:
     facts: dict[str, str] = field(default_factory=dict)  # derived numbers to print
 
     def progress(self, step: int) -> float:
-        """The fraction of the stage that is done before step `step`, whose batch has been loaded: from 0 to 1."""
+        """The fraction of the stage done before step `step`, from 0 to 1; the batch of this step must be loaded."""
         return step / self.steps if self.steps else self.loader.info["progress"] / self.epochs
 
 
 def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
-    """What `shape_for_tokens` and `shape_for_rows` need besides the size of the batch: rows that a device takes at
-    once (0: automatic), tokens per row, replicas, and a function that says how many rows fit on a device."""
+    """What `shape_for_tokens` and `shape_for_rows` need besides the size of the batch.
+
+    This is the number of rows that a device takes at once (0: automatic), the number of tokens per row, the number of
+    replicas, and a function that says how many rows fit on a device.
+    """
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 
@@ -80,7 +83,8 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
 def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole conversations, loss on assistant tokens.
 
-    Training ends after --num_iterations steps if given, else with the data; the learning rate follows the progress.
+    Training ends after --num_iterations steps if given, else when the data ends. The learning rate depends on the
+    fraction of the stage that is done.
     """
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
     if isinstance(cfg, config.Mid):
@@ -123,9 +127,11 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
-    """Records in the checkpoints which text is read, and returns the source with only the files that the run began
-    with, since their number decides their order in later epochs. UserError if the run resumes from a checkpoint that
-    was trained on different text."""
+    """Records in the checkpoints which text is read; returns the source with only the files the run began with.
+
+    New files are left out because the number of files decides their order in later epochs. Raises UserError if the run
+    resumes from a checkpoint that was trained on different text.
+    """
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     count = len(source.train_files)
     if run.data is not None:
@@ -144,9 +150,11 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
 
 
 def pin_tasks(run: Run, task: tasks.Mixture) -> None:
-    """Records in the checkpoints which conversations are trained on: the tasks' names and numbers of rows, in the order
-    that decides the shuffle, and a hash of a sample of the conversations. UserError if the run resumes from a
-    checkpoint that was trained on different ones."""
+    """Records in the checkpoints which conversations are trained on.
+
+    The record holds the tasks' names and numbers of rows, in the order that decides the shuffle, and a hash of a sample
+    of the conversations. Raises UserError if the run resumes from a checkpoint that was trained on other conversations.
+    """
     conversations = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
     if run.data is not None:
         saved = checkpoint.read_meta(run.dir, run.step).get("tasks", conversations)
@@ -162,11 +170,11 @@ def pin_tasks(run: Run, task: tasks.Mixture) -> None:
 def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cache_dir: Path) -> str:
     """How much of a source a run of `tokens` tokens will read.
 
-    -> "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
+    Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
     """
     files = source.train_files
     available = dataloader.epoch_tokens(files, tokenizer, cache_dir)
-    if none_here := math.isnan(available):  # estimated from the validation shard, which is here and about as large
+    if none_here := math.isnan(available):  # estimate from the validation files, which are about as large
         available = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, available)
     shards = min(len(files), math.ceil(epochs * len(files)))
@@ -175,13 +183,16 @@ def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cac
     if made := token_cache.num_cached(files, cache_dir):
         text += f", {made} of them already tokenized"
     text += f"; this run needs {shards}, {epochs:.2f} epochs"
-    # Up to 4 epochs, reading text again is about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
+    # Up to 4 epochs, rereading text is about as good as reading new text (Muennighoff et al. 2023, arXiv:2305.16264).
     return text + (" (more than 4: new text would teach more)" if epochs > 4 else "")
 
 
 def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
-    """The number of steps of `tokens` tokens each: --num_iterations if given, else from --target_flops if given, else
-    from --target_param_data_ratio. UserError if that is not even one step."""
+    """The number of optimizer steps, of `tokens` tokens each.
+
+    This is --num_iterations if given, else it follows from --target_flops if given, else from
+    --target_param_data_ratio. Raises UserError if it is below 1.
+    """
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations
     elif cfg.target_flops > 0:

@@ -27,7 +27,7 @@ class StepMetrics(NamedTuple):
 
     loss: jax.Array  # float32: mean cross-entropy of the counted targets
     grad_norm: jax.Array  # float32: norm of the whole gradient, before clipping
-    count: jax.Array  # int32: counted targets
+    count: jax.Array  # int32: number of counted targets
     stop: jax.Array | None = None  # int32: positive if any process wants to stop; None if the batch has no `stop`
 
 
@@ -39,20 +39,20 @@ def make_step(
     layout: Layout | None = None,
     execution: gpt.Execution = gpt.PLAIN,
 ) -> jax.stages.Wrapped:
-    """Makes the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics), which donates its state.
+    """Makes the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics); it donates its state.
 
     batch: inputs and targets int32 [accum, rows, t] (targets -1: not counted), e.g. [2, 256, 2048] for two gradient
     accumulation steps of 32 rows on each of 8 devices; optionally weights float32 of the same shape, one for each
     target, and `stop` int32 [devices], whose sum is reported. lr_mult: float32 [], the factor on all learning rates.
 
-    The loss is the sum over all micro-batches and devices divided by the number of counted targets, so that how a batch
-    is split changes nothing but rounding; without counted targets it is 0.
+    The loss is summed over all micro-batches and devices, then divided by the number of counted targets, so the way a
+    batch is split changes nothing but rounding. Without counted targets, the loss is 0.
 
     With --shard=optimizer, gradient accumulation is local to each replica (by a vmap over the replicas), and one
     reduce-scatter per step follows. With --shard=full, the gradients are reduced in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
-    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if each replica sums its gradients
+    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if each replica accumulates alone
     if layout:
         execution = dataclasses.replace(execution, gather=layout.gather)
 
@@ -63,7 +63,7 @@ def make_step(
             head = execution.gather("lm_head", params["lm_head"])[: model_cfg.vocab_size]
             rows, time = batch["targets"].shape
             weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
-            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # by the rows that one device holds
+            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # for the rows on one device
             return cross_entropy(x, head, batch["targets"], weights, model_cfg.softcap, chunks)
 
     def gradients(params: gpt.Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, gpt.Params]:
@@ -95,9 +95,9 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
         if grad_clip > 0:
-            # Clips the global gradient; the specification clips each rank's own gradient, so its result depends on the
-            # number of ranks. Off by default: the norm does not exceed 1 in these runs, and clipping costs about 2% of
-            # the speed.
+            # Clips the global gradient. The specification clips each rank's own gradient, so there the result depends
+            # on the number of ranks. Off by default: the norm does not exceed 1 in these runs, and clipping costs about
+            # 2% of the speed.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         if layout:
@@ -111,7 +111,7 @@ def make_step(
 
 
 def execution(cfg: Train) -> gpt.Execution:
-    """How the blocks are computed, as --scan_layers, --remat and --shard ask for."""
+    """How the blocks are computed, according to --scan_layers, --remat and --shard."""
     policies = jax.checkpoint_policies
     known = {"none": None, "matmuls": policies.save_only_these_names(gpt.MATMUL), "full": policies.nothing_saveable}
     policy = known[cfg.remat]

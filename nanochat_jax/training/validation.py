@@ -53,7 +53,7 @@ def _evaluate(evaluate: Callable[[Run, Stage, int], None], run: Run, stage: Stag
 
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
-    """Loads the tasks of --eval_metrics_tasks. This is done before the first step, so that errors show up then."""
+    """Loads the tasks of --eval_metrics_tasks. This is done before the first step, so that errors show up early."""
     loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
     for task in loaded:
         if task.eval_type is None:
@@ -73,7 +73,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
 
 
 def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
-    """Logs CORE on up to --core_metric_max_per_task examples per task; skips it with a line if data is missing."""
+    """Logs CORE on up to --core_metric_max_per_task examples per task, or prints why it is skipped."""
     from nanochat_jax.evals import core
 
     try:
@@ -96,7 +96,7 @@ def sample(run: Run, stage: Stage, step: int) -> None:
 def complete(
     params: gpt.Params, model_cfg: GPTConfig, tokenizer: Tokenizer, dtype: DTypeLike, new_tokens: int = 16
 ) -> list[tuple[str, str]]:
-    """Greedy continuations of SAMPLE_PROMPTS, `new_tokens` tokens each, as (prompt, continuation)."""
+    """Greedy continuations of SAMPLE_PROMPTS, at most `new_tokens` tokens each, as (prompt, continuation) pairs."""
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
 

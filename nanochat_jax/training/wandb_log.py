@@ -12,7 +12,7 @@ WANDB_ID = "wandb_id"
 class Wandb:
     """A run on wandb if one is asked for and wandb is installed, else a stand-in that does nothing.
 
-    The wandb id is kept in the run's folder, so that a run that resumes stays one run on wandb. For process 0 only.
+    The wandb id is kept in the run's folder, so that a resumed run continues its run on wandb. For process 0 only.
     """
 
     def __init__(self, run_dir: Path, stage: str, name: str, config: dict):

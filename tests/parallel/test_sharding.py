@@ -183,7 +183,7 @@ def test_processes_that_share_a_replica_read_the_same_rows(processes, own, model
     )  # fmt: skip
     if shares is None:
         with pytest.raises(
-            UserError, match=r"model=2 does not line up with processes of 3 dev.*: try node=1,data=6,model=1"
+            UserError, match=r"model=2 does not line up with the 3 devices of a process.*: try node=1,data=6,model=1"
         ):
             process_rows(mesh)
         return

@@ -11,8 +11,8 @@ from nanochat_jax.tokenizer import NO_LIMIT, SPECIAL_TOKENS, StreamDecoder, Toke
 
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids that ask for the assistant's next words: a new message, or the rest of the last one if that is the
-    assistant's. UserError for messages in the wrong order or of the wrong form."""
+    """The prompt, as token ids, for the assistant's next words: a new message, or the rest of the last message if that
+    is the assistant's. Raises UserError if the messages are in the wrong order or form."""
     last = messages[-1]
     if last["role"] != "assistant":
         return tokenizer.render_for_completion({"messages": messages}, max_tokens=NO_LIMIT)
@@ -24,14 +24,14 @@ def render(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
 
 
 def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
-    """Token ids that ask for the assistant's next words (see `render`), and how many of the oldest messages were
+    """Returns the prompt for the assistant's next words (see `render`), and how many of the oldest messages were
     dropped to make room.
 
-    The prompt leaves room in the `context` (in tokens) for an answer of `max_tokens`, or for a quarter of the context
-    if that is less. `messages` alternate user, assistant, ..., after an optional system message, which is never
-    dropped. UserError if they do not alternate, or if the last one is too long by itself.
+    Of the `context` tokens, the prompt leaves `max_tokens` for the answer, or a quarter of the context if that is less.
+    `messages` alternate user, assistant, ..., after an optional system message, which is never dropped. Raises
+    UserError if the messages do not alternate, or if the last turn alone, with the system message, is too long.
     """
-    # A quarter: the longest correct answers of the cpu preset take 53 of its 256 tokens of context.
+    # A quarter is enough: the longest correct answers of the cpu preset take 53 of the 256 tokens of its context.
     room = context - min(max_tokens, context // 4)
     turns = messages[messages[0]["role"] == "system" :]
     system = messages[: len(messages) - len(turns)]
@@ -58,7 +58,7 @@ def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:
 
 
 class PartReader:
-    """Splits an answer into parts as it comes: ("text", piece), ("python", expression), ("python_output", result).
+    """Splits an answer into parts as it arrives: ("text", piece), ("python", expression), ("python_output", result).
 
     Text comes in pieces of whole characters; an expression or a result comes all at once. The kinds are those of the
     parts of an assistant message (tokenizer.PARTS), so that an answer can be sent back and rendered unchanged. Other
@@ -96,13 +96,13 @@ class PartReader:
         return parts
 
     def _switch_to(self, kind: str, parts: list[tuple[str, str]]) -> None:
-        """Ends the current part, adding it to `parts`, and begins one of `kind`."""
+        """Ends the current part, adding it to `parts`, and begins a part of `kind`."""
         self._piece += self._decoder.flush()
         self._flush_piece(parts)
         self._kind = kind
 
     def _flush_piece(self, parts: list[tuple[str, str]]) -> None:
-        """Adds what has been read of the current part to `parts`."""
+        """Adds to `parts` what has been read of the current part."""
         if self._piece:
             parts.append((self._kind, self._piece))
             self._piece = ""

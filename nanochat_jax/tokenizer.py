@@ -1,8 +1,9 @@
-"""Byte-level BPE tokenizer with nine special tokens, and conversations as (ids, mask).
+"""Byte-level BPE tokenizer with nine special tokens; also renders conversations as (ids, mask).
 
-Our Rust crate learns the merges. tiktoken encodes single texts; whole batches of documents go through our own encoder,
-which gives the same ids. Ids: the 256 bytes, then the merges in the order learned, then the special tokens. Special
-tokens are added only by the program, by name: text is always encoded as ordinary text.
+Our Rust crate learns the merges. `encode` uses tiktoken unless a text is very long; `encode_batch`, for data pipelines,
+uses the crate's own encoder, which gives the same ids. Ids are assigned to the 256 bytes first, then to the merges
+in the order learned, then to the special tokens. Only the program adds special tokens, by name: a text that contains
+such a name is encoded as ordinary text.
 """
 
 import codecs
@@ -25,26 +26,26 @@ SPECIAL_TOKENS = (
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls the calculator
+    "<|python_start|>",  # begins the assistant's call to the calculator
     "<|python_end|>",
-    "<|output_start|>",  # the calculator's result
+    "<|output_start|>",  # begins the calculator's result
     "<|output_end|>",
 )
 
-# GPT-4's pattern, but with numbers in groups of at most two digits: with three, they would use up much of a small
-# vocabulary.
+# GPT-4's pattern, but with digits in groups of at most two: groups of three would use up much of a small vocabulary.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# tiktoken's regex panics on very long runs of white space, so long texts go to our own encoder (same ids).
-LONG_TEXT = 1 << 16  # characters
+# tiktoken's regex panics on very long runs of white space, so long texts go to our own encoder, which
+# gives the same ids.
+LONG_TEXT = 1 << 16  # characters up to which a text counts as short
 
-SHORTEST_PROMPT = 4  # tokens: <|bos|>, a user message without text, <|assistant_start|>
-NO_LIMIT = 1 << 30  # `max_tokens` of a conversation that must not be truncated
+SHORTEST_PROMPT = 4  # tokens: <|bos|>, the two of a user message without text, <|assistant_start|>
+NO_LIMIT = 1 << 30  # `max_tokens` for a conversation that must not be truncated
 
-# The parts of an assistant message. For each type: the special tokens before and after it, and whether it is
-# supervised. The model learns to call the calculator, not to predict its results.
+# The types of parts of an assistant message, each with the special tokens before and after the part, and whether it is
+# supervised (1) or not (0). The model learns to call the calculator, not to predict its results.
 PARTS: dict[str, tuple[str | None, str | None, int]] = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -53,10 +54,10 @@ PARTS: dict[str, tuple[str | None, str | None, int]] = {
 
 
 def rust_crate() -> ModuleType:
-    """Imports our Rust crate. UserError if it is not built.
+    """Imports our Rust crate. Raises UserError if it is not built.
 
-    If it is not built, the import may find something else: in the repository root, the folder rustbpe as an empty
-    package; PyPI's rustbpe; or an older build. None of these has encode_batch.
+    In that case, the import may find something else: the folder rustbpe in the repository root (an empty package),
+    PyPI's rustbpe, or an older build. None of these has encode_batch.
     """
     try:
         import rustbpe
@@ -83,14 +84,14 @@ class Tokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None) -> "Tokenizer":
-        """Learns a vocabulary of `vocab_size` tokens, special tokens included; fewer if the texts run out of pairs.
+        """Learns a vocabulary of `vocab_size` tokens, special tokens included; fewer if no pairs are left to merge.
 
-        `progress(merges_done, merges_wanted)` is called now and then. UserError if there is no text or the
-        vocabulary is too small.
+        `progress(merges_done, merges_wanted)` is called now and then. Raises UserError if there is no text or
+        `vocab_size` is too small.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise UserError(f"vocab_size={vocab_size}: must be at least {smallest}, the bytes and the special tokens")
+            raise UserError(f"vocab_size={vocab_size}: must be at least {smallest} for bytes and special tokens")
         core = rust_crate().Tokenizer()
         try:
             core.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
@@ -105,7 +106,10 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
-        """Reads what `save` wrote. UserError says which file is missing, damaged or from another program, and why."""
+        """Reads what `save` wrote.
+
+        Raises UserError, naming the file and the reason, if one is missing, damaged or from another program.
+        """
         path = Path(directory) / "tokenizer.json"
         text, ranks = tokenizer_file.read(Path(directory), SPLIT_PATTERN, SPECIAL_TOKENS)
         crate = rust_crate()
@@ -124,7 +128,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of the saved tokenizer.json: equal if and only if two tokenizers are equal."""
+        """SHA-256 (hex) of the saved tokenizer.json. Two tokenizers are equal if and only if their hashes are."""
         return tokenizer_file.sha256(self._json)
 
     @functools.cached_property
@@ -137,7 +141,7 @@ class Tokenizer:
     # Text
 
     def special(self, name: str) -> int:
-        """Id of a special token. ValueError lists the names that exist."""
+        """Id of a special token. Raises ValueError, listing the valid names, if there is no such token."""
         if name not in self._special:
             raise ValueError(f"{name!r} is not a special token, expected one of {', '.join(SPECIAL_TOKENS)}")
         return self._special[name]
@@ -147,7 +151,7 @@ class Tokenizer:
         return self.special(token) if isinstance(token, str) else self._check_ids([token])[0]
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
-        """The ids as a list of int, from any integer type. ValueError for one outside the vocabulary."""
+        """Converts ids of any integer type to a list of int. Raises ValueError if one is outside the vocabulary."""
         ids = list(map(operator.index, ids))
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -171,9 +175,9 @@ class Tokenizer:
         append: int | str | None = None,
         num_threads: int = 8,
     ) -> list[int] | list[list[int]]:
-        """Ids of a text, or of each text in a list. `prepend` and `append` are ids or names of special tokens.
+        """Ids of a text, or of each text in a list. `prepend` and `append` are token ids or special tokens' names.
 
-        TypeError for anything but str, ValueError for an unknown token.
+        Raises TypeError if a text is not a str, and ValueError if a token to prepend or append does not exist.
         """
         before = [] if prepend is None else [self._token_id(prepend)]
         after = [] if append is None else [self._token_id(append)]
@@ -196,11 +200,11 @@ class Tokenizer:
     __call__ = encode
 
     def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts at once, for data pipelines: the same as `encode` gives, but from our encoder on all cores.
+        """Ids of many texts at once, for data pipelines: the same ids as from `encode`, but our encoder uses all cores.
 
         Returns tokens, uint16[n] (uint32[n] if the vocabulary needs it), and offsets, int64[len(texts) + 1]: the tokens
-        of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` is an id or the name of a special token. TypeError
-        for anything but a list of str.
+        of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` is a token id or a special token's name. Raises
+        TypeError if `texts` is not a list of str.
         """
         if not isinstance(texts, list):
             raise TypeError(f"encode_batch takes a list of str, got {type(texts).__name__}")
@@ -208,7 +212,8 @@ class Tokenizer:
             tokens, offsets = self._core.encode_batch(texts)
         except UnicodeEncodeError:
             tokens, offsets = self._core.encode_batch([_without_surrogates(text) for text in texts])
-        # The encoder does not know the special tokens, and with them the vocabulary may exceed 65,536.
+        # The encoder chose the integer type without counting the special tokens; with these, the vocabulary may exceed
+        # 65,536 tokens.
         tokens = tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, copy=False)
         if prepend is not None:
             tokens = np.insert(tokens, offsets[:-1], self._token_id(prepend))
@@ -225,17 +230,17 @@ class Tokenizer:
             return self._core.encode(_without_surrogates(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids. Bytes that are not UTF-8 become U+FFFD, and special tokens appear by name. ValueError for an id
-        outside the vocabulary."""
+        """Text of ids. Bytes that are not UTF-8 become U+FFFD, and special tokens appear by name. Raises ValueError if
+        an id is outside the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of ids. ValueError for an id outside the vocabulary."""
+        """Bytes of ids. Raises ValueError if an id is outside the vocabulary."""
         return self._encoding.decode_bytes(self._check_ids(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """int32[vocab_size]: length in bytes of each token, 0 for special tokens. Counts raw bytes: decoding a token
-        that is not UTF-8 by itself would change its length."""
+        """int32[vocab_size]: length in bytes of each token, 0 for special tokens. Raw bytes are counted, since
+        decoding a token that is not UTF-8 by itself would change its length."""
         lengths = [len(token) for token, _ in self._core.get_mergeable_ranks()]
         return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
@@ -246,7 +251,7 @@ class Tokenizer:
         """A conversation as ids and their mask (1: supervised), both truncated on the right to `max_tokens`.
 
         The model learns the assistant's text, its calculator calls and <|assistant_end|>, but not <|assistant_start|>
-        or the calculator's results. UserError for messages in the wrong order or of the wrong form.
+        or the calculator's results. Raises UserError if the messages are in the wrong order or form.
 
         >>> tokenizer = Tokenizer.train(["a short text"], vocab_size=265)
         >>> question, answer = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
@@ -274,11 +279,11 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict, max_tokens: int = 2048) -> list[int]:
-        """Ids of a prompt for the assistant's next message; a final message of the assistant is left out.
+        """Ids of a prompt for the assistant's next message. If the last message is the assistant's, it is left out.
 
-        A conversation that is too long loses its oldest turns, but not the system message; if its last message alone is
-        too long, that loses its beginning. The specification truncates the end instead, which loses the question and
-        <|user_end|>. UserError for messages in the wrong order or of the wrong form.
+        A conversation that is too long loses its oldest turns, but not the system message; if the last message alone is
+        too long, its beginning is cut off. The specification truncates the end instead, and so loses the question and
+        <|user_end|>. Raises UserError if the messages are in the wrong order or form.
         """
         if max_tokens < SHORTEST_PROMPT:
             least = f"{SHORTEST_PROMPT}, the special tokens of a prompt"
@@ -298,7 +303,7 @@ class Tokenizer:
         return ids if len(ids) <= max_tokens else ids[:2] + ids[len(ids) - max_tokens + 2 :]
 
     def _render_message(self, message: dict, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Ids and mask of one checked message. `system` goes before the text of a user message, then a blank line."""
+        """Ids and mask of one checked message. `system` and a blank line go before the text of a user message."""
         ids, mask = [], []
 
         def add(new: list[int], supervised: int) -> None:
@@ -311,7 +316,7 @@ class Tokenizer:
             add(self.encode(text, "<|user_start|>", "<|user_end|>"), 0)
             return ids, mask
         add([self.special("<|assistant_start|>")], 0)
-        # Each part is encoded by itself: no token spans two parts.
+        # Each part is encoded by itself, so no token spans two parts.
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             before, after, supervised = PARTS[part["type"]]
             add(self.encode(part["text"], before, after), supervised)
@@ -319,7 +324,7 @@ class Tokenizer:
         return ids, mask
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
-        """The tokens in color, for a terminal, separated by bars: supervised tokens green, others red, and ids grey."""
+        """The tokens in color, for a terminal, separated by bars: supervised tokens green, others red, ids grey."""
         shown = []
         for i, supervised in zip(ids, mask, strict=True):
             color = "\033[92m" if supervised else "\033[91m"
@@ -345,7 +350,7 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """U+FFFD for the bytes held back, or "". The decoder is then ready for another text."""
+        """Returns U+FFFD for bytes held back, "" if there are none. The decoder is then ready for another text."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -356,8 +361,8 @@ class StreamDecoder:
 
 
 def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
-    """The system message's text (None: no such message), and the other messages, which alternate user, assistant, ...
-    UserError names the first message that is wrong."""
+    """Returns the system message's text (None: no such message), and the other messages, which alternate user,
+    assistant, ... Raises UserError, naming the first wrong message, if the conversation is not of this form."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError('a conversation is {"messages": [...]} with at least one message of role user')
@@ -382,7 +387,7 @@ def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
 
 
 def _check_content(i: int, message: dict) -> None:
-    """UserError if the content of message i has the wrong type or parts."""
+    """Raises UserError if the content of message i has the wrong type or parts."""
     role, content = message["role"], message["content"]
     if isinstance(content, str):
         return

@@ -1,7 +1,7 @@
 """Reads and writes a tokenizer's files: tokenizer.json (Hugging Face layout) and nanochat.json (version, checksum).
 
-JSON, never pickle: a file from elsewhere may be wrong, but it cannot run code. A file is accepted only if it is, byte
-for byte, what this program writes for the vocabulary in it; anything else is refused with a line that says why.
+The files are JSON, never pickle: one from elsewhere may be wrong, but it cannot run code. A tokenizer.json is accepted
+only if it is, byte for byte, what this program writes for the vocabulary in it; otherwise an error says what differs.
 """
 
 import functools
@@ -31,15 +31,15 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
 
 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
-    """The text of tokenizer.json and the (token bytes, id) pairs in it.
+    """Returns the text of tokenizer.json and the (token bytes, id) pairs in it.
 
-    UserError says which of the two files is missing, damaged or from another program, and why. A different split
-    pattern or different special tokens are refused too.
+    Raises UserError, naming the file and the reason, if one of the two files is missing, damaged or from another
+    program, or if the split pattern or the special tokens are not those expected.
     """
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
         if not path.exists():
-            fix = "train a tokenizer with python -m scripts.tok_train, with the --config of this command, if any"
+            fix = "train a tokenizer with python -m scripts.tok_train (and this command's --config, if it has one)"
             raise UserError(f"{path} does not exist: {fix}")
     about = _parse(_read(ours), ours)
     if about.get("format") != FORMAT:
@@ -49,7 +49,7 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
     data = _read(theirs)
     if about.get("sha256") != hashlib.sha256(data).hexdigest():
         raise UserError(
-            f"{theirs}: its SHA-256 is not the one in {ours.name}; the file was changed or damaged: "
+            f"{theirs}: its SHA-256 is not the one in {ours.name}, so the file was changed or damaged; "
             "run tok_train again with the same settings"
         )
 
@@ -104,17 +104,17 @@ def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], spe
 
 
 def difference(actual: str, expected: str) -> str:
-    """The first part in which two texts of tokenizer.json differ, for an error message: "model.merges"."""
+    """The name of the first part, such as "model.merges", that differs between two texts of tokenizer.json."""
     first, second = json.loads(actual), json.loads(expected)
     for a, b, prefix in ((first, second, ""), (first["model"], second["model"], "model.")):
         for key in [*b, *(k for k in a if k not in b)]:
             if key != "model" and (key not in a or key not in b or a[key] != b[key]):
-                return prefix + (key if key in b else repr(key))  # an unknown key may contain anything
+                return prefix + (key if key in b else repr(key))  # an unknown key is quoted: it may be anything
     return "the order or the spacing"
 
 
 def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
-    """The (token bytes, id) pairs of a parsed tokenizer.json, each id from 0 up exactly once, and its special
+    """The (token bytes, id) pairs of a parsed tokenizer.json, whose ids are 0, 1, 2, ... without gaps, and its special
     tokens: [(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}."""
     model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
@@ -145,7 +145,7 @@ def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[byt
 
 @functools.cache
 def _alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte: the byte itself if it is visible, otherwise one from U+0100 up.
+    """GPT-2's printable character for each byte: the byte's own character if visible, otherwise one from U+0100 up.
     ord("a") -> "a", ord(" ") -> "Ġ"."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in visible)
@@ -157,15 +157,15 @@ def _alphabet() -> dict[int, str]:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file. UserError if it cannot be read."""
+    """The content of a file. Raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
-    except OSError as error:  # a folder of that name, no permission
+    except OSError as error:  # a folder has that name, or permission is missing
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _parse(data: bytes, path: Path) -> dict:
-    """The object in a JSON file: b'{"version": 1}' -> {"version": 1}. `path` names the file in a UserError."""
+    """The object in the JSON file `path`: b'{"version": 1}' -> {"version": 1}. Raises UserError if it holds none."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply

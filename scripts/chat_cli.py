@@ -3,7 +3,7 @@
 python -m scripts.chat_cli                        a conversation: /help lists the commands, Ctrl-C stops an answer
 python -m scripts.chat_cli -p "Why is it blue?"   one answer
 python -m scripts.chat_cli -i mid -t 0            the mid model, greedily
-python -m scripts.chat_cli < questions.txt        one answer per line; everything else goes to stderr
+python -m scripts.chat_cli < questions.txt        one answer per question; everything else goes to stderr
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # it imports JAX, which would slow down --help
+if TYPE_CHECKING:  # at run time, this would import JAX, which would slow down --help
     from nanochat_jax.engine.engine import Engine
 
 Number = TypeVar("Number", int, float)
@@ -62,7 +62,7 @@ def main(cfg: config.ChatCli) -> None:
                 pass
         with line_editing():
             converse(chat)
-    except BrokenPipeError:  # the reader of the output, head for instance, has read enough
+    except BrokenPipeError:  # the program that reads the output, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
@@ -74,16 +74,16 @@ class Chat:
         self.engine, self.cfg = engine, cfg
         self.system = ""
         self.messages: list[dict] = []  # the user's messages and the answers, alternating
-        self.tokens, self.cut = 0, False  # of the last answer: its length, and whether it reached the maximum length
+        self.tokens, self.cut = 0, False  # the last answer's length, and whether it reached the maximum length
 
     def answer(
         self, text: str, stop: threading.Event | None = None
     ) -> tuple[int, Generator[tuple[str, str], None, None]]:
-        """Starts answering `text`. Returns the number of old messages that were dropped to make room, and the parts of
-        the answer (see PartReader) as they are generated, until it ends or `stop` is set.
+        """Starts answering `text`. Returns how many old messages were dropped to make room, and an iterator. It yields
+        the answer's parts (see PartReader) as they are generated, until the answer ends or `stop` is set.
 
-        Text and answer become part of the conversation when the iterator ends or is closed. UserError if the text is
-        too long.
+        `text` and the answer become part of the conversation when the iterator ends or is closed. Raises UserError if
+        `text` is too long.
         """
         from nanochat_jax.conversation import prompt
 
@@ -95,7 +95,7 @@ class Chat:
         return dropped, self._stream(question, ids, stop)
 
     def conversation(self, more: Sequence[dict] = ()) -> list[dict]:
-        """The system prompt if there is one, all messages, and `more`."""
+        """The conversation's messages: the system prompt if there is one, all messages so far, and `more`."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages, *more]
 
     def _stream(
@@ -120,7 +120,7 @@ class Chat:
                     yield from reader.read(event.ids)
             yield from reader.read((), end=True)
         finally:
-            # However the answer ended (by itself, at its maximum length, by Ctrl-C), the model sees it as complete.
+            # In later turns, the model sees this answer as complete, even if the maximum length or Ctrl-C ended it.
             if answer:
                 self.messages += [question, message(self.engine.tokenizer, answer)]
 
@@ -130,7 +130,7 @@ class Chat:
 
 
 def converse(chat: Chat) -> None:
-    """Reads messages and prints answers until quit, the end of the input, or Ctrl-C twice at the prompt."""
+    """Reads messages and prints answers until the user quits, presses Ctrl-C twice at the prompt, or input ends."""
     typed = interactive()
     if typed:
         print("Talk to the model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits.")
@@ -203,7 +203,7 @@ def stoppable() -> Generator[threading.Event, None, None]:
 
 
 def run_command(chat: Chat, text: str) -> bool:
-    """Runs `text` if it is a command; False if it is a message to the model. UserError if the command fails.
+    """Runs `text` and returns True if it is a command; otherwise returns False. Raises UserError if the command fails.
 
     An unknown command is an error only at a terminal: in a file of questions, a line may begin with a slash by chance.
     """
@@ -238,7 +238,7 @@ def set_top_k(chat: Chat, value: str) -> None:
 
 
 def number(kind: type[Number], command: str, value: str, example: Number) -> Number:
-    """`value` as a number of type `kind`. UserError, with an example, if it is not one."""
+    """`value` as a number of type `kind`. Raises UserError, giving an example, if it is not one."""
     try:
         return kind(value)
     except ValueError:
@@ -268,7 +268,7 @@ def save(chat: Chat, value: str) -> None:
 
 
 def plain_text(message: dict) -> dict:
-    """Joins the parts of a message that has only text, since training files have strings as content.
+    """Joins the parts of a message that has only text, since a message's content is a string in training files.
 
     {"content": [{"type": "text", "text": "4"}]} -> {"content": "4"}; a message with a calculator call stays as it is.
     """
@@ -295,10 +295,10 @@ class Command:
 COMMANDS = {
     "/clear": Command("/clear", "start a new conversation", clear),
     "/temperature": Command(
-        "/temperature 0.8", "sampling temperature; 0: always the most likely token", set_temperature
+        "/temperature 0.8", "set the sampling temperature; 0: always the most likely token", set_temperature
     ),
     "/topk": Command("/topk 50", "sample from the 50 most likely tokens; 0: from all", set_top_k),
-    "/system": Command("/system You are brief.", "set the system prompt of the conversation; off: none", set_system),
+    "/system": Command("/system You are brief.", "set the system prompt; /system off removes it", set_system),
     "/save": Command("/save FILE", "append the conversation to a JSON Lines file; the page can import it", save),
     "/help": Command("/help", "list the commands", show_help),
 }
@@ -313,10 +313,10 @@ class Display:
 
     def __init__(self, color: bool):
         self._color = color
-        self._call: str | None = None  # an expression whose result may follow
+        self._call: str | None = None  # the last call's expression, whose result may follow
 
     def show(self, kind: str, text: str) -> None:
-        """Prints the next part of the answer: its `kind` and text, as PartReader gives them."""
+        """Prints the next part of the answer, given its kind and text as PartReader returns them."""
         if kind == "python_output":
             self._show_call(text)
             return
@@ -327,7 +327,7 @@ class Display:
             self._write(text)
 
     def finish(self) -> None:
-        """Prints a call that got no result, and ends the line."""
+        """Prints the last call if it got no result, and ends the line."""
         self._show_call()
         self._write("\n")
 
@@ -345,7 +345,7 @@ class Display:
 
 
 def note(text: str) -> None:
-    """Prints something that is not part of an answer; in a pipe, to stderr, so that stdout holds only the answers."""
+    """Prints text that is not part of an answer; unless stdout is a terminal, to stderr: a pipe gets only answers."""
     if sys.stdout.isatty():
         print(dim(text, colored()), flush=True)
     else:

@@ -1,7 +1,7 @@
 """Talk to the model in the browser: python -m scripts.chat_web, then open the address it prints.
 
-The page streams from POST /chat/completions of the same server, and programs use OpenAI's API under /v1; all clients of
-a server share its --slots. After SIGTERM, running answers get time to finish; after Ctrl-C, only a moment.
+The page streams answers from POST /chat/completions of the same server; programs use OpenAI's API under /v1. All
+clients of a server share its --slots. Running answers get 30 seconds to finish after SIGTERM, and 3 after Ctrl-C.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ if TYPE_CHECKING:  # at run time, these would slow down --help and require the e
 
 CHUNK = 8  # tokens decoded per step: few, so that text appears smoothly and a client that leaves frees its slot soon
 DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds to finish running answers after a signal
-UNREAD_SECONDS = 60  # then the connection of a client that has stopped reading is closed
+UNREAD_SECONDS = 60  # after this time, the connection of a client that has stopped reading is closed
 
 
 def main(cfg: config.ChatWeb) -> None:
     cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
 
-    # Bind the port before loading the model, which would be wasted time if the port is taken.
+    # Bind the port before loading the model: if the port is taken, loading would be wasted time.
     with closing(bind(cfg.host, cfg.port)) as listener:
         from nanochat_jax.parallel import devices
 
@@ -71,11 +71,11 @@ def main(cfg: config.ChatWeb) -> None:
             next(warmup)
 
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups)
-        listener.listen()  # now, so that a client that connects at once waits a moment instead of being refused
+        listener.listen()  # before the address is printed, so that a client that connects at once is not refused
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
             print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
-        # Warnings only, so there is no access log: who uses the server is private.
+        # Log only warnings, so that there is no access log: who uses the server is private.
         serve(uvicorn.Config(app, log_level="warning"), app.state.pool, listener)
 
 
@@ -84,7 +84,7 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
     import uvicorn
 
     class Server(uvicorn.Server):
-        """After a signal, accepts no new requests, and ends answers that are unfinished when their time is up."""
+        """After a signal, accepts no new requests, and ends the answers that do not finish within DRAIN seconds."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if not self.should_exit:
@@ -92,16 +92,16 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
                 pool.stop_after(DRAIN[sig])
             super().handle_exit(sig, frame)
 
-    for sig in DRAIN:  # uvicorn raises the signal again when it is done
+    for sig in DRAIN:  # uvicorn raises the signal again when it is done, which calls `leave`
         signal.signal(sig, leave)
     Server(server_cfg).run(sockets=[listener])
 
 
 def leave(sig: int, frame: FrameType | None) -> None:
-    """Ends the program. A SIGTERM is not a failure, so its exit code is 0.
+    """Ends the program. A SIGTERM is not a failure, so the exit code is then 0.
 
-    sys.exit would not do: Python's own shutdown takes longer than everything else, and aborts if an engine's thread is
-    compiling.
+    sys.exit would not do: Python's own shutdown takes longer than the rest of the shutdown, and aborts if an engine's
+    thread is compiling.
     """
     if sig == signal.SIGINT:
         print("stopped", file=sys.stderr, flush=True)
@@ -109,14 +109,14 @@ def leave(sig: int, frame: FrameType | None) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to host:port that does not listen yet. UserError if the address does not exist or is taken."""
+    """A socket bound to host:port, not yet listening. Raises UserError if the address does not exist or is taken."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise config.UserError(f"--host={host}: no such address; use 127.0.0.1 for local access") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # reuse the port of a server that has just stopped
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; accepted connections inherit this setting
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     try:
         listener.bind(address)

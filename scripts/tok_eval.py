@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # --help must not wait for it
+if TYPE_CHECKING:  # --help must not wait for this import
     import tiktoken
 
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-PEER_SECONDS = 20  # to load a peer's vocabulary, about 2 MB; without a network, tiktoken would try for minutes
+PEER_SECONDS = 20  # seconds to load a peer's vocabulary, about 2 MB; without a network, tiktoken would try for minutes
 SAMPLE_DOCUMENTS = 1024
 
 NEWS = """The harbour bridge will close to lorries from Monday, the city council announced on Thursday evening, after
@@ -135,12 +135,12 @@ def main(cfg: config.TokEval) -> None:
 
 
 def _field(label: str) -> str:
-    """GPT-2 -> gpt2_tokens"""
+    """The record's field for a peer's token count: GPT-2 -> gpt2_tokens."""
     return label.replace("-", "").lower() + "_tokens"
 
 
 def _load_peer(name: str) -> "tiktoken.Encoding | None":
-    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. Uses a thread: a download may hang."""
+    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. Uses a thread, as a download may hang."""
     import tiktoken
 
     loaded = []
@@ -158,7 +158,7 @@ def _load_peer(name: str) -> "tiktoken.Encoding | None":
 
 
 def _print_table(texts: dict[str, str], counts: dict[str, dict[str, int]]) -> None:
-    """Prints bytes per token, and how many percent fewer (+) or more (-) tokens ours needs than each peer."""
+    """Prints bytes per token, and how many percent fewer (+) or more (-) tokens our tokenizer needs than each peer."""
     peers = [label for label in counts if label != "ours"]
     head = f"{'text':<8}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
     print(head + "".join(f"{label:>9}{'ours vs':>10}" for label in peers))

@@ -2,8 +2,9 @@
 
     python -m scripts.tok_train --max_chars=2000000000
 
-Writes $NANOCHAT_BASE_DIR/tokenizer: tokenizer.json, nanochat.json, source.json (what it was trained on; later stages
-read the same text by default) and a record in log.jsonl. Running the same command again finds the work done.
+Writes to $NANOCHAT_BASE_DIR/tokenizer: tokenizer.json, nanochat.json, source.json (which text it was trained on; later
+stages read the same text by default) and a record in log.jsonl. A second run with the same settings finds
+the work done.
 """
 
 import json
@@ -19,7 +20,7 @@ from nanochat_jax import commandline, config
 from nanochat_jax.files import read_json
 from nanochat_jax.progress import Progress
 
-if TYPE_CHECKING:  # --help must not wait for it
+if TYPE_CHECKING:  # --help must not wait for this import
     from nanochat_jax.data.sources import Source
 
 SAMPLE = """Hello world! This is a test.
@@ -63,12 +64,12 @@ def main(cfg: config.TokTrain) -> None:
     seconds = time.monotonic() - start
     if tokenizer.vocab_size < cfg.vocab_size:
         print(
-            f"warning: the text ran out of pairs to merge: {tokenizer.vocab_size:,} tokens instead of"
-            f" --vocab_size={cfg.vocab_size}; use more text or lower it"
+            f"warning: the text ran out of pairs to merge, so there are {tokenizer.vocab_size:,} tokens instead of"
+            f" --vocab_size={cfg.vocab_size}; use more text or a lower --vocab_size"
         )
     assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE, "decoding does not restore the encoded text"
 
-    # Written beside the old folder and swapped in, so that the folder never mixes two tokenizers.
+    # The files are written beside the old folder and then swapped in, so that no folder mixes two tokenizers.
     new = folder.with_name("tokenizer.new")
     shutil.rmtree(new, ignore_errors=True)
     tokenizer.save(new)
@@ -89,7 +90,7 @@ def main(cfg: config.TokTrain) -> None:
 
 
 def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
-    """Everything that determines the tokenizer. Without --data and --data_dir, the data_dir is the last tokenizer's."""
+    """Everything that determines the tokenizer. Without --data and --data_dir, data_dir is the last tokenizer's."""
     from nanochat_jax.data import hub
 
     data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
@@ -107,7 +108,7 @@ def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
 
 
 def _recorded(folder: Path, recipe: dict) -> bool:
-    """Whether `folder` holds an intact tokenizer of this recipe. A damaged one is trained again."""
+    """Whether `folder` holds an intact tokenizer trained by this recipe. A damaged one is trained again."""
     from nanochat_jax.tokenizer import Tokenizer
 
     record = read_json(folder / "source.json")
@@ -123,14 +124,15 @@ def _recorded(folder: Path, recipe: dict) -> bool:
 def _swap(new: Path, folder: Path) -> None:
     """Moves `new` to `folder`.
 
-    Models need the tokenizer they were trained with, so a different old one is moved aside under its hash, not deleted.
+    Models need the tokenizer they were trained with, so an old tokenizer that differs from the new one is not deleted,
+    but moved aside to a folder named after its hash.
     """
     old_hash = read_json(folder / "source.json").get("hash", "damaged")
     if old_hash == read_json(new / "source.json")["hash"]:
         shutil.rmtree(folder)
     elif folder.exists():
         aside = folder.with_name(f"tokenizer-{old_hash[:8]}")
-        shutil.rmtree(aside, ignore_errors=True)  # the same tokenizer, moved aside earlier
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier copy of the old tokenizer, if there is one
         os.replace(folder, aside)
         print(f"the previous tokenizer is now in {aside}; models trained with it still need it")
     os.replace(new, folder)
@@ -139,7 +141,7 @@ def _swap(new: Path, folder: Path) -> None:
 def _documents(
     source: "Source", max_chars: int, doc_cap: int, counts: dict[str, int], report: Callable[[int], None]
 ) -> Iterator[str]:
-    """Training documents, truncated to `doc_cap` characters, up to the one with which the total exceeds `max_chars`.
+    """Training documents, each truncated to `doc_cap` characters, until their total exceeds `max_chars`.
 
     Adds to `counts`; calls `report(characters so far)` now and then.
     """
@@ -155,7 +157,10 @@ def _documents(
 
 
 def _expected_chars(cfg: config.TokTrain, source: "Source", shard_chars: int) -> int | None:
-    """Estimates the characters to read, for the progress bar; None for a single file, whose size says little."""
+    """Estimates how many characters will be read, for the progress bar.
+
+    None for a single file, which may have any length.
+    """
     files = len(source.train_files)
     return min(cfg.max_chars, files * shard_chars) if files > 1 else None
 
@@ -169,7 +174,7 @@ def _peak_memory() -> int:
 
 
 class Meter:
-    """Progress of the two phases, reading and merging."""
+    """Shows the progress of the two phases, reading and merging."""
 
     def __init__(self, expected_chars: int | None) -> None:
         self.phase = Progress("reading, characters", expected_chars)

@@ -3,12 +3,12 @@
 `POST /chat/completions` answers with server-sent events, each a JSON object:
 
     {"dropped": n}                               the oldest n messages did not fit into the context
-    {"waiting": position}                        no slot is free yet
+    {"waiting": position}                        no slot is free yet: the request's position in the queue
     {"token": text, "gpu": n}                    more text of the answer, generated on GPU n
-    {"python": expression}, {"output": result}   the calculator's call and its result
+    {"python": expression}, {"output": result}   a call to the calculator, and its result
     {"cut": "length"}                            the answer reached its maximum length
     {"error": text}                              the answer failed
-    {"done": true}                               always the last
+    {"done": true}                               the last event of every stream
 
 If the last message of a conversation is the assistant's, the answer continues it. An invalid request is answered with
 400 and {"detail": reason}. Conversations are not logged unless --log_chats is set.
@@ -41,10 +41,10 @@ EVENT_NAMES = {"python": "python", "python_output": "output"}
 def create_app(
     engines: Sequence[Engine], cfg: ChatWeb, name: str, device: str = "cpu", warmups: Sequence[Iterator[int]] = ()
 ) -> FastAPI:
-    """Makes the application around `engines`, replicas of one model, which nothing else may use from now on.
+    """Makes the application that serves `engines`, replicas of one model. Nothing else may use them afterwards.
 
     `name` is the model's name, as clients see it; `device` is the kind of device, for /stats. `warmups` are the
-    engines' warm-ups (see `Engine.warmup`), perhaps partly done; they continue while the server is idle.
+    engines' warm-ups (see `Engine.warmup`), which may be partly done; they continue while the server is idle.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -62,13 +62,13 @@ def create_app(
         yield
         await run_in_threadpool(pool.stop)
 
-    # FastAPI's own documentation pages load scripts from other servers, so they are off; /openapi.json remains.
+    # FastAPI's own documentation pages load scripts from other servers, so they are turned off; /openapi.json remains.
     app = FastAPI(
         title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=errors.handlers()
     )
     app.state.pool = pool
     app.add_middleware(Guard, api_key=cfg.api_key, metrics=metrics)
-    if cfg.cors:  # added last, so it runs before the guard: a browser's preflight request has no key
+    if cfg.cors:  # added last, to run before the guard, which would refuse a preflight request for its lack of a key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=[origin.strip() for origin in cfg.cors.split(",")],

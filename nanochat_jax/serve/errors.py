@@ -1,7 +1,7 @@
-"""How the server refuses a request: one line that names the field.
+"""How the server refuses a request: with one line that names the field at fault.
 
-The specification's own paths answer with {"detail": line}. All others answer in OpenAI's shape, including paths that do
-not exist: a client that asks for one has probably mistaken the API's address.
+On the specification's own paths, an error's body is {"detail": line}. On all other paths it has OpenAI's shape, even
+where no such path exists: a client that asks for one has probably mistaken the API's address.
 """
 
 import re
@@ -19,8 +19,8 @@ from nanochat_jax.serve.worker import EngineFailure, TimedOut
 DETAIL_PATHS = (*FILES, "/chat/completions", "/health", "/stats", "/metrics", "/openapi.json")
 NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"
 
-_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # others: openai_error
-_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # pydantic's names for the types of a union
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # rest: see openai_error
+_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # pydantic's names for a union's types, in `loc`
 _JSON_TYPE = re.compile(r"\s*application/([^;]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
@@ -40,7 +40,7 @@ class ApiError(HTTPException):
 
 
 def openai_error(error: HTTPException) -> dict[str, Any]:
-    """The error as OpenAI's API represents it."""
+    """The error object, as OpenAI's API represents it."""
     status = error.status_code
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     param, code = getattr(error, "param", None), getattr(error, "code", None)
@@ -55,7 +55,7 @@ def error_response(path: str, error: HTTPException) -> JSONResponse:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Errors may quote them from JSON."""
+    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Errors may quote text that has them."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -64,9 +64,9 @@ def handlers() -> dict:
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         path = request.url.path
-        if error.status_code == 404 and not isinstance(error, ApiError):  # from the router: no route has this path
+        if error.status_code == 404 and not isinstance(error, ApiError):  # from the router, if no route has this path
             error = ApiError(404, f"there is no {path[:80]!r} here: the API is under /v1; /openapi.json describes it")
-        if error.status_code == 400 and not isinstance(error, ApiError):  # from FastAPI: the bytes are not text
+        if error.status_code == 400 and not isinstance(error, ApiError):  # from FastAPI, if the bytes are not text
             error = ApiError(400, "the body is not JSON in UTF-8", code="invalid_json")
         return error_response(path, error)
 
@@ -84,11 +84,12 @@ def handlers() -> dict:
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """Turns FastAPI's 422 with its list of objects into 400 with one line: the field and what is wrong with it.
+    """Turns FastAPI's 422, a list of objects, into a 400 with one line: the field and what is wrong with it.
 
     Example: [{"loc": ["body", "messages", 0, "content"], "msg": "Field required"}] -> "messages[0].content: Field
     required". For a field that may have several types, pydantic reports one error per type. We keep the most deeply
-    nested error, since its type was probably meant; among equals, one that is not about the type itself.
+    nested error, since its type was probably the one meant; of several equally deep, one that does not merely reject
+    the type.
     """
     worst = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     field = ""

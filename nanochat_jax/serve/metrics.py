@@ -1,4 +1,4 @@
-"""The server's Prometheus metrics: how busy and how fast it is, and how answers end. They hold no text of any chat."""
+"""The server's Prometheus metrics: how busy and how fast it is, and how answers end. They contain no chat text."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -17,27 +17,27 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._registry = registry
 
-        # How busy: read from the pool whenever Prometheus scrapes the metrics (`Pool.publish`).
-        self.slots = Gauge("nanochat_slots", "Answers that can be generated at once", registry=registry)
-        self.running = Gauge("nanochat_requests_running", "Answers being generated", registry=registry)
-        self.waiting = Gauge("nanochat_requests_waiting", "Answers waiting for a slot", registry=registry)
+        # How busy the server is. These are read from the pool whenever Prometheus scrapes the metrics (`Pool.publish`).
+        self.slots = Gauge("nanochat_slots", "Samples that can be generated at once", registry=registry)
+        self.running = Gauge("nanochat_requests_running", "Samples being generated", registry=registry)
+        self.waiting = Gauge("nanochat_requests_waiting", "Samples waiting for a slot", registry=registry)
         self.cache_use = Gauge(
             "nanochat_cache_use_ratio", "Share of the key/value cache that holds tokens", registry=registry
         )
 
-        # How much. Prometheus appends _total to the name of a counter.
+        # How much the server has done. Prometheus appends _total to the name of a counter.
         self.prompt_tokens = Counter("nanochat_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter(
             "nanochat_prompt_tokens_reused", "Prompt tokens that were already in the cache", registry=registry
         )
         self.generated_tokens = Counter("nanochat_generated_tokens", "Generated tokens", registry=registry)
-        self.answers = Counter("nanochat_answers", "Requests by how their answers ended", ["end"], registry=registry)
+        self.answers = Counter("nanochat_answers", "Answers by how they ended", ["end"], registry=registry)
         self.refused = Counter("nanochat_refused", "Refused requests by HTTP status", ["status"], registry=registry)
 
-        # How fast.
+        # How fast the server answers.
         self.first_token = Histogram(
             "nanochat_time_to_first_token_seconds",
-            "From a request to the first token of its answer",
+            "Time from a request to the first token of its answer",
             buckets=FIRST_TOKEN,
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""Checks requests before they reach the application: the API key, and the size and duration of the body."""
+"""Checks requests before they reach the application: the API key, the body's size, and the time it takes to arrive."""
 
 import asyncio
 import hmac
@@ -11,11 +11,12 @@ from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.page import FILES
 
 MAX_BODY = 1 << 20  # bytes; 32,000 characters fit easily, even if each is escaped
-# Bytes of an oversized body to drain before replying: a client that is still sending will not read the 413.
+# Bytes: up to this size, an oversized body is read and discarded before the reply, since a client that is still
+# sending would not read the 413.
 MAX_DRAINED = 16 << 20
-BODY_SECONDS = 30  # a client that sends its request byte by byte holds a connection for no longer than this
+BODY_SECONDS = 30  # seconds for a body to arrive; a client that sends byte by byte cannot hold a connection longer
 CLOSE = {"Connection": "close"}
-PUBLIC = (*FILES, "/health")  # paths that need no key: the page asks its user for the key
+PUBLIC = (*FILES, "/health")  # paths that need no key: the page must load before it can ask for the key
 
 
 class Guard:
@@ -51,7 +52,7 @@ class Guard:
 
     @staticmethod
     def _limited(receive: Receive) -> Receive:
-        """Makes `receive` raise ApiError once the body is too large or too slow, so the body is never held whole."""
+        """Makes `receive` raise ApiError if the body is too large or too slow. No oversized body is held whole."""
         size, more = 0, True
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 

@@ -28,7 +28,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 @dataclass
 class Job:
-    """A request under way: what the engine has to do, and what the response will look like."""
+    """A client's request under way: what the engine has to do, and what the response will look like."""
 
     requests: list[Request]
     body: GenerationBody
@@ -36,9 +36,9 @@ class Job:
     model: str
     id: str
     logprobs: bool  # whether the client wants log-probabilities
-    echoes: list[str]  # the text of each prompt if its choices begin with it, else ""
-    hidden: list[int]  # tokens at the beginning of each prompt that are not in its text
-    scored: bool = False  # whether a choice begins with its prompt's log-probabilities
+    echoes: list[str]  # for each prompt, its text if its choices begin with it, else ""
+    hidden: list[int]  # for each prompt, how many tokens at its beginning are not in its text
+    scored: bool = False  # whether each choice begins with its prompt's log-probabilities
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -87,7 +87,7 @@ def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
 
 
 def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """The job of a chat completion. ApiError 400 for a conversation that cannot be answered."""
+    """The job of a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
     return Job(
         requests=[schema.chat_completion_request(body, engine, cfg)],
         body=body,
@@ -101,9 +101,9 @@ def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) 
 
 
 def completion_job(body: CompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """The job of a completion. ApiError 400 for prompts that cannot be continued."""
+    """The job of a completion. Raises ApiError 400 if a prompt cannot be continued."""
     requests = schema.completion_requests(body, engine, cfg)
-    hidden = [int(isinstance(prompt, str)) for prompt in body.prompts]  # the <|bos|> that the server added
+    hidden = [int(isinstance(prompt, str)) for prompt in body.prompts]  # 1 for the <|bos|> that the server added
     decode = engine.tokenizer.decode
     return Job(
         requests=requests,
@@ -133,12 +133,13 @@ class Choices:
             for s in range(request.n)
         }
         self._begun: set[tuple[int, int]] = set()
-        self._cached_tokens = 0  # prompt tokens that were in the cache
+        self._cached_tokens = 0  # prompt tokens that were already in the cache
 
     def read(self, event: Event) -> tuple[int, str, list[Token], str | None]:
-        """Index of the choice, its new text and tokens, and its finish_reason if it has just ended.
+        """Returns the index of the choice, its new text and tokens, and its finish_reason if it has just ended.
 
-        A choice begins with the echo of its prompt, if any. Once it has reached a stop string, it gives up its slot.
+        If the client wants an echo, a choice begins with its prompt. A choice that reaches a stop string gives up its
+        slot.
         """
         self._cached_tokens += event.cached_tokens
         key = event.request, event.sample

@@ -10,10 +10,10 @@ from nanochat_jax.tokenizer import StreamDecoder, Tokenizer
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a text, with its log-probability and the most likely tokens in its place."""
+    """A token of a text, with its log-probability and the most likely tokens at its position."""
 
     id: int
-    start: int  # characters of the text before it
+    start: int  # how many characters of the text precede the token
     logprob: float | None  # None for the first token of a prompt
     top: TopLogprobs | None
 
@@ -21,22 +21,22 @@ class Token:
 class Choice:
     """Turns one sample's events into text and tokens. The calculator's calls and results are left out.
 
-    Text that may be the beginning of a stop string is held back until the text after it decides. With the stop string
-    "END", the pieces "the ", "E", "N", "D." give "the ", "", "", and then finish_reason "stop".
+    Text that may be the beginning of a stop string is held back until later text shows whether it is. With the stop
+    string "END", the pieces "the ", "E", "N", "D." give "the ", "", "", "", and the last sets finish_reason to "stop".
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), offset: int = 0):
-        """`offset` is the number of characters that the client gets before the answer."""
+        """`offset` is the length of the echoed prompt, in characters, which the client gets before the answer."""
         self.finish_reason: str | None = None
-        self.generated = 0  # tokens, including the calculator's and the one that ends the answer
+        self.generated = 0  # tokens so far, including the calculator's and the one that ends the answer
         self._reader, self._stop_strings = PartReader(tokenizer), stop_strings
         self._length = offset  # characters read so far
         self._sent = offset  # characters handed out so far
-        self._pending = ""  # the text in between, which may be the beginning of a stop string
-        self._tokens: list[Token] = []  # not handed out yet
+        self._pending = ""  # text read but not handed out: it may begin a stop string
+        self._tokens: list[Token] = []  # tokens not handed out yet
 
     def read(self, event: Event) -> tuple[str, list[Token]]:
-        """New text and its tokens. After a stop string there is no more, and `finish_reason` is "stop"."""
+        """Returns new text and its tokens; after a stop string nothing more, and `finish_reason` is "stop"."""
         if self.finish_reason:
             return "", []
         for i, id in enumerate(event.ids):
@@ -50,11 +50,11 @@ class Choice:
             return self._release(len(self._pending) - self._held_back())
         if not self._append(self._reader.read((), end=True)):
             self.finish_reason = event.finish_reason
-            self._length += 1  # so that tokens after the last whole character are handed out too
+            self._length += 1  # so that `_release` also hands out tokens that start at the end of the text
         return self._release(len(self._pending))
 
     def _append(self, parts: list[tuple[str, str]]) -> bool:
-        """Appends the text among `parts`. True if that completes a stop string; the text then ends before it."""
+        """Appends the text among `parts`. If that completes a stop string, ends the text before it and returns True."""
         new = "".join(text for kind, text in parts if kind == "text")
         self._length += len(new)
         self._pending += new
@@ -66,7 +66,7 @@ class Choice:
         return bool(ends)
 
     def _held_back(self) -> int:
-        """Characters at the end of the pending text that may be the beginning of a stop string."""
+        """How many characters at the end of the pending text may be the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop_strings), default=0)
         for n in range(min(longest, len(self._pending)), 0, -1):
             if any(stop.startswith(self._pending[-n:]) for stop in self._stop_strings):
@@ -93,7 +93,7 @@ def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidd
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """A token's text, or its bytes if they are not whole characters, so that different tokens never look the same.
+    """A token's text, or its bytes if these are not whole characters: different tokens must never look the same.
 
     "the" -> "the"; the first byte of "é" -> "bytes:\\xc3", as OpenAI writes it.
     """
@@ -115,7 +115,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
-    """The field `logprobs` of a completion. As with OpenAI, a token is always among its own top log-probabilities."""
+    """The field `logprobs` of a completion. As in OpenAI's API, top_logprobs always includes the token itself."""
 
     def top_logprobs(token: Token) -> dict[str, float] | None:
         if token.logprob is None:

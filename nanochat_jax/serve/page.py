@@ -23,8 +23,8 @@ SCRIPTS = (
 FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "logo.svg", *SCRIPTS)}  # URL path -> file
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-# The page runs its own scripts and talks to its own server. Nothing else is run or loaded, and no string becomes HTML,
-# whatever a model writes.
+# With these headers, the page runs only its own scripts and loads only from its own server, and no string becomes HTML,
+# whatever the model writes.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -37,7 +37,7 @@ HEADERS = {
 
 
 def routes() -> APIRouter:
-    """One GET route per file."""
+    """The GET routes, one per file."""
     router = APIRouter()
     for address, name in FILES.items():
         router.add_api_route(address, _serve(UI / name), include_in_schema=False)

@@ -11,15 +11,15 @@ from nanochat_jax.serve.worker import Answer, EngineWorker
 class Pool:
     """Sends each request to the worker with the most free slots.
 
-    Ties go to the first worker, so a single chat stays on the worker that has its earlier turns in the cache. A worker
-    that has failed gets no more requests; the others go on.
+    Ties go to the first worker, so if there is only one chat, it stays on the worker that has its earlier turns in the
+    cache. A worker that has failed gets no more requests; the others go on.
     """
 
     def __init__(self, workers: Sequence[EngineWorker]):
         self.workers = workers
 
     def start(self) -> None:
-        """Starts the workers. Call it in the event loop that will await the answers."""
+        """Starts the workers. Call this in the event loop that will await the answers."""
         for worker in self.workers:
             worker.start()
 
@@ -41,7 +41,7 @@ class Pool:
         return max(self.alive or self.workers, key=lambda worker: worker.free_slots).submit(*requests)
 
     def publish(self, metrics: Metrics) -> None:
-        """Lets `metrics` read the pool's load whenever the metrics are scraped."""
+        """Makes `metrics` read the pool's load whenever Prometheus scrapes the metrics."""
         metrics.slots.set_function(lambda: self.slots)
         metrics.running.set_function(lambda: self.running)
         metrics.waiting.set_function(lambda: self.waiting)
@@ -53,12 +53,12 @@ class Pool:
 
     @property
     def failure(self) -> Exception | None:
-        """Why no worker is left; None as long as one still works."""
+        """The first worker's failure if all workers have failed, otherwise None."""
         return None if self.alive else self.workers[0].failure
 
     @property
     def warming(self) -> bool:
-        """Whether some programs that requests may need are not compiled yet."""
+        """Whether a worker has yet to compile programs that requests may need."""
         return any(worker.warming for worker in self.alive)
 
     @property
@@ -67,15 +67,15 @@ class Pool:
 
     @property
     def running(self) -> int:
-        """Samples being generated."""
+        """How many samples are being generated."""
         return sum(worker.running for worker in self.alive)
 
     @property
     def waiting(self) -> int:
-        """Samples waiting for a slot."""
+        """How many samples are waiting for a slot."""
         return sum(worker.waiting for worker in self.alive)
 
     @property
     def cache_use(self) -> float:
-        """Share of the caches that holds tokens, from 0 to 1."""
+        """Share of the workers' caches that holds tokens, from 0 to 1."""
         return sum(worker.cache_use for worker in self.alive) / max(1, len(self.alive))

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from nanochat_jax.serve.worker import Answer
 
 READ_GRACE = 15  # seconds a client gets to read the rest of an answer that has timed out
-HEARTBEAT_SECONDS = 15  # silence after which a stream sends a heartbeat, so that no proxy closes the connection
+HEARTBEAT_SECONDS = 15  # silence before a stream sends a heartbeat, which keeps proxies from closing the connection
 HEARTBEAT = ": still here\n\n"  # a comment, which clients of event streams ignore
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer the tokens
 
@@ -22,7 +22,7 @@ STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # pro
 class AnswerResponse(Response):
     """Sends `content` while the client stays connected, and closes `answer` afterwards.
 
-    `content` is the lines of an event stream, or a function that waits for the answer and returns a whole response.
+    `content` yields the events of a stream, or is a function that waits for the answer and returns a whole response.
     """
 
     def __init__(self, answer: Answer, content: AsyncGenerator[str, None] | Callable[[], Awaitable[Response]]):
@@ -42,7 +42,7 @@ class AnswerResponse(Response):
                 task.cancel()
             await asyncio.gather(sending, disconnect, return_exceptions=True)
         if finished and not disconnected:
-            sending.result()  # raises what went wrong
+            sending.result()  # raises the exception if sending failed
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         if isinstance(self._content, AsyncGenerator):
@@ -60,6 +60,6 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 def sse(value: dict | str) -> str:
-    """One server-sent event: {"done": True} -> 'data: {"done": true}', and an empty line."""
+    """One server-sent event: {"done": True} -> 'data: {"done": true}' and an empty line."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"data: {text}\n\n"

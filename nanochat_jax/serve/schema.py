@@ -1,8 +1,8 @@
-"""Request bodies, and how they become requests to the engine: for the page's own endpoint and for OpenAI's API.
+"""The bodies of HTTP requests, for the page's own endpoint and OpenAI's API, and how they become engine requests.
 
 A field that is omitted or null takes the server's default. Unknown fields are ignored, as OpenAI's clients expect, but
-fields that would change the answer and cannot be honoured are refused. If the last message of a conversation is the
-assistant's, the answer continues it.
+a request to OpenAI's API is refused if an unsupported field would change the answer. If the last message of a
+conversation is the assistant's, the answer continues it.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ MAX_CHARS = 32_000
 # OpenAI's API.
 OPENAI_ROLES = ("system", "developer", "user", "assistant")
 MAX_CHOICES = 128  # samples per request, over all its prompts
-COMPLETION_TOKENS = 16  # OpenAI's default for completions, where nothing tells a model to stop
+COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions, where nothing tells the model to stop
 
-# Unsupported fields that would change the answer, each with the values that ask for nothing unusual.
+# Unsupported fields that could change the answer. A field is accepted only if it is null or has one of these values,
+# which leave the answer unchanged.
 NEUTRAL = {
     "audio": [],
     "best_of": [1],
@@ -86,7 +87,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 class GenerationBody(BaseModel):
     """The fields that chat completions and completions share. Omitted and null fields take the server's defaults."""
 
-    model_config = ConfigDict(extra="allow")  # for `check_unsupported`
+    model_config = ConfigDict(extra="allow")  # keeps unknown fields, for `check_unsupported`
 
     model: str | None = Field(None, description="the id that /v1/models gives")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0: greedy")
@@ -130,7 +131,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """`prompt` as a list: "a" -> ["a"], [1, 2] -> [[1, 2]], ["a", [1, 2]] -> the same."""
+        """`prompt` as a list: "a" -> ["a"], [1, 2] -> [[1, 2]], ["a", [1, 2]] -> unchanged."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         ids = [item for item in self.prompt if isinstance(item, int)]
@@ -138,13 +139,13 @@ class CompletionBody(GenerationBody):
 
 
 # -----------------------------------------------------------------------------
-# From a body to the engine's requests. Tokenizing takes time, so call these outside the event loop.
+# From a body to the engine's requests. Tokenizing takes time, so call these functions outside the event loop.
 
 
 def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request, int]:
-    """The engine's request, and the number of oldest messages that were dropped to make room in the context.
+    """Returns the engine's request, and how many of the oldest messages were dropped to make room in the context.
 
-    ApiError 400 for a conversation that is invalid or cannot fit.
+    Raises ApiError 400 if the conversation is invalid or cannot fit.
     """
     check_messages(body.messages)
     max_tokens = min(body.max_tokens or cfg.max_new_tokens, cfg.max_new_tokens)
@@ -157,12 +158,12 @@ def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request,
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises ApiError 400, with the reason, for a conversation that the page's endpoint does not accept."""
+    """Raises ApiError 400, giving the reason, if the page's endpoint does not accept the conversation."""
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise ApiError(400, f"messages: got {len(messages)}, expected 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
         check_role(message, i, ROLES)
-        # The model's own answers must be accepted when sent back, even long ones (the specification refuses those).
+        # The model's own answers must be accepted when sent back, even those longer than the specification allows.
         longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
         if not 1 <= message.chars <= longest:
             raise ApiError(400, f"messages[{i}].content: has {message.chars} characters, expected 1 to {longest}")
@@ -182,7 +183,7 @@ def check_role(message: Message, index: int, allowed: Sequence[str]) -> None:
 
 
 def check_unsupported(body: GenerationBody) -> None:
-    """Raises ApiError 400 for a field that would change the answer and that this server cannot honour."""
+    """Raises ApiError 400 if the body has an unsupported field whose value would change the answer."""
     for field, neutral in NEUTRAL.items():
         value = (body.model_extra or {}).get(field)
         if value is not None and value not in neutral:
@@ -190,7 +191,7 @@ def check_unsupported(body: GenerationBody) -> None:
 
 
 def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb) -> Request:
-    """The engine's request for a chat completion. ApiError 400 for a conversation that cannot be answered."""
+    """The engine's request for a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
     ids = chat_prompt(engine.tokenizer, body.messages)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: requires logprobs to be true", "top_logprobs")
@@ -199,7 +200,7 @@ def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatW
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids that ask for the assistant's next words. ApiError 400 for messages in the wrong order or shape."""
+    """The prompt for the assistant's next words. Raises ApiError 400 if messages have the wrong order or form."""
     rendered = []
     for i, message in enumerate(messages):
         check_role(message, i, OPENAI_ROLES)
@@ -221,10 +222,10 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def completion_requests(body: CompletionBody, engine: Engine, cfg: ChatWeb) -> list[Request]:
-    """The engine's requests for a completion, one per prompt. ApiError 400 for prompts that cannot be continued."""
+    """The engine's requests for a completion, one per prompt. Raises ApiError 400 if one cannot be continued."""
     prompts = body.prompts
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
-        raise ApiError(400, f"n: {len(prompts)} prompts x {body.n}: at most {MAX_CHOICES} choices", "n")
+        raise ApiError(400, f"n: {len(prompts)} prompts x {body.n} choices, expected at most {MAX_CHOICES} in all", "n")
     max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     top_logprobs = body.logprobs or 0
     score = max_tokens == 0 or bool(body.echo and body.logprobs is not None)
@@ -247,7 +248,7 @@ def openai_request(
 ) -> Request:
     """The engine's request to continue `ids` by at most `max_tokens`.
 
-    ApiError 400, about the field `param`, if the prompt leaves no room for an answer or the engine refuses it.
+    Raises ApiError 400, naming the field `param`, if the prompt leaves no room for an answer or the engine refuses it.
     """
     context = engine.model_cfg.sequence_len
     max_tokens = min(max_tokens, cfg.max_new_tokens)
@@ -256,7 +257,7 @@ def openai_request(
         raise ApiError(400, reason, param, "context_length_exceeded")
     request = dataclasses.replace(
         engine_request(body, ids, max_tokens, engine, cfg),
-        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # 0 keeps only the most likely token
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # top_p=0: only the most likely token
         n=body.n or 1,
         top_logprobs=top_logprobs,
         score=score,
@@ -271,7 +272,8 @@ def openai_request(
 def engine_request(
     body: ChatBody | GenerationBody, ids: Sequence[int], max_tokens: int, engine: Engine, cfg: ChatWeb
 ) -> Request:
-    """Continues `ids` by at most `max_tokens`, within the context, with the body's settings or the defaults."""
+    """A request to continue `ids` by at most `max_tokens`, within the context. Settings that the body omits take the
+    server's defaults."""
     return Request(
         ids=ids,
         max_tokens=min(max_tokens, engine.model_cfg.sequence_len - len(ids)),
@@ -282,7 +284,7 @@ def engine_request(
 
 
 def submit(pool: Pool, *requests: Request) -> Answer:
-    """Queues `requests`. ApiError: 400 if the engine refuses them, 429 if the server is busy, 503 if it has failed."""
+    """Queues `requests`. Raises ApiError 400 if the engine refuses one, 429 if the server is busy, 503 if it failed."""
     try:
         return pool.submit(*requests)
     except UserError as error:

@@ -1,8 +1,8 @@
-"""The one thread that owns an engine, and the queues between it and the event loop.
+"""The one thread that uses an engine, and the queues between this thread and the event loop.
 
-The model computes for milliseconds at a time, and the event loop that talks to the clients must not wait for it. So
-handlers only put requests on a queue and await events. The thread adds requests to the engine between steps, and hands
-all events of a step back to the event loop at once.
+A step of the engine takes milliseconds, and the event loop, which talks to the clients, must not wait for it. So the
+HTTP handlers only put requests on a queue and await events. The thread adds requests to the engine between steps, and
+hands all events of a step to the event loop at once.
 """
 
 import asyncio
@@ -38,29 +38,29 @@ class TimedOut(EngineFailure):
 
 
 class Answer:
-    """The answer to one client's requests: an async iterator of the engine's events.
+    """The answer to one client's requests; `events` iterates over the engine's events.
 
     In these events, `request` is an index into `requests`. Close the answer to give up its slots.
     """
 
     def __init__(self, worker: "EngineWorker", requests: Sequence[Request], queue_position: int):
         self.requests = requests
-        self.queue_position = queue_position  # on arrival; 0: a slot was free
+        self.queue_position = queue_position  # position in the queue on arrival; 0: a slot was free
         self.samples = sum(request.n for request in requests)
         self.timeout = worker.timeout
         self.gpu = worker.gpu
         self.submitted = time.monotonic()
-        # The worker's thread writes the attributes from here to `logged_ids`.
-        self.indices: dict[int, int] = {}  # the engine's id of a request -> its index
+        # The attributes from here to `logged_ids` are written by the worker's thread.
+        self.indices: dict[int, int] = {}  # the engine's id of a request -> its index in `requests`
         self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
-        self.first_token_at: float | None = None  # time.monotonic
-        self.generated = 0  # tokens
-        self.logged_ids: dict[tuple[int, int], list[int]] = {}  # tokens by request and sample, if answers are logged
+        self.first_token_at: float | None = None  # time.monotonic() at the first token
+        self.generated = 0  # tokens so far, over all samples
+        self.logged_ids: dict[tuple[int, int], list[int]] = {}  # tokens by (request, sample), with log_chats
         self._worker = worker
         self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
     async def events(self, heartbeat: float) -> AsyncIterator[Event | None]:
-        """Yields the events as they come, and None after every `heartbeat` seconds without one.
+        """Yields the events as they come, and None after every `heartbeat` seconds without an event.
 
         Raises TimedOut if the answer takes too long, and EngineFailure if it fails for another reason.
         """
@@ -82,19 +82,19 @@ class Answer:
             yield event
 
     def cancel(self, request: int, sample: int) -> None:
-        """Ends one sample that has begun."""
+        """Ends one sample, which must have begun."""
         self._worker.cancel(self, request, sample)
 
     def close(self) -> None:
-        """Cancels whatever is unfinished. Does nothing once the answer has ended, so it can always be called."""
+        """Cancels the samples that are unfinished. Does nothing if the answer has ended, so it can always be called."""
         self._worker.cancel(self)
 
     def put(self, event: Event | Exception | None) -> None:
-        """Delivers an event; at the end, None or the exception to raise. Called in the event loop."""
+        """Delivers an event; at the end, None or the exception for `events` to raise. Call this in the event loop."""
         self._events.put_nowait(event)
 
     def seconds_per_token(self) -> float | None:
-        """Time between two tokens of a sample, averaged over the samples so far; None if none has two tokens."""
+        """Seconds between two tokens of a sample, on average; None until there are more tokens than samples."""
         later = self.generated - self.samples  # tokens after the first of each sample
         if self.first_token_at is None or later <= 0:
             return None
@@ -104,9 +104,9 @@ class Answer:
 class EngineWorker:
     """Runs `engine` in a background thread for any number of clients.
 
-    The engine generates as many samples at once as it has slots. While `max_waiting` more are waiting for a slot, new
-    requests are refused. An answer may take `timeout` seconds (0: no limit). With `log_chats`, prompts and answers are
-    logged. `warmup` is an iterator that compiles a few programs per item; the worker advances it while idle.
+    The engine generates as many samples at once as it has slots. New requests are refused while `max_waiting` or more
+    samples wait for a slot. An answer may take `timeout` seconds (0: no limit). With `log_chats`, prompts and answers
+    are logged. `warmup` is an iterator that compiles a few programs per item; the worker advances it while idle.
     `gpu` is the worker's number in its pool.
     """
 
@@ -122,26 +122,26 @@ class EngineWorker:
     ):
         self.slots, self.metrics, self.max_waiting, self.timeout = engine.slots, metrics, max_waiting, timeout
         self.log_chats, self.gpu = log_chats, gpu
-        self.warming = warmup is not None  # whether some programs are not compiled yet
+        self.warming = warmup is not None  # whether `warmup` has programs left to compile
         self.failure: Exception | None = None
         self._warmup = warmup or iter(())
         self._engine = engine
         self._lock = threading.Lock()
-        # Submitted and not ended; guarded by the lock. `_answers` and `_outbox` below belong to the thread.
+        # Answers that have not ended; guarded by the lock. Only the thread uses `_answers` and `_outbox` below.
         self._open_answers: set[Answer] = set()
-        self._answers: dict[int, Answer] = {}  # what the engine is working on, by its request ids
+        self._answers: dict[int, Answer] = {}  # answers in progress, by the engine's request ids
         self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._outbox: list[tuple[Answer, Event | Exception | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread. Call it in the event loop that will await the answers."""
+        """Starts the thread. Call this in the event loop that will await the answers."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Makes the thread end after its current step, which also ends every unfinished answer."""
+        """Makes the thread end after its current step; every unfinished answer then ends too."""
         self._inbox.put(("stop",))
 
     def stop(self, timeout: float = 5.0) -> None:
@@ -157,17 +157,17 @@ class EngineWorker:
 
     @property
     def free_slots(self) -> int:
-        """Slots without a sample; negative if samples are waiting."""
+        """How many slots have no sample; negative if samples are waiting."""
         return self.slots - self._unfinished()
 
     @property
     def running(self) -> int:
-        """Samples being generated."""
+        """How many samples are being generated."""
         return min(self._unfinished(), self.slots)
 
     @property
     def waiting(self) -> int:
-        """Samples waiting for a slot."""
+        """How many samples are waiting for a slot."""
         return max(0, self._unfinished() - self.slots)
 
     @property
@@ -176,15 +176,16 @@ class EngineWorker:
         return self._engine.cached / (self.slots * self._engine.model_cfg.sequence_len)
 
     def _unfinished(self) -> int:
-        """Samples submitted and not finished."""
+        """How many samples have been submitted and are not finished."""
         with self._lock:
             return sum(len(answer.unfinished) for answer in self._open_answers)
 
     def submit(self, *requests: Request) -> Answer:
         """Queues `requests` and returns their answer at once.
 
-        Raises Busy if too many are waiting, EngineFailure if the engine has failed, and UserError for a request that
-        the engine cannot serve: if the engine's thread raised it, the service would end for everybody.
+        Raises Busy if too many samples are waiting, EngineFailure if the engine has failed, and UserError if the engine
+        cannot serve a request. Requests are checked here, since an error in the engine's thread would end the service
+        for everybody.
         """
         for request in requests:
             self._engine.check(request)
@@ -200,7 +201,7 @@ class EngineWorker:
         return answer
 
     def cancel(self, answer: Answer, *which: int) -> None:
-        """Ends `answer`, or only one of its samples: `which` is empty, or a request and a sample."""
+        """Ends `answer`, or only one of its samples if `which` is given: a request's index and a sample's number."""
         with self._lock:
             is_open = answer in self._open_answers
         if is_open:
@@ -210,7 +211,7 @@ class EngineWorker:
     # In the thread
 
     def _run(self) -> None:
-        """Reads messages and makes a step, in turn; sleeps on the inbox while there is nothing to generate."""
+        """Alternately reads messages and makes a step; while there is nothing to generate, waits for messages."""
         try:
             while self._read_inbox():
                 for event in self._engine.step() if self._answers else ():
@@ -222,7 +223,7 @@ class EngineWorker:
             self._end_all(EngineFailure(STOPPED_WORKING), failure=error)
 
     def _read_inbox(self) -> bool:
-        """Handles all messages; while the engine is idle, warms it up or waits for the next message. False: stop."""
+        """Handles all messages; while the engine is idle, warms it up or waits for one. Returns False after "stop"."""
         while not self._answers or not self._inbox.empty():
             if self._inbox.empty() and self.warming:
                 self._warm_up()
@@ -257,7 +258,7 @@ class EngineWorker:
 
     def _cancel(self, answer: Answer, request: int | None = None, sample: int | None = None) -> None:
         for id, i in answer.indices.items():
-            if request in (None, i) and self._answers.get(id) is answer:  # otherwise it ended before the message came
+            if request in (None, i) and self._answers.get(id) is answer:  # the request may have ended already
                 self._engine.cancel(id, sample)
         left = {(i, s) for i, s in answer.unfinished if (i, s) != (request, sample)} if request is not None else set()
         with self._lock:
@@ -266,7 +267,7 @@ class EngineWorker:
             self._end(answer, "cancelled" if request is None else "stop")
 
     def _handle(self, event: Event) -> None:
-        """Counts an event and puts it in the outbox; the last event of an answer ends it."""
+        """Counts an event and puts it in the outbox. If it is the answer's last event, ends the answer."""
         answer = self._answers[event.request]
         index = answer.indices[event.request]
         if (index, event.sample) not in answer.unfinished:
@@ -317,7 +318,7 @@ class EngineWorker:
         self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Hands the outbox to the event loop, waking it once for all events: once for each would cost more time."""
+        """Hands the outbox to the event loop, waking the loop once, since once per event takes longer."""
         outbox, self._outbox = self._outbox, []
 
         def put_all() -> None:
@@ -325,7 +326,7 @@ class EngineWorker:
                 answer.put(event)
 
         if outbox:
-            assert self._loop is not None, "start() sets the event loop before the thread runs"
+            assert self._loop is not None, "start() must set the event loop before the thread runs"
             try:
                 self._loop.call_soon_threadsafe(put_all)
             except RuntimeError:  # the loop is closed: the server has shut down, nobody is listening

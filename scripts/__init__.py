@@ -3,6 +3,6 @@
 import importlib.util
 import sys
 
-if importlib.util.find_spec("jax") is None:  # usually the wrong Python: one line says more than a traceback
-    print(f"error: {sys.executable} has no jax: source .venv/bin/activate, which setup.sh creates", file=sys.stderr)
+if importlib.util.find_spec("jax") is None:  # usually the wrong Python is running; one line says more than a traceback
+    print(f"error: {sys.executable} has no jax: run 'source .venv/bin/activate' (setup.sh creates it)", file=sys.stderr)
     sys.exit(2)

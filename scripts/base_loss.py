@@ -1,10 +1,10 @@
-"""Bits per byte of a model on training and validation text, and seven samples.
+"""Computes bits per byte of a model on training and validation text, and prints seven samples of its text.
 
     python -m scripts.base_loss
     python -m scripts.base_loss -g d20 --split_tokens=1e6
 
-Adds the results to the log of the evaluated run. The text is the one that the run was trained on unless --data or
---data_dir names another; the packing is that of the run.
+Adds the results to the log of the evaluated run. The text is the one that the run was trained on, unless --data or
+--data_dir names another. It is packed into rows as in the run.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ def main(cfg: config.BaseLoss) -> None:
     packing = model.meta["config"].get("packing", "split")
     rows, seq_len = num_rows(eval_model.params, cfg.device_batch_size), model.model_cfg.sequence_len
 
-    # The first tokens of each split: the same ones every time, whatever the batch size.
+    # Only the first tokens of each split are read: the same tokens every time, whatever the batch size.
     for split, files in (("train", source.train_files), ("val", source.val_files)):
         start = time.monotonic()
         loader = dataloader.val_batches(files, model.tokenizer, rows, seq_len, cfg.split_tokens, packing=packing)
@@ -59,7 +59,7 @@ def main(cfg: config.BaseLoss) -> None:
 
 
 def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
-    """The text that --data or --data_dir names, else that of the checkpoint. Prints a line if training used another."""
+    """The text that --data or --data_dir names, else the checkpoint's. Prints a line if the run used another."""
     from nanochat_jax.data import hub, sources
 
     trained, settings = meta.get("text", {}), meta["config"]
@@ -67,7 +67,7 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
         source = sources.open(cfg.data, cfg.data_dir)
     elif trained.get("source") in ("local", *hub.SOURCES) and not settings.get("data_dir"):
         source = sources.open(trained["source"])
-    else:  # a folder, named by the run or recorded with the tokenizer
+    else:  # a folder that the run's settings name, or else the tokenizer's source.json
         source = sources.open(settings.get("data"), settings.get("data_dir"))
     present = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     changed = [key for key in present if present[key] != trained.get(key, present[key])]

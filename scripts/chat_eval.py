@@ -1,4 +1,4 @@
-"""Chat tasks: multiple choice (ARC, MMLU) and generated answers (GSM8K, HumanEval, SpellingBee).
+"""Evaluates a model on chat tasks: multiple choice (ARC, MMLU) and generated answers (GSM8K, HumanEval, SpellingBee).
 
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i sft -a "GSM8K|HumanEval" -x 100
@@ -27,13 +27,13 @@ def main(cfg: config.ChatEval) -> None:
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
 
-    # Check and load all tasks before evaluating the first one, which may take long.
+    # All tasks are checked and loaded before the first evaluation, which may take long.
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()] or list(chat.CHATCORE_TASKS)
     for name in names:
         if tasks.task_class(name).eval_type is None:
             scored = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
-    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # fails before anything is downloaded
+    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # fails before any download if there is no such checkpoint
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
@@ -52,7 +52,7 @@ def main(cfg: config.ChatEval) -> None:
         details = {"split": task.split, "truncated": score.truncated, "max_new_tokens": cfg.max_new_tokens}
         log_score(model, "chat", score, **settings, **details)
 
-    # ChatCORE, if all of its tasks were evaluated on their test split.
+    # Log ChatCORE if all of its tasks were evaluated on their test splits.
     tested = [score for task, score in zip(loaded, scores, strict=True) if task.split == "test"]
     mean = chat.chat_core(tested)
     if mean:
@@ -65,7 +65,7 @@ def main(cfg: config.ChatEval) -> None:
 
 
 def write_answers(path: Path, answers: list[dict]) -> None:
-    """Writes one problem per line, to see what went wrong."""
+    """Writes the answers, one line per problem, so that the user can see what went wrong."""
     files.write_text(path, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
 
 

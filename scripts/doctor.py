@@ -1,9 +1,9 @@
-"""Shows what this machine is, whether everything is in place, and how long a preset would train here.
+"""Shows what this machine has, whether everything is in place, and how long pretraining with a preset would take.
 
     python -m scripts.doctor
     python -m scripts.doctor --config=d20 --mesh=node=2,data=8
 
-Takes seconds: trains nothing, and uses GPU memory only to try the attention kernel.
+This takes seconds: it trains nothing, and uses GPU memory only to try the attention kernel.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
 
-if TYPE_CHECKING:  # --help must not wait for JAX
+if TYPE_CHECKING:  # not imported when the script runs, so that --help need not wait for JAX
     from jax.typing import DTypeLike
 
     from nanochat_jax.parallel.sharding import Layout
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def main(cfg: config.Doctor) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may be using the GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to a run that may be training
     from nanochat_jax import environment
 
     for name, value in environment.describe().items():
@@ -45,19 +45,19 @@ def main(cfg: config.Doctor) -> None:
 
 
 def line(name: str, value: str) -> None:
-    """Prints one line, its value aligned with the others."""
+    """Prints a name and its value, aligned with the values in other lines."""
     print(f"{name + ':':<18}{value}", flush=True)
 
 
 def free_disk() -> str:
-    """Free space where the base folder is."""
+    """Free space on the disk that holds the base folder."""
     import shutil
 
     return f"{shutil.disk_usage(config.base_dir()).free / GIB:,.0f} GiB in {config.base_dir()}"
 
 
 def rust_tokenizer() -> str:
-    """Whether the Rust tokenizer is built, else how to build it."""
+    """Says that the Rust tokenizer is built, or else how to build it."""
     from nanochat_jax import tokenizer
 
     try:
@@ -68,7 +68,7 @@ def rust_tokenizer() -> str:
 
 
 def hub() -> str:
-    """Whether the hub that huggingface_hub uses answers within three seconds."""
+    """Whether the Hugging Face hub, at the address in huggingface_hub's settings, answers within three seconds."""
     import http.client
     import time
     import urllib.error
@@ -84,13 +84,13 @@ def hub() -> str:
             pass
     except urllib.error.HTTPError as error:
         return f"{constants.ENDPOINT} answers with an error ({error.code} {error.reason})"
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not an address
-        return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): only local text and tasks"
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: the endpoint is not an address
+        return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): use local text and tasks"
     return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
 
 
 def device_memory() -> str:
-    """The memory of each device and how much of it is in use."""
+    """The memory of each device, and how much of the first one's is in use."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -125,10 +125,11 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     state = gib_per_device(opt_state, layout.shard_specs(opt_state))
 
     def fit(rows: int) -> int:
-        """An estimate that ignores what --shard and --remat save; training compiles the step to measure it."""
+        """Estimates how many rows fit, without the savings of --shard and --remat; training measures memory instead."""
         try:
             return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
-        except UserError as error:  # its advice, after the colon, may have been followed already
+        except UserError as error:
+            # Print the error without the advice after its colon, which the user may already have followed.
             line("Memory", f"rough estimate: {str(error).partition(':')[0]}, before the savings of --shard and --remat")
             return 1
 
@@ -142,7 +143,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; plus gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
-    unknown = "unknown, as is this device's peak FLOP/s; training shows an estimate after a few steps"
+    unknown = "unknown, since this device's peak FLOP/s is unknown; training shows an estimate after a few steps"
     seconds = devices.expected_seconds(flops)
     line("Expected time", f"{clock(seconds)} at an MFU of 50%" if seconds else unknown)
 

@@ -26,7 +26,7 @@ def main(cfg: config.Train) -> None:
 
 
 def chosen_stage() -> type[config.Train]:
-    """Takes --stage off the command line: the other flags depend on it."""
+    """Removes --stage from the command line and returns the settings class of that stage."""
     for i, arg in enumerate(sys.argv[1:], start=1):
         name, eq, value = arg.partition("=")
         if name == "--stage":

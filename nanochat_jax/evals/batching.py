@@ -1,9 +1,9 @@
-"""Batches for evaluation: prompts padded to a few static shapes, their rows sharded over the devices.
+"""Batches for evaluation: prompts are padded to a few static shapes, and the rows are sharded over the devices.
 
 Used by CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss).
 
 With so few shapes, an evaluation of thousands of prompts compiles only a handful of programs. A prompt's score does not
-depend on the other prompts in its batch: attention is causal, so padding on the right changes nothing before it.
+depend on the other prompts in its batch: attention is causal, so padding on the right cannot affect the tokens before.
 """
 
 import json
@@ -32,7 +32,7 @@ def padded_length(length: int, limit: int) -> int:
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:
-    """At most `rows` sequences as int32 [rows, padded length of the longest]; missing rows and tails are `fill`."""
+    """At most `rows` sequences as int32 [rows, padded length of the longest], with `fill` where there is no token."""
     assert 0 < len(sequences) <= rows, f"{len(sequences)} sequences in {rows} rows"
     batch = np.full((rows, padded_length(max(map(len, sequences)), limit)), fill, np.int32)
     for row, ids in zip(batch, sequences, strict=False):
@@ -41,7 +41,7 @@ def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) ->
 
 
 def fixed_rows(values: ArrayLike, rows: int) -> np.ndarray:
-    """`values` as int32 [rows, ...]; missing rows repeat the first one.
+    """`values` as int32 [rows, ...]; if there are fewer than `rows`, copies of the first value fill the rest.
 
     [5, 7] in 4 rows -> [5, 7, 5, 5]
     """
@@ -50,13 +50,13 @@ def fixed_rows(values: ArrayLike, rows: int) -> np.ndarray:
 
 
 def num_rows(params: gpt.Params, batch_size: int) -> int:
-    """Rows of a batch over all devices, `batch_size` on each."""
+    """The number of rows in a batch that has `batch_size` rows on each device."""
     mesh = sharding.mesh_of(params)
     return batch_size * (1 if mesh is None else sharding.replicas(mesh))
 
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
-    """Puts rows on the devices, sharded like a batch. Every process holds all of the rows."""
+    """Puts rows on the devices, sharded like a batch. Every process must pass all of the rows."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None:
         return jnp.asarray(rows)
@@ -64,7 +64,7 @@ def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
 
 
 def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
-    """Puts rows on the devices as one array, sharded like a batch. Each process holds only its own rows."""
+    """Puts rows on the devices as one array, sharded like a batch. Each process passes only its own rows."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None or isinstance(rows, jax.Array):
         return jnp.asarray(rows)
@@ -72,7 +72,7 @@ def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
 
 
 def fetch(rows: jax.Array) -> np.ndarray:
-    """All rows, back on the host of every process."""
+    """Copies all rows to the host of every process."""
     if rows.is_fully_addressable:
         return np.asarray(rows)
     from jax.experimental import multihost_utils
@@ -81,7 +81,7 @@ def fetch(rows: jax.Array) -> np.ndarray:
 
 
 def gather(values: list[Any]) -> list[Any]:
-    """All-gathers lists of JSON values, interleaved: the inverse of dealing them out by `range(process, n, processes)`.
+    """All-gathers lists of JSON values that were dealt out by `range(process, n, processes)`, in their original order.
 
     [a, c, e] on process 0 and [b, d] on process 1 -> [a, b, c, d, e] on both
     """

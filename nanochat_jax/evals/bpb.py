@@ -23,18 +23,19 @@ from nanochat_jax.model.loss import num_chunks, token_losses
 
 
 def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) -> float:
-    """Bits per byte over batches {inputs, targets} int32 [b,t]. Targets below 0 are not counted; inf without bytes.
+    """Bits per byte over batches {inputs, targets} of int32 [b,t]; targets below 0 are not counted.
 
-    With several processes, each passes its own rows, and all get the result over all rows.
+    The result is inf if the targets stand for no bytes. With several processes, each passes its own rows, and all get
+    the result over all rows.
     """
-    token_bytes = np.asarray(model.tokenizer.token_bytes(), np.int32)  # a host array: every process has it
+    token_bytes = np.asarray(model.tokenizer.token_bytes(), np.int32)  # a numpy array, which every process has whole
     sums = []
     for batch in batches:
         inputs, targets = (put_local(model.params, batch[name]) for name in ("inputs", "targets"))
         sums.append(_sums(model.params, model.model_cfg, inputs, targets, token_bytes, model.dtype))
-        if len(sums) > 2:  # wait for the batch two before this one: the device stays busy and the queue short
+        if len(sums) > 2:  # waiting for the batch two before this one keeps the device busy and the queue short
             jax.block_until_ready(sums[-3])
-    # Added up on the host: float32 cannot add millions of nats exactly.
+    # The sums are added up on the host, since float32 cannot add millions of nats exactly.
     nats = sum(float(n) for n, _ in sums)
     size = sum(int(s) for _, s in sums)
     return nats / (math.log(2) * size) if size else math.inf
@@ -49,7 +50,7 @@ def _sums(
     token_bytes: jax.Array | np.ndarray,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats and bytes of one batch, inputs and targets [b,t]; token_bytes [v] has 0 for special tokens."""
+    """(loss in nats, bytes) of one batch of inputs and targets [b,t]; token_bytes [v] is 0 for special tokens."""
     x = gpt.hidden(params, model_cfg, inputs, dtype)
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     counted = jnp.where(size > 0, targets, -1)

@@ -1,9 +1,9 @@
-"""The CORE bundle: the list of tasks, their files, and the random baseline of each.
+"""The CORE bundle: the list of CORE's tasks, the files with their items, and the random baseline of each task.
 
-Used by CORE (scripts.base_eval, and training every --core_metric_every steps).
+Used by scripts.base_eval, and by training every --core_metric_every steps.
 
-    core.yaml             label, file, kind, number of few-shot examples and delimiter of each task
-    eval_meta_data.csv    random baselines, in percent
+    core.yaml             for each task: label, file, kind, number of few-shot examples, delimiter
+    eval_meta_data.csv    the random baseline of each task, in percent
     eval_data/            the items, as .jsonl or .jsonl.gz
 
 The bundle is read from --core_dir if that is given, otherwise from eval_bundle in the base folder, where it is
@@ -25,8 +25,8 @@ from nanochat_jax.config import UserError, base_dir, first_line
 from nanochat_jax.tasks.task_data import find, read_text
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-ATTEMPTS = 3
-TIMEOUT = 15  # seconds without a byte before a download is given up
+ATTEMPTS = 3  # tries to download the bundle
+TIMEOUT = 15  # a download fails after this many seconds without a byte
 KINDS = ("multiple_choice", "schema", "language_modeling")
 
 
@@ -42,7 +42,7 @@ class CoreTask:
     baseline: float
 
     def items(self) -> list[dict]:
-        """All items, in the order of the file. UserError names the line that is not an item."""
+        """All items, in the order of the file. Raises UserError, naming the line, if a line is not a valid item."""
         items = []
         for number, line in enumerate(read_text(self.path).split("\n"), 1):
             if not line.strip():
@@ -59,7 +59,7 @@ class CoreTask:
 
 
 def _check_item(item: dict, kind: str) -> None:
-    """Raises KeyError, IndexError or TypeError unless the item has the fields its kind needs."""
+    """Raises KeyError, IndexError or TypeError unless the item has the fields that its kind needs."""
     if kind == "language_modeling":
         texts = [item["context"], item["continuation"]]
     else:
@@ -71,7 +71,7 @@ def _check_item(item: dict, kind: str) -> None:
 
 
 def find_bundle(core_dir: str | Path = "") -> Path:
-    """The folder of the bundle, with all its files. UserError says what is missing and how to get it."""
+    """The folder of the bundle. Raises UserError, saying what is missing and how to get it, if it is incomplete."""
     if core_dir:
         folder = Path(core_dir).expanduser()
         if not (folder / "core.yaml").is_file():
@@ -85,7 +85,7 @@ def find_bundle(core_dir: str | Path = "") -> Path:
 
 
 def read_tasks(folder: Path) -> list[CoreTask]:
-    """The tasks of the bundle in `folder`, in the order of core.yaml. UserError if something is missing."""
+    """The tasks of the bundle in `folder`, in the order of core.yaml. Raises UserError if a part is missing."""
     import yaml
 
     baselines = _baselines(folder / "eval_meta_data.csv")
@@ -122,7 +122,7 @@ def _baselines(path: Path) -> dict[str, float]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: expected the unpacked {URL}") from None
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a table with 'Eval Task' and 'Random baseline' ({error!r})") from None
+        raise UserError(f"{path}: not a table with columns 'Eval Task' and 'Random baseline' ({error!r})") from None
 
 
 # -----------------------------------------------------------------------------
@@ -130,13 +130,13 @@ def _baselines(path: Path) -> dict[str, float]:
 
 
 def _download(folder: Path) -> None:
-    """Downloads and unpacks the bundle. `folder` appears complete or not at all."""
+    """Downloads and unpacks the bundle. `folder` appears only once it is complete."""
     part = folder.with_name(f"eval_bundle.{os.getpid()}.part")
     unpacked = folder.with_name(f"eval_bundle.{os.getpid()}.unpacked")
     pin = folder.with_name("eval_bundle.sha256")
     try:
         digest = _fetch(part, folder)
-        # The first download that unpacks is pinned by its hash; later downloads must have the same hash.
+        # The hash of the first download that can be unpacked is stored; later downloads must have the same hash.
         pinned = pin.read_text(encoding="utf-8").strip() if pin.exists() else digest
         if pinned != digest:
             raise UserError(f"{URL} has changed: SHA-256 was {pinned}, is now {digest}; delete {pin} to accept it")
@@ -146,7 +146,7 @@ def _download(folder: Path) -> None:
         if inside is None:
             raise UserError(f"{URL}: no core.yaml in the archive")
         pin.write_text(digest + "\n", encoding="utf-8")
-        with contextlib.suppress(OSError):  # if another process was faster
+        with contextlib.suppress(OSError):  # another process may have put its own copy there first
             os.replace(inside.parent, folder)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{URL}: cannot be unpacked to {folder} ({error})") from None
@@ -174,7 +174,7 @@ def _fetch(part: Path, folder: Path) -> str:
             if size and part.stat().st_size != size:
                 raise OSError(f"got {part.stat().st_size:,} of {size:,} bytes")
             return digest.hexdigest()
-        except OSError as error:  # this includes urllib's errors
+        except OSError as error:  # urllib's errors are subclasses of OSError
             reason = first_line(error)
         if attempt < ATTEMPTS:
             time.sleep(attempt)

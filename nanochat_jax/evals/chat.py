@@ -1,9 +1,9 @@
-"""How well a model answers: multiple choice by comparing logits, other tasks by generating and checking answers.
+"""How well a model answers: multiple choice is scored by comparing logits, other tasks by checking generated answers.
 
 Used by scripts.chat_eval, and by training every --eval_metrics_every steps.
 
-ChatCORE is the mean of six tasks' centered scores. It cannot be compared with the numbers published in October 2025,
-which are means over five tasks, without SpellingBee.
+ChatCORE is the mean of the centered scores of six tasks. It cannot be compared with the numbers published in October
+2025, which are means over five tasks and leave out SpellingBee.
 """
 
 import functools
@@ -32,8 +32,8 @@ from nanochat_jax.tasks import Task
 from nanochat_jax.tokenizer import Tokenizer
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
-WINDOW = 1024  # multiple-choice problems that are tokenized, sorted by length and batched together
-MAX_SLOTS = 64  # answers generated at once on a GPU, if they fit in its memory
+WINDOW = 1024  # this many multiple-choice problems are tokenized, sorted by length and batched together
+MAX_SLOTS = 64  # at most this many answers are generated at once on a GPU
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 50
     max_new_tokens: int = 512
-    num_samples: int = 1  # answers per problem; one right answer is enough (pass@k)
+    num_samples: int = 1  # answers per problem; a problem counts as solved if one is right (pass@k)
     seed: int = 42
 
 
@@ -52,7 +52,7 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class ChatScore(Score):
-    """Share of a task's problems answered right, and the answers themselves."""
+    """The share of a task's problems that were answered right, and the answers themselves."""
 
     truncated: float | None  # share of generated answers that reached max_new_tokens; None for multiple choice
     answers: list[dict] = field(repr=False)  # one per problem, for inspection
@@ -67,10 +67,10 @@ def evaluate(
     max_problems: int = -1,
     slots: int = 0,
 ) -> ChatScore:
-    """The model's score on a task, or on its first `max_problems` problems. UserError for a task without a score.
+    """The model's score on a task, or on its first `max_problems` problems.
 
-    batch_size: multiple-choice prompts per device and batch. sampling and slots apply to generated answers; slots:
-    answers generated at once on a device (0: as many as fit in memory).
+    batch_size: multiple-choice prompts per batch on each device. sampling: how answers are generated. slots: answers
+    generated at once on each device (0: as many as fit in memory). Raises UserError if the task has no score.
     """
     if task.eval_type not in ("categorical", "generative"):
         raise UserError(f"{task.name}: for training only, its answers cannot be evaluated")
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
-    """ChatCORE and its standard error; None unless all of its tasks are among the scores."""
+    """ChatCORE and its standard error, or None if `scores` lacks one of the six tasks."""
     by_name = {score.task: score for score in scores}
     if not by_name.keys() >= set(CHATCORE_TASKS):
         return None
@@ -97,7 +97,7 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
 
 
 # -----------------------------------------------------------------------------
-# Multiple choice: the likeliest of the problem's letters right after the prompt
+# Multiple choice: the answer is the letter that is likeliest right after the prompt
 
 
 def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]:
@@ -115,11 +115,11 @@ def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]
 
 
 def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
-    """Position of the likeliest letter in each problem's list, [problems]."""
+    """For each problem, the index of the likeliest letter in its list of letters: int [problems]."""
     tokenizer, context = model.tokenizer, model.model_cfg.sequence_len
     prompts = [np.asarray(tokenizer.render_for_completion(p, max_tokens=context)) for p in problems]
     letters = [_letter_ids(tokenizer, tuple(p["letters"])) for p in problems]
-    width = max(8, *map(len, letters))  # 8: one shape for all usual tasks
+    width = max(8, *map(len, letters))  # at least 8, so that all usual tasks have the same shape
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
     results, choices = [], np.zeros(len(problems), int)
     for first in range(0, len(order), rows):
@@ -129,14 +129,14 @@ def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
         options = fixed_rows([letters[i] + [-1] * (width - len(letters[i])) for i in batch], rows)
         arrays = (put(model.params, array) for array in (ids, last, options))
         results.append((batch, _choose_letter(model.params, model.model_cfg, *arrays, model.dtype)))
-    for batch, result in results:  # read only now, so that the devices never wait for the host
+    for batch, result in results:  # results are read only now, so that the devices never wait for the host
         choices[batch] = fetch(result)[: len(batch)]
     return choices
 
 
 @functools.lru_cache(maxsize=256)
 def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
-    """The token of each letter, or its first token if it has several."""
+    """The token of each letter; if a letter has several tokens, the first of them."""
     ids = [tokenizer.encode(letter)[0] for letter in letters]
     if len(set(ids)) < len(ids):
         raise UserError(f"the letters {', '.join(letters)} cannot be told apart by their first token")
@@ -147,7 +147,7 @@ def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
 def _choose_letter(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Which of `letters` [b,c] (-1: none) has the highest logit after position `last` [b] of `ids` [b,t]."""
+    """The index in `letters` [b,c] (-1: none) of the letter likeliest to follow position `last` [b] of `ids` [b,t]."""
     x = gpt.hidden(params, model_cfg, ids, dtype)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(gpt.head(params, model_cfg, x), jnp.maximum(letters, 0), axis=1)
@@ -162,7 +162,9 @@ def _generate(
     model: EvalModel, task: Task, problems: Sequence[int], sampling: Sampling, slots: int
 ) -> list[list[Sample]]:
     """The samples of each problem, from one engine per device."""
-    if mesh := sharding.mesh_of(model.params):  # replicate what training shards; a collective, so before any return
+    # Training may shard the parameters, so replicate them here, before any return: even a process without problems must
+    # take part.
+    if mesh := sharding.mesh_of(model.params):
         params = jax.device_put(gpt.cast(model.params, model.dtype), sharding.replicated(mesh))
         model = replace(model, params=params)
     requests = [
@@ -183,7 +185,7 @@ def _generate(
     with Progress(task.name, len(requests) * sampling.num_samples) as progress:
         if len(devices) == 1:
             return _run(model, devices[0], requests, slots, progress)
-        # Deal problems out round-robin, one engine and one thread per device: a thread mostly waits for its device.
+        # Problems are dealt out round-robin to one engine per device, each in its own thread, which mostly waits.
         share = len(devices)
         with ThreadPoolExecutor(share) as pool:
             parts = [
@@ -197,7 +199,7 @@ def _generate(
 def _run(
     model: EvalModel, device: jax.Device, requests: list[Request], slots: int, progress: Progress
 ) -> list[list[Sample]]:
-    """Answers requests on one device."""
+    """Answers the requests on one device."""
     done = 0
 
     def count(finished: int, _: int) -> None:
@@ -221,14 +223,18 @@ def _on(device: jax.Device, x: jax.Array) -> jax.Array:
 
 
 def _devices(params: gpt.Params) -> list[jax.Device]:
-    """This process's devices that hold the parameters."""
+    """The devices of this process that hold the parameters."""
     local = jax.local_devices()
     holding = params["wte"].devices() if isinstance(params["wte"], jax.Array) else set(local[:1])
     return [device for device in local if device in holding]
 
 
 def _slots_that_fit(model: EvalModel) -> int:
-    """How many full-context cache rows fit in a third of the free memory, as a power of two; copies take the rest."""
+    """How many full-context cache rows fit in a third of the free memory, rounded down to a power of two.
+
+    The other two thirds are left for copies of rows. The result is at most MAX_SLOTS, and 8 if the device does not
+    report its memory.
+    """
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats:
@@ -242,12 +248,15 @@ def _slots_that_fit(model: EvalModel) -> int:
 def _check_answers(
     tokenizer: Tokenizer, task: Task, problems: Sequence[int], samples: list[list[Sample]]
 ) -> list[dict]:
-    """The texts of the answers and whether any is right. In threads, since checking a program means waiting for it."""
+    """For each problem, its answers as text and whether one of them is right.
+
+    Answers are checked in threads, since checking a program mostly means waiting for it.
+    """
 
     def check(i: int, group: list[Sample]) -> dict:
         problem = task[i]
         texts = [tokenizer.decode(sample.content) for sample in group]
-        right = any(task.evaluate(problem, text) for text in texts)  # stops at the first right one
+        right = any(task.evaluate(problem, text) for text in texts)  # stops at the first right answer
         reasons = [s.finish_reason for s in group]
         return {"problem": i, "answers": texts, "finish_reasons": reasons, "right": bool(right)}
 

@@ -6,11 +6,12 @@ The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), whe
 of random guessing. There are three kinds of task:
 
     multiple_choice     one context, several continuations: the answer is the one with the lowest mean loss per token
-    schema              several contexts, one continuation: the answer is the context that makes it likeliest
-    language_modeling   every token of the continuation must be the most likely one (greedy decoding would write it)
+    schema              several contexts, one continuation: the context that makes the continuation likeliest is right
+    language_modeling   every token of the continuation must be the most likely one (as greedy decoding requires)
 
 Items are shuffled with Random(1337), then truncated to `max_per_task`. The few-shot examples of item i are drawn from
-the other items with Random(1234 + i). Implementations that choose otherwise report other numbers for the same model.
+the other items with Random(1234 + i). Implementations that shuffle or draw otherwise report other numbers for the
+same model.
 """
 
 import functools
@@ -38,8 +39,8 @@ from nanochat_jax.tokenizer import Tokenizer
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]
 
-WINDOW = 1024  # items that are tokenized, sorted by length and batched together
-LOGITS_AT_ONCE = 1 << 26  # float32 elements, 256 MB
+WINDOW = 1024  # this many items are tokenized, sorted by length and batched together
+LOGITS_AT_ONCE = 1 << 26  # at most this many logits (float32, 256 MB) are in memory at once
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def evaluate(
 ) -> CoreResult:
     """CORE of a model on the bundle in the folder `bundle` (see `find_bundle`).
 
-    batch_size: prompts per device and batch. max_per_task: items per task (-1: all). `report` is called with each
-    task's score.
+    batch_size: prompts per batch on each device. max_per_task: items per task (-1: all). report: called with the score
+    of each task.
     """
     tasks, scores = read_tasks(bundle), []
     for i, task in enumerate(tasks, 1):
@@ -93,7 +94,7 @@ def evaluate(
 def evaluate_task(
     model: EvalModel, task: CoreTask, *, batch_size: int = 32, max_per_task: int = -1, label: str = ""
 ) -> CoreScore:
-    """The score of one task. `label` names its progress bar (default: the task's label)."""
+    """The score of one task. `label` names the progress bar (default: the task's label)."""
     start = time.monotonic()
     items = task.items()
     random.Random(1337).shuffle(items)
@@ -108,7 +109,7 @@ def evaluate_task(
             spans = _spans(model.tokenizer, task, items, indices, model.model_cfg.sequence_len)
             truncated += sum(span.truncated for options in spans for span in options)
             pending.append(_Window(indices, spans, _dispatch(model, [s for options in spans for s in options], rows)))
-            # Results are read one window late, so that this window is tokenized while the devices compute the last.
+            # Results are read one window late: the devices compute one window while the next is tokenized.
             if len(pending) > 1:
                 right += _count_right(task, items, pending.pop(0), progress)
         right += _count_right(task, items, pending.pop(0), progress)
@@ -121,8 +122,8 @@ def evaluate_task(
 
 
 def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
-    """The prompts of item `index` of the shuffled items: one per option, or [without, with] its continuation."""
-    # Never more examples than there are other items: a small max_per_task means fewer shots, not an error.
+    """The prompts of the shuffled item `index`: one per option, or one without and one with the continuation."""
+    # At most as many examples as there are other items, so that a small max_per_task is not an error.
     shots = min(task.num_fewshot, len(items) - 1)
     others = random.Random(1234 + index).sample(range(len(items) - 1), shots)
     examples = "".join(_solved(task, items[i + (i >= index)]) + "\n\n" for i in others)
@@ -131,7 +132,7 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
         return [f"{examples}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
         return [f"{examples}{context}{task.delimiter}{item['continuation']}" for context in item["context_options"]]
-    # The prompt must not end in a space, which would be a token of its own: the continuation's first token includes it.
+    # The prompt must not end in a space, since the space belongs to the first token of the continuation.
     question = f"{examples}{item['context'].strip()}{task.delimiter}"
     return [question.strip(), question + item["continuation"]]
 
@@ -147,7 +148,7 @@ def _solved(task: CoreTask, item: dict) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """Token ids of a prompt. Those from `start` to the end are scored; 0 < start < len(ids)."""
+    """Token ids of a prompt; the ids from `start` to the end are scored. 0 < start < len(ids)."""
 
     ids: np.ndarray
     start: int
@@ -155,26 +156,26 @@ class Span:
 
 
 def _spans(tokenizer: Tokenizer, task: CoreTask, items: Sequence[dict], indices: range, limit: int) -> list[list[Span]]:
-    """The spans to score, one per option, for each item of `indices`."""
+    """For each item in `indices`, the spans to score, one per option."""
     texts = [prompts(task, items, i) for i in indices]
     encoded = iter(tokenizer.encode([text for options in texts for text in options], prepend=tokenizer.bos))
     return [_item_spans([next(encoded) for _ in options], task.kind, limit) for options in texts]
 
 
 def _item_spans(options: list[list[int]], kind: str, limit: int) -> list[Span]:
-    """The spans of one item from the ids of its prompts."""
+    """The spans of one item, given the ids of its prompts."""
     shortest = min(map(len, options))
     if kind == "schema":
-        # Score the common suffix: at least one token, and at most all but the first, which nothing predicts.
+        # Score the common suffix: at least one token, but never the first of a prompt, which nothing predicts.
         length = min(max(1, _common_prefix([ids[::-1] for ids in options])), shortest - 1)
         starts = [len(ids) - length for ids in options]
     elif kind == "multiple_choice":
-        # Score from where the options differ. If one option is a prefix of another, nothing of it would be left to
-        # score and its mean would be 0/0, so the comparison begins one token earlier, for all options.
+        # Score from where the options differ. If one option is a prefix of another, it has no tokens left there, and
+        # its mean would be 0/0; so all options are then scored from the last token of the shortest one.
         starts = [min(_common_prefix(options), shortest - 1)] * len(options)
     else:
-        # Score the continuation: from where the prompt alone ends (or earlier, if the tokenizer merges the end of the
-        # prompt with the beginning of the continuation).
+        # Score the continuation, which begins where the prompt alone ends, or earlier if the tokenizer merges the end
+        # of the prompt with the beginning of the continuation.
         without, options = options[0], options[1:]
         starts = [min(_common_prefix([without, options[0]]), len(options[0]) - 1)]
     return [_fit(np.asarray(ids, np.int32), max(1, start), limit) for ids, start in zip(options, starts, strict=True)]
@@ -189,7 +190,7 @@ def _common_prefix(options: list[list[int]]) -> int:
 
 
 def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
-    """Truncates a prompt on the left to `limit` tokens. <|bos|> stays: the model has seen no row without it."""
+    """Truncates a prompt on the left to `limit` tokens. <|bos|> stays, since the model has seen no row without it."""
     excess = len(ids) - limit
     if excess <= 0:
         return Span(ids, start, False)
@@ -203,21 +204,21 @@ def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
 class _Batch(NamedTuple):
     """The scores of a batch, still on the devices."""
 
-    positions: list[int]  # where its rows are in the list of spans
+    positions: list[int]  # of each row, its index in the list of spans
     loss: jax.Array  # float32 [b], mean nats per scored token
-    right: jax.Array  # bool [b], whether every scored token is the argmax
+    right: jax.Array  # bool [b], whether every scored token is the likeliest one
 
 
 class _Window(NamedTuple):
-    """A group of items and their scores, still on the devices."""
+    """A group of items with their spans; their scores are still on the devices."""
 
     indices: range
-    spans: list[list[Span]]  # one per option
+    spans: list[list[Span]]  # for each item, one per option
     batches: list[_Batch]
 
 
 def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
-    """Sends the spans to the devices, in batches of similar length."""
+    """Starts to score the spans on the devices, in batches of spans of similar length."""
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
     batches = []
     for first in range(0, len(order), rows):
@@ -230,7 +231,7 @@ def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
 
 
 def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progress: Progress) -> int:
-    """How many items of the window were answered right. Waits for the devices."""
+    """How many items of the window were answered right; waits until the devices have scored them."""
     count = sum(map(len, window.spans))
     losses, rights = np.empty(count), np.empty(count, bool)
     for positions, loss, right in window.batches:
@@ -247,10 +248,10 @@ def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progres
 def _score(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean loss [b] in nats over positions bounds[:, 0] <= i < bounds[:, 1] of ids [b,t], and whether all of these
-    tokens are the argmax (bool [b])."""
+    """Scores the positions bounds[:, 0] <= i < bounds[:, 1] of ids [b,t]: their mean loss in nats (float32 [b]), and
+    whether every token there is the likeliest one (bool [b])."""
     loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
-    position = jnp.arange(1, ids.shape[1] + 1)[None]  # of the predicted token
+    position = jnp.arange(1, ids.shape[1] + 1)[None]  # position of the predicted token
     scored = (bounds[:, :1] <= position) & (position < bounds[:, 1:])
     mean = jnp.where(scored, loss, 0.0).sum(axis=1) / scored.sum(axis=1)
     return mean, jnp.all(right | ~scored, axis=1)
@@ -259,9 +260,9 @@ def _score(
 def token_scores(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss in nats (float32 [b,t]) of targets [b,t] after ids [b,t], and whether each is the argmax (bool [b,t]).
+    """Loss in nats (float32 [b,t]) of targets [b,t] after ids [b,t], and whether each is the likeliest (bool [b,t]).
 
-    The head runs over slices of t, so that the logits are never materialised as a whole.
+    The head runs over slices of t, so that the logits of all positions are never in memory at once.
     """
     b, t = ids.shape
     x = gpt.hidden(params, model_cfg, ids, dtype)

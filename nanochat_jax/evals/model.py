@@ -1,4 +1,4 @@
-"""The model as evaluations take it. Used by all three evaluation commands and by training."""
+"""The form in which evaluations take a model. Used by all three evaluation commands and by training."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ class EvalModel:
     params: gpt.Params  # on one device, replicated, or sharded as training keeps them
     model_cfg: GPTConfig
     tokenizer: Tokenizer
-    dtype: DTypeLike = jnp.float32  # of the computation
+    dtype: DTypeLike = jnp.float32  # dtype in which the model computes
 
 
 def on_all_devices(model: TrainedModel, compute_dtype: str) -> EvalModel:
-    """A loaded model, replicated over the devices of this host. `compute_dtype` is the flag of that name."""
+    """A loaded model, replicated over the devices of this host. `compute_dtype` is the value of that flag."""
     dtype = devices.choose_precision(compute_dtype, model_cfg=model.model_cfg)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     return EvalModel(params, model.model_cfg, model.tokenizer, dtype)

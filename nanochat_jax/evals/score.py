@@ -1,6 +1,6 @@
 """The result of an evaluation: a score, its standard error, and how far it is above guessing.
 
-Used by scripts.base_eval, scripts.chat_eval and scripts.base_loss, which log it, and by training.
+Used by training, and by scripts.base_eval, scripts.chat_eval and scripts.base_loss, which log the score.
 """
 
 import math
@@ -13,7 +13,7 @@ from nanochat_jax.checkpoint import TrainedModel
 
 @dataclass(frozen=True)
 class Score:
-    """The share of a task's `n` problems answered right, 0 to 1; `baseline` is the score of guessing."""
+    """The share of a task's `n` problems that were answered right, 0 to 1; `baseline` is the score of guessing."""
 
     task: str
     score: float
@@ -23,7 +23,7 @@ class Score:
 
     @property
     def stderr(self) -> float:
-        """Standard error of a share of n independent problems."""
+        """Standard error of the score, with the problems taken as independent."""
         return math.sqrt(self.score * (1 - self.score) / self.n)
 
     @property
@@ -71,7 +71,8 @@ def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details:
 def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
     """Mean of the centered scores, with equal weight for each task, and its standard error.
 
-    The error covers only the choice of problems. Two training runs differ by more (in CORE, by about 0.01 for a d20).
+    The standard error covers only the choice of problems. The scores of two training runs differ by more (in CORE, by
+    about 0.01 for a d20).
     """
     variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
     return sum(score.centered for score in scores) / len(scores), math.sqrt(variance) / len(scores)

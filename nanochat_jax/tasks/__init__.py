@@ -1,18 +1,19 @@
 """Tasks: conversations to train on, and problems to evaluate a model on, behind one small interface.
 
 In: a name ("GSM8K"), a split (train, val or test) and perhaps a folder with data. Out: a `Task`, a sequence of
-conversations, which can also check answers if the task has a score. Downloaded tasks read the Hugging Face hub or a
-local folder; generated tasks need neither: (task, split, index) alone determines a conversation.
+conversations that can also check answers if the task has a score. Downloaded tasks read the Hugging Face hub or a local
+folder. Generated tasks need neither, since (task, split, index) alone determines a conversation.
 
     task = tasks.load("GSM8K", "test", rows=100)
     task[0]["messages"]; task.evaluate(task[0], "... #### 18")
 
-To add a task: write a file here with a subclass of `Task` (of `task_data.RowTask` if it reads stored rows) that has a
-`name`, `__len__` and `example`, which returns the conversation at an index, and add the class to the list below. Its
-name, in any letter case, then works in every --mixture. To give it a score, set `eval_type` and `baseline` and define
-`evaluate`, which says whether an answer is right; its name then works in chat_eval -a, too. What `example` returns must
-depend only on the split, the index and the data: a checkpoint records a hash of its tasks, and a run whose tasks have
-changed is not resumed.
+To add a task, write a file here with a subclass of `Task`. Give it a `name` and `__len__`, and an `example` that
+returns the conversation at an index. A task that reads stored rows is a subclass of `task_data.RowTask` instead, and
+has a `name`, `rows`, and a `conversation` that converts one row. Then add the class to the list below; its name, in any
+letter case, now works in every --mixture. To give the task a score, set `eval_type` and `baseline`, and define
+`evaluate`, which says whether an answer is right; the name then works in chat_eval -a, too. What `example` returns must
+depend only on the split, the index and the data, because a checkpoint records a hash of the tasks that it was trained
+on, and a run whose tasks have changed is not resumed.
 """
 
 from pathlib import Path
@@ -51,7 +52,10 @@ TASKS = {cls.name.lower(): cls for cls in _CLASSES}
 
 
 def task_class(name: str) -> type[Task]:
-    """The class of the task `name`, in any letter case ("ARC-Easy", "customjson:my.jsonl"). UserError lists names."""
+    """The class of the task `name`, in any letter case ("ARC-Easy", "customjson:my.jsonl").
+
+    Raises UserError, listing the known names, if there is no such task.
+    """
     cls = TASKS.get(name.partition(":")[0].strip().lower())
     if cls is None:
         raise UserError(f"unknown task {name!r}: must be one of {', '.join(c.name for c in TASKS.values())}")
@@ -61,8 +65,8 @@ def task_class(name: str) -> type[Task]:
 def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0) -> Task:
     """One split of a task: "train", "val" (the test split if the task has no val split) or "test".
 
-    data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many (0: all; more than the
-    task has: repeated). UserError if the data is missing; a task is never silently empty.
+    data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many rows to take (0: all);
+    if the task has fewer, they are repeated. Raises UserError if the data is missing or empty.
     """
     if split not in ("train", "val", "test"):
         raise UserError(f"split {split!r} of {name}: must be train, val or test")

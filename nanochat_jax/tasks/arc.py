@@ -1,6 +1,6 @@
 """ARC (Clark et al., 2018): grade-school science questions, in an easy and a hard collection.
 
-Choices keep the labels of the data: a few questions use 1-4 instead of letters, and a few have three or five choices.
+Choices keep their labels from the data: a few questions use 1-4 instead of letters, and a few have 3 or 5 choices.
 """
 
 from pathlib import Path

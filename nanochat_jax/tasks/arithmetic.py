@@ -1,10 +1,11 @@
-"""Generated arithmetic in GSM8K's format: Sums take one step, TwoStep problems two; each step calls the calculator.
+"""Generated arithmetic in GSM8K's format: one step in Sums and two in TwoStep, each with a calculator call.
 
-(task, split, index) determines a problem. Three things are held out of training, some for validation and others for the
-test: pairs of numbers (by a hash of operands and operator, in every step), names of people, and phrasings (see
-stories.py). The text before a calculator call repeats the numbers in the order of the question and never contains the
-result of the call, so that the model need not compute anything itself. The expression has no spaces, so that its
-numbers split into the same tokens everywhere.
+(task, split, index) determines a problem. Some pairs of numbers, names of people and phrasings (see stories.py) are
+held out of training: part of them for validation, the others for the test. A hash of operands and operator decides
+which split a pair belongs to, and every step of a problem uses a pair of the problem's split. The text before a
+calculator call repeats the numbers in the order of the question and never contains the result of the call, so that the
+model need not compute anything itself. The expression has no spaces, so that a number in it always splits into the same
+tokens.
 """
 
 import random
@@ -17,8 +18,8 @@ from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, stories
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # one pair of numbers in this many is for validation only, and another one for the test only
-DIVISIONS = 0.1  # share of divisions in plain training problems: people ask for them, though val and test have none
+HOLD_OUT = 10  # of this many pairs of numbers, one is for validation only and another for the test only
+DIVISIONS = 0.1  # share of divisions in plain training problems; val and test have none, but people ask for them
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
     Helen Linda Susan Karen"""
@@ -57,11 +58,11 @@ SCENES = (
     "Listen to this story.",
 )
 OPENINGS = ("Hi!", "Hello,", "Question:", "A quick question:", "Please help me.", "Now this:", "Next:", "And then?")
-UNRELATED = 0.2  # share of the problems that begin with unrelated words, so that the model learns to ignore them
+UNRELATED = 0.2  # share of problems that begin with unrelated words, so that the model learns to ignore such words
 
 
 def split_of(a: int, op: str, b: int) -> str:
-    """The only split in which this pair of numbers occurs: "train", "val" or "test". The same for 3+4 and 4+3."""
+    """The only split in which this pair of numbers occurs: "train", "val" or "test". 3+4 and 4+3 share a split."""
     if op in "+*" and a > b:
         a, b = b, a
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT, "train")
@@ -80,7 +81,7 @@ class _Arithmetic(Task):
         return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
-        """The text with {} for its numbers, the story that it tells, and the numbers."""
+        """(text with {} in place of its numbers, the story that it tells, the numbers)."""
         raise NotImplementedError
 
     def example(self, index: int) -> dict:
@@ -100,7 +101,7 @@ class _Arithmetic(Task):
 
 
 class Sums(_Arithmetic):
-    """One-step problems, half of them plain and half told as a story; + and - have 0 to 999, * has 2 to 99."""
+    """One-step problems, half plain and half told as a story. Operands are up to 999 for + and -, 2 to 99 for *."""
 
     name = "Sums"
 
@@ -117,7 +118,7 @@ class Sums(_Arithmetic):
             text = _carelessly_typed(text, rng)
         while True:
             a, b = _pair(op, rng)
-            # Stories count things: nobody gives away more than they have, and "1 apples" is not English.
+            # Stories count things, so nobody can give away more than they have, and "1 apples" is not English.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
             if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]
@@ -146,20 +147,20 @@ def _pair(op: str, rng: random.Random) -> tuple[int, int]:
     """Two operands for `op`."""
     if op == "*":
         return rng.randint(2, 99), rng.randint(2, 99)
-    if op == "/":  # without a remainder
+    if op == "/":  # a division without a remainder
         divisor = rng.randint(2, 30)
         return divisor * rng.randint(2, 30), divisor
-    digits = (100, 1000)  # half of the operands have at most two digits, as in the questions that people ask
+    digits = (100, 1000)  # half of the operands are drawn below 100, since people mostly ask about such numbers
     return rng.randrange(rng.choice(digits)), rng.randrange(rng.choice(digits))
 
 
 def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
-    """Draws x, y and z for a story. If they do not fit together, the caller draws again."""
+    """Draws x, y and z for a story. If these numbers do not fit together, the caller draws again."""
     numbers = []
     for name in "xyz":
         if any(name in step and "*" in step for step in story.steps):
             numbers.append(rng.randint(2, 30))
-        elif f"{name}-r" in story.steps:  # the result of the first step is subtracted from it
+        elif f"{name}-r" in story.steps:  # the result of the first step is subtracted from this number
             numbers.append(rng.randint(2, 999))
         else:
             numbers.append(rng.randint(2, min(story.largest, rng.choice((99, 300)))))
@@ -167,7 +168,7 @@ def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
 
 
 def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, str, int]]:
-    """Each step as (left, operator, right), with r the result of the step before.
+    """Each step as (left number, operator, right number). In a step, r stands for the result of the step before.
 
     ("x+y", "r-z"), [3, 4, 2] -> [(3, "+", 4), (7, "-", 2)]
     """
@@ -181,7 +182,7 @@ def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, s
 
 
 def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
-    """The answer as parts: for each step the operation, the call and its output; at the end the number after ####.
+    """The answer as parts: for each step, the operation, the call and its output; at the end, #### and the result.
 
     ("x+y",), [3, 4], "apples" -> text "3 + 4 = ", python "3+4", python_output "7", text "7 apples.\\n#### 7"
     """

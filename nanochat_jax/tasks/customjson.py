@@ -1,6 +1,6 @@
 """Your own conversations: a file of JSON lines, each an array of messages {"role", "content"}. For training only.
 
-Named on the command line as customjson:PATH.
+On the command line, the task is called customjson:PATH.
 """
 
 import json
@@ -15,7 +15,7 @@ class CustomJSON(task_data.RowTask):
     name = "CustomJSON"
 
     def __init__(self, path: str | Path):
-        """Reads and checks the whole file at once: a mistake on its last line should not end a run hours later."""
+        """Reads and checks the whole file at once, so that a mistake in its last line cannot end a run hours later."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, each an array of messages")

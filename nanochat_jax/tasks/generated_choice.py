@@ -1,5 +1,5 @@
 """Generated multiple choice in MMLU's format, about what a tiny model can learn from its training text: first letters,
-sizes, kinds of things, opposites, plurals.
+which number is larger, kinds of things, opposites, plurals.
 
 A question asks the model to prefer one answer to three others. A hash assigns each comparison (question, answer, other)
 to one split, so a val or test question consists of three comparisons that never occur in training. All splits share the
@@ -14,7 +14,7 @@ from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 4  # one comparison in this many is for validation only, and another one for the test only
+HOLD_OUT = 4  # of this many comparisons, one is for validation only and another for the test only
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -70,12 +70,12 @@ class GeneratedChoice(Task):
         return multiple_choice.evaluate(conversation, completion)
 
     def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
-        """A question, its answer, and three wrong answers; all three comparisons belong to this split."""
+        """A question, its answer, and three wrong answers, whose comparisons with the answer belong to this split."""
         make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
         while True:
             question, answer, candidates = make(rng)
             others = []
-            for other in candidates:  # distinct, in random order
+            for other in candidates:  # the candidates are distinct and in random order
                 if split_of(question, answer, other) == self.split:
                     others.append(other)
                 if len(others) == len(LETTERS) - 1:
@@ -83,7 +83,7 @@ class GeneratedChoice(Task):
 
 
 def split_of(question: str, answer: str, other: str) -> str:
-    """The only split in which `question` asks to prefer `answer` to `other`: "train", "val" or "test"."""
+    """The only split in which `question` offers `other` beside the right `answer`: "train", "val" or "test"."""
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{question}|{answer}|{other}".encode()) % HOLD_OUT, "train")
 
 

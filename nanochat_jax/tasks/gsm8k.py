@@ -1,7 +1,8 @@
 """GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
 
-In the data, each step of an answer contains <<expression=result>>, which becomes a tool call and its output, and the
-answer ends with "#### number". Answers are compared by the text after ####: 10 equals neither 10.0 nor "10.".
+In the data, each step of an answer contains <<expression=result>>, which becomes a tool call and its output. An answer
+ends with "#### number", and is right only if it has the same text there as the reference: 10 equals neither 10.0 nor
+"10.".
 """
 
 import re
@@ -16,7 +17,7 @@ _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 def extract_answer(text: str) -> str | None:
-    """The number after the first "#### ", without commas, or None.
+    """The number after the first "#### ", without commas, or None if there is none.
 
     "2 + 2 = 4\\n#### 1,004" -> "1004"
     """
@@ -44,7 +45,7 @@ class GSM8K(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict) -> dict:
-        """{"question", "answer": "It is <<2*5=10>>10\\n#### 10"} -> a conversation; the answer as parts:
+        """{"question", "answer": "It is <<2*5=10>>10\\n#### 10"} -> a conversation whose answer has the parts
 
         text "It is ", python "2*5", python_output "10", text "10\\n#### 10"
         """

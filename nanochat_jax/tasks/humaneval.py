@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al., 2021): write a Python function from its signature and docstring, checked by unit tests."""
+"""HumanEval (Chen et al., 2021): given its signature and docstring, write a Python function that passes unit tests."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def extract_code(completion: str) -> str:
 
 
 def extract_imports(prompt: str) -> str:
-    """The import lines at the start of a prompt: an answer may leave them out and still need them."""
+    """The import lines at the start of a prompt, which an answer may need although it leaves them out."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()

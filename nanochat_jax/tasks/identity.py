@@ -2,9 +2,9 @@
 
 They are read from identity_conversations.jsonl in the task data folder if that file exists, otherwise from the file of
 that name in the base folder, which is generated on first use. Edit or replace the file to give the model another
-identity. Val and test each ask in phrasings of their own, held out of training, and check that the answer contains an
-expected word or phrase. The test phrasings were written before any model was evaluated on them, and use only words that
-occur in training questions.
+identity. Val and test questions are phrased in ways that training does not use, different ones in val and in test. An
+answer is right if it contains an expected word or phrase. The test phrasings were written before any model was
+evaluated on them, and use only words that occur in training questions.
 """
 
 import json
@@ -24,7 +24,7 @@ CONVERSATIONS = 1_000
 
 @dataclass(frozen=True)
 class Topic:
-    """Questions of each split, answers, and the text that a right answer must contain ("": every answer is right)."""
+    """Questions for each split, answers, and the text that a right answer must contain ("": every answer is right)."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -157,12 +157,12 @@ class Identity(Task):
         return self.conversations[index]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the answer contains the expected text: the model's name, what it is built with, ..."""
+        """Whether the answer contains the expected text, such as the name of the model."""
         return conversation["expected"].lower() in completion.lower()
 
 
 def _training_data(data_dir: str | Path | None) -> CustomJSON:
-    """The training conversations, generated if there is no file of them yet."""
+    """The training conversations, which are generated first if no file has them yet."""
     path = base_dir() / FILE
     if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
         path = given
@@ -172,11 +172,11 @@ def _training_data(data_dir: str | Path | None) -> CustomJSON:
 
 
 def generate(index: int) -> list[dict]:
-    """Training conversation `index`: perhaps a greeting, a question or two, perhaps thanks or a goodbye."""
+    """Training conversation `index`: a question or two, perhaps with a greeting, thanks or a goodbye."""
     rng = random.Random(f"identity {index}")
     topics = rng.sample(ABOUT, rng.choice((1, 1, 1, 2)))
     if rng.random() < 0.4 and ABOUT[0] not in topics:
-        topics[0] = ABOUT[0]  # the question that is asked most often
+        topics[0] = ABOUT[0]  # who the model is: the topic that people ask about most often
     greeting = rng.random()
     if greeting < 0.2:
         topics.insert(0, GREETING)
@@ -187,13 +187,13 @@ def generate(index: int) -> list[dict]:
     messages = [
         message for topic in topics[:3] for message in _turn(rng.choice(topic.train), rng.choice(topic.answers))
     ]
-    if greeting > 0.9 and topics[0] in ABOUT:  # greeting and question in one message
+    if greeting > 0.9 and topics[0] in ABOUT:  # put a greeting and the question in one message
         messages[0]["content"] = rng.choice(("Hi! ", "Hello! ", "Hey, ", "Hi, ")) + messages[0]["content"]
     return messages
 
 
 def _questions(split: str) -> list[dict]:
-    """Every question of val or test, as the first message and (unless it is itself a greeting) after a greeting."""
+    """Every question of val or test: once as the first message and, unless it is a greeting, once after a greeting."""
     rng = random.Random(f"identity {split}")
     conversations = []
     for topic in (GREETING, *ABOUT):

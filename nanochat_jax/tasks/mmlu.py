@@ -1,4 +1,4 @@
-"""MMLU (Hendrycks et al., 2020): multiple choice over 57 subjects. The train split is its auxiliary_train set."""
+"""MMLU (Hendrycks et al., 2020): multiple choice over 57 subjects. The train split is MMLU's auxiliary_train."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class MMLU(task_data.RowTask):
         if not data_dir:
             self.rows = task_data.hub(REPO, "all", stored)
         elif split == "train" and not task_data.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
-            # auxiliary_train is itself a collection of other multiple-choice sets, so those in mc_train can replace it.
+            # auxiliary_train is a collection of multiple-choice data sets, so the two in mc_train can replace it.
             self.rows = task_data.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
             print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ instead")
         else:

@@ -1,14 +1,14 @@
 """How a multiple-choice question is shown to the model, for every task that asks one.
 
-The letter comes after its choice, directly after the "=". Without a space before it, the letter in the prompt is the
-same token as the answer; and a small model more easily binds a letter to a choice that precedes it.
+Each letter comes after its choice, since a small model more easily binds a letter to a choice that precedes it. There
+is no space between "=" and the letter, so that the letter is the same token in the prompt as in the answer.
 """
 
 from collections.abc import Sequence
 
 
 def conversation(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
-    """The question with its lettered choices; the answer is the letter alone.
+    """A conversation: the question with its lettered choices, and as the answer the right letter alone.
 
     "Which is hot?", ["ice", "fire"], "AB", "B" -> the user asks
 
@@ -20,7 +20,7 @@ def conversation(question: str, choices: Sequence[str], letters: Sequence[str], 
 
     and the assistant answers "B".
     """
-    assert answer in letters and len(choices) == len(letters), f"{answer!r} of {letters} for {len(choices)} choices"
+    assert answer in letters and len(choices) == len(letters), f"{len(choices)} choices, {letters=}, {answer=}"
     listed = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     user = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
     return {

@@ -1,8 +1,8 @@
 """Runs Python that a model wrote, in a new interpreter with limits on time, memory, files and output.
 
-This is not a security boundary. It stops what goes wrong by accident (endless loops, memory hogs, fork bombs, stray
-files, leaked environment variables) and cheap ways of passing a test without solving it. Malicious code can still
-reach the network and read what the user can read: run it in a container or a virtual machine.
+This is not a security boundary. It stops accidents (endless loops, memory hogs, fork bombs, stray files, leaked
+environment variables) and cheap ways of passing a test without solving the problem. Malicious code can still reach the
+network and read what the user can read: run such code in a container or a virtual machine.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-MAX_OUTPUT = 64 * 1024  # bytes kept of stdout, and as many of stderr
-MAX_FILE = 16 * 1024 * 1024  # bytes of any file the program writes, captured output included
+MAX_OUTPUT = 64 * 1024  # bytes kept of stdout; the same limit holds for stderr
+MAX_FILE = 16 * 1024 * 1024  # largest size in bytes of a file that the program writes, including its captured output
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Result:
     memory_exceeded: bool
 
 
-# The child's side. Success is proven by a nonce, not by the exit code: sys.exit(0) raises, os._exit(0) never returns
-# here, and the nonce is still unread in its pipe while the program runs. Limits are set here rather than in a
-# preexec_fn, which is unsafe in a parent with threads. Functions needed later are bound before the program runs, since
-# it may overwrite them.
+# What the child process runs. A program succeeded only if the runner then reports the nonce, a random number that stays
+# unread in a pipe while the program runs. An exit code of 0 would prove nothing, since a program can call sys.exit(0),
+# which raises here, or os._exit(0), which never returns here. Limits are set here rather than in a preexec_fn, which is
+# unsafe in a parent with threads. Functions needed later are bound before the program runs, since the program may
+# overwrite them.
 _RUNNER = """
 import json, os, resource, sys
 read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
@@ -56,7 +57,7 @@ def run(nonce_fd, report_fd, memory, seconds, max_file):
     limit(resource.RLIMIT_NOFILE, 64)
     limit(resource.RLIMIT_CORE, 0)
     if os.getuid():
-        limit(resource.RLIMIT_NPROC, 0)  # no new processes or threads; for root the kernel ignores it
+        limit(resource.RLIMIT_NPROC, 0)  # no new processes or threads; the kernel ignores this limit for root
     report = {}
     try:
         with open("program.py", encoding="utf-8") as f:
@@ -135,7 +136,7 @@ def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
 
 @contextlib.contextmanager
 def _pipe() -> Generator[tuple[int, int], None, None]:
-    """(read end, write end), both closed afterwards."""
+    """Yields the (read end, write end) of a new pipe, and closes both afterwards."""
     ends = os.pipe()
     try:
         yield ends
@@ -145,7 +146,7 @@ def _pipe() -> Generator[tuple[int, int], None, None]:
 
 
 def _read_report(fd: int) -> dict:
-    """The runner's report, a small JSON object, or {} if there is none. Never waits."""
+    """The runner's report, a small JSON object, or {} if there is none. Never waits for a report."""
     os.set_blocking(fd, False)
     try:
         report = json.loads(os.read(fd, 65536))
@@ -155,6 +156,6 @@ def _read_report(fd: int) -> dict:
 
 
 def _head(file: IO[bytes]) -> str:
-    """The first MAX_OUTPUT bytes of the output, as text."""
+    """The first MAX_OUTPUT bytes of a file with output, as text."""
     file.seek(0)
     return file.read(MAX_OUTPUT).decode("utf-8", errors="replace")

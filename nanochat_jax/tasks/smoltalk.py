@@ -1,8 +1,8 @@
 """SmolTalk, the version for small models (Allal et al., 2025): general chat. For training only.
 
 A local folder may hold smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations as chat/*.jsonl, one JSON
-array of messages per line. In chat/, one first message in twenty, chosen by its hash, is held out for the test, with
-all conversations that it opens.
+array of messages per line. The conversations in chat/ are split by a hash of their first message: one first
+message in twenty is held out, and all conversations that begin with it are for the test.
 """
 
 import zlib
@@ -12,13 +12,14 @@ from nanochat_jax.config import UserError
 from nanochat_jax.tasks import task_data
 
 REPO = "HuggingFaceTB/smol-smoltalk"
-HOLD_OUT = 20  # one first message in this many is held out
+HOLD_OUT = 20  # of this many first messages, one is held out for the test
 
 
 def check_messages(messages: list, where: str) -> list:
     """Returns `messages` if they are a conversation that can be rendered, and raises UserError otherwise.
 
-    A conversation is an optional system message, then user and assistant in turn, each at least once; all are text.
+    A conversation is an optional system message, then messages of the user and the assistant in turn, at least one of
+    each. The content of every message is text.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: expected a list of messages")
@@ -52,7 +53,7 @@ class SmolTalk(task_data.RowTask):
 
 
 def _chat_folder(data_dir: Path, split: str) -> list:
-    """Conversations from chat/*.jsonl, split by their first message, so that copies never end up in both splits."""
+    """Conversations from chat/*.jsonl, split by first message, so that no conversation ends up in both splits."""
     stems = sorted({f"chat/{path.name.split('.jsonl')[0]}" for path in (data_dir / "chat").glob("*.jsonl*")})
     rows = task_data.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
     rows = [row for row in rows if _held_out(row) == (split == "test")]

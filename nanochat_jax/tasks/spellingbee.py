@@ -1,4 +1,4 @@
-"""SpellingBee: how often does a letter occur in a word? And SimpleSpelling, the skill it rests on: spell a word.
+"""SpellingBee asks how often a letter occurs in a word; SimpleSpelling teaches the skill that this needs, spelling.
 
 A model sees tokens, not letters. The answer therefore spells the word first, letter by letter and without spaces
 (" a" and "a" are different tokens), then counts letter by letter, and then checks the count with the calculator.
@@ -12,7 +12,7 @@ from nanochat_jax.tasks.task import Task
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEST_SEED = 10_000_000  # test problem i is drawn with Random(TEST_SEED + i), training problem i with Random(i)
-LETTER_IN_WORD = 0.9  # share of problems that ask for a letter of the word; the others take any, so 0 occurs too
+LETTER_IN_WORD = 0.9  # share of problems that ask for a letter of the word; others ask for any, so the answer may be 0
 TRAIN_ROWS, TEST_ROWS = 80_000, 256
 
 QUESTIONS = (

@@ -1,4 +1,4 @@
-"""The wording of the generated arithmetic problems: a small grammar in phrasings.txt, which explains its notation.
+"""The wording of the generated arithmetic problems, from a small grammar in phrasings.txt, which explains its notation.
 
 Every list of phrasings has three parts: phrasings for all splits, phrasings for validation only, and phrasings for the
 test only. A validation or test problem contains at least one phrasing of its own split, so its wording never occurs in
@@ -15,7 +15,7 @@ SYMBOL = re.compile(r"<(\w+)>")
 
 @dataclass(frozen=True)
 class Phrasings:
-    """Ways to say one thing: those that every split uses (`train`), and those that only val or only the test uses."""
+    """Ways to say one thing: every split uses `train`, but only validation uses `val` and only the test uses `test`."""
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Phrasings:
 
 @dataclass(frozen=True)
 class Story:
-    """A kind of problem: its phrasings, the steps that solve it, the unit of the result, and its largest number."""
+    """A kind of problem: its phrasings, the steps that solve it, the result's unit, and a limit for most numbers."""
 
     phrasings: Phrasings
     steps: tuple[str, ...]
@@ -51,7 +51,7 @@ class Story:
 
 
 def tell(story: Story, split: str, rng: random.Random) -> str:
-    """A text of `story` with all symbols expanded. In val and test, at least one phrasing is used by that split only.
+    """A text of `story`, with all symbols expanded. In val and test, at least one phrasing is only for that split.
 
     A story of x+y -> "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
     """
@@ -61,8 +61,8 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
         def choose(phrasings: Phrasings) -> str:
             nonlocal held_out
             of_split = phrasings.held_out(split)
-            # Where some phrasings are held out, half of the choices pick one of them: a problem told mostly in familiar
-            # phrasings would test little.
+            # Where this split has phrasings of its own, half of the choices pick one of them, since a problem told
+            # mostly in familiar phrasings would test little.
             if of_split and (not phrasings.train or rng.random() < 0.5):
                 held_out = True
                 return rng.choice(of_split)
@@ -76,12 +76,12 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
 
 
 def stories_for(split: str, stories: list[Story]) -> list[Story]:
-    """The stories that can be told with a phrasing of this split."""
+    """The stories that can be told with a phrasing that only this split uses; for train, all stories."""
     return [story for story in stories if split == "train" or _has_held_out(story.phrasings, split)]
 
 
 def _has_held_out(phrasings: Phrasings, split: str) -> bool:
-    """Whether the phrasings, or those of a symbol in them, include some that only this split uses."""
+    """Whether the phrasings, or the phrasings of a symbol in them, include one that only this split uses."""
     symbols = {name for text in phrasings.train for name in SYMBOL.findall(text)}
     return bool(phrasings.held_out(split)) or any(_has_held_out(GRAMMAR[name], split) for name in symbols)
 
@@ -91,7 +91,7 @@ def _has_held_out(phrasings: Phrasings, split: str) -> bool:
 
 
 def _sections() -> list[tuple[str, Phrasings]]:
-    """(heading, phrasings) in the order of the file."""
+    """(heading, phrasings) of each section, in the order of the file."""
     sections: list[tuple[str, dict[str, list[str]]]] = []
     content = Path(__file__).with_name("phrasings.txt").read_text(encoding="utf-8")
     for line in filter(None, map(str.strip, content.splitlines())):
@@ -105,7 +105,7 @@ def _sections() -> list[tuple[str, Phrasings]]:
 
 
 def _take_prefix(pattern: str, line: str) -> tuple[str, str]:
-    """What the group of `pattern` matches at the beginning of a line ("" if nothing), and the rest of the line.
+    """(what the group in `pattern` matches at the beginning of a line, or "", and the rest of the line).
 
     r"(\\d+)\\* ", "3* {n} has {} {t}." -> "3", "{n} has {} {t}."
     """
@@ -120,7 +120,7 @@ def _story(heading: str, phrasings: Phrasings) -> Story:
 
 
 def _read() -> tuple[dict[str, Phrasings], dict[str, Story], list[Story]]:
-    """(symbols, plain questions by operator, stories)."""
+    """Reads phrasings.txt: (phrasings by symbol, plain questions by operator, stories)."""
     single = {heading: phrasings for heading, phrasings in _sections() if not heading.startswith("story ")}
     grammar = {h.removeprefix("symbol "): phrasings for h, phrasings in single.items() if h.startswith("symbol ")}
     one, two = single["one event"], single["two events"]

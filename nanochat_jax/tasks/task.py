@@ -1,4 +1,4 @@
-"""The interface of a task: a sequence of conversations that may know how to check an answer.
+"""The interface of a task, which is a sequence of conversations and may also check answers.
 
 A conversation is {"messages": [{"role", "content"}, ...]}, plus whatever else the task needs to check an answer. The
 content of an assistant message is a string, or a list of parts {"type": "text" | "python" | "python_output", "text":
@@ -20,8 +20,8 @@ class Task:
 
     eval_type: "generative" (generate an answer and check its text), "categorical" (compare the logits of the
     conversation's "letters"), or None (for training only). baseline: the score of guessing. has_val: whether the task
-    has a val split beside train and test, for use while training and tuning. Most data sets have none; for these, val
-    is the test split. split: the split that `tasks.load` has loaded; "" for a task made in another way.
+    has a val split beside train and test, for use while training and tuning. Most tasks have none; for them, val means
+    the test split. split: the split of these conversations, which `tasks.load` sets; otherwise it may be "".
     """
 
     name: str = ""
@@ -31,7 +31,7 @@ class Task:
     split: str = ""
 
     def __init__(self, split: str = "", data_dir: str | Path | None = None):
-        """data_dir: folder with the data of downloaded tasks. A task that generates its rows ignores it."""
+        """data_dir: folder with the data of downloaded tasks. A task that needs no data ignores it."""
         self.split = split
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Task:
     def __getitem__(self, index: slice) -> "View": ...
 
     def __getitem__(self, index: int | slice) -> "dict | View":
-        if isinstance(index, slice):  # slice.indices() stops at the end, as for lists
+        if isinstance(index, slice):  # slice.indices() clips a slice to the length, as for lists
             return View(self, range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a task with {len(self)} rows")
@@ -86,7 +86,7 @@ class View(Task):
 
 
 def first_rows(task: Task, count: int) -> Task:
-    """The first `count` rows of a task. 0: all of them; more than the task has: repeated from the first.
+    """The first `count` rows of a task (0: all of them). If the task has fewer, its rows are repeated, in order.
 
     2 of [a, b, c] -> [a, b];  5 of [a, b, c] -> [a, b, c, a, b]
     """
@@ -96,7 +96,7 @@ def first_rows(task: Task, count: int) -> Task:
 class Mixture(Task):
     """The rows of several tasks, shuffled once. A task that is listed twice counts twice.
 
-    Each conversation gets "task", the position of its task in the list, so that the mixture can check its answers:
+    Each conversation gets a field "task", the position of its task in the list, so that this task can check the answer:
 
         Sums [s0, s1, s2], Identity [i0, i1] -> [i0, s1, s2, i1, s0] with "task" 1, 0, 0, 1, 0
     """
@@ -113,7 +113,7 @@ class Mixture(Task):
         return len(self.order)
 
     def hash(self) -> str:
-        """Hash of up to 64 equally spaced conversations per task: detects changed data without reading all of it."""
+        """Hash of at most 127 equally spaced conversations per task: detects changed data without reading all of it."""
         digest = hashlib.sha256()
         for task in self.tasks:
             for index in range(0, len(task), max(1, len(task) // 64)):

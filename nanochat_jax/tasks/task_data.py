@@ -1,9 +1,9 @@
 """The rows of downloaded tasks: read from a local folder if one is given, otherwise from the Hugging Face hub.
 
-A local file is JSON lines, plain or gzipped. The hub is read through its parquet export, whose paths are the same for
-every data set. Its files are kept in task_data in the base folder, with the revision they came from; a split that is
-complete there is never downloaded again. Either way, rows come in the specification's order: numpy's permutation with
-seed 42, which is what datasets.shuffle(seed=42) does.
+A local file is JSON lines, plain or gzipped. The hub is read through its parquet export, whose paths follow one
+pattern for all data sets. Downloaded files are kept in task_data in the base folder, with a note of their revision; a
+split that is complete there is never downloaded again. From either place, rows come in the specification's order:
+numpy's permutation with seed 42, which is what datasets.shuffle(seed=42) does.
 """
 
 import gzip
@@ -21,13 +21,13 @@ from nanochat_jax.tasks.task import Task
 
 REVISION = "refs/convert/parquet"  # the branch that holds the hub's parquet export
 TIMEOUT = 10  # seconds to wait for the hub to respond
-ATTEMPTS = 2
+ATTEMPTS = 2  # tries to get a response from the hub
 
 Result = TypeVar("Result")
 
 
 class Rows(Protocol):
-    """Stored rows by index; iteration ends with the IndexError of an index that is too large."""
+    """Stored rows by index. An index that is too large raises IndexError, which ends an iteration."""
 
     def __len__(self) -> int: ...
 
@@ -41,7 +41,7 @@ class RowTask(Task):
 
     @staticmethod
     def conversation(row: Any) -> dict:
-        """The conversation of one row. UserError or KeyError if the row lacks a field."""
+        """The conversation of one row. Raises UserError, KeyError, TypeError or IndexError if the row lacks a field."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class JsonRows:
 
 
 class ParquetRows:
-    """Rows of parquet files, decoded on access: half a million conversations as Python objects take 10 GB."""
+    """Rows of parquet files, decoded on access, since half a million conversations as Python objects take 10 GB."""
 
     def __init__(self, paths: Sequence[Path]):
         import pyarrow as pa
@@ -82,7 +82,7 @@ class ParquetRows:
             self.table = pa.concat_tables([pq.read_table(path) for path in paths])
         except (pa.ArrowInvalid, OSError) as error:
             names = ", ".join(map(str, paths))
-            raise UserError(f"{names}: cannot be read, delete it to download it again ({first_line(error)})") from None
+            raise UserError(f"{names}: cannot be read; delete it to download it again ({first_line(error)})") from None
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -106,7 +106,10 @@ class Shuffled:
 
 
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
-    """Rows of all files `data_dir`/<stem>.jsonl[.gz] that exist, concatenated and shuffled. UserError if none does."""
+    """Rows of all files `data_dir`/<stem>.jsonl[.gz] that exist, concatenated and shuffled.
+
+    Raises UserError if none of the files exists, or all are empty.
+    """
     paths = [path for stem in stems if (path := find(Path(data_dir) / f"{stem}.jsonl"))]
     if not paths:
         raise UserError(f"--task_data_dir={data_dir}: needs {' or '.join(stem + '.jsonl[.gz]' for stem in stems)}")
@@ -114,9 +117,9 @@ def local(data_dir: str | Path, *stems: str) -> Shuffled:
 
 
 def hub(repo: str, subset: str, split: str) -> Shuffled:
-    """The rows of one split of a data set on the hub, downloaded once. UserError if the download fails."""
+    """The rows of one split of a data set on the hub, downloaded once. Raises UserError if the download fails."""
     folder = base_dir() / "task_data" / repo.replace("/", "--")
-    marker = folder / f"{subset}-{split}.json"  # written last: if it exists, its files are complete
+    marker = folder / f"{subset}-{split}.json"  # written last, so if it exists, the files that it lists are complete
     if not marker.is_file():
         _download(repo, subset, split, folder, marker)
     paths = [folder / name for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
@@ -135,7 +138,7 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
             huggingface_hub.hf_hub_download(
                 repo, name, repo_type="dataset", revision=info.sha, local_dir=folder, etag_timeout=TIMEOUT
             )
-    except Exception as error:  # the hub's errors have no narrower class in common
+    except Exception as error:  # no narrower class covers all errors of the hub
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"cannot download {repo} from the Hugging Face hub ({reason}); give a folder with --task_data_dir"
@@ -146,13 +149,13 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
 
 
 def _retry(request: Callable[[], Result]) -> Result:
-    """The result of `request`, repeated if the hub does not respond."""
+    """The result of `request`, which is called again if the hub does not respond."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for wait in range(1, ATTEMPTS):
         try:
             return request()
-        except (HfHubHTTPError, OfflineModeIsEnabled):  # a refusal is final
+        except (HfHubHTTPError, OfflineModeIsEnabled):  # the hub refused, or offline mode is set: do not try again
             raise
         except Exception:  # no address, no route, connection refused, no response in time
             time.sleep(wait)
@@ -166,12 +169,12 @@ def _not_empty(rows: Rows, paths: Sequence[Path]) -> Rows:
 
 
 def find(path: Path) -> Path | None:
-    """`path` or `path`.gz, whichever exists, or None."""
+    """`path` if it exists, else `path`.gz if that exists, else None."""
     return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, decompressed if its name ends in .gz. UserError if it cannot be read."""
+    """The text of a UTF-8 file, decompressed if its name ends in .gz. Raises UserError if it cannot be read."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
             return f.read()

@@ -85,7 +85,7 @@ def test_whether_the_hub_answers_is_printed(monkeypatch):
         taken.bind(("127.0.0.1", 0))
         for wrong in (f"http://127.0.0.1:{taken.getsockname()[1]}", "no-address"):
             monkeypatch.setattr(constants, "ENDPOINT", wrong)
-            assert re.fullmatch(rf"{wrong} does not answer \(.+\): only local text and tasks", script.hub())
+            assert re.fullmatch(rf"{wrong} does not answer \(.+\): use local text and tasks", script.hub())
 
 
 @pytest.mark.parametrize(

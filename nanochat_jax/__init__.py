@@ -1,4 +1,4 @@
-"""nanochat in JAX/Flax, in rooms. A room uses only the rooms below it; `lint-imports` enforces that.
+"""nanochat in JAX and Flax, divided into rooms. A room uses only the rooms below it, as `lint-imports` enforces.
 
 report, dataset         two commands
 training                the four training stages

@@ -3,7 +3,7 @@
 The command line overrides the preset file (`--config cpu` or a path), which overrides the dataclass defaults. A preset
 has common keys at the top and tables [tok] [base] [mid] [sft] [rl] [eval] [chat]; a key that no command knows is an
 error. Flags may be written with dashes or underscores; if a flag is repeated, the last one wins; a lone `--` is
-ignored. Nothing here imports JAX, so `--help` and every error about a flag are immediate.
+ignored. Nothing here imports JAX, so `--help` and every error about a flag appear at once.
 """
 
 import argparse
@@ -35,7 +35,10 @@ C = TypeVar("C", bound=config.Settings)
 
 
 def parse(cls: type[C], argv: list[str] | None = None) -> C:
-    """Builds `cls` from its defaults, the preset named by --config, and the flags. UserError names what is wrong."""
+    """Builds `cls` from its defaults, the preset named by --config, and the flags.
+
+    Raises UserError if a flag, the preset or a value is not valid.
+    """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
     given = vars(_parser(cls).parse_args(args))
     preset = given.pop("config", None)
@@ -46,7 +49,10 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
-    """Runs a command. A user's mistake prints one line and exits with 2, Ctrl-C with 130; a bug has a traceback."""
+    """Runs a command. After a user's mistake it prints one line and exits with 2, after Ctrl-C it exits with 130.
+
+    Any other error is a bug and shows its traceback.
+    """
     try:
         main(parse(cls))
     except UserError as error:
@@ -75,7 +81,7 @@ def _with_underscores(arg: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a UserError: one line instead of the usage."""
+    """An ArgumentParser that raises UserError if a flag is wrong, so that one line is printed instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -121,9 +127,9 @@ def _show(default: object) -> str:
 
 
 def _convert_for(value: object, field: dataclasses.Field, kind: type) -> object:
-    """Converts the text of a flag, or a value of a TOML file, to the type of `field`.
+    """Converts the text of a flag, or a value from a TOML file, to `kind`, the type of `field`.
 
-    Raises argparse's own error, to which argparse adds the name of the flag.
+    Raises ArgumentTypeError if that is impossible; argparse adds the name of the flag to its message.
     """
     try:
         if kind is bool:
@@ -152,10 +158,10 @@ def _to_bool(value: object) -> bool:
 def _to_int(value: object) -> int:
     """ "1e9" -> 1000000000"""
     number = float(str(value))
-    if not number.is_integer():  # neither are infinity and NaN
+    if not number.is_integer():  # infinity and NaN are not integers either
         raise ValueError(value)
     try:
-        return int(str(value))  # exact, also beyond 2**53
+        return int(str(value))  # exact even beyond 2**53, unlike a float
     except ValueError:
         return int(number)
 
@@ -172,7 +178,7 @@ def _to_str(value: object) -> str:
 
 
 def _to_mixture(value: object) -> dict[str, int]:
-    """ "gsm8k=0,identity=30" on the command line, a table in TOML -> {"gsm8k": 0, "identity": 30}"""
+    """ "gsm8k=0,identity=30" from a flag, or a table from TOML -> {"gsm8k": 0, "identity": 30}"""
     if isinstance(value, dict):
         return {str(name): _to_int(rows) for name, rows in value.items()}
     mixture = {}
@@ -189,7 +195,7 @@ def _to_mixture(value: object) -> dict[str, int]:
 
 
 def find_preset(name: str) -> Path:
-    """configs/<name>.toml, or the path itself. UserError lists the presets."""
+    """Returns configs/<name>.toml, or `name` as a path. Raises UserError, listing the presets, if neither is a file."""
     for path in (REPOSITORY / "configs" / f"{name}.toml", Path(name)):
         if path.is_file():
             return path
@@ -198,7 +204,10 @@ def find_preset(name: str) -> Path:
 
 
 def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, Any]:
-    """The values that a preset file gives to fields of `cls`. Every key must belong to some command."""
+    """The values that a preset file gives to fields of `cls`.
+
+    Raises UserError if the file is not valid TOML or has a key that no command knows.
+    """
     if not name:
         return {}
     path = find_preset(name)
@@ -215,13 +224,16 @@ def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, An
                 own |= _value_for(cls, owners, name, inner, f"{path}: [{key}] {name}")
         else:
             common |= _value_for(cls, COMMANDS, key, value, f"{path}: {key}")
-    return common | own  # a key in the command's table wins over a common one
+    return common | own  # a key in the command's own table overrides the same key at the top
 
 
 def _value_for(
     cls: type[config.Settings], owners: Iterable[type[config.Settings]], key: str, value: object, where: str
 ) -> dict[str, Any]:
-    """{key: converted value} if `cls` has this setting, {} if only others of `owners` do, UserError if none does."""
+    """Returns {key: converted value} if `cls` has this setting, or {} if only other commands in `owners` have it.
+
+    Raises UserError if none of them has it, or if the value is of the wrong type.
+    """
     fields = {
         command: field
         for command in owners

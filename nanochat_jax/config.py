@@ -48,7 +48,7 @@ class GPTConfig:
     norm_eps: float = 1.1920929e-07  # torch's default for RMSNorm, the float32 machine epsilon
     rope_theta: float = 10000.0
     softcap: float = 15.0
-    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context; L: all of it (always the last)
+    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context, L: all; the last layer is L
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "sequence_len"):
@@ -75,7 +75,7 @@ class GPTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and head: vocab_size, rounded up to a multiple of 64 for fast matmuls and even shards."""
+        """Rows of embedding and head: vocab_size rounded up to a multiple of 64, for fast matmuls and equal shards."""
         return -(-self.vocab_size // 64) * 64
 
     @property
@@ -87,7 +87,7 @@ class GPTConfig:
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward; as is usual, attention is counted without the causal mask."""
+        """Training FLOPs per token, forward and backward. As is usual, attention is counted without the causal mask."""
         matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is a lookup, not a matmul
         return 6 * matmul + 12 * self.n_embd * sum(window or self.sequence_len for window in self.windows)
 
@@ -108,8 +108,8 @@ def setting(
 ) -> Any:
     """A field with its line of `--help` and the values it accepts: from `low` to `high`, or one of `choices`.
 
-    The default is always accepted, even outside that range: -1 or "" often has a special meaning. auto: an integer for
-    which the word `auto` may be given, stored as 0. positional: given without --name.
+    The default is accepted even outside that range, since -1 or "" often has a special meaning. auto: for an integer,
+    the word `auto` may be given instead and is stored as 0. positional: the value is given without --name.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
@@ -118,7 +118,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of all settings: a value that its field does not accept is refused when the object is made."""
+    """Base class of all settings. Making an object raises UserError if a field does not accept its value."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -127,7 +127,7 @@ class Settings:
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
-    """UserError if `value` is outside the range or the choices of `field`, or is a number that is not finite."""
+    """Raises UserError if `value` is outside the range or the choices of `field`, or is infinite or NaN."""
     low, high, choices, auto = (field.metadata[key] for key in ("low", "high", "choices", "auto"))
     number = isinstance(value, int | float)
     finite = number and -math.inf < value < math.inf  # false for NaN
@@ -160,22 +160,28 @@ PACKINGS = ("split", "crop", "stream")
 
 DEVICE_TYPE = "platform to run on (default: the best available)"
 COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if the device is fast with it, else float32)"
-MIXTURE = "training rows of each task, as name=rows,name=rows (0: all; more than a task has: repeated)"
-VAL_MIXTURE = "validation rows of each task, as name=rows,name=rows (0: all; more than a task has: repeated)"
-DATA_DIR = "folder of parquet, jsonl or txt files to use instead of --data"
-TASK_DATA_DIR = "folder with the data of downloaded tasks, used instead of the Hugging Face hub"
+MIXTURE = "rows of each task to train on, as name=rows,name=rows (0: all rows; rows repeat if a task has fewer)"
+VAL_MIXTURE = "rows of each task to validate on, as name=rows,name=rows (0: all rows; rows repeat if a task has fewer)"
+DATA_DIR = "folder of parquet, jsonl or txt files to read text from, instead of the source named by --data"
+TASK_DATA_DIR = "folder to read downloaded task data from, instead of the Hugging Face hub"
 CORE_DIR = "folder of the CORE bundle (default: eval_bundle in the base folder, downloaded if missing)"
 TOP_K = "sample from the k most likely tokens (0: from all)"
-SAVE_EVERY = "steps between checkpoints (-1: only at the end, when stopped, and before tasks are evaluated)"
+SAVE_EVERY = "steps between checkpoints (-1: save only at the end, at a stop, and before evaluations that may fail)"
 EVAL_EVERY = "steps between evaluations of the validation loss (-1: only at the end)"
 EVAL_TOKENS = "tokens per evaluation of the validation loss"
-SHARD = "what is sharded on the data axis besides the batch; optimizer: its state (ZeRO-1); full: weights too (FSDP)"
-REMAT = "what the backward pass recomputes to save memory; matmuls: everything except matmuls; full: everything"
-PACKING = "how documents fill rows; split: best fit, nothing lost; crop: best fit, truncated; stream: concatenated"
+SHARD = (
+    "what is sharded over the data axis besides the batch; optimizer: the optimizer's state (ZeRO-1); "
+    "full: the weights as well (FSDP)"
+)
+REMAT = "what the backward pass recomputes to save memory; matmuls: all but the results of matmuls; full: everything"
+PACKING = (
+    "how documents fill rows; split: best fit, and a document that does not fit continues in another row; "
+    "crop: best fit, and a document that does not fit is truncated; stream: documents end to end"
+)
 COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
-AUTO_BATCH = "tokens per optimizer step (auto: rows for target_examples_per_step conversations)"
+AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
 REPORT = "reset: record the start time and the machine; generate: write the report"
-INIT_LR_FRAC = "initial learning rates, as a fraction of those set by the --*_lr flags"
+INIT_LR_FRAC = "learning rates at the start, as a fraction of those set by the --*_lr flags"
 MAX_SEED = 2**31 - 1
 
 
@@ -183,20 +189,22 @@ MAX_SEED = 2**31 - 1
 class ModelFlags(Settings):
     """The shape of a model that is trained from scratch."""
 
-    depth: int = setting(20, "layers; width, heads and training horizon follow from it", low=1)
+    depth: int = setting(20, "number of layers, from which width, heads and length of training follow", low=1)
     aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim", low=1)
     head_dim: int = setting(128, "size of an attention head; must be even", low=2)
-    n_kv_head: int = setting(0, "key/value heads; fewer than query heads: GQA (auto: equal number)", auto=True, low=1)
+    n_kv_head: int = setting(
+        0, "key/value heads; fewer than query heads give GQA (auto: as many as query heads)", auto=True, low=1
+    )
     max_seq_len: int = setting(2048, "context length in tokens", low=2)
     window_pattern: str = setting(
         "L", "attention windows, repeated over the layers: S for a quarter of the context, L for all of it"
     )
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The shape that depth implies. UserError for dimensions that do not fit each other."""
+        """The shape that depth implies. Raises UserError if its dimensions do not fit each other."""
         if self.head_dim % 2:
             raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
-        width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # up, so that odd depths work
+        width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # rounded up, so odd depths work
         heads = width // self.head_dim
         kv_heads = self.n_kv_head or heads
         if heads % kv_heads:
@@ -208,41 +216,45 @@ class ModelFlags(Settings):
 
 @dataclass(frozen=True)
 class Train(Settings):
-    """What all training stages share."""
+    """The settings that all training stages share."""
 
-    preset: str = ""  # name of the preset, the default tag of its runs; not a flag
-    run: str = setting("", "name of the wandb run (default $WANDB_RUN; empty or 'dummy': no wandb)")
-    model_tag: str = setting("", "name of the run and its folder (default: the preset's name, else d<depth>)")
-    resume: str = setting("auto", "auto: from the last good checkpoint; never: move the old run aside; N: from step N")
+    preset: str = ""  # name of the preset, which is the default tag of its runs; not a flag
+    run: str = setting("", "name of the wandb run (default: $WANDB_RUN; empty or 'dummy': no wandb)")
+    model_tag: str = setting(
+        "", "name of the run and its folder (default: the preset's name, else d<depth> or the parent's tag)"
+    )
+    resume: str = setting(
+        "auto", "auto: resume from the last good checkpoint; never: move the old run aside; N: resume from step N"
+    )
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
     num_iterations: int = setting(-1, "optimizer steps (-1: derived from other settings)", low=1)
     device_batch_size: int = setting(
-        0, "rows per device and micro-batch; lower it if memory runs out", auto=True, low=1
+        0, "rows per micro-batch on each device; lower it if memory runs out", auto=True, low=1
     )
-    mesh: str = setting("", "devices per axis, as node=2,data=8,model=1 (default: all on data)")
+    mesh: str = setting("", "devices on each axis of the mesh, as node=2,data=8,model=1 (default: all on data)")
     shard: str = setting("optimizer", SHARD, choices=("optimizer", "full"))
-    attention: str = setting("", "attention kernel (default: cuDNN where it runs)", choices=("cudnn", "xla"))
+    attention: str = setting("", "attention kernel (default: cuDNN where it runs, else XLA)", choices=("cudnn", "xla"))
     remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
     coordinator: str = setting("", COORDINATOR)
     num_processes: int = setting(0, "number of processes in a multi-host run with --coordinator")
     process_id: int = setting(-1, "number of this process, from 0, in a multi-host run with --coordinator")
-    scan_layers: bool = setting(False, "compile one block for all layers: starts sooner, runs slower")
-    embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW), times (width/768)^-0.5", low=0)
-    unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW), times (width/768)^-0.5", low=0)
+    scan_layers: bool = setting(False, "compile one block for all layers: training starts sooner but runs slower")
+    embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW); scaled by (width/768)^-0.5", low=0)
+    unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW); scaled by (width/768)^-0.5", low=0)
     matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)", low=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay of the AdamW groups", low=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the weights that AdamW updates", low=0)
     grad_clip: float = setting(0.0, "largest global gradient norm; larger gradients are scaled down (0: off)", low=0)
     save_every: int = setting(-1, SAVE_EVERY)
     keep_last: int = setting(2, "number of latest checkpoints to keep", low=1)
-    keep_every: int = setting(-1, "also keep checkpoints whose step is a multiple of this (-1: none)")
+    keep_every: int = setting(-1, "also keep every checkpoint whose step is a multiple of this number (-1: none)")
 
     table: ClassVar[str]
 
     @property
     def stage(self) -> str:
-        """base, mid, sft or rl."""
+        """Name of the stage: base, mid, sft or rl."""
         return self.table
 
 
@@ -255,8 +267,10 @@ class Base(ModelFlags, Train):
     data_dir: str = setting("", DATA_DIR)
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
-    target_flops: float = setting(-1.0, "train for this many FLOPs (-1: off)")
-    target_param_data_ratio: float = setting(20.0, "tokens per parameter to train on, unless steps or FLOPs are given")
+    target_flops: float = setting(-1.0, "total training FLOPs, from which the number of steps follows (-1: off)")
+    target_param_data_ratio: float = setting(
+        20.0, "training tokens per parameter, unless --num_iterations or --target_flops is given"
+    )
     warmup_ratio: float = setting(0.0, "fraction of the run used for learning-rate warm-up", low=0, high=1)
     warmdown_ratio: float = setting(0.2, "fraction of the run used for learning-rate decay", low=0, high=1)
     final_lr_frac: float = setting(0.0, "final learning rate, as a fraction of the peak", low=0)
@@ -264,7 +278,7 @@ class Base(ModelFlags, Train):
     eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
     core_dir: str = setting("", CORE_DIR)
     core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
-    core_metric_max_per_task: int = setting(500, "examples per CORE task in evaluations during training")
+    core_metric_max_per_task: int = setting(500, "maximum examples per CORE task in evaluations during training")
     sample_every: int = setting(2000, "steps between printed samples (-1: never)")
 
 
@@ -275,10 +289,10 @@ class Doctor(Base):
 
 @dataclass(frozen=True)
 class Mid(Train):
-    """Midtraining: conversations and tasks in chat format, loss on every token."""
+    """Midtraining on conversations and tasks in chat format, with loss on every token."""
 
     table: ClassVar[str] = "mid"
-    source: str = setting("base", "parent: the stage whose weights to start from", choices=STAGES)
+    source: str = setting("base", "parent stage, from whose weights training starts", choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
@@ -293,10 +307,10 @@ class Mid(Train):
 
 @dataclass(frozen=True)
 class Sft(Train):
-    """Supervised finetuning: whole conversations, loss on the assistant's tokens."""
+    """Supervised finetuning on whole conversations, with loss on the assistant's tokens."""
 
     table: ClassVar[str] = "sft"
-    source: str = setting("mid", "parent: the stage whose weights to start from", choices=STAGES)
+    source: str = setting("mid", "parent stage, from whose weights training starts", choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
@@ -305,14 +319,16 @@ class Sft(Train):
     )  # fmt: skip
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, VAL_MIXTURE)
     total_batch_size: int = setting(0, AUTO_BATCH, auto=True, low=1)
-    target_examples_per_step: int = setting(32, "conversations per optimizer step, on average", low=1)
+    target_examples_per_step: int = setting(
+        32, "average conversations per optimizer step if --total_batch_size is auto", low=1
+    )
     num_epochs: int = setting(1, "passes over the mixture", low=1)
     init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
     eval_every: int = setting(100, EVAL_EVERY)
     eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
     eval_metrics_every: int = setting(200, "steps between evaluations of --eval_metrics_tasks (-1: never)")
     eval_metrics_tasks: str = setting("mmlu|arc-easy", "tasks to evaluate during training, joined by |")
-    eval_metrics_max_problems: int = setting(1024, "problems per task in evaluations during training")
+    eval_metrics_max_problems: int = setting(1024, "maximum problems per task in evaluations during training")
 
 
 @dataclass(frozen=True)
@@ -320,14 +336,16 @@ class Rl(Train):
     """Reinforcement learning on tasks whose answers can be checked."""
 
     table: ClassVar[str] = "rl"
-    source: str = setting("sft", "parent: the stage whose weights to start from", choices=STAGES)
+    source: str = setting("sft", "parent stage, from whose weights training starts", choices=STAGES)
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", TASK_DATA_DIR)
-    device_batch_size: int = setting(8, "rows per device and micro-batch; lower it if memory runs out", low=1)
+    device_batch_size: int = setting(8, "rows per micro-batch on each device; lower it if memory runs out", low=1)
     examples_per_step: int = setting(16, "problems to train on per step", low=1)
-    num_samples: int = setting(16, "answers sampled per problem; the advantage is the reward minus their mean", low=2)
+    num_samples: int = setting(
+        16, "answers sampled per problem; an advantage is a reward minus the problem's mean reward", low=2
+    )
     oversampling: int = setting(
-        1, "problems to sample for each one trained on; those with unequal rewards are preferred", low=1
+        1, "problems answered per problem trained on; those whose answers get unequal rewards are preferred", low=1
     )
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
@@ -336,7 +354,7 @@ class Rl(Train):
     num_epochs: int = setting(1, "passes over the problems", low=1)
     eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
     eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
-    eval_samples: int = setting(8, "answers sampled per problem in an evaluation of pass@k: the largest k", low=1)
+    eval_samples: int = setting(8, "answers sampled per problem to evaluate pass@k; also the largest k", low=1)
     save_every: int = setting(60, SAVE_EVERY)
 
 
@@ -353,9 +371,11 @@ class TokTrain(Settings):
         "", "text source: fineweb-edu, climbmix or local (default: the current tokenizer's, else local)"
     )
     data_dir: str = setting("", DATA_DIR)
-    num_files: int = setting(8, "training shards to read if the text is from the hub (-1: all requested shards)")
-    max_chars: int = setting(10_000_000_000, "characters to train on", low=1)
-    doc_cap: int = setting(10_000, "characters per document; longer documents are truncated", low=1)
+    num_files: int = setting(
+        8, "training shards to read if the text is from the hub (-1: all that `nanochat_jax.dataset` requested)"
+    )
+    max_chars: int = setting(10_000_000_000, "maximum characters to train on", low=1)
+    doc_cap: int = setting(10_000, "maximum characters per document; longer documents are truncated", low=1)
     vocab_size: int = setting(65536, "vocabulary size: 256 bytes, merges and 9 special tokens", low=256 + 9)
     fresh: bool = setting(False, "train again even if this tokenizer exists")
 
@@ -375,50 +395,50 @@ class Dataset(Settings):
 
     table: ClassVar[str] = "dataset"
     data: str = setting("fineweb-edu", "text source: fineweb-edu, climbmix or local")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert instead of --data")
+    data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert, instead of --data")
     num_files: int = setting(-1, "training shards to download besides the validation shard (-1: all)")
     num_workers: int = setting(4, "parallel downloads")
-    verify: bool = setting(False, "hash every shard again and download damaged ones again")
-    tokenize: bool = setting(False, "cache the tokens of all text: training reads the same batches with less work")
+    verify: bool = setting(False, "hash every shard again, and download those that are damaged")
+    tokenize: bool = setting(False, "cache the tokens of all text; training then makes the same batches with less work")
 
 
 @dataclass(frozen=True)
 class Load(Settings):
-    """Which model to load, and where it runs."""
+    """Settings that say which model to load, and where it runs."""
 
     source: str = setting("sft", "stage of the model to load", choices=STAGES)
-    model_tag: str = setting("", "run to load (default: the most recently saved run of the stage)")
-    step: int = setting(-1, "checkpoint to load, by its step (-1: the latest)")
+    model_tag: str = setting("", "name of the run to load (default: the most recently saved run of the stage)")
+    step: int = setting(-1, "step of the checkpoint to load (-1: the latest)")
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
 
 
 @dataclass(frozen=True)
 class BaseLoss(Load):
-    """Bits per byte on training and validation text, and samples."""
+    """Measure bits per byte on training and validation text, and print samples."""
 
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage of the model to load", choices=STAGES)
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
-    split_tokens: int = setting(20 * 524288, "tokens to evaluate per split (train and val)", low=1)
+    split_tokens: int = setting(20 * 524288, "tokens to evaluate in each split (train and val)", low=1)
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the run's)")
     data_dir: str = setting("", DATA_DIR)
 
 
 @dataclass(frozen=True)
 class BaseEval(Load):
-    """The CORE metric."""
+    """Evaluate a model with the CORE metric."""
 
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage of the model to load", choices=STAGES)
-    max_per_task: int = setting(-1, "examples per task (-1: all)")
+    max_per_task: int = setting(-1, "maximum examples per task (-1: all)")
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
     core_dir: str = setting("", CORE_DIR)
 
 
 @dataclass(frozen=True)
 class ChatEval(Load):
-    """Chat tasks: multiple choice, and answers that are generated and checked."""
+    """Evaluate a model on chat tasks: multiple choice, and answers that are generated and checked."""
 
     table: ClassVar[str] = "eval"
     source: str = setting("", "stage of the model to load (required)", choices=STAGES)
@@ -426,12 +446,12 @@ class ChatEval(Load):
     split: str = setting("test", "split to evaluate; use val to choose settings", choices=("train", "val", "test"))
     temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
     max_new_tokens: int = setting(512, "maximum tokens per answer", low=1)
-    num_samples: int = setting(1, "answers sampled per problem; one right answer is enough (pass@k)", low=1)
+    num_samples: int = setting(1, "answers sampled per problem; one right answer solves it (pass@k)", low=1)
     top_k: int = setting(50, TOP_K, low=0)
     batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
     slots: int = setting(0, "answers generated at once per device (auto: as many as fit in memory)", auto=True, low=1)
-    max_problems: int = setting(-1, "problems per task (-1: all)")
-    seed: int = setting(42, "seed of sampling")
+    max_problems: int = setting(-1, "maximum problems per task (-1: all)")
+    seed: int = setting(42, "random seed for sampling")
     task_data_dir: str = setting("", TASK_DATA_DIR)
 
 
@@ -444,7 +464,7 @@ class ChatCli(Load):
     temperature: float = setting(0.6, "sampling temperature (0: greedy)", low=0)
     top_k: int = setting(50, TOP_K, low=0)
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
-    seed: int = setting(42, "seed of sampling")
+    seed: int = setting(42, "random seed for sampling")
 
 
 @dataclass(frozen=True)
@@ -457,14 +477,14 @@ class ChatWeb(Load):
     max_new_tokens: int = setting(512, "maximum tokens per answer; requests may ask for fewer", low=1, high=4096)
     port: int = setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
     host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: everyone in the network can chat)")
-    num_gpus: int = setting(1, "GPUs to use, each with a copy of the model and --slots of its own", low=1, high=1024)
-    slots: int = setting(4, "answers generated at once per GPU", low=1, high=1024)
+    num_gpus: int = setting(1, "GPUs to use; each holds a copy of the model and has its own --slots", low=1, high=1024)
+    slots: int = setting(4, "answers generated at once on each GPU", low=1, high=1024)
     max_waiting: int = setting(
-        64, "requests that may wait for a slot; any more are refused with 429, to be retried", low=0, high=100_000
+        64, "requests that may wait for a slot; further ones are refused with 429 (retry later)", low=0, high=100_000
     )
-    timeout: float = setting(600.0, "seconds a request may take, waiting included (0: no limit)", low=0)
-    api_key: str = setting("", "key that clients must send (default $NANOCHAT_API_KEY; empty: none is needed)")
-    cors: str = setting("", "origins of websites whose pages may use the API, joined by commas, or * for all")
+    timeout: float = setting(600.0, "seconds a request may take, including its wait for a slot (0: no limit)", low=0)
+    api_key: str = setting("", "key that clients must send (default: $NANOCHAT_API_KEY; empty: no key is needed)")
+    cors: str = setting("", "websites whose pages may use the API, as origins joined by commas (*: all)")
     log_chats: bool = setting(False, "write prompts and answers to the log")
 
 
@@ -474,4 +494,4 @@ class Report(Settings):
 
     command: str = setting("", REPORT, choices=("reset", "generate"), positional=True)
     model_tag: str = setting("", "name of the runs (default: the most recently saved run of each stage)")
-    output: str = setting("report.md", "file to write a copy of the report to")
+    output: str = setting("report.md", "file for a copy of the report")

@@ -1,4 +1,4 @@
-"""The machine, the versions of packages and the commit of the code: recorded, never used to decide anything."""
+"""The machine, the versions of packages and the commit of the code: recorded, but never used to decide anything."""
 
 import functools
 import os
@@ -17,14 +17,14 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 def versions() -> dict[str, str]:
     """The commit (with a + if files differ from it; "" without git) and the versions of Python and PACKAGES.
 
-    Cached at the first call, at the start of a run, since files may change while the run goes on.
+    The result of the first call, at the start of a run, is cached, since files may change while the run goes on.
     """
     commit = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def describe() -> dict[str, str]:
-    """The machine, the code and the versions, for people to read: name -> value."""
+    """Describes the machine, the code and the versions for people to read, as {name: value}."""
     packages = [f"{name} {_version(name)}" for name in ("jax", "flax", "optax")]
     try:
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -76,7 +76,7 @@ def _version(package: str) -> str:
 
 
 def _devices() -> str:
-    """What JAX runs on. A child process asks JAX: this process must not take GPU memory from a training run."""
+    """The devices that JAX runs on. A child process asks JAX, as this process must take no GPU memory from training."""
     program = "from nanochat_jax.parallel import devices; print(devices.describe())"
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON that may be missing, hashes, and a folder's lock against a second process."""
+"""Atomic file writes, JSON files that may be missing, hashes, and a lock that keeps other processes out of a folder."""
 
 import contextlib
 import fcntl
@@ -14,9 +14,9 @@ from nanochat_jax.config import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Generator[BinaryIO]:
-    """A file to write, renamed to `path` once it is complete and on the disk.
+    """Opens a temporary file for writing, and renames it to `path` once it is complete and on disk.
 
-    Readers, also after a crash, see either the old file or the new one, never a part of it.
+    So a reader sees either the old file or the whole new one, even after a crash.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -53,7 +53,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, refusal: str) -> Generator[None]:
-    """Creates the folder and holds its lock file; UserError(refusal) if another process holds it."""
+    """Creates the folder and holds its lock. Raises UserError(refusal) if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         try:

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from rich import progress
 
 PATIENCE = 2.0  # seconds; work that finishes sooner shows nothing
-BETWEEN_LINES = 10.0  # seconds between two printed lines, where there is no terminal
+BETWEEN_LINES = 10.0  # seconds between two printed lines if stderr is not a terminal
 
 
 class Progress:
     """Counts `total` pieces of work (None: unknown) and shows the count with a note, such as a speed.
 
-    Used as a context manager, it removes its bar at the end, also after an error.
+    As a context manager, it removes its bar at the end, even after an error.
     """
 
     def __init__(self, label: str, total: int | None) -> None:
@@ -36,11 +36,11 @@ class Progress:
         return time.monotonic() - self._start
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more pieces are done."""
+        """Counts `count` more pieces as done."""
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """`done` pieces are done in total."""
+        """Sets the number of finished pieces to `done`, and shows it if a display is due."""
         self.done = done
         now = time.monotonic()
         if now - self._start < PATIENCE:
@@ -71,19 +71,19 @@ class Progress:
 
 
 class Timer:
-    """Seconds since the last lap."""
+    """A stopwatch with laps."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap; starts the next one."""
+        """Ends the current lap, returns its seconds, and starts the next lap."""
         now = time.perf_counter()
         self.start, elapsed = now, now - self.start
         return elapsed
 
     def passed(self, seconds: float) -> bool:
-        """Whether the lap has lasted `seconds`; if so, starts the next one."""
+        """Whether the current lap has lasted at least `seconds`; if so, starts the next lap."""
         if time.perf_counter() - self.start < seconds:
             return False
         self.lap()

@@ -1,11 +1,11 @@
-"""Writes report.md: what was run, on what, how long it took and how good the result is, from the runs' logs alone.
+"""Writes report.md from the files of the runs: what was run, on what, how long it took and how good the result is.
 
     python -m nanochat_jax.report reset       record the start time and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
 The report covers the most recently saved run of each stage. With --model_tag=TAG, both commands refer to the runs of
-that name and use the folder report/TAG, so every name has its own start. A stage without a run is left out. Plots are
-PNG files beside the report in the base folder; without matplotlib they are skipped.
+that name and use the folder report/TAG, so each name has its own start time. A stage without a run gets no section.
+Plots are PNG files beside the report in the base folder; without matplotlib they are skipped.
 """
 
 import dataclasses
@@ -43,23 +43,23 @@ class Run:
     folder: Path
     records: list[dict]
     settings: dict
-    step: int | None  # of the last checkpoint
-    meta: dict  # of the last checkpoint; {} if there is none
+    step: int | None  # step of the last checkpoint; None if there is none
+    meta: dict  # metadata of the last checkpoint; {} if there is none
 
     def of(self, kind: str) -> list[dict]:
-        """Records of a kind, sorted by step."""
+        """The records of one kind, sorted by step."""
         return sorted((r for r in self.records if r["kind"] == kind), key=lambda r: r["step"])
 
     def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a logged number."""
+        """The steps at which a number was logged, and its values there."""
         points = [(r["step"], r[name]) for r in self.of(kind) if isinstance(r.get(name), int | float)]
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """{task: its most reliable record on the test split}.
+        """For each task, its most reliable record on the test split.
 
-        The last checkpoint wins over others, then greedy answers over sampled ones, then more problems over fewer, then
-        the later record. Scores on validation problems are not results, so they are left out.
+        The criteria, the most important first: last checkpoint before earlier ones, greedy answers before sampled ones,
+        more problems before fewer, later records before earlier ones. Scores on other splits are not results.
         """
 
         def rank(record: dict) -> tuple:
@@ -68,13 +68,13 @@ class Run:
 
         best: dict[str, dict] = {}
         for record in sorted(self.of("eval"), key=rank):
-            is_test = record.get("split") in (None, "test")  # CORE and bits per byte have no such splits
+            is_test = record.get("split") in (None, "test")  # records of CORE and of bits per byte have no split
             if is_test and isinstance(record.get("score"), int | float) and record.get("task"):
                 best[record["task"]] = record
         return best
 
     def unusual(self, record: dict) -> str:
-        """How a score differs from one of the last checkpoint's greedy answers: "step 30, temperature 0.8" or ""."""
+        """What is unusual about a score: "step 30, temperature 0.8"; "" for greedy answers of the last checkpoint."""
         step, temperature, samples = record["step"], record.get("temperature"), record.get("num_samples") or 1
         notes = [f"step {step:,}"] if self.step is not None and step != self.step else []
         notes += [f"temperature {temperature:g}"] if temperature else []
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def ended(self) -> float:
-        """Time when training finished, else of the last record that is not an evaluation."""
+        """Time at which training finished; if it has not, the time of the last record that is not an evaluation."""
         timed = [r for r in self.records if r.get("time")]
         finished = [r["time"] for r in timed if r["kind"] == "note" and r.get("text") == "finished"]
         return max(finished or [r["time"] for r in timed if r["kind"] != "eval"] or [self.began])
@@ -99,7 +99,7 @@ class Run:
 
 
 def find_run(stage: str, tag: str = "") -> Run | None:
-    """The run of a stage called `tag`, or the most recently saved one; None if there is none."""
+    """The stage's run called `tag`, or without a tag its most recently saved run; None if there is no such run."""
     root = base_dir() / f"{stage}_checkpoints"
     folders = [p.parent for p in root.glob(f"*/{run_log.LOG}") if not p.parent.name.startswith(".")]
     folders = [p for p in folders if not tag or p.name == tag]
@@ -123,7 +123,7 @@ def find_run(stage: str, tag: str = "") -> Run | None:
 
 
 def reset(tag: str = "") -> Path:
-    """Records the current time as the start of the runs called `tag`, and the machine. Returns the file."""
+    """Records the machine, and the current time as the start of the runs called `tag`. Returns the file written."""
     path = _folder(tag) / "start.json"
     start = {"time": round(time.time(), 3), "environment": environment.describe()}
     write_text(path, json.dumps(start, indent=1) + "\n")
@@ -147,7 +147,10 @@ def _folder(tag: str) -> Path:
 
 
 def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
-    """Writes report.md into the base folder, and a copy to `output`. UserError if there is nothing to report on."""
+    """Writes report.md below the base folder, and a copy to `output`. Returns the path of the former.
+
+    Raises UserError if there is nothing to report on.
+    """
     runs = {stage: run for stage in STAGES if (run := find_run(stage, tag))}
     tokenizer = run_log.read(base_dir() / "tokenizer")
     if not runs and (tag or not tokenizer):
@@ -163,7 +166,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
     write_text(folder / "report.md", text)
-    # The copy shows the same plots: their paths become relative to it.
+    # The copy shows the same plot files, so their paths are made relative to the copy's folder.
     for plot in plots.values():
         relative = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
         text = text.replace(f"]({plot})", f"]({relative})")
@@ -182,7 +185,7 @@ def _header(start: dict) -> str:
 
 def _summary(runs: dict[str, Run], start: dict) -> str:
     scores = {stage: run.scores() for stage, run in runs.items()}
-    # Other tasks follow those of the usual table; CORE's own tasks have a table in their section.
+    # Chat tasks that are not in METRICS get rows at the end. The tasks of CORE have a table in the run's section.
     others = {t for s in scores.values() for t, r in s.items() if r.get("suite") == "chat" and t not in METRICS}
     header = [f"{s.upper()} ({runs[s].tag})" if s in runs else s.upper() for s in STAGES]
     rows = [["bits per byte", *(_bpb(runs[s]) if s in runs else "-" for s in STAGES)]]
@@ -221,9 +224,10 @@ def _in_parentheses(text: str) -> str:
 
 
 def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
-    """Seconds from the start to the end of all stages, and to the end of those before reinforcement learning.
+    """Seconds from the start to the end of all stages, and to the end of the stages before reinforcement learning.
 
-    A stage ends when its training does, plus the seconds that later evaluations took, however much later they began.
+    The end of a stage is the end of its training plus the seconds that later evaluations took. Idle time between
+    training and an evaluation is not counted.
     """
     begin = start.get("time") or min(run.began for run in runs.values())
     ends = {stage: run.ended + _evaluation_seconds(run) for stage, run in runs.items()}
@@ -232,7 +236,10 @@ def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
 
 
 def _evaluation_seconds(run: Run) -> float:
-    """Seconds that evaluations after training took, for the scores shown. CORE and ChatCORE are totals over tasks."""
+    """Sums the seconds of the evaluations after training whose scores are shown.
+
+    CORE and ChatCORE are left out, since they are totals over tasks.
+    """
     shown = [r for task, r in run.scores().items() if task not in ("CORE", "ChatCORE")]
     return sum(r.get("seconds") or 0 for r in shown if (r.get("time") or 0) > run.ended)
 
@@ -252,9 +259,7 @@ def _tokenizer(records: list[dict]) -> str:
             row.append(f"{100 * (theirs - ours) / max(theirs, 1):+.1f}%" if theirs else "-")
         rows.append(row)
     if rows:
-        lines.append(
-            "Bytes per token (more is better), and how many fewer tokens than the other tokenizers ours needs:\n"
-        )
+        lines.append("Bytes per token (more is better), and the share of tokens that ours saves against others:\n")
         lines.append(_table(["Text", "Bytes", "Tokens", "Bytes/token", "vs GPT-2", "vs GPT-4"], rows))
     return "\n".join(lines)
 
@@ -294,7 +299,7 @@ def _section(run: Run, plot: str | None) -> str:
 
 
 def _facts(run: Run) -> list[str]:
-    """The model, the settings, the cost and the results, one line of Markdown each."""
+    """Lists a run's model, settings, cost and results, one line of Markdown each."""
     facts: dict[str, str] = {}
     if "model" in run.meta:
         model = GPTConfig(**run.meta["model"])
@@ -369,7 +374,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def smooth(values: list[float], factor: float = 0.9) -> list[float]:
-    """Exponential moving average with bias correction: the first value is the first average."""
+    """Exponential moving average with bias correction, so that the first average equals the first value."""
     result, average, weight = [], 0.0, 0.0
     for value in values:
         average, weight = factor * average + (1 - factor) * value, factor * weight + (1 - factor)
@@ -378,7 +383,7 @@ def smooth(values: list[float], factor: float = 0.9) -> list[float]:
 
 
 def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
-    """Draws each stage's curves: ({stage: file name in `folder`}, a remark if they cannot be drawn)."""
+    """Draws each stage's curves. Returns {stage: file name in `folder`}, and a remark if they cannot be drawn."""
     try:
         import matplotlib
     except ImportError:
@@ -393,7 +398,7 @@ def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
 
 
 def _plot(run: Run, path: Path) -> None:
-    """Training on the left, validation on the right: two quantities, hence two axes."""
+    """Plots training on the left and validation on the right, since they measure different quantities."""
     import matplotlib.pyplot as plt
 
     steps, losses = run.series("train", "reward" if run.stage == "rl" else "loss")

@@ -1,8 +1,8 @@
 """A run's log: log.jsonl in the run's folder, one JSON object per line. wandb only shows a copy.
 
-After a resume, a step may be logged twice: of records with the same KEY, the last one counts. When a run restarts from
-an earlier step, its record of kind "config" invalidates everything that its stage logged for later steps, scores and
-the note "finished" included.
+After a resume, a step may be logged twice; of the records with the same KEY, only the last counts. When a run restarts
+from an earlier step, it writes a record of kind "config", which invalidates everything that its stage logged for later
+steps, including scores and the note "finished".
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOG = "log.jsonl"
-# The last three tell scores apart by number of problems and by sampling.
+# "n", "temperature" and "num_samples" tell apart scores on different numbers of problems or with different sampling.
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
 
@@ -25,8 +25,8 @@ def append(run_dir: Path, kind: str, stage: str, step: int, **fields: Any) -> No
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     with open(run_dir / LOG, "a+b") as log:
         if log.tell() and _last_byte(log) != b"\n":
-            line = b"\n" + line  # a process died in the middle of a line: do not continue that line
-        log.write(line)  # one write, so that two writers' lines do not mix
+            line = b"\n" + line  # a process died while writing the last line, which must not be continued
+        log.write(line)  # in a single write, so that the lines of two processes do not mix
 
 
 def _last_byte(file: BinaryIO) -> bytes:
@@ -35,12 +35,15 @@ def _last_byte(file: BinaryIO) -> bytes:
 
 
 def read(run_dir: Path) -> list[dict]:
-    """The records that count, in the order they were last written. Incomplete lines are skipped; no log: []."""
+    """The records that count, in the order in which they were last written; [] if there is no log.
+
+    Incomplete lines are skipped.
+    """
     path = run_dir / LOG
     if not path.exists():
         return []
     records: dict[tuple, dict] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would split within texts, at U+2028
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would also split at a U+2028 in a text
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Benchmarks, each against the alternatives.
+"""Benchmarks of this project's parts against their alternatives.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=PATH
     python -m scripts.bench data --data_dir=FOLDER
@@ -13,7 +13,7 @@ import sys
 
 from nanochat_jax import commandline
 
-BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # one file each beside this one, with Settings and main
+BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # each is a file beside this one, with Settings and main
 
 
 def main() -> None:

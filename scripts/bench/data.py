@@ -2,12 +2,12 @@
 
     python -m scripts.bench data --data_dir=FOLDER
 
-The loader is that of `python -m scripts.train --stage=base`, with its settings and its workers: one thread reads, packs
-and prefetches batches, and the tokenizer encodes on all cores. Rounds alternate between the text and a token cache of
-the same files. Each pass reads the first epoch, with an empty tokenizer cache.
+The loader is the one that `python -m scripts.train --stage=base` uses, with the same workers: one thread reads, packs
+and prefetches batches, and the tokenizer encodes on all cores. In every round, one pass reads the text and one pass
+reads a token cache of the same files. Each pass starts at the first epoch, with an empty tokenizer cache.
 
-The clock starts before the loader does, so no batch was prefetched before timing began. Batches that are prefetched but
-not taken are not counted: unless a pass is long compared with them, its figure is too low.
+The clock starts before the loader does, so no batch was prefetched before timing began. Batches that were prefetched
+but not taken when the clock stops are not counted, which makes the figure of a short pass too low.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # --help must not wait for these
 GPU = 520_000  # tokens/s that one H100 consumes at depth 12: 54% of its peak at 1.04 GFLOPs per token
 NAMES = {"text": "from text", "tokens": "from the token cache"}
 GPUS = {"one H100 at d12": 1, "eight": 8}
-SHORTEST = 0.5  # seconds; in a shorter pass, thread start-up and scheduling weigh too much
+SHORTEST = 0.5  # seconds; a shorter pass is dominated by thread start-up and scheduling
 AHEAD = 0.1  # prefetched but uncounted batches may be at most this fraction of the counted ones
 
 
@@ -48,8 +48,8 @@ class Settings(config.Settings):
     packing: str = setting("split", config.PACKING, choices=config.PACKINGS)
     total_batch_size: int = setting(524288, "tokens per batch", low=1)
     max_seq_len: int = setting(2048, "tokens per row", low=1)
-    steps: int = setting(50, "batches to measure; fewer if the text ends", low=1)
-    rounds: int = setting(3, "measurements of each kind; the median is reported", low=1)
+    steps: int = setting(50, "batches to measure; fewer are measured if the text ends first", low=1)
+    rounds: int = setting(3, "repetitions of each measurement; the median is reported", low=1)
     json: str = setting("", "file to append the results to, as one line of JSON")
 
 
@@ -91,7 +91,7 @@ def main(cfg: Settings) -> None:
 
 
 def _check(cfg: Settings) -> None:
-    """UserError for what can be refused before anything is read."""
+    """Raises UserError for settings that can be refused before anything is read."""
     if cfg.total_batch_size % cfg.max_seq_len:
         raise UserError(
             f"--total_batch_size={cfg.total_batch_size}: must be a multiple of --max_seq_len={cfg.max_seq_len}"
@@ -100,14 +100,17 @@ def _check(cfg: Settings) -> None:
 
 
 def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Path, ...]:
-    """The first local training files, as many as the measured batches need."""
+    """The first training files on this machine, as many as the measured batches need.
+
+    Raises UserError if there is none.
+    """
     from nanochat_jax.data import dataloader
 
     files = tuple(path for path in source.train_files if path.exists())
     available = dataloader.epoch_tokens(files, tokenizer)
-    if not available > 0:  # NaN as well
+    if not available > 0:  # also true for NaN
         raise UserError(f"{source.name}: none of its training files has arrived yet")
-    needed = (cfg.steps + 1) * cfg.total_batch_size  # one batch more, for documents that wait to be packed
+    needed = (cfg.steps + 1) * cfg.total_batch_size  # one batch more, as some documents stay in the packing buffer
     return files[: math.ceil(1.1 * needed / available * len(files))]
 
 
@@ -116,7 +119,10 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
 
 
 def _measure(cfg: Settings, source: "Source", cache_dir: Path | None) -> dict:
-    """One pass over the files: batches, tokens with a target, seconds, CPU seconds, and whether the text ended."""
+    """Makes one pass over the files. Counts batches, tokens with a target, seconds and CPU seconds.
+
+    Also says whether the text ended before --steps batches.
+    """
     from nanochat_jax.data import dataloader
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -141,14 +147,14 @@ def _too_short(run: dict) -> str:
     from nanochat_jax.data.dataloader import PREFETCH
 
     if run["seconds"] < SHORTEST:
-        return f"a pass of {run['seconds']:.2f} s is too short (at least {SHORTEST} s): use more text and --steps"
+        return f"a pass of {run['seconds']:.2f} s is too short (at least {SHORTEST} s): use more text and raise --steps"
     if not run["ended"] and run["batches"] * AHEAD < PREFETCH:
-        return f"{run['batches']} batches are too few where {PREFETCH} are prefetched: use more --steps"
+        return f"{run['batches']} batches are too few where {PREFETCH} are prefetched: raise --steps"
     return ""
 
 
 def _row(kind: str, runs: Sequence[dict]) -> dict:
-    """The results of one kind of pass, from text or from tokens."""
+    """The results of one kind of pass, either from text or from the token cache."""
     speed = statistics.median(run["tokens"] / run["seconds"] for run in runs)
     return {
         "from": kind,

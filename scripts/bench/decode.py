@@ -1,11 +1,12 @@
-"""Text generation with random weights: our engine, alone or next to NanoChat in transformers with its KV cache.
+"""Text generation with random weights: our engine, alone or next to transformers' NanoChat with its KV cache.
 
     python -m scripts.bench decode
     python -m scripts.bench decode --peer=hf --peer_python=ENVIRONMENT/bin/python
 
 The prompts of a batch differ but have the same length, and each is continued greedily by the same number of tokens.
-Every measurement runs in its own process (decode_job.py) after a warm-up. A round covers all batches, tools and dtypes;
-the table shows medians over rounds. Each batch is measured in every dtype of --dtypes, and the fastest one counts.
+Every measurement runs in its own process (decode_job.py) after a warm-up. A round measures every combination of batch
+size, tool and dtype, and the table shows medians over rounds. For each batch size, the tools are compared by the
+fastest dtype of each.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("decode_job.py")
 DTYPES = ("float32", "bfloat16")
-AUTO = {  # by platform: the values of settings that are not given
+AUTO = {  # for each platform, the values of settings that are not given
     "cpu": {"depth": 4, "vocab_size": 32768, "prompt": 256, "new": 256, "batches": "1,8,32",
             "dtypes": "float32,bfloat16"},
     "gpu": {"depth": 20, "vocab_size": 65536, "prompt": 1792, "new": 256, "batches": "1,8,32,128",
@@ -40,11 +41,11 @@ class Settings(config.Settings):
     vocab_size: int = setting(0, "tokens in the vocabulary (auto: 65,536 on a GPU, else 32,768)", auto=True, low=1)
     prompt: int = setting(0, "tokens per prompt (auto: 1792 on a GPU, else 256)", auto=True, low=1)
     new: int = setting(0, "tokens generated per prompt, at least 2 (auto: 256)", auto=True, low=2)
-    batches: str = setting("", "batch sizes, joined by commas (default: 1,8,32, and 128 on a GPU)")
-    dtypes: str = setting("", "dtypes to try at each batch (default: bfloat16 on a GPU, else float32,bfloat16)")
+    batches: str = setting("", "batch sizes, joined by commas (default: 1,8,32 and, on a GPU, 128)")
+    dtypes: str = setting("", "dtypes to try at each batch size (default: bfloat16 on a GPU, else float32,bfloat16)")
     chunk: int = setting(32, "tokens that our engine decodes on the device between two checks by the host", low=1)
-    rounds: int = setting(3, "measurements of each kind; the median is reported", low=1)
-    peer: str = setting("", "hf: also time NanoChat in transformers, with its KV cache", choices=("hf",))
+    rounds: int = setting(3, "repetitions of each measurement; the median is reported", low=1)
+    peer: str = setting("", "hf: also time transformers' NanoChat with its KV cache", choices=("hf",))
     peer_python: str = setting("", "path of a Python that has torch and transformers (default: this one)")
     json: str = setting("", "file to append the results to, as one line of JSON")
 
@@ -93,7 +94,7 @@ def main(cfg: Settings) -> None:
 
 
 def _check(cfg: Settings) -> None:
-    """UserError for what can be refused before anything is started."""
+    """Raises UserError for settings that can be refused before anything is started."""
     if cfg.batches and not all(size.isascii() and size.isdigit() and int(size) for size in cfg.batches.split(",")):
         raise UserError(f"--batches={cfg.batches}: must be positive numbers joined by commas, like 1,8,32")
     if cfg.dtypes and not set(cfg.dtypes.split(",")) <= set(DTYPES):
@@ -118,7 +119,10 @@ Kind = tuple[int, str, str]  # batch, tool, dtype
 def _measure(
     kind: Kind, python: str, job: dict, measured: dict[Kind, list[dict]], failed: set[Kind], where: str
 ) -> None:
-    """Measures once, in a new process. Adds the result to `measured`, or `kind` to `failed` if a peer failed."""
+    """Measures once, in a new process, and adds the result to `measured`. If a peer fails, adds `kind` to `failed`.
+
+    Raises UserError if our own engine fails.
+    """
     (batch, tool, dtype), start = kind, time.monotonic()
     try:
         result = measuring.run(python, JOB, job | {"job": tool, "batch": batch, "dtype": dtype}, ours=tool == "ours")
@@ -133,7 +137,10 @@ def _measure(
 
 
 def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -> dict:
-    """The results of one kind of measurement. A step reads `bytes`; the first token of a row comes from the prefill."""
+    """The results of one kind of measurement. `bytes` is what a decoding step reads from memory.
+
+    A row's first token comes from the prefill, so `new` tokens take `new` - 1 steps.
+    """
     batch, tool, dtype = kind
     first = statistics.median(run["first"] for run in runs)
     step = statistics.median((run["seconds"] - run["first"]) / (cfg.new - 1) for run in runs)
@@ -152,7 +159,7 @@ def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -
 
 
 def _compare(rows: list[dict]) -> None:
-    """Marks the fastest dtype of each batch and tool, and adds how many times as fast our fastest is."""
+    """Marks each tool's fastest dtype at each batch size, and says how many times as fast as a peer's ours is."""
     best = {}
     for row in rows:
         key = row["batch"], row["tool"]

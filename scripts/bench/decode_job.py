@@ -1,10 +1,10 @@
 """One measurement of text generation, in its own process; `python -m scripts.bench decode` runs many of these.
 
-This file is sent on standard input to our Python or the peer's, with the job as JSON in the only argument. It prints
-one line of JSON. Only the jobs that measure our engine import this project.
+This file is sent on standard input to the benchmark's Python or to the peer's, with the job as JSON in the only
+argument. It prints one line of JSON. Only the jobs "device" and "ours" import this project.
 """
 
-from __future__ import annotations  # a peer's Python may be older than ours
+from __future__ import annotations  # the peer's Python may be older than this project's
 
 import json
 import sys
@@ -13,11 +13,11 @@ from importlib import metadata
 from typing import Any
 
 Job = dict[str, Any]
-SCALE = 0.02  # standard deviation of the random weights: text varies, and activations have their usual size
+SCALE = 0.02  # standard deviation of the random weights, with which text varies and activations have their usual size
 
 
 def probe(job: Job) -> dict:
-    """The version of transformers that can run NanoChat here, or what is missing."""
+    """The versions of transformers and torch if NanoChat can be imported, else the reason why it cannot."""
     python = sys.version.split()[0]
     try:
         import torch  # ty: ignore[import-not-found]  # only in the peer's environment
@@ -29,7 +29,7 @@ def probe(job: Job) -> dict:
 
 
 def device(job: Job) -> dict:
-    """The device that our engine runs on; bandwidth in bytes/s, None if unknown."""
+    """Describes the device that our engine runs on. Its memory bandwidth is in bytes/s, or None if unknown."""
     import jax
 
     from nanochat_jax.parallel import devices
@@ -40,7 +40,7 @@ def device(job: Job) -> dict:
 
 
 def ours(job: Job) -> dict:
-    """Our engine: seconds until all rows have a first token and until the end, and the bytes that a step reads."""
+    """Measures our engine: seconds until every row has its first token, seconds until the end, bytes read per step."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -68,14 +68,14 @@ def ours(job: Job) -> dict:
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # Weights that a step reads: all but the embedding, where it reads only one row per token.
+    # A step reads all weights except the embedding, from which it reads only one row per token.
     weights = sum(x.size for name, x in params.items() if name not in ("wte", "blocks"))
     weights += sum(x.size for x in jax.tree.leaves(params["blocks"]))
     engine = Engine(params, model_cfg, NoTokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
     del params
 
     def generate(seed: int) -> tuple[float, float]:
-        """Seconds until all rows have a first token, and until the end."""
+        """Returns the seconds until every row has its first token, and the seconds until the end."""
         ids = np.random.default_rng(seed).integers(0, model_cfg.vocab_size, (batch, job["prompt"])).tolist()
         requests = [Request(row, job["new"], temperature=0, stop_ids=(), tools=False) for row in ids]
         begun, first, start = set(), 0.0, time.perf_counter()
@@ -88,16 +88,16 @@ def ours(job: Job) -> dict:
                 first = time.perf_counter() - start
         return first, time.perf_counter() - start
 
-    generate(seed=0)  # compiles everything
-    first, seconds = generate(seed=1)  # other prompts, since prefix caching would skip those of the warm-up
-    positions = batch * (job["prompt"] + job["new"] / 2)  # filled cache positions, on average over the steps
+    generate(seed=0)  # the warm-up, which compiles everything
+    first, seconds = generate(seed=1)  # with new prompts, since prefix caching would skip those of the warm-up
+    positions = batch * (job["prompt"] + job["new"] / 2)  # filled cache positions of all rows, averaged over the steps
     cached = 2 * model_cfg.n_layer * model_cfg.n_kv_head * model_cfg.head_dim * positions
     read = weights * jnp.dtype(dtype).itemsize + cached * cache.dtype_for(dtype).itemsize
     return {"first": first, "seconds": seconds, "bytes": read}
 
 
 def hf(job: Job) -> dict:
-    """`generate` of transformers with its KV cache: seconds to the first token and to the end."""
+    """Measures `generate` of transformers with its KV cache: seconds to the first token, and seconds to the end."""
     import torch  # ty: ignore[import-not-found]
     from transformers import (  # ty: ignore[import-not-found]
         NanoChatConfig,
@@ -115,7 +115,7 @@ def hf(job: Job) -> dict:
     )  # fmt: skip
     torch.manual_seed(0)
     model = NanoChatForCausalLM(config).to(where, getattr(torch, job["dtype"])).eval()
-    model.generation_config.eos_token_id = None  # so that it generates as many tokens as asked
+    model.generation_config.eos_token_id = None  # so that no answer ends before it has `new` tokens
     model.generation_config.pad_token_id = 0
 
     def now() -> float:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: they run each measurement in its own process, and show results as a table and JSON."""
+"""What the benchmarks share: running a measurement in its own process, and showing results as a table and as JSON."""
 
 import json
 import os
@@ -15,14 +15,15 @@ JOB_SECONDS = 3600
 
 
 class JobFailed(Exception):
-    """A measurement that ended without a result. The message is the last line it wrote."""
+    """A measurement ended without a result. The message is the last line that it wrote to stderr, or the time limit."""
 
 
 def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
-    """Runs `script` for `job` and returns the JSON object that it prints as its last line. JobFailed if there is none.
+    """Runs `script` for `job` and returns the JSON object that it prints as its last line.
 
-    The script is sent on standard input to `python`, which runs outside the repository, since the folder rustbpe/ looks
-    like the package of that name. With `ours` it can still import this project; another Python gets no PYTHONPATH.
+    Raises JobFailed if it prints none. The script is sent to `python` on standard input. It runs outside the
+    repository, where Python would take the folder rustbpe/ for the package of that name. With `ours`, the script can
+    still import this project; if `python` is not the one running this, it gets no PYTHONPATH.
     """
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     if python != sys.executable:
@@ -45,7 +46,7 @@ def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
 
 
 def probe(python: str, script: Path) -> dict:
-    """What the environment of the peers' `python` has. UserError if that Python does not run."""
+    """Asks the peers' `python` which of the tools it has. Raises UserError if that Python does not run."""
     try:
         return run(python, script, {"job": "probe"})
     except (OSError, JobFailed) as error:
@@ -71,7 +72,7 @@ def about() -> dict:
 
 
 def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
-    """A Markdown table that is also readable as text. The first row is the header; columns align left or right."""
+    """A Markdown table that also reads well as text. Its header is the first row; `left` marks left-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
@@ -82,13 +83,13 @@ def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
 
 
 def check_json(path: str) -> None:
-    """UserError if --json=PATH names a folder that does not exist: better before measuring than after."""
+    """Raises UserError if the folder of --json=PATH does not exist. Called first, so that no measurement is lost."""
     if path and not Path(path).absolute().parent.is_dir():
         raise UserError(f"--json={path}: its folder does not exist")
 
 
 def report(line: dict, path: str) -> None:
-    """Prints the line of JSON, and appends it to the file at `path` unless that is ""."""
+    """Prints `line` as JSON, and appends it to the file `path` unless `path` is ""."""
     text = json.dumps(line)
     print(f"\n{text}")
     if path:

@@ -2,10 +2,11 @@
 
     python -m scripts.bench serve
 
-scripts.chat_web serves a model of the preset's shape with random weights, in its own process, on the loopback
-interface. The clients all run in this process, on the same cores. Each sends its requests to /v1/completions one after
-the other and reads the stream, one event per chunk. Then the engine alone serves the same requests, with the same slots
-and chunk. Both first serve one request per client as warm-up, so that nothing compiles during timing.
+In a process of its own, scripts.chat_web serves a model with the preset's shape and random weights on the loopback
+interface. All clients run in this process, on the same cores as the server. Each client sends its requests to
+/v1/completions one after the other and reads the stream of each answer, one event per chunk. Then the engine alone
+serves the same requests, with as many slots and chunks of the same size. The server and the engine both serve one
+request per client as warm-up first, so that nothing compiles during timing.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("serve_job.py")
 SAMPLING = {"temperature": 0.8, "top_k": 50}  # the server's defaults
-GOAL = 0.8  # throughput of the server, as a fraction of that of the engine alone
+GOAL = 0.8  # throughput that the server should reach, as a fraction of the engine's alone
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Settings(config.Settings):
     """Many clients of a real server, compared with the engine alone."""
 
     prog: ClassVar[str] = "python -m scripts.bench serve"
-    preset: str = setting("cpu", "preset whose model is served, with random weights")
-    clients: int = setting(64, "concurrent clients, and as many slots in the server", low=1)
-    requests: int = setting(4, "requests per client, one after the other", low=1)
+    preset: str = setting("cpu", "preset that gives the shape of the model; its weights are random")
+    clients: int = setting(64, "number of concurrent clients, and of the server's slots", low=1)
+    requests: int = setting(4, "requests that each client sends, one after the other", low=1)
     prompt: int = setting(64, "tokens per prompt", low=1)
     new: int = setting(128, "tokens generated per prompt, at least 2", low=2)
-    rounds: int = setting(3, "measurements; the median is reported", low=1)
+    rounds: int = setting(3, "repetitions of the measurement; the median is reported", low=1)
     device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
     json: str = setting("", "file to append the results to, as one line of JSON")
 
@@ -77,7 +78,7 @@ def main(cfg: Settings) -> None:
 
 
 def _model_cfg(cfg: Settings) -> config.GPTConfig:
-    """The shape of the preset's model. UserError for settings that do not fit each other."""
+    """The shape of the preset's model. Raises UserError if the settings do not fit each other."""
     measuring.check_json(cfg.json)
     try:
         path = commandline.find_preset(cfg.preset)
@@ -93,7 +94,7 @@ def _model_cfg(cfg: Settings) -> config.GPTConfig:
 
 
 def _requests(cfg: Settings) -> list[dict]:
-    """All requests, with random bytes as prompts; those of client i are at i, i + clients, and so on.
+    """All requests, with random bytes as prompts. Client i sends the requests i, i + clients, and so on.
 
     The first request of each client is the warm-up. All prompts differ, so prefix caching gains nothing.
     """
@@ -118,7 +119,7 @@ def _base_dir(base: Path) -> Generator[None]:
 
 
 def _job(cfg: Settings, job: dict) -> dict:
-    """Runs a job of serve_job.py. UserError if it fails."""
+    """Runs a job of serve_job.py. Raises UserError if the job fails."""
     try:
         return measuring.run(sys.executable, JOB, job | {"device_type": cfg.device_type}, ours=True)
     except measuring.JobFailed as error:
@@ -130,7 +131,7 @@ def _job(cfg: Settings, job: dict) -> dict:
 
 
 def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
-    """Starts the server and the clients. Returns total seconds and tokens, and each request's time to first token."""
+    """Starts the server and runs the clients. Returns the result of `_clients` for the requests after the warm-up."""
     command = [
         sys.executable, "-m", "scripts.chat_web", "--port=0", "-g", "bench", f"--slots={cfg.clients}",
         f"--max_waiting={cfg.clients}", f"--max_new_tokens={cfg.new}", "--timeout=0",
@@ -140,14 +141,14 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
     with open(log, "w", encoding="utf-8") as errors:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
-        assert process.stdout is not None  # a pipe
+        assert process.stdout is not None  # stdout is a pipe
         words = (word for line in process.stdout for word in line.split())
         address = next((word for word in words if word.startswith("http://")), None)
         if not address:
             raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip().splitlines()[-1:]}")
         port = int(address.rpartition(":")[2])
         asyncio.run(_clients(port, requests[: cfg.clients], cfg.clients))
-        while _stats(address)["warming"]:  # otherwise the warm-up would continue during timing
+        while _stats(address)["warming"]:  # while it is true, the server compiles programs, which would disturb timing
             time.sleep(0.1)
         return asyncio.run(_clients(port, requests[cfg.clients :], cfg.clients))
     finally:
@@ -160,7 +161,7 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
 
 
 def _stats(address: str) -> dict:
-    """The server's /stats."""
+    """The JSON object that the server's /stats returns."""
     with urllib.request.urlopen(f"{address}/stats", timeout=60) as response:
         return json.load(response)
 
@@ -179,7 +180,7 @@ async def _clients(port: int, requests: list[dict], clients: int) -> dict:
 
 
 async def _ask(port: int, request: dict) -> dict:
-    """Sends a request and reads its answer to the end. Returns the number of tokens, and seconds to the first event."""
+    """Sends a request and reads the whole answer. Returns its number of tokens, and the seconds to its first event."""
     body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     start, first, tokens = time.perf_counter(), None, None
     reader, writer = await asyncio.open_connection("127.0.0.1", port)

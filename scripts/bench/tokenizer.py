@@ -2,9 +2,9 @@
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=ENVIRONMENT/bin/python
 
-Of every four documents, three train the vocabulary and warm up the encoders. The fourth is encoded, so it is in no
-tool's cache. All tools encode with the vocabulary that ours learned. Each measurement runs in its own process
-(tokenizer_job.py). A round measures all tools in turn; the table shows medians over rounds.
+Of every four documents, three train the vocabulary and warm up the encoders. Only the fourth is encoded against the
+clock, so no tool has it in its cache. All tools encode with the vocabulary that our tokenizer learned. Each measurement
+runs in its own process (tokenizer_job.py). A round measures all tools in turn; the table shows medians over rounds.
 """
 
 import json
@@ -21,8 +21,8 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
-UNSEEN = 4  # one document in this many is encoded, the others train and warm up
-UNSEEN_CHARS = 300_000  # fewest characters to encode: enough for the three sizes of single texts
+UNSEEN = 4  # of this many documents, one is encoded; the others train the vocabulary and warm up
+UNSEEN_CHARS = 300_000  # minimum of characters to encode, enough for single texts of three sizes
 JOB = Path(__file__).with_name("tokenizer_job.py")
 PEERS = ("rustbpe", "tokenizers", "tiktoken")
 JOBS = {
@@ -40,10 +40,10 @@ class Settings(config.Settings):
     """Train and encode with our tokenizer and with others, side by side."""
 
     prog: ClassVar[str] = "python -m scripts.bench tokenizer"
-    corpus: str = setting("", "file or folder of .txt, .jsonl, .jsonl.gz or .parquet files with text (required)")
+    corpus: str = setting("", "text: a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of them (required)")
     peer_python: str = setting("", "path of a Python with PyPI's rustbpe, tokenizers or tiktoken (default: this one)")
     vocab_size: int = setting(32768, "tokens in the vocabulary, without special tokens", low=257)
-    rounds: int = setting(3, "measurements of each kind; the median is reported", low=1)
+    rounds: int = setting(3, "repetitions of each measurement; the median is reported", low=1)
     json: str = setting("", "file to append the results to, as one line of JSON")
 
 
@@ -72,7 +72,7 @@ def main(cfg: Settings) -> None:
 
 
 def _split(corpus: str) -> tuple[list[str], list[str]]:
-    """(documents to train on, documents to encode)."""
+    """Returns (documents to train on, documents to encode). Raises UserError if there is too little text."""
     from nanochat_jax.data import text_files
 
     path = Path(corpus).expanduser()
@@ -97,7 +97,7 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
 
 
 def _tools(peer_python: str) -> tuple[dict[str, str], dict[str, str]]:
-    """({tool: path of its Python}, {tool: version}), ours first."""
+    """Returns ({tool: path of its Python}, {tool: version}); our tokenizer comes first."""
     own = measuring.run(sys.executable, JOB, {"job": "probe"})["tools"]
     if "ours" not in own:
         raise UserError("this version's Rust tokenizer is not built: run pip install ./rustbpe in the repository")
@@ -124,7 +124,7 @@ class Bench:
         self.job = {
             "train": str(folder / "train"),
             "unseen": str(folder / "unseen"),
-            "vocabulary": str(folder / "ours.json"),  # all tools encode with ours
+            "vocabulary": str(folder / "ours.json"),  # the one that our tokenizer learned
             "pattern": SPLIT_PATTERN,
             "vocab_size": cfg.vocab_size,
             "threads": measuring.cores(),
@@ -133,7 +133,7 @@ class Bench:
         self.failed: set[tuple[str, str]] = set()
 
     def measure(self, tool: str, name: str, job: dict, where: str) -> None:
-        """Runs one job of one tool. A job that failed once is not tried again. Ours must not fail."""
+        """Runs one job of one tool, unless it has failed before. Raises UserError if a job of our tokenizer fails."""
         if (name, tool) in self.failed:
             return
         start = time.monotonic()
@@ -185,7 +185,11 @@ class Bench:
         figures: Callable[[dict], tuple[int, float, int | None]],
         compare: Callable[[str, list[dict], list[dict]], str] = lambda tool, runs, ours: "",
     ) -> Iterator[dict]:
-        """A row per tool. figures: (bytes, seconds, peak memory) of a run; compare: whether a tool's results agree."""
+        """Yields a row per tool.
+
+        `figures` returns a run's (bytes, seconds, peak memory in bytes), and `compare` says in words whether a tool's
+        results are the same as ours.
+        """
         speed = {}
         for tool, runs in results.items():
             sizes, seconds, peaks = zip(*map(figures, runs), strict=True)
@@ -201,14 +205,14 @@ class Bench:
             }
 
     def _merges(self, tool: str, runs: list[dict], ours: list[dict]) -> str:
-        """Whether a tool learned our tokens in our order, or else what share of them it learned."""
+        """ "yes" if a tool learned our tokens in our order, else the share of our tokens that it learned."""
         theirs, ours_learned = self._tokens(tool), self._tokens("ours")
         shared = len({*theirs} & {*ours_learned}) / len(ours_learned)
         return "yes" if theirs == ours_learned else f"{shared:.2%} of tokens"
 
     @staticmethod
     def _ids(tool: str, runs: list[dict], ours: list[dict]) -> str:
-        """Whether all runs produced the same ids as ours."""
+        """ "yes" if all runs of a tool produced the same ids as ours, else "NO"."""
         return "yes" if {run["ids"] for run in runs} == {run["ids"] for run in ours} else "NO"
 
     def _tokens(self, tool: str) -> list[str]:
@@ -216,7 +220,7 @@ class Bench:
 
 
 def _store(path: Path, texts: list[str]) -> int:
-    """Writes texts for the jobs as (length, UTF-8) records. Returns the bytes of text."""
+    """Writes texts for the jobs as (length, UTF-8) records. Returns the number of bytes of text."""
     total = 0
     with open(path, "wb") as file:
         for text in texts:

@@ -1,10 +1,10 @@
 """One measurement of one tokenizer, in its own process; `python -m scripts.bench tokenizer` runs many of these.
 
-This file is sent on standard input to our Python or the peers', with the job as JSON in the only argument. It imports
-nothing of this project and prints one line of JSON.
+This file is sent on standard input to the benchmark's Python or to the peers', with the job as JSON in the only
+argument. It imports nothing of this project and prints one line of JSON.
 """
 
-from __future__ import annotations  # the peers' Python may be older than ours
+from __future__ import annotations  # the peers' Python may be older than this project's
 
 import ctypes
 import gc
@@ -21,13 +21,17 @@ from typing import Any
 
 Job = dict[str, Any]
 Ids = list[int]
-SIZES = {"100 B": 100, "1 KB": 1000, "100 KB": 100_000}  # characters of single strings
-SINGLE_CHARS = 2_000_000  # characters to encode at each of these sizes, if there are as many
+SIZES = {
+    "100 B": 100,
+    "1 KB": 1000,
+    "100 KB": 100_000,
+}  # lengths in characters of the texts that are encoded one at a time
+SINGLE_CHARS = 2_000_000  # characters to encode for each of SIZES; fewer if the text is too short
 PACKAGES = ("rustbpe", "tokenizers", "tiktoken")
 
 
 def read(path: str) -> list[str]:
-    """Texts of a file of (length, UTF-8) records, read one at a time, so that reading leaves little memory behind."""
+    """Reads texts from a file of (length, UTF-8) records, one at a time, so that little memory stays in use."""
     texts = []
     with open(path, "rb") as file:
         while head := file.read(8):
@@ -36,7 +40,7 @@ def read(path: str) -> list[str]:
 
 
 class Memory:
-    """Peak memory in bytes beyond what was in use when this object was made.
+    """Measures peak memory in bytes, beyond what was in use when this object was made.
 
     ru_maxrss alone would also count the reading of the texts and what the parent process held at the fork, so `reset`
     clears the peak where Linux allows it.
@@ -60,7 +64,7 @@ class Memory:
             pass
 
     def peak(self) -> int:
-        """Bytes at the peak since `reset`, beyond those in use at the start."""
+        """Peak memory in bytes since `reset`, minus what was in use when this object was made."""
         try:
             return self._status("VmHWM") - self.before
         except OSError:
@@ -77,23 +81,23 @@ class Memory:
 
 
 # -----------------------------------------------------------------------------
-# The tokenizers: train, or load a trained vocabulary; encode one text, or many into lists or one flat array
+# The tokenizers. Each trains or loads a vocabulary, then encodes one text, or many into lists or one flat array.
 
 
 class Ours:
-    """rustbpe/ of this repository."""
+    """This project's tokenizer, built from the crate rustbpe/."""
 
     def __init__(self, job: Job) -> None:
         import rustbpe
 
         self.job = job
-        self.tokenizer = rustbpe.Tokenizer()  # ty: ignore[missing-attribute]  # ty finds the folder rustbpe/
+        self.tokenizer = rustbpe.Tokenizer()  # ty: ignore[missing-attribute]  # ty takes the folder rustbpe/ for it
 
     def train(self, texts: list[str]) -> None:
         self.tokenizer.train_from_iterator(iter(texts), self.job["vocab_size"], pattern=self.job["pattern"])
 
     def merges(self) -> list[tuple[int, int]] | None:
-        """Pairs of ids in the order they were merged, for tokenizers that load merges."""
+        """Pairs of ids in the order in which they were merged, for tokenizers that load merges; None if unknown."""
         return self.tokenizer.get_merges()
 
     def tokens(self) -> list[bytes]:
@@ -115,7 +119,7 @@ class Ours:
 
 
 class Rustbpe(Ours):
-    """The package of that name on PyPI. It cannot load a vocabulary, so it learns the same one again."""
+    """PyPI's package rustbpe. It cannot load a vocabulary, so it learns the same one again."""
 
     def merges(self) -> list[tuple[int, int]] | None:
         return None
@@ -128,10 +132,10 @@ class Rustbpe(Ours):
 
 
 class Tokenizers:
-    """Hugging Face's tokenizers."""
+    """Hugging Face's package tokenizers."""
 
     def __init__(self, job: Job) -> None:
-        import tokenizers  # ty: ignore[import-not-found]  # only in the peers' environment
+        import tokenizers  # ty: ignore[import-not-found]  # installed only for the peers
 
         self.job, self.lib = job, tokenizers
         visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -171,7 +175,7 @@ class Tokenizers:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def lists(self, texts: list[str]) -> list[Ids]:
-        fast = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)  # without character offsets
+        fast = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)  # computes no offsets
         return [encoding.ids for encoding in fast(texts, add_special_tokens=False)]
 
     def flat(self, texts: list[str]) -> tuple[Any, Any]:
@@ -198,7 +202,7 @@ class Tiktoken:
     def lists(self, texts: list[str]) -> list[Ids]:
         return self.encoding.encode_ordinary_batch(texts, num_threads=self.job["threads"])
 
-    def flat(self, texts: list[str]) -> tuple[Any, Any]:  # its own encode_to_numpy, in threads, was no faster
+    def flat(self, texts: list[str]) -> tuple[Any, Any]:  # encode_to_numpy in threads was no faster
         return flattened(self.lists(texts))
 
 
@@ -207,7 +211,7 @@ TOOLS = {**TRAINERS, "tiktoken": Tiktoken}
 
 
 def flattened(lists: list[Ids]) -> tuple[Any, Any]:
-    """Lists of ids -> (one array of ids, where each list begins), in the fastest way among those tried."""
+    """Lists of ids -> (one array of ids, where each list begins), by the fastest method of those tried."""
     import numpy as np
 
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
@@ -219,7 +223,7 @@ def flattened(lists: list[Ids]) -> tuple[Any, Any]:
 
 
 def probe(job: Job) -> dict:
-    """The tools that can be imported, as {name: version}. A module called rustbpe may be this project's crate."""
+    """The tools that can be imported, as {name: version}. The module rustbpe may be our crate or PyPI's package."""
     tools = {}
     for name in PACKAGES:
         try:
@@ -233,7 +237,7 @@ def probe(job: Job) -> dict:
 
 
 def train(job: Job) -> dict:
-    """Trains once, and writes the tokens for the comparison and for the encoders."""
+    """Trains once, and writes the learned tokens and merges to a file, for the comparison and for the encoders."""
     tool, texts = TRAINERS[job["tool"]](job), read(job["train"])
     memory = Memory()
     memory.reset()
@@ -266,7 +270,7 @@ def encode(job: Job) -> dict:
 
 
 def single(job: Job) -> dict:
-    """Encodes texts of several sizes one at a time, each once, after warm-up on other texts: {size: its figures}."""
+    """Encodes texts of each size, one at a time and once, after warm-up on other texts. Returns {size: figures}."""
     tool = TOOLS[job["tool"]](job)
     load(tool, job)
     for text in read(job["train"]):
@@ -282,14 +286,14 @@ def single(job: Job) -> dict:
 
 
 def load(tool: Ours | Tokenizers | Tiktoken, job: Job) -> None:
-    """Gives a tool the vocabulary that ours learned."""
+    """Gives a tool the vocabulary that our tokenizer learned."""
     with open(job["vocabulary"]) as file:
         vocabulary = json.load(file)
     tool.load([bytes.fromhex(token) for token in vocabulary["tokens"]], vocabulary["merges"])
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result) of a call."""
+    """Calls `call`, and returns (seconds, result)."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result

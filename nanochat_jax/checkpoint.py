@@ -1,16 +1,17 @@
-"""Checkpoints: save, restore, find. Nothing else touches Orbax.
+"""Saves, restores and finds checkpoints. No other module uses Orbax.
 
-A run lives in <base>/<stage>_checkpoints/<tag>, with one folder per step:
+A run lives in <base>/<stage>_checkpoints/<tag>, with one folder per saved step:
 
     step_000250/params, optimizer    Orbax items; params can be restored alone
-    step_000250/data.json, meta.json the data pipeline's position; step, configuration, versions, metrics so far
+    step_000250/data.json            the data pipeline's position
+    step_000250/meta.json            the step, the configuration, versions of packages, metrics so far
     step_000250/manifest.json        SHA-256 of every file above, written last
 
-No random generator state is saved: all random numbers derive from the seed, which is a setting, and the step or epoch.
+No random generator state is saved, since all random numbers derive from the seed (a setting) and the step or epoch.
 
-The manifest is the completion marker: a folder without it was being written when the process ended, and one whose
-files do not match it is damaged. The hashes are needed because Orbax alone loads a flipped bit without complaint. Both
-kinds of folder are skipped, with a line that says so, and the checkpoint before is used.
+The manifest marks a complete checkpoint: a folder without one was still being written when the process ended, and a
+folder whose files do not match its manifest is damaged. The hashes are needed because Orbax alone loads a flipped bit
+without complaint. Both kinds of folder are skipped with a printed line, and the checkpoint before is used.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ PyTree = Any  # nested containers of arrays, or of ShapeDtypeStructs with shardi
 
 
 class SaveState(IntEnum):
-    """How far a process has come with its part of a save; integers, since the processes all-gather them."""
+    """How far a process has come with its part of a save. Values are integers, since processes all-gather them."""
 
     UNDER_WAY = 0
     COMPLETE = 1
@@ -49,9 +50,9 @@ class SaveState(IntEnum):
 
 
 def run_dir(stage: str, tag: str) -> Path:
-    """The folder of the run called `tag`. UserError for a name that leads elsewhere, or to a run moved aside."""
+    """The folder of the run called `tag`. Raises UserError if it leads elsewhere, or to a run that was moved aside."""
     if "/" in tag or os.sep in tag or tag.startswith("."):
-        raise UserError(f"--model_tag={tag}: must be a name, without / and not beginning with a dot")
+        raise UserError(f"--model_tag={tag}: must be a name without / that does not begin with a dot")
     return base_dir() / f"{stage}_checkpoints" / tag
 
 
@@ -67,10 +68,10 @@ def step_dir(run: Path, step: int) -> Path:
 class Saver:
     """Writes the checkpoints of one run in the background, one at a time.
 
-    It keeps the last `keep_last` of them, and for good those whose step is a multiple of `keep_every` (-1: none). With
-    several processes, each writes its own shards, and process 0 also writes the other files. All must call `save` and
-    `wait_all` at the same points, where a failure on one raises on all. Until then only the failing process knows, so
-    the caller must share `failed`.
+    It keeps the last `keep_last` of them, and every one whose step is a multiple of `keep_every` (-1: no others).
+    With several processes, each writes its own shards, and process 0 also writes the other files. All processes must
+    call `save` and `wait_all` at the same points. There, a failure on one process raises UserError on all. Until then,
+    only the failing process knows of it, so the caller must share `failed` with the others.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process_index: int = 0, process_count: int = 1):
@@ -81,20 +82,21 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, params: PyTree, opt_state: PyTree, data: dict, meta: dict) -> None:
-        """Starts a save, once the previous one is complete. UserError if that one failed, or if this one cannot start.
+        """Waits for the previous save, then starts a new one.
 
-        Returns once the arrays have been copied from the devices, so that the caller may donate them to the next step.
+        Raises UserError if the previous save failed, or if the new one cannot start. Returns once the arrays have been
+        copied from the devices, so that the caller may donate them to the next step.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait_all()
         target = self._target = step_dir(self.run, step)
-        # An existing folder does not count: it is half-written, damaged, or from before a resume.
+        # A folder that exists already is removed: it is half-written, damaged, or from before a resume.
         processes.broadcast_from_0(lambda: shutil.rmtree(target) if target.exists() else None)
         meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller goes on changing what `meta` holds
         try:
             writing = ocp.save_checkpointables_async(str(target.resolve()), {"params": params, "optimizer": opt_state})
-        except OSError as error:  # no room even for the checkpoint's folder
+        except OSError as error:  # for example, no room even for the checkpoint's folder
             self._record_failure(error)
             return self.raise_if_failed()
         args = writing, target, data, meta_text
@@ -102,7 +104,7 @@ class Saver:
         self._thread.start()
 
     def _finish(self, writing: "ocp.AsyncResponse[None]", target: Path, data: dict, meta_text: str) -> None:
-        """Waits for the arrays, then writes the other files, the manifest last. Runs in a thread."""
+        """Waits until the arrays are written, then writes the other files, the manifest last. Runs in a thread."""
         try:
             writing.result()
             if not self.is_process_0:
@@ -115,21 +117,22 @@ class Saver:
             self._record_failure(error)
 
     def _remove_old(self, saved: int) -> None:
-        """Removes the steps before the one just saved that need not be kept."""
+        """Of the checkpoints before the one just saved, at step `saved`, removes those that need not be kept."""
         earlier = [step for step in steps(self.run) if step < saved]
         for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
-                (step_dir(self.run, old) / MANIFEST).unlink()  # first, so that a kill leaves an incomplete folder
+                # The manifest goes first, so that a process killed here leaves a folder that counts as incomplete.
+                (step_dir(self.run, old) / MANIFEST).unlink()
                 shutil.rmtree(step_dir(self.run, old))
 
     def _record_failure(self, error: BaseException) -> None:
-        """Keeps the error for the caller, and frees the disk space unless other processes may be writing there."""
+        """Keeps the error for the caller. Removes the failed checkpoint, unless other processes may be writing it."""
         self._error = error
         if not self.multi_process:
             self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        """Removes what was written of the failed checkpoint, which is useless."""
+        """Removes the incomplete files of the failed checkpoint, which are of no use."""
         assert self._target is not None, "no save was started"
         for folder in self.run.glob(f"{self._target.name}*"):  # including Orbax's temporary folder
             if not (folder / MANIFEST).exists():
@@ -141,7 +144,7 @@ class Saver:
         return self._error is not None
 
     def raise_if_failed(self) -> None:
-        """Raises a UserError if a save has failed, without waiting for one that is under way.
+        """Raises a UserError if a save has failed, without waiting for a save that is under way.
 
         With several processes it does nothing, since no process may stop alone.
         """
@@ -155,7 +158,7 @@ class Saver:
         self.wait_local()
 
     def wait_local(self) -> None:
-        """Waits until this process has done its part of the save. UserError if that part failed."""
+        """Waits until this process has done its part of the save. Raises UserError if that part failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -165,7 +168,7 @@ class Saver:
             raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last_good()}") from error
 
     def _wait_for_other_processes(self) -> None:
-        """Waits until all processes are done or one has failed; raises a UserError if a different process failed."""
+        """Waits until all processes are done or one has failed. Raises UserError if only other processes failed."""
         states = processes.all_gather(self._state())
         while SaveState.UNDER_WAY in states and SaveState.FAILED not in states:
             if self._thread:
@@ -174,7 +177,7 @@ class Saver:
         if SaveState.FAILED not in states:
             return
         error = self._error
-        # Without this, the thread may wait up to 20 minutes for what another process should have done.
+        # Disconnecting ends the thread's wait for what another process should have done, which may take 20 minutes.
         processes.disconnect()
         if self._thread:
             self._thread.join()
@@ -190,7 +193,7 @@ class Saver:
         return SaveState.FAILED if self._error else SaveState.COMPLETE
 
     def _last_good(self) -> str:
-        """The end of an error message: what the run can be resumed from."""
+        """The end of an error message, which says what the run can be resumed from."""
         kept = steps(self.run)
         return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
@@ -215,7 +218,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    """The steps whose saves are complete, in ascending order."""
+    """The steps that have a complete checkpoint, in ascending order."""
     return sorted(int(p.parent.name.removeprefix("step_")) for p in run.glob(f"step_*/{MANIFEST}"))
 
 
@@ -250,7 +253,7 @@ def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
         problem = damage(step_dir(run, step), without)
         if problem is None:
             return step
-        print(f"ignoring {step_dir(run, step)}: {problem}; trying the one before it")
+        print(f"ignoring {step_dir(run, step)}: {problem}; trying the checkpoint before it")
     return None
 
 
@@ -260,9 +263,9 @@ def read_meta(run: Path, step: int) -> dict:
 
 
 def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, dict, dict]:
-    """(params, opt_state, data, meta) of a step, with the shardings and dtypes of the given trees.
+    """Returns (params, opt_state, data, meta) of a step. Arrays get the shardings and dtypes of the given trees.
 
-    UserError if the trees' shapes differ from the checkpoint's.
+    Raises UserError if the shapes of the given trees differ from the checkpoint's.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -274,9 +277,9 @@ def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[Py
 
 
 def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
-    """Only the parameters of a step, with the shardings and dtypes of the given tree.
+    """Returns only the parameters of a step, with the shardings and dtypes of the given tree.
 
-    UserError if the tree's shapes differ from the checkpoint's.
+    Raises UserError if the shapes of the given tree differ from the checkpoint's.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -285,7 +288,10 @@ def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
 
 
 def _check_shapes(folder: Path, **wanted: PyTree) -> None:
-    """UserError if the arrays of a checkpoint differ in shape from the trees'; Orbax's own message is pages long."""
+    """Raises UserError if the shapes in a checkpoint differ from those in the given trees.
+
+    Orbax checks this too, but its message is pages long.
+    """
     import jax
     from orbax.checkpoint import v1 as ocp
 
@@ -310,12 +316,12 @@ def _check_shapes(folder: Path, **wanted: PyTree) -> None:
 
 
 def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:
-    """Holds the run's lock file: a second process training the same run is refused."""
+    """Holds the run's lock file, so that no second process can train the same run."""
     return files.exclusive(run, f"another process is training {run}: end it, or choose another --model_tag")
 
 
 def clear_unfinished(run: Path) -> None:
-    """Removes what a process that was killed while saving left behind. The caller holds the lock: nobody is saving."""
+    """Removes the files of a save that was killed. The caller must hold the lock, so that nobody is saving."""
     for folder in run.glob("step_*"):  # including Orbax's temporary folders
         if not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
@@ -325,7 +331,7 @@ def clear_unfinished(run: Path) -> None:
 
 
 def abandon_after(run: Path, step: int) -> None:
-    """Renames the checkpoints after `step`: the run resumes from `step` and will save new ones."""
+    """Renames the checkpoints after `step`, since a run that resumes from `step` will save new ones."""
     for folder in run.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
             print(f"moved {folder.name} to {_set_aside(folder, f'abandoned_{folder.name}')}")
@@ -338,7 +344,7 @@ def move_aside(run: Path) -> None:
 
 
 def _set_aside(folder: Path, name: str) -> Path:
-    """Renames a folder to `name` plus the time, plus a number if that name was taken within the same second."""
+    """Renames a folder to `name` and the time; adds a number if another folder got that name in the same second."""
     stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
@@ -372,7 +378,8 @@ class TrainedModel:
 def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
     """Finds a checkpoint and returns (folder of its run, step).
 
-    Without a tag, the stage's most recently saved run; without a step, the latest good one. UserError if there is none.
+    Without a tag, it takes the stage's most recently saved run; without a step, the latest undamaged checkpoint.
+    Raises UserError if there is none.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
@@ -410,13 +417,13 @@ def _nothing_saved(stage: str, tag: str) -> UserError:
 
 
 def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
-    """Finds a checkpoint, verifies it, and loads its parameters onto the first device. Prints the choice."""
+    """Finds and verifies a checkpoint, and loads its parameters onto the first device. Prints which one."""
     import jax
 
     from nanochat_jax.model import gpt
 
     if jax.process_count() > 1:
-        raise UserError("evaluation and chat run in one process, on all devices of one host: start one task")
+        raise UserError("evaluation and chat run in one process, on all devices of one host: start a single process")
     run, step = find(stage, tag, step)
     meta = read_meta(run, step)
     model_cfg = GPTConfig(**meta["model"])
@@ -432,7 +439,7 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
     """The tokenizer that the run was trained with: the current one, or an older one that tok_train has moved aside.
 
-    UserError if neither has the hash of that tokenizer.
+    Raises UserError if neither has the hash that `meta` records.
     """
     from nanochat_jax.tokenizer import Tokenizer
 

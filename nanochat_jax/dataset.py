@@ -8,7 +8,7 @@ from nanochat_jax.data import hub, sources
 
 
 def main(cfg: config.Dataset) -> None:
-    """Gets the text that `cfg` names, and tokenizes it if asked to, so that training finds it ready."""
+    """Gets the text that `cfg` names. With `cfg.tokenize`, also tokenizes it, so that training need not."""
     if not cfg.data_dir and cfg.data != "local":
         hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify)
     source = sources.open(cfg.data, cfg.data_dir or None)

@@ -1,9 +1,9 @@
 """Makes batches for training and validation. In: parquet files or conversations, and a tokenizer. Out: inputs, targets.
 
-Built on Grain: documents -> tokens -> packed rows -> batches. Given a seed, everything is deterministic, and the state
-is exact. The order of examples depends only on the number of rows in the global batch: each process packs the whole
-batch and keeps its own contiguous rows, so one state serves all processes, and any number of processes can resume from
-it. Reading, tokenizing and packing run ahead in a thread.
+Built on Grain: documents -> tokens -> packed rows -> batches. Given a seed, everything is deterministic, and the saved
+state is exact. The examples in a batch depend on the size of the global batch, but not on the number of processes: each
+process packs the whole global batch and keeps its own contiguous rows. One state therefore serves all processes, and
+any number of processes can resume from it. Reading, tokenizing and packing run ahead in a thread.
 """
 
 import math
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
-CHARS_AT_ONCE = 2_000_000  # fewer documents if they are long: those waiting to be packed are part of the state
+# If documents are long, only about this many characters are tokenized at once, since documents that wait to be packed
+# are part of the saved state.
+CHARS_AT_ONCE = 2_000_000
 RENDER_AT_ONCE = 16  # conversations
-PREFETCH = 4  # batches
+PREFETCH = 4  # batches prepared in advance
 Cursor = dict[str, Any]
 Batch = dict[str, np.ndarray]
 
@@ -43,9 +45,9 @@ class Loader:
     """Iterator over batches {inputs: int32[b, T], targets: int32[b, T]}. The b rows are this process's share of the
     global batch; the loss ignores targets of -1.
 
-    `info` describes the last batch: epoch, progress (epochs completed, 1.5 after one and a half), waste (see packing),
-    and how far reading had got. `state()` is JSON-serializable and belongs to the batch returned last, no matter what
-    the thread has prepared since.
+    `info` describes the last batch: epoch, progress (in epochs: 1.5 after one and a half), waste (see packing.py), and
+    the position that reading had reached. `state()` is JSON-serializable and belongs to the batch returned last, even
+    if the thread has prepared further ones since.
     """
 
     def __init__(self, batches: "Batches"):
@@ -64,11 +66,14 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the batch returned last, for `restore`."""
+        """The position after the batch returned last, to be passed to `restore`."""
         return self._iterator.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after the batch that `state` belongs to. UserError if its packing method or row width differs."""
+        """Continues after the batch that `state` belongs to.
+
+        Raises UserError if the packing method or the row width differs from this loader's.
+        """
         self._iterator.set_state(state)
 
     def close(self) -> None:
@@ -103,7 +108,7 @@ def base_loader(
     """Pretraining batches from parquet files: this process gets its share of the `rows` rows in the global batch.
 
     Ends after `epochs` passes (None: never); the last batch is padded with empty rows, which have no targets. Files
-    with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again, which does not change the batches.
+    with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again; the batches are the same either way.
     """
     documents = Documents(files, tokenizer, seed, epochs, cache_dir)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
@@ -121,7 +126,7 @@ def val_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Validation batches: the first `num_tokens` tokens of the files (None: all), as whole rows, at least one.
+    """Validation batches: as many whole rows as `num_tokens` tokens fill, but at least one (None: all rows).
 
     What the rows contain does not depend on `rows`, the number of rows in a batch. The last batch is padded with empty
     rows.
@@ -145,12 +150,12 @@ def chat_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Batches of conversations, reshuffled in each epoch. UserError if the task has none.
+    """Batches of conversations, reshuffled in each epoch. Raises UserError if the task has no conversations.
 
-    supervise="all" (midtraining): split packing, loss on every token. "mask" (finetuning): whole conversations,
-    truncated only if longer than a row, loss on the assistant's tokens only; a conversation without such tokens is
-    skipped. `info` counts the conversations `truncated` and `skipped`. `max_rows` ends the batches early. Every batch
-    has `padding` empty rows after its `rows`, for when `rows` cannot be divided evenly among the devices.
+    supervise="all" (midtraining): split packing, loss on every token. supervise="mask" (finetuning): whole
+    conversations, truncated only if longer than a row, with loss on the assistant's tokens only; a conversation without
+    such tokens is skipped. `info` counts truncated and skipped conversations. `max_rows` ends the batches early. Each
+    batch has `padding` empty rows after its `rows` rows, in case these do not divide evenly among the devices.
     """
     assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
     conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
@@ -175,9 +180,9 @@ def epoch_tokens(
 ) -> float:
     """Estimates how many tokens the files hold, including a BOS per document.
 
-    Extrapolates from the first eight files: from the mean token count of those with cached tokens, if any; otherwise
-    from the mean size of the first eight that have arrived, times the tokens per byte in the first `sample` documents.
-    NaN if none has arrived.
+    If any of the first eight files have cached tokens, their mean token count is extrapolated. If not, the mean size of
+    the first eight files that have arrived is multiplied by the tokens per byte in the first `sample` documents.
+    Returns NaN if no file has arrived.
     """
     counts = []
     for path in files[:8]:
@@ -205,8 +210,8 @@ def epoch_tokens(
 class Documents:
     """Tokenized documents of parquet files.
 
-    The first epoch reads the files in order, since later ones may still be downloading; later epochs shuffle them. The
-    row groups within a file are always shuffled. With seed=None, nothing is shuffled.
+    The first epoch reads the files in order, since the last ones may still be downloading; later epochs shuffle them.
+    The row groups within a file are always shuffled. With seed=None, nothing is shuffled.
     """
 
     start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0, "skipped": 0}
@@ -228,11 +233,14 @@ class Documents:
         self._path: Path | None = None
         self._file: pq.ParquetFile | token_cache.TokenCache | None = None
         self._group: int | None = None
-        self._docs: list = []  # str, or tokens int[n] without BOS
+        self._docs: list = []  # each a str, or tokens int[n] without BOS
         self._chars: Sequence[int] | np.ndarray = []  # number of characters of each document
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
-        """The documents at a cursor and the next cursor; None at the end. A row group takes several calls."""
+        """Returns (the documents at a cursor, the next cursor), or None at the end.
+
+        Reading a row group may take several calls.
+        """
         epoch, file, row_group, begin = (cursor[k] for k in ("epoch", "file", "row_group", "document"))
         if epoch == self.epochs:
             return None
@@ -272,7 +280,7 @@ class Documents:
         return self.files[self._nth(epoch, i)]
 
     def _shuffled(self, n: int, epoch: int, stream: int) -> np.ndarray:
-        """0 to n - 1 in the random order of an epoch. Stream 0 orders the files, 1 + i the i-th file's row groups."""
+        """0 to n - 1 in an epoch's random order. `stream` is 0 for the files, 1 + i for the i-th file's row groups."""
         return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, stream]).permutation(n)
 
     def _open(self, path: Path) -> int:
@@ -308,8 +316,8 @@ class Documents:
 
 
 class Conversations:
-    """Rendered conversations of a task, reshuffled in every epoch. They are truncated to `max_tokens` and carry their
-    mask; if `max_tokens` is None, they are complete and every token is a target."""
+    """Rendered conversations of a task, reshuffled in every epoch. They are truncated to `max_tokens`, and only the
+    tokens in their mask are targets; if `max_tokens` is None, they are complete, and every token is a target."""
 
     start: ClassVar[Cursor] = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
 
@@ -322,7 +330,7 @@ class Conversations:
         self._epoch, self._order = -1, np.arange(0)
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
-        """The conversations at a cursor and the next cursor; None at the end."""
+        """Returns (the conversations at a cursor, the next cursor), or None at the end."""
         epoch, begin = cursor["epoch"], cursor["position"]
         if epoch == self.epochs:
             return None
@@ -347,8 +355,8 @@ class Conversations:
         return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """The position of a cursor. The `waiting` conversations, read but not yet placed in a row, do not count as
-        progress; if they did, the learning rate schedule of a small task would end before training does."""
+        """The position of a cursor. The `waiting` conversations, which have been read but are not yet in a row, do not
+        count as progress: if they did, the learning rate schedule of a small task would end before training does."""
         consumed = cursor["epoch"] * len(self.task) + cursor["position"] - waiting
         counts = {k: cursor[k] for k in ("epoch", "truncated", "skipped")}
         return {**counts, "shard": None, "row_group": None, "progress": max(0, consumed) / len(self.task)}
@@ -376,7 +384,10 @@ class Batches(grain.IterDataset):
         assert method in ("stream", *packing.BUFFER_DOCUMENTS), f"packing {method!r}"
         padded = rows + padding
         if rows < 1 or padded % process_count:
-            raise UserError(f"a batch of {padded} rows cannot be shared by {process_count} processes: use a multiple")
+            raise UserError(
+                f"a batch of {padded} rows cannot be shared by {process_count} processes: "
+                f"use a multiple of {process_count}"
+            )
         share = padded // process_count
         self.own_rows = slice(process_index * share, (process_index + 1) * share)
         self.documents, self.method, self.rows, self.max_rows = documents, method, rows, max_rows
@@ -401,7 +412,7 @@ class BatchIterator(grain.DatasetIterator):
             packing.Stream(batches.width, bos) if stream else packing.BestFit(batches.method, batches.width, bos)
         )
         self._cursor = dict(batches.documents.start)
-        self._rows = 0  # rows of global batches made so far
+        self._rows = 0  # rows made so far, over all global batches
 
     def __next__(self) -> dict[str, Any]:
         rows = []

@@ -1,7 +1,7 @@
 """Downloads shards of pretraining text from the Hugging Face hub. In: a source's name. Out: parquet files, verified.
 
-Only text shards: the rows of tasks are downloaded by tasks/source.py. Shards are downloaded in parallel, and an
-interrupted download is resumed.
+Only text shards are downloaded here; tasks/task_data.py downloads the rows of tasks. Shards are downloaded in parallel,
+and an interrupted download is resumed.
 
     <base>/data/<source>/shard_00000.parquet          complete and verified, or absent
     <base>/data/<source>/shard_00000.parquet.sha256   its SHA-256, in the format of `sha256sum -c`
@@ -9,9 +9,9 @@ interrupted download is resumed.
     <base>/data/<source>/manifest.json                how many shards were requested
 
 Addresses, tokens, mirrors and offline mode are left to huggingface_hub (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). The
-transfer is our own code: the library (2.4) discards a partial file when it is interrupted, compares sizes but not
-hashes, and takes 23 s to notice that a server does not answer. The expected hash is the one that the hub reports; if a
-mirror reports none, it is the hash of the first download.
+transfer is our own code, because huggingface_hub (2.4) discards a partial file when it is interrupted, compares sizes
+but not hashes, and takes 23 s to notice that a server does not answer. A shard must have the hash that the hub reports
+or, if a mirror reports none, the hash that was recorded when the shard was first downloaded.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ from nanochat_jax.config import UserError, first_line
 from nanochat_jax.files import exclusive, read_json, sha256, write_text
 from nanochat_jax.progress import Progress
 
-# name: (hub repository, number of its last shard). That last shard is the validation set, whatever else is on disk.
+# name: (hub repository, number of its last shard). The last shard is the validation set, whichever others are on disk.
 SOURCES = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
 }
-TRIES = 5  # consecutive tries that do not transfer a byte
-FEW_TRIES = 3  # if no server answers, or if the bytes it sends are wrong
+TRIES = 5  # how many tries for a shard may fail in a row without transferring a byte
+FEW_TRIES = 3  # how many tries if no server answers, or if it sends wrong bytes
 PAUSE = 0.5  # seconds before the second try, doubled before each further one
 LONGEST_PAUSE = 300.0  # seconds; the hub limits the number of requests per five minutes
 
@@ -55,10 +55,11 @@ def folder_of(source: str) -> Path:
 
 
 def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
-    """The training shards and the validation shard that `download` was asked for. UserError if nothing was downloaded.
+    """The training shards and the validation shard that `download` was asked for.
 
-    Shards that have not arrived yet are included, so that the order never depends on which have. `num_files`: exactly
-    this many training shards, even if more or fewer were requested (-1: all that were requested).
+    Raises UserError if nothing was downloaded.
+    Shards that have not arrived yet are included, so that the order does not depend on which ones have. `num_files` is
+    the exact number of training shards, even if more or fewer were requested (-1: all that were requested).
     """
     folder, last = folder_of(source), shard_name(SOURCES[source][1])
     if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
@@ -79,11 +80,11 @@ def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
 
 
 def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = False) -> None:
-    """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. UserError
-    if any shard is missing in the end.
+    """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. Raises
+    UserError if any shard is still missing at the end.
 
-    Existing shards are kept and partial ones resumed. Shards that changed since they were verified are hashed again
-    (with `verify`, all shards are), and damaged ones are downloaded again.
+    Existing shards are kept, and partial ones are resumed. Shards that changed since they were verified are hashed
+    again (with `verify`, all shards are), and damaged shards are downloaded again.
     """
     if source not in SOURCES:
         raise UserError(f"--data={source}: unknown source, expected {' or '.join(SOURCES)}")
@@ -101,17 +102,17 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             for _ in pool.map(lambda name: _verify(job, name, verify), existing):
                 job.touch_lock()
                 progress.advance()
-        # The validation shard comes first and alone: it is always needed, and if the hub cannot be reached, there is a
-        # single failure, early on.
+        # The validation shard comes first and alone, because it is always needed, and because a hub that cannot be
+        # reached then causes a single failure, early on.
         if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
-        # Requesting fewer shards than before removes none.
+        # A request for fewer shards than before does not lower the number in the manifest.
         requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
         if failures := _fetch_all(job, names, f"{source}, MB", workers):
             missing = sum(not (folder / name).exists() for name in names)
             message = f"{missing} of {count} shards missing; first failure: {failures[0]}"
-            raise UserError(f"{message}; run it again to resume")
+            raise UserError(f"{message}; run the command again to resume")
 
 
 # -----------------------------------------------------------------------------
@@ -119,9 +120,9 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
 
 
 def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Blocks until a shard that is being downloaded has arrived, so that training can start before all of them have.
+    """Blocks until a shard that is being downloaded has arrived, so that training can start before all shards have.
 
-    UserError if nothing has changed in its folder for `patience` seconds; InterruptedError once `stop` is set.
+    Raises UserError if nothing in its folder changes for `patience` seconds, and InterruptedError once `stop` is set.
     """
     stop = stop or threading.Event()
     if not path.exists():
@@ -155,8 +156,8 @@ class Job:
     repo: str
     folder: Path
     stop: threading.Event = field(default_factory=threading.Event)
-    received: dict[str, int] = field(default_factory=dict)  # bytes of a shard transferred so far
-    expected: dict[str, int] = field(default_factory=dict)  # what `received` will be when the shard is complete
+    received: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred so far
+    expected: dict[str, int] = field(default_factory=dict)  # shard -> bytes in `received` once it is complete
 
     def touch_lock(self) -> None:
         """Shows `wait_for_shard` in other processes that the download is still running."""
@@ -169,7 +170,7 @@ class Job:
         try:
             yield pool
         except KeyboardInterrupt:
-            print("\nstopping; run it again to resume", file=sys.stderr, flush=True)
+            print("\nstopping; run the command again to resume", file=sys.stderr, flush=True)
             raise
         finally:
             self.stop.set()
@@ -192,7 +193,7 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
     failures = []
     with job.threads(workers) as pool, Progress(label, None) as progress:
         pending = {pool.submit(_fetch, job, name) for name in missing}
-        while pending and len(failures) < 2 * workers:  # with more, the cause is not a single shard
+        while pending and len(failures) < 2 * workers:  # with more failures, no single shard is the cause
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             job.touch_lock()
             failures += [failure for future in done if (failure := future.result())]
@@ -219,7 +220,7 @@ def _fetch(job: Job, name: str) -> str:
             return ""
         except Stopped:
             return f"{name}: stopped"
-        except Exception as error:  # from the library, its HTTP client or us: each becomes one line
+        except Exception as error:  # from huggingface_hub, its HTTP client or our code
             reason = f"{name}: {first_line(error)}"
             progressed = job.received[name] > before and not isinstance(error, BadContent)
             tries = 1 if progressed else tries + 1
@@ -250,7 +251,7 @@ def _transfer(job: Job, name: str) -> None:
     """Makes one attempt: asks for the shard's size and hash, completes its partial file, verifies and renames it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    # The endpoint is read here, because the library reads it only once, when it is imported.
+    # The endpoint is read here, because huggingface_hub reads it only once, when it is imported.
     url = hf_hub_url(job.repo, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
     about = get_hf_file_metadata(url, timeout=_seconds("HF_HUB_ETAG_TIMEOUT", 5.0))
     path = job.folder / name
@@ -283,7 +284,7 @@ def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> No
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         hf_raise_for_status(response)
         if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            start = 0  # the whole file is coming
+            start = 0  # the server sends the whole file
         job.expected[name] = before + (int(response.headers.get("Content-Length", 0)) if size is None else size - start)
         with open(part, "r+b" if start else "wb") as file:
             file.seek(start)
@@ -297,7 +298,10 @@ def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> No
 
 
 def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
-    """Renames a complete download to `path`, or deletes a bad one. `expected` begins with the SHA-256, or is ""."""
+    """Renames a complete download to `path`, or deletes a bad one.
+
+    `expected` begins with the SHA-256 that the file must have, or is "" if that is not known.
+    """
     length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:
         raise ConnectionError(f"got {length:,} of {size:,} bytes")  # another try may bring the rest
@@ -310,19 +314,20 @@ def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
     if problem:
         part.unlink()
         raise BadContent(problem)
-    write_text(_hash_file(path), f"{digest}  {path.name}\n")  # before the shard, so that every shard has its hash
+    # The hash is written before the shard gets its name, so that no shard is ever without one.
+    write_text(_hash_file(path), f"{digest}  {path.name}\n")
     os.replace(part, path)
 
 
 def _verify(job: Job, name: str, always: bool) -> None:
     """Deletes a shard if it is damaged, so that it is downloaded again. Hashes it only if it is newer than its recorded
-    hash, or if `always`."""
+    hash, or if `always` is set."""
     path = job.folder / name
     recorded = _recorded_hash(path)
     if recorded and not always and path.stat().st_mtime <= _hash_file(path).stat().st_mtime:
         return
     digest = sha256(path)
-    problem = _problem(path)  # the only check for a file that was copied here by hand
+    problem = _problem(path)  # the only check for a file without a recorded hash, copied here by hand
     if recorded and digest != recorded:
         problem = f"SHA-256 {digest}, expected {recorded}"
     if problem:
@@ -358,12 +363,12 @@ def _recorded_hash(path: Path) -> str:
 
 
 def _as_sha256(etag: str | None) -> str:
-    """The ETag if it is a SHA-256, as the hub's are for large files; else "", since other servers may send anything."""
+    """The ETag if it is a SHA-256, which the hub sends for large files; "" for anything else a server may send."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
 
 
 def _seconds(variable: str, default: float) -> float:
-    """The number in an environment variable, or the default if it holds none."""
+    """The number in an environment variable, or `default` if the variable holds no number."""
     try:
         return float(os.environ.get(variable) or default)
     except ValueError:

@@ -3,7 +3,7 @@ and validation documents, and the versions of the packages.
 
 Files are parsed, never imported. A class or function, with everything inside it, is one document; if its docstrings are
 too short for that, they go into the document of their module. Repeated paragraphs are dropped, and a fixed share of the
-documents, chosen by the hash of their names, is held out. The same versions give the same corpus.
+documents, chosen by the hash of their names, is held out. The same package versions give the same corpus.
 """
 
 import ast
@@ -21,14 +21,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-# The packages in the corpus, besides the standard library: the core dependencies and what those depend on.
+# The packages in the corpus, besides the standard library: the core dependencies and their own dependencies.
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "scipy", "ml_dtypes", "tensorstore", "tiktoken",
     "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "regex", "requests", "urllib3",
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-MIN_CHARS = 200  # per document
+MIN_CHARS = 200  # characters per document
 MIN_PARAGRAPH = 60  # characters; shorter paragraphs (headings, "Returns") may repeat
 HELD_OUT = 64  # one document in this many is held out for validation
 
@@ -36,12 +36,12 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
-    """Training documents (shuffled), validation documents, and the version of every package (None: not installed). The
+    """Returns (shuffled training documents, validation documents, package -> its version or None if not installed). The
     standard library is always included."""
     files = _module_files(Path(sysconfig.get_paths()["stdlib"]), "")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
-        spec = importlib.util.find_spec(package)  # for a top-level name: finds the files, imports nothing
+        spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
         versions[package] = _version(package) if spec else None
         for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
             files += _module_files(Path(folder), package)
@@ -69,7 +69,7 @@ def module_documents(module: str, path: str) -> list[tuple[str, str]]:
         if b'"""' not in source and b"'''" not in source and module != "pydoc_data.topics":
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # warnings about invalid escapes in other people's strings
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
@@ -100,7 +100,7 @@ def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    """The version of an installed package: "jax" -> "0.10.2". Its distribution may have another name."""
+    """The version of an installed package: "jax" -> "0.10.2". The distribution may have another name."""
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(distributions[0])
 
@@ -164,7 +164,7 @@ def _clean(text: str) -> str:
 
 def _drop_repeated_paragraphs(named: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Drops paragraphs that occurred before, then documents with too little text left. Scientific packages quote each
-    other at length; dropping repetitions also keeps the validation text out of the training text."""
+    other at length. Dropping the repetitions also keeps the validation text out of the training text."""
     seen, kept = set(), []
     for name, text in named:
         paragraphs = []

@@ -1,8 +1,9 @@
 """Packs documents of any length into rows of a fixed width. In: token ids. Out: rows int32[T+1], inputs and targets.
 
 A document is an int32 array of token ids that begins with BOS. A token that is read but not predicted (a user's words,
-padding) is stored as its complement, ~id. BestFit and Stream turn documents into rows of T+1 tokens; `as_batch` turns
-rows into inputs and targets. Both count what they discard or pad; their state is small, exact and JSON-serializable.
+padding) is stored as its complement, ~id. BestFit and Stream turn documents into rows of T+1 tokens, and count the
+tokens that they discard or pad with. Their state is small, exact and JSON-serializable. `as_batch` turns rows into
+inputs and targets.
 """
 
 import base64
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-# How many buffered documents best fit chooses from. A larger buffer leaves fewer gaps, but makes the state larger. The
-# original nanochat buffers 1000 for "crop" and 100 for "whole".
+# How many buffered documents best fit chooses from, by packing method. A larger buffer leaves fewer gaps, but makes the
+# state larger. The original nanochat buffers 1000 documents for "crop" and 100 for "whole".
 BUFFER_DOCUMENTS = {"split": 256, "crop": 1000, "whole": 100}
 
 
 def document(ids: ArrayLike, mask: Sequence[int] | None = None) -> np.ndarray:
-    """The ids as int32[n]; where `mask` is 0 the token is read but not predicted.
+    """The ids as int32[n]; where `mask` is 0, the token is read but not predicted.
 
     >>> document([0, 7, 8], [0, 0, 1]).tolist()  # ~0 == -1, ~7 == -8
     [-1, -8, 8]
@@ -40,15 +41,15 @@ def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def empty_row(width: int, bos: int) -> np.ndarray:
-    """int32[width] of padding: BOS throughout, no targets."""
+    """A row int32[width] of padding: BOS throughout, without any target."""
     return np.full(width, ~bos, np.int32)
 
 
 class BestFit:
-    """Fills each row with the largest buffered document that still fits; every row begins with BOS. If none fits:
+    """Fills rows by taking the longest buffered document that still fits. Every row begins with BOS. If none fits:
 
     - "split": the longest is split, and its remainder returns to the buffer as a document with its own BOS. Nothing is
-      lost. Every row begins with the longest document, even if that has to be split, so that documents longer than a
+      lost. Every row begins with the longest document, even if it has to be split, so that documents longer than a
       row cannot pile up behind short ones.
     - "crop": the shortest is truncated, and its remainder is discarded and counted (nanochat's method in 2026).
     - "whole": the rest of the row is padded. No document may be longer than a row.
@@ -68,11 +69,11 @@ class BestFit:
         self._load([], 0, 0)
 
     def _load(self, documents: list[np.ndarray], emitted: int, wasted: int) -> None:
-        self._order: list[tuple[int, int]] = []  # sorted (length, serial number)
-        self._documents: dict[int, tuple[bool, np.ndarray]] = {}  # serial number -> (needs a BOS in front, array)
+        self._order: list[tuple[int, int]] = []  # (length, serial number) of each document, sorted
+        self._documents: dict[int, tuple[bool, np.ndarray]] = {}  # serial number -> (whether it needs BOS, ids)
         self._serial = 0
         self._buffered_tokens = 0
-        self._emitted, self._wasted = emitted, wasted  # tokens
+        self._emitted, self._wasted = emitted, wasted  # both in tokens
         for doc in documents:
             self.add(doc)
 
@@ -88,7 +89,7 @@ class BestFit:
         self._buffered_tokens += needs_bos + len(doc)
 
     def __len__(self) -> int:
-        """Number of buffered documents, partly placed ones included."""
+        """Number of buffered documents, including the remainders of split ones."""
         return len(self._order)
 
     @property
@@ -100,11 +101,11 @@ class BestFit:
 
     @property
     def waste(self) -> float:
-        """Fraction of all tokens so far that were discarded or are padding."""
+        """Of all tokens so far, the fraction that were discarded or are padding."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
-        """The next row, int32[width]; padded only with "whole", or if too few documents are left to fill it."""
+        """The next row, int32[width]. It is padded only for "whole", or if too few documents are left to fill it."""
         row, filled = empty_row(self.width, self.bos), 0
         while filled < self.width and self._order:
             taken = self._take(self.width - filled, row_is_empty=not filled)
@@ -124,7 +125,7 @@ class BestFit:
         return row
 
     def _take(self, room: int, row_is_empty: bool) -> tuple[bool, np.ndarray] | None:
-        """Removes the document to place next in `room` positions: the oldest of the chosen length. None: pad."""
+        """Removes and returns the next document for `room` positions, of equally long ones the oldest; None: pad."""
         num_fitting = bisect_right(self._order, (room, self._serial))
         if self.method == "split" and (row_is_empty or not num_fitting):
             index = -1
@@ -147,7 +148,7 @@ class BestFit:
             self._emitted += len(remainder)
 
     def state(self) -> dict[str, Any]:
-        """Everything the next rows depend on, JSON-serializable."""
+        """Everything that the next rows depend on, in JSON-serializable form."""
         buffered = [self._documents[serial] for serial in sorted(self._documents)]
         parts = []
         for needs_bos, doc in buffered:
@@ -170,7 +171,7 @@ class Stream:
     """Joins documents end to end and splits them every T tokens (nanochat's method in 2025).
 
     Nothing is lost, but a row may begin in the middle of a document. Unlike in nanochat, the last target of a row is
-    also the first input of the next, so that the rows do not depend on the batch size.
+    also the first input of the next row, so that the rows do not depend on the batch size.
     """
 
     def __init__(self, width: int, bos: int):
@@ -193,7 +194,7 @@ class Stream:
 
     @property
     def waste(self) -> float:
-        """Fraction of all positions so far that are padding."""
+        """Of all positions so far, the fraction that are padding."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
@@ -209,7 +210,7 @@ class Stream:
         return row
 
     def state(self) -> dict[str, Any]:
-        """Everything the next rows depend on, JSON-serializable."""
+        """Everything that the next rows depend on, in JSON-serializable form."""
         return {"tokens": _encode(self._parts), "emitted": self._emitted, "wasted": self._wasted}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -220,7 +221,7 @@ class Stream:
 
 
 def _encode(arrays: list[np.ndarray]) -> str:
-    """Tokens as base64: [int32[2]] -> 12 characters. The state holds them, so that resuming tokenizes nothing again.
+    """Tokens as base64: [int32[2]] -> 12 characters. Saved states hold tokens, so that no text is tokenized again.
 
     >>> _encode([np.array([0, 258], np.int32)])
     'AAAAAAIBAAA='

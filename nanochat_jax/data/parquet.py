@@ -1,6 +1,6 @@
 """Reads and writes parquet files with a string column `text`. In: a path, or texts. Out: documents, or shards.
 
-A file that cannot be used raises a UserError that names it; a document that cannot be used is read as "", so that the
+Raises UserError, naming the file, if a file cannot be used. A document that cannot be used is read as "", so that the
 other documents keep their positions.
 """
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     import pyarrow.parquet as pq  # imported where it is used: it is slow to load
 
-ROW_GROUP = 1024  # documents, which are read together
-SHARD_CHARS = 250_000_000  # about 100 MB of zstd
-MAX_CHARS = 1_000_000  # per document; longer ones are split, since a document is tokenized and packed as a whole
+ROW_GROUP = 1024  # documents in a row group, which is read as a whole
+SHARD_CHARS = 250_000_000  # characters per shard: about 100 MB when compressed with zstd
+MAX_CHARS = 1_000_000  # per document; longer documents are split, since a document is tokenized and packed as a whole
 HOW_TO_FIX = "if it was downloaded, python -m nanochat_jax.dataset --verify downloads it again"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
 def open(path: Path) -> "pq.ParquetFile":
-    """Opens a parquet file that has a string column `text`. UserError if it is damaged or has no such column.
+    """Opens a parquet file that has a string column `text`. Raises UserError if it is damaged or lacks the column.
 
     Named like gzip.open, and called the same way: parquet.open(path).
     """
@@ -46,8 +46,8 @@ def open(path: Path) -> "pq.ParquetFile":
 
 
 def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
-    """The documents of one row group of an open file; a document that is too long becomes several. UserError if the row
-    group cannot be read.
+    """The documents of one row group of an open file; a document that is too long becomes several. Raises UserError
+    if the row group cannot be read.
 
     "" stands for a document that cannot be used: it is empty, or it is not UTF-8. The number of documents that are not
     UTF-8 is reported on stderr.
@@ -76,14 +76,14 @@ def text_bytes(path: Path) -> list[int]:
 
 
 def row_groups(path: Path) -> Iterator[list[str]]:
-    """The documents of a parquet file by row group, "" for those that cannot be used."""
+    """The documents of a parquet file, one list per row group, with "" for each document that cannot be used."""
     with open(path) as file:
         for i in range(file.num_row_groups):
             yield read_row_group(file, path, i)
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """All documents of a parquet file, "" for those that cannot be used."""
+    """All documents of a parquet file, with "" for each document that cannot be used."""
     for texts in row_groups(path):
         yield from texts
 
@@ -97,9 +97,9 @@ def _decode(data: bytes | None) -> str | None:
 
 
 def split_long(text: str) -> list[str]:
-    """Splits a text into pieces of at most MAX_CHARS, if possible after a line or else after a word. Nothing is lost.
+    """Splits a text into pieces of at most MAX_CHARS, after a line break if possible, or else after a space.
 
-    With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
+    Nothing is lost. With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
     """
     pieces, start = [], 0
     while len(text) - start > MAX_CHARS:

@@ -1,4 +1,4 @@
-"""Finds the pretraining text. In: a source's name or a folder. Out: a Source, training and validation parquet files.
+"""Finds the pretraining text. In: a source's name or a folder. Out: a Source, with training and validation files.
 
     python -m nanochat_jax.dataset -n 240    downloads a named source from the Hugging Face hub (hub.py)
     --data=local                             a small corpus made of the documentation installed with Python
@@ -26,7 +26,7 @@ from nanochat_jax.files import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus on disk. `hash` identifies its contents. It covers the whole text if the files were written here, and
+    """A corpus on disk. `hash` identifies its contents. It covers the whole text if this module wrote the files, and
     otherwise only file names and sizes, since parquet files that are read in place may be too large to read twice."""
 
     name: str
@@ -35,7 +35,7 @@ class Source:
     hash: str
 
     def texts(self, split: str) -> Iterator[str]:
-        """The documents of "train" or "val" in file order, as plain text. Waits for shards still downloading."""
+        """The documents of "train" or "val" in file order, as plain text. Waits for shards that are still arriving."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
             hub.wait_for_shard(path)
             yield from filter(None, parquet.texts_of(path))
@@ -49,10 +49,10 @@ class Source:
 
 
 def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
-    """The corpus named `source`, or the one in the folder `data_dir`. UserError if it is not there or not usable.
+    """The corpus named `source`, or the one in the folder `data_dir`. Raises UserError if it is missing or unusable.
 
-    With neither, the corpus that the tokenizer was trained on, so that all stages read the same text; "local" if there
-    is no tokenizer yet. `num_files` limits a source on the hub to its first training shards (-1: all that were
+    If neither is given, the corpus that the tokenizer was trained on, so that all stages read the same text; "local" if
+    there is no tokenizer yet. `num_files` limits a source on the hub to its first training shards (-1: all that were
     requested); these may still be downloading. Named like gzip.open, and called the same way: sources.open(cfg.data).
     """
     recorded = config.base_dir() / "tokenizer" / "source.json"
@@ -68,7 +68,7 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
     train, val = hub.shards_of(source, num_files)
-    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same for any number of shards
+    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same hash for any number of shards
 
 
 # -----------------------------------------------------------------------------

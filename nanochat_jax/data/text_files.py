@@ -19,9 +19,10 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
 def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
-    """The non-empty documents of one file, long ones split. UserError names the file or line that cannot be read.
+    """The non-empty documents of one file, with long ones split.
 
-    `counts` is updated with the number of documents, and how many are empty, too long or not valid Unicode.
+    Raises UserError, naming the file or line, if something in the file cannot be read. `counts` is updated with the
+    number of documents, and with how many of them are empty, too long or not valid Unicode.
     """
     counts = Counter() if counts is None else counts
     for text in parquet.texts_of(path) if path.suffix == ".parquet" else _read_documents(path):
@@ -58,7 +59,7 @@ def _read_documents(path: Path) -> Iterator[str]:
 
 
 def _json_text(line: str, where: str) -> str:
-    """'{"text": "Hello", "id": 7}' -> "Hello". `where` names the line in a UserError."""
+    """'{"text": "Hello", "id": 7}' -> "Hello". Raises UserError, beginning with `where`, if there is no text."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -87,8 +88,8 @@ def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
 
 
 def shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
-    """The same texts in random order. Training reads shards in order, so documents have to be shuffled when they are
-    written, as those in the hub's shards were."""
+    """The same texts in random order. Training reads shards in order, so documents have to be shuffled before they
+    are written, as those in the hub's shards were."""
     rng, window, chars = random.Random(seed), [], 0
     for text in texts:
         window.append(text)

@@ -5,9 +5,9 @@
         shard_00000.index.npz    where documents and row groups begin, their checksums, and a fingerprint of the text
 
 The cached tokens of a file have the same row groups and documents as its text, unusable documents included, so that a
-position in the text is the same position in the tokens. A run that read text can resume from tokens, and vice versa,
-with exactly the same batches; files without cached tokens are read as text. `python -m nanochat_jax.dataset --tokenize`
-builds the cache, which is worth it where tokenizing cannot keep up with the accelerators.
+reading position means the same place in the text and in the tokens. A run that read text can resume from tokens, and
+vice versa, with exactly the same batches; files without cached tokens are read as text. The cache is built by
+`python -m nanochat_jax.dataset --tokenize`, which is worthwhile if tokenizing cannot keep up with the accelerators.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ HOW_TO_FIX = "delete it and run python -m nanochat_jax.dataset --tokenize again"
 
 
 class RowGroup(NamedTuple):
-    """The documents of a row group: the tokens of each without BOS, and the length of its text in characters."""
+    """The documents of a row group: for each, its tokens without BOS, and the length of its text in characters."""
 
     docs: list[np.ndarray]
     chars: np.ndarray
 
 
 class TokenCache:
-    """The cached tokens of one text file, memory-mapped. UserError if a row group is damaged."""
+    """The cached tokens of one text file, memory-mapped. `read` raises UserError if a row group is damaged."""
 
     def __init__(self, tokens: Path, index: Mapping[str, np.ndarray]):
         self.path = tokens
@@ -69,13 +69,13 @@ class TokenCache:
 
 
 def folder_of(source: sources.Source, tokenizer: Tokenizer) -> Path:
-    """The folder for the tokens of a source, as cached with one tokenizer."""
+    """The folder for the cached tokens of a source, tokenized by `tokenizer`."""
     return config.base_dir() / "tokenized_data" / f"{source.name}-{tokenizer.hash[:8]}"
 
 
 def find(text: Path, folder: Path | None) -> TokenCache | None:
-    """The cached tokens of a text file; None if `folder` has none, or only those of a different text. The text file may
-    have been deleted."""
+    """The cached tokens of a text file; None if `folder` has none, or if they were made from a different text. The text
+    file itself may have been deleted."""
     if folder is None:
         return None
     tokens, index_path = _paths(text, folder)
@@ -92,13 +92,13 @@ def find(text: Path, folder: Path | None) -> TokenCache | None:
 
 
 def num_cached(files: Iterable[Path], folder: Path) -> int:
-    """How many of the files have cached tokens, whether or not these are of the current text."""
+    """How many of the files have cached tokens, even if these were made from an earlier text."""
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
 def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = None) -> Path:
-    """Tokenizes the training and validation files that have no cached tokens yet. Returns the folder of the tokens, by
-    default the one in which training looks for them."""
+    """Tokenizes the training and validation files that have no cached tokens yet. Returns the folder of the tokens;
+    by default, training looks for them there."""
     folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     files = [*source.val_files, *source.train_files]

@@ -1,9 +1,9 @@
 """The engine's key/value cache: one pair of buffers per layer, one row per slot.
 
 A cache is {"k": [l arrays [b,n,s,k]], "v": the same}. The keys of one head are contiguous, because attention reads them
-that way. All rows have the same number of positions s, always one of a few bucket sizes: attention then covers what is
-filled rather than the whole context, and few shapes are compiled. Rows need no clearing: attention masks what lies
-beyond a row's length, and the row overwrites it as it grows.
+that way. All rows have the same number of positions s, which is always one of a few bucket sizes. Attention therefore
+covers little more than the filled positions, not the whole context, and only a few shapes are compiled. Rows are never
+cleared: attention masks the positions beyond a row's length, and new tokens overwrite them.
 """
 
 import functools
@@ -17,7 +17,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-SMALLEST = 128  # positions; below this, attention costs little compared with reading the weights
+SMALLEST = 128  # positions in the smallest bucket; attention over fewer costs little compared with reading the weights
 
 KV = dict[str, list[jax.Array]]
 
@@ -36,7 +36,7 @@ def allocate(
 ) -> KV:
     """An empty cache of `rows` rows and `size` positions, arrays [rows,n,size,k], for a model that computes in `dtype`.
 
-    It is filled with zeros, since uninitialised memory could hold NaNs, which would get past the mask.
+    It is filled with zeros, since uninitialised memory may hold NaNs, which get past the mask.
     """
     shape = (rows, model_cfg.n_kv_head, size, model_cfg.head_dim)
     return {
@@ -46,20 +46,20 @@ def allocate(
 
 
 def dtype_for(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which keys and values are stored: `dtype`, except that a CPU stores float32, because XLA's batched
-    bf16 products take up to 12 times as long there."""
+    """The dtype in which keys and values are stored: `dtype`, or float32 on a CPU, where XLA's batched bf16 products
+    take up to 12 times as long."""
     return jnp.dtype(accum_dtype(dtype) if jax.default_backend() == "cpu" else dtype)
 
 
 def size_of(cache: KV) -> int:
-    """The number of positions s of a cache."""
+    """The number of positions s in each row of a cache."""
     return cache["k"][0].shape[2]
 
 
 def resize(cache: KV, size: int) -> KV:
-    """Arrays [b,n,s,k] -> [b,n,size,k]: the last positions are truncated, or empty ones appended.
+    """Arrays [b,n,s,k] -> [b,n,size,k]: rows are truncated, or empty positions are appended to them.
 
-    The buffers are replaced one by one, and each old one is freed, so that memory never holds two caches.
+    The buffers are replaced one at a time, and each old one is freed at once, so that memory never holds two caches.
     """
     for buffers in cache.values():
         for i, old in enumerate(buffers):
@@ -69,24 +69,24 @@ def resize(cache: KV, size: int) -> KV:
 
 @functools.partial(jax.jit, static_argnames=("size", "mesh"))
 def copy_row(cache: KV, slot: jax.Array, *, size: int, mesh: Mesh | None) -> KV:
-    """A copy of one slot's row as a cache of its own, arrays [1,n,size,k], replicated on every device."""
+    """A copy of one slot's row, as a cache with a single row: arrays [1,n,size,k], replicated on every device."""
     row = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
     return sharding.replicate(row, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _resize(x: jax.Array, size: int) -> jax.Array:
-    grow = (0, size - x.shape[2], 0)  # lax.pad truncates where this is negative
+    grow = (0, size - x.shape[2], 0)  # how many positions to add; if negative, lax.pad truncates
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), grow, (0, 0, 0)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert_rows(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
-    """Copies row source[i] of `prefix` [p,n,s',k] to the beginning of row target[i] of `cache` [b,n,s,k], s' <= s, for
-    every i below `count`. source and target are int32 [b].
+    """For every i below `count`, copies row source[i] of `prefix` [p,n,s',k] to the beginning of row target[i] of
+    `cache` [b,n,s,k], where s' <= s. source and target are int32 [b].
 
-    One prefix row may go to many slots: that is how the samples of a prompt share its prefill. This is a loop of slice
-    updates rather than a scatter, because the loop moves only the rows that change and works in place.
+    One prefix row may go to many slots: that is how the samples of a prompt share its prefill. A loop of slice updates
+    is used rather than a scatter, because the loop moves only the rows that change and works in place.
     """
 
     def copy(i: jax.Array, cache: KV) -> KV:

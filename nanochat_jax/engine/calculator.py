@@ -1,9 +1,9 @@
 """The calculator behind the model's python blocks: arithmetic, and counting a letter in a word.
 
 Nothing is evaluated as Python. An expression is parsed into a syntax tree, in which only numbers, + - * / //, signs and
-parentheses are accepted; counting is matched by one regular expression. The text is short, and so is every number: no
-input can hang the process or exhaust the memory. Results are written as the training data writes them, because a tool
-that answers 3.0 where GSM8K says 3 teaches the model to distrust it.
+parentheses are accepted; a count is recognised by a regular expression. The length of the text is limited, and so is
+the size of every number, so no input can hang the process or exhaust the memory. Results are written as the training
+data writes them, because a tool that answers 3.0 where GSM8K says 3 teaches the model to distrust it.
 """
 
 import ast
@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-MAX_CHARS = 256  # also bounds the digits of a product (their sum) and the depth of the tree
+# The longest expression. This also limits the depth of its syntax tree, and the digits of a product, since no product
+# has more digits than its factors together.
+MAX_CHARS = 256
 SIGNIFICANT_DIGITS = 10
 
 _ARITHMETIC = re.compile(r"[0-9+\-*/.() ]+")
@@ -29,7 +31,7 @@ _UNARY: dict[type[ast.unaryop], Callable] = {ast.UAdd: operator.pos, ast.USub: o
 
 
 def use_calculator(expression: str) -> str | None:
-    """The result of `expression` as the training data would write it, or None if it is refused or has no result.
+    """The result of `expression`, written as in the training data; None if the expression is refused or has no result.
 
     "12/4" -> "3", "'strawberry'.count('r')" -> "3", "2**3" -> None.
     """
@@ -47,7 +49,7 @@ def use_calculator(expression: str) -> str | None:
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    # The exact types, since True is an int as well.
+    # The types are compared exactly, since True is an int as well.
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and (binary := _BINARY.get(type(node.op))):
@@ -58,7 +60,10 @@ def _evaluate(node: ast.expr) -> int | float:
 
 
 def _format(value: int | float) -> str:
-    """12/4 -> 3, 0.1+0.2 -> 0.3, 1/3 -> 0.3333333333; never an exponent. ValueError for inf and nan."""
+    """Writes a number without an exponent: 12/4 -> 3, 0.1+0.2 -> 0.3, 1/3 -> 0.3333333333.
+
+    Raises ValueError for inf and nan.
+    """
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(value)

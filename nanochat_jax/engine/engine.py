@@ -1,20 +1,20 @@
 """The engine: all text is generated here, for the terminal, the server, evaluation and reinforcement learning.
 
-The life of a request: `add` puts it into the scheduler's queue. When a slot is free, a step prefills the request's
-prompt, alone or with others, whole or chunk by chunk, starting from a cached prefix if there is one. Each of the n
-samples then takes a slot: the prompt's keys and values are copied into the slot's cache row, and the sample's first
-token is drawn. From then on, every step decodes a chunk, a fixed number of tokens for all slots, in one compiled
-program with sampling, stopping and forced tokens on the device. After each chunk the host hands out the new tokens,
-runs the calculator for python blocks that were closed (such a row pauses on the device, and the result is forced into
-its next chunk), and frees the slots of finished samples. What a sample leaves in its slot stays cached for prompts that
-begin with it.
+The life of a request begins when `add` puts it into the scheduler's queue. When a slot is free, a step prefills the
+request's prompt, alone or with others, whole or chunk by chunk, starting from a cached prefix if there is one. Each of
+the request's n samples then takes a slot: the prompt's keys and values are copied into the slot's cache row, and the
+sample's first token is drawn. From then on, every step decodes a chunk: a fixed number of tokens for every slot, in one
+compiled program, which also samples, stops and inserts forced tokens on the device. After each chunk, the host hands
+out the new tokens, runs the calculator for python blocks that were closed, and frees the slots of finished samples. A
+row whose python block was closed pauses for the rest of the chunk, and the calculator's result is forced into the next
+one. The keys and values of a finished sample stay in its slot, cached for prompts that begin with the same tokens.
 
 `Engine.step` does all this in three moves: the scheduler decides (scheduler.py), the model runner computes
 (model_runner.py), and the engine gives the new tokens to their sequences. The host owns the schedule and sends it with
 every chunk; the device keeps only the weights and the cache. Only one thread may use an engine.
 
-If the weights lie on a mesh of several devices whose data axis divides the number of slots, each device keeps the cache
-of its own slots and decodes them.
+If the weights lie on a mesh of several devices, and its number of replicas divides the number of slots, each replica
+decodes its own share of the slots and keeps the cache of that share only.
 """
 
 import functools
@@ -38,11 +38,12 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 class Engine:
-    """Generates up to `slots` samples at a time with `params` of shape `model_cfg`, `chunk` tokens per step in `dtype`.
+    """Generates up to `slots` samples at a time, `chunk` tokens per step. The model (`params`, `model_cfg`) computes in
+    `dtype`.
 
     The tokenizer provides the ids of special tokens, and converts the calculator's input and output. Dtype and slots
-    are fixed, so that the result of a request never depends on the load, except for rounding: the cached prefix of a
-    prompt may have been computed in different chunks.
+    are fixed, so that the result of a request does not depend on the load. Only rounding does, because the cached
+    prefix of a prompt may have been computed in different chunks.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class Engine:
     def set_params(self, params: gpt.Params) -> None:
         """Generates with these weights from now on. The engine must be idle.
 
-        float32 arrays may be shared rather than copied: if they are donated elsewhere, the engine cannot use them any
-        more.
+        The engine may share float32 arrays rather than copy them: once they have been donated elsewhere, it can no
+        longer use them.
         """
         assert not self.busy, "set_params with samples under way"
         self._runner.set_params(params)
@@ -93,7 +94,7 @@ class Engine:
 
     @property
     def cached(self) -> int:
-        """The number of tokens of running samples in the cache, which has room for slots * sequence_len."""
+        """The number of cached tokens of running samples, at most slots * sequence_len."""
         return sum(sequence.length for sequence in self._scheduler.slots.running().values())
 
     @property
@@ -127,12 +128,12 @@ class Engine:
                 if progress and done > before:
                     progress(done, len(parts))
         finally:
-            for i in ids:  # after an error or Ctrl-C; otherwise nothing is left to cancel
+            for i in ids:  # needed only after an error or Ctrl-C; otherwise nothing is left to cancel
                 self.cancel(i)
         return [[_join(parts[i, s]) for s in range(r.n)] for i, r in zip(ids, requests, strict=True)]
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
-        """Yields the events of one request as they come. The engine must be idle; closing the iterator cancels the
+        """Yields the events of one request as they come. The engine must be idle. Closing the iterator cancels the
         request."""
         assert not self.busy, "stream with other samples under way"
         i = self.add(request)
@@ -146,7 +147,7 @@ class Engine:
     # For servers, which have many requests under way
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its id. UserError for a request that cannot be served."""
+        """Queues a request and returns its id. Raises UserError if the request cannot be served."""
         self.check(request)
         self._next_id += 1
         self._scheduler.add(self._next_id, request)
@@ -155,15 +156,15 @@ class Engine:
     def cancel(self, id: int, sample: int | None = None) -> None:
         """Ends a request and frees its slots at once. Unknown and finished ids are ignored.
 
-        With `sample`, only that sample ends; it must have been started.
+        With `sample`, ends only that sample of the request, which must have been started.
         """
         self._scheduler.cancel(id, sample)
         self._free_unused_prefill()
 
     def step(self) -> list[Event]:
-        """Starts waiting samples if a slot is free, otherwise decodes a chunk, and returns the new tokens.
+        """Starts waiting samples if a slot is free, or else decodes a chunk. Returns the new tokens.
 
-        While a long prompt is prefilled, a step does both: a chunk of the prompt and a chunk of decoding.
+        While a long prompt is being prefilled, each step computes a chunk of the prompt and also decodes a chunk.
         """
         schedule = self._scheduler.schedule()
         try:
@@ -175,7 +176,7 @@ class Engine:
         return self._postprocess(schedule, output)
 
     def warmup(self, temperature: float, top_k: int) -> Iterator[int]:
-        """Compiles what requests with these settings need, one prompt bucket after another.
+        """Compiles the programs that requests with these settings need, for one bucket of prompt lengths after another.
 
         After every few programs it yields the bucket's size in tokens. The engine must be idle whenever the iterator is
         advanced.
@@ -183,11 +184,11 @@ class Engine:
         context, size = self.model_cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # not cached, so computed whole
+            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # not in the cache, so it is computed whole
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
             yield size
-            self.run([settings([*prompt, 1])])  # continues the previous prompt, where prefix caching saves work
+            self.run([settings([*prompt, 1])])  # begins with the previous prompt, if prefix caching saves work
             yield size
             if self.slots >= PREFILL_ROWS - 1:
                 self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled together
@@ -199,7 +200,7 @@ class Engine:
         self._runner.close()
 
     def check(self, request: Request) -> None:
-        """UserError for a request that cannot be served. Any thread may call this."""
+        """Raises UserError if a request cannot be served. Any thread may call this."""
         context, vocab = self.model_cfg.sequence_len, self.model_cfg.vocab_size
         if len(request.ids) == 0:
             raise UserError("the prompt is empty: it needs at least one token, such as <|bos|>")
@@ -227,7 +228,8 @@ class Engine:
     def _postprocess(self, schedule: Schedule, output: Output) -> list[Event]:
         """Gives the new tokens to their sequences and returns them as events."""
         if output.scores and isinstance(schedule.prefill, PrefillBatch):
-            for prompt, *scores in zip(schedule.prefill.prompts, *output.scores, strict=False):  # the rest is padding
+            # Any rows of scores beyond the prompts are padding.
+            for prompt, *scores in zip(schedule.prefill.prompts, *output.scores, strict=False):
                 prompt.scores = _scores(prompt.request, *scores)
         events = [
             Event(prompt.id, sample, [], [], [], "length", None, prompt.scores)
@@ -236,13 +238,13 @@ class Engine:
         ]
         if output.tokens:
             events += [self._extend(slot, seq, output.tokens) for slot, seq in schedule.sequences.items()]
-        if schedule.decodes:  # in a full row, decoding keeps writing at the last position
+        if schedule.decodes:  # decoding has overwritten the last position of any free slot whose row is full
             self._scheduler.slots.truncate(schedule.cache_size)
         self._free_unused_prefill()
         return events
 
     def _extend(self, slot: int, sequence: Sequence, tokens: Tokens) -> Event:
-        """Appends a sequence's new tokens to it, frees its slot if it is complete, or else follows its tool calls."""
+        """Appends new tokens to a sequence. If that completes it, frees its slot; if not, follows its tool calls."""
         prompt, request = sequence.prompt, sequence.request
         count = int(tokens.counts[slot])
         ids, logprobs = tokens.ids[slot, :count].tolist(), tokens.logprobs[slot, :count].tolist()
@@ -274,7 +276,10 @@ class Engine:
         )
 
     def _follow_tool_call(self, sequence: Sequence, token: int) -> None:
-        """The tool state machine: python_start, an expression, python_end; then the result, if any, is forced."""
+        """Advances a sequence's tool call by one token.
+
+        A call is python_start, an expression, python_end; the calculator's result, if any, is then forced.
+        """
         if token == self._special["python_start"]:
             sequence.expression = []
         elif token == self._special["python_end"] and sequence.expression is not None:
@@ -293,13 +298,13 @@ class Engine:
 
 
 def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:
-    """Token ids and their log-probabilities, each [t,top] -> a list of `count` pairs for each of t positions."""
+    """Token ids [t,top] and their log-probabilities [t,top] -> for each of t positions, a list of `count` pairs."""
     pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in pairs]
 
 
 def _scores(request: Request, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray) -> Scores:
-    """The scores of a prompt from its row of PromptScores, which has an entry after each token, padding included."""
+    """A prompt's scores, from its row of PromptScores. Entries for what follows the prompt's last token are dropped."""
     known = len(request.ids) - 1
     named = _top_logprobs(top_ids[:known], top_logprobs[:known], request.top_logprobs)
     return Scores([None, *logprobs[:known].tolist()], [None, *named])

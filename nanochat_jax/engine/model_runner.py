@@ -1,4 +1,4 @@
-"""The model runner: it holds the weights and the cache on the device, and runs the steps that the scheduler decides on.
+"""The model runner holds the weights and the cache on the device, and runs the steps that the scheduler decides on.
 
 It turns a Schedule into padded numpy arrays, calls the compiled functions of programs.py with them, and brings the new
 tokens back to the host.
@@ -23,7 +23,7 @@ from nanochat_jax.parallel import sharding
 
 
 class Output(NamedTuple):
-    """What a step computed; None for what its schedule did not ask for."""
+    """What a step computed. A field is None if the step's schedule did not ask for it."""
 
     tokens: Tokens | None
     scores: PromptScores | None
@@ -47,15 +47,15 @@ class ModelRunner:
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
         self._prefix: kv.KV = {}  # the cache rows of the prefill under way; {} if there is none
-        self._logits: jax.Array | None = None  # [p,v] next-token logits after the prompts of that prefill
+        self._logits: jax.Array | None = None  # [p,v] next-token logits after the prompts of the prefill under way
         self.set_params(params)
         where = sharding.batch_sharding(mesh) or self.params["wte"].sharding
         self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, where)
 
     def set_params(self, params: gpt.Params) -> None:
-        """Runs with these weights from now on, replicated on every device of their mesh."""
+        """Uses these weights from now on, replicated on every device of their mesh."""
         params = gpt.cast(params, self.fixed.dtype)
-        if mesh := sharding.mesh_of(params):  # all-gathered once here, if training shards them
+        if mesh := sharding.mesh_of(params):  # if training shards the weights, they are all-gathered once, here
             params = jax.device_put(params, sharding.replicated(mesh))
         self.params = programs.lay_out(params)
 
@@ -133,9 +133,9 @@ class ModelRunner:
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """(Sampling settings of each slot, the plan for them, how many of the most likely tokens to name).
+        """Returns (sampling settings of each slot, a plan for them, how many of the most likely tokens to name).
 
-        Free slots are greedy, which costs nothing.
+        Free slots get greedy settings, which cost nothing.
         """
         requests = [sequence.request if sequence else None for sequence in sequences]
         vocab_size = self.fixed.model_cfg.vocab_size
@@ -152,7 +152,7 @@ class ModelRunner:
     def _decode_inputs(self, sequences: list[Sequence | None], lengths: list[int]) -> DecodeInputs:
         b = self.slots
         zeros = functools.partial(np.zeros, dtype=np.int32)
-        # Free slots get the length of their row too, so that what it holds is not overwritten.
+        # Free slots get the length of their row too, so that the tokens cached in it are not overwritten.
         inputs = DecodeInputs(
             token=zeros(b),
             length=np.array(lengths, np.int32),

@@ -1,8 +1,8 @@
-"""The engine's compiled functions: prefill prompts, draw first tokens, decode a chunk for all slots.
+"""The engine's compiled functions, which prefill prompts, draw first tokens, and decode a chunk for all slots.
 
-Slots are independent, so with several devices each one decodes its own share of the slots through shard_map: left to
-itself, the compiler would all-gather the logits on every device for top-k, in every step. Every device prefills all
-prompts: that costs little compared with decoding, and the samples of a prompt share one prefill.
+Slots are independent, so each replica decodes its own share of the slots under shard_map. Without shard_map, the
+compiler would all-gather the logits on every device, for top-k, in every step. Every device prefills all prompts: this
+costs little compared with decoding, since the samples of a prompt share one prefill.
 """
 
 import functools
@@ -35,22 +35,22 @@ class Fixed(NamedTuple):
     """What stays the same for the life of an engine; static arguments of the compiled functions."""
 
     model_cfg: GPTConfig
-    dtype: DTypeLike  # of the matmuls
+    dtype: DTypeLike  # in which matmuls are computed
     python_end: int  # the token that pauses a row until its tool call is answered
-    mesh: Mesh | None  # its devices divide the slots among them; None: every device holds all slots
+    mesh: Mesh | None  # its replicas divide the slots among them; None: every device holds all slots
 
 
 class DecodeInputs(NamedTuple):
     """The slots as the host knows them before a chunk of decoding; arrays [b] unless noted."""
 
-    token: Array  # the last token of the row, not in the cache yet
-    length: Array  # tokens before it, all in the cache
-    left: Array  # tokens the row may still get
+    token: Array  # the row's last token, which is not in the cache yet
+    length: Array  # number of tokens before `token`, all of them in the cache
+    left: Array  # how many tokens the row may still get
     active: Array  # whether the row gets tokens at all
     tools: Array  # whether python_end pauses the row
-    stop: Array  # [b, MAX_STOP_IDS], padded with -1
+    stop: Array  # [b, MAX_STOP_IDS] ids of the row's stop tokens, padded with -1
     forced: Array  # [b, steps] tokens to insert instead of sampled ones
-    forced_count: Array  # how many of them each row has
+    forced_count: Array  # how many tokens of `forced` each row has
 
 
 class Tokens(NamedTuple):
@@ -64,10 +64,10 @@ class Tokens(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """How likely the next token was after each token of the prompts, padding included."""
+    """For each position of the prompts, padding included: how likely the token after it was."""
 
-    logprobs: Array  # [p, t] of the token that follows
-    top_ids: Array  # [p, t, top] the most likely tokens to follow
+    logprobs: Array  # [p, t] of the token after each position
+    top_ids: Array  # [p, t, top] the most likely tokens after each position
     top_logprobs: Array  # [p, t, top]
 
 
@@ -79,16 +79,16 @@ class PromptScores(NamedTuple):
 def lay_out(params: gpt.Params) -> DecodeParams:
     """The weights in the layout that decoding reads fastest.
 
-    There is one array per layer instead of a stack, so that a loop need not copy each layer out of the stack in every
-    step. The head is [d,v], which saves a fifth of the time that a CPU takes for a single row.
+    Each layer has its own array, because the decoding loop would copy each layer out of a stack in every step. The head
+    is stored as [d,v], which saves a fifth of the time that a CPU takes to decode a single row.
     """
     blocks = {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}
     return {"wte": params["wte"], "head": params["lm_head"].T, "blocks": blocks}
 
 
 def _stack(params: DecodeParams) -> gpt.Params:
-    """The weights as the model expects them. Under jit this costs nothing: XLA takes a slice of a concatenation
-    directly from its operand, and drops the transposed head, which hidden states do not need."""
+    """The weights as the model expects them. Under jit this costs nothing: XLA reads each layer directly from its own
+    array instead of the stack, and drops the transposed head, which is not needed to compute hidden states."""
     blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
     return {"wte": params["wte"], "lm_head": params["head"].T, "blocks": blocks}
 
@@ -103,8 +103,10 @@ def _head(params: DecodeParams, model_cfg: GPTConfig, x: jax.Array) -> jax.Array
 def _append(
     params: DecodeParams, ids: jax.Array, length: jax.Array, cache: dict, model_cfg: GPTConfig, dtype: DTypeLike
 ) -> tuple[jax.Array, kv.KV, jax.Array]:
-    """Appends ids [p,t], the first `length` [p] of them valid, to the rows of `cache` -> hidden states [p,t,d], the
-    rows, logits [p,v] after the last valid token."""
+    """Appends ids [p,t] to the rows of `cache`. Only the first `length` [p] ids of each row are valid.
+
+    Returns (hidden states [p,t,d], the extended rows, logits [p,v] after each row's last valid id).
+    """
     x, cache = gpt.decode(_stack(params), model_cfg, ids, cache, dtype)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0]
     return x, {"k": cache["k"], "v": cache["v"]}, _head(params, model_cfg, last)
@@ -122,7 +124,7 @@ def prefill(
 ) -> tuple[kv.KV, jax.Array, PromptScores | None]:
     """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows, next-token logits [p,v], scores.
 
-    With `top`, the prompts are scored, and the scores name the `top` most likely tokens at each position.
+    If `top` is given, the prompts are scored, and the scores name the `top` most likely tokens at each position.
     """
     rows, size = ids.shape
     empty = kv.allocate(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
@@ -135,7 +137,7 @@ def prefill(
         logits = _head(params, model_cfg, x)
         return sampler.log_prob(logits, following), *sampler.top_logprobs(logits, top)
 
-    # A few positions at a time: the logits of whole prompts would take more memory than the model.
+    # Only a few positions are scored at a time: the logits of whole prompts would take more memory than the model.
     by_position = jnp.swapaxes(x, 0, 1), jnp.roll(ids, -1, axis=1).T
     scores = jax.lax.map(score, by_position, batch_size=max(1, SCORED // rows))
     return prefix, logits, PromptScores(*(jnp.swapaxes(scored, 0, 1) for scored in scores))
@@ -154,8 +156,8 @@ def prefill_chunk(
 ) -> tuple[kv.KV, jax.Array]:
     """Appends chunks [p,t] of long prompts to the cache rows `prefix` -> the rows, next-token logits [p,v].
 
-    `length` [p] of the tokens are valid, and padding follows; they go to position `start` [p] of their rows. The caller
-    ensures that start + t lies within the rows.
+    The first `length` [p] tokens of each chunk are valid, and the rest is padding. Each chunk is written from position
+    `start` [p] of its row. The caller ensures that start + t is not more than the row's size.
     """
     _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, model_cfg, dtype)
     return prefix, logits
@@ -172,8 +174,10 @@ def first_tokens(
     top: int,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, ...]:
-    """Draws the first token of each slot i from row[i] of the prefill's logits [p,v] -> tokens [b] and their
-    log-probabilities [b]; then the `top` most likely tokens [b,top] and their log-probabilities."""
+    """For each slot i, draws the first token from row[i] of the prefill's logits [p,v].
+
+    Returns (tokens [b], their log-probabilities [b], the `top` most likely tokens [b,top], their log-probabilities).
+    """
 
     def draw(
         logits: jax.Array, row: jax.Array, settings: sampler.Settings, position: jax.Array
@@ -196,9 +200,9 @@ def decode(
     plan: sampler.Plan,
     top: int,
 ) -> tuple[kv.KV, tuple[jax.Array, ...]]:
-    """Decodes a chunk for all slots -> the cache, and the fields of Tokens.
+    """Decodes a chunk for all slots -> (the cache, the fields of Tokens).
 
-    A row that is not active repeats its last step without growing, which leaves its cache as it is.
+    An inactive row repeats its last step and does not grow, so the tokens in its cache stay as they are.
     """
     model_cfg, dtype, python_end, mesh = fixed
 

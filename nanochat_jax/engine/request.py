@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_STOP_IDS = 8
-TOP_LOGPROBS = 20  # the device names this many alternatives or none, so that two programs are compiled, not twenty
+TOP_LOGPROBS = 20  # the device names either this many alternatives or none, so that only two programs are compiled
 
 
 @dataclass(frozen=True)
@@ -12,27 +12,27 @@ class Request:
     """What to generate: `n` samples that continue `ids`."""
 
     ids: Sequence[int]
-    max_tokens: int = 256  # to generate at most, including forced ones; 0 only with `score`
+    max_tokens: int = 256  # the most tokens to generate, forced ones included; 0 is allowed only with `score`
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     seed: int = 42
-    stop_ids: Sequence[int] | None = None  # default: <|assistant_end|> and <|bos|>
+    stop_ids: Sequence[int] | None = None  # None: <|assistant_end|> and <|bos|>
     n: int = 1
     tools: bool = True  # whether the calculator answers python blocks
     top_logprobs: int = 0  # how many of the most likely tokens to name beside each token, at most TOP_LOGPROBS
     score: bool = False  # whether the prompt's tokens get log-probabilities too
 
 
-TopLogprobs = list[tuple[int, float]]  # tokens and their log-probabilities, the most likely first
+TopLogprobs = list[tuple[int, float]]  # token ids and their log-probabilities, the most likely token first
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How likely each token of a prompt was, given those before it; None for the first."""
+    """How likely each token of a prompt was, given the tokens before it; None for the first token."""
 
     logprobs: list[float | None]
-    top: list[TopLogprobs | None]  # as many as the request's `top_logprobs`
+    top: list[TopLogprobs | None]  # the most likely tokens at each position, as many as `Request.top_logprobs`
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Event:
     mask: list[int]  # 1: sampled, 0: forced
     logprobs: list[float]  # under the full softmax at temperature 1, for forced tokens too
     finish_reason: str | None
-    top: list[TopLogprobs] | None = None  # beside each token, if the request has `top_logprobs`
-    scores: Scores | None = None  # in the first event of a sample, if the request has `score`
-    cached_tokens: int = 0  # tokens of the prompt that came from the cache; in the first event of the first sample
+    top: list[TopLogprobs] | None = None  # the most likely tokens at each position, if the request has `top_logprobs`
+    scores: Scores | None = None  # the prompt's, in a sample's first event, if the request has `score`
+    cached_tokens: int = 0  # prompt tokens that came from the cache; 0 except in the first sample's first event
 
 
 @dataclass(frozen=True)
 class Sample:
-    """All generated tokens of one sample; with finish_reason "stop" the last one is the stop token."""
+    """All generated tokens of one sample. If finish_reason is "stop", the last of them is the stop token."""
 
     ids: list[int]
     mask: list[int]

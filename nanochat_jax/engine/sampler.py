@@ -1,8 +1,8 @@
 """Samples the next token of every row on the device, each row with its own settings.
 
-A row's noise depends only on its seed, its sample number and the position of the token: a request gives the same text
-alone or together with others. Rows without filters draw Gumbel noise by token id over the whole vocabulary; rows with
-top-k or top-p draw it by rank among the most likely tokens, which saves drawing noise for the rest.
+A row's noise depends only on its seed, its sample number and the position of the token, so a request gives the same
+text alone as together with others. Rows without filters draw Gumbel noise for every token id of the vocabulary. Rows
+with top-k or top-p draw it for each rank among the most likely tokens, which saves drawing noise for all other tokens.
 """
 
 from typing import NamedTuple
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WIDTHS = (64, 256)  # candidates for top-k; a larger k ranks the whole vocabulary
-COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax anyway, and division would overflow
+WIDTHS = (64, 256)  # how many candidates top-k may rank; for a larger k, the whole vocabulary is ranked
+COLDEST = 1e-5  # the lowest temperature to divide by; below it, a float32 softmax is an argmax, and division overflows
 
 
 Array = jax.Array | np.ndarray  # numpy on the host, traced within jit
@@ -29,27 +29,27 @@ class Settings(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the compiled sampler must support; static. It decides what is computed, never what a row draws."""
+    """What the compiled sampler must support; a static argument. It decides what is computed, not what a row draws."""
 
-    width: int  # candidates to rank; 0: no row uses top-k or top-p
+    width: int  # number of candidates to rank; 0: no row uses top-k or top-p
     noise: bool  # whether any row samples from the whole vocabulary
 
 
 def plan(settings: Settings, vocab_size: int) -> Plan:
-    """The cheapest plan for these settings (numpy arrays). There are few plans, so that few programs are compiled."""
+    """The cheapest plan for these settings (numpy arrays). Few plans exist, so that few programs are compiled."""
     warm = settings.temperature > 0
     by_k, by_p = warm & (settings.top_k > 0), warm & (settings.top_p < 1)
     widest = int(np.max(settings.top_k, where=by_k, initial=0))
     if np.any(by_p & ~by_k):
-        widest = vocab_size  # the nucleus may cover any part of the vocabulary
+        widest = vocab_size  # top-p may keep any number of tokens
     width = next((w for w in (0, *WIDTHS) if widest <= w), vocab_size)
     return Plan(min(width, vocab_size), bool(np.any(warm & ~by_k & ~by_p)))
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Plan) -> jax.Array:
-    """Samples from logits float32 [b,v] -> tokens int32 [b] for `position` [b] of their sequences.
+    """Samples a token from each row of logits float32 [b,v] -> int32 [b]; `position` [b] is its place in the sequence.
 
-    The order is temperature, top-k, then top-p over what top-k left, renormalised (as in transformers).
+    Temperature is applied first, then top-k, then top-p to the renormalised rest (the order in transformers).
     """
     token = _argmax(logits)
     if not (plan.width or plan.noise):
@@ -68,9 +68,10 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The index int32 [b] of the largest entry of each row of x [b,v], the first one if there are several.
+    """The index int32 [b] of the largest entry of each row of x [b,v]; of equal entries, the first.
 
-    Two plain reductions, which XLA:CPU vectorises: four times as fast as its single reduction over pairs.
+    It uses two plain reductions, which XLA:CPU vectorises. There, they are four times as fast as `jnp.argmax`, which is
+    a single reduction over pairs of a value and an index.
     """
     last = x.shape[-1] - 1  # also the result for a row of NaN
     places = jnp.arange(x.shape[-1], dtype=jnp.int32)
@@ -78,12 +79,12 @@ def _argmax(x: jax.Array) -> jax.Array:
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
-    """Samples from those of the `width` most likely tokens of each row that top-k and top-p leave."""
+    """Samples one of the `width` most likely tokens of each row, after top-k and top-p have filtered these."""
     scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p  # probability of the more likely ones; 0 for the first, which always stays
+    before = jnp.cumsum(p, axis=-1) - p  # total probability of all likelier tokens; 0 for the first, which always stays
     top_p = settings.top_p[:, None]
     scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)
     rank = jnp.argmax(scores + _gumbel(keys, width), axis=-1)
@@ -97,7 +98,7 @@ def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def top_logprobs(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
-    """The `top` most likely tokens [b,top] of logits [b,v] and their log-probabilities; empty arrays for 0."""
+    """The `top` most likely tokens [b,top] of logits [b,v] and their log-probabilities; empty arrays if `top` is 0."""
     if not top:
         return jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), logits.dtype)
     scores, ids = jax.lax.top_k(logits, top)
@@ -109,5 +110,5 @@ def _key(seed: Array, sample: Array, position: Array) -> jax.Array:
 
 
 def _gumbel(keys: jax.Array, width: int) -> jax.Array:
-    """Noise [b,width]. A wider draw begins with the entries of a narrower one (counter-based bits)."""
+    """Noise [b,width]. A wider draw begins with the same entries as a narrower one, as the bits are counter-based."""
     return jax.vmap(lambda key: jax.random.gumbel(key, (width,)))(keys)

@@ -1,4 +1,4 @@
-"""Decides what the engine runs next: which prompts are prefilled, which slots their samples get, what is decoded.
+"""Decides what the engine runs next: which prompts are prefilled, which slots their samples get, and what is decoded.
 
 - continuous batching: a sample takes a slot as soon as one is free, while the sequences in other slots go on decoding.
 - batched prefill: short prompts of similar length that wait together are prefilled together.
@@ -16,16 +16,16 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.request import Request
 from nanochat_jax.engine.slots import Prompt, Sequence, Slots, common_prefix_length
 
-PREFILL_ROWS = 4  # prompts that are prefilled together, if that many of similar length wait
-PREFILL_TOKENS = 2048  # at most this many tokens in such a batch: longer prompts fill the device by themselves
-PREFILL_CHUNK = 512  # tokens per chunk of a longer prompt
-LAST_CHUNK = 64  # tokens of the last chunk if no more are left; a chat's next turn often adds no more than that
-SMALLEST_PROMPT = 32  # tokens; the smallest length bucket
+PREFILL_ROWS = 4  # prompts in a full batch; prompts of similar length are prefilled together
+PREFILL_TOKENS = 2048  # the most tokens in such a batch, padding included: longer prompts fill the device by themselves
+PREFILL_CHUNK = 512  # tokens per chunk; a longer prompt is prefilled in several chunks
+LAST_CHUNK = 64  # tokens in the last chunk, if no more are left; a chat's next turn often adds no more than these
+SMALLEST_PROMPT = 32  # tokens; the smallest bucket of prompt lengths
 
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """Whole prompts to prefill together: row i holds prompts[i], padded to `size` tokens; any more rows are padding."""
+    """Whole prompts to prefill together. Row i holds prompts[i], padded to `size` tokens; other rows are padding."""
 
     prompts: list[Prompt]
     rows: int
@@ -43,21 +43,21 @@ class NewRow:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens of one prompt to put at position `start` of its row, padded to `width` tokens."""
+    """Tokens of one prompt, padded to `width` tokens, to be put at position `start` of the prompt's row."""
 
     ids: list[int]
     start: int
     width: int
-    new_row: NewRow | None  # only with the first chunk: the row to make before it is computed
+    new_row: NewRow | None  # the row to make before the prompt's first chunk is computed; None with later chunks
 
 
 @dataclass
 class Prefill:
-    """Prompts being prefilled, or prefilled already but with samples that wait for slots; prompts[i] is row i."""
+    """Prompts that are being prefilled, or whose samples still wait for slots; prompts[i] is in row i."""
 
     prompts: list[Prompt]
     size: int  # positions of each row
-    computed: int  # tokens of each prompt that are in its row, padding included
+    computed: int  # tokens computed in each row, padding included
 
     @property
     def complete(self) -> bool:
@@ -65,7 +65,7 @@ class Prefill:
 
     @property
     def left(self) -> int:
-        """Samples that still wait for a slot."""
+        """The number of samples that still wait for a slot."""
         return sum(prompt.left for prompt in self.prompts)
 
 
@@ -75,10 +75,10 @@ class Schedule:
 
     prefill: PrefillBatch | PrefillChunk | None
     sequences: dict[int, Sequence]  # slot -> sequence that gets tokens in this step
-    first_tokens: dict[int, int]  # slot -> row of the prefill from which its first token is drawn; empty: decode
-    scored: list[Prompt]  # prompts that wanted nothing but their scores
-    lengths: list[int]  # tokens in the cache row of each slot; those of free slots must not be overwritten
-    cache_size: int  # positions of the cache
+    first_tokens: dict[int, int]  # slot -> the prefill's row that its first token is drawn from; {}: decode a chunk
+    scored: list[Prompt]  # prompts that asked only for scores, not for new tokens
+    lengths: list[int]  # tokens in each slot's cache row; decoding must not overwrite those of free slots
+    cache_size: int  # positions in each row of the cache
 
     @property
     def decodes(self) -> bool:
@@ -86,9 +86,9 @@ class Schedule:
 
 
 class Scheduler:
-    """The queue of prompts and the slots of a model with a context of `context` tokens.
+    """Holds the queue of prompts and the slots, for a model with a context of `context` tokens.
 
-    A step decodes at most `chunk` tokens for each slot; `stop_ids` end samples whose request names none.
+    A step decodes at most `chunk` tokens for each slot; `stop_ids` end the samples of requests without stop tokens.
     """
 
     def __init__(self, slots: int, context: int, chunk: int, stop_ids: tuple[int, ...]):
@@ -96,11 +96,11 @@ class Scheduler:
         self.slots = Slots(slots)
         self.queue: deque[Prompt] = deque()
         self.prefill: Prefill | None = None
-        self.cache_size = kv.bucket(0, context)  # positions
+        self.cache_size = kv.bucket(0, context)  # positions in each row
 
     @property
     def waiting(self) -> int:
-        """Samples that wait for a slot."""
+        """The number of samples that wait for a slot."""
         return sum(prompt.left for prompt in self.queue) + (self.prefill.left if self.prefill else 0)
 
     def add(self, id: int, request: Request) -> None:
@@ -108,7 +108,7 @@ class Scheduler:
         self.queue.append(Prompt(id, request))
 
     def cancel(self, id: int, sample: int | None = None) -> None:
-        """Drops a request, or only one of its samples that has been started, and frees its slots."""
+        """Drops a request and frees its slots. With `sample`, drops only that sample, which must have been started."""
         for slot, sequence in self.slots.running().items():
             if sequence.prompt.id == id and sample in (None, sequence.sample):
                 self.slots.release(slot)
@@ -122,15 +122,15 @@ class Scheduler:
             self._drop_finished_prefill()
 
     def abandon(self, schedule: Schedule) -> None:
-        """After a step that failed: forgets its prefill, and the slots whose rows may lack their prompt."""
+        """Cleans up after a failed step: drops its prefill, and frees the slots whose rows may lack their prompt."""
         for slot in schedule.first_tokens:
             self.slots.discard(slot)
         self.prefill = None
 
     def schedule(self) -> Schedule:
-        """What the next step runs. Its prompts leave the queue and its new sequences take their slots.
+        """Decides what the next step runs. Prompts to prefill leave the queue, and new sequences take their slots.
 
-        If a slot is free, waiting samples come first; the running sequences decode when no sample is ready to start.
+        If a slot is free, waiting samples come first: running sequences decode only if no sample is ready to start.
         """
         free = self.slots.free()
         prefill = self._next_prefill(len(free)) if free and self.waiting else None
@@ -155,7 +155,7 @@ class Scheduler:
     # Prefill
 
     def _next_prefill(self, free: int) -> PrefillBatch | PrefillChunk | None:
-        """The next prefill for at most `free` slots; None if the last prefill's prompts still have samples to start."""
+        """The next prefill for at most `free` slots; None if an earlier prefill still has samples to start."""
         if self.prefill:
             return None if self.prefill.complete else self._next_chunk(self.prefill)
         return self._start_chunked_prefill() or self._start_batched_prefill(free)
@@ -163,12 +163,12 @@ class Scheduler:
     def _start_chunked_prefill(self) -> PrefillChunk | None:
         """The first chunk of the first prompt in the queue; None if that prompt is better prefilled whole.
 
-        The prompt's row is a copy of a cache row that begins like it, where prefix caching saves work, or empty for a
-        long prompt.
+        Where prefix caching saves work, the prompt's row is a copy of a cache row that begins like the prompt. If not,
+        and the prompt is long, its row is empty at first.
         """
         prompt = self.queue[0]
         ids, length = prompt.request.ids, self._bucket(prompt)
-        if prompt.request.score:  # the logits of every token are needed
+        if prompt.request.score:  # scoring needs the logits after every token
             return None
         # The last token is always computed, for the logits after it.
         slot, shared = self.slots.longest_prefix(ids[:-1])
@@ -184,7 +184,7 @@ class Scheduler:
         return self._next_chunk(self.prefill, row)
 
     def _next_chunk(self, prefill: Prefill, new_row: NewRow | None = None) -> PrefillChunk:
-        """The next chunk of the only prompt of `prefill`."""
+        """The next chunk of `prefill`, which has a single prompt."""
         ids = prefill.prompts[0].request.ids
         width = min(prefill.size, _chunk_width(len(ids) - prefill.computed))
         start = min(prefill.computed, prefill.size - width)  # the last chunk may overlap the one before it
@@ -192,10 +192,10 @@ class Scheduler:
         return PrefillChunk(list(ids[start : start + width]), start, width, new_row)
 
     def _start_batched_prefill(self, free: int) -> PrefillBatch:
-        """Prefills the first prompt of the queue, with others of its bucket if nearly a full batch of them waits.
+        """Prefills the first prompt of the queue, together with others of its bucket if they nearly fill a batch.
 
-        Prompts that could continue from what the first one leaves in the cache wait for it instead. There are only two
-        batch sizes, since each size is compiled for every length bucket.
+        A prompt that could start from the first one's cache row waits for that instead. There are only two batch sizes,
+        one prompt and a full batch, since each size is compiled for every length bucket.
         """
         first = self.queue[0]
         length, score = self._bucket(first), first.request.score
@@ -254,23 +254,23 @@ class Scheduler:
         return Sequence(prompt, prompt.started - 1, stop_ids, list(request.ids), left)
 
     def _fit_cache(self, at_least: int = 0) -> None:
-        """Chooses the smallest cache that holds all sequences to the end of the next chunk of decoding."""
+        """Chooses the smallest cache in which all running sequences will still fit after the next chunk of decoding."""
         needed = [sequence.length + min(self.chunk, sequence.left) for sequence in self.slots.running().values()]
         self.cache_size = kv.bucket(max(at_least, *needed), self.context)
         self.slots.truncate(self.cache_size)
 
 
 def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
-    """Whether a prompt of `tokens` tokens, in the bucket `length`, is less work if the first `shared` are cached.
+    """Whether a cached prefix of `shared` tokens saves work for a prompt of `tokens` tokens in the bucket `length`.
 
-    1000 of 1010 tokens: True; 10 of 1010 tokens: False.
+    If 1000 of 1010 tokens are cached: True; if 10 of 1010 are: False.
     """
 
-    def work(tokens: int) -> int:  # in chunks, padding included
+    def work(tokens: int) -> int:  # tokens to compute, including the padding of chunks
         whole, rest = divmod(tokens, PREFILL_CHUNK)
         return whole * PREFILL_CHUNK + (_chunk_width(rest) if rest else 0)
 
-    # Sharing less than half a prompt, as any two chats do, would gain little.
+    # Any two chats share their first few tokens, but sharing less than half a prompt would gain little.
     return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
 
 

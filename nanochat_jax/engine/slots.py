@@ -1,8 +1,8 @@
-"""The slots as the host sees them: which sequence each one holds, and which tokens its cache row still has afterwards.
+"""The slots as the host sees them: the sequence that each holds, and the tokens that its cache row keeps afterwards.
 
-What a finished sequence leaves in its cache row stays there until the next one takes the slot. This is what prefix
-caching uses: a prompt that begins like such a row (the earlier turns of a chat), or like the row of a running sequence
-(a shared system prompt), need not be computed from its beginning.
+The keys and values of a finished sequence stay in its cache row until another sequence takes the slot. Prefix caching
+uses them: a prompt need not be computed from its beginning if it begins like such a row (the earlier turns of a chat)
+or like the row of a running sequence (a shared system prompt).
 """
 
 from collections import abc, deque
@@ -23,19 +23,19 @@ class Prompt:
 
     @property
     def left(self) -> int:
-        """Samples that still wait for a slot."""
+        """The number of samples that still wait for a slot."""
         return self.request.n - self.started
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample in its slot: `ids` holds the prompt and the answer so far. All but the last id are in the cache."""
+    """One sample in its slot. `ids` holds the prompt and the answer so far; all ids but the last are in the cache."""
 
     prompt: Prompt
     sample: int
     stop_ids: tuple[int, ...]
     ids: list[int]
-    left: int  # tokens it may still get
+    left: int  # how many tokens the sample may still get
     expression: list[int] | None = None  # tokens since python_start; None outside a python block
     forced: deque[int] = field(default_factory=deque)  # tokens to insert instead of sampling
 
@@ -45,12 +45,12 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """The number of the sequence's tokens in the cache."""
         return len(self.ids) - 1
 
     @property
     def generated(self) -> int:
-        """Tokens of the answer so far."""
+        """The number of tokens of the answer so far."""
         return len(self.ids) - len(self.request.ids)
 
 
@@ -60,20 +60,20 @@ class Slots:
     def __init__(self, count: int):
         self.sequences: list[Sequence | None] = [None] * count
         self._leftover: list[list[int]] = [[] for _ in range(count)]  # tokens in the cache rows of free slots
-        self._released_at = [0] * count  # when each slot was last released, counted in releases
+        self._released_at = [0] * count  # how many releases there had been when each slot was last released
         self._releases = 0
 
     def running(self) -> dict[int, Sequence]:
-        """The sequences by slot."""
+        """Slot -> the sequence in it, for all slots in use."""
         return {slot: sequence for slot, sequence in enumerate(self.sequences) if sequence}
 
     def free(self) -> list[int]:
-        """Slots without a sequence, the longest free first: what the others still hold may yet be reused."""
+        """Slots without a sequence, the longest free first, since what others hold is likelier to be reused."""
         empty = (slot for slot, sequence in enumerate(self.sequences) if sequence is None)
         return sorted(empty, key=self._released_at.__getitem__)
 
     def assign(self, slot: int, sequence: Sequence) -> None:
-        """Gives a free slot to a sequence, whose keys and values replace what the row holds."""
+        """Gives a free slot to a sequence, whose keys and values replace those in the slot's row."""
         self.sequences[slot], self._leftover[slot] = sequence, []
 
     def release(self, slot: int) -> None:
@@ -89,23 +89,23 @@ class Slots:
         self.sequences[slot] = None
 
     def clear_cache(self) -> None:
-        """Forgets what free slots hold, since it is no longer valid."""
+        """Forgets the tokens in the rows of free slots, whose keys and values are no longer valid."""
         self._leftover = [[] for _ in self.sequences]
 
     def truncate(self, size: int) -> None:
-        """Truncates what free slots hold to a cache of `size` positions.
+        """Truncates the tokens in the rows of free slots to a cache of `size` positions.
 
-        A full row loses its last position, because decoding writes there for a free slot whose row is full.
+        If a free slot's row is full, its last token is dropped too, because decoding overwrites that position.
         """
         self._leftover = [ids if len(ids) < size else ids[: size - 1] for ids in self._leftover]
 
     def cached_length(self, slot: int) -> int:
-        """Tokens in the cache row of `slot`."""
+        """The number of tokens in the cache row of `slot`."""
         sequence = self.sequences[slot]
         return sequence.length if sequence else len(self._leftover[slot])
 
     def longest_prefix(self, ids: abc.Sequence[int]) -> tuple[int, int]:
-        """(The slot whose cache row shares the longest prefix with `ids`, the length of that prefix in tokens)."""
+        """Returns (slot whose cache row shares the longest prefix with `ids`, length of that prefix in tokens)."""
         rows = zip(self.sequences, self._leftover, strict=True)
         cached = [sequence.ids[:-1] if sequence else leftover for sequence, leftover in rows]
         shared = [common_prefix_length(row, ids) for row in cached]

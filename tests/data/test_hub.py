@@ -344,7 +344,7 @@ def test_an_interrupted_download_goes_on_where_it_was(server, how):
     finally:
         process.kill()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert how == signal.SIGKILL or "run it again to resume" in stderr
+    assert how == signal.SIGKILL or "run the command again to resume" in stderr
     assert not (data_folder() / hub.shard_name(0)).exists()
     server.pace = 0
     hub.download("fineweb-edu", 3)

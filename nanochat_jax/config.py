@@ -48,7 +48,7 @@ class GPTConfig:
     norm_eps: float = 1.1920929e-07  # torch's default for RMSNorm, the float32 machine epsilon
     rope_theta: float = 10000.0
     softcap: float = 15.0
-    window_pattern: str = "L"  # repeated over the layers; S: a quarter of the context, L: all; the last layer is L
+    window_pattern: str = "L"  # S: a quarter of the context, L: all of it; repeats over the layers, and the last is L
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "sequence_len"):
@@ -75,7 +75,8 @@ class GPTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and head: vocab_size rounded up to a multiple of 64, for fast matmuls and equal shards."""
+        """The number of rows in the embedding and in the head: vocab_size, rounded up to a multiple of 64. This makes
+        matmuls fast and shards equal in size."""
         return -(-self.vocab_size // 64) * 64
 
     @property
@@ -87,7 +88,7 @@ class GPTConfig:
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward. As is usual, attention is counted without the causal mask."""
+        """Training FLOPs per token, forward and backward. As usual, the attention count ignores the causal mask."""
         matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is a lookup, not a matmul
         return 6 * matmul + 12 * self.n_embd * sum(window or self.sequence_len for window in self.windows)
 
@@ -106,10 +107,10 @@ def setting(
     choices: Sequence[str] = (),
     positional: bool = False,
 ) -> Any:
-    """A field with its line of `--help` and the values it accepts: from `low` to `high`, or one of `choices`.
+    """Makes a dataclass field with a help text. Its value must be from `low` to `high`, or one of `choices`.
 
-    The default is accepted even outside that range, since -1 or "" often has a special meaning. auto: for an integer,
-    the word `auto` may be given instead and is stored as 0. positional: the value is given without --name.
+    The default is accepted even outside that range, since -1 or "" often has a special meaning. auto: an integer
+    setting also accepts the word `auto`, which is stored as 0. positional: the value is given without --name.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
@@ -118,7 +119,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of all settings. Making an object raises UserError if a field does not accept its value."""
+    """Base class of all settings. The constructor raises UserError if a field does not accept its value."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -189,11 +190,11 @@ MAX_SEED = 2**31 - 1
 class ModelFlags(Settings):
     """The shape of a model that is trained from scratch."""
 
-    depth: int = setting(20, "number of layers, from which width, heads and length of training follow", low=1)
+    depth: int = setting(20, "number of layers; also determines width, heads and length of training", low=1)
     aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim", low=1)
     head_dim: int = setting(128, "size of an attention head; must be even", low=2)
     n_kv_head: int = setting(
-        0, "key/value heads; fewer than query heads give GQA (auto: as many as query heads)", auto=True, low=1
+        0, "key/value heads; GQA if there are fewer than query heads (auto: as many as query heads)", auto=True, low=1
     )
     max_seq_len: int = setting(2048, "context length in tokens", low=2)
     window_pattern: str = setting(
@@ -201,7 +202,7 @@ class ModelFlags(Settings):
     )
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The shape that depth implies. Raises UserError if its dimensions do not fit each other."""
+        """The shape that depth implies. Raises UserError if the settings do not give a valid shape."""
         if self.head_dim % 2:
             raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
         width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # rounded up, so odd depths work
@@ -239,7 +240,7 @@ class Train(Settings):
     remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
     coordinator: str = setting("", COORDINATOR)
     num_processes: int = setting(0, "number of processes in a multi-host run with --coordinator")
-    process_id: int = setting(-1, "number of this process, from 0, in a multi-host run with --coordinator")
+    process_id: int = setting(-1, "index of this process, counting from 0, in a multi-host run with --coordinator")
     scan_layers: bool = setting(False, "compile one block for all layers: training starts sooner but runs slower")
     embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW); scaled by (width/768)^-0.5", low=0)
     unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW); scaled by (width/768)^-0.5", low=0)
@@ -247,7 +248,7 @@ class Train(Settings):
     weight_decay: float = setting(0.0, "decoupled weight decay of the weights that AdamW updates", low=0)
     grad_clip: float = setting(0.0, "largest global gradient norm; larger gradients are scaled down (0: off)", low=0)
     save_every: int = setting(-1, SAVE_EVERY)
-    keep_last: int = setting(2, "number of latest checkpoints to keep", low=1)
+    keep_last: int = setting(2, "how many of the latest checkpoints to keep", low=1)
     keep_every: int = setting(-1, "also keep every checkpoint whose step is a multiple of this number (-1: none)")
 
     table: ClassVar[str]
@@ -263,13 +264,13 @@ class Base(ModelFlags, Train):
     """Pretraining on documents."""
 
     table: ClassVar[str] = "base"
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's source)")
     data_dir: str = setting("", DATA_DIR)
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
-    target_flops: float = setting(-1.0, "total training FLOPs, from which the number of steps follows (-1: off)")
+    target_flops: float = setting(-1.0, "total training FLOPs, which determine the number of steps (-1: off)")
     target_param_data_ratio: float = setting(
-        20.0, "training tokens per parameter, unless --num_iterations or --target_flops is given"
+        20.0, "training tokens per parameter (ignored if --num_iterations or --target_flops is given)"
     )
     warmup_ratio: float = setting(0.0, "fraction of the run used for learning-rate warm-up", low=0, high=1)
     warmdown_ratio: float = setting(0.2, "fraction of the run used for learning-rate decay", low=0, high=1)
@@ -292,7 +293,7 @@ class Mid(Train):
     """Midtraining on conversations and tasks in chat format, with loss on every token."""
 
     table: ClassVar[str] = "mid"
-    source: str = setting("base", "parent stage, from whose weights training starts", choices=STAGES)
+    source: str = setting("base", "parent stage: training starts from its weights", choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
@@ -310,7 +311,7 @@ class Sft(Train):
     """Supervised finetuning on whole conversations, with loss on the assistant's tokens."""
 
     table: ClassVar[str] = "sft"
-    source: str = setting("mid", "parent stage, from whose weights training starts", choices=STAGES)
+    source: str = setting("mid", "parent stage: training starts from its weights", choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
@@ -336,16 +337,16 @@ class Rl(Train):
     """Reinforcement learning on tasks whose answers can be checked."""
 
     table: ClassVar[str] = "rl"
-    source: str = setting("sft", "parent stage, from whose weights training starts", choices=STAGES)
+    source: str = setting("sft", "parent stage: training starts from its weights", choices=STAGES)
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     device_batch_size: int = setting(8, "rows per micro-batch on each device; lower it if memory runs out", low=1)
     examples_per_step: int = setting(16, "problems to train on per step", low=1)
     num_samples: int = setting(
-        16, "answers sampled per problem; an advantage is a reward minus the problem's mean reward", low=2
+        16, "answers sampled per problem; an answer's advantage is its reward minus the problem's mean reward", low=2
     )
     oversampling: int = setting(
-        1, "problems answered per problem trained on; those whose answers get unequal rewards are preferred", low=1
+        1, "problems to answer, as a multiple of --examples_per_step; those with unequal rewards are preferred", low=1
     )
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
@@ -354,7 +355,7 @@ class Rl(Train):
     num_epochs: int = setting(1, "passes over the problems", low=1)
     eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
     eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
-    eval_samples: int = setting(8, "answers sampled per problem to evaluate pass@k; also the largest k", low=1)
+    eval_samples: int = setting(8, "answers sampled per problem in evaluations of pass@k, and the largest k", low=1)
     save_every: int = setting(60, SAVE_EVERY)
 
 
@@ -368,7 +369,7 @@ class TokTrain(Settings):
 
     table: ClassVar[str] = "tok"
     data: str = setting(
-        "", "text source: fineweb-edu, climbmix or local (default: the current tokenizer's, else local)"
+        "", "text source: fineweb-edu, climbmix or local (default: the current tokenizer's source, else local)"
     )
     data_dir: str = setting("", DATA_DIR)
     num_files: int = setting(
@@ -382,10 +383,10 @@ class TokTrain(Settings):
 
 @dataclass(frozen=True)
 class TokEval(Settings):
-    """Compare the tokenizer with those of GPT-2 and GPT-4."""
+    """Compare the tokenizer with the tokenizers of GPT-2 and GPT-4."""
 
     table: ClassVar[str] = "tok"
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's source)")
     data_dir: str = setting("", DATA_DIR)
 
 
@@ -421,7 +422,7 @@ class BaseLoss(Load):
     source: str = setting("base", "stage of the model to load", choices=STAGES)
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
     split_tokens: int = setting(20 * 524288, "tokens to evaluate in each split (train and val)", low=1)
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the run's)")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the run's source)")
     data_dir: str = setting("", DATA_DIR)
 
 
@@ -446,7 +447,7 @@ class ChatEval(Load):
     split: str = setting("test", "split to evaluate; use val to choose settings", choices=("train", "val", "test"))
     temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
     max_new_tokens: int = setting(512, "maximum tokens per answer", low=1)
-    num_samples: int = setting(1, "answers sampled per problem; one right answer solves it (pass@k)", low=1)
+    num_samples: int = setting(1, "answers per problem; a problem is solved if any of them is right (pass@k)", low=1)
     top_k: int = setting(50, TOP_K, low=0)
     batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
     slots: int = setting(0, "answers generated at once per device (auto: as many as fit in memory)", auto=True, low=1)
@@ -484,7 +485,7 @@ class ChatWeb(Load):
     )
     timeout: float = setting(600.0, "seconds a request may take, including its wait for a slot (0: no limit)", low=0)
     api_key: str = setting("", "key that clients must send (default: $NANOCHAT_API_KEY; empty: no key is needed)")
-    cors: str = setting("", "websites whose pages may use the API, as origins joined by commas (*: all)")
+    cors: str = setting("", "origins of the websites that may use the API, joined by commas (*: all)")
     log_chats: bool = setting(False, "write prompts and answers to the log")
 
 

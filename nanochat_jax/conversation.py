@@ -11,13 +11,17 @@ from nanochat_jax.tokenizer import NO_LIMIT, SPECIAL_TOKENS, StreamDecoder, Toke
 
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    """The prompt, as token ids, for the assistant's next words: a new message, or the rest of the last message if that
-    is the assistant's. Raises UserError if the messages are in the wrong order or form."""
+    """The token ids of the prompt for the assistant's next words. If the last message is the assistant's own, these
+    words continue it; otherwise they begin a new message.
+
+    Raises UserError if the messages are in the wrong order or form.
+    """
     last = messages[-1]
     if last["role"] != "assistant":
         return tokenizer.render_for_completion({"messages": messages}, max_tokens=NO_LIMIT)
     if isinstance(last["content"], list) and last["content"][-1:] and last["content"][-1]["type"] == "python":
-        # A call without its result is generated again: the calculator answers only calls that the model generates.
+        # Drop a call without a result, so that the model generates it again: the calculator answers only calls that
+        # the model generates.
         messages = [*messages[:-1], last | {"content": last["content"][:-1]}]
     ids, _ = tokenizer.render_conversation({"messages": messages}, max_tokens=NO_LIMIT)
     return ids[:-1]  # without <|assistant_end|>
@@ -27,9 +31,9 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
     """Returns the prompt for the assistant's next words (see `render`), and how many of the oldest messages were
     dropped to make room.
 
-    Of the `context` tokens, the prompt leaves `max_tokens` for the answer, or a quarter of the context if that is less.
-    `messages` alternate user, assistant, ..., after an optional system message, which is never dropped. Raises
-    UserError if the messages do not alternate, or if the last turn alone, with the system message, is too long.
+    The prompt and the answer share `context` tokens: `max_tokens` of them, but at most a quarter, are kept for the
+    answer. `messages` alternate user, assistant, ..., after an optional system message, which is never dropped. Raises
+    UserError if the messages do not alternate, or if the system message and the last turn alone are too long.
     """
     # A quarter is enough: the longest correct answers of the cpu preset take 53 of the 256 tokens of its context.
     room = context - min(max_tokens, context // 4)
@@ -52,7 +56,7 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
 
 
 def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:
-    """The generated `ids`, complete or not, as an assistant message with which the conversation can continue."""
+    """Turns the `ids` of an answer, which may be unfinished, into an assistant message for the conversation."""
     parts = PartReader(tokenizer).read(ids, end=True)
     return {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
 
@@ -60,8 +64,8 @@ def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:
 class PartReader:
     """Splits an answer into parts as it arrives: ("text", piece), ("python", expression), ("python_output", result).
 
-    Text comes in pieces of whole characters; an expression or a result comes all at once. The kinds are those of the
-    parts of an assistant message (tokenizer.PARTS), so that an answer can be sent back and rendered unchanged. Other
+    Text comes in pieces of whole characters; an expression or a result comes all at once. An assistant message
+    has parts of the same kinds (tokenizer.PARTS), so that an answer can be sent back and rendered unchanged. Other
     special tokens are dropped.
     """
 
@@ -82,7 +86,10 @@ class PartReader:
         return self._kind == "text" and id not in self._special
 
     def read(self, ids: Iterable[int], end: bool = False) -> list[tuple[str, str]]:
-        """The parts that the next `ids` complete; with `end`, also the rest of an unfinished part or character."""
+        """Reads the next `ids` and returns the parts that they complete.
+
+        With `end`, also returns what there is of an unfinished part or character.
+        """
         parts = []
         for id in ids:
             if id not in self._special:

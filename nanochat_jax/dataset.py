@@ -8,7 +8,10 @@ from nanochat_jax.data import hub, sources
 
 
 def main(cfg: config.Dataset) -> None:
-    """Gets the text that `cfg` names. With `cfg.tokenize`, also tokenizes it, so that training need not."""
+    """Gets the text that `cfg` names.
+
+    With `cfg.tokenize`, also caches the tokens of the text, so that training need not tokenize it.
+    """
     if not cfg.data_dir and cfg.data != "local":
         hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify)
     source = sources.open(cfg.data, cfg.data_dir or None)

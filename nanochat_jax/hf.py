@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
-# Our name of a weight [l, in, out] -> what transformers calls its matrix [out, in] in each layer.
+# Our name of a weight [l, in, out] -> the name of each layer's matrix [out, in] in transformers.
 LAYER_NAMES = {
     "wq": "self_attn.q_proj",
     "wk": "self_attn.k_proj",

@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: a bar with the time left on a terminal, a line every ten seconds elsewhere."""
+"""Shows the progress of long work on stderr: on a terminal, a bar with the time left; else a line every ten seconds."""
 
 import math
 import sys
@@ -40,7 +40,7 @@ class Progress:
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """Sets the number of finished pieces to `done`, and shows it if a display is due."""
+        """Sets the number of finished pieces to `done`, and shows it if enough time has passed."""
         self.done = done
         now = time.monotonic()
         if now - self._start < PATIENCE:
@@ -77,7 +77,7 @@ class Timer:
         self.start = time.perf_counter()
 
     def lap(self) -> float:
-        """Ends the current lap, returns its seconds, and starts the next lap."""
+        """Ends the current lap, returns its length in seconds, and starts the next lap."""
         now = time.perf_counter()
         self.start, elapsed = now, now - self.start
         return elapsed

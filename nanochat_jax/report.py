@@ -51,15 +51,16 @@ class Run:
         return sorted((r for r in self.records if r["kind"] == kind), key=lambda r: r["step"])
 
     def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
-        """The steps at which a number was logged, and its values there."""
+        """The steps at which a number was logged, and its value at each step."""
         points = [(r["step"], r[name]) for r in self.of(kind) if isinstance(r.get(name), int | float)]
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
         """For each task, its most reliable record on the test split.
 
-        The criteria, the most important first: last checkpoint before earlier ones, greedy answers before sampled ones,
-        more problems before fewer, later records before earlier ones. Scores on other splits are not results.
+        These criteria decide, in order: the last checkpoint before earlier checkpoints, greedy answers before sampled
+        answers, more problems before fewer problems, later records before earlier records. Scores on other splits are
+        not results.
         """
 
         def rank(record: dict) -> tuple:
@@ -74,7 +75,10 @@ class Run:
         return best
 
     def unusual(self, record: dict) -> str:
-        """What is unusual about a score: "step 30, temperature 0.8"; "" for greedy answers of the last checkpoint."""
+        """Names what is unusual about a score, like "step 30, temperature 0.8".
+
+        Returns "" for greedy answers of the last checkpoint.
+        """
         step, temperature, samples = record["step"], record.get("temperature"), record.get("num_samples") or 1
         notes = [f"step {step:,}"] if self.step is not None and step != self.step else []
         notes += [f"temperature {temperature:g}"] if temperature else []
@@ -99,7 +103,7 @@ class Run:
 
 
 def find_run(stage: str, tag: str = "") -> Run | None:
-    """The stage's run called `tag`, or without a tag its most recently saved run; None if there is no such run."""
+    """Finds the stage's run called `tag`, or its most recently saved run if `tag` is empty. None if there is none."""
     root = base_dir() / f"{stage}_checkpoints"
     folders = [p.parent for p in root.glob(f"*/{run_log.LOG}") if not p.parent.name.startswith(".")]
     folders = [p for p in folders if not tag or p.name == tag]
@@ -138,7 +142,7 @@ def _start(folder: Path, runs: dict[str, Run]) -> dict:
 
 
 def _folder(tag: str) -> Path:
-    """The folder for the report and the start of the runs called `tag`."""
+    """The folder that holds report.md and start.json for the runs called `tag`."""
     return base_dir() / "report" / tag
 
 
@@ -147,7 +151,7 @@ def _folder(tag: str) -> Path:
 
 
 def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
-    """Writes report.md below the base folder, and a copy to `output`. Returns the path of the former.
+    """Writes report.md below the base folder, copies it to `output`, and returns the path below the base folder.
 
     Raises UserError if there is nothing to report on.
     """
@@ -236,9 +240,9 @@ def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
 
 
 def _evaluation_seconds(run: Run) -> float:
-    """Sums the seconds of the evaluations after training whose scores are shown.
+    """The seconds that evaluations took after training. Only evaluations whose scores are shown count.
 
-    CORE and ChatCORE are left out, since they are totals over tasks.
+    CORE and ChatCORE are left out, since their tasks are counted already.
     """
     shown = [r for task, r in run.scores().items() if task not in ("CORE", "ChatCORE")]
     return sum(r.get("seconds") or 0 for r in shown if (r.get("time") or 0) > run.ended)
@@ -364,7 +368,7 @@ def _code(text: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its first column left-aligned and the others right-aligned."""
+    """A Markdown table. The first column is left-aligned, and the other columns are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
@@ -383,7 +387,7 @@ def smooth(values: list[float], factor: float = 0.9) -> list[float]:
 
 
 def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
-    """Draws each stage's curves. Returns {stage: file name in `folder`}, and a remark if they cannot be drawn."""
+    """Draws each stage's curves. Returns {stage: file name in `folder`}, and a remark if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:

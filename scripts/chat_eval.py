@@ -27,7 +27,7 @@ def main(cfg: config.ChatEval) -> None:
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
 
-    # All tasks are checked and loaded before the first evaluation, which may take long.
+    # All tasks are checked and loaded first, so that errors appear before a long evaluation.
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()] or list(chat.CHATCORE_TASKS)
     for name in names:
         if tasks.task_class(name).eval_type is None:

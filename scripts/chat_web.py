@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # at run time, these would slow down --help and require the extra `serve`
+if TYPE_CHECKING:  # importing these at run time would slow down --help and require the extra `serve`
     import uvicorn
 
     from nanochat_jax.serve.pool import Pool
 
-CHUNK = 8  # tokens decoded per step: few, so that text appears smoothly and a client that leaves frees its slot soon
+CHUNK = 8  # tokens decoded per step; a small number keeps the text smooth and soon frees the slot of a client that left
 DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds to finish running answers after a signal
-UNREAD_SECONDS = 60  # after this time, the connection of a client that has stopped reading is closed
+UNREAD_SECONDS = 60  # until a client that has stopped reading is disconnected
 
 
 def main(cfg: config.ChatWeb) -> None:
@@ -75,7 +75,7 @@ def main(cfg: config.ChatWeb) -> None:
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
             print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
-        # Log only warnings, so that there is no access log: who uses the server is private.
+        # Log only warnings. An access log would record who uses the server, which is private.
         serve(uvicorn.Config(app, log_level="warning"), app.state.pool, listener)
 
 
@@ -92,7 +92,7 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
                 pool.stop_after(DRAIN[sig])
             super().handle_exit(sig, frame)
 
-    for sig in DRAIN:  # uvicorn raises the signal again when it is done, which calls `leave`
+    for sig in DRAIN:  # when uvicorn is done, it raises the signal again, and that calls `leave`
         signal.signal(sig, leave)
     Server(server_cfg).run(sockets=[listener])
 
@@ -100,7 +100,7 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
 def leave(sig: int, frame: FrameType | None) -> None:
     """Ends the program. A SIGTERM is not a failure, so the exit code is then 0.
 
-    sys.exit would not do: Python's own shutdown takes longer than the rest of the shutdown, and aborts if an engine's
+    It does not use sys.exit, because Python's own shutdown takes longer than all the rest, and aborts if an engine's
     thread is compiling.
     """
     if sig == signal.SIGINT:

@@ -14,7 +14,7 @@ from pathlib import Path
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.data import parquet
 
-SHUFFLE_CHARS = 1_000_000_000  # converted text is shuffled in windows of this size, which bounds the memory
+SHUFFLE_CHARS = 1_000_000_000  # converted text is shuffled in windows of this many characters, to limit the memory used
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
@@ -59,7 +59,10 @@ def _read_documents(path: Path) -> Iterator[str]:
 
 
 def _json_text(line: str, where: str) -> str:
-    """'{"text": "Hello", "id": 7}' -> "Hello". Raises UserError, beginning with `where`, if there is no text."""
+    """'{"text": "Hello", "id": 7}' -> "Hello".
+
+    Raises UserError if there is no text. The message begins with `where`.
+    """
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -88,8 +91,8 @@ def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
 
 
 def shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
-    """The same texts in random order. Training reads shards in order, so documents have to be shuffled before they
-    are written, as those in the hub's shards were."""
+    """The same texts in random order. Training reads shards in order, so documents are shuffled before they are
+    written. The hub's shards are shuffled already."""
     rng, window, chars = random.Random(seed), [], 0
     for text in texts:
         window.append(text)

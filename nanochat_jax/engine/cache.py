@@ -17,7 +17,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-SMALLEST = 128  # positions in the smallest bucket; attention over fewer costs little compared with reading the weights
+SMALLEST = 128  # positions in the smallest bucket; a smaller one would save little, as reading the weights takes longer
 
 KV = dict[str, list[jax.Array]]
 
@@ -34,9 +34,9 @@ def bucket(length: int, limit: int, smallest: int = SMALLEST) -> int:
 def allocate(
     model_cfg: GPTConfig, rows: int, size: int, dtype: DTypeLike, where: jax.sharding.Sharding | None = None
 ) -> KV:
-    """An empty cache of `rows` rows and `size` positions, arrays [rows,n,size,k], for a model that computes in `dtype`.
+    """An empty cache with arrays [rows,n,size,k], for a model that computes in `dtype`.
 
-    It is filled with zeros, since uninitialised memory may hold NaNs, which get past the mask.
+    It is filled with zeros, since uninitialised memory may hold NaNs, which the attention mask does not remove.
     """
     shape = (rows, model_cfg.n_kv_head, size, model_cfg.head_dim)
     return {
@@ -46,8 +46,8 @@ def allocate(
 
 
 def dtype_for(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which keys and values are stored: `dtype`, or float32 on a CPU, where XLA's batched bf16 products
-    take up to 12 times as long."""
+    """The dtype in which keys and values are stored: `dtype`, except on a CPU. There it is float32, since XLA's
+    batched bf16 products take up to 12 times as long."""
     return jnp.dtype(accum_dtype(dtype) if jax.default_backend() == "cpu" else dtype)
 
 

@@ -1,8 +1,8 @@
-"""The slots as the host sees them: the sequence that each holds, and the tokens that its cache row keeps afterwards.
+"""Tracks the slots on the host: which sequence each slot holds, and which tokens stay in its cache row afterwards.
 
 The keys and values of a finished sequence stay in its cache row until another sequence takes the slot. Prefix caching
-uses them: a prompt need not be computed from its beginning if it begins like such a row (the earlier turns of a chat)
-or like the row of a running sequence (a shared system prompt).
+reuses them. A prompt may begin with the same tokens as such a row (the earlier turns of a chat), or as the row of a
+running sequence (a shared system prompt). These tokens are then not computed again.
 """
 
 from collections import abc, deque
@@ -18,7 +18,7 @@ class Prompt:
     id: int
     request: Request
     started: int = 0
-    scores: Scores | None = None  # set when the prompt has been prefilled, if the request asked for scores
+    scores: Scores | None = None  # set after prefill if the request asked for scores
     cached_tokens: int = 0  # how many of the prompt's tokens came from the cache
 
     @property
@@ -60,7 +60,7 @@ class Slots:
     def __init__(self, count: int):
         self.sequences: list[Sequence | None] = [None] * count
         self._leftover: list[list[int]] = [[] for _ in range(count)]  # tokens in the cache rows of free slots
-        self._released_at = [0] * count  # how many releases there had been when each slot was last released
+        self._released_at = [0] * count  # for each slot, the value of _releases at its last release
         self._releases = 0
 
     def running(self) -> dict[int, Sequence]:
@@ -68,16 +68,16 @@ class Slots:
         return {slot: sequence for slot, sequence in enumerate(self.sequences) if sequence}
 
     def free(self) -> list[int]:
-        """Slots without a sequence, the longest free first, since what others hold is likelier to be reused."""
+        """Free slots, the longest free first, since recently freed cache rows are more likely to be reused."""
         empty = (slot for slot, sequence in enumerate(self.sequences) if sequence is None)
         return sorted(empty, key=self._released_at.__getitem__)
 
     def assign(self, slot: int, sequence: Sequence) -> None:
-        """Gives a free slot to a sequence, whose keys and values replace those in the slot's row."""
+        """Gives a free slot to a sequence. The sequence's keys and values will overwrite the slot's cache row."""
         self.sequences[slot], self._leftover[slot] = sequence, []
 
     def release(self, slot: int) -> None:
-        """Frees a slot. Its row keeps the keys and values of the sequence."""
+        """Frees a slot. The slot's cache row keeps the keys and values of the sequence."""
         sequence = self.sequences[slot]
         assert sequence is not None, f"slot {slot} is free already"
         self._releases += 1
@@ -89,11 +89,11 @@ class Slots:
         self.sequences[slot] = None
 
     def clear_cache(self) -> None:
-        """Forgets the tokens in the rows of free slots, whose keys and values are no longer valid."""
+        """Forgets the tokens in the rows of free slots, because their keys and values are no longer valid."""
         self._leftover = [[] for _ in self.sequences]
 
     def truncate(self, size: int) -> None:
-        """Truncates the tokens in the rows of free slots to a cache of `size` positions.
+        """Truncates the recorded tokens of free slots so that they fit a cache of `size` positions.
 
         If a free slot's row is full, its last token is dropped too, because decoding overwrites that position.
         """

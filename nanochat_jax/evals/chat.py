@@ -1,4 +1,4 @@
-"""How well a model answers: multiple choice is scored by comparing logits, other tasks by checking generated answers.
+"""Evaluates a model's answers: multiple choice by comparing logits, other tasks by checking what the model generates.
 
 Used by scripts.chat_eval, and by training every --eval_metrics_every steps.
 
@@ -97,7 +97,7 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
 
 
 # -----------------------------------------------------------------------------
-# Multiple choice: the answer is the letter that is likeliest right after the prompt
+# Multiple choice: the answer is the letter with the highest probability as the next token
 
 
 def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]:
@@ -115,7 +115,7 @@ def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]
 
 
 def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
-    """For each problem, the index of the likeliest letter in its list of letters: int [problems]."""
+    """Returns int [problems]: for each problem, the index of the most likely letter in problem["letters"]."""
     tokenizer, context = model.tokenizer, model.model_cfg.sequence_len
     prompts = [np.asarray(tokenizer.render_for_completion(p, max_tokens=context)) for p in problems]
     letters = [_letter_ids(tokenizer, tuple(p["letters"])) for p in problems]
@@ -147,7 +147,10 @@ def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
 def _choose_letter(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """The index in `letters` [b,c] (-1: none) of the letter likeliest to follow position `last` [b] of `ids` [b,t]."""
+    """Chooses the letter that is most likely to follow position `last` [b] of `ids` [b,t].
+
+    `letters` [b,c] has one row of letter tokens per problem (-1: none). Returns int [b]: the chosen index in each row.
+    """
     x = gpt.hidden(params, model_cfg, ids, dtype)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(gpt.head(params, model_cfg, x), jnp.maximum(letters, 0), axis=1)
@@ -161,9 +164,9 @@ def _choose_letter(
 def _generate(
     model: EvalModel, task: Task, problems: Sequence[int], sampling: Sampling, slots: int
 ) -> list[list[Sample]]:
-    """The samples of each problem, from one engine per device."""
-    # Training may shard the parameters, so replicate them here, before any return: even a process without problems must
-    # take part.
+    """Generates the samples of each problem, with one engine per device."""
+    # Training may shard the parameters, so replicate them here. This comes before any return, because every process
+    # must take part, even one without problems.
     if mesh := sharding.mesh_of(model.params):
         params = jax.device_put(gpt.cast(model.params, model.dtype), sharding.replicated(mesh))
         model = replace(model, params=params)
@@ -185,7 +188,8 @@ def _generate(
     with Progress(task.name, len(requests) * sampling.num_samples) as progress:
         if len(devices) == 1:
             return _run(model, devices[0], requests, slots, progress)
-        # Problems are dealt out round-robin to one engine per device, each in its own thread, which mostly waits.
+        # Problems are dealt out round-robin to the engines, one per device. Each engine has its own thread, which
+        # mostly waits.
         share = len(devices)
         with ThreadPoolExecutor(share) as pool:
             parts = [

@@ -1,4 +1,4 @@
-"""Puts several engines behind one interface; each has its own weights and cache on its own GPU."""
+"""Puts several engines behind one interface. Each engine has its own weights and cache on its own GPU."""
 
 import time
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from nanochat_jax.serve.worker import Answer, EngineWorker
 class Pool:
     """Sends each request to the worker with the most free slots.
 
-    Ties go to the first worker, so if there is only one chat, it stays on the worker that has its earlier turns in the
-    cache. A worker that has failed gets no more requests; the others go on.
+    Of equally free workers, it chooses the first. A single chat therefore stays on one worker, whose cache holds the
+    earlier turns. A worker that has failed gets no more requests; the others go on.
     """
 
     def __init__(self, workers: Sequence[EngineWorker]):
@@ -37,7 +37,7 @@ class Pool:
             worker.stop_after(seconds)
 
     def submit(self, *requests: Request) -> Answer:
-        """Queues `requests` and returns their answer at once; raises the same errors as `EngineWorker.submit`."""
+        """Queues `requests` and returns an Answer without waiting. Raises the same errors as `EngineWorker.submit`."""
         return max(self.alive or self.workers, key=lambda worker: worker.free_slots).submit(*requests)
 
     def publish(self, metrics: Metrics) -> None:
@@ -58,7 +58,7 @@ class Pool:
 
     @property
     def warming(self) -> bool:
-        """Whether a worker has yet to compile programs that requests may need."""
+        """Whether any worker still has to compile programs that requests may need."""
         return any(worker.warming for worker in self.alive)
 
     @property

@@ -1,8 +1,8 @@
 """GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
 
 In the data, each step of an answer contains <<expression=result>>, which becomes a tool call and its output. An answer
-ends with "#### number", and is right only if it has the same text there as the reference: 10 equals neither 10.0 nor
-"10.".
+ends with "#### number". It is right only if this number, without commas, is written exactly as in the reference: 10
+matches neither 10.0 nor "10.".
 """
 
 import re
@@ -45,7 +45,7 @@ class GSM8K(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict) -> dict:
-        """{"question", "answer": "It is <<2*5=10>>10\\n#### 10"} -> a conversation whose answer has the parts
+        """{"question", "answer": "It is <<2*5=10>>10\\n#### 10"} -> a conversation. Its answer has these parts:
 
         text "It is ", python "2*5", python_output "10", text "10\\n#### 10"
         """

@@ -1,13 +1,13 @@
 """Reinforcement learning on a task whose answers can be checked: rollouts, rewards, the policy-gradient step.
 
-REINFORCE with a group baseline, nanochat's simplification of GRPO: sample a group of answers to each problem, take the
-reward minus the group's mean as the advantage of every token of an answer, and ascend the advantage-weighted
-log-likelihood, normalised by the number of tokens. It is on policy, with one update per batch, so it needs neither a
-reference model nor a ratio to clip.
+The method is REINFORCE with a group baseline, nanochat's simplification of GRPO. A group of answers is sampled for each
+problem. The advantage of every token of an answer is the answer's reward minus the mean reward of its group. Training
+ascends the advantage-weighted log-likelihood, normalised by the number of tokens. It is on policy, with one update per
+batch, so it needs neither a reference model nor a ratio to clip.
 
-Unlike in the specification, the token that ends an answer is trained on too, so that the model learns to stop. Another
-addition is --oversampling=K: a group whose answers are all right, or all wrong, teaches nothing, so answers to K times
-as many problems are sampled, and the groups that do teach something are trained on first.
+Unlike the specification, this stage also trains on the token that ends an answer, so that the model learns to stop.
+Another addition is --oversampling=K. A group whose answers are all right, or all wrong, teaches nothing. Answers to K
+times as many problems are therefore sampled, and the groups that do teach something are trained on first.
 """
 
 import math
@@ -70,7 +70,7 @@ def train(cfg: config.Rl) -> None:
             while True:
                 last = control.step >= stage.steps
 
-                # Once in a while: save, before evaluating, so that the weights are safe if an evaluation fails.
+                # Once in a while: save. Saving comes first, so that the weights are safe if an evaluation fails.
                 stop = interruption.stop_signal
                 control.save_if_due(last, stop)
 
@@ -124,7 +124,7 @@ class RlStage:
 
 
 def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
-    """Makes the stage for a run. Raises UserError if the settings cannot work."""
+    """Prepares the problems, batch shape and number of steps of a run. Raises UserError if the settings cannot work."""
     if jax.process_count() > 1:
         raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
     if cfg.max_new_tokens > run.model_cfg.sequence_len - SHORTEST_PROMPT:
@@ -154,7 +154,8 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
 def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
     """Arranges the answers of a step as rows for `count` devices, which form `replicas` replicas.
 
-    Raises UserError if the answers do not divide over the devices, or a replica's answers into micro-batches.
+    Raises UserError if the answers cannot be split equally over the devices, or if a replica's answers do not fill a
+    whole number of micro-batches.
     """
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
@@ -188,12 +189,12 @@ def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
 def update(
     run: Run, step_fn: jax.stages.Wrapped, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
 ) -> StepMetrics:
-    """Takes one policy-gradient step on the rollouts, which replaces the state of `run`.
+    """Takes one policy-gradient step on the rollouts, and replaces the state of `run`.
 
     Raises UserError if the loss or the norm of the gradient is not finite.
     """
     longest = max(len(r.prompt) + len(r.sample.ids) for r in rollouts)
-    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # few lengths, as each is compiled
+    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # rounded up, since each length is compiled
     batch = as_batch(rollouts, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     lr = run.put_scalar(lr_mult)
@@ -211,12 +212,12 @@ def update(
 
 
 class RolloutLog:
-    """Logs each step at once, not one step late: sampling the next answers has to wait for the step anyway."""
+    """Logs each step at once, not one step late, since sampling the next answers has to wait for the step anyway."""
 
     def __init__(self, run: Run, cfg: config.Rl, steps: int):
         self.run, self.cfg, self.steps = run, cfg, steps
         self.timer = Timer()
-        self._seconds: list[float] = []  # seconds per step, without this process's first step, which compiles
+        self._seconds: list[float] = []  # seconds of each step except this process's first, which compiles
 
     def push(
         self, step: int, sampled: list[Rollout], results: StepMetrics, lr_mult: float, sampling_seconds: float

@@ -1,7 +1,7 @@
 """One measurement of text generation, in its own process; `python -m scripts.bench decode` runs many of these.
 
-This file is sent on standard input to the benchmark's Python or to the peer's, with the job as JSON in the only
-argument. It prints one line of JSON. Only the jobs "device" and "ours" import this project.
+The benchmark sends this file on standard input to its own Python or to the peer's Python. The only argument is the job,
+as JSON. The output is one line of JSON. Only the jobs "device" and "ours" import this project.
 """
 
 from __future__ import annotations  # the peer's Python may be older than this project's
@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 Job = dict[str, Any]
-SCALE = 0.02  # standard deviation of the random weights, with which text varies and activations have their usual size
+SCALE = 0.02  # standard deviation of the random weights; it gives varied text, and activations of the usual size
 
 
 def probe(job: Job) -> dict:
@@ -89,7 +89,7 @@ def ours(job: Job) -> dict:
         return first, time.perf_counter() - start
 
     generate(seed=0)  # the warm-up, which compiles everything
-    first, seconds = generate(seed=1)  # with new prompts, since prefix caching would skip those of the warm-up
+    first, seconds = generate(seed=1)  # new prompts, since prefix caching would skip prompts that the warm-up used
     positions = batch * (job["prompt"] + job["new"] / 2)  # filled cache positions of all rows, averaged over the steps
     cached = 2 * model_cfg.n_layer * model_cfg.n_kv_head * model_cfg.head_dim * positions
     read = weights * jnp.dtype(dtype).itemsize + cached * cache.dtype_for(dtype).itemsize

@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; {} if the file is missing or holds anything else."""
+    """The object in a JSON file, or {} if the file is missing or does not hold an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
 """Byte-level BPE tokenizer with nine special tokens; also renders conversations as (ids, mask).
 
-Our Rust crate learns the merges. `encode` uses tiktoken unless a text is very long; `encode_batch`, for data pipelines,
-uses the crate's own encoder, which gives the same ids. Ids are assigned to the 256 bytes first, then to the merges
-in the order learned, then to the special tokens. Only the program adds special tokens, by name: a text that contains
-such a name is encoded as ordinary text.
+Our Rust crate learns the merges. `encode` uses tiktoken unless a text is very long. `encode_batch` is for data
+pipelines and uses the crate's own encoder, which gives the same ids. Ids are assigned to the 256 bytes first, then to
+the merges in the order learned, then to the special tokens. Special tokens are added only by the program, never by a
+text: the name of a special token in a text is encoded as ordinary text.
 """
 
 import codecs
@@ -39,12 +39,12 @@ SPLIT_PATTERN = (
 
 # tiktoken's regex panics on very long runs of white space, so long texts go to our own encoder, which
 # gives the same ids.
-LONG_TEXT = 1 << 16  # characters up to which a text counts as short
+LONG_TEXT = 1 << 16  # the most characters in a text that counts as short
 
-SHORTEST_PROMPT = 4  # tokens: <|bos|>, the two of a user message without text, <|assistant_start|>
+SHORTEST_PROMPT = 4  # tokens: <|bos|>, <|user_start|>, <|user_end|>, <|assistant_start|>
 NO_LIMIT = 1 << 30  # `max_tokens` for a conversation that must not be truncated
 
-# The types of parts of an assistant message, each with the special tokens before and after the part, and whether it is
+# For each type of part in an assistant message: the special tokens before and after the part, and whether it is
 # supervised (1) or not (0). The model learns to call the calculator, not to predict its results.
 PARTS: dict[str, tuple[str | None, str | None, int]] = {
     "text": (None, None, 1),
@@ -56,8 +56,8 @@ PARTS: dict[str, tuple[str | None, str | None, int]] = {
 def rust_crate() -> ModuleType:
     """Imports our Rust crate. Raises UserError if it is not built.
 
-    In that case, the import may find something else: the folder rustbpe in the repository root (an empty package),
-    PyPI's rustbpe, or an older build. None of these has encode_batch.
+    If it is not built, the import may find something else: the folder rustbpe in the repository root (an empty
+    package), PyPI's rustbpe, or an older build. None of these has encode_batch.
     """
     try:
         import rustbpe
@@ -108,7 +108,7 @@ class Tokenizer:
     def load(directory: Path) -> "Tokenizer":
         """Reads what `save` wrote.
 
-        Raises UserError, naming the file and the reason, if one is missing, damaged or from another program.
+        Raises UserError, naming the file and the reason, if a file is missing, damaged or from another program.
         """
         path = Path(directory) / "tokenizer.json"
         text, ranks = tokenizer_file.read(Path(directory), SPLIT_PATTERN, SPECIAL_TOKENS)
@@ -128,7 +128,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of the saved tokenizer.json. Two tokenizers are equal if and only if their hashes are."""
+        """SHA-256 (hex) of the saved tokenizer.json. Two tokenizers are equal if and only if their hashes are equal."""
         return tokenizer_file.sha256(self._json)
 
     @functools.cached_property
@@ -147,11 +147,11 @@ class Tokenizer:
         return self._special[name]
 
     def _token_id(self, token: int | str) -> int:
-        """The id of a token given by its id or, if it is special, by name: "<|bos|>" -> 65527."""
+        """The id of a token, which is given as an id or as the name of a special token: "<|bos|>" -> 65527."""
         return self.special(token) if isinstance(token, str) else self._check_ids([token])[0]
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
-        """Converts ids of any integer type to a list of int. Raises ValueError if one is outside the vocabulary."""
+        """Converts ids of any integer type to a list of int. Raises ValueError if an id is outside the vocabulary."""
         ids = list(map(operator.index, ids))
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -200,11 +200,11 @@ class Tokenizer:
     __call__ = encode
 
     def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts at once, for data pipelines: the same ids as from `encode`, but our encoder uses all cores.
+        """Ids of many texts at once, for data pipelines. `encode` gives the same ids, but our encoder uses all cores.
 
-        Returns tokens, uint16[n] (uint32[n] if the vocabulary needs it), and offsets, int64[len(texts) + 1]: the tokens
-        of text i are tokens[offsets[i] : offsets[i + 1]]. `prepend` is a token id or a special token's name. Raises
-        TypeError if `texts` is not a list of str.
+        Returns (tokens, offsets); the tokens of text i are tokens[offsets[i] : offsets[i + 1]]. `tokens` is uint16[n],
+        or uint32[n] if the vocabulary needs it, and `offsets` is int64[len(texts) + 1]. `prepend` is a token id or a
+        special token's name. Raises TypeError if `texts` is not a list of str.
         """
         if not isinstance(texts, list):
             raise TypeError(f"encode_batch takes a list of str, got {type(texts).__name__}")
@@ -239,8 +239,8 @@ class Tokenizer:
         return self._encoding.decode_bytes(self._check_ids(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """int32[vocab_size]: length in bytes of each token, 0 for special tokens. Raw bytes are counted, since
-        decoding a token that is not UTF-8 by itself would change its length."""
+        """int32[vocab_size]: length in bytes of each token, 0 for special tokens. The raw bytes are counted, because
+        some tokens are not valid UTF-8 by themselves, and decoding would change their length."""
         lengths = [len(token) for token, _ in self._core.get_mergeable_ranks()]
         return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
@@ -281,9 +281,9 @@ class Tokenizer:
     def render_for_completion(self, conversation: dict, max_tokens: int = 2048) -> list[int]:
         """Ids of a prompt for the assistant's next message. If the last message is the assistant's, it is left out.
 
-        A conversation that is too long loses its oldest turns, but not the system message; if the last message alone is
-        too long, its beginning is cut off. The specification truncates the end instead, and so loses the question and
-        <|user_end|>. Raises UserError if the messages are in the wrong order or form.
+        A conversation that is too long loses its oldest turns, but not the system message. If the last message alone is
+        too long, its beginning is cut off. The specification truncates the end of the conversation instead, and so
+        loses the question and <|user_end|>. Raises UserError if the messages are in the wrong order or form.
         """
         if max_tokens < SHORTEST_PROMPT:
             least = f"{SHORTEST_PROMPT}, the special tokens of a prompt"
@@ -324,7 +324,8 @@ class Tokenizer:
         return ids, mask
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
-        """The tokens in color, for a terminal, separated by bars: supervised tokens green, others red, ids grey."""
+        """The tokens in color, separated by bars, for a terminal. Supervised tokens are green, others red, and ids
+        grey."""
         shown = []
         for i, supervised in zip(ids, mask, strict=True):
             color = "\033[92m" if supervised else "\033[91m"
@@ -346,11 +347,11 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that one more id completes: "" or whole characters."""
+        """Takes one more id and returns the characters that it completes, or "" if it completes none."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """Returns U+FFFD for bytes held back, "" if there are none. The decoder is then ready for another text."""
+        """Returns U+FFFD if bytes are held back, otherwise "". The decoder is then ready for another text."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -361,8 +362,11 @@ class StreamDecoder:
 
 
 def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
-    """Returns the system message's text (None: no such message), and the other messages, which alternate user,
-    assistant, ... Raises UserError, naming the first wrong message, if the conversation is not of this form."""
+    """Returns (the text of the system message, the other messages). The text is None if there is no system message.
+
+    The other messages are by the user and the assistant in turn, the user first. Raises UserError, naming the first
+    wrong message, if the conversation does not have this form.
+    """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError('a conversation is {"messages": [...]} with at least one message of role user')

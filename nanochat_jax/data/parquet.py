@@ -15,11 +15,11 @@ from nanochat_jax.config import UserError, first_line
 if TYPE_CHECKING:
     import hashlib
 
-    import pyarrow.parquet as pq  # imported where it is used: it is slow to load
+    import pyarrow.parquet as pq  # each function imports it when called, because it is slow to load
 
 ROW_GROUP = 1024  # documents in a row group, which is read as a whole
 SHARD_CHARS = 250_000_000  # characters per shard: about 100 MB when compressed with zstd
-MAX_CHARS = 1_000_000  # per document; longer documents are split, since a document is tokenized and packed as a whole
+MAX_CHARS = 1_000_000  # the most characters in a document; longer ones are split, as each is tokenized and packed whole
 HOW_TO_FIX = "if it was downloaded, python -m nanochat_jax.dataset --verify downloads it again"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
@@ -27,7 +27,7 @@ TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary",
 def open(path: Path) -> "pq.ParquetFile":
     """Opens a parquet file that has a string column `text`. Raises UserError if it is damaged or lacks the column.
 
-    Named like gzip.open, and called the same way: parquet.open(path).
+    The name follows gzip.open, so callers write parquet.open(path).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -46,11 +46,11 @@ def open(path: Path) -> "pq.ParquetFile":
 
 
 def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
-    """The documents of one row group of an open file; a document that is too long becomes several. Raises UserError
-    if the row group cannot be read.
+    """The documents of one row group of an open file. A document that is too long is split into several. Raises
+    UserError if the row group cannot be read.
 
-    "" stands for a document that cannot be used: it is empty, or it is not UTF-8. The number of documents that are not
-    UTF-8 is reported on stderr.
+    A document that is null, empty or not UTF-8 cannot be used, and is returned as "". The number of documents that are
+    not UTF-8 is reported on stderr.
     """
     import pyarrow as pa
 
@@ -68,7 +68,8 @@ def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
 
 
 def text_bytes(path: Path) -> list[int]:
-    """Uncompressed bytes of the `text` column by row group, parquet's own overhead included. Reads metadata only."""
+    """The uncompressed size of the `text` column in each row group, in bytes, including parquet's own overhead. Reads
+    metadata only."""
     with open(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
@@ -97,7 +98,9 @@ def _decode(data: bytes | None) -> str | None:
 
 
 def split_long(text: str) -> list[str]:
-    """Splits a text into pieces of at most MAX_CHARS, after a line break if possible, or else after a space.
+    """Splits a text into pieces of at most MAX_CHARS characters.
+
+    Each split comes after a line break if possible, otherwise after a space, and otherwise after MAX_CHARS characters.
 
     Nothing is lost. With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
     """
@@ -115,8 +118,8 @@ def write_shards(
 ) -> int:
     """Writes <stem>_00000.parquet, <stem>_00001.parquet, ... and returns the number of documents in them.
 
-    `digest` is updated with every document, preceded by its length, so that it identifies the text and not the files.
-    `row_group` is the number of documents in a row group.
+    `digest` is updated with every document, preceded by its length. So the digest depends on the documents, but not on
+    how they are divided into files. `row_group` is the number of documents in a row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

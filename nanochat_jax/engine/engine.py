@@ -1,20 +1,21 @@
 """The engine: all text is generated here, for the terminal, the server, evaluation and reinforcement learning.
 
 The life of a request begins when `add` puts it into the scheduler's queue. When a slot is free, a step prefills the
-request's prompt, alone or with others, whole or chunk by chunk, starting from a cached prefix if there is one. Each of
-the request's n samples then takes a slot: the prompt's keys and values are copied into the slot's cache row, and the
-sample's first token is drawn. From then on, every step decodes a chunk: a fixed number of tokens for every slot, in one
-compiled program, which also samples, stops and inserts forced tokens on the device. After each chunk, the host hands
-out the new tokens, runs the calculator for python blocks that were closed, and frees the slots of finished samples. A
-row whose python block was closed pauses for the rest of the chunk, and the calculator's result is forced into the next
-one. The keys and values of a finished sample stay in its slot, cached for prompts that begin with the same tokens.
+request's prompt, starting from a cached prefix if there is one. Several prompts may be prefilled together, and a long
+one is prefilled chunk by chunk. Each of the request's n samples then takes a slot: the prompt's keys and values are
+copied into the slot's cache row, and the sample's first token is drawn. From then on, every step decodes a chunk, which
+is a fixed number of tokens for every slot. One compiled program decodes the chunk on the device; it also samples, stops
+rows and inserts forced tokens. After each chunk, the host hands out the new tokens, runs the calculator for python
+blocks that ended, and frees the slots of finished samples. When a python block ends, its row pauses for the rest of the
+chunk, and the calculator's result is forced into the next chunk. The keys and values of a finished sample stay in its
+slot, cached for prompts that begin with the same tokens.
 
 `Engine.step` does all this in three moves: the scheduler decides (scheduler.py), the model runner computes
 (model_runner.py), and the engine gives the new tokens to their sequences. The host owns the schedule and sends it with
 every chunk; the device keeps only the weights and the cache. Only one thread may use an engine.
 
-If the weights lie on a mesh of several devices, and its number of replicas divides the number of slots, each replica
-decodes its own share of the slots and keeps the cache of that share only.
+If the weights lie on a mesh of several devices, and the number of replicas divides the number of slots, then each
+replica decodes its own share of the slots and keeps only the cache of that share.
 """
 
 import functools
@@ -41,9 +42,9 @@ class Engine:
     """Generates up to `slots` samples at a time, `chunk` tokens per step. The model (`params`, `model_cfg`) computes in
     `dtype`.
 
-    The tokenizer provides the ids of special tokens, and converts the calculator's input and output. Dtype and slots
-    are fixed, so that the result of a request does not depend on the load. Only rounding does, because the cached
-    prefix of a prompt may have been computed in different chunks.
+    The tokenizer provides the ids of special tokens. It also decodes the calculator's expressions and encodes its
+    results. The dtype and the number of slots are fixed, so that the load does not change the result of a request. Only
+    rounding may differ, because the cached prefix of a prompt may have been computed in different chunks.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Engine:
     def set_params(self, params: gpt.Params) -> None:
         """Generates with these weights from now on. The engine must be idle.
 
-        The engine may share float32 arrays rather than copy them: once they have been donated elsewhere, it can no
-        longer use them.
+        The engine may share float32 arrays with the caller instead of copying them. If the caller donates such arrays,
+        the engine can no longer use these weights.
         """
         assert not self.busy, "set_params with samples under way"
         self._runner.set_params(params)
@@ -156,7 +157,7 @@ class Engine:
     def cancel(self, id: int, sample: int | None = None) -> None:
         """Ends a request and frees its slots at once. Unknown and finished ids are ignored.
 
-        With `sample`, ends only that sample of the request, which must have been started.
+        If `sample` is given, ends only this sample of the request. The sample must have been started.
         """
         self._scheduler.cancel(id, sample)
         self._free_unused_prefill()
@@ -184,11 +185,11 @@ class Engine:
         context, size = self.model_cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # not in the cache, so it is computed whole
+            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # not in the cache, so all of it is computed
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
             yield size
-            self.run([settings([*prompt, 1])])  # begins with the previous prompt, if prefix caching saves work
+            self.run([settings([*prompt, 1])])  # reuses the cache of the previous prompt if that saves work
             yield size
             if self.slots >= PREFILL_ROWS - 1:
                 self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled together
@@ -223,12 +224,12 @@ class Engine:
             raise UserError(f"{len(request.stop_ids)} stop tokens: at most {MAX_STOP_IDS} are supported")
 
     # -----------------------------------------------------------------------------
-    # After a step: from tokens to sequences and events
+    # After a step: the new tokens are added to their sequences and become events
 
     def _postprocess(self, schedule: Schedule, output: Output) -> list[Event]:
         """Gives the new tokens to their sequences and returns them as events."""
         if output.scores and isinstance(schedule.prefill, PrefillBatch):
-            # Any rows of scores beyond the prompts are padding.
+            # If there are more rows of scores than prompts, the last rows are padding.
             for prompt, *scores in zip(schedule.prefill.prompts, *output.scores, strict=False):
                 prompt.scores = _scores(prompt.request, *scores)
         events = [
@@ -238,7 +239,7 @@ class Engine:
         ]
         if output.tokens:
             events += [self._extend(slot, seq, output.tokens) for slot, seq in schedule.sequences.items()]
-        if schedule.decodes:  # decoding has overwritten the last position of any free slot whose row is full
+        if schedule.decodes:  # if the row of a free slot is full, decoding has overwritten its last position
             self._scheduler.slots.truncate(schedule.cache_size)
         self._free_unused_prefill()
         return events
@@ -278,7 +279,8 @@ class Engine:
     def _follow_tool_call(self, sequence: Sequence, token: int) -> None:
         """Advances a sequence's tool call by one token.
 
-        A call is python_start, an expression, python_end; the calculator's result, if any, is then forced.
+        A call consists of python_start, an expression and python_end. If the calculator has a result, it is forced
+        next.
         """
         if token == self._special["python_start"]:
             sequence.expression = []
@@ -298,13 +300,14 @@ class Engine:
 
 
 def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:
-    """Token ids [t,top] and their log-probabilities [t,top] -> for each of t positions, a list of `count` pairs."""
+    """Token ids [t,top] and their log-probabilities [t,top] -> for each position, a list of `count` pairs."""
     pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in pairs]
 
 
 def _scores(request: Request, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray) -> Scores:
-    """A prompt's scores, from its row of PromptScores. Entries for what follows the prompt's last token are dropped."""
+    """Makes a prompt's scores from its row of PromptScores, without the entries for tokens after the end of the
+    prompt."""
     known = len(request.ids) - 1
     named = _top_logprobs(top_ids[:known], top_logprobs[:known], request.top_logprobs)
     return Scores([None, *logprobs[:known].tolist()], [None, *named])

@@ -1,8 +1,8 @@
 """The engine's compiled functions, which prefill prompts, draw first tokens, and decode a chunk for all slots.
 
 Slots are independent, so each replica decodes its own share of the slots under shard_map. Without shard_map, the
-compiler would all-gather the logits on every device, for top-k, in every step. Every device prefills all prompts: this
-costs little compared with decoding, since the samples of a prompt share one prefill.
+compiler would all-gather the logits on every device in every step, to compute top-k. Every device prefills all prompts:
+this costs little compared with decoding, since the samples of a prompt share one prefill.
 """
 
 import functools
@@ -22,26 +22,26 @@ from nanochat_jax.model import gpt
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-SCORED = 128  # positions whose logits are in memory at once while a prompt is scored
+SCORED = 128  # while prompts are scored, the logits of this many positions are in memory at once
 
 DecodeParams = dict  # nested dict of arrays, as `lay_out` returns it
 
 
 # -----------------------------------------------------------------------------
-# What goes to the device and comes back
+# What is sent to the device, and what comes back from it
 
 
 class Fixed(NamedTuple):
-    """What stays the same for the life of an engine; static arguments of the compiled functions."""
+    """The static arguments of the compiled functions, which stay the same for the life of an engine."""
 
     model_cfg: GPTConfig
     dtype: DTypeLike  # in which matmuls are computed
-    python_end: int  # the token that pauses a row until its tool call is answered
-    mesh: Mesh | None  # its replicas divide the slots among them; None: every device holds all slots
+    python_end: int  # the token that pauses a row until the row's tool call is answered
+    mesh: Mesh | None  # each of its replicas holds a share of the slots; None: every device holds all slots
 
 
 class DecodeInputs(NamedTuple):
-    """The slots as the host knows them before a chunk of decoding; arrays [b] unless noted."""
+    """The state of the slots before a chunk is decoded, sent by the host. The arrays are [b] unless noted."""
 
     token: Array  # the row's last token, which is not in the cache yet
     length: Array  # number of tokens before `token`, all of them in the cache
@@ -64,9 +64,9 @@ class Tokens(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """For each position of the prompts, padding included: how likely the token after it was."""
+    """How likely the next token was, for each position of the prompts, padding included."""
 
-    logprobs: Array  # [p, t] of the token after each position
+    logprobs: Array  # [p, t] log-probability of the token after each position
     top_ids: Array  # [p, t, top] the most likely tokens after each position
     top_logprobs: Array  # [p, t, top]
 
@@ -94,7 +94,7 @@ def _stack(params: DecodeParams) -> gpt.Params:
 
 
 def _head(params: DecodeParams, model_cfg: GPTConfig, x: jax.Array) -> jax.Array:
-    """`gpt.head` for weights in this layout: x [...,d] -> logits [...,v]."""
+    """`gpt.head` for weights laid out by `lay_out`: x [...,d] -> logits [...,v]."""
     return gpt.soft_capped(
         jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accum_dtype(x.dtype)), model_cfg
     )
@@ -122,9 +122,11 @@ def prefill(
     dtype: DTypeLike,
     top: int | None = None,
 ) -> tuple[kv.KV, jax.Array, PromptScores | None]:
-    """Prompts [p,t] of `length` [p] tokens, padded on the right -> their cache rows, next-token logits [p,v], scores.
+    """Prefills prompts, and returns (their cache rows, next-token logits [p,v], their scores).
 
+    The prompts are `ids` [p,t], padded on the right; `length` [p] is the number of tokens in each one.
     If `top` is given, the prompts are scored, and the scores name the `top` most likely tokens at each position.
+    Otherwise, the scores are None.
     """
     rows, size = ids.shape
     empty = kv.allocate(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
@@ -154,10 +156,11 @@ def prefill_chunk(
     model_cfg: GPTConfig,
     dtype: DTypeLike,
 ) -> tuple[kv.KV, jax.Array]:
-    """Appends chunks [p,t] of long prompts to the cache rows `prefix` -> the rows, next-token logits [p,v].
+    """Appends chunks of long prompts to the cache rows `prefix`, and returns (the rows, next-token logits [p,v]).
 
-    The first `length` [p] tokens of each chunk are valid, and the rest is padding. Each chunk is written from position
-    `start` [p] of its row. The caller ensures that start + t is not more than the row's size.
+    The chunks are `ids` [p,t]. The first `length` [p] tokens of each chunk are valid, and the rest is padding. Each
+    chunk is written from position `start` [p] of its row. The caller ensures that start + t is not more than the row's
+    size.
     """
     _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, model_cfg, dtype)
     return prefix, logits
@@ -174,7 +177,7 @@ def first_tokens(
     top: int,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, ...]:
-    """For each slot i, draws the first token from row[i] of the prefill's logits [p,v].
+    """Draws the first token of each slot i from row `row[i]` of the prefill's logits [p,v].
 
     Returns (tokens [b], their log-probabilities [b], the `top` most likely tokens [b,top], their log-probabilities).
     """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_STOP_IDS = 8
-TOP_LOGPROBS = 20  # the device names either this many alternatives or none, so that only two programs are compiled
+TOP_LOGPROBS = 20  # the device returns this many alternatives or none, so that each program has only two variants
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Request:
     stop_ids: Sequence[int] | None = None  # None: <|assistant_end|> and <|bos|>
     n: int = 1
     tools: bool = True  # whether the calculator answers python blocks
-    top_logprobs: int = 0  # how many of the most likely tokens to name beside each token, at most TOP_LOGPROBS
+    top_logprobs: int = 0  # how many of the most likely tokens to report at each position, at most TOP_LOGPROBS
     score: bool = False  # whether the prompt's tokens get log-probabilities too
 
 
@@ -37,7 +37,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Event:
-    """New tokens of one sample. `finish_reason` is "stop" or "length" in a sample's last event, None before it."""
+    """New tokens of one sample. `finish_reason` is None until a sample's last event, where it is "stop" or "length"."""
 
     request: int  # the id that `Engine.add` returned
     sample: int
@@ -46,13 +46,13 @@ class Event:
     logprobs: list[float]  # under the full softmax at temperature 1, for forced tokens too
     finish_reason: str | None
     top: list[TopLogprobs] | None = None  # the most likely tokens at each position, if the request has `top_logprobs`
-    scores: Scores | None = None  # the prompt's, in a sample's first event, if the request has `score`
+    scores: Scores | None = None  # the prompt's scores, in a sample's first event, if the request has `score`
     cached_tokens: int = 0  # prompt tokens that came from the cache; 0 except in the first sample's first event
 
 
 @dataclass(frozen=True)
 class Sample:
-    """All generated tokens of one sample. If finish_reason is "stop", the last of them is the stop token."""
+    """All generated tokens of one sample. If finish_reason is "stop", the last token is the stop token."""
 
     ids: list[int]
     mask: list[int]

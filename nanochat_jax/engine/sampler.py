@@ -1,8 +1,9 @@
 """Samples the next token of every row on the device, each row with its own settings.
 
 A row's noise depends only on its seed, its sample number and the position of the token, so a request gives the same
-text alone as together with others. Rows without filters draw Gumbel noise for every token id of the vocabulary. Rows
-with top-k or top-p draw it for each rank among the most likely tokens, which saves drawing noise for all other tokens.
+text whether it runs alone or with others. Rows without top-k and top-p draw Gumbel noise for every token id of the
+vocabulary. Rows with top-k or top-p draw noise only for the most likely tokens, one value for each rank, which saves
+work.
 """
 
 from typing import NamedTuple
@@ -15,11 +16,11 @@ WIDTHS = (64, 256)  # how many candidates top-k may rank; for a larger k, the wh
 COLDEST = 1e-5  # the lowest temperature to divide by; below it, a float32 softmax is an argmax, and division overflows
 
 
-Array = jax.Array | np.ndarray  # numpy on the host, traced within jit
+Array = jax.Array | np.ndarray  # a numpy array on the host, a traced array within jit
 
 
 class Settings(NamedTuple):
-    """How to sample for each row; arrays [b]."""
+    """The sampling settings of each row; arrays [b]."""
 
     seed: Array  # uint32
     sample: Array  # int32, which of the request's samples
@@ -29,7 +30,8 @@ class Settings(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the compiled sampler must support; a static argument. It decides what is computed, not what a row draws."""
+    """What the compiled sampler must support; a static argument. A plan decides which operations run, but it does not
+    change the token that a row draws."""
 
     width: int  # number of candidates to rank; 0: no row uses top-k or top-p
     noise: bool  # whether any row samples from the whole vocabulary
@@ -47,7 +49,7 @@ def plan(settings: Settings, vocab_size: int) -> Plan:
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Plan) -> jax.Array:
-    """Samples a token from each row of logits float32 [b,v] -> int32 [b]; `position` [b] is its place in the sequence.
+    """Samples a token from each row of logits float32 [b,v] -> int32 [b]; `position` [b] is the token's place.
 
     Temperature is applied first, then top-k, then top-p to the renormalised rest (the order in transformers).
     """
@@ -70,8 +72,8 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 def _argmax(x: jax.Array) -> jax.Array:
     """The index int32 [b] of the largest entry of each row of x [b,v]; of equal entries, the first.
 
-    It uses two plain reductions, which XLA:CPU vectorises. There, they are four times as fast as `jnp.argmax`, which is
-    a single reduction over pairs of a value and an index.
+    It uses two plain reductions, which XLA:CPU vectorises. On a CPU, this is four times as fast as `jnp.argmax`, which
+    is a single reduction over pairs of a value and an index.
     """
     last = x.shape[-1] - 1  # also the result for a row of NaN
     places = jnp.arange(x.shape[-1], dtype=jnp.int32)
@@ -79,12 +81,13 @@ def _argmax(x: jax.Array) -> jax.Array:
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
-    """Samples one of the `width` most likely tokens of each row, after top-k and top-p have filtered these."""
+    """Samples a token for each row from its `width` most likely tokens, filtered by top-k and top-p."""
     scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p  # total probability of all likelier tokens; 0 for the first, which always stays
+    # The total probability of all more likely tokens. It is 0 for the first token, which is therefore always kept.
+    before = jnp.cumsum(p, axis=-1) - p
     top_p = settings.top_p[:, None]
     scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)
     rank = jnp.argmax(scores + _gumbel(keys, width), axis=-1)
@@ -92,7 +95,10 @@ def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width
 
 
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """Log-probability of token [b] under the full softmax of logits [b,v] at temperature 1, however it was chosen."""
+    """Log-probability of token [b] under the full softmax of logits [b,v] at temperature 1.
+
+    How the token was chosen makes no difference.
+    """
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -110,5 +116,6 @@ def _key(seed: Array, sample: Array, position: Array) -> jax.Array:
 
 
 def _gumbel(keys: jax.Array, width: int) -> jax.Array:
-    """Noise [b,width]. A wider draw begins with the same entries as a narrower one, as the bits are counter-based."""
+    """Noise [b,width]. A wider draw begins with the same entries as a narrower one, because the bits are
+    counter-based."""
     return jax.vmap(lambda key: jax.random.gumbel(key, (width,)))(keys)

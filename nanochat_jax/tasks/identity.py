@@ -1,9 +1,9 @@
 """Who the model is: a thousand short generated conversations, in many phrasings.
 
-They are read from identity_conversations.jsonl in the task data folder if that file exists, otherwise from the file of
-that name in the base folder, which is generated on first use. Edit or replace the file to give the model another
-identity. Val and test questions are phrased in ways that training does not use, different ones in val and in test. An
-answer is right if it contains an expected word or phrase. The test phrasings were written before any model was
+The conversations are read from identity_conversations.jsonl in the task data folder. If it is not there, the file of
+that name in the base folder is used, which is generated on first use. Edit or replace the file to give the model
+another identity. The questions in val and in test are phrased differently, and training uses none of these phrasings.
+An answer is right if it contains an expected word or phrase. The test phrasings were written before any model was
 evaluated on them, and use only words that occur in training questions.
 """
 
@@ -162,7 +162,7 @@ class Identity(Task):
 
 
 def _training_data(data_dir: str | Path | None) -> CustomJSON:
-    """The training conversations, which are generated first if no file has them yet."""
+    """The training conversations. If no file holds them yet, they are generated first."""
     path = base_dir() / FILE
     if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
         path = given

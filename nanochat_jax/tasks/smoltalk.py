@@ -1,8 +1,8 @@
 """SmolTalk, the version for small models (Allal et al., 2025): general chat. For training only.
 
-A local folder may hold smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations as chat/*.jsonl, one JSON
-array of messages per line. The conversations in chat/ are split by a hash of their first message: one first
-message in twenty is held out, and all conversations that begin with it are for the test.
+A local folder may hold smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations in chat/*.jsonl, where each
+line is one JSON array of messages. The conversations in chat/ are split by a hash of their first message: one in twenty
+of these first messages is held out, and the conversations that begin with it form the test split.
 """
 
 import zlib

@@ -1,7 +1,7 @@
 """Muon for the transformer's matrices, AdamW for embedding and head, and the learning-rate schedules.
 
-Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix with the nearest
-semi-orthogonal matrix, approximated by five Newton-Schulz iterations. Unlike `optax.contrib.muon`, the Muon here does
+Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix with the nearest
+semi-orthogonal matrix, which five Newton-Schulz iterations approximate. Unlike `optax.contrib.muon`, the Muon here does
 what nanochat needs: momentum has no bias correction and follows a schedule of its own, and layers stacked as
 [l, in, out] are orthogonalised as one batch.
 """
@@ -45,12 +45,12 @@ def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
 def scale_by_muon(
     momentum: optax.Schedule | float = 0.95, dtype: DTypeLike = jnp.float32, layout: Layout | None = None
 ) -> optax.GradientTransformation:
-    """Updates with Nesterov momentum, orthogonalised, times sqrt(max(1, out/in)), but without the learning rate.
+    """The Muon update without the learning rate: orthogonalised Nesterov momentum times sqrt(max(1, out/in)).
 
-    All leaves are [l, in, out]. `momentum` may be a schedule over steps. The Newton-Schulz iterations compute in
-    `dtype` (bfloat16 on GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each
-    device whole matrices to orthogonalise, and an all-gather in `dtype` (with --shard=full, a second all-to-all)
-    returns the results.
+    All parameter arrays are [l, in, out]. `momentum` may be a schedule over steps. The Newton-Schulz iterations compute
+    in `dtype` (bfloat16 on GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each
+    device whole matrices to orthogonalise. The results are returned by an all-gather in `dtype` or, with --shard=full,
+    by a second all-to-all.
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -58,7 +58,7 @@ def scale_by_muon(
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, MuonState]:  # `state` is a MuonState, which optax types as any tree of arrays
+    ) -> tuple[optax.Updates, MuonState]:  # `state` is a MuonState, but optax annotates it as any tree of arrays
         with jax.named_scope("muon"):
             mu = momentum if isinstance(momentum, int | float) else momentum(state.count)
             buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
@@ -66,8 +66,8 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # To move the sharding from two axes to a third, XLA would all-gather the whole array. So the array is
-                # first resharded over `data` alone.
+                # XLA would all-gather the whole array to move the sharding from two array axes to the third. So the
+                # array is first resharded over the mesh axis `data` alone.
                 specs = layout.shard_specs(nesterov, ("data",))
                 nesterov = layout.constrain(nesterov, specs)
                 # All matrices must be sharded on `in` to be concatenated, so those sharded on `out` are transposed.
@@ -92,7 +92,7 @@ def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) ->
 
 
 def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -> Any:
-    """Applies f to the leaves [l, in, out], merging those of equal shape into one batch.
+    """Applies f to the leaves [l, in, out]. Leaves whose matrices have the same shape are merged into one batch.
 
     `transposed` says for each leaf whether to transpose its matrices first and the results back afterwards. Example:
     w_in [20, 1280, 5120] and the transposed w_out [20, 5120, 1280] form one batch [40, 1280, 5120].
@@ -135,9 +135,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of every stage: AdamW for wte and lm_head, Muon for the blocks.
 
-    The updates are linear in the learning rates, so a learning-rate schedule is one factor on all updates, which the
-    train step applies. AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's rate does not depend on
-    the width. `momentum`, `dtype` and `layout` are those of `scale_by_muon`; weight decay applies to AdamW alone.
+    The updates are linear in the learning rates, so a learning-rate schedule is one factor on all updates. The train
+    step applies this factor. AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's rate does not
+    depend on the width. `momentum`, `dtype` and `layout` are passed to `scale_by_muon`; weight decay applies to AdamW
+    alone.
     """
     factor = (width / 768) ** -0.5
 

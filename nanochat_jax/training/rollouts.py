@@ -16,13 +16,14 @@ class Rollout:
     """One sampled answer to one problem."""
 
     prompt: list[int]  # token ids
-    sample: Sample  # the answer: token ids, and a mask that tells sampled (1) from forced ones (0)
+    sample: Sample  # the answer: token ids, and a mask that is 1 for sampled and 0 for forced tokens
     reward: float
     advantage: float  # the reward minus the mean reward of the answers to the same problem
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
-    """The problems of a step: the next `count` indices of a permutation of range(size), drawn anew for every epoch.
+    """The problems of a step: the next `count` indices of a permutation of range(size). Every epoch has its own
+    permutation.
 
     Example: problems_of(1, 4, 2, 0) -> the second half of the first permutation.
     """
@@ -34,7 +35,7 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
 def sample_rollouts(
     engine: Engine, tokenizer: Tokenizer, task: Task, indices: list[int], cfg: config.Rl, seed: int
 ) -> list[Rollout]:
-    """Samples `cfg.num_samples` answers to each problem of `indices`; those to the same problem are adjacent."""
+    """Samples `cfg.num_samples` answers to each problem of `indices`. Answers to one problem are adjacent."""
     problems = [task[i] for i in indices]
     seeds = [derive_seed(seed, i) for i in indices]
     prompts, groups = answer(engine, tokenizer, problems, cfg, cfg.num_samples, seeds)
@@ -49,7 +50,10 @@ def sample_rollouts(
 def answer(
     engine: Engine, tokenizer: Tokenizer, problems: list[dict], cfg: config.Rl, n: int, seeds: list[int]
 ) -> tuple[list[list[int]], list[list[Sample]]]:
-    """Samples `n` answers to each problem, with one seed per problem -> (prompts as token ids, answers to each one)."""
+    """Samples `n` answers to each problem, with one seed per problem.
+
+    Returns (prompts as token ids, a list of answers for each prompt).
+    """
     limit = engine.model_cfg.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(problem, max_tokens=limit) for problem in problems]
     requests = [
@@ -65,12 +69,13 @@ def derive_seed(*parts: int) -> int:
 
 
 def select_informative(rollouts: list[Rollout], count: int, size: int) -> list[Rollout]:
-    """Selects `count` groups of `size` answers to train on, first those with unequal rewards.
+    """Selects `count` groups of `size` answers to train on; groups with unequal rewards come first.
 
     This is DAPO's dynamic sampling (arXiv:2503.14476). In a group with equal rewards, every advantage is 0.
     """
     groups = split_groups(rollouts, size)
-    groups.sort(key=lambda group: not any(r.advantage for r in group))  # stable: each kind stays in the order sampled
+    # The sort is stable, so groups of the same kind stay in the order in which they were sampled.
+    groups.sort(key=lambda group: not any(r.advantage for r in group))
     return [rollout for group in groups[:count] for rollout in group]
 
 
@@ -80,8 +85,8 @@ def split_groups(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
 
 
 def as_batch(rollouts: list[Rollout], length: int, pad: int) -> dict[str, np.ndarray]:
-    """Makes rows [len(rollouts), length]: inputs int32, targets int32 (-1 for prompt, forced tokens and padding), and
-    weights float32 (the advantages).
+    """Makes training rows [len(rollouts), length]: inputs int32, targets int32 (-1 for prompt, forced tokens and
+    padding), and weights float32 (the advantages).
 
     Example: a prompt [1, 2] with the answer [7, 8] -> inputs [1, 2, 7, pad], targets [-1, 7, 8, -1].
     """

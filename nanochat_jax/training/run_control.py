@@ -13,13 +13,13 @@ from nanochat_jax.training.run import Run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that runs every `every` steps and at the end, and with `at_start` also at step 0.
+    """An evaluation that runs every `every` steps and after the last step. With `at_start`, it also runs at step 0.
 
-    If `every` is below 1, the evaluation never runs, or with `at_end` only at the end.
+    If `every` is below 1, the evaluation never runs, except after the last step if `at_end` is set.
 
-    A `risky` evaluation, one that loads data or generates text, is preceded by a checkpoint every time. Any other
-    evaluation is preceded by a checkpoint only the first time in a process: after that it is known to work, and a
-    checkpoint each time would cost more than it protects.
+    A `risky` evaluation loads data or generates text, so a checkpoint is saved before it every time. Before any other
+    evaluation, a checkpoint is saved only the first time in a process. After that, the evaluation is known to work, and
+    the cost of more checkpoints would exceed their benefit.
     """
 
     evaluate: Callable[[int], None]  # called with the step
@@ -37,35 +37,38 @@ class Evaluation:
 class RunControl:
     """Keeps track of how far a run has come, and of when it was last saved and evaluated.
 
-    Every pass of a training loop begins with `save_if_due`, `exit` if there is a stop signal, and `evaluate_due`, in
-    this order: the checkpoint comes before the evaluation, so that no evaluation can cost the run its weights.
+    Every pass of a training loop begins with `save_if_due`, then `exit` if there is a stop signal, then `evaluate_due`.
+    The checkpoint comes before the evaluation, so that an evaluation that fails cannot cost the run its weights.
     """
 
     def __init__(
         self, run: Run, evaluations: Sequence[Evaluation], place: dict, timer: Timer, flush: Callable[[], None]
     ):  # fmt: skip
         self.run, self.evaluations = run, evaluations
-        self.timer = timer  # times the steps, without saving and evaluating
-        self.flush = flush  # logs steps that are not logged yet; called before anything else is logged here
+        self.timer = timer  # measures the time of the steps, without saving and evaluating
+        self.flush = flush  # logs steps that are not logged yet; called before saving and evaluating
         self.step = run.step  # optimizer steps that are done
         self.place = place  # position in the data after the last batch that was trained on
         self.saved_at = run.step if run.data is not None else -1
         self.evaluated_at: dict[Evaluation, int] = {}  # the step at which this process last ran each evaluation
 
     def save_if_due(self, last: bool, stop: int | None) -> None:
-        """Saves after the last step, before a stop, before risky evaluations, and every --save_every steps."""
+        """Saves every --save_every steps, after the last step, before a stop, and before evaluations.
+
+        An evaluation that is not risky is preceded by a checkpoint only the first time in this process.
+        """
         every = self.run.cfg.save_every
         due = self._has_risk(self._due(last)) or (every > 0 and self.step % every == 0)
         if (last or stop or (due and self.step > 0)) and self.saved_at != self.step:
             self._save()
 
     def evaluate_due(self, last: bool) -> None:
-        """Runs the evaluations that are due. If one fails, the state is saved before the error ends the run."""
+        """Runs the evaluations that are due. If an evaluation fails, calls `rescue` before the error ends the run."""
         due = self._due(last)
         if not due:
             return
         self.flush()
-        if self._has_risk(due):  # one of them may end the process, so the checkpoint must be complete
+        if self._has_risk(due):  # an evaluation may end the process, so the checkpoint must be complete
             self.run.saver.wait_all()
         for evaluation in due:
             try:
@@ -77,13 +80,13 @@ class RunControl:
         self.timer.lap()
 
     def exit(self, stop: int) -> NoReturn:
-        """Ends the process because of the signal `stop`, once the checkpoint of this step is complete."""
+        """Waits until the checkpoint of this step is complete, then ends the process because of the signal `stop`."""
         self.run.saver.wait_all()
         print(f"saved at step {self.step}: run the same command again to resume")
         raise SystemExit(128 + stop)
 
     def rescue(self) -> None:
-        """Saves before an error in reading data or in an evaluation ends the run.
+        """Saves a checkpoint after an error in reading data or in an evaluation, before the error ends the run.
 
         With several processes, does nothing, since the other processes may be blocked in a collective.
         """
@@ -93,7 +96,7 @@ class RunControl:
             self._save()
             self.run.saver.wait_all()
             print(f"saved at step {self.step}, before the error")
-        except Exception as error:  # such as a loss that is not finite; the caller still raises the first error
+        except Exception as error:  # for example, the loss is not finite; the caller still raises the original error
             print(f"not saved: {first_line(error)}")
 
     def _due(self, last: bool) -> list[Evaluation]:

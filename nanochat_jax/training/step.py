@@ -39,20 +39,21 @@ def make_step(
     layout: Layout | None = None,
     execution: gpt.Execution = gpt.PLAIN,
 ) -> jax.stages.Wrapped:
-    """Makes the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics); it donates its state.
+    """Makes the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics).
 
-    batch: inputs and targets int32 [accum, rows, t] (targets -1: not counted), e.g. [2, 256, 2048] for two gradient
-    accumulation steps of 32 rows on each of 8 devices; optionally weights float32 of the same shape, one for each
-    target, and `stop` int32 [devices], whose sum is reported. lr_mult: float32 [], the factor on all learning rates.
+    The function donates `state`. `batch` holds inputs and targets, int32 [accum, rows, t]; targets of -1 are not
+    counted. Example: [2, 256, 2048] is two gradient accumulation steps, each with 32 rows on each of 8 devices. `batch`
+    may also hold weights, float32 of the same shape, one for each target, and `stop`, int32 [devices], whose sum is
+    reported. `lr_mult` is a float32 scalar, the factor on all learning rates.
 
-    The loss is summed over all micro-batches and devices, then divided by the number of counted targets, so the way a
-    batch is split changes nothing but rounding. Without counted targets, the loss is 0.
+    The loss is summed over all micro-batches and devices, then divided by the number of counted targets, so splitting a
+    batch differently changes only the rounding. Without counted targets, the loss is 0.
 
-    With --shard=optimizer, gradient accumulation is local to each replica (by a vmap over the replicas), and one
-    reduce-scatter per step follows. With --shard=full, the gradients are reduced in every micro-batch.
+    With --shard=optimizer, each replica accumulates its own gradients (by a vmap over the replicas). One reduce-scatter
+    per step then sums them over the replicas. With --shard=full, the gradients are reduced in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
-    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if each replica accumulates alone
+    zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if replicas accumulate separately
     if layout:
         execution = dataclasses.replace(execution, gather=layout.gather)
 
@@ -63,7 +64,7 @@ def make_step(
             head = execution.gather("lm_head", params["lm_head"])[: model_cfg.vocab_size]
             rows, time = batch["targets"].shape
             weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
-            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # for the rows on one device
+            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # number of chunks for one device's rows
             return cross_entropy(x, head, batch["targets"], weights, model_cfg.softcap, chunks)
 
     def gradients(params: gpt.Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, gpt.Params]:
@@ -95,9 +96,9 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
         if grad_clip > 0:
-            # Clips the global gradient. The specification clips each rank's own gradient, so there the result depends
-            # on the number of ranks. Off by default: the norm does not exceed 1 in these runs, and clipping costs about
-            # 2% of the speed.
+            # Clips the global gradient. The specification clips each rank's own gradient, so its result depends on the
+            # number of ranks. Clipping is off by default: the norm of the gradient does not exceed 1 in these runs, and
+            # clipping costs about 2% of the speed.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         if layout:

@@ -1,6 +1,7 @@
 """The evaluations during training: validation loss, CORE, samples, tasks.
 
-`evaluations_of` sets how often each one runs, and RunControl runs those that are due. Results go to the run's log.
+`evaluations_of` sets how often each evaluation runs, and RunControl runs the evaluations that are due. Results go to
+the run's log.
 """
 
 import functools

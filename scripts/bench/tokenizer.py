@@ -2,9 +2,10 @@
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=ENVIRONMENT/bin/python
 
-Of every four documents, three train the vocabulary and warm up the encoders. Only the fourth is encoded against the
-clock, so no tool has it in its cache. All tools encode with the vocabulary that our tokenizer learned. Each measurement
-runs in its own process (tokenizer_job.py). A round measures all tools in turn; the table shows medians over rounds.
+Of every four documents, three train the vocabulary and warm up the encoders. Only the fourth is used to time the
+encoders, so no encoder has it in its cache yet. All tools encode with the vocabulary that our tokenizer learned. Each
+measurement runs in its own process (tokenizer_job.py). A round measures all tools in turn; the table shows medians over
+rounds.
 """
 
 import json
@@ -22,7 +23,7 @@ from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
 UNSEEN = 4  # of this many documents, one is encoded; the others train the vocabulary and warm up
-UNSEEN_CHARS = 300_000  # minimum of characters to encode, enough for single texts of three sizes
+UNSEEN_CHARS = 300_000  # the fewest characters to encode, enough for single texts of three sizes
 JOB = Path(__file__).with_name("tokenizer_job.py")
 PEERS = ("rustbpe", "tokenizers", "tiktoken")
 JOBS = {
@@ -124,7 +125,7 @@ class Bench:
         self.job = {
             "train": str(folder / "train"),
             "unseen": str(folder / "unseen"),
-            "vocabulary": str(folder / "ours.json"),  # the one that our tokenizer learned
+            "vocabulary": str(folder / "ours.json"),  # the vocabulary that our tokenizer learned
             "pattern": SPLIT_PATTERN,
             "vocab_size": cfg.vocab_size,
             "threads": measuring.cores(),
@@ -154,7 +155,7 @@ class Bench:
                 raise UserError(f"--vocab_size={self.cfg.vocab_size}: {problem}; lower it or use more text")
 
     def rows(self) -> list[dict]:
-        """The results: a row for each kind of measurement and tool, ours first."""
+        """The results: for each kind of measurement, a row per tool, our tokenizer first."""
         train, unseen = self.bytes["train"], self.bytes["unseen"]
         rows = []
         for name, runs in self._by_name().items():

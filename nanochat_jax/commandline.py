@@ -49,7 +49,7 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
-    """Runs a command. After a user's mistake it prints one line and exits with 2, after Ctrl-C it exits with 130.
+    """Runs a command. A user's mistake prints one line and exits with status 2; Ctrl-C exits with status 130.
 
     Any other error is a bug and shows its traceback.
     """
@@ -91,7 +91,7 @@ def _parser(cls: type[config.Settings]) -> _Parser:
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None
     parser = _Parser(prog=getattr(cls, "prog", prog), description=cls.__doc__, allow_abbrev=False)
-    if cls in COMMANDS:  # presets are for the pipeline, not for benchmarks and the report
+    if cls in COMMANDS:  # benchmarks and the report take no presets
         parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
     kinds, defaults = typing.get_type_hints(cls), cls()
     for field in dataclasses.fields(cls):
@@ -195,7 +195,10 @@ def _to_mixture(value: object) -> dict[str, int]:
 
 
 def find_preset(name: str) -> Path:
-    """Returns configs/<name>.toml, or `name` as a path. Raises UserError, listing the presets, if neither is a file."""
+    """Returns configs/<name>.toml if it is a file, else `name` as a path.
+
+    Raises UserError, listing the presets, if that is not a file either.
+    """
     for path in (REPOSITORY / "configs" / f"{name}.toml", Path(name)):
         if path.is_file():
             return path
@@ -232,7 +235,7 @@ def _value_for(
 ) -> dict[str, Any]:
     """Returns {key: converted value} if `cls` has this setting, or {} if only other commands in `owners` have it.
 
-    Raises UserError if none of them has it, or if the value is of the wrong type.
+    Raises UserError if no command in `owners` has this setting, or if the value is of the wrong type.
     """
     fields = {
         command: field

@@ -1,4 +1,4 @@
-"""The machine, the versions of packages and the commit of the code: recorded, but never used to decide anything."""
+"""The machine, the package versions and the code's commit. They are recorded, but no decision depends on them."""
 
 import functools
 import os
@@ -15,9 +15,10 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The commit (with a + if files differ from it; "" without git) and the versions of Python and PACKAGES.
+    """The commit of the code, and the versions of Python and PACKAGES.
 
-    The result of the first call, at the start of a run, is cached, since files may change while the run goes on.
+    A + after the commit means that files differ from it. Without git, the commit is "". The first call, at the start of
+    a run, fixes the result for the whole run, since files may change while the run goes on.
     """
     commit = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}

@@ -1,7 +1,7 @@
 """Reads and writes a tokenizer's files: tokenizer.json (Hugging Face layout) and nanochat.json (version, checksum).
 
-The files are JSON, never pickle: one from elsewhere may be wrong, but it cannot run code. A tokenizer.json is accepted
-only if it is, byte for byte, what this program writes for the vocabulary in it; otherwise an error says what differs.
+The files are JSON, never pickle, so that a file from elsewhere may be wrong but cannot run code. A tokenizer.json is
+accepted only if this program would write the same bytes for its vocabulary. Otherwise, an error says what differs.
 """
 
 import functools
@@ -33,8 +33,8 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
     """Returns the text of tokenizer.json and the (token bytes, id) pairs in it.
 
-    Raises UserError, naming the file and the reason, if one of the two files is missing, damaged or from another
-    program, or if the split pattern or the special tokens are not those expected.
+    Raises UserError if one of the two files is missing, damaged or from another program, or if the split pattern or the
+    special tokens are not as expected. The message names the file and the reason.
     """
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
@@ -104,7 +104,7 @@ def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], spe
 
 
 def difference(actual: str, expected: str) -> str:
-    """The name of the first part, such as "model.merges", that differs between two texts of tokenizer.json."""
+    """Names the first part that differs between two texts of tokenizer.json, such as "model.merges"."""
     first, second = json.loads(actual), json.loads(expected)
     for a, b, prefix in ((first, second, ""), (first["model"], second["model"], "model.")):
         for key in [*b, *(k for k in a if k not in b)]:
@@ -114,8 +114,10 @@ def difference(actual: str, expected: str) -> str:
 
 
 def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
-    """The (token bytes, id) pairs of a parsed tokenizer.json, whose ids are 0, 1, 2, ... without gaps, and its special
-    tokens: [(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}."""
+    """Returns the (token bytes, id) pairs of a parsed tokenizer.json, and the ids of its special tokens by name.
+
+    Example: [(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}. Raises UserError if the ids of the pairs have gaps.
+    """
     model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     if not isinstance(model, dict) or kind != "BPE":
@@ -160,12 +162,15 @@ def _read(path: Path) -> bytes:
     """The content of a file. Raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
-    except OSError as error:  # a folder has that name, or permission is missing
+    except OSError as error:  # such as when `path` is a folder or may not be read
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _parse(data: bytes, path: Path) -> dict:
-    """The object in the JSON file `path`: b'{"version": 1}' -> {"version": 1}. Raises UserError if it holds none."""
+    """Parses the content of the JSON file `path`: b'{"version": 1}' -> {"version": 1}.
+
+    Raises UserError if it is not a JSON object.
+    """
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
 
-if TYPE_CHECKING:  # not imported when the script runs, so that --help need not wait for JAX
+if TYPE_CHECKING:  # only type checkers import this, so that --help does not wait for JAX
     from jax.typing import DTypeLike
 
     from nanochat_jax.parallel.sharding import Layout
@@ -57,7 +57,7 @@ def free_disk() -> str:
 
 
 def rust_tokenizer() -> str:
-    """Says that the Rust tokenizer is built, or else how to build it."""
+    """Returns "built", or a message that says how to build the Rust tokenizer."""
     from nanochat_jax import tokenizer
 
     try:
@@ -90,7 +90,7 @@ def hub() -> str:
 
 
 def device_memory() -> str:
-    """The memory of each device, and how much of the first one's is in use."""
+    """The memory of each device, and how much memory of the first device is in use."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -125,7 +125,10 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     state = gib_per_device(opt_state, layout.shard_specs(opt_state))
 
     def fit(rows: int) -> int:
-        """Estimates how many rows fit, without the savings of --shard and --remat; training measures memory instead."""
+        """Estimates how many rows fit in memory, ignoring the savings of --shard and --remat.
+
+        Training measures the memory instead.
+        """
         try:
             return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
         except UserError as error:

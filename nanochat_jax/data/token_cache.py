@@ -1,13 +1,13 @@
-"""Tokenizes text files once. In: parquet files and a tokenizer. Out: memory-mapped tokens, by document and row group.
+"""Tokenizes parquet files once, into files of tokens that are memory-mapped and read by document and row group.
 
     <base>/tokenized_data/<source>-<tokenizer hash>/
         shard_00000.tokens.npy   uint16 (uint32 if the vocabulary needs it): the documents end to end, without BOS
-        shard_00000.index.npz    where documents and row groups begin, their checksums, and a fingerprint of the text
+        shard_00000.index.npz    where documents and row groups begin, row groups' checksums, the text's fingerprint
 
-The cached tokens of a file have the same row groups and documents as its text, unusable documents included, so that a
-reading position means the same place in the text and in the tokens. A run that read text can resume from tokens, and
-vice versa, with exactly the same batches; files without cached tokens are read as text. The cache is built by
-`python -m nanochat_jax.dataset --tokenize`, which is worthwhile if tokenizing cannot keep up with the accelerators.
+The cached tokens of a file have the same row groups and documents as its text, including documents that training skips.
+A reading position therefore means the same place in the text and in the tokens. A run that read text can resume from
+tokens, and vice versa, with exactly the same batches. Files without cached tokens are read as text. The cache is built
+by `python -m nanochat_jax.dataset --tokenize`, which is worthwhile if tokenizing cannot keep up with the accelerators.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ HOW_TO_FIX = "delete it and run python -m nanochat_jax.dataset --tokenize again"
 
 
 class RowGroup(NamedTuple):
-    """The documents of a row group: for each, its tokens without BOS, and the length of its text in characters."""
+    """A row group: each document's tokens, without BOS, and the length of each document's text in characters."""
 
     docs: list[np.ndarray]
     chars: np.ndarray
@@ -74,8 +74,10 @@ def folder_of(source: sources.Source, tokenizer: Tokenizer) -> Path:
 
 
 def find(text: Path, folder: Path | None) -> TokenCache | None:
-    """The cached tokens of a text file; None if `folder` has none, or if they were made from a different text. The text
-    file itself may have been deleted."""
+    """The cached tokens of a text file, which itself may have been deleted since.
+
+    Returns None if `folder` has no tokens for the file, or only tokens of another format or of a different text.
+    """
     if folder is None:
         return None
     tokens, index_path = _paths(text, folder)
@@ -92,13 +94,15 @@ def find(text: Path, folder: Path | None) -> TokenCache | None:
 
 
 def num_cached(files: Iterable[Path], folder: Path) -> int:
-    """How many of the files have cached tokens, even if these were made from an earlier text."""
+    """How many of the files have cached tokens. Tokens made from an earlier version of a text count too."""
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
 def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = None) -> Path:
-    """Tokenizes the training and validation files that have no cached tokens yet. Returns the folder of the tokens;
-    by default, training looks for them there."""
+    """Tokenizes the training and validation files that have no cached tokens yet.
+
+    Returns the folder of the tokens. The default folder is the one where training looks for them.
+    """
     folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     files = [*source.val_files, *source.train_files]
@@ -155,8 +159,10 @@ def _paths(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def _fingerprint(text: Path) -> str:
-    """Identifies a parquet file without reading all of it, by its size and a hash of its end, which holds the positions
-    of all its pages."""
+    """Identifies a parquet file by its size and a hash of its last 64 KiB, without reading all of it.
+
+    The end of a parquet file holds the positions of all its pages.
+    """
     size = text.stat().st_size
     with text.open("rb") as file:
         file.seek(max(0, size - (1 << 16)))

@@ -30,7 +30,7 @@ class Output(NamedTuple):
 
 
 class ModelRunner:
-    """Runs schedules for `slots` slots. It holds the weights, the cache and the rows of the prefill under way."""
+    """Runs schedules for `slots` slots. Holds the weights, the cache, and the cache rows of the prefill in progress."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class ModelRunner:
         if mesh is not None and (mesh.size == 1 or slots % sharding.replicas(mesh)):
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
-        self._prefix: kv.KV = {}  # the cache rows of the prefill under way; {} if there is none
-        self._logits: jax.Array | None = None  # [p,v] next-token logits after the prompts of the prefill under way
+        self._prefix: kv.KV = {}  # the cache rows of the prefill in progress; {} if there is none
+        self._logits: jax.Array | None = None  # [p,v] next-token logits after each prompt of the prefill in progress
         self.set_params(params)
         where = sharding.batch_sharding(mesh) or self.params["wte"].sharding
         self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, where)
@@ -55,7 +55,7 @@ class ModelRunner:
     def set_params(self, params: gpt.Params) -> None:
         """Uses these weights from now on, replicated on every device of their mesh."""
         params = gpt.cast(params, self.fixed.dtype)
-        if mesh := sharding.mesh_of(params):  # if training shards the weights, they are all-gathered once, here
+        if mesh := sharding.mesh_of(params):  # all-gathers the weights once, in case training shards them
             params = jax.device_put(params, sharding.replicated(mesh))
         self.params = programs.lay_out(params)
 
@@ -133,7 +133,7 @@ class ModelRunner:
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """Returns (sampling settings of each slot, a plan for them, how many of the most likely tokens to name).
+        """Returns (each slot's sampling settings, the sampler's plan for them, how many of the top tokens to report).
 
         Free slots get greedy settings, which cost nothing.
         """
@@ -152,7 +152,7 @@ class ModelRunner:
     def _decode_inputs(self, sequences: list[Sequence | None], lengths: list[int]) -> DecodeInputs:
         b = self.slots
         zeros = functools.partial(np.zeros, dtype=np.int32)
-        # Free slots get the length of their row too, so that the tokens cached in it are not overwritten.
+        # Free slots also get the length of their cache row, so that the tokens cached there are not overwritten.
         inputs = DecodeInputs(
             token=zeros(b),
             length=np.array(lengths, np.int32),

@@ -6,12 +6,12 @@ The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), whe
 of random guessing. There are three kinds of task:
 
     multiple_choice     one context, several continuations: the answer is the one with the lowest mean loss per token
-    schema              several contexts, one continuation: the context that makes the continuation likeliest is right
+    schema              several contexts, one continuation: the answer is the context that gives it the lowest mean loss
     language_modeling   every token of the continuation must be the most likely one (as greedy decoding requires)
 
-Items are shuffled with Random(1337), then truncated to `max_per_task`. The few-shot examples of item i are drawn from
-the other items with Random(1234 + i). Implementations that shuffle or draw otherwise report other numbers for the
-same model.
+The items of a task are shuffled with Random(1337), and the first `max_per_task` are used. The few-shot examples of item
+i are drawn from the other items with Random(1234 + i). An implementation that shuffles or draws differently reports
+different numbers for the same model.
 """
 
 import functools
@@ -39,8 +39,8 @@ from nanochat_jax.tokenizer import Tokenizer
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]
 
-WINDOW = 1024  # this many items are tokenized, sorted by length and batched together
-LOGITS_AT_ONCE = 1 << 26  # at most this many logits (float32, 256 MB) are in memory at once
+WINDOW = 1024  # items that are tokenized, sorted by length and batched together
+LOGITS_AT_ONCE = 1 << 26  # the most logits that are in memory at once: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,11 @@ def evaluate_task(
 
 
 def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
-    """The prompts of the shuffled item `index`: one per option, or one without and one with the continuation."""
-    # At most as many examples as there are other items, so that a small max_per_task is not an error.
+    """The prompts of `items[index]`, one for each option; `items` are already shuffled.
+
+    A language-modeling item has two prompts: one without and one with the continuation.
+    """
+    # If a small max_per_task leaves fewer other items than num_fewshot, all of them become examples.
     shots = min(task.num_fewshot, len(items) - 1)
     others = random.Random(1234 + index).sample(range(len(items) - 1), shots)
     examples = "".join(_solved(task, items[i + (i >= index)]) + "\n\n" for i in others)
@@ -148,7 +151,7 @@ def _solved(task: CoreTask, item: dict) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """Token ids of a prompt; the ids from `start` to the end are scored. 0 < start < len(ids)."""
+    """The token ids of a prompt, of which those from `start` to the end are scored. 0 < start < len(ids)."""
 
     ids: np.ndarray
     start: int
@@ -166,16 +169,17 @@ def _item_spans(options: list[list[int]], kind: str, limit: int) -> list[Span]:
     """The spans of one item, given the ids of its prompts."""
     shortest = min(map(len, options))
     if kind == "schema":
-        # Score the common suffix: at least one token, but never the first of a prompt, which nothing predicts.
+        # Score the common suffix, but at least one token. A prompt's first token is never scored: nothing predicts it.
         length = min(max(1, _common_prefix([ids[::-1] for ids in options])), shortest - 1)
         starts = [len(ids) - length for ids in options]
     elif kind == "multiple_choice":
-        # Score from where the options differ. If one option is a prefix of another, it has no tokens left there, and
-        # its mean would be 0/0; so all options are then scored from the last token of the shortest one.
+        # Score each option from the first token at which the options differ. If one option is a prefix of the others,
+        # it would have no tokens to score, and its mean would be 0/0. All options are then scored from the position of
+        # the shortest option's last token.
         starts = [min(_common_prefix(options), shortest - 1)] * len(options)
     else:
-        # Score the continuation, which begins where the prompt alone ends, or earlier if the tokenizer merges the end
-        # of the prompt with the beginning of the continuation.
+        # Score the continuation. It begins where the prompt without it ends, or earlier if the tokenizer merges the
+        # end of the prompt with the beginning of the continuation.
         without, options = options[0], options[1:]
         starts = [min(_common_prefix([without, options[0]]), len(options[0]) - 1)]
     return [_fit(np.asarray(ids, np.int32), max(1, start), limit) for ids, start in zip(options, starts, strict=True)]
@@ -204,16 +208,16 @@ def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
 class _Batch(NamedTuple):
     """The scores of a batch, still on the devices."""
 
-    positions: list[int]  # of each row, its index in the list of spans
+    positions: list[int]  # each row's index in the list of spans
     loss: jax.Array  # float32 [b], mean nats per scored token
-    right: jax.Array  # bool [b], whether every scored token is the likeliest one
+    right: jax.Array  # bool [b], whether every scored token is the most likely one
 
 
 class _Window(NamedTuple):
     """A group of items with their spans; their scores are still on the devices."""
 
     indices: range
-    spans: list[list[Span]]  # for each item, one per option
+    spans: list[list[Span]]  # for each item, one span per option
     batches: list[_Batch]
 
 
@@ -231,7 +235,7 @@ def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
 
 
 def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progress: Progress) -> int:
-    """How many items of the window were answered right; waits until the devices have scored them."""
+    """Waits until the devices have scored the window, and returns how many of its items were answered right."""
     count = sum(map(len, window.spans))
     losses, rights = np.empty(count), np.empty(count, bool)
     for positions, loss, right in window.batches:
@@ -248,8 +252,10 @@ def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progres
 def _score(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores the positions bounds[:, 0] <= i < bounds[:, 1] of ids [b,t]: their mean loss in nats (float32 [b]), and
-    whether every token there is the likeliest one (bool [b])."""
+    """Scores the tokens of each row of ids [b,t] at the positions i with bounds[:, 0] <= i < bounds[:, 1].
+
+    Returns their mean loss in nats (float32 [b]), and whether each of them is the most likely token (bool [b]).
+    """
     loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
     position = jnp.arange(1, ids.shape[1] + 1)[None]  # position of the predicted token
     scored = (bounds[:, :1] <= position) & (position < bounds[:, 1:])
@@ -260,7 +266,9 @@ def _score(
 def token_scores(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss in nats (float32 [b,t]) of targets [b,t] after ids [b,t], and whether each is the likeliest (bool [b,t]).
+    """Scores targets [b,t], where targets[i, j] is the token after ids[i, j].
+
+    Returns their losses in nats (float32 [b,t]), and whether each target is the most likely token (bool [b,t]).
 
     The head runs over slices of t, so that the logits of all positions are never in memory at once.
     """

@@ -19,12 +19,12 @@ _chosen = "xla"  # the kernel that `causal_attention` uses; set by `choose_kerne
 
 
 def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
-    """Sets the kernel that `causal_attention` uses from now on, and returns it with the reason.
+    """Sets the kernel that `causal_attention` uses from now on. Returns the kernel and the reason for it.
 
-    `requested` is --attention; if it is empty, the kernel is cuDNN where that works, else XLA. cuDNN is tried out by
-    forward and backward passes on a small input with the heads and windows of `model_cfg`. Whether it works depends on
-    these, on the GPU, on the driver and on cuDNN's version, and an error while the training step compiles would say
-    little about the cause. Raises UserError if the requested kernel does not work here.
+    `requested` is the value of --attention. If it is empty, the kernel is cuDNN where that works, else XLA. cuDNN is
+    tried out by forward and backward passes on a small input with the heads and windows of `model_cfg`. Whether cuDNN
+    works depends on the heads, the windows, the GPU, the driver and cuDNN's version. An error while the training step
+    compiles would say little about the cause. Raises UserError if the requested kernel does not work here.
     """
     global _chosen
     assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
@@ -43,7 +43,7 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
 
 
 def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
-    """Runs cuDNN's forward and backward passes and returns the first line of the error, or "" if there is none."""
+    """Tries cuDNN's forward and backward passes. Returns the first line of the error, or "" if they work."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> tuple[jax.Array, ...]:
@@ -77,8 +77,8 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     # The queries are split into four blocks, and each block is multiplied only with the keys that its queries can see.
-    # Without a window, this computes 5/8 of all scores; the rest would be masked. On a CPU, with t = 256, the forward
-    # and backward passes take about two thirds of the time that computing and masking all scores would take.
+    # Without a window, this computes 5/8 of all scores, and the other 3/8 would be masked anyway. On a CPU, with
+    # t = 256, the forward and backward passes take about two thirds of the time they would take with all scores.
     b, t, h, d = q.shape
     n = k.shape[2]
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], g query heads per kv head
@@ -104,15 +104,15 @@ def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
-    """Attention of q [b,t,h,k] to cached k, v [b,n,s,k] -> [b,t,h,k]; start [b]: position of each row's first query.
+    """Attention of q [b,t,h,k] to cached k, v [b,n,s,k] -> [b,t,h,k]. start [b] is the position of a row's first query.
 
-    A query at position p sees cache positions 0 to p, or with a window only the last `window` + 1 of these. The softmax
-    is computed in float32. If the cache has another dtype than q, the matmuls use the cache's dtype, and the result is
-    cast back to q's dtype.
+    A query at position p sees cache positions 0 to p. With a window, it sees only the last `window` + 1 of these. The
+    softmax is computed in float32. If the cache has another dtype than q, the matmuls use the cache's dtype, and the
+    result is cast back to q's dtype.
     """
     b, t, h, d = q.shape
     n, dtype = k.shape[1], q.dtype
-    # Axes [b,n,g,t,k], as in `_xla`, since some CPUs have no bf16 dot for another axis order.
+    # The axes are [b,n,g,t,k], as in `_xla`, since some CPUs have no bf16 dot for other axis orders.
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
     scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accum_dtype(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]

@@ -31,8 +31,8 @@ GATHERED = "gathered weight"  # jax.checkpoint policies refer to the result of `
 def make_mesh(spec: str = "") -> Mesh:
     """All devices of all processes as a mesh (node, data, model).
 
-    `spec` is --mesh, like "node=2,data=8"; omitted axes have size 1, and "" puts all devices on the data axis.
-    Raises UserError if `spec` is malformed, or if the product of the sizes is not the number of devices.
+    `spec` is the value of --mesh, like "node=2,data=8". Omitted axes have size 1. If `spec` is empty, the data axis has
+    all devices. Raises UserError if `spec` is malformed, or if the product of the sizes is not the number of devices.
     """
     devices = jax.device_count()
     sizes, given = dict.fromkeys(AXES, 1), set()
@@ -67,10 +67,10 @@ def replicas(mesh: Mesh) -> int:
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
-    """Which rows this process reads, as (index, count): part `index` of `count` equal parts of a batch's rows.
+    """Returns (index, count): a batch's rows form `count` equal parts, and this process reads part `index`.
 
-    Processes whose devices belong to the same replica read the same rows. Example: with four devices each, two
-    processes get (0, 2) and (1, 2) if model=4, but both get (0, 1) if model=8.
+    Processes whose devices belong to the same replica read the same rows. Example with two processes of four devices
+    each: if model=4, they get (0, 2) and (1, 2); if model=8, both get (0, 1).
     """
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
     shares = list(dict.fromkeys(holders))
@@ -109,11 +109,11 @@ def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
 
 
 # -----------------------------------------------------------------------------
-# For decoding and evaluation, which take parameters wherever they lie
+# For decoding and evaluation, which accept any placement of the parameters
 
 
 def mesh_of(params: gpt.Params) -> Mesh | None:
-    """The mesh on which the parameters lie; None if they are on one device."""
+    """The mesh over which the parameters are placed, or None if they are on one device without a mesh."""
     sharding = getattr(params["wte"], "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
@@ -123,13 +123,13 @@ def mesh_of(params: gpt.Params) -> Mesh | None:
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
     """The sharding of arrays [rows, ...]: their rows are split over the replicas.
 
-    Without a mesh: None, which to JAX means a single device.
+    Without a mesh, returns None, by which JAX means a single device.
     """
     return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
 
 def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
-    """Makes each device compute its own rows of `function(shared, *arrays) -> result`, without any communication.
+    """Wraps `function(shared, *arrays) -> result` so that each device computes its own rows, without communication.
 
     `shared` is replicated; the first axis of every array in `arrays` and in the result is the row axis.
     Without a mesh, returns `function` itself.
@@ -146,7 +146,7 @@ def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callab
 
 
 def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
-    """All-gathers the arrays, within jit, so that every process can read all of them; without a mesh, does nothing."""
+    """Within jit, all-gathers the arrays so that every process can read them whole. Without a mesh, does nothing."""
     return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
@@ -177,7 +177,7 @@ class Layout:
     def check(self, model_cfg: GPTConfig) -> None:
         """Raises UserError if the size of the mesh's model axis does not divide the number of heads.
 
-        Any other axis of a weight stays whole if the model axis does not divide it.
+        If the model axis does not divide another axis of a weight, that axis stays whole.
         """
         size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
         if heads % size or kv_heads % size:
@@ -194,7 +194,7 @@ class Layout:
         return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, along), tree)
 
     def compute_specs(self, tree: PyTree) -> PyTree:
-        """`shard_specs` over the model axis alone: how the weights lie while a replica computes."""
+        """The specs of the weights while a replica computes with them: sharded over the model axis only."""
         return self.shard_specs(tree, ("model",))
 
     def param_specs(self, params: PyTree) -> PyTree:
@@ -206,15 +206,15 @@ class Layout:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
 
     def constrain(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Lays out a tree by `specs`, within jit; the values stay the same."""
+        """Within jit, places the arrays of a tree by `specs`. The values stay the same."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(specs))
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
-        """All-gathers a weight [in, out] just before it is used, and shards its gradient as soon as it is computed."""
+        """All-gathers a weight [in, out] just before its use, and shards the gradient right after its computation."""
         if not self.full:  # every replica already holds all of w
             return w
-        # Example wq [d, h*k]: w and its gradient are sharded over data along d and over model along h*k; the gathered
-        # w is sharded only over model.
+        # For example, wq [d, h*k] and its gradient are sharded over data along d, and over model along h*k. The
+        # gathered wq is sharded only over model.
         path = (jax.tree_util.DictKey(name),)
         sharded, gathered_spec = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
 
@@ -244,16 +244,17 @@ class Layout:
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
     def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
-        """Reduce-scatter: gradients [R, ...], one for each replica -> their sum [...], sharded over data.
+        """Sums the replicas' gradients: [R, ...] -> [...], sharded over data.
 
-        Then the shards, which are smaller, are all-reduced over the slow links between nodes.
+        First, a reduce-scatter sums them over data. Then only the shards, which are smaller, are all-reduced over the
+        slow links between nodes.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:
             g = g[0]  # [1, ...] -> [...]: the gradient of this replica
             if "data" in spec:  # [in, out] -> a shard of the sum, for wq [in/data, out]
                 g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
-            else:  # data does not divide the axis: an all-reduce, so that every replica holds the whole sum
+            else:  # no axis can be sharded over data, so an all-reduce gives every replica the whole sum
                 g = jax.lax.psum(g, "data")
             return jax.lax.psum(g, "node") if self.mesh.shape["node"] > 1 else g
 
@@ -264,15 +265,15 @@ class Layout:
             mesh=self.mesh,
             in_specs=(self._per_replica_specs(single),),
             out_specs=specs,
-            check_vma=False,  # the check does not see that an axis of size 1 needs no reduction
+            check_vma=False,  # the check would demand a reduction even over a mesh axis of size 1
         )(grads)
 
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
-        """All-to-all: matrices [n, in, out] sharded over data on `in` -> sharded over data on n.
+        """Reshards matrices [n, in, out] over data: from being split along `in` to being split along n.
 
-        Each device then holds whole matrices; n is zero-padded to a multiple of data's size. The exchange is spelled
-        out because XLA's partitioner finds it only on some meshes and all-gathers everything on others. Example: 52
-        matrices over 8 devices are padded to 56, so that each device holds 7.
+        Each device then holds whole matrices. n is zero-padded to a multiple of data's size. Example: 52 matrices over
+        8 devices are padded to 56, so that each device holds 7. The all-to-all exchange is written out because XLA's
+        partitioner finds it only on some meshes. On others, it would all-gather everything.
         """
         size = self.mesh.shape["data"]
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
@@ -280,14 +281,17 @@ class Layout:
             return self.constrain(x, P("data"))
 
         def exchange(x: jax.Array) -> jax.Array:  # [n, in/data, out] -> [n/data, in, out]
-            # Forces x into one array, since XLA on a CPU refuses to send slices of the arrays that x is built from.
+            # Turns x into one array, since XLA on a CPU refuses to send slices of the arrays that x is built from.
             x = jax.lax.optimization_barrier(x)
             return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
 
         return jax.shard_map(exchange, mesh=self.mesh, in_specs=P(None, "data"), out_specs=P("data"))(x)
 
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
-        """The spec of one leaf: its row of gpt.SHARDING, with only the mesh axes in `axes` that divide the leaf's."""
+        """The spec of one leaf, from its row of gpt.SHARDING.
+
+        A mesh axis is left out if it is not in `axes`, or if its size does not divide the leaf's axis.
+        """
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         table_row = gpt.SHARDING.get(names[-1], P()) if names else P()
         row = table_row[len(table_row) - len(shape) :]  # [l, in, out] as in the table, or one layer's [in, out]

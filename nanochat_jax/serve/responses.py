@@ -1,6 +1,6 @@
 """The HTTP response to a request for text: a stream of server-sent events, or one JSON object at the end.
 
-However a response ends (complete, failed, timed out, client disconnected), its answer's slots are freed.
+The slots of the answer are freed however the response ends: complete, failed, timed out or disconnected.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from nanochat_jax.serve.worker import Answer
 
-READ_GRACE = 15  # seconds a client gets to read the rest of an answer that has timed out
-HEARTBEAT_SECONDS = 15  # silence before a stream sends a heartbeat, which keeps proxies from closing the connection
+READ_GRACE = 15  # seconds that a client gets, after the answer's timeout, to read the rest of the response
+HEARTBEAT_SECONDS = 15  # a stream silent this long sends a heartbeat, to keep proxies from closing the connection
 HEARTBEAT = ": still here\n\n"  # a comment, which clients of event streams ignore
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer the tokens
 

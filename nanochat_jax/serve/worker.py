@@ -40,7 +40,7 @@ class TimedOut(EngineFailure):
 class Answer:
     """The answer to one client's requests; `events` iterates over the engine's events.
 
-    In these events, `request` is an index into `requests`. Close the answer to give up its slots.
+    In these events, `request` is an index into `requests`. Closing the answer frees its slots.
     """
 
     def __init__(self, worker: "EngineWorker", requests: Sequence[Request], queue_position: int):
@@ -55,7 +55,7 @@ class Answer:
         self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
         self.first_token_at: float | None = None  # time.monotonic() at the first token
         self.generated = 0  # tokens so far, over all samples
-        self.logged_ids: dict[tuple[int, int], list[int]] = {}  # tokens by (request, sample), with log_chats
+        self.logged_ids: dict[tuple[int, int], list[int]] = {}  # tokens by (request, sample), only with log_chats
         self._worker = worker
         self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
@@ -82,20 +82,23 @@ class Answer:
             yield event
 
     def cancel(self, request: int, sample: int) -> None:
-        """Ends one sample, which must have begun."""
+        """Ends one sample, which the engine must have started already."""
         self._worker.cancel(self, request, sample)
 
     def close(self) -> None:
-        """Cancels the samples that are unfinished. Does nothing if the answer has ended, so it can always be called."""
+        """Cancels the unfinished samples. May be called at any time; does nothing if the answer has ended."""
         self._worker.cancel(self)
 
     def put(self, event: Event | Exception | None) -> None:
-        """Delivers an event; at the end, None or the exception for `events` to raise. Call this in the event loop."""
+        """Queues an event, which `events` will yield. None makes `events` end, and an exception makes it raise.
+
+        Call this in the event loop.
+        """
         self._events.put_nowait(event)
 
     def seconds_per_token(self) -> float | None:
-        """Seconds between two tokens of a sample, on average; None until there are more tokens than samples."""
-        later = self.generated - self.samples  # tokens after the first of each sample
+        """The mean time between two tokens of a sample, in seconds; None until there are more tokens than samples."""
+        later = self.generated - self.samples  # tokens so far, without the first of each sample
         if self.first_token_at is None or later <= 0:
             return None
         return (time.monotonic() - self.first_token_at) * self.samples / later
@@ -106,8 +109,8 @@ class EngineWorker:
 
     The engine generates as many samples at once as it has slots. New requests are refused while `max_waiting` or more
     samples wait for a slot. An answer may take `timeout` seconds (0: no limit). With `log_chats`, prompts and answers
-    are logged. `warmup` is an iterator that compiles a few programs per item; the worker advances it while idle.
-    `gpu` is the worker's number in its pool.
+    are logged. `warmup` is an iterator: for each item, it compiles a few programs. The worker advances it while the
+    engine is idle. `gpu` is the worker's number in its pool.
     """
 
     def __init__(
@@ -127,7 +130,8 @@ class EngineWorker:
         self._warmup = warmup or iter(())
         self._engine = engine
         self._lock = threading.Lock()
-        # Answers that have not ended; guarded by the lock. Only the thread uses `_answers` and `_outbox` below.
+        # The lock guards `_open_answers`, the answers that have not ended. Only the thread uses `_answers` and
+        # `_outbox`.
         self._open_answers: set[Answer] = set()
         self._answers: dict[int, Answer] = {}  # answers in progress, by the engine's request ids
         self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
@@ -141,7 +145,7 @@ class EngineWorker:
         self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Makes the thread end after its current step; every unfinished answer then ends too."""
+        """Makes the thread end after its current step. Every unfinished answer then fails."""
         self._inbox.put(("stop",))
 
     def stop(self, timeout: float = 5.0) -> None:
@@ -150,14 +154,14 @@ class EngineWorker:
         self._thread.join(timeout)
 
     def stop_after(self, seconds: float) -> None:
-        """Ends unfinished answers after `seconds`. The caller must accept no new requests meanwhile."""
+        """Asks the thread to stop after `seconds`. Until then, the caller must accept no new requests."""
         timer = threading.Timer(seconds, self.ask_to_stop)
         timer.daemon = True
         timer.start()
 
     @property
     def free_slots(self) -> int:
-        """How many slots have no sample; negative if samples are waiting."""
+        """The number of slots minus the number of unfinished samples. It is negative if samples are waiting."""
         return self.slots - self._unfinished()
 
     @property
@@ -201,7 +205,7 @@ class EngineWorker:
         return answer
 
     def cancel(self, answer: Answer, *which: int) -> None:
-        """Ends `answer`, or only one of its samples if `which` is given: a request's index and a sample's number."""
+        """Ends `answer`. If `which` is given (a request's index, a sample's number), ends only that sample."""
         with self._lock:
             is_open = answer in self._open_answers
         if is_open:
@@ -211,7 +215,7 @@ class EngineWorker:
     # In the thread
 
     def _run(self) -> None:
-        """Alternately reads messages and makes a step; while there is nothing to generate, waits for messages."""
+        """Alternates between reading messages and running a step. With nothing to generate, waits for messages."""
         try:
             while self._read_inbox():
                 for event in self._engine.step() if self._answers else ():
@@ -223,7 +227,10 @@ class EngineWorker:
             self._end_all(EngineFailure(STOPPED_WORKING), failure=error)
 
     def _read_inbox(self) -> bool:
-        """Handles all messages; while the engine is idle, warms it up or waits for one. Returns False after "stop"."""
+        """Handles all messages. Returns False after "stop".
+
+        While the engine is idle, first compiles the programs of `warmup`, then waits for a message.
+        """
         while not self._answers or not self._inbox.empty():
             if self._inbox.empty() and self.warming:
                 self._warm_up()
@@ -241,8 +248,8 @@ class EngineWorker:
     def _warm_up(self) -> None:
         """Compiles a few more programs.
 
-        If that fails (a program may be too large for the memory), the server goes on: perhaps no request will ever need
-        that program, and if one does, the failure shows then.
+        If that fails, for example because a program needs too much memory, the warm-up ends but the server goes on.
+        Perhaps no request will ever need that program. If one does, the error appears then.
         """
         try:
             self.warming = next(self._warmup, None) is not None
@@ -318,7 +325,7 @@ class EngineWorker:
         self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Hands the outbox to the event loop, waking the loop once, since once per event takes longer."""
+        """Hands the whole outbox to the event loop in one call, since a call for every event would take longer."""
         outbox, self._outbox = self._outbox, []
 
         def put_all() -> None:

@@ -1,4 +1,7 @@
-"""HumanEval (Chen et al., 2021): given its signature and docstring, write a Python function that passes unit tests."""
+"""HumanEval (Chen et al., 2021): the model gets a Python function's signature and docstring, and writes the function.
+
+An answer is right if the function passes the unit tests.
+"""
 
 import re
 from pathlib import Path
@@ -18,7 +21,7 @@ def extract_code(completion: str) -> str:
 
 
 def extract_imports(prompt: str) -> str:
-    """The import lines at the start of a prompt, which an answer may need although it leaves them out."""
+    """The import lines at the start of a prompt. An answer may leave them out but still need them."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()

@@ -1,4 +1,4 @@
-"""How a multiple-choice question is shown to the model, for every task that asks one.
+"""The format in which every multiple-choice task shows its questions to the model.
 
 Each letter comes after its choice, since a small model more easily binds a letter to a choice that precedes it. There
 is no space between "=" and the letter, so that the letter is the same token in the prompt as in the answer.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def conversation(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
-    """A conversation: the question with its lettered choices, and as the answer the right letter alone.
+    """A conversation: the user asks the question with its lettered choices, and the answer is the right letter alone.
 
     "Which is hot?", ["ice", "fire"], "AB", "B" -> the user asks
 

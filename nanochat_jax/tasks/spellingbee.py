@@ -1,4 +1,4 @@
-"""SpellingBee asks how often a letter occurs in a word; SimpleSpelling teaches the skill that this needs, spelling.
+"""SpellingBee asks how often a letter occurs in a word. That needs spelling, which SimpleSpelling teaches.
 
 A model sees tokens, not letters. The answer therefore spells the word first, letter by letter and without spaces
 (" a" and "a" are different tokens), then counts letter by letter, and then checks the count with the calculator.

@@ -1,4 +1,6 @@
-"""The wording of the generated arithmetic problems, from a small grammar in phrasings.txt, which explains its notation.
+"""Writes the texts of the generated arithmetic problems with the small grammar in phrasings.txt.
+
+That file explains the grammar's notation.
 
 Every list of phrasings has three parts: phrasings for all splits, phrasings for validation only, and phrasings for the
 test only. A validation or test problem contains at least one phrasing of its own split, so its wording never occurs in
@@ -51,7 +53,7 @@ class Story:
 
 
 def tell(story: Story, split: str, rng: random.Random) -> str:
-    """A text of `story`, with all symbols expanded. In val and test, at least one phrasing is only for that split.
+    """A text of `story`, with all symbols expanded. For val and test, at least one phrasing is used by that split only.
 
     A story of x+y -> "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
     """
@@ -81,7 +83,7 @@ def stories_for(split: str, stories: list[Story]) -> list[Story]:
 
 
 def _has_held_out(phrasings: Phrasings, split: str) -> bool:
-    """Whether the phrasings, or the phrasings of a symbol in them, include one that only this split uses."""
+    """Whether this split has a phrasing of its own, either in `phrasings` or for a symbol that they contain."""
     symbols = {name for text in phrasings.train for name in SYMBOL.findall(text)}
     return bool(phrasings.held_out(split)) or any(_has_held_out(GRAMMAR[name], split) for name in symbols)
 
@@ -105,7 +107,7 @@ def _sections() -> list[tuple[str, Phrasings]]:
 
 
 def _take_prefix(pattern: str, line: str) -> tuple[str, str]:
-    """(what the group in `pattern` matches at the beginning of a line, or "", and the rest of the line).
+    """Matches `pattern` at the beginning of a line. Returns (its group, the rest), or ("", the line) without a match.
 
     r"(\\d+)\\* ", "3* {n} has {} {t}." -> "3", "{n} has {} {t}."
     """
@@ -120,7 +122,7 @@ def _story(heading: str, phrasings: Phrasings) -> Story:
 
 
 def _read() -> tuple[dict[str, Phrasings], dict[str, Story], list[Story]]:
-    """Reads phrasings.txt: (phrasings by symbol, plain questions by operator, stories)."""
+    """Reads phrasings.txt. Returns (phrasings by symbol, plain questions by operator, stories)."""
     single = {heading: phrasings for heading, phrasings in _sections() if not heading.startswith("story ")}
     grammar = {h.removeprefix("symbol "): phrasings for h, phrasings in single.items() if h.startswith("symbol ")}
     one, two = single["one event"], single["two events"]

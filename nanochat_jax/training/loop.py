@@ -1,9 +1,9 @@
 """The loop that pretraining, midtraining and finetuning share.
 
-The three stages differ in where their rows come from and in how the learning rate falls (stages.py). All else is the
-same: fetch a batch, take a step, log the previous step (one step late, so that the device never waits for the host),
-and once in a while save and evaluate. If reading a batch or an evaluation fails, a run with a single process saves its
-state before the error ends it.
+The three stages differ in where their rows come from and in how the learning rate falls (stages.py). The rest is the
+same: the loop fetches a batch, takes a step and logs the previous step, and once in a while it saves and evaluates. It
+logs one step late so that the device never waits for the host. If a batch cannot be read or an evaluation fails, a run
+with a single process saves its state before it ends with the error.
 """
 
 import enum
@@ -50,7 +50,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             while True:
                 last = data_ended or control.step == stage.steps
 
-                # Once in a while: save. This comes before evaluating, so that no failed evaluation costs the weights.
+                # Once in a while: save. This comes before evaluating, so that a failed evaluation loses no weights.
                 stop = interruption.stop_signal
                 control.save_if_due(last, stop)
 
@@ -96,7 +96,7 @@ class NoBatch(enum.Enum):
     """Why `next_batch` has no batch to return."""
 
     END = enum.auto()  # there is no more data
-    STOP = enum.auto()  # a stop signal came while waiting
+    STOP = enum.auto()  # a stop signal ended the wait for the batch
 
 
 def next_batch(
@@ -106,7 +106,8 @@ def next_batch(
 
     If reading fails, the state is saved before the error ends the run.
     """
-    # A shard may take long to arrive, so a stop signal ends the wait; but of several processes, none may stop alone.
+    # A shard may take long to arrive, so a stop signal ends the wait. With several processes, the wait goes on, since
+    # no process may stop alone.
     waiting = interruption.raise_while_waiting() if jax.process_count() == 1 else nullcontext()
     try:
         with waiting:
@@ -120,7 +121,7 @@ def next_batch(
     except Exception:
         control.rescue()
         raise
-    control.place = place  # set only here: if the wait was interrupted, the batch is not trained on
+    control.place = place  # not set if a signal ended the wait, since that batch is not trained on
     return batch
 
 
@@ -167,7 +168,7 @@ class StepLog:
     def __init__(self, run: Run, stage: Stage, interruption: Interruption, print_every: float = 5.0):
         self.run, self.stage, self.interruption, self.print_every = run, stage, interruption, print_every
         self.timer, self.peak = Timer(), devices.peak_flops()
-        self.timed = False  # whether to time steps: not the first of a process, which compiles
+        self.timed = False  # whether to time steps; false for a process's first step, which includes compilation
         self._pending: DispatchedStep | None = None
         self._smooth_loss, self._weight = 0.0, 0.0
         self._since_print = Timer()

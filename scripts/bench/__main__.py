@@ -13,7 +13,7 @@ import sys
 
 from nanochat_jax import commandline
 
-BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # each is a file beside this one, with Settings and main
+BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # each is a module beside this one that defines Settings and main
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """One measurement of one tokenizer, in its own process; `python -m scripts.bench tokenizer` runs many of these.
 
-This file is sent on standard input to the benchmark's Python or to the peers', with the job as JSON in the only
-argument. It imports nothing of this project and prints one line of JSON.
+The benchmark pipes this file into a Python interpreter: its own, or the one in which the other tools are installed. The
+only argument is the job, as JSON. This file imports nothing of this project and prints one line of JSON.
 """
 
-from __future__ import annotations  # the peers' Python may be older than this project's
+from __future__ import annotations  # the Python that runs the other tools may be older than this project's
 
 import ctypes
 import gc
@@ -31,7 +31,10 @@ PACKAGES = ("rustbpe", "tokenizers", "tiktoken")
 
 
 def read(path: str) -> list[str]:
-    """Reads texts from a file of (length, UTF-8) records, one at a time, so that little memory stays in use."""
+    """Reads the texts from a file of (length, UTF-8) records.
+
+    It reads one text at a time, so that little memory besides the texts stays in use.
+    """
     texts = []
     with open(path, "rb") as file:
         while head := file.read(8):
@@ -42,8 +45,8 @@ def read(path: str) -> list[str]:
 class Memory:
     """Measures peak memory in bytes, beyond what was in use when this object was made.
 
-    ru_maxrss alone would also count the reading of the texts and what the parent process held at the fork, so `reset`
-    clears the peak where Linux allows it.
+    ru_maxrss alone would also count the memory for reading the texts, and the memory that the parent process held at
+    the fork. So `reset` clears the peak where Linux allows it.
     """
 
     def __init__(self) -> None:
@@ -81,7 +84,8 @@ class Memory:
 
 
 # -----------------------------------------------------------------------------
-# The tokenizers. Each trains or loads a vocabulary, then encodes one text, or many into lists or one flat array.
+# The tokenizers. Each one trains or loads a vocabulary. It then encodes one text, or many texts into lists or into one
+# flat array.
 
 
 class Ours:
@@ -97,7 +101,10 @@ class Ours:
         self.tokenizer.train_from_iterator(iter(texts), self.job["vocab_size"], pattern=self.job["pattern"])
 
     def merges(self) -> list[tuple[int, int]] | None:
-        """Pairs of ids in the order in which they were merged, for tokenizers that load merges; None if unknown."""
+        """The merges, as pairs of ids in the order they were learned, or None if they are unknown.
+
+        Some tokenizers need them to load a vocabulary.
+        """
         return self.tokenizer.get_merges()
 
     def tokens(self) -> list[bytes]:
@@ -119,7 +126,7 @@ class Ours:
 
 
 class Rustbpe(Ours):
-    """PyPI's package rustbpe. It cannot load a vocabulary, so it learns the same one again."""
+    """PyPI's package rustbpe. It cannot load a vocabulary, so it learns the vocabulary again from the same texts."""
 
     def merges(self) -> list[tuple[int, int]] | None:
         return None
@@ -211,7 +218,7 @@ TOOLS = {**TRAINERS, "tiktoken": Tiktoken}
 
 
 def flattened(lists: list[Ids]) -> tuple[Any, Any]:
-    """Lists of ids -> (one array of ids, where each list begins), by the fastest method of those tried."""
+    """Lists of ids -> (one array of ids, where each list begins). Of the methods tried, this was the fastest."""
     import numpy as np
 
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
@@ -223,7 +230,10 @@ def flattened(lists: list[Ids]) -> tuple[Any, Any]:
 
 
 def probe(job: Job) -> dict:
-    """The tools that can be imported, as {name: version}. The module rustbpe may be our crate or PyPI's package."""
+    """The tools that can be imported, as {name: version}.
+
+    A module named rustbpe may be this project's crate or PyPI's package.
+    """
     tools = {}
     for name in PACKAGES:
         try:
@@ -237,7 +247,10 @@ def probe(job: Job) -> dict:
 
 
 def train(job: Job) -> dict:
-    """Trains once, and writes the learned tokens and merges to a file, for the comparison and for the encoders."""
+    """Trains once, and writes the learned tokens and merges to a file.
+
+    The benchmark compares the tokens of the tools. The jobs that encode load our tokenizer's tokens and merges.
+    """
     tool, texts = TRAINERS[job["tool"]](job), read(job["train"])
     memory = Memory()
     memory.reset()
@@ -251,7 +264,7 @@ def train(job: Job) -> dict:
 def encode(job: Job) -> dict:
     """Encodes the unseen texts into lists or flat arrays: once after warm-up on other texts, or twice without warm-up.
 
-    The peak memory is that of the vocabulary, the cache and the result.
+    The peak memory includes the vocabulary, the tokenizer's cache and the result.
     """
     if job["way"] == "flat":
         import numpy  # noqa: F401, imported here so that no tool's time includes it
@@ -270,7 +283,7 @@ def encode(job: Job) -> dict:
 
 
 def single(job: Job) -> dict:
-    """Encodes texts of each size, one at a time and once, after warm-up on other texts. Returns {size: figures}."""
+    """After warm-up on other texts, encodes texts of each size once, one text per call. Returns {size: figures}."""
     tool = TOOLS[job["tool"]](job)
     load(tool, job)
     for text in read(job["train"]):
@@ -300,7 +313,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def digest(result: Any) -> str:
-    """Hash of the ids and of where each text begins: the same for lists and for flat arrays."""
+    """A hash of the ids and of the texts' offsets. Lists and flat arrays with the same content have the same hash."""
     if isinstance(result, tuple):
         tokens, offsets = array("I", result[0].astype("uint32").tobytes()), array("q", result[1].tobytes())
     else:

@@ -2,8 +2,8 @@
 
     python -m scripts.tok_eval
 
-tiktoken loads the vocabularies of GPT-2 and GPT-4 from its cache or the network; one that does not load is skipped.
-Adds a record per kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
+tiktoken loads the vocabularies of GPT-2 and GPT-4 from its cache or the network. A vocabulary that does not load is
+skipped. Adds a record per kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
 """
 
 import itertools
@@ -135,12 +135,13 @@ def main(cfg: config.TokEval) -> None:
 
 
 def _field(label: str) -> str:
-    """The record's field for a peer's token count: GPT-2 -> gpt2_tokens."""
+    """The name of the log field that holds a peer's token count: GPT-2 -> gpt2_tokens."""
     return label.replace("-", "").lower() + "_tokens"
 
 
 def _load_peer(name: str) -> "tiktoken.Encoding | None":
-    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. Uses a thread, as a download may hang."""
+    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. Loads it in a thread, because a download
+    may hang."""
     import tiktoken
 
     loaded = []
@@ -148,7 +149,7 @@ def _load_peer(name: str) -> "tiktoken.Encoding | None":
     def load() -> None:
         try:
             loaded.append(tiktoken.get_encoding(name))
-        except Exception:  # the network, a proxy or a damaged cache file may raise anything
+        except Exception:  # the network, a proxy or a damaged cache file may cause any exception
             return
 
     thread = threading.Thread(target=load, daemon=True)

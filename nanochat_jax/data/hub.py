@@ -33,13 +33,14 @@ from nanochat_jax.config import UserError, first_line
 from nanochat_jax.files import exclusive, read_json, sha256, write_text
 from nanochat_jax.progress import Progress
 
-# name: (hub repository, number of its last shard). The last shard is the validation set, whichever others are on disk.
+# source: (its repository on the hub, the number of its last shard). The last shard is always the validation set, no
+# matter which other shards are on disk.
 SOURCES = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
 }
-TRIES = 5  # how many tries for a shard may fail in a row without transferring a byte
-FEW_TRIES = 3  # how many tries if no server answers, or if it sends wrong bytes
+TRIES = 5  # a shard is given up after this many failed tries in a row that transferred no byte
+FEW_TRIES = 3  # a shard is given up after this many tries if the server does not answer or sends wrong bytes
 PAUSE = 0.5  # seconds before the second try, doubled before each further one
 LONGEST_PAUSE = 300.0  # seconds; the hub limits the number of requests per five minutes
 
@@ -57,9 +58,9 @@ def folder_of(source: str) -> Path:
 def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     """The training shards and the validation shard that `download` was asked for.
 
-    Raises UserError if nothing was downloaded.
-    Shards that have not arrived yet are included, so that the order does not depend on which ones have. `num_files` is
-    the exact number of training shards, even if more or fewer were requested (-1: all that were requested).
+    Raises UserError if nothing was downloaded. Shards that have not arrived yet are included, so that the order of the
+    shards does not depend on which of them have arrived. `num_files` is the exact number of training shards, even if
+    more or fewer were requested (-1: all that were requested).
     """
     folder, last = folder_of(source), shard_name(SOURCES[source][1])
     if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
@@ -83,8 +84,8 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
     """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. Raises
     UserError if any shard is still missing at the end.
 
-    Existing shards are kept, and partial ones are resumed. Shards that changed since they were verified are hashed
-    again (with `verify`, all shards are), and damaged shards are downloaded again.
+    Existing shards are kept, and partial ones are resumed. A shard that changed since it was verified is hashed again;
+    with `verify`, every shard is hashed again. Damaged shards are downloaded again.
     """
     if source not in SOURCES:
         raise UserError(f"--data={source}: unknown source, expected {' or '.join(SOURCES)}")
@@ -102,8 +103,8 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             for _ in pool.map(lambda name: _verify(job, name, verify), existing):
                 job.touch_lock()
                 progress.advance()
-        # The validation shard comes first and alone, because it is always needed, and because a hub that cannot be
-        # reached then causes a single failure, early on.
+        # The validation shard is fetched first and alone, because it is always needed. If the hub cannot be reached,
+        # this also gives a single failure, right at the start.
         if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
         # A request for fewer shards than before does not lower the number in the manifest.
@@ -120,9 +121,10 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
 
 
 def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Blocks until a shard that is being downloaded has arrived, so that training can start before all shards have.
+    """Blocks until a shard that is being downloaded has arrived, so that training can start during the download.
 
-    Raises UserError if nothing in its folder changes for `patience` seconds, and InterruptedError once `stop` is set.
+    Raises UserError if nothing in the folder of the shard changes for `patience` seconds, and InterruptedError once
+    `stop` is set.
     """
     stop = stop or threading.Event()
     if not path.exists():
@@ -135,8 +137,8 @@ def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: fl
 
 
 def _last_change(folder: Path) -> float:
-    """When a file in the folder was last modified, in seconds since the epoch. A download touches its lock file
-    even while it is only waiting."""
+    """The time of the last change to any file in the folder, in seconds since the epoch. A running download keeps
+    touching its lock file, even while no data arrives."""
     times = [0.0]
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -157,10 +159,10 @@ class Job:
     folder: Path
     stop: threading.Event = field(default_factory=threading.Event)
     received: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred so far
-    expected: dict[str, int] = field(default_factory=dict)  # shard -> bytes in `received` once it is complete
+    expected: dict[str, int] = field(default_factory=dict)  # shard -> bytes in `received` once the shard is complete
 
     def touch_lock(self) -> None:
-        """Shows `wait_for_shard` in other processes that the download is still running."""
+        """Touches the lock file, which tells `wait_for_shard` in other processes that the download is still running."""
         os.utime(self.folder / "lock")
 
     @contextlib.contextmanager
@@ -193,7 +195,7 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
     failures = []
     with job.threads(workers) as pool, Progress(label, None) as progress:
         pending = {pool.submit(_fetch, job, name) for name in missing}
-        while pending and len(failures) < 2 * workers:  # with more failures, no single shard is the cause
+        while pending and len(failures) < 2 * workers:  # 2 * workers failures must have a common cause, so give up
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             job.touch_lock()
             failures += [failure for future in done if (failure := future.result())]
@@ -230,7 +232,7 @@ def _fetch(job: Job, name: str) -> str:
 
 
 def _retry_limits(error: Exception) -> tuple[int, float]:
-    """How many tries this error is worth, and how many seconds the server asked us to wait (0: it did not say)."""
+    """How many tries an error like this allows, and how many seconds the server asked us to wait (0: not specified)."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -300,7 +302,7 @@ def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> No
 def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
     """Renames a complete download to `path`, or deletes a bad one.
 
-    `expected` begins with the SHA-256 that the file must have, or is "" if that is not known.
+    `expected` begins with the SHA-256 that the file must have, or is "" if no SHA-256 is known.
     """
     length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:
@@ -314,20 +316,20 @@ def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
     if problem:
         part.unlink()
         raise BadContent(problem)
-    # The hash is written before the shard gets its name, so that no shard is ever without one.
+    # The hash is written before the shard gets its name, so that every downloaded shard has a recorded hash.
     write_text(_hash_file(path), f"{digest}  {path.name}\n")
     os.replace(part, path)
 
 
 def _verify(job: Job, name: str, always: bool) -> None:
-    """Deletes a shard if it is damaged, so that it is downloaded again. Hashes it only if it is newer than its recorded
-    hash, or if `always` is set."""
+    """Deletes a shard if it is damaged, so that it is downloaded again. Hashes the shard only if it has no recorded
+    hash, if it is newer than its recorded hash, or if `always` is set."""
     path = job.folder / name
     recorded = _recorded_hash(path)
     if recorded and not always and path.stat().st_mtime <= _hash_file(path).stat().st_mtime:
         return
     digest = sha256(path)
-    problem = _problem(path)  # the only check for a file without a recorded hash, copied here by hand
+    problem = _problem(path)  # the only check if the file was copied here by hand and has no recorded hash
     if recorded and digest != recorded:
         problem = f"SHA-256 {digest}, expected {recorded}"
     if problem:
@@ -338,7 +340,7 @@ def _verify(job: Job, name: str, always: bool) -> None:
 
 
 def _problem(path: Path) -> str:
-    """Why a file cannot be read as parquet, in one line; "" if it can."""
+    """One line that says why a file cannot be read as parquet, or "" if the file is readable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -363,7 +365,7 @@ def _recorded_hash(path: Path) -> str:
 
 
 def _as_sha256(etag: str | None) -> str:
-    """The ETag if it is a SHA-256, which the hub sends for large files; "" for anything else a server may send."""
+    """The ETag if it is a SHA-256, as the hub sends for large files. For anything else, ""."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
 
 

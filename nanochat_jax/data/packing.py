@@ -2,8 +2,8 @@
 
 A document is an int32 array of token ids that begins with BOS. A token that is read but not predicted (a user's words,
 padding) is stored as its complement, ~id. BestFit and Stream turn documents into rows of T+1 tokens, and count the
-tokens that they discard or pad with. Their state is small, exact and JSON-serializable. `as_batch` turns rows into
-inputs and targets.
+tokens that they discard or add as padding. Their state is small, exact and JSON-serializable. `as_batch` turns rows
+into inputs and targets.
 """
 
 import base64
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-# How many buffered documents best fit chooses from, by packing method. A larger buffer leaves fewer gaps, but makes the
-# state larger. The original nanochat buffers 1000 documents for "crop" and 100 for "whole".
+# For each packing method, how many documents BestFit keeps in its buffer to choose from. A larger buffer leaves fewer
+# gaps, but makes the state larger. The original nanochat buffers 1000 documents for "crop" and 100 for "whole".
 BUFFER_DOCUMENTS = {"split": 256, "crop": 1000, "whole": 100}
 
 
@@ -41,17 +41,17 @@ def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def empty_row(width: int, bos: int) -> np.ndarray:
-    """A row int32[width] of padding: BOS throughout, without any target."""
+    """A row int32[width] of padding: every position is BOS, and none is a target."""
     return np.full(width, ~bos, np.int32)
 
 
 class BestFit:
     """Fills rows by taking the longest buffered document that still fits. Every row begins with BOS. If none fits:
 
-    - "split": the longest is split, and its remainder returns to the buffer as a document with its own BOS. Nothing is
-      lost. Every row begins with the longest document, even if it has to be split, so that documents longer than a
-      row cannot pile up behind short ones.
-    - "crop": the shortest is truncated, and its remainder is discarded and counted (nanochat's method in 2026).
+    - "split": the longest document is split, and its remainder returns to the buffer as a document with its own BOS.
+      Nothing is lost. Every row begins with the longest document, even if it has to be split, so that documents longer
+      than a row cannot pile up behind short ones.
+    - "crop": the shortest document is truncated. Its remainder is discarded and counted (nanochat's method in 2026).
     - "whole": the rest of the row is padded. No document may be longer than a row.
 
     >>> packer = BestFit("split", width=6, bos=0)
@@ -94,8 +94,9 @@ class BestFit:
 
     @property
     def needs_documents(self) -> bool:
-        """Whether to add documents before the next row is made. With "split", 64 rows' worth of tokens gives enough
-        choice, and stopping there keeps the state small when documents are long."""
+        """Whether to add documents before the next row is made. With "split", the buffer is also full if it holds
+        enough tokens for 64 rows. This is enough to choose from, and the limit keeps the state small when documents are
+        long."""
         enough = self.method == "split" and self._buffered_tokens >= 64 * self.width
         return len(self._order) < BUFFER_DOCUMENTS[self.method] and not enough
 
@@ -125,7 +126,8 @@ class BestFit:
         return row
 
     def _take(self, room: int, row_is_empty: bool) -> tuple[bool, np.ndarray] | None:
-        """Removes and returns the next document for `room` positions, of equally long ones the oldest; None: pad."""
+        """Removes and returns the document to put next into the `room` free positions of a row. Of equally long
+        documents, this is the oldest. Returns None if these positions are to be padded."""
         num_fitting = bisect_right(self._order, (room, self._serial))
         if self.method == "split" and (row_is_empty or not num_fitting):
             index = -1
@@ -221,7 +223,8 @@ class Stream:
 
 
 def _encode(arrays: list[np.ndarray]) -> str:
-    """Tokens as base64: [int32[2]] -> 12 characters. Saved states hold tokens, so that no text is tokenized again.
+    """Tokens as base64: [int32[2]] -> 12 characters. Saved states hold tokens instead of text, so that a resumed run
+    need not tokenize the text again.
 
     >>> _encode([np.array([0, 258], np.int32)])
     'AAAAAAIBAAA='

@@ -3,7 +3,7 @@
 Used by CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss).
 
 With so few shapes, an evaluation of thousands of prompts compiles only a handful of programs. A prompt's score does not
-depend on the other prompts in its batch: attention is causal, so padding on the right cannot affect the tokens before.
+depend on the other prompts in its batch: attention is causal, so padding on the right affects no token before it.
 """
 
 import json
@@ -32,7 +32,7 @@ def padded_length(length: int, limit: int) -> int:
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:
-    """At most `rows` sequences as int32 [rows, padded length of the longest], with `fill` where there is no token."""
+    """Up to `rows` sequences as one array int32 [rows, padded length of the longest sequence]. The rest is `fill`."""
     assert 0 < len(sequences) <= rows, f"{len(sequences)} sequences in {rows} rows"
     batch = np.full((rows, padded_length(max(map(len, sequences)), limit)), fill, np.int32)
     for row, ids in zip(batch, sequences, strict=False):
@@ -81,7 +81,8 @@ def fetch(rows: jax.Array) -> np.ndarray:
 
 
 def gather(values: list[Any]) -> list[Any]:
-    """All-gathers lists of JSON values that were dealt out by `range(process, n, processes)`, in their original order.
+    """All-gathers JSON values into one list, in their original order. Each process passes the values at the indices
+    `range(process, n, processes)`.
 
     [a, c, e] on process 0 and [b, d] on process 1 -> [a, b, c, d, e] on both
     """

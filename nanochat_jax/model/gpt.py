@@ -1,17 +1,18 @@
 """The model: a decoder-only transformer, its initialisation, and the functions that apply it.
 
 Rotary embeddings, QK-norm, grouped-query attention, ReLU^2 MLP, RMSNorm without gains, no biases, untied head, logits
-soft-capped at 15. The modules are defined with Flax NNX, but everything outside this file sees only a plain nested dict
-of arrays (the parameters) and pure functions of it, so that `jax.jit`, `jax.grad` and optax need not know about NNX.
+soft-capped at 15. The modules are defined with Flax NNX. Code outside this file sees only the parameters, which are a
+plain nested dict of arrays, and pure functions of the parameters. So `jax.jit`, `jax.grad` and optax need not know
+about NNX.
 
 Axis letters, here and everywhere: b batch, t query time, s key time, d model, h query head, n kv head, k head dim,
-f ffn, v vocab, l layer. The weights of all layers are stacked as [l, in, out], one array for each kind of weight, so
-that the optimizer orthogonalises all layers as one batch and the parameters are only eight arrays. Example shapes are
-those of a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
+f ffn, v vocab, l layer. Each kind of weight is one array [l, in, out], stacked over the layers. So the optimizer
+orthogonalises all layers as one batch, and the parameters are only eight arrays. Example shapes are those of a model of
+depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
 
 Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm
-statistics, softmax and logits are float32. The rotary table and rotation stay in float32, unlike in the specification,
-whose bf16 tables cause errors of 1e-3 in the logits.
+statistics, softmax and logits are float32. The rotary table and the rotation stay in float32. The specification has
+bf16 tables, which cause errors of 1e-3 in the logits.
 """
 
 import functools
@@ -40,7 +41,7 @@ class Execution:
     """How the blocks are computed over whole sequences: this affects speed and memory, never the results."""
 
     scan: bool = False  # one compiled block for all layers: compiles faster, runs slower
-    remat_policy: Callable | None = None  # jax.checkpoint's policy, what to keep for the backward pass; None: keep all
+    remat_policy: Callable | None = None  # jax.checkpoint policy: what to keep for the backward pass; None: keep all
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight before its use
 
 
@@ -170,8 +171,8 @@ BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
 
 # Which mesh axis shards which axis of a weight. "model" shards the attention heads, the MLP's hidden width, the
 # vocabulary of lm_head and the width of wte (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the other
-# axis of each matrix: always in gradients and optimizer state, but in weights only with --shard=full. sharding.py
-# leaves an axis whole if the mesh axis does not divide it.
+# axis of each matrix. Gradients and optimizer state are always sharded this way, but weights only with --shard=full. If
+# the size of the mesh axis does not divide the length of an axis, sharding.py leaves that axis whole.
 SHARDING = {
     "wte": P("data", "model"),  # [v, d]: vocabulary over data, width over model
     "lm_head": P("model", "data"),  # [v, d]: vocabulary over model, width over data
@@ -205,7 +206,8 @@ def _qkv(
 
 
 def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig) -> jax.Array:
-    """Adds to the residual stream x [b,t,d] first the projected output of attention, y [b,t,h,k], then the MLP's."""
+    """Projects y [b,t,h,k], the output of attention, and adds it to the residual stream x [b,t,d]. Then adds the output
+    of the MLP."""
     with jax.named_scope("attention"):
         x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
     with jax.named_scope("mlp"):
@@ -229,7 +231,8 @@ def _stack(
     if execution.remat_policy is not None:
         block = jax.checkpoint(compute, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
-        # A Python loop: a scan would copy each layer's weights out of the stack and its gradients into another stack.
+        # A Python loop, because a scan would copy the weights of each layer out of the stack, and the gradients of each
+        # layer into another stack.
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
@@ -248,7 +251,7 @@ def _stack(
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes new [b,t,n,k] into cache [b,n,s,k]: in row i, at the t positions from start[i] on."""
+    """Writes `new` [b,t,n,k] into `cache` [b,n,s,k]. In row i, the t new entries begin at position start[i]."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(put)(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), start)
 
@@ -283,7 +286,7 @@ def _definition(model_cfg: GPTConfig) -> tuple[Any, ...]:
 def bind(params: Params, model_cfg: GPTConfig) -> GPT:
     """The module with `params` as its weights."""
     graphdef, abstract, rest = _definition(model_cfg)
-    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, so that the cached tree stays abstract
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, so that the tree cached by `_definition` stays abstract
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state, rest)
 
@@ -306,7 +309,8 @@ def decode(
     cache: Cache,  # keys and values [b,n,s,k] of every layer, e.g. [64, 10, 2048, 128]
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
-    """Appends ids [b,t] to the rows of `cache` -> (hidden states [b,t,d], e.g. [64, 1, 1280], the extended cache).
+    """Appends ids [b,t] to the rows of `cache`. Returns hidden states [b,t,d], e.g. [64, 1, 1280], and the extended
+    cache.
 
     cache = {"k": list of l arrays [b,n,s,k], "v": like "k", "length": int32 [b]}. The caller ensures that
     length + t <= s.

@@ -41,10 +41,10 @@ EVENT_NAMES = {"python": "python", "python_output": "output"}
 def create_app(
     engines: Sequence[Engine], cfg: ChatWeb, name: str, device: str = "cpu", warmups: Sequence[Iterator[int]] = ()
 ) -> FastAPI:
-    """Makes the application that serves `engines`, replicas of one model. Nothing else may use them afterwards.
+    """Makes the application that serves `engines`, replicas of one model. Nothing else may use the engines afterwards.
 
-    `name` is the model's name, as clients see it; `device` is the kind of device, for /stats. `warmups` are the
-    engines' warm-ups (see `Engine.warmup`), which may be partly done; they continue while the server is idle.
+    `name` is the model's name, as clients see it; `device` is the kind of device, for /stats. `warmups` holds one
+    warm-up per engine (see `Engine.warmup`), which may be partly done. It continues while the server is idle.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -68,7 +68,7 @@ def create_app(
     )
     app.state.pool = pool
     app.add_middleware(Guard, api_key=cfg.api_key, metrics=metrics)
-    if cfg.cors:  # added last, to run before the guard, which would refuse a preflight request for its lack of a key
+    if cfg.cors:  # added last, to run before the guard: preflight requests have no key, so the guard would refuse them
         app.add_middleware(
             CORSMiddleware,
             allow_origins=[origin.strip() for origin in cfg.cors.split(",")],

@@ -1,4 +1,5 @@
-"""Checks requests before they reach the application: the API key, the body's size, and the time it takes to arrive."""
+"""Checks each request before it reaches the application: its API key, the size of its body, and how long the body takes
+to arrive."""
 
 import asyncio
 import hmac
@@ -10,8 +11,8 @@ from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.page import FILES
 
-MAX_BODY = 1 << 20  # bytes; 32,000 characters fit easily, even if each is escaped
-# Bytes: up to this size, an oversized body is read and discarded before the reply, since a client that is still
+MAX_BODY = 1 << 20  # bytes; 32,000 characters fit easily, even if every one is escaped
+# In bytes. An oversized body up to this size is read and discarded before the reply, since a client that is still
 # sending would not read the 413.
 MAX_DRAINED = 16 << 20
 BODY_SECONDS = 30  # seconds for a body to arrive; a client that sends byte by byte cannot hold a connection longer
@@ -20,7 +21,8 @@ PUBLIC = (*FILES, "/health")  # paths that need no key: the page must load befor
 
 
 class Guard:
-    """ASGI middleware: 401 without the key, 413 if the body is too large, 408 if too slow. Counts refused requests."""
+    """ASGI middleware that answers 401 if the key is missing or wrong, 413 if the body is too large, and 408 if the
+    body arrives too slowly. Counts refused requests."""
 
     def __init__(self, app: ASGIApp, api_key: str, metrics: Metrics):
         self.app, self.api_key, self.metrics = app, api_key.encode(), metrics
@@ -47,12 +49,13 @@ class Guard:
     def _has_key(self, scope: Scope) -> bool:
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
-        # In constant time: the duration of an ordinary comparison would reveal how much of the key was right.
+        # Compares in constant time: the duration of an ordinary comparison would reveal how much of the key was right.
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
 
     @staticmethod
     def _limited(receive: Receive) -> Receive:
-        """Makes `receive` raise ApiError if the body is too large or too slow. No oversized body is held whole."""
+        """Wraps `receive` so that it raises ApiError if the body is too large or arrives too slowly. An oversized body
+        is never held in memory as a whole."""
         size, more = 0, True
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 

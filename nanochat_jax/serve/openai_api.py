@@ -36,8 +36,8 @@ class Job:
     model: str
     id: str
     logprobs: bool  # whether the client wants log-probabilities
-    echoes: list[str]  # for each prompt, its text if its choices begin with it, else ""
-    hidden: list[int]  # for each prompt, how many tokens at its beginning are not in its text
+    echoes: list[str]  # for each prompt, the text that its choices begin with; "" if no echo is wanted
+    hidden: list[int]  # for each prompt, how many tokens at its beginning are left out of the echo
     scored: bool = False  # whether each choice begins with its prompt's log-probabilities
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -47,7 +47,7 @@ class Job:
 
 
 def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
-    """The endpoints under /v1, for the application to include. `name` is the model's id."""
+    """A router with the endpoints under /v1. `name` is the model's id."""
     router = APIRouter(prefix="/v1")
     started = int(time.time())
     context = engine.model_cfg.sequence_len
@@ -123,7 +123,7 @@ def completion_job(body: CompletionBody, engine: Engine, cfg: ChatWeb, name: str
 
 
 class Choices:
-    """All choices of a job, in the order of prompts and samples."""
+    """All choices of a job, ordered by prompt, then by sample."""
 
     def __init__(self, answer: Answer, job: Job, tokenizer: Tokenizer):
         self._answer, self._job, self._tokenizer = answer, job, tokenizer
@@ -136,7 +136,8 @@ class Choices:
         self._cached_tokens = 0  # prompt tokens that were already in the cache
 
     def read(self, event: Event) -> tuple[int, str, list[Token], str | None]:
-        """Returns the index of the choice, its new text and tokens, and its finish_reason if it has just ended.
+        """Returns the index of the choice, its new text, its new tokens, and its finish_reason (None unless it has just
+        ended).
 
         If the client wants an echo, a choice begins with its prompt. A choice that reaches a stop string gives up its
         slot.

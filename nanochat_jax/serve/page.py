@@ -1,4 +1,5 @@
-"""Serves the page's static files, read once at startup. They need no key; no other file in their folder is served."""
+"""Serves the static files of the page, which are read once at startup. Requests for them need no key. No other file in
+the folder is served."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path

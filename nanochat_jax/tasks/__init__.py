@@ -1,7 +1,7 @@
 """Tasks: conversations to train on, and problems to evaluate a model on, behind one small interface.
 
-In: a name ("GSM8K"), a split (train, val or test) and perhaps a folder with data. Out: a `Task`, a sequence of
-conversations that can also check answers if the task has a score. Downloaded tasks read the Hugging Face hub or a local
+In: a name ("GSM8K"), a split (train, val or test) and perhaps a folder with data. Out: a `Task`, which is a sequence of
+conversations. A task that has a score can also check answers. Downloaded tasks read the Hugging Face hub or a local
 folder. Generated tasks need neither, since (task, split, index) alone determines a conversation.
 
     task = tasks.load("GSM8K", "test", rows=100)
@@ -9,11 +9,11 @@ folder. Generated tasks need neither, since (task, split, index) alone determine
 
 To add a task, write a file here with a subclass of `Task`. Give it a `name` and `__len__`, and an `example` that
 returns the conversation at an index. A task that reads stored rows is a subclass of `task_data.RowTask` instead, and
-has a `name`, `rows`, and a `conversation` that converts one row. Then add the class to the list below; its name, in any
+has a `name`, `rows`, and a `conversation` that converts one row. Then add the class to the list below. Its name, in any
 letter case, now works in every --mixture. To give the task a score, set `eval_type` and `baseline`, and define
-`evaluate`, which says whether an answer is right; the name then works in chat_eval -a, too. What `example` returns must
-depend only on the split, the index and the data, because a checkpoint records a hash of the tasks that it was trained
-on, and a run whose tasks have changed is not resumed.
+`evaluate`, which says whether an answer is right. The name then also works in chat_eval -a. The result of `example`
+must depend only on the split, the index and the data. This is because a checkpoint records a hash of the tasks that it
+was trained on, and a run is not resumed if its tasks have changed.
 """
 
 from pathlib import Path
@@ -52,7 +52,8 @@ TASKS = {cls.name.lower(): cls for cls in _CLASSES}
 
 
 def task_class(name: str) -> type[Task]:
-    """The class of the task `name`, in any letter case ("ARC-Easy", "customjson:my.jsonl").
+    """The class of the task `name`, such as "ARC-Easy" or "customjson:my.jsonl". The letter case of the name does not
+    matter.
 
     Raises UserError, listing the known names, if there is no such task.
     """
@@ -66,7 +67,7 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int
     """One split of a task: "train", "val" (the test split if the task has no val split) or "test".
 
     data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many rows to take (0: all);
-    if the task has fewer, they are repeated. Raises UserError if the data is missing or empty.
+    if the task has fewer rows, its rows are repeated. Raises UserError if the data is missing or empty.
     """
     if split not in ("train", "val", "test"):
         raise UserError(f"split {split!r} of {name}: must be train, val or test")

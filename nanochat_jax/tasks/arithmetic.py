@@ -1,11 +1,11 @@
 """Generated arithmetic in GSM8K's format: one step in Sums and two in TwoStep, each with a calculator call.
 
-(task, split, index) determines a problem. Some pairs of numbers, names of people and phrasings (see stories.py) are
-held out of training: part of them for validation, the others for the test. A hash of operands and operator decides
-which split a pair belongs to, and every step of a problem uses a pair of the problem's split. The text before a
-calculator call repeats the numbers in the order of the question and never contains the result of the call, so that the
-model need not compute anything itself. The expression has no spaces, so that a number in it always splits into the same
-tokens.
+The task, the split and the index alone determine a problem. Some pairs of numbers, some names of people and some
+phrasings (see stories.py) are held out of training: part of them for validation, the others for the test. A hash of the
+operands and the operator decides which split a pair belongs to. In every step of a problem, the pair belongs to the
+split of the problem. The text before a calculator call repeats the numbers in the order of the question and never
+contains the result of the call, so that the model need not compute anything itself. The expression has no spaces, so
+that a number in it always splits into the same tokens.
 """
 
 import random
@@ -18,8 +18,8 @@ from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, stories
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # of this many pairs of numbers, one is for validation only and another for the test only
-DIVISIONS = 0.1  # share of divisions in plain training problems; val and test have none, but people ask for them
+HOLD_OUT = 10  # one pair of numbers in this many is for validation only, and another is for the test only
+DIVISIONS = 0.1  # share of divisions in plain training problems, since people ask for them; val and test have none
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
     Helen Linda Susan Karen"""
@@ -101,7 +101,7 @@ class _Arithmetic(Task):
 
 
 class Sums(_Arithmetic):
-    """One-step problems, half plain and half told as a story. Operands are up to 999 for + and -, 2 to 99 for *."""
+    """One-step problems, half plain and half told as a story. Operands are at most 999 for + and -, 2 to 99 for *."""
 
     name = "Sums"
 
@@ -182,7 +182,8 @@ def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, s
 
 
 def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
-    """The answer as parts: for each step, the operation, the call and its output; at the end, #### and the result.
+    """The answer as a list of parts. Each step has three: the operation, the calculator call and its output. The last
+    part ends with #### and the result.
 
     ("x+y",), [3, 4], "apples" -> text "3 + 4 = ", python "3+4", python_output "7", text "7 apples.\\n#### 7"
     """
@@ -198,7 +199,7 @@ def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list
 
 
 def _characters(split: str, rng: random.Random) -> dict[str, str]:
-    """The people and things of a story, by their placeholders in phrasings.txt."""
+    """The words for the people and things of a story. The keys are the placeholders in phrasings.txt."""
     woman = rng.random() < 0.5
     people = rng.sample(WOMEN[split] + MEN[split], 3)
     name = rng.choice((WOMEN if woman else MEN)[split])

@@ -20,8 +20,9 @@ class Task:
 
     eval_type: "generative" (generate an answer and check its text), "categorical" (compare the logits of the
     conversation's "letters"), or None (for training only). baseline: the score of guessing. has_val: whether the task
-    has a val split beside train and test, for use while training and tuning. Most tasks have none; for them, val means
-    the test split. split: the split of these conversations, which `tasks.load` sets; otherwise it may be "".
+    has a val split besides train and test, for use during training and tuning. Most tasks have no val split; for these
+    tasks, "val" means the test split. split: the split that these conversations belong to. It is set by `tasks.load`,
+    and may be "" in a task that was made without it.
     """
 
     name: str = ""
@@ -94,9 +95,9 @@ def first_rows(task: Task, count: int) -> Task:
 
 
 class Mixture(Task):
-    """The rows of several tasks, shuffled once. A task that is listed twice counts twice.
+    """The rows of several tasks, shuffled once. If a task is listed twice, each of its rows occurs twice.
 
-    Each conversation gets a field "task", the position of its task in the list, so that this task can check the answer:
+    Each conversation gets a field "task": the index of the task that it comes from, which also checks the answer:
 
         Sums [s0, s1, s2], Identity [i0, i1] -> [i0, s1, s2, i1, s0] with "task" 1, 0, 0, 1, 0
     """
@@ -113,7 +114,7 @@ class Mixture(Task):
         return len(self.order)
 
     def hash(self) -> str:
-        """Hash of at most 127 equally spaced conversations per task: detects changed data without reading all of it."""
+        """Hashes up to 127 equally spaced conversations per task, to detect changed data without reading everything."""
         digest = hashlib.sha256()
         for task in self.tasks:
             for index in range(0, len(task), max(1, len(task) // 64)):

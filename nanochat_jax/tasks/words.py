@@ -1,8 +1,9 @@
 """The words that the spelling tasks draw from, and which of them are held out of training.
 
-The words are those of the first of these files that exists: words/words_alpha.txt in the task data folder, then
-task_data/words_alpha.txt and task_data/words.txt in the base folder. If none exists, the frequent words of the
-pretraining text are used. They are written to task_data/words.txt, so that text added later does not change them.
+The words are read from a file. Three files are tried in this order: words/words_alpha.txt in the task data folder, then
+task_data/words_alpha.txt and task_data/words.txt in the base folder. If none of them exists, the frequent words of the
+pretraining text are used. These words are written to task_data/words.txt, so that text added later does not change
+them.
 """
 
 import collections
@@ -17,17 +18,17 @@ from nanochat_jax.data import parquet
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks import task_data
 
-HOLD_OUT = 10  # of this many words, one is for the test only, chosen by its hash
+HOLD_OUT = 10  # one word in this many, chosen by its hash, is for the test only
 CORPUS_CHARS = 50_000_000  # characters of text whose words are counted: enough to contain every frequent word
 CORPUS_WORDS = 20_000  # at most this many of the most frequent words are used
-MIN_COUNT = 3  # occurrences of a word; rarer ones are mostly typos and variable names
+MIN_COUNT = 3  # a word must occur this many times; rarer words are mostly typos and variable names
 
 # Matches a word of running text, but no part of an identifier, a number, a path or a dotted name.
 _WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w|:/)", re.ASCII)
 
 
 def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:
-    """The words of a split, "train" or "test"; no word is in both. Raises UserError if the split has none."""
+    """The words of a split, "train" or "test"; no word is in both. Raises UserError if the split has no words."""
     words = _all_words(str(data_dir or ""), base_dir())
     chosen = tuple(word for word in words if held_out(word) == (split == "test"))
     if not chosen:
@@ -40,7 +41,7 @@ def held_out(word: str) -> bool:
     return zlib.crc32(word.encode()) % HOLD_OUT == 0
 
 
-@functools.cache  # cached because two tasks need the words, each for two splits
+@functools.cache  # cached, because two tasks each load the words for two splits
 def _all_words(data_dir: str, base: Path) -> list[str]:
     places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
     if data_dir:

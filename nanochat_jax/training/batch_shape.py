@@ -23,7 +23,7 @@ class BatchShape:
 
     grad_accum_steps  micro-batches, computed one after another, whose gradients are summed
     rows              rows of one micro-batch on one replica: what a device computes at once
-    replicas          copies of the model (devices, or groups of them along the model axis) that compute side by side
+    replicas          copies of the model that compute side by side: a device each, or a group along the model axis
     seq_len           tokens per row
     padding           rows without targets, which come after all other rows of the step
 
@@ -53,7 +53,7 @@ class BatchShape:
     def shaped(self, batch: dict[str, np.ndarray], mesh: Mesh, vocab_size: int) -> dict[str, jax.Array]:
         """This process's rows [rows, t] -> global arrays [grad_accum_steps, all rows of a micro-batch, t], on devices.
 
-        Raises UserError if a token id is outside the vocabulary: on the device, it would silently become another id.
+        Raises UserError if a token id is outside the vocabulary, because the device would silently use another id.
         """
         _check_ids("inputs", batch["inputs"], 0, vocab_size)
         _check_ids("targets", batch["targets"], -1, vocab_size)  # a target of -1 is not counted
@@ -78,8 +78,9 @@ def shape_for_tokens(
 ) -> BatchShape:
     """Splits `total_batch_size` tokens into rows and micro-batches.
 
-    If `device_batch_size` is 0, `fit(rows)` is called to choose how many of its `rows` rows a replica takes at once.
-    Raises UserError if the tokens do not divide into rows for all replicas, or the rows into micro-batches.
+    A replica takes `device_batch_size` rows at once. If this is 0, it takes `fit(rows)` rows, where `rows` is the
+    number of its rows in a step. Raises UserError if the tokens cannot be split evenly into rows on all replicas, or if
+    the rows of a replica cannot be split evenly into micro-batches.
 
     Example: (524288, 16, 2048, 8, fit) -> BatchShape(2, 16, 8, 2048).
     """
@@ -106,8 +107,8 @@ def shape_for_rows(
 ) -> BatchShape:
     """Splits `total_rows` rows over any number of replicas, adding padding rows if they do not divide evenly.
 
-    `device_batch_size` and `fit` are as in `shape_for_tokens`, but a replica with fewer rows than that takes all at
-    once.
+    `device_batch_size` and `fit` are as in `shape_for_tokens`, but a replica that has fewer than `device_batch_size`
+    rows takes all of them at once.
 
     Example: 50 rows, 4 at a time on each of 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
     """
@@ -132,18 +133,17 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 
 
 def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
-    """How many of its `rows` rows a device can take at once: the largest divisor of `rows` that fits in its memory.
+    """How many rows a device can take at once: the largest divisor of `rows`, its rows per step, that fits in memory.
 
     `need(grad_accum_steps, rows)` returns the peak memory in bytes of a step with `rows` rows at once; `limit` is the
-    available memory in bytes (default: 95% of a device's memory, the minimum over all processes). Without a `limit`, on
-    a CPU or a device that does not report its memory, the answer is the largest divisor that gives at most 8,192
-    tokens, since a CPU gains nothing from more.
-    Raises UserError if not even one row fits.
+    available memory in bytes (default: 95% of a device's memory, the minimum over all processes). If no `limit` is
+    given and the device is a CPU or does not report its memory, the answer is the largest divisor that gives at most
+    8,192 tokens, since a CPU gains nothing from more. Raises UserError if not even one row fits.
 
-    Each call of `need` compiles a step, so the search makes few calls. `estimated_memory` costs nothing but is rough,
-    and ignores what --shard and --remat save. It gives a likely number of rows, and the search starts at the largest
-    divisor that is at most twice this number. If this divisor fits, larger ones are tried until one does not fit; if it
-    does not fit, smaller ones are tried until one fits.
+    Each call of `need` compiles a step, so the search makes few calls. `estimated_memory` compiles nothing, but it is
+    rough, and ignores what --shard and --remat save. The search uses it to find a likely number of rows, and starts at
+    the largest divisor that is at most twice this number. If this divisor fits, larger ones are tried until one does
+    not fit; if it does not fit, smaller ones are tried until one fits.
     """
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if limit is None:

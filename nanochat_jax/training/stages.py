@@ -36,14 +36,15 @@ class Stage:
     facts: dict[str, str] = field(default_factory=dict)  # derived numbers to print
 
     def progress(self, step: int) -> float:
-        """The fraction of the stage done before step `step`, from 0 to 1; the batch of this step must be loaded."""
+        """How much of the stage is done before step `step`, from 0 to 1. The batch of this step must already be
+        loaded."""
         return step / self.steps if self.steps else self.loader.info["progress"] / self.epochs
 
 
 def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
-    """What `shape_for_tokens` and `shape_for_rows` need besides the size of the batch.
+    """The arguments that `shape_for_tokens` and `shape_for_rows` take after the size of the batch.
 
-    This is the number of rows that a device takes at once (0: automatic), the number of tokens per row, the number of
+    They are the number of rows that a device takes at once (0: automatic), the number of tokens per row, the number of
     replicas, and a function that says how many rows fit on a device.
     """
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
@@ -83,8 +84,8 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
 def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     """Midtraining: packed conversations, loss on all tokens. Finetuning: whole conversations, loss on assistant tokens.
 
-    Training ends after --num_iterations steps if given, else when the data ends. The learning rate depends on the
-    fraction of the stage that is done.
+    Training ends after --num_iterations steps. If this is not given, training ends with the data. The learning rate
+    depends on the fraction of the stage that is done.
     """
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
     if isinstance(cfg, config.Mid):
@@ -127,10 +128,11 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
-    """Records in the checkpoints which text is read; returns the source with only the files the run began with.
+    """Records in the checkpoints which text the run reads. Returns the source with only the files that the run began
+    with.
 
-    New files are left out because the number of files decides their order in later epochs. Raises UserError if the run
-    resumes from a checkpoint that was trained on different text.
+    Files added since then are left out, because the number of files affects their order in later epochs. Raises
+    UserError if the run resumes from a checkpoint that was trained on different text.
     """
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     count = len(source.train_files)
@@ -150,10 +152,11 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
 
 
 def pin_tasks(run: Run, task: tasks.Mixture) -> None:
-    """Records in the checkpoints which conversations are trained on.
+    """Records in the checkpoints which conversations the run trains on.
 
-    The record holds the tasks' names and numbers of rows, in the order that decides the shuffle, and a hash of a sample
-    of the conversations. Raises UserError if the run resumes from a checkpoint that was trained on other conversations.
+    The record holds the name and the number of rows of each task, and a hash of a sample of the conversations. The
+    tasks are listed in their order in the mixture, since the shuffle depends on this order. Raises UserError if the run
+    resumes from a checkpoint that was trained on other conversations.
     """
     conversations = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
     if run.data is not None:
@@ -168,7 +171,7 @@ def pin_tasks(run: Run, task: tasks.Mixture) -> None:
 
 
 def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cache_dir: Path) -> str:
-    """How much of a source a run of `tokens` tokens will read.
+    """Describes how much of `source` will be read by a run of `tokens` tokens.
 
     Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
     """
@@ -190,8 +193,8 @@ def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cac
 def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
     """The number of optimizer steps, of `tokens` tokens each.
 
-    This is --num_iterations if given, else it follows from --target_flops if given, else from
-    --target_param_data_ratio. Raises UserError if it is below 1.
+    This is --num_iterations if given. Otherwise the number follows from --target_flops if given, or else from
+    --target_param_data_ratio. Raises UserError if the number is below 1.
     """
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations

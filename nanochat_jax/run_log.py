@@ -1,8 +1,8 @@
 """A run's log: log.jsonl in the run's folder, one JSON object per line. wandb only shows a copy.
 
-After a resume, a step may be logged twice; of the records with the same KEY, only the last counts. When a run restarts
-from an earlier step, it writes a record of kind "config", which invalidates everything that its stage logged for later
-steps, including scores and the note "finished".
+After a resume, a step may be logged twice. If several records agree in all fields of KEY, only the last counts. A run
+that restarts from an earlier step writes a record of kind "config". This record invalidates everything that the same
+stage logged for later steps, including scores and the note "finished".
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOG = "log.jsonl"
-# "n", "temperature" and "num_samples" tell apart scores on different numbers of problems or with different sampling.
+# "n", "temperature" and "num_samples" distinguish scores that differ in the number of problems or in the sampling.
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
 
@@ -25,7 +25,7 @@ def append(run_dir: Path, kind: str, stage: str, step: int, **fields: Any) -> No
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     with open(run_dir / LOG, "a+b") as log:
         if log.tell() and _last_byte(log) != b"\n":
-            line = b"\n" + line  # a process died while writing the last line, which must not be continued
+            line = b"\n" + line  # a process died while writing the last line: start a new line
         log.write(line)  # in a single write, so that the lines of two processes do not mix
 
 

@@ -1,4 +1,4 @@
-"""Evaluates a model on CORE, 22 in-context learning tasks, mainly for base models, which are only pretrained.
+"""Evaluates a model on CORE, 22 in-context learning tasks. CORE is mainly for base models, which are only pretrained.
 
     python -m scripts.base_eval
     python -m scripts.base_eval --max_per_task=500
@@ -56,7 +56,7 @@ def print_score(score: "CoreScore") -> None:
 
 
 def write_csv(path: Path, result: "CoreResult") -> None:
-    """Writes task, accuracy and centered accuracy, in padded columns, so that the file can be read as text, too."""
+    """Writes each task's accuracy and centered accuracy as CSV, in padded columns that are also readable as text."""
     rows = [("Task", "Accuracy", "Centered")]
     rows += [(score.task, f"{score.score:.6f}", f"{score.centered:.6f}") for score in result.tasks]
     rows += [("CORE", "", f"{result.core:.6f}")]

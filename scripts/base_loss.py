@@ -1,10 +1,10 @@
-"""Computes bits per byte of a model on training and validation text, and prints seven samples of its text.
+"""Computes a model's bits per byte on training and validation text, and prints seven samples that it generates.
 
     python -m scripts.base_loss
     python -m scripts.base_loss -g d20 --split_tokens=1e6
 
 Adds the results to the log of the evaluated run. The text is the one that the run was trained on, unless --data or
---data_dir names another. It is packed into rows as in the run.
+--data_dir names another. It is packed into rows in the same way as in the run.
 """
 
 from collections.abc import Iterable, Iterator
@@ -59,7 +59,8 @@ def main(cfg: config.BaseLoss) -> None:
 
 
 def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
-    """The text that --data or --data_dir names, else the checkpoint's. Prints a line if the run used another."""
+    """The text that --data or --data_dir names, else the text that the run was trained on. Prints a line if the chosen
+    text is not the one that the run was trained on."""
     from nanochat_jax.data import hub, sources
 
     trained, settings = meta.get("text", {}), meta["config"]
@@ -67,7 +68,7 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
         source = sources.open(cfg.data, cfg.data_dir)
     elif trained.get("source") in ("local", *hub.SOURCES) and not settings.get("data_dir"):
         source = sources.open(trained["source"])
-    else:  # a folder that the run's settings name, or else the tokenizer's source.json
+    else:  # a folder that the run's settings name; without one, the text that the tokenizer's source.json names
         source = sources.open(settings.get("data"), settings.get("data_dir"))
     present = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     changed = [key for key in present if present[key] != trained.get(key, present[key])]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # at run time, this would import JAX, which would slow down --help
+if TYPE_CHECKING:  # only for types: this would import JAX, and slow down --help
     from nanochat_jax.engine.engine import Engine
 
 Number = TypeVar("Number", int, float)
@@ -37,7 +37,7 @@ CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) no
 
 def main(cfg: config.ChatCli) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks instead
 
     from nanochat_jax import checkpoint
     from nanochat_jax.engine.engine import Engine
@@ -74,20 +74,21 @@ class Chat:
         self.engine, self.cfg = engine, cfg
         self.system = ""
         self.messages: list[dict] = []  # the user's messages and the answers, alternating
-        self.tokens, self.cut = 0, False  # the last answer's length, and whether it reached the maximum length
+        self.tokens, self.cut = 0, False  # the last answer's length in tokens, and whether this was the maximum
 
     def answer(
         self, text: str, stop: threading.Event | None = None
     ) -> tuple[int, Generator[tuple[str, str], None, None]]:
-        """Starts answering `text`. Returns how many old messages were dropped to make room, and an iterator. It yields
-        the answer's parts (see PartReader) as they are generated, until the answer ends or `stop` is set.
+        """Starts answering `text`. Returns how many old messages were dropped to make room, and an iterator. The
+        iterator yields the answer's parts (see PartReader) as they are generated, until the answer ends or `stop` is
+        set.
 
         `text` and the answer become part of the conversation when the iterator ends or is closed. Raises UserError if
         `text` is too long.
         """
         from nanochat_jax.conversation import prompt
 
-        text = text.encode("utf-8", "replace").decode()  # a terminal may deliver half a character
+        text = text.encode("utf-8", "replace").decode()  # the input may contain an incomplete character
         question = {"role": "user", "content": text}
         context, longest = self.engine.model_cfg.sequence_len, self.cfg.max_new_tokens
         ids, dropped = prompt(self.engine.tokenizer, self.conversation([question]), context, longest)
@@ -203,7 +204,7 @@ def stoppable() -> Generator[threading.Event, None, None]:
 
 
 def run_command(chat: Chat, text: str) -> bool:
-    """Runs `text` and returns True if it is a command; otherwise returns False. Raises UserError if the command fails.
+    """If `text` is a command, runs it and returns True; otherwise returns False. Raises UserError if the command fails.
 
     An unknown command is an error only at a terminal: in a file of questions, a line may begin with a slash by chance.
     """
@@ -238,7 +239,7 @@ def set_top_k(chat: Chat, value: str) -> None:
 
 
 def number(kind: type[Number], command: str, value: str, example: Number) -> Number:
-    """`value` as a number of type `kind`. Raises UserError, giving an example, if it is not one."""
+    """`value` as a number of type `kind`. Raises UserError, giving an example, if it is not a number."""
     try:
         return kind(value)
     except ValueError:
@@ -268,7 +269,7 @@ def save(chat: Chat, value: str) -> None:
 
 
 def plain_text(message: dict) -> dict:
-    """Joins the parts of a message that has only text, since a message's content is a string in training files.
+    """Joins the parts of a message if all are text, since training files store a message's content as a string.
 
     {"content": [{"type": "text", "text": "4"}]} -> {"content": "4"}; a message with a calculator call stays as it is.
     """
@@ -289,7 +290,7 @@ def show_help(chat: Chat, value: str) -> None:
 class Command:
     usage: str
     help: str
-    run: Callable[[Chat, str], None]  # gets the text after the command's name
+    run: Callable[[Chat, str], None]  # receives the text after the command's name
 
 
 COMMANDS = {
@@ -313,7 +314,7 @@ class Display:
 
     def __init__(self, color: bool):
         self._color = color
-        self._call: str | None = None  # the last call's expression, whose result may follow
+        self._call: str | None = None  # the last calculator call, not printed yet since its result may follow
 
     def show(self, kind: str, text: str) -> None:
         """Prints the next part of the answer, given its kind and text as PartReader returns them."""
@@ -327,7 +328,7 @@ class Display:
             self._write(text)
 
     def finish(self) -> None:
-        """Prints the last call if it got no result, and ends the line."""
+        """Prints the last calculator call if it got no result, and ends the line."""
         self._show_call()
         self._write("\n")
 
@@ -345,7 +346,8 @@ class Display:
 
 
 def note(text: str) -> None:
-    """Prints text that is not part of an answer; unless stdout is a terminal, to stderr: a pipe gets only answers."""
+    """Prints text that is not part of an answer. It goes to stderr unless stdout is a terminal, so that a pipe gets
+    only answers."""
     if sys.stdout.isatty():
         print(dim(text, colored()), flush=True)
     else:
@@ -357,7 +359,7 @@ def dim(text: str, color: bool) -> str:
 
 
 def colored() -> bool:
-    """Whether stdout is a terminal whose user has not asked for plain text (no-color.org)."""
+    """Whether to print in color: stdout is a terminal, and NO_COLOR (see no-color.org) is empty or not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
@@ -368,7 +370,8 @@ def interactive() -> bool:
 
 @contextlib.contextmanager
 def line_editing() -> Generator[None, None, None]:
-    """Within the block, input() edits lines, completes commands, and remembers typed lines across conversations."""
+    """Within the block, input() offers line editing, completion of commands, and a history kept across
+    conversations."""
     try:
         import readline
     except ImportError:

@@ -3,7 +3,7 @@
 Built on Grain: documents -> tokens -> packed rows -> batches. Given a seed, everything is deterministic, and the saved
 state is exact. The examples in a batch depend on the size of the global batch, but not on the number of processes: each
 process packs the whole global batch and keeps its own contiguous rows. One state therefore serves all processes, and
-any number of processes can resume from it. Reading, tokenizing and packing run ahead in a thread.
+any number of processes can resume from it. A thread reads, tokenizes and packs the next batches in advance.
 """
 
 import math
@@ -23,9 +23,9 @@ from nanochat_jax.tokenizer import NO_LIMIT, Tokenizer
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-TOKENIZE_AT_ONCE = 128  # documents; the tokenizer spreads them over threads
-# If documents are long, only about this many characters are tokenized at once, since documents that wait to be packed
-# are part of the saved state.
+TOKENIZE_AT_ONCE = 128  # documents per call of the tokenizer, which spreads them over threads
+# If documents are long, one call tokenizes only about this many characters. Documents that wait to be packed are part
+# of the saved state, which should stay small.
 CHARS_AT_ONCE = 2_000_000
 RENDER_AT_ONCE = 16  # conversations
 PREFETCH = 4  # batches prepared in advance
@@ -45,9 +45,9 @@ class Loader:
     """Iterator over batches {inputs: int32[b, T], targets: int32[b, T]}. The b rows are this process's share of the
     global batch; the loss ignores targets of -1.
 
-    `info` describes the last batch: epoch, progress (in epochs: 1.5 after one and a half), waste (see packing.py), and
-    the position that reading had reached. `state()` is JSON-serializable and belongs to the batch returned last, even
-    if the thread has prepared further ones since.
+    `info` describes the batch returned last: the epoch, the progress (counted in epochs, such as 1.5), the waste (see
+    packing.py), and how far the data had been read. `state()` is JSON-serializable. It always describes the position
+    after the batch returned last, even if the thread has already prepared more batches.
     """
 
     def __init__(self, batches: "Batches"):
@@ -66,11 +66,11 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the batch returned last, to be passed to `restore`."""
+        """The position in the data after the batch returned last. Pass it to `restore` to continue from there."""
         return self._iterator.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after the batch that `state` belongs to.
+        """Continues from `state`, a position that the method `state` returned.
 
         Raises UserError if the packing method or the row width differs from this loader's.
         """
@@ -107,8 +107,9 @@ def base_loader(
 ) -> Loader:
     """Pretraining batches from parquet files: this process gets its share of the `rows` rows in the global batch.
 
-    Ends after `epochs` passes (None: never); the last batch is padded with empty rows, which have no targets. Files
-    with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again; the batches are the same either way.
+    The batches end after `epochs` passes (None: never). The last batch is padded with empty rows, which have no
+    targets. Files with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again; the batches are the
+    same either way.
     """
     documents = Documents(files, tokenizer, seed, epochs, cache_dir)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
@@ -126,10 +127,10 @@ def val_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Validation batches: as many whole rows as `num_tokens` tokens fill, but at least one (None: all rows).
+    """Validation batches: the first rows of the text, as many as `num_tokens` tokens fill completely, but at least one
+    row. If `num_tokens` is None, all rows are used.
 
-    What the rows contain does not depend on `rows`, the number of rows in a batch. The last batch is padded with empty
-    rows.
+    The rows are the same for every batch size `rows`. The last batch is padded with empty rows.
     """
     documents = Documents(files, tokenizer, None, 1, cache_dir)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
@@ -154,8 +155,9 @@ def chat_loader(
 
     supervise="all" (midtraining): split packing, loss on every token. supervise="mask" (finetuning): whole
     conversations, truncated only if longer than a row, with loss on the assistant's tokens only; a conversation without
-    such tokens is skipped. `info` counts truncated and skipped conversations. `max_rows` ends the batches early. Each
-    batch has `padding` empty rows after its `rows` rows, in case these do not divide evenly among the devices.
+    such tokens is skipped. `info` counts truncated and skipped conversations. The batches end early after `max_rows`
+    rows. Each batch has `padding` empty rows after its `rows` rows, in case these do not divide evenly among the
+    devices.
     """
     assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
     conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
@@ -168,7 +170,7 @@ def chat_loader(
 
 
 def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> float:
-    """Mean length of a task's conversations in tokens, estimated from `sample` of them, evenly spaced."""
+    """Estimates the mean number of tokens per conversation of a task from `sample` evenly spaced conversations."""
     if not len(task):
         raise UserError("the task has no conversations")
     indices = np.unique(np.linspace(0, len(task) - 1, min(sample, len(task))).astype(int))
@@ -180,9 +182,9 @@ def epoch_tokens(
 ) -> float:
     """Estimates how many tokens the files hold, including a BOS per document.
 
-    If any of the first eight files have cached tokens, their mean token count is extrapolated. If not, the mean size of
-    the first eight files that have arrived is multiplied by the tokens per byte in the first `sample` documents.
-    Returns NaN if no file has arrived.
+    If any of the first eight files have cached tokens, the mean token count of those files is extrapolated to all
+    files. Otherwise, the mean text size of the first eight files that have arrived is extrapolated, and multiplied by
+    the tokens per byte of the first `sample` documents. Returns NaN if no file has arrived.
     """
     counts = []
     for path in files[:8]:
@@ -204,7 +206,8 @@ def epoch_tokens(
 
 
 # -----------------------------------------------------------------------------
-# Documents and Conversations: a cursor says what to read next; `read` returns the documents there and the next cursor
+# Documents and Conversations. A cursor is a position in them; `read` takes a cursor and returns the documents there,
+# and the next cursor.
 
 
 class Documents:
@@ -263,7 +266,7 @@ class Documents:
         return usable, following | {"skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """The position of a cursor: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}."""
+        """Describes a cursor: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}."""
         epoch, file = cursor["epoch"], cursor["file"]
         done = epoch == self.epochs
         num_groups = 1 if done else self._open(self._nth_file(epoch, file)) if cursor["row_group"] else 1
@@ -273,18 +276,19 @@ class Documents:
         return place | {"skipped": cursor.get("skipped", 0)}
 
     def _nth(self, epoch: int, i: int) -> int:
-        """Index of the i-th file to read in an epoch."""
+        """The index in `files` of the i-th file that an epoch reads."""
         return int(self._shuffled(len(self.files), epoch, 0)[i]) if epoch else i
 
     def _nth_file(self, epoch: int, i: int) -> Path:
         return self.files[self._nth(epoch, i)]
 
     def _shuffled(self, n: int, epoch: int, stream: int) -> np.ndarray:
-        """0 to n - 1 in an epoch's random order. `stream` is 0 for the files, 1 + i for the i-th file's row groups."""
+        """The numbers 0 to n - 1 in the random order of an epoch. `stream` is 0 for the files, 1 + i for the i-th
+        file's row groups."""
         return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, stream]).permutation(n)
 
     def _open(self, path: Path) -> int:
-        """Opens a file, waiting for it if it is still downloading. Returns its number of row groups."""
+        """Opens a file, waiting for it if it is still downloading. Returns the file's number of row groups."""
         if self._file is None or path != self._path:
             file = token_cache.find(path, self.cache_dir)
             if file is None:
@@ -316,8 +320,9 @@ class Documents:
 
 
 class Conversations:
-    """Rendered conversations of a task, reshuffled in every epoch. They are truncated to `max_tokens`, and only the
-    tokens in their mask are targets; if `max_tokens` is None, they are complete, and every token is a target."""
+    """Rendered conversations of a task, reshuffled in every epoch. If `max_tokens` is given, conversations are
+    truncated to it, and only the tokens in their mask are targets. If it is None, conversations are complete, and every
+    token is a target."""
 
     start: ClassVar[Cursor] = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
 
@@ -338,7 +343,7 @@ class Conversations:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
         docs, truncated, skipped = [], cursor["truncated"], cursor["skipped"]
         for i in self._order[begin : begin + RENDER_AT_ONCE]:
-            # One token more than fits, to tell a conversation that is too long from one that just fits.
+            # Render one token more than fits: a conversation that is too long can then be recognized by its length.
             limit = NO_LIMIT if self.max_tokens is None else self.max_tokens + 1
             ids, mask = self.tokenizer.render_conversation(self.task[int(i)], max_tokens=limit)
             if self.max_tokens is None:
@@ -355,8 +360,8 @@ class Conversations:
         return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """The position of a cursor. The `waiting` conversations, which have been read but are not yet in a row, do not
-        count as progress: if they did, the learning rate schedule of a small task would end before training does."""
+        """Describes a cursor. The `waiting` conversations, which have been read but are not yet in a row, do not count
+        as progress: if they did, the learning rate schedule of a small task would end before training does."""
         consumed = cursor["epoch"] * len(self.task) + cursor["position"] - waiting
         counts = {k: cursor[k] for k in ("epoch", "truncated", "skipped")}
         return {**counts, "shard": None, "row_group": None, "progress": max(0, consumed) / len(self.task)}

@@ -1,4 +1,4 @@
-"""The CORE bundle: the list of CORE's tasks, the files with their items, and the random baseline of each task.
+"""The CORE bundle: the list of CORE's tasks, and the items and the random baseline of each task.
 
 Used by scripts.base_eval, and by training every --core_metric_every steps.
 
@@ -26,7 +26,7 @@ from nanochat_jax.tasks.task_data import find, read_text
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ATTEMPTS = 3  # tries to download the bundle
-TIMEOUT = 15  # a download fails after this many seconds without a byte
+TIMEOUT = 15  # a download fails if no data arrives for this many seconds
 KINDS = ("multiple_choice", "schema", "language_modeling")
 
 
@@ -71,7 +71,8 @@ def _check_item(item: dict, kind: str) -> None:
 
 
 def find_bundle(core_dir: str | Path = "") -> Path:
-    """The folder of the bundle. Raises UserError, saying what is missing and how to get it, if it is incomplete."""
+    """The folder of the bundle. If the bundle is incomplete, raises UserError, saying what is missing and how to get
+    it."""
     if core_dir:
         folder = Path(core_dir).expanduser()
         if not (folder / "core.yaml").is_file():
@@ -130,7 +131,7 @@ def _baselines(path: Path) -> dict[str, float]:
 
 
 def _download(folder: Path) -> None:
-    """Downloads and unpacks the bundle. `folder` appears only once it is complete."""
+    """Downloads and unpacks the bundle. `folder` does not exist until it is complete."""
     part = folder.with_name(f"eval_bundle.{os.getpid()}.part")
     unpacked = folder.with_name(f"eval_bundle.{os.getpid()}.unpacked")
     pin = folder.with_name("eval_bundle.sha256")

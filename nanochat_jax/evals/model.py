@@ -17,14 +17,14 @@ from nanochat_jax.tokenizer import Tokenizer
 class EvalModel:
     """A model that can be evaluated: just loaded from a checkpoint, or in the middle of its training."""
 
-    params: gpt.Params  # on one device, replicated, or sharded as training keeps them
+    params: gpt.Params  # on one device, replicated on several, or sharded as in training
     model_cfg: GPTConfig
     tokenizer: Tokenizer
     dtype: DTypeLike = jnp.float32  # dtype in which the model computes
 
 
 def on_all_devices(model: TrainedModel, compute_dtype: str) -> EvalModel:
-    """A loaded model, replicated over the devices of this host. `compute_dtype` is the value of that flag."""
+    """Replicates a loaded model over the devices of this host. `compute_dtype` is the value of --compute_dtype."""
     dtype = devices.choose_precision(compute_dtype, model_cfg=model.model_cfg)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     return EvalModel(params, model.model_cfg, model.tokenizer, dtype)

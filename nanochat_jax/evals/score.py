@@ -1,4 +1,4 @@
-"""The result of an evaluation: a score, its standard error, and how far it is above guessing.
+"""The result of an evaluation: a score, its standard error, and how far the score is above guessing.
 
 Used by training, and by scripts.base_eval, scripts.chat_eval and scripts.base_loss, which log the score.
 """
@@ -13,7 +13,7 @@ from nanochat_jax.checkpoint import TrainedModel
 
 @dataclass(frozen=True)
 class Score:
-    """The share of a task's `n` problems that were answered right, 0 to 1; `baseline` is the score of guessing."""
+    """The share of a task's `n` problems that were answered correctly, 0 to 1; `baseline` is the score of guessing."""
 
     task: str
     score: float
@@ -23,18 +23,18 @@ class Score:
 
     @property
     def stderr(self) -> float:
-        """Standard error of the score, with the problems taken as independent."""
+        """The standard error of the score, assuming that the problems are independent."""
         return math.sqrt(self.score * (1 - self.score) / self.n)
 
     @property
     def centered(self) -> float:
-        """The score rescaled so that 0 is guessing and 1 is perfect."""
+        """The score rescaled so that 0 means guessing and 1 means perfect."""
         return (self.score - self.baseline) / (1 - self.baseline)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score that is not a share of right answers: a mean over tasks (CORE, ChatCORE), or bits per byte.
+    """A score that is not a share of correct answers: a mean over tasks (CORE, ChatCORE), or bits per byte.
 
     `n` counts problems or tokens. `stderr` and `baseline` are None where they have no meaning.
     """
@@ -69,10 +69,10 @@ def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details:
 
 
 def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
-    """Mean of the centered scores, with equal weight for each task, and its standard error.
+    """The mean of the centered scores, in which every task has equal weight, and the standard error of this mean.
 
-    The standard error covers only the choice of problems. The scores of two training runs differ by more (in CORE, by
-    about 0.01 for a d20).
+    The standard error covers only the random choice of problems. It does not cover the difference between two training
+    runs, which is larger: about 0.01 in the CORE of a d20.
     """
     variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
     return sum(score.centered for score in scores) / len(scores), math.sqrt(variance) / len(scores)

@@ -1,4 +1,4 @@
-"""The devices: starting JAX on them, choosing the precision, explaining memory errors, peak FLOP/s and bandwidth."""
+"""Starts JAX on the devices, chooses the precision, explains memory errors, and knows peak FLOP/s and bandwidth."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
 
-if TYPE_CHECKING:  # at run time, JAX takes seconds to import, and `start` must configure it before it is used
+if TYPE_CHECKING:  # only for types: importing JAX takes seconds, and `start` must configure it before its first use
     from jax.typing import DTypeLike
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. No MFU is reported for devices not listed.
@@ -46,7 +46,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     processes.join(coordinator, num_processes, process_id)
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this build of JAX does not know the platform
+    except (RuntimeError, AssertionError) as error:  # AssertionError if this build of JAX lacks the platform
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"
         raise UserError(f"--device_type={device_type}: {reason}") from None
     if jax.process_index() > 0:
@@ -115,7 +115,7 @@ def peak_flops() -> float | None:
 
 
 def expected_seconds(flops: float) -> float | None:
-    """The seconds that `flops` operations take at half of the devices' peak FLOP/s; None if the peak is unknown."""
+    """How many seconds `flops` operations take at half of the devices' peak FLOP/s; None if the peak is unknown."""
     peak = peak_flops()
     return None if peak is None else flops / (0.5 * peak)
 
@@ -126,7 +126,7 @@ def peak_bandwidth() -> float | None:
 
 
 def _for_this_device(figures: dict[str, float]) -> float | None:
-    """The figure for the longest key that occurs in the device's name; None if none does.
+    """Looks up the figure for the longest key that the device's name contains; None if it contains no key.
 
     A key must occur as whole words, so that an L40 is not taken for an L4.
     """

@@ -1,7 +1,7 @@
 """How the server refuses a request: with one line that names the field at fault.
 
-On the specification's own paths, an error's body is {"detail": line}. On all other paths it has OpenAI's shape, even
-where no such path exists: a client that asks for one has probably mistaken the API's address.
+On the specification's own paths, an error's body is {"detail": line}. On all other paths, the body has OpenAI's shape,
+even if the path does not exist: such a request probably comes from an OpenAI client with a wrong address.
 """
 
 import re
@@ -55,7 +55,8 @@ def error_response(path: str, error: HTTPException) -> JSONResponse:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Errors may quote text that has them."""
+    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Error messages may quote text that
+    contains surrogates."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -88,8 +89,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
 
     Example: [{"loc": ["body", "messages", 0, "content"], "msg": "Field required"}] -> "messages[0].content: Field
     required". For a field that may have several types, pydantic reports one error per type. We keep the most deeply
-    nested error, since its type was probably the one meant; of several equally deep, one that does not merely reject
-    the type.
+    nested error, since the client probably meant the type that this error is about. Among equally deep errors, we
+    prefer one that does not merely reject the type.
     """
     worst = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     field = ""
@@ -104,7 +105,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
 
 
 def from_engine_failure(error: EngineFailure) -> ApiError:
-    """504 for an answer that took too long, 503 for an engine that has failed or is shutting down."""
+    """Status 504 if the answer took too long; 503 if the engine has failed or is shutting down."""
     if isinstance(error, TimedOut):
         return ApiError(504, str(error), code="timeout")
     return ApiError(503, str(error), code="server_unavailable")

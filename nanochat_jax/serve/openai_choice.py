@@ -22,21 +22,23 @@ class Choice:
     """Turns one sample's events into text and tokens. The calculator's calls and results are left out.
 
     Text that may be the beginning of a stop string is held back until later text shows whether it is. With the stop
-    string "END", the pieces "the ", "E", "N", "D." give "the ", "", "", "", and the last sets finish_reason to "stop".
+    string "END", the pieces "the ", "E", "N", "D." give "the ", "", "", "", and the last piece sets finish_reason to
+    "stop".
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), offset: int = 0):
-        """`offset` is the length of the echoed prompt, in characters, which the client gets before the answer."""
+        """`offset` is the length in characters of the echoed prompt, which the client gets before the answer."""
         self.finish_reason: str | None = None
-        self.generated = 0  # tokens so far, including the calculator's and the one that ends the answer
+        self.generated = 0  # tokens generated so far, including the calculator's and the token that ends the answer
         self._reader, self._stop_strings = PartReader(tokenizer), stop_strings
         self._length = offset  # characters read so far
         self._sent = offset  # characters handed out so far
-        self._pending = ""  # text read but not handed out: it may begin a stop string
+        self._pending = ""  # text read but held back, since it may be the beginning of a stop string
         self._tokens: list[Token] = []  # tokens not handed out yet
 
     def read(self, event: Event) -> tuple[str, list[Token]]:
-        """Returns new text and its tokens; after a stop string nothing more, and `finish_reason` is "stop"."""
+        """Returns the new text and its tokens. After a stop string, `finish_reason` is "stop", and nothing more is
+        returned."""
         if self.finish_reason:
             return "", []
         for i, id in enumerate(event.ids):
@@ -54,7 +56,8 @@ class Choice:
         return self._release(len(self._pending))
 
     def _append(self, parts: list[tuple[str, str]]) -> bool:
-        """Appends the text among `parts`. If that completes a stop string, ends the text before it and returns True."""
+        """Appends the text among `parts`. If the text now contains a stop string, truncates the text before that string
+        and returns True."""
         new = "".join(text for kind, text in parts if kind == "text")
         self._length += len(new)
         self._pending += new
@@ -84,7 +87,8 @@ class Choice:
 
 
 def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidden: int = 0) -> list[Token]:
-    """The tokens of a prompt with their log-probabilities, except the first `hidden`, which are not in its text."""
+    """The tokens of a prompt with their log-probabilities. The first `hidden` tokens are left out, since they are not
+    in the prompt's text."""
     decoder, length, tokens = StreamDecoder(tokenizer), 0, []
     for id, logprob, top in list(zip(ids, scores.logprobs, scores.top, strict=True))[hidden:]:
         tokens.append(Token(id, length, logprob, top))
@@ -93,7 +97,7 @@ def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidd
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """A token's text, or its bytes if these are not whole characters: different tokens must never look the same.
+    """A token's text, or its bytes if they are not valid UTF-8, since different tokens must never look the same.
 
     "the" -> "the"; the first byte of "é" -> "bytes:\\xc3", as OpenAI writes it.
     """

@@ -30,8 +30,8 @@ MAX_CHARS = 32_000
 
 # OpenAI's API.
 OPENAI_ROLES = ("system", "developer", "user", "assistant")
-MAX_CHOICES = 128  # samples per request, over all its prompts
-COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions, where nothing tells the model to stop
+MAX_CHOICES = 128  # most samples in one request, counting all its prompts
+COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions, which have no natural end
 
 # Unsupported fields that could change the answer. A field is accepted only if it is null or has one of these values,
 # which leave the answer unchanged.
@@ -139,7 +139,7 @@ class CompletionBody(GenerationBody):
 
 
 # -----------------------------------------------------------------------------
-# From a body to the engine's requests. Tokenizing takes time, so call these functions outside the event loop.
+# Functions that turn a body into requests to the engine. Tokenizing takes time, so call them outside the event loop.
 
 
 def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request, int]:
@@ -200,7 +200,8 @@ def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatW
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The prompt for the assistant's next words. Raises ApiError 400 if messages have the wrong order or form."""
+    """The prompt for the assistant's next words. Raises ApiError 400 if the messages are in the wrong order or
+    malformed."""
     rendered = []
     for i, message in enumerate(messages):
         check_role(message, i, OPENAI_ROLES)
@@ -222,7 +223,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def completion_requests(body: CompletionBody, engine: Engine, cfg: ChatWeb) -> list[Request]:
-    """The engine's requests for a completion, one per prompt. Raises ApiError 400 if one cannot be continued."""
+    """The engine's requests for a completion, one per prompt. Raises ApiError 400 if a prompt cannot be continued."""
     prompts = body.prompts
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts x {body.n} choices, expected at most {MAX_CHOICES} in all", "n")
@@ -246,7 +247,7 @@ def openai_request(
     top_logprobs: int = 0,
     score: bool = False,
 ) -> Request:
-    """The engine's request to continue `ids` by at most `max_tokens`.
+    """The engine's request to continue `ids` by at most `max_tokens` tokens.
 
     Raises ApiError 400, naming the field `param`, if the prompt leaves no room for an answer or the engine refuses it.
     """
@@ -272,8 +273,8 @@ def openai_request(
 def engine_request(
     body: ChatBody | GenerationBody, ids: Sequence[int], max_tokens: int, engine: Engine, cfg: ChatWeb
 ) -> Request:
-    """A request to continue `ids` by at most `max_tokens`, within the context. Settings that the body omits take the
-    server's defaults."""
+    """A request to continue `ids` by at most `max_tokens` tokens, or fewer if the context has less room. Settings that
+    the body omits take the server's defaults."""
     return Request(
         ids=ids,
         max_tokens=min(max_tokens, engine.model_cfg.sequence_len - len(ids)),
@@ -284,7 +285,8 @@ def engine_request(
 
 
 def submit(pool: Pool, *requests: Request) -> Answer:
-    """Queues `requests`. Raises ApiError 400 if the engine refuses one, 429 if the server is busy, 503 if it failed."""
+    """Queues `requests`. Raises ApiError 400 if the engine refuses a request, 429 if the server is busy, 503 if the
+    engine has failed or is shutting down."""
     try:
         return pool.submit(*requests)
     except UserError as error:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import IO
 
 MAX_OUTPUT = 64 * 1024  # bytes kept of stdout; the same limit holds for stderr
-MAX_FILE = 16 * 1024 * 1024  # largest size in bytes of a file that the program writes, including its captured output
+MAX_FILE = 16 * 1024 * 1024  # bytes that the program may write to one file; also limits its captured output
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended. `success` means that it ran to its last line without an exception."""
+    """How a program ended. `success` means that the program ran to its last line without an exception."""
 
     success: bool
     stdout: str
@@ -34,11 +34,12 @@ class Result:
     memory_exceeded: bool
 
 
-# What the child process runs. A program succeeded only if the runner then reports the nonce, a random number that stays
-# unread in a pipe while the program runs. An exit code of 0 would prove nothing, since a program can call sys.exit(0),
-# which raises here, or os._exit(0), which never returns here. Limits are set here rather than in a preexec_fn, which is
-# unsafe in a parent with threads. Functions needed later are bound before the program runs, since the program may
-# overwrite them.
+# What the child process runs. The program counts as successful only if the runner, after running it, reports the nonce.
+# The nonce is a random number that stays unread in a pipe while the program runs. An exit code of 0 would prove
+# nothing: a program can call sys.exit(0), which raises SystemExit in the runner, or os._exit(0), which ends the runner
+# at once. The runner sets the limits itself, since setting them in a preexec_fn would be unsafe in a parent with
+# threads. The functions that the runner needs after the program are bound to names before it starts, since the program
+# may overwrite them in their modules.
 _RUNNER = """
 import json, os, resource, sys
 read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
@@ -156,6 +157,6 @@ def _read_report(fd: int) -> dict:
 
 
 def _head(file: IO[bytes]) -> str:
-    """The first MAX_OUTPUT bytes of a file with output, as text."""
+    """The first MAX_OUTPUT bytes of the captured output in `file`, as text."""
     file.seek(0)
     return file.read(MAX_OUTPUT).decode("utf-8", errors="replace")

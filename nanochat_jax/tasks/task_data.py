@@ -1,9 +1,9 @@
 """The rows of downloaded tasks: read from a local folder if one is given, otherwise from the Hugging Face hub.
 
-A local file is JSON lines, plain or gzipped. The hub is read through its parquet export, whose paths follow one
-pattern for all data sets. Downloaded files are kept in task_data in the base folder, with a note of their revision; a
-split that is complete there is never downloaded again. From either place, rows come in the specification's order:
-numpy's permutation with seed 42, which is what datasets.shuffle(seed=42) does.
+A local file is JSON lines, plain or gzipped. On the hub, we read the parquet export, since its paths follow the same
+pattern in all data sets. Downloaded files are kept in task_data in the base folder, with a note of their revision. A
+split that is complete there is never downloaded again. Both places give the rows in the specification's order: numpy's
+permutation with seed 42, which is what datasets.shuffle(seed=42) does.
 """
 
 import gzip
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class Rows(Protocol):
-    """Stored rows by index. An index that is too large raises IndexError, which ends an iteration."""
+    """Stored rows by index. An index that is too large raises IndexError, which ends a loop over the rows."""
 
     def __len__(self) -> int: ...
 
@@ -72,7 +72,7 @@ class JsonRows:
 
 
 class ParquetRows:
-    """Rows of parquet files, decoded on access, since half a million conversations as Python objects take 10 GB."""
+    """Rows of parquet files, decoded on access: half a million conversations would take 10 GB as Python objects."""
 
     def __init__(self, paths: Sequence[Path]):
         import pyarrow as pa
@@ -138,7 +138,7 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
             huggingface_hub.hf_hub_download(
                 repo, name, repo_type="dataset", revision=info.sha, local_dir=folder, etag_timeout=TIMEOUT
             )
-    except Exception as error:  # no narrower class covers all errors of the hub
+    except Exception as error:  # no narrower exception class covers all errors of the hub
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"cannot download {repo} from the Hugging Face hub ({reason}); give a folder with --task_data_dir"
@@ -149,7 +149,7 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
 
 
 def _retry(request: Callable[[], Result]) -> Result:
-    """The result of `request`, which is called again if the hub does not respond."""
+    """Returns the result of `request`, calling it again if the hub does not respond."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for wait in range(1, ATTEMPTS):

@@ -1,11 +1,11 @@
-"""A training run: where it lives, what it starts from, and whether it resumes from where it stopped.
+"""A training run: where it is stored, what it starts from, and whether it resumes from where it stopped.
 
 A run starts in one of four ways, tried in this order:
-1. The run is finished: a line says so, and nothing is done.
-2. The run has an undamaged checkpoint: it resumes from there, exactly. It is refused if settings that matter, the data
-   or the parent's weights have changed since then; a parent that is gone is no reason to refuse.
-3. mid, sft and rl start from the weights of their parent, a run of another stage.
-4. base starts from scratch.
+1. If the run is finished, a line says so, and nothing else is done.
+2. If the run has an undamaged checkpoint, it resumes exactly from there. Resuming is refused if settings that matter,
+   the data or the parent's weights have changed since then. If the parent no longer exists, the run still resumes.
+3. A new mid, sft or rl run starts from the weights of its parent, a run of another stage.
+4. A new base run starts from scratch.
 """
 
 import dataclasses
@@ -43,9 +43,9 @@ FREE = {
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
-MEASURED = ("train", "val", "core")  # kinds of log records: every checkpoint holds the last record of each kind
+MEASURED = ("train", "val", "core")  # kinds of log records; a checkpoint saves the last record of each kind
 
-# What to do when the folder holds a different run from the one asked for.
+# Advice to the user if the folder holds a different run from the one asked for.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
 
@@ -97,7 +97,8 @@ class Run:
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
 
     def begin(self) -> None:
-        """Takes over the folder for this run, and logs its start. Call this once the run can no longer be refused."""
+        """Takes over the folder for this run, and logs the run's start. Call this once the run can no longer be
+        refused."""
         plain = dataclasses.asdict(self.cfg)
         processes.broadcast_from_0(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
@@ -108,14 +109,15 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
-        """Moves aside what is in the way in the run's folder.
+        """Moves aside the files of an earlier run that must not stay in the run's folder.
 
-        With --resume=never, this is the whole old run. Otherwise it is every checkpoint after the step to resume from:
-        such a checkpoint is no longer part of this run, and if damaged, it would count among the last few to keep.
+        With --resume=never, the whole old run is moved. Otherwise, every checkpoint after the step to resume from is
+        moved: such a checkpoint is no longer part of this run, and even a damaged one would count among the last few
+        that are kept.
         """
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
-            self.lock.enter_context(checkpoint.exclusive(self.dir))  # the first lock file went with the old folder
+            self.lock.enter_context(checkpoint.exclusive(self.dir))  # the first lock file was moved with the old folder
         else:
             checkpoint.abandon_after(self.dir, self.step if self.data is not None else -1)
 
@@ -124,7 +126,7 @@ class Run:
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
     def log(self, kind: str, step: int, **fields) -> None:
-        """Adds a record to log.jsonl, and the record's numbers to wandb; in process 0 only."""
+        """In process 0, adds a record to log.jsonl, and the record's numbers to wandb."""
         if jax.process_index() > 0:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
@@ -158,8 +160,8 @@ class Run:
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | None]:
     """Opens the run that `cfg` describes, and locks its folder; yields None if the run is finished.
 
-    Nothing that an earlier run has saved is touched before `Run.begin`, so a start that is refused before then changes
-    nothing. On exit, waits until this process has written its part of any checkpoint still being saved.
+    Before `Run.begin`, nothing that an earlier run has saved is touched, so a refused start leaves everything as it
+    was. On exit, waits until this process has written its part of any checkpoint still being saved.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with processes.fail_together(), ExitStack() as lock:
@@ -224,7 +226,8 @@ def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
 
 
 def _default_tag(cfg: Train) -> str:
-    """The tag of a run with neither --model_tag nor a preset: d20 for a base run of depth 20, else the parent's tag."""
+    """The tag of a run with neither --model_tag nor a preset: d20 for a base run of depth 20, and the parent's tag for
+    the other stages."""
     if isinstance(cfg, config.Base):
         return f"d{cfg.depth}"
     parent = _find_parent(cfg)
@@ -255,7 +258,7 @@ def _identify(cfg: Train, parent: Parent | None) -> str:
 
 
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
-    """The model's shape and tokenizer: the run's own if it resumes, else the parent's.
+    """The model's shape and tokenizer, from the run's own checkpoint if it resumes, else from the parent's.
 
     A fresh base run takes its shape from `cfg`, and the tokenizer from the base folder.
     """
@@ -301,7 +304,7 @@ def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
 
 
 def _parent_differs(cfg: Train, parent_id: str) -> bool:
-    """Whether a fresh start would begin with weights other than those that `parent_id` identifies.
+    """Whether a fresh start would now use different weights from those that `parent_id` identifies.
 
     False if the parent is gone, so that the run can still resume.
     """
@@ -314,8 +317,8 @@ def _parent_differs(cfg: Train, parent_id: str) -> bool:
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:
     """The settings that matter and have changed since the run was saved, as "matrix_lr: 0.02, now 0.03".
 
-    If a setting did not exist yet when the run was saved, its default is taken as the saved value. A saved setting that
-    no longer exists is ignored, with a printed line.
+    If a setting did not exist yet when the run was saved, its default is taken as the saved value. Saved settings that
+    no longer exist are ignored, and a printed line lists them.
     """
     now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
     if gone := sorted(saved.keys() - now.keys()):
@@ -333,7 +336,8 @@ def _initial_state(
     cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout, folder: Path,
     plan: StartPlan,
 ) -> tuple[TrainState, dict | None, dict]:  # fmt: skip
-    """Makes (state, position in the data or None, totals): restored, with the parent's weights, or from scratch."""
+    """Makes (state, position in the data or None, totals). The state is restored from the run's checkpoint, or newly
+    made with the parent's weights or from scratch."""
 
     def fresh() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
@@ -367,18 +371,19 @@ def step_of(run: Run) -> jax.stages.Wrapped:
 
 
 def no_implicit_transfers() -> AbstractContextManager[None]:
-    """Wraps a step: an argument still on the host, or on the wrong devices, raises an error and is not copied."""
+    """Wraps a step, so that an argument on the host or on the wrong devices raises an error instead of being copied."""
     return jax.transfer_guard("disallow")
 
 
 def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
-    """Wraps steps in which a device takes `rows` rows at once: running out of memory raises a UserError with advice."""
+    """Wraps steps with `rows` rows at once on each device, so that running out of memory raises a UserError with
+    advice."""
     fewer_rows = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
     return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
 
 
 def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
-    """Peak memory of the compiled step on one device, in bytes, when a device takes `rows` rows at once.
+    """Peak memory in bytes of the compiled step on one device, with `rows` rows at once on each device.
 
     The arguments are described just as the loop passes them, so that the loop's step comes from the compilation cache.
     """

@@ -1,4 +1,4 @@
-"""A copy of the run's log on Weights & Biases, for those who want it there too."""
+"""Copies the run's log to Weights & Biases, for users who also want it there."""
 
 import os
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Text generation with random weights: our engine, alone or next to transformers' NanoChat with its KV cache.
+"""Times text generation with random weights, by our engine and optionally by transformers' NanoChat with a KV cache.
 
     python -m scripts.bench decode
     python -m scripts.bench decode --peer=hf --peer_python=ENVIRONMENT/bin/python
 
 The prompts of a batch differ but have the same length, and each is continued greedily by the same number of tokens.
 Every measurement runs in its own process (decode_job.py) after a warm-up. A round measures every combination of batch
-size, tool and dtype, and the table shows medians over rounds. For each batch size, the tools are compared by the
-fastest dtype of each.
+size, tool and dtype, and the table shows medians over rounds. At each batch size, every tool is compared in its own
+fastest dtype.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("decode_job.py")
 DTYPES = ("float32", "bfloat16")
-AUTO = {  # for each platform, the values of settings that are not given
+AUTO = {  # for each platform, the defaults of the settings below
     "cpu": {"depth": 4, "vocab_size": 32768, "prompt": 256, "new": 256, "batches": "1,8,32",
             "dtypes": "float32,bfloat16"},
     "gpu": {"depth": 20, "vocab_size": 65536, "prompt": 1792, "new": 256, "batches": "1,8,32,128",
@@ -41,12 +41,12 @@ class Settings(config.Settings):
     vocab_size: int = setting(0, "tokens in the vocabulary (auto: 65,536 on a GPU, else 32,768)", auto=True, low=1)
     prompt: int = setting(0, "tokens per prompt (auto: 1792 on a GPU, else 256)", auto=True, low=1)
     new: int = setting(0, "tokens generated per prompt, at least 2 (auto: 256)", auto=True, low=2)
-    batches: str = setting("", "batch sizes, joined by commas (default: 1,8,32 and, on a GPU, 128)")
+    batches: str = setting("", "batch sizes, joined by commas (default: 1,8,32,128 on a GPU, else 1,8,32)")
     dtypes: str = setting("", "dtypes to try at each batch size (default: bfloat16 on a GPU, else float32,bfloat16)")
     chunk: int = setting(32, "tokens that our engine decodes on the device between two checks by the host", low=1)
     rounds: int = setting(3, "repetitions of each measurement; the median is reported", low=1)
     peer: str = setting("", "hf: also time transformers' NanoChat with its KV cache", choices=("hf",))
-    peer_python: str = setting("", "path of a Python that has torch and transformers (default: this one)")
+    peer_python: str = setting("", "path of a Python interpreter with torch and transformers (default: this one)")
     json: str = setting("", "file to append the results to, as one line of JSON")
 
 
@@ -94,7 +94,7 @@ def main(cfg: Settings) -> None:
 
 
 def _check(cfg: Settings) -> None:
-    """Raises UserError for settings that can be refused before anything is started."""
+    """Raises UserError if a setting is invalid and this can be seen before anything is started."""
     if cfg.batches and not all(size.isascii() and size.isdigit() and int(size) for size in cfg.batches.split(",")):
         raise UserError(f"--batches={cfg.batches}: must be positive numbers joined by commas, like 1,8,32")
     if cfg.dtypes and not set(cfg.dtypes.split(",")) <= set(DTYPES):
@@ -105,7 +105,7 @@ def _check(cfg: Settings) -> None:
 
 
 def _complete(cfg: Settings, platform: str) -> Settings:
-    """`cfg` with the values that depend on the platform filled in."""
+    """Fills in the settings that are not given, with the defaults for `platform`."""
     auto = AUTO["gpu" if platform == "gpu" else "cpu"]
     return dataclasses.replace(cfg, **{name: value for name, value in auto.items() if not getattr(cfg, name)})
 
@@ -137,7 +137,7 @@ def _measure(
 
 
 def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -> dict:
-    """The results of one kind of measurement. `bytes` is what a decoding step reads from memory.
+    """The results of one kind of measurement. `bytes` in `runs` is how many bytes a decoding step reads.
 
     A row's first token comes from the prefill, so `new` tokens take `new` - 1 steps.
     """
@@ -159,7 +159,7 @@ def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -
 
 
 def _compare(rows: list[dict]) -> None:
-    """Marks each tool's fastest dtype at each batch size, and says how many times as fast as a peer's ours is."""
+    """Marks each tool's fastest dtype at each batch size, and computes our engine's speed relative to the peer's."""
     best = {}
     for row in rows:
         key = row["batch"], row["tool"]

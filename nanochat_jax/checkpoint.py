@@ -10,8 +10,9 @@ A run lives in <base>/<stage>_checkpoints/<tag>, with one folder per saved step:
 No random generator state is saved, since all random numbers derive from the seed (a setting) and the step or epoch.
 
 The manifest marks a complete checkpoint: a folder without one was still being written when the process ended, and a
-folder whose files do not match its manifest is damaged. The hashes are needed because Orbax alone loads a flipped bit
-without complaint. Both kinds of folder are skipped with a printed line, and the checkpoint before is used.
+folder whose files do not match its manifest is damaged. The hashes are needed because Orbax by itself loads a file with
+a flipped bit without complaint. A folder of either kind is skipped with a printed line, and the previous checkpoint is
+used.
 """
 
 import contextlib
@@ -50,7 +51,10 @@ class SaveState(IntEnum):
 
 
 def run_dir(stage: str, tag: str) -> Path:
-    """The folder of the run called `tag`. Raises UserError if it leads elsewhere, or to a run that was moved aside."""
+    """The folder of the run called `tag`.
+
+    Raises UserError if `tag` is a path to another folder, or the name of a run that was moved aside.
+    """
     if "/" in tag or os.sep in tag or tag.startswith("."):
         raise UserError(f"--model_tag={tag}: must be a name without / that does not begin with a dot")
     return base_dir() / f"{stage}_checkpoints" / tag
@@ -68,10 +72,11 @@ def step_dir(run: Path, step: int) -> Path:
 class Saver:
     """Writes the checkpoints of one run in the background, one at a time.
 
-    It keeps the last `keep_last` of them, and every one whose step is a multiple of `keep_every` (-1: no others).
-    With several processes, each writes its own shards, and process 0 also writes the other files. All processes must
-    call `save` and `wait_all` at the same points. There, a failure on one process raises UserError on all. Until then,
-    only the failing process knows of it, so the caller must share `failed` with the others.
+    It keeps the last `keep_last` checkpoints. It also keeps every checkpoint whose step is a multiple of `keep_every`
+    (-1: none of these). With several processes, each writes its own shards, and process 0 also writes the other files.
+    All processes must call `save` and `wait_all` at the same points. If a save has failed on one process, these calls
+    raise UserError on all processes. Until the next call, only the failing process knows of the failure, so the caller
+    must pass `failed` on to the other processes.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process_index: int = 0, process_count: int = 1):
@@ -96,7 +101,7 @@ class Saver:
         meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller goes on changing what `meta` holds
         try:
             writing = ocp.save_checkpointables_async(str(target.resolve()), {"params": params, "optimizer": opt_state})
-        except OSError as error:  # for example, no room even for the checkpoint's folder
+        except OSError as error:  # for example, because the disk has no room even for the checkpoint's folder
             self._record_failure(error)
             return self.raise_if_failed()
         args = writing, target, data, meta_text
@@ -117,7 +122,7 @@ class Saver:
             self._record_failure(error)
 
     def _remove_old(self, saved: int) -> None:
-        """Of the checkpoints before the one just saved, at step `saved`, removes those that need not be kept."""
+        """Removes the earlier checkpoints that need not be kept, now that step `saved` has been saved."""
         earlier = [step for step in steps(self.run) if step < saved]
         for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
@@ -126,7 +131,10 @@ class Saver:
                 shutil.rmtree(step_dir(self.run, old))
 
     def _record_failure(self, error: BaseException) -> None:
-        """Keeps the error for the caller. Removes the failed checkpoint, unless other processes may be writing it."""
+        """Stores the error, which the next `wait_local` raises.
+
+        Removes the failed checkpoint, unless other processes may be writing it.
+        """
         self._error = error
         if not self.multi_process:
             self._remove_unfinished()
@@ -177,7 +185,7 @@ class Saver:
         if SaveState.FAILED not in states:
             return
         error = self._error
-        # Disconnecting ends the thread's wait for what another process should have done, which may take 20 minutes.
+        # The thread may be waiting for another process, which can take 20 minutes. Disconnecting ends that wait.
         processes.disconnect()
         if self._thread:
             self._thread.join()
@@ -193,7 +201,7 @@ class Saver:
         return SaveState.FAILED if self._error else SaveState.COMPLETE
 
     def _last_good(self) -> str:
-        """The end of an error message, which says what the run can be resumed from."""
+        """The last part of an error message: the checkpoint that the run can be resumed from."""
         kept = steps(self.run)
         return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
@@ -321,7 +329,8 @@ def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def clear_unfinished(run: Path) -> None:
-    """Removes the files of a save that was killed. The caller must hold the lock, so that nobody is saving."""
+    """Removes what a killed process had not finished saving. The caller must hold the lock, so that nobody is
+    saving."""
     for folder in run.glob("step_*"):  # including Orbax's temporary folders
         if not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
@@ -344,7 +353,10 @@ def move_aside(run: Path) -> None:
 
 
 def _set_aside(folder: Path, name: str) -> Path:
-    """Renames a folder to `name` and the time; adds a number if another folder got that name in the same second."""
+    """Renames a folder to `name`, followed by the time.
+
+    A number is added if another folder got the same name in the same second.
+    """
     stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
@@ -378,8 +390,9 @@ class TrainedModel:
 def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
     """Finds a checkpoint and returns (folder of its run, step).
 
-    Without a tag, it takes the stage's most recently saved run; without a step, the latest undamaged checkpoint.
-    Raises UserError if there is none.
+    Without a tag, it chooses the run of the stage that was saved most recently. Without a step, it chooses the latest
+    undamaged checkpoint of the run. Raises UserError if there is no such checkpoint, or if the checkpoint of the given
+    step is damaged.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
@@ -408,7 +421,7 @@ def _saved(stage: str) -> list[Path]:
 
 
 def _nothing_saved(stage: str, tag: str) -> UserError:
-    """An error that names the existing runs, and the command that makes the missing one."""
+    """An error that names the existing runs, and the command that trains the missing run."""
     others = sorted({p.parents[1].name for p in _saved(stage)} - {tag})
     existing = f"choose one that exists ({', '.join(others)}), or " if others else ""
     preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""

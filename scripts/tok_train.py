@@ -2,9 +2,9 @@
 
     python -m scripts.tok_train --max_chars=2000000000
 
-Writes to $NANOCHAT_BASE_DIR/tokenizer: tokenizer.json, nanochat.json, source.json (which text it was trained on; later
-stages read the same text by default) and a record in log.jsonl. A second run with the same settings finds
-the work done.
+The folder $NANOCHAT_BASE_DIR/tokenizer gets the files tokenizer.json, nanochat.json and source.json, and a record in
+log.jsonl. The file source.json names the text that the tokenizer was trained on; later stages read the same text by
+default. A second run with the same settings finds the tokenizer and trains nothing.
 """
 
 import json
@@ -20,7 +20,7 @@ from nanochat_jax import commandline, config
 from nanochat_jax.files import read_json
 from nanochat_jax.progress import Progress
 
-if TYPE_CHECKING:  # --help must not wait for this import
+if TYPE_CHECKING:  # for type checkers only: --help must not wait for this import
     from nanochat_jax.data.sources import Source
 
 SAMPLE = """Hello world! This is a test.
@@ -47,7 +47,7 @@ def main(cfg: config.TokTrain) -> None:
             _swap(aside, folder)
             return
 
-    # Shards may still be downloading; the clock starts when they have arrived.
+    # Shards may still be downloading, so the clock starts only when all have arrived.
     try:
         for path in source.train_files:
             hub.wait_for_shard(path)
@@ -69,7 +69,7 @@ def main(cfg: config.TokTrain) -> None:
         )
     assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE, "decoding does not restore the encoded text"
 
-    # The files are written beside the old folder and then swapped in, so that no folder mixes two tokenizers.
+    # The files are written to a new folder, which then replaces the old one, so that no folder mixes two tokenizers.
     new = folder.with_name("tokenizer.new")
     shutil.rmtree(new, ignore_errors=True)
     tokenizer.save(new)
@@ -90,7 +90,10 @@ def main(cfg: config.TokTrain) -> None:
 
 
 def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
-    """Everything that determines the tokenizer. Without --data and --data_dir, data_dir is the last tokenizer's."""
+    """Everything that determines the tokenizer.
+
+    Without --data and --data_dir, it keeps the data_dir of the last tokenizer.
+    """
     from nanochat_jax.data import hub
 
     data_dir = str(Path(cfg.data_dir).expanduser().resolve()) if cfg.data_dir else None
@@ -108,7 +111,7 @@ def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
 
 
 def _recorded(folder: Path, recipe: dict) -> bool:
-    """Whether `folder` holds an intact tokenizer trained by this recipe. A damaged one is trained again."""
+    """Whether `folder` holds a tokenizer trained by this recipe. A damaged tokenizer counts as missing."""
     from nanochat_jax.tokenizer import Tokenizer
 
     record = read_json(folder / "source.json")
@@ -124,15 +127,15 @@ def _recorded(folder: Path, recipe: dict) -> bool:
 def _swap(new: Path, folder: Path) -> None:
     """Moves `new` to `folder`.
 
-    Models need the tokenizer they were trained with, so an old tokenizer that differs from the new one is not deleted,
-    but moved aside to a folder named after its hash.
+    An old tokenizer that differs from the new one is not deleted, since models trained with it still need it. Instead,
+    it is moved aside to a folder named after its hash.
     """
     old_hash = read_json(folder / "source.json").get("hash", "damaged")
     if old_hash == read_json(new / "source.json")["hash"]:
         shutil.rmtree(folder)
     elif folder.exists():
         aside = folder.with_name(f"tokenizer-{old_hash[:8]}")
-        shutil.rmtree(aside, ignore_errors=True)  # an earlier copy of the old tokenizer, if there is one
+        shutil.rmtree(aside, ignore_errors=True)  # the same tokenizer may have been moved aside before
         os.replace(folder, aside)
         print(f"the previous tokenizer is now in {aside}; models trained with it still need it")
     os.replace(new, folder)
@@ -141,9 +144,9 @@ def _swap(new: Path, folder: Path) -> None:
 def _documents(
     source: "Source", max_chars: int, doc_cap: int, counts: dict[str, int], report: Callable[[int], None]
 ) -> Iterator[str]:
-    """Training documents, each truncated to `doc_cap` characters, until their total exceeds `max_chars`.
+    """Yields training documents, truncated to `doc_cap` characters each, until they exceed `max_chars` in total.
 
-    Adds to `counts`; calls `report(characters so far)` now and then.
+    Adds each document to `counts`. After every 256 documents, calls `report` with the number of characters so far.
     """
     for text in source.texts("train"):
         text = text[:doc_cap]

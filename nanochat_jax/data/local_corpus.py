@@ -1,9 +1,10 @@
 """Collects a corpus that is always available: the docstrings of installed packages. In: package names. Out: training
 and validation documents, and the versions of the packages.
 
-Files are parsed, never imported. A class or function, with everything inside it, is one document; if its docstrings are
-too short for that, they go into the document of their module. Repeated paragraphs are dropped, and a fixed share of the
-documents, chosen by the hash of their names, is held out. The same package versions give the same corpus.
+Files are parsed, never imported. Each class or function at the top level of a module makes one document, together with
+everything inside it. If its docstrings are too short for a document, they go into the document of the module. Repeated
+paragraphs are dropped. A fixed share of the documents is held out, chosen by the hash of the documents' names. The same
+package versions give the same corpus.
 """
 
 import ast
@@ -58,7 +59,7 @@ def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str 
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the document called `name` is for validation. Depends on the name alone, not on the other documents."""
+    """Whether the document called `name` is for validation. This depends on nothing but the name."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
@@ -100,7 +101,10 @@ def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    """The version of an installed package: "jax" -> "0.10.2". The distribution may have another name."""
+    """The version of an installed package: "jax" -> "0.10.2".
+
+    The distribution may be named differently from the package: PyYAML provides the package yaml.
+    """
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(distributions[0])
 
@@ -120,7 +124,7 @@ def _sections(tree: ast.Module, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(node: Definition, name: str) -> Iterator[str]:
-    """A definition's docstring under its name, then those of the definitions inside it."""
+    """Yields the docstring of a definition, headed by its name, then the docstrings of all definitions inside it."""
     if text := _clean(ast.get_docstring(node) or ""):
         yield f"{name}\n\n{text}"
     for child in _definitions(node):
@@ -163,8 +167,9 @@ def _clean(text: str) -> str:
 
 
 def _drop_repeated_paragraphs(named: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drops paragraphs that occurred before, then documents with too little text left. Scientific packages quote each
-    other at length. Dropping the repetitions also keeps the validation text out of the training text."""
+    """Drops every paragraph that has occurred before, then every document that has too little text left. Scientific
+    packages quote each other at length. Dropping the repetitions also keeps the validation text out of the training
+    text."""
     seen, kept = set(), []
     for name, text in named:
         paragraphs = []

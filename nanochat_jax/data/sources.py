@@ -26,8 +26,9 @@ from nanochat_jax.files import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus on disk. `hash` identifies its contents. It covers the whole text if this module wrote the files, and
-    otherwise only file names and sizes, since parquet files that are read in place may be too large to read twice."""
+    """A corpus on disk. `hash` identifies its contents. If this module wrote the files, the hash covers the whole text.
+    Otherwise it covers only the names and sizes of files, since parquet files that are read in place may be too large
+    to read twice."""
 
     name: str
     train_files: tuple[Path, ...]
@@ -49,11 +50,12 @@ class Source:
 
 
 def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
-    """The corpus named `source`, or the one in the folder `data_dir`. Raises UserError if it is missing or unusable.
+    """The corpus named `source`, or the corpus in `data_dir`. Raises UserError if the corpus is missing or unusable.
 
-    If neither is given, the corpus that the tokenizer was trained on, so that all stages read the same text; "local" if
-    there is no tokenizer yet. `num_files` limits a source on the hub to its first training shards (-1: all that were
-    requested); these may still be downloading. Named like gzip.open, and called the same way: sources.open(cfg.data).
+    If neither is given, the function opens the corpus that the tokenizer was trained on, so that all stages read the
+    same text. If there is no tokenizer yet, it opens the local corpus. Of a source on the hub, only the first
+    `num_files` training shards are used (-1: all shards that were requested), and these may still be downloading. Like
+    gzip.open, the function is called through its module: sources.open(cfg.data).
     """
     recorded = config.base_dir() / "tokenizer" / "source.json"
     if not source and not data_dir and recorded.exists():
@@ -68,7 +70,7 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
     train, val = hub.shards_of(source, num_files)
-    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the same hash for any number of shards
+    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the hash is the same for every num_files
 
 
 # -----------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         try:
             tmp.rename(target)
-        except OSError:  # another process was faster; what it wrote is the same
+        except OSError:  # another process has written the same corpus in the meantime
             if not (target / "manifest.json").exists():
                 raise
     finally:
@@ -120,8 +122,9 @@ def _open_local() -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
-    """The corpus in a user's folder. Its last file is the validation set; if there is only one file, the last 1% of
-    its documents are. Several parquet files are read in place; anything else is converted and shuffled once."""
+    """The corpus in a user's folder. Its last file is the validation set; if there is only one file, the validation set
+    is the last 1% of its documents. Several parquet files are read in place; anything else is converted and shuffled
+    once."""
     if not folder.is_dir():
         reason = "this is a file; give the folder it is in" if folder.exists() else "no such folder"
         raise UserError(f"--data_dir={folder}: {reason}")

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-# The longest expression. This also limits the depth of its syntax tree, and the digits of a product, since no product
-# has more digits than its factors together.
+# The most characters in an expression. This also limits the depth of the syntax tree, and the number of digits in a
+# product, since a product never has more digits than its factors have together.
 MAX_CHARS = 256
 SIGNIFICANT_DIGITS = 10
 
@@ -45,11 +45,11 @@ def use_calculator(expression: str) -> str | None:
     try:
         return _format(_evaluate(ast.parse(expression, mode="eval").body))
     except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
-        return None  # the parser reports parentheses nested too deeply as a MemoryError
+        return None  # if parentheses are nested too deeply, the parser raises MemoryError
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    # The types are compared exactly, since True is an int as well.
+    # The type must be exactly int or float, since True is an instance of int too.
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and (binary := _BINARY.get(type(node.op))):

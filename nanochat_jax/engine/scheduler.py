@@ -1,9 +1,9 @@
 """Decides what the engine runs next: which prompts are prefilled, which slots their samples get, and what is decoded.
 
 - continuous batching: a sample takes a slot as soon as one is free, while the sequences in other slots go on decoding.
-- batched prefill: short prompts of similar length that wait together are prefilled together.
-- chunked prefill: a long prompt is computed a chunk per step, and the running sequences decode in between.
-- prefix caching: a prompt that begins like a row of the cache starts from a copy of that row, where this saves work.
+- batched prefill: short prompts of similar length are prefilled together if they wait at the same time.
+- chunked prefill: a long prompt is computed one chunk per step, and the running sequences decode in between.
+- prefix caching: a prompt starts from a copy of a cache row that begins with the same tokens, if this saves work.
 
 All of this is host code on lists of token ids; nothing here touches a device.
 """
@@ -17,9 +17,11 @@ from nanochat_jax.engine.request import Request
 from nanochat_jax.engine.slots import Prompt, Sequence, Slots, common_prefix_length
 
 PREFILL_ROWS = 4  # prompts in a full batch; prompts of similar length are prefilled together
-PREFILL_TOKENS = 2048  # the most tokens in such a batch, padding included: longer prompts fill the device by themselves
+# The most tokens in a full batch, padding included. Prompts too long for a full batch are prefilled one by one, since
+# each fills the device by itself.
+PREFILL_TOKENS = 2048
 PREFILL_CHUNK = 512  # tokens per chunk; a longer prompt is prefilled in several chunks
-LAST_CHUNK = 64  # tokens in the last chunk, if no more are left; a chat's next turn often adds no more than these
+LAST_CHUNK = 64  # tokens in the last chunk, if at most this many are left; a chat's next turn is often this short
 SMALLEST_PROMPT = 32  # tokens; the smallest bucket of prompt lengths
 
 
@@ -43,17 +45,20 @@ class NewRow:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens of one prompt, padded to `width` tokens, to be put at position `start` of the prompt's row."""
+    """The next tokens of one prompt, padded to `width` tokens. They fill the prompt's row from position `start` on."""
 
     ids: list[int]
     start: int
     width: int
-    new_row: NewRow | None  # the row to make before the prompt's first chunk is computed; None with later chunks
+    new_row: NewRow | None  # the row to create before a prompt's first chunk; None for its later chunks
 
 
 @dataclass
 class Prefill:
-    """Prompts that are being prefilled, or whose samples still wait for slots; prompts[i] is in row i."""
+    """Prompts that are being prefilled, or that are prefilled but still have samples waiting for slots.
+
+    The row of prompts[i] is row i.
+    """
 
     prompts: list[Prompt]
     size: int  # positions of each row
@@ -75,9 +80,9 @@ class Schedule:
 
     prefill: PrefillBatch | PrefillChunk | None
     sequences: dict[int, Sequence]  # slot -> sequence that gets tokens in this step
-    first_tokens: dict[int, int]  # slot -> the prefill's row that its first token is drawn from; {}: decode a chunk
+    first_tokens: dict[int, int]  # slot -> the prefilled row that gives its first token; if empty, a chunk is decoded
     scored: list[Prompt]  # prompts that asked only for scores, not for new tokens
-    lengths: list[int]  # tokens in each slot's cache row; decoding must not overwrite those of free slots
+    lengths: list[int]  # number of tokens in each slot's row; decoding must not overwrite the tokens of free slots
     cache_size: int  # positions in each row of the cache
 
     @property
@@ -86,9 +91,10 @@ class Schedule:
 
 
 class Scheduler:
-    """Holds the queue of prompts and the slots, for a model with a context of `context` tokens.
+    """Holds the slots and the queue of prompts, for a model with a context of `context` tokens.
 
-    A step decodes at most `chunk` tokens for each slot; `stop_ids` end the samples of requests without stop tokens.
+    A step decodes at most `chunk` tokens for each slot; `stop_ids` are the stop tokens of requests that do not name
+    their own.
     """
 
     def __init__(self, slots: int, context: int, chunk: int, stop_ids: tuple[int, ...]):
@@ -122,15 +128,16 @@ class Scheduler:
             self._drop_finished_prefill()
 
     def abandon(self, schedule: Schedule) -> None:
-        """Cleans up after a failed step: drops its prefill, and frees the slots whose rows may lack their prompt."""
+        """Cleans up after a failed step: drops the prefill, and frees the slots whose rows may lack the prompt."""
         for slot in schedule.first_tokens:
             self.slots.discard(slot)
         self.prefill = None
 
     def schedule(self) -> Schedule:
-        """Decides what the next step runs. Prompts to prefill leave the queue, and new sequences take their slots.
+        """Decides what the next step runs.
 
-        If a slot is free, waiting samples come first: running sequences decode only if no sample is ready to start.
+        Prompts that the step prefills leave the queue, and samples that it starts take slots. If a slot is free,
+        waiting samples come first: running sequences decode only if no sample is ready to start.
         """
         free = self.slots.free()
         prefill = self._next_prefill(len(free)) if free and self.waiting else None
@@ -155,7 +162,7 @@ class Scheduler:
     # Prefill
 
     def _next_prefill(self, free: int) -> PrefillBatch | PrefillChunk | None:
-        """The next prefill for at most `free` slots; None if an earlier prefill still has samples to start."""
+        """The next prefill, of at most `free` prompts; None if samples of the previous prefill have yet to start."""
         if self.prefill:
             return None if self.prefill.complete else self._next_chunk(self.prefill)
         return self._start_chunked_prefill() or self._start_batched_prefill(free)
@@ -163,14 +170,14 @@ class Scheduler:
     def _start_chunked_prefill(self) -> PrefillChunk | None:
         """The first chunk of the first prompt in the queue; None if that prompt is better prefilled whole.
 
-        Where prefix caching saves work, the prompt's row is a copy of a cache row that begins like the prompt. If not,
-        and the prompt is long, its row is empty at first.
+        If prefix caching saves work, the prompt's row starts as a copy of a cache row that begins with the same tokens.
+        Otherwise, the row of a long prompt starts empty.
         """
         prompt = self.queue[0]
         ids, length = prompt.request.ids, self._bucket(prompt)
         if prompt.request.score:  # scoring needs the logits after every token
             return None
-        # The last token is always computed, for the logits after it.
+        # The prompt's last token is always computed, since the logits after it are needed.
         slot, shared = self.slots.longest_prefix(ids[:-1])
         if prefix_caching_saves_work(shared, len(ids), length):
             row = NewRow(kv.bucket(length, self.context), slot)
@@ -192,10 +199,10 @@ class Scheduler:
         return PrefillChunk(list(ids[start : start + width]), start, width, new_row)
 
     def _start_batched_prefill(self, free: int) -> PrefillBatch:
-        """Prefills the first prompt of the queue, together with others of its bucket if they nearly fill a batch.
+        """Prefills the first prompt of the queue, with others of the same length bucket if they nearly fill a batch.
 
-        A prompt that could start from the first one's cache row waits for that instead. There are only two batch sizes,
-        one prompt and a full batch, since each size is compiled for every length bucket.
+        A prompt that could start from a copy of the first prompt's cache row waits for that row instead. There are only
+        two batch sizes, one prompt and a full batch, since each size is compiled for every length bucket.
         """
         first = self.queue[0]
         length, score = self._bucket(first), first.request.score
@@ -248,7 +255,7 @@ class Scheduler:
         """The next sample of a prompt, before its first token."""
         request = prompt.request
         stop_ids = self.stop_ids if request.stop_ids is None else tuple(request.stop_ids)
-        # The last token need not fit into the context, since nothing is computed from it.
+        # The last token of an answer need not fit into the context, since nothing is computed from it.
         left = min(request.max_tokens, self.context - len(request.ids) + 1)
         prompt.started += 1
         return Sequence(prompt, prompt.started - 1, stop_ids, list(request.ids), left)
@@ -263,7 +270,7 @@ class Scheduler:
 def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
     """Whether a cached prefix of `shared` tokens saves work for a prompt of `tokens` tokens in the bucket `length`.
 
-    If 1000 of 1010 tokens are cached: True; if 10 of 1010 are: False.
+    True if 1000 of 1010 tokens are cached, False if only 10 of them are.
     """
 
     def work(tokens: int) -> int:  # tokens to compute, including the padding of chunks
@@ -275,5 +282,5 @@ def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
 
 
 def _chunk_width(tokens: int) -> int:
-    """How many tokens the next chunk computes, padding included, if `tokens` are left: 700 -> 512, 64 -> 64."""
+    """How many tokens the next chunk computes, with padding, if `tokens` tokens are left: 700 -> 512, 64 -> 64."""
     return LAST_CHUNK if tokens <= LAST_CHUNK else PREFILL_CHUNK

@@ -3,7 +3,7 @@
 Used by scripts.base_loss, and by training every --eval_every steps.
 
 Bits per byte is the sum of the losses of all targets, in bits, divided by the number of bytes that these targets stand
-for. Special tokens stand for no bytes and count in neither sum.
+for. Special tokens stand for no bytes, and their losses are not counted.
 """
 
 import functools
@@ -28,7 +28,7 @@ def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) ->
     The result is inf if the targets stand for no bytes. With several processes, each passes its own rows, and all get
     the result over all rows.
     """
-    token_bytes = np.asarray(model.tokenizer.token_bytes(), np.int32)  # a numpy array, which every process has whole
+    token_bytes = np.asarray(model.tokenizer.token_bytes(), np.int32)  # numpy array; every process has a full copy
     sums = []
     for batch in batches:
         inputs, targets = (put_local(model.params, batch[name]) for name in ("inputs", "targets"))

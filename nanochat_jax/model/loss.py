@@ -2,9 +2,9 @@
 
 The head and the softmax run over chunks of the time axis. The gradients with respect to the hidden states and the head
 are computed in the forward pass, while a chunk's logits exist; the backward pass only scales them by the cotangent.
-This takes three matmuls per chunk, recomputes nothing, and holds the float32 logits of only one chunk at a time (a
-whole batch of 32 x 2048 tokens would take 16 GiB with a vocabulary of 65,536). The idea comes from Liger's fused linear
-cross-entropy (arXiv:2410.10989).
+This takes three matmuls per chunk, recomputes nothing, and holds the float32 logits of only one chunk at a time. With a
+vocabulary of 65,536, the logits of a whole batch of 32 x 2048 tokens would take 16 GiB. The idea comes from Liger's
+fused linear cross-entropy (arXiv:2410.10989).
 """
 
 import functools
@@ -31,15 +31,16 @@ def cross_entropy(
 
     x [b,t,d] hidden states in the compute dtype, head [v,d] without padding rows, targets int [b,t] (negative: not
     counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The caller divides the sum by the
-    number of counted targets in the global batch, or by 1 if there are none, so that such a batch gives 0 and not NaN.
+    number of counted targets in the global batch, or by 1 if no target is counted, so that such a batch gives 0 rather
+    than NaN.
     """
     return (weights * token_losses(x, head, targets, softcap, chunks)).sum()
 
 
 def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
-    """Cross-entropy of each token, float32 [b,t]; 0 where targets are negative. For bits per byte, not for gradients.
+    """Cross-entropy of each token, float32 [b,t]; 0 where targets are negative.
 
-    The arguments are those of `cross_entropy`.
+    Used for bits per byte; for gradients, use `cross_entropy`. The arguments are those of `cross_entropy`.
     """
     w = head.astype(x.dtype)
 
@@ -51,7 +52,7 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: flo
 
 
 def _losses(x: jax.Array, w: jax.Array, targets: jax.Array, softcap: float) -> tuple[jax.Array, ...]:
-    """Losses [b,t] of one chunk, and what their gradients need: capped logits, log-sum-exp, one-hot targets, mask."""
+    """Losses [b,t] of a chunk, and inputs of their gradients: capped logits, log-sum-exp, one-hot targets, mask."""
     z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accum_dtype(x.dtype))
     z = softcap * jnp.tanh(z / softcap)
     lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -73,14 +74,14 @@ def _forward(
         dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accum_dtype(x.dtype)).astype(x.dtype)
-        # Computed as [d,v], since computing it as [v,d] is slow on CPUs.
+        # The head's gradient is computed as [d,v], since computing it as [v,d] is slow on CPUs.
         dw = dw + jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=accum_dtype(x.dtype))
         return dw, ((weights * losses).sum(), dx)
 
     split = tuple(_split(a, chunks) for a in (x, targets, weights))
     dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accum_dtype(x.dtype)), split)
-    # With a single chunk and without this barrier, XLA would compute the product as [v,d], for which some CPUs have no
-    # bf16 dot.
+    # If there is only one chunk, this barrier keeps XLA from computing the product as [v,d]: some CPUs have no bf16 dot
+    # for that layout.
     dw = jax.lax.optimization_barrier(dw).T
     return losses.sum(), (_join(dx), dw.astype(head.dtype))
 

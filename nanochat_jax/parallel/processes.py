@@ -1,14 +1,15 @@
 """The processes of a run on several hosts: how they find each other, agree, and end together.
 
-How an error in one process ends the others: processes meet in collectives, so a process that stops leaves the others
-waiting in the next collective, for five minutes by JAX's defaults. `fail_together` shortens this wait. When its block
-raises an error in one process, that process writes its index and the error into the key-value store that JAX keeps for
-all processes. For PATIENCE seconds the failed process then tries to disconnect, which succeeds only if the others
-disconnect as well; then it exits in any case. Meanwhile a thread in every process reads the store once a second. When
-the thread sees another process's error, it waits GRACE seconds for its own process to end with its own error, since
-some errors occur in all processes. If that does not happen, the thread prints which process failed and why, disconnects
-if it can, and ends its process with exit code 2. A process that is killed cannot write its error: the others miss its
-heartbeat after HEARTBEAT seconds, and JAX ends them with a message that is a page long.
+An error in one process must end the others too. A process that stops leaves the others waiting in the next collective,
+for five minutes by JAX's defaults. `fail_together` shortens this wait. If code in a `fail_together` block raises an
+error in one process, that process writes its index and the error into the key-value store that JAX keeps for all
+processes. The failed process then tries to disconnect for up to PATIENCE seconds, which succeeds only if the others
+disconnect as well. After that, it exits in any case. Meanwhile a thread in every process reads the store once a second.
+When the thread sees another process's error, it first gives its own process GRACE seconds to end by itself, since some
+errors occur in all processes. If the process is still running after that, the thread prints which process failed and
+why, disconnects if it can, and ends the process with exit code 2. A process that is killed cannot write an error. The
+others notice this when they have received no heartbeat from it for HEARTBEAT seconds, and JAX then ends them with a
+message that is a page long.
 """
 
 import atexit
@@ -27,9 +28,9 @@ import numpy as np
 from nanochat_jax.config import UserError, first_line
 
 T = TypeVar("T")
-HEARTBEAT = 30  # seconds without a heartbeat, which a JAX thread sends, until a process counts as lost
+HEARTBEAT = 30  # a process counts as lost after this many seconds without a heartbeat, which a JAX thread sends
 PATIENCE = 10  # seconds that a process with an error waits for the others to end as well
-GRACE = 3  # seconds that a process gets to end with its own error once another process has reported one
+GRACE = 3  # seconds that a process gets to end by itself after another process has reported an error
 ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report their errors
 
 
@@ -80,8 +81,8 @@ def broadcast_from_0(decide: Callable[[], T]) -> T:
     """Calls `decide` on process 0 and returns its result (anything JSON can hold) on all processes.
 
     All processes must call this together. If `decide` raises an error, every process raises one, since the others would
-    otherwise wait forever. Process 0 raises the error itself; the others raise a UserError if the error is one, else
-    a RuntimeError.
+    otherwise wait forever. Process 0 raises the error itself. The others raise a UserError if the original error is a
+    UserError, and otherwise a RuntimeError.
     """
     import jax
 
@@ -116,14 +117,14 @@ def _broadcast_text(text: bytes) -> bytes:
 
 
 def all_gather(number: int) -> list[int]:
-    """All-gathers one number from each process, in order of process index; all processes must call this together."""
+    """All-gathers one number per process, in order of process index. All processes must call this together."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def all_min(number: int) -> int:
-    """Returns, on all processes, the minimum of their numbers; all processes must call this together."""
+    """Returns the minimum of all processes' numbers on every process. All processes must call this together."""
     import jax
 
     return number if jax.process_count() == 1 else min(all_gather(number))
@@ -141,9 +142,10 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def fail_together() -> Generator[None]:
-    """Within this block, an error in one process ends the others too, with a line that names the process and the error.
+    """Within this block, an error in one process ends the other processes too.
 
-    The module docstring explains how.
+    Each of them prints a line with the failed process and its error. The module docstring explains how this works.
+
     """
     import jax
 
@@ -188,9 +190,9 @@ def _report(error: BaseException) -> None:
 
 
 def _watch(ended: threading.Event) -> None:
-    """Ends this process soon after another has reported an error, unless `ended` is set by then.
+    """Once another process has reported an error, waits GRACE seconds and then ends this process.
 
-    `fail_together` sets `ended` when its block ends in this process.
+    It does nothing if `ended` is set by then. `fail_together` sets `ended` when its block ends in this process.
     """
     while not ended.wait(1):
         store = _key_value_store()
@@ -198,7 +200,7 @@ def _watch(ended: threading.Event) -> None:
             return
         try:
             reports = store.key_value_dir_get(ENDED)
-        except Exception:  # this process has just disconnected, or process 0 is lost and JAX reports it
+        except Exception:  # either this process has just disconnected, or JAX reports that process 0 is lost
             return
         if reports and not ended.wait(GRACE):
             print(f"error: {reports[0][1]}", file=sys.stderr)
@@ -207,10 +209,10 @@ def _watch(ended: threading.Event) -> None:
 
 
 def _disconnect_or_exit() -> None:
-    """Disconnects if the other processes do so within PATIENCE seconds, as they do if all have the same error.
+    """Tries for PATIENCE seconds to disconnect, which works only if all other processes disconnect as well.
 
-    Otherwise this process will exit without JAX's orderly shutdown: its connections then simply close, and any process
-    that waits at the other end of one gets an error.
+    They do if they have the same error. If they do not, this process will exit without JAX's orderly shutdown. Its
+    connections then simply close, and any process that waits for data from one of them gets an error.
     """
 
     def try_to_disconnect() -> None:

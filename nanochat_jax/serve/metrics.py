@@ -4,7 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# Buckets in seconds. A small model's first token takes milliseconds on an idle GPU, and minutes behind a full queue.
+# Buckets in seconds. A first token may take milliseconds (small model, idle GPU) or minutes (full queue).
 FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -17,7 +17,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._registry = registry
 
-        # How busy the server is. These are read from the pool whenever Prometheus scrapes the metrics (`Pool.publish`).
+        # How busy the server is. `Pool.publish` sets these gauges whenever Prometheus scrapes the metrics.
         self.slots = Gauge("nanochat_slots", "Samples that can be generated at once", registry=registry)
         self.running = Gauge("nanochat_requests_running", "Samples being generated", registry=registry)
         self.waiting = Gauge("nanochat_requests_waiting", "Samples waiting for a slot", registry=registry)

@@ -15,7 +15,7 @@ class CustomJSON(task_data.RowTask):
     name = "CustomJSON"
 
     def __init__(self, path: str | Path):
-        """Reads and checks the whole file at once, so that a mistake in its last line cannot end a run hours later."""
+        """Reads and checks the whole file now, so that a mistake in its last line cannot end the run hours later."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, each an array of messages")

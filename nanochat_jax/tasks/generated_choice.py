@@ -1,5 +1,5 @@
-"""Generated multiple choice in MMLU's format, about what a tiny model can learn from its training text: first letters,
-which number is larger, kinds of things, opposites, plurals.
+"""Generated multiple-choice questions in MMLU's format. They ask for things that a tiny model can learn from its
+training text: first letters, which number is larger, kinds of things, opposites, plurals.
 
 A question asks the model to prefer one answer to three others. A hash assigns each comparison (question, answer, other)
 to one split, so a val or test question consists of three comparisons that never occur in training. All splits share the
@@ -14,7 +14,7 @@ from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 4  # of this many comparisons, one is for validation only and another for the test only
+HOLD_OUT = 4  # one comparison in this many occurs only in validation, and one only in the test
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -70,7 +70,10 @@ class GeneratedChoice(Task):
         return multiple_choice.evaluate(conversation, completion)
 
     def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
-        """A question, its answer, and three wrong answers, whose comparisons with the answer belong to this split."""
+        """A question, its answer, and three wrong answers.
+
+        The comparison of each wrong answer with the right one belongs to this split.
+        """
         make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
         while True:
             question, answer, candidates = make(rng)

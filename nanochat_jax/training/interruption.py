@@ -1,17 +1,17 @@
 """Ctrl-C and SIGTERM during training: the run saves before it stops.
 
-What a stop signal goes through, from its arrival to the exit code:
+How a stop signal is handled, from its arrival to the exit code:
 
 1. The handler of `Interruption` stores the signal as `received` and prints a line. A second Ctrl-C ends the process at
    once.
-2. In a single process, `received` is the `stop_signal` that the loop reads before every step. While the loop waits for
-   a batch, `raise_while_waiting` ends the wait with an InterruptedError, since a shard may take an hour to arrive.
+2. The loop reads `stop_signal` before every step. In a run with one process, this is `received`. While the loop waits
+   for a batch, `raise_while_waiting` ends the wait with an InterruptedError, since a shard may take an hour to arrive.
 3. Several processes must stop after the same step: one that stopped alone would leave the others waiting in a
    collective. So a process requests a stop by setting a flag in its batch (`sharding.put_flag` -> batch["stop"]), and
    the step sums the flags of all devices into its metric `stop`. `StepLog.flush` reads the sum one step late, like
-   every metric, but at the same step in every process. If the sum is positive, `flush` sets `agreed`, which is the
-   `stop_signal` of a run with several processes. A process that could not write its part of a checkpoint requests a
-   stop in the same way.
+   every metric, but at the same step in every process. If the sum is positive, `flush` sets `agreed` to SIGTERM. In a
+   run with several processes, `stop_signal` is `agreed`. A process that could not write its part of a checkpoint
+   requests a stop in the same way.
 4. `RunControl` saves the state, waits until the checkpoint is complete and exits with 128 + the signal's number. The
    same command resumes the run.
 """
@@ -29,13 +29,13 @@ class Interruption:
 
     def __init__(self):
         self.received: int | None = None  # the signal that this process has received
-        self.agreed: int | None = None  # the signal with which several processes stop, once any has requested it
+        self.agreed: int | None = None  # SIGTERM once any of several processes has requested a stop
         self._old_handlers: dict = {}
         self._waiting = False
 
     @property
     def stop_signal(self) -> int | None:
-        """The signal because of which the run must stop before the next step; None to continue."""
+        """The signal that stops the run before its next step; None if the run goes on."""
         return self.received if jax.process_count() == 1 else self.agreed
 
     @contextmanager

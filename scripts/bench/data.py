@@ -1,4 +1,4 @@
-"""Throughput of the data loader (text -> tokens -> packed rows) against what GPUs consume.
+"""Compares the throughput of the data loader (text -> tokens -> packed rows) with what GPUs consume.
 
     python -m scripts.bench data --data_dir=FOLDER
 
@@ -6,8 +6,8 @@ The loader is the one that `python -m scripts.train --stage=base` uses, with the
 and prefetches batches, and the tokenizer encodes on all cores. In every round, one pass reads the text and one pass
 reads a token cache of the same files. Each pass starts at the first epoch, with an empty tokenizer cache.
 
-The clock starts before the loader does, so no batch was prefetched before timing began. Batches that were prefetched
-but not taken when the clock stops are not counted, which makes the figure of a short pass too low.
+The clock starts before the loader does, so no batch is prefetched before timing begins. Prefetched batches that have
+not been taken when the clock stops are not counted. This makes the measured throughput of a short pass too low.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
-if TYPE_CHECKING:  # --help must not wait for these
+if TYPE_CHECKING:  # for type checkers only: --help must not wait for these imports
     from nanochat_jax.data.sources import Source
     from nanochat_jax.tokenizer import Tokenizer
 
-GPU = 520_000  # tokens/s that one H100 consumes at depth 12: 54% of its peak at 1.04 GFLOPs per token
+GPU = 520_000  # tokens/s that one H100 consumes at depth 12; at 1.04 GFLOPs per token, this is 54% of its peak
 NAMES = {"text": "from text", "tokens": "from the token cache"}
 GPUS = {"one H100 at d12": 1, "eight": 8}
 SHORTEST = 0.5  # seconds; a shorter pass is dominated by thread start-up and scheduling
@@ -43,7 +43,7 @@ class Settings(config.Settings):
     """Load pretraining batches as fast as possible, from text and from a token cache."""
 
     prog: ClassVar[str] = "python -m scripts.bench data"
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's)")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
     data_dir: str = setting("", config.DATA_DIR)
     packing: str = setting("split", config.PACKING, choices=config.PACKINGS)
     total_batch_size: int = setting(524288, "tokens per batch", low=1)
@@ -100,9 +100,9 @@ def _check(cfg: Settings) -> None:
 
 
 def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Path, ...]:
-    """The first training files on this machine, as many as the measured batches need.
+    """The first training files on this machine, enough of them for the batches that are measured.
 
-    Raises UserError if there is none.
+    Raises UserError if no training file is on this machine yet.
     """
     from nanochat_jax.data import dataloader
 
@@ -110,7 +110,7 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
     available = dataloader.epoch_tokens(files, tokenizer)
     if not available > 0:  # also true for NaN
         raise UserError(f"{source.name}: none of its training files has arrived yet")
-    needed = (cfg.steps + 1) * cfg.total_batch_size  # one batch more, as some documents stay in the packing buffer
+    needed = (cfg.steps + 1) * cfg.total_batch_size  # one batch more, since some documents stay in the packing buffer
     return files[: math.ceil(1.1 * needed / available * len(files))]
 
 
@@ -121,7 +121,7 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
 def _measure(cfg: Settings, source: "Source", cache_dir: Path | None) -> dict:
     """Makes one pass over the files. Counts batches, tokens with a target, seconds and CPU seconds.
 
-    Also says whether the text ended before --steps batches.
+    The result also says whether the text ended before --steps batches were counted.
     """
     from nanochat_jax.data import dataloader
     from nanochat_jax.tokenizer import Tokenizer

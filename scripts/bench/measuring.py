@@ -15,15 +15,16 @@ JOB_SECONDS = 3600
 
 
 class JobFailed(Exception):
-    """A measurement ended without a result. The message is the last line that it wrote to stderr, or the time limit."""
+    """A measurement ended without a result. The message is its last line on stderr, or says that it ran out of time."""
 
 
 def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
     """Runs `script` for `job` and returns the JSON object that it prints as its last line.
 
-    Raises JobFailed if it prints none. The script is sent to `python` on standard input. It runs outside the
-    repository, where Python would take the folder rustbpe/ for the package of that name. With `ours`, the script can
-    still import this project; if `python` is not the one running this, it gets no PYTHONPATH.
+    Raises JobFailed if it prints none. The script is sent to `python` on standard input. Its working folder is outside
+    the repository, because Python would mistake the repository's folder rustbpe/ for the package of that name. With
+    `ours`, PYTHONPATH lets the script import this project. A `python` other than the interpreter of this process gets
+    no PYTHONPATH.
     """
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     if python != sys.executable:
@@ -46,7 +47,7 @@ def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
 
 
 def probe(python: str, script: Path) -> dict:
-    """Asks the peers' `python` which of the tools it has. Raises UserError if that Python does not run."""
+    """Asks `python` which peer tools it can import. Raises UserError if `python` does not run."""
     try:
         return run(python, script, {"job": "probe"})
     except (OSError, JobFailed) as error:
@@ -72,7 +73,7 @@ def about() -> dict:
 
 
 def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
-    """A Markdown table that also reads well as text. Its header is the first row; `left` marks left-aligned columns."""
+    """A Markdown table that also reads well as text. The first row is its header; `left` marks left-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
@@ -83,7 +84,7 @@ def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
 
 
 def check_json(path: str) -> None:
-    """Raises UserError if the folder of --json=PATH does not exist. Called first, so that no measurement is lost."""
+    """Raises UserError if the folder of --json=PATH does not exist. Called before measuring, so no result is lost."""
     if path and not Path(path).absolute().parent.is_dir():
         raise UserError(f"--json={path}: its folder does not exist")
 

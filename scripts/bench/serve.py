@@ -2,11 +2,11 @@
 
     python -m scripts.bench serve
 
-In a process of its own, scripts.chat_web serves a model with the preset's shape and random weights on the loopback
-interface. All clients run in this process, on the same cores as the server. Each client sends its requests to
-/v1/completions one after the other and reads the stream of each answer, one event per chunk. Then the engine alone
-serves the same requests, with as many slots and chunks of the same size. The server and the engine both serve one
-request per client as warm-up first, so that nothing compiles during timing.
+The server, scripts.chat_web, runs in a process of its own and listens on the loopback interface. Its model has the
+shape of the preset, and random weights. All clients run in this process, on the same cores as the server. Each client
+sends its requests to /v1/completions one after the other and reads the stream of each answer, one event per chunk. Then
+the engine alone serves the same requests, with the same number of slots and the same chunk size. Before timing begins,
+the server and the engine each serve one request per client as a warm-up, so that nothing compiles later.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("serve_job.py")
 SAMPLING = {"temperature": 0.8, "top_k": 50}  # the server's defaults
-GOAL = 0.8  # throughput that the server should reach, as a fraction of the engine's alone
+GOAL = 0.8  # throughput that the server should reach, as a fraction of the throughput of the engine alone
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings(config.Settings):
 
     prog: ClassVar[str] = "python -m scripts.bench serve"
     preset: str = setting("cpu", "preset that gives the shape of the model; its weights are random")
-    clients: int = setting(64, "number of concurrent clients, and of the server's slots", low=1)
+    clients: int = setting(64, "number of concurrent clients; the server has as many slots", low=1)
     requests: int = setting(4, "requests that each client sends, one after the other", low=1)
     prompt: int = setting(64, "tokens per prompt", low=1)
     new: int = setting(128, "tokens generated per prompt, at least 2", low=2)
@@ -107,7 +107,7 @@ def _requests(cfg: Settings) -> list[dict]:
 
 @contextlib.contextmanager
 def _base_dir(base: Path) -> Generator[None]:
-    """Makes `base` the base folder of the child processes started in this context."""
+    """Makes `base` the base folder of all child processes that are started within this block."""
     before = os.environ.get("NANOCHAT_BASE_DIR")
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     try:
@@ -148,7 +148,7 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
             raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip().splitlines()[-1:]}")
         port = int(address.rpartition(":")[2])
         asyncio.run(_clients(port, requests[: cfg.clients], cfg.clients))
-        while _stats(address)["warming"]:  # while it is true, the server compiles programs, which would disturb timing
+        while _stats(address)["warming"]:  # the server is still compiling programs, which would disturb timing
             time.sleep(0.1)
         return asyncio.run(_clients(port, requests[cfg.clients :], cfg.clients))
     finally:

@@ -1,5 +1,6 @@
-"""The two jobs of `python -m scripts.bench serve` that need JAX, each in its own process: making the model, and serving
-the clients' requests with the engine alone. The only argument is the job, as JSON. The output is one line of JSON.
+"""The two jobs of `python -m scripts.bench serve` that need JAX: making the model, and serving the clients' requests
+with the engine alone. Each job runs in its own process. The only argument is the job, as JSON. The output is one line
+of JSON.
 """
 
 import json
@@ -25,7 +26,7 @@ SCALE = 0.2  # standard deviation of the random weights: large enough for varied
 
 
 def make(job: dict) -> dict:
-    """Saves a checkpoint of random weights, and a tokenizer trained on made-up words, in the base folder."""
+    """Saves to the base folder a checkpoint with random weights, and a tokenizer trained on made-up words."""
     rng, size = random.Random(0), job["shape"]["vocab_size"]
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 10))) for _ in range(size)]
     texts = (" ".join(rng.choices(words, k=200)) for _ in range(size // 20 + 10))
@@ -34,7 +35,7 @@ def make(job: dict) -> dict:
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # Special tokens get logits of 0, which are never among the top k, so no answer ends early or calls the calculator.
+    # Special tokens get a logit of 0, which is never among the top k, so no answer ends early or calls the calculator.
     params["lm_head"] = params["lm_head"].at[tokenizer.vocab_size - len(SPECIAL_TOKENS) :].set(0)
     tokenizer.save(checkpoint.run_dir(STAGE, TAG).parent.parent / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir(STAGE, TAG), keep_last=1)
@@ -44,7 +45,10 @@ def make(job: dict) -> dict:
 
 
 def engine(job: dict) -> dict:
-    """Measures seconds and tokens of the engine alone, with one slot per client, after one warm-up request for each."""
+    """Measures seconds and tokens of the engine alone, with one slot per client.
+
+    Before timing, one request per client runs as a warm-up.
+    """
     model = checkpoint.load_model(STAGE, TAG)
     dtype = devices.choose_precision("")
     engine = Engine(model.params, model.model_cfg, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)

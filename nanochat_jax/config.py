@@ -1,4 +1,4 @@
-"""All settings, one frozen dataclass per command; commandline.py fills them. Nothing here imports JAX."""
+"""Defines a frozen dataclass of settings per command. commandline.py fills the fields. Nothing here imports JAX."""
 
 import dataclasses
 import math
@@ -12,16 +12,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix. Scripts print it as one line, without a traceback, and exit with code 2."""
+    """A mistake that the user can fix. Scripts print only its message, on one line, and exit with code 2."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type if the message is empty."""
+    """Returns the first line of the error's message, or the name of the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def base_dir() -> Path:
-    """Creates and returns $NANOCHAT_BASE_DIR (default ~/.cache/nanochat), which holds everything the project writes."""
+    """Returns the folder for downloads and results, $NANOCHAT_BASE_DIR or ~/.cache/nanochat; creates it if missing."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def base_dir() -> Path:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the transformer. Hashable, so that it can be a static argument of a jitted function."""
+    """The shape of the transformer. It is hashable, as a static argument of a jitted function must be."""
 
     n_layer: int = 12
     n_head: int = 6
@@ -45,10 +45,10 @@ class GPTConfig:
     n_embd: int = 768
     vocab_size: int = 65536
     sequence_len: int = 2048
-    norm_eps: float = 1.1920929e-07  # torch's default for RMSNorm, the float32 machine epsilon
+    norm_eps: float = 1.1920929e-07  # the float32 machine epsilon, torch's default for RMSNorm
     rope_theta: float = 10000.0
     softcap: float = 15.0
-    window_pattern: str = "L"  # S: a quarter of the context, L: all of it; repeats over the layers, and the last is L
+    window_pattern: str = "L"  # one letter per layer, repeated; S: 1/4 of the context; L: all; last layer: always L
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "sequence_len"):
@@ -63,7 +63,7 @@ class GPTConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """For each layer, how many earlier tokens a token attends to (0: all of them)."""
+        """The number of earlier tokens that a token attends to, for each layer (0: all earlier tokens)."""
         short = -(-self.sequence_len // 4 // 128) * 128
         pattern = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
         return tuple(short if letter == "S" and short < self.sequence_len else 0 for letter in pattern)
@@ -75,20 +75,20 @@ class GPTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """The number of rows in the embedding and in the head: vocab_size, rounded up to a multiple of 64. This makes
-        matmuls fast and shards equal in size."""
+        """The number of rows in the embedding and in the head: vocab_size rounded up to a multiple of 64. Rounding
+        makes matmuls fast and shards equal in size."""
         return -(-self.vocab_size // 64) * 64
 
     @property
     def num_params(self) -> int:
-        """Number of weights, including the padding of the vocabulary."""
+        """The number of weights, including those of the vocabulary's padding."""
         kv = self.n_kv_head * self.head_dim
         block = 2 * self.n_embd**2 + 2 * self.n_embd * kv + 8 * self.n_embd**2
         return 2 * self.padded_vocab * self.n_embd + self.n_layer * block
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward. As usual, the attention count ignores the causal mask."""
+        """Training FLOPs per token, forward and backward. Attention is counted as if there were no causal mask."""
         matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is a lookup, not a matmul
         return 6 * matmul + 12 * self.n_embd * sum(window or self.sequence_len for window in self.windows)
 
@@ -107,10 +107,11 @@ def setting(
     choices: Sequence[str] = (),
     positional: bool = False,
 ) -> Any:
-    """Makes a dataclass field with a help text. Its value must be from `low` to `high`, or one of `choices`.
+    """Returns a dataclass field with a help text.
 
-    The default is accepted even outside that range, since -1 or "" often has a special meaning. auto: an integer
-    setting also accepts the word `auto`, which is stored as 0. positional: the value is given without --name.
+    A number must be from `low` to `high`, and a string must be one of `choices` if there are any. `default` is always
+    accepted: it may be a special value such as -1 or "". With `auto`, an integer setting accepts the word `auto`, which
+    is stored as 0. With `positional`, the value is given without --name.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
@@ -119,7 +120,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of all settings. The constructor raises UserError if a field does not accept its value."""
+    """Base class of all settings. The constructor raises UserError if the value of a field is not allowed."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -128,7 +129,7 @@ class Settings:
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
-    """Raises UserError if `value` is outside the range or the choices of `field`, or is infinite or NaN."""
+    """Raises UserError if `field` does not allow `value`. No field allows infinity or NaN."""
     low, high, choices, auto = (field.metadata[key] for key in ("low", "high", "choices", "auto"))
     number = isinstance(value, int | float)
     finite = number and -math.inf < value < math.inf  # false for NaN
@@ -190,22 +191,22 @@ MAX_SEED = 2**31 - 1
 class ModelFlags(Settings):
     """The shape of a model that is trained from scratch."""
 
-    depth: int = setting(20, "number of layers; also determines width, heads and length of training", low=1)
+    depth: int = setting(20, "number of layers, from which width, heads and training length follow", low=1)
     aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim", low=1)
     head_dim: int = setting(128, "size of an attention head; must be even", low=2)
     n_kv_head: int = setting(
-        0, "key/value heads; GQA if there are fewer than query heads (auto: as many as query heads)", auto=True, low=1
+        0, "number of key/value heads (auto: one per query head; fewer: grouped-query attention)", auto=True, low=1
     )
     max_seq_len: int = setting(2048, "context length in tokens", low=2)
     window_pattern: str = setting(
-        "L", "attention windows, repeated over the layers: S for a quarter of the context, L for all of it"
+        "L", "attention windows, one letter per layer, repeated; S: a quarter of the context; L: all of it"
     )
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The shape that depth implies. Raises UserError if the settings do not give a valid shape."""
+        """Returns the shape of the model. Raises UserError if the shape is not valid."""
         if self.head_dim % 2:
             raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
-        width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # rounded up, so odd depths work
+        width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # rounded up: depth may be odd
         heads = width // self.head_dim
         kv_heads = self.n_kv_head or heads
         if heads % kv_heads:
@@ -217,12 +218,12 @@ class ModelFlags(Settings):
 
 @dataclass(frozen=True)
 class Train(Settings):
-    """The settings that all training stages share."""
+    """The settings that every training stage has."""
 
-    preset: str = ""  # name of the preset, which is the default tag of its runs; not a flag
+    preset: str = ""  # not a flag: the name of the preset given by --config, if any
     run: str = setting("", "name of the wandb run (default: $WANDB_RUN; empty or 'dummy': no wandb)")
     model_tag: str = setting(
-        "", "name of the run and its folder (default: the preset's name, else d<depth> or the parent's tag)"
+        "", "name of the run and its folder (default: the preset's name; with no preset, d<depth> or the parent's tag)"
     )
     resume: str = setting(
         "auto", "auto: resume from the last good checkpoint; never: move the old run aside; N: resume from step N"
@@ -230,32 +231,32 @@ class Train(Settings):
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
-    num_iterations: int = setting(-1, "optimizer steps (-1: derived from other settings)", low=1)
+    num_iterations: int = setting(-1, "number of optimizer steps (-1: derived from other settings)", low=1)
     device_batch_size: int = setting(
-        0, "rows per micro-batch on each device; lower it if memory runs out", auto=True, low=1
+        0, "rows per device in a micro-batch; choose fewer if memory runs out", auto=True, low=1
     )
-    mesh: str = setting("", "devices on each axis of the mesh, as node=2,data=8,model=1 (default: all on data)")
+    mesh: str = setting("", "devices on each axis of the mesh, such as node=2,data=8,model=1 (default: all on data)")
     shard: str = setting("optimizer", SHARD, choices=("optimizer", "full"))
     attention: str = setting("", "attention kernel (default: cuDNN where it runs, else XLA)", choices=("cudnn", "xla"))
     remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
     coordinator: str = setting("", COORDINATOR)
-    num_processes: int = setting(0, "number of processes in a multi-host run with --coordinator")
-    process_id: int = setting(-1, "index of this process, counting from 0, in a multi-host run with --coordinator")
+    num_processes: int = setting(0, "number of processes, if --coordinator is given")
+    process_id: int = setting(-1, "index of this process, counted from 0, if --coordinator is given")
     scan_layers: bool = setting(False, "compile one block for all layers: training starts sooner but runs slower")
-    embedding_lr: float = setting(0.2, "learning rate of the embedding (AdamW); scaled by (width/768)^-0.5", low=0)
-    unembedding_lr: float = setting(0.004, "learning rate of the head (AdamW); scaled by (width/768)^-0.5", low=0)
+    embedding_lr: float = setting(0.2, "embedding's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
+    unembedding_lr: float = setting(0.004, "head's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
     matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)", low=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the weights that AdamW updates", low=0)
-    grad_clip: float = setting(0.0, "largest global gradient norm; larger gradients are scaled down (0: off)", low=0)
+    grad_clip: float = setting(0.0, "maximum norm of the gradient; larger gradients are scaled down (0: off)", low=0)
     save_every: int = setting(-1, SAVE_EVERY)
-    keep_last: int = setting(2, "how many of the latest checkpoints to keep", low=1)
-    keep_every: int = setting(-1, "also keep every checkpoint whose step is a multiple of this number (-1: none)")
+    keep_last: int = setting(2, "number of latest checkpoints to keep", low=1)
+    keep_every: int = setting(-1, "never delete a checkpoint whose step is a multiple of this number (-1: off)")
 
     table: ClassVar[str]
 
     @property
     def stage(self) -> str:
-        """Name of the stage: base, mid, sft or rl."""
+        """The name of the stage: base, mid, sft or rl."""
         return self.table
 
 
@@ -264,7 +265,7 @@ class Base(ModelFlags, Train):
     """Pretraining on documents."""
 
     table: ClassVar[str] = "base"
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's source)")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
     data_dir: str = setting("", DATA_DIR)
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
@@ -272,20 +273,20 @@ class Base(ModelFlags, Train):
     target_param_data_ratio: float = setting(
         20.0, "training tokens per parameter (ignored if --num_iterations or --target_flops is given)"
     )
-    warmup_ratio: float = setting(0.0, "fraction of the run used for learning-rate warm-up", low=0, high=1)
-    warmdown_ratio: float = setting(0.2, "fraction of the run used for learning-rate decay", low=0, high=1)
-    final_lr_frac: float = setting(0.0, "final learning rate, as a fraction of the peak", low=0)
+    warmup_ratio: float = setting(0.0, "fraction of the steps in which the learning rate warms up", low=0, high=1)
+    warmdown_ratio: float = setting(0.2, "fraction of the steps in which the learning rate decays", low=0, high=1)
+    final_lr_frac: float = setting(0.0, "final learning rate, as a fraction of the peak learning rate", low=0)
     eval_every: int = setting(250, EVAL_EVERY)
     eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
     core_dir: str = setting("", CORE_DIR)
     core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
-    core_metric_max_per_task: int = setting(500, "maximum examples per CORE task in evaluations during training")
-    sample_every: int = setting(2000, "steps between printed samples (-1: never)")
+    core_metric_max_per_task: int = setting(500, "maximum number of examples per task in a CORE evaluation")
+    sample_every: int = setting(2000, "how often to print sample text, in steps (-1: never)")
 
 
 @dataclass(frozen=True)
 class Doctor(Base):
-    """Show what this machine is, whether everything is in place, and how long pretraining would take here."""
+    """Show this machine's hardware, whether pretraining can run here, and how long pretraining would take."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ class Mid(Train):
     """Midtraining on conversations and tasks in chat format, with loss on every token."""
 
     table: ClassVar[str] = "mid"
-    source: str = setting("base", "parent stage: training starts from its weights", choices=STAGES)
+    source: str = setting("base", "stage of the model that training starts from", choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
@@ -311,7 +312,7 @@ class Sft(Train):
     """Supervised finetuning on whole conversations, with loss on the assistant's tokens."""
 
     table: ClassVar[str] = "sft"
-    source: str = setting("mid", "parent stage: training starts from its weights", choices=STAGES)
+    source: str = setting("mid", "stage of the model that training starts from", choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
@@ -321,15 +322,15 @@ class Sft(Train):
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, VAL_MIXTURE)
     total_batch_size: int = setting(0, AUTO_BATCH, auto=True, low=1)
     target_examples_per_step: int = setting(
-        32, "average conversations per optimizer step if --total_batch_size is auto", low=1
+        32, "average number of conversations per optimizer step, if --total_batch_size is auto", low=1
     )
     num_epochs: int = setting(1, "passes over the mixture", low=1)
     init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
     eval_every: int = setting(100, EVAL_EVERY)
     eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
-    eval_metrics_every: int = setting(200, "steps between evaluations of --eval_metrics_tasks (-1: never)")
-    eval_metrics_tasks: str = setting("mmlu|arc-easy", "tasks to evaluate during training, joined by |")
-    eval_metrics_max_problems: int = setting(1024, "maximum problems per task in evaluations during training")
+    eval_metrics_every: int = setting(200, "steps between evaluations on --eval_metrics_tasks (-1: never)")
+    eval_metrics_tasks: str = setting("mmlu|arc-easy", "names of the tasks to evaluate during training, joined by |")
+    eval_metrics_max_problems: int = setting(1024, "maximum number of problems per task in an evaluation")
 
 
 @dataclass(frozen=True)
@@ -337,16 +338,16 @@ class Rl(Train):
     """Reinforcement learning on tasks whose answers can be checked."""
 
     table: ClassVar[str] = "rl"
-    source: str = setting("sft", "parent stage: training starts from its weights", choices=STAGES)
+    source: str = setting("sft", "stage of the model that training starts from", choices=STAGES)
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", TASK_DATA_DIR)
-    device_batch_size: int = setting(8, "rows per micro-batch on each device; lower it if memory runs out", low=1)
-    examples_per_step: int = setting(16, "problems to train on per step", low=1)
+    device_batch_size: int = setting(8, "rows per device in a micro-batch; choose fewer if memory runs out", low=1)
+    examples_per_step: int = setting(16, "number of problems to train on per step", low=1)
     num_samples: int = setting(
-        16, "answers sampled per problem; an answer's advantage is its reward minus the problem's mean reward", low=2
+        16, "answers per problem; an answer's advantage is its reward minus the mean reward of these answers", low=2
     )
     oversampling: int = setting(
-        1, "problems to answer, as a multiple of --examples_per_step; those with unequal rewards are preferred", low=1
+        1, "problems to answer for each problem to train on; problems with unequal rewards are preferred", low=1
     )
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
@@ -355,7 +356,7 @@ class Rl(Train):
     num_epochs: int = setting(1, "passes over the problems", low=1)
     eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
     eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
-    eval_samples: int = setting(8, "answers sampled per problem in evaluations of pass@k, and the largest k", low=1)
+    eval_samples: int = setting(8, "answers sampled per problem to evaluate pass@k, for k up to this number", low=1)
     save_every: int = setting(60, SAVE_EVERY)
 
 
@@ -369,16 +370,16 @@ class TokTrain(Settings):
 
     table: ClassVar[str] = "tok"
     data: str = setting(
-        "", "text source: fineweb-edu, climbmix or local (default: the current tokenizer's source, else local)"
+        "", "text source: fineweb-edu, climbmix or local (default: that of the current tokenizer, else local)"
     )
     data_dir: str = setting("", DATA_DIR)
     num_files: int = setting(
-        8, "training shards to read if the text is from the hub (-1: all that `nanochat_jax.dataset` requested)"
+        8, "number of the hub's training shards to read (-1: all that nanochat_jax.dataset was told to download)"
     )
     max_chars: int = setting(10_000_000_000, "maximum characters to train on", low=1)
     doc_cap: int = setting(10_000, "maximum characters per document; longer documents are truncated", low=1)
-    vocab_size: int = setting(65536, "vocabulary size: 256 bytes, merges and 9 special tokens", low=256 + 9)
-    fresh: bool = setting(False, "train again even if this tokenizer exists")
+    vocab_size: int = setting(65536, "tokens in the vocabulary: 256 bytes, 9 special tokens, and merges", low=256 + 9)
+    fresh: bool = setting(False, "train even if a tokenizer with these settings exists")
 
 
 @dataclass(frozen=True)
@@ -386,7 +387,7 @@ class TokEval(Settings):
     """Compare the tokenizer with the tokenizers of GPT-2 and GPT-4."""
 
     table: ClassVar[str] = "tok"
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's source)")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
     data_dir: str = setting("", DATA_DIR)
 
 
@@ -396,16 +397,16 @@ class Dataset(Settings):
 
     table: ClassVar[str] = "dataset"
     data: str = setting("fineweb-edu", "text source: fineweb-edu, climbmix or local")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert, instead of --data")
-    num_files: int = setting(-1, "training shards to download besides the validation shard (-1: all)")
+    data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert instead of downloading --data")
+    num_files: int = setting(-1, "training shards to download, not counting the validation shard (-1: all)")
     num_workers: int = setting(4, "parallel downloads")
-    verify: bool = setting(False, "hash every shard again, and download those that are damaged")
-    tokenize: bool = setting(False, "cache the tokens of all text; training then makes the same batches with less work")
+    verify: bool = setting(False, "check the hash of every shard, and download damaged shards again")
+    tokenize: bool = setting(False, "cache the tokens of all text; training makes the same batches, with less work")
 
 
 @dataclass(frozen=True)
 class Load(Settings):
-    """Settings that say which model to load, and where it runs."""
+    """The settings of commands that load a trained model."""
 
     source: str = setting("sft", "stage of the model to load", choices=STAGES)
     model_tag: str = setting("", "name of the run to load (default: the most recently saved run of the stage)")
@@ -421,8 +422,8 @@ class BaseLoss(Load):
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage of the model to load", choices=STAGES)
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
-    split_tokens: int = setting(20 * 524288, "tokens to evaluate in each split (train and val)", low=1)
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the run's source)")
+    split_tokens: int = setting(20 * 524288, "number of tokens to evaluate in each split (train and val)", low=1)
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the model was trained on)")
     data_dir: str = setting("", DATA_DIR)
 
 
@@ -432,26 +433,26 @@ class BaseEval(Load):
 
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage of the model to load", choices=STAGES)
-    max_per_task: int = setting(-1, "maximum examples per task (-1: all)")
+    max_per_task: int = setting(-1, "maximum number of examples per task (-1: all)")
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
     core_dir: str = setting("", CORE_DIR)
 
 
 @dataclass(frozen=True)
 class ChatEval(Load):
-    """Evaluate a model on chat tasks: multiple choice, and answers that are generated and checked."""
+    """Evaluate a model on chat tasks: multiple-choice questions, and problems whose written answers are checked."""
 
     table: ClassVar[str] = "eval"
     source: str = setting("", "stage of the model to load (required)", choices=STAGES)
-    task_name: str = setting("", "tasks joined by | (default: all six of ChatCORE)")
-    split: str = setting("test", "split to evaluate; use val to choose settings", choices=("train", "val", "test"))
+    task_name: str = setting("", "names of tasks, joined by | (default: the six tasks of ChatCORE)")
+    split: str = setting("test", "split to evaluate on; val is for choosing settings", choices=("train", "val", "test"))
     temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
     max_new_tokens: int = setting(512, "maximum tokens per answer", low=1)
-    num_samples: int = setting(1, "answers per problem; a problem is solved if any of them is right (pass@k)", low=1)
+    num_samples: int = setting(1, "answers per problem; a problem is solved if any answer is right (pass@k)", low=1)
     top_k: int = setting(50, TOP_K, low=0)
     batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
     slots: int = setting(0, "answers generated at once per device (auto: as many as fit in memory)", auto=True, low=1)
-    max_problems: int = setting(-1, "maximum problems per task (-1: all)")
+    max_problems: int = setting(-1, "maximum number of problems per task (-1: all)")
     seed: int = setting(42, "random seed for sampling")
     task_data_dir: str = setting("", TASK_DATA_DIR)
 
@@ -473,26 +474,26 @@ class ChatWeb(Load):
     """Talk to the model in the browser."""
 
     table: ClassVar[str] = "chat"
-    temperature: float = setting(0.8, "sampling temperature unless a request sets it (0: greedy)", low=0, high=2)
-    top_k: int = setting(50, "sample from the k most likely tokens unless a request sets k (0: all)", low=0, high=200)
-    max_new_tokens: int = setting(512, "maximum tokens per answer; requests may ask for fewer", low=1, high=4096)
+    temperature: float = setting(0.8, "sampling temperature if a request sets none (0: greedy)", low=0, high=2)
+    top_k: int = setting(50, "sample from the k most likely tokens (0: from all); a request may set k", low=0, high=200)
+    max_new_tokens: int = setting(512, "maximum tokens per answer; a request may ask for fewer", low=1, high=4096)
     port: int = setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
     host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: everyone in the network can chat)")
-    num_gpus: int = setting(1, "GPUs to use; each holds a copy of the model and has its own --slots", low=1, high=1024)
-    slots: int = setting(4, "answers generated at once on each GPU", low=1, high=1024)
+    num_gpus: int = setting(1, "GPUs to use; each holds a copy of the model and has --slots slots", low=1, high=1024)
+    slots: int = setting(4, "number of answers that each GPU generates at once", low=1, high=1024)
     max_waiting: int = setting(
-        64, "requests that may wait for a slot; further ones are refused with 429 (retry later)", low=0, high=100_000
+        64, "maximum number of requests that wait for a slot; further requests get status 429", low=0, high=100_000
     )
     timeout: float = setting(600.0, "seconds a request may take, including its wait for a slot (0: no limit)", low=0)
     api_key: str = setting("", "key that clients must send (default: $NANOCHAT_API_KEY; empty: no key is needed)")
-    cors: str = setting("", "origins of the websites that may use the API, joined by commas (*: all)")
+    cors: str = setting("", "origins of websites that may use the API, joined by commas (*: all websites)")
     log_chats: bool = setting(False, "write prompts and answers to the log")
 
 
 @dataclass(frozen=True)
 class Report(Settings):
-    """Write report.md: what was run, how long it took, and how good the result is."""
+    """Write report.md, which says what was run, how long it took, and how good the result is."""
 
     command: str = setting("", REPORT, choices=("reset", "generate"), positional=True)
-    model_tag: str = setting("", "name of the runs (default: the most recently saved run of each stage)")
-    output: str = setting("report.md", "file for a copy of the report")
+    model_tag: str = setting("", "name of the runs to report (default: the most recently saved run of each stage)")
+    output: str = setting("report.md", "where to write a copy of the report")

@@ -1,9 +1,12 @@
 """Talk to the model in the terminal.
 
-python -m scripts.chat_cli                        a conversation: /help lists the commands, Ctrl-C stops an answer
-python -m scripts.chat_cli -p "Why is it blue?"   one answer
-python -m scripts.chat_cli -i mid -t 0            the mid model, greedily
-python -m scripts.chat_cli < questions.txt        one answer per question; everything else goes to stderr
+python -m scripts.chat_cli                        Starts a conversation. /help lists the commands.
+
+python -m scripts.chat_cli -p "Why is it blue?"   Prints one answer.
+
+python -m scripts.chat_cli -i mid -t 0            Uses the model of stage mid, with greedy sampling.
+
+python -m scripts.chat_cli < questions.txt        Answers one question per line. Prints only answers on stdout.
 """
 
 import contextlib
@@ -23,28 +26,28 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # only for types: this would import JAX, and slow down --help
+if TYPE_CHECKING:  # type checkers only: at run time, this would import JAX and slow down --help
     from nanochat_jax.engine.engine import Engine
 
 Number = TypeVar("Number", int, float)
 
-CHUNK = 8  # tokens decoded per step: few, so that text appears smoothly
+CHUNK = 8  # tokens decoded per step; few, so that text appears smoothly
 HISTORY = 1000  # typed lines remembered from one conversation to the next
 QUIT = ("quit", "exit", "/quit", "/exit")
-# Characters removed from the model's text, since they could move the cursor or recolour the terminal.
+# These characters are removed from the model's text, since they could move the cursor or recolour the terminal.
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def main(cfg: config.ChatCli) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks instead
+        sys.stdout.reconfigure(errors="replace")  # print ? for a character that stdout cannot show
 
     from nanochat_jax import checkpoint
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
     from nanochat_jax.parallel import devices
 
-    # The loader's messages go to stderr: stdout holds only the answers, for programs that read it through a pipe.
+    # Loading prints its messages to stderr, since a program that reads stdout through a pipe expects only answers.
     devices.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
@@ -62,33 +65,32 @@ def main(cfg: config.ChatCli) -> None:
                 pass
         with line_editing():
             converse(chat)
-    except BrokenPipeError:  # the program that reads the output, such as head, has read enough
+    except BrokenPipeError:  # the program that reads the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 class Chat:
-    """A conversation, and the engine that continues it."""
+    """A conversation with the model of an engine."""
 
     def __init__(self, engine: "Engine", cfg: config.ChatCli):
         self.engine, self.cfg = engine, cfg
         self.system = ""
-        self.messages: list[dict] = []  # the user's messages and the answers, alternating
-        self.tokens, self.cut = 0, False  # the last answer's length in tokens, and whether this was the maximum
+        self.messages: list[dict] = []  # the user's messages and the answers, in turn
+        self.tokens, self.cut = 0, False  # of the last answer: number of tokens, and whether the maximum cut it off
 
     def answer(
         self, text: str, stop: threading.Event | None = None
     ) -> tuple[int, Generator[tuple[str, str], None, None]]:
-        """Starts answering `text`. Returns how many old messages were dropped to make room, and an iterator. The
-        iterator yields the answer's parts (see PartReader) as they are generated, until the answer ends or `stop` is
-        set.
+        """Starts to answer `text`. Returns the number of old messages that were dropped to make room, and an iterator
+        over the parts of the answer (see PartReader).
 
-        `text` and the answer become part of the conversation when the iterator ends or is closed. Raises UserError if
-        `text` is too long.
+        The iterator yields each part as it is generated, until the answer ends or `stop` is set. When the iterator ends
+        or is closed, `text` and the answer are added to the conversation. Raises UserError if `text` is too long.
         """
         from nanochat_jax.conversation import prompt
 
-        text = text.encode("utf-8", "replace").decode()  # the input may contain an incomplete character
+        text = text.encode("utf-8", "replace").decode()  # the input may not be valid UTF-8
         question = {"role": "user", "content": text}
         context, longest = self.engine.model_cfg.sequence_len, self.cfg.max_new_tokens
         ids, dropped = prompt(self.engine.tokenizer, self.conversation([question]), context, longest)
@@ -96,7 +98,7 @@ class Chat:
         return dropped, self._stream(question, ids, stop)
 
     def conversation(self, more: Sequence[dict] = ()) -> list[dict]:
-        """The conversation's messages: the system prompt if there is one, all messages so far, and `more`."""
+        """Returns the system prompt, if there is one, then all messages so far, then `more`."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages, *more]
 
     def _stream(
@@ -121,7 +123,7 @@ class Chat:
                     yield from reader.read(event.ids)
             yield from reader.read((), end=True)
         finally:
-            # In later turns, the model sees this answer as complete, even if the maximum length or Ctrl-C ended it.
+            # In later turns, the model sees this answer as complete, even if it was cut off or stopped by Ctrl-C.
             if answer:
                 self.messages += [question, message(self.engine.tokenizer, answer)]
 
@@ -131,7 +133,7 @@ class Chat:
 
 
 def converse(chat: Chat) -> None:
-    """Reads messages and prints answers until the user quits, presses Ctrl-C twice at the prompt, or input ends."""
+    """Reads messages and prints answers until the user quits, presses Ctrl-C twice at the prompt, or the input ends."""
     typed = interactive()
     if typed:
         print("Talk to the model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits.")
@@ -164,10 +166,10 @@ def converse(chat: Chat) -> None:
 
 
 def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
-    """Prints the answer to `text` while it is generated, until it ends or `stop` is set."""
+    """Prints the answer to `text` as it is generated, until the answer ends or `stop` is set."""
     dropped, parts = chat.answer(text, stop)
     if dropped:
-        turns = "turn was" if dropped == 2 else f"{dropped // 2} turns were"  # a turn: a message and its answer
+        turns = "turn was" if dropped == 2 else f"{dropped // 2} turns were"  # a turn is a message and its answer
         note(f"[the context is full: the oldest {turns} dropped]")
     display, start = Display(colored()), time.perf_counter()
     with contextlib.closing(parts):
@@ -182,9 +184,9 @@ def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Generator[threading.Event, None, None]:
-    """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts the program.
+    """Yields an event, which the first Ctrl-C sets. A second Ctrl-C interrupts the program.
 
-    An exception in the middle of a step would leave the engine without its cache, so an answer stops between two steps.
+    The event stops an answer between two steps: an exception during a step would leave the engine without its cache.
     """
     stop = threading.Event()
 
@@ -204,7 +206,7 @@ def stoppable() -> Generator[threading.Event, None, None]:
 
 
 def run_command(chat: Chat, text: str) -> bool:
-    """If `text` is a command, runs it and returns True; otherwise returns False. Raises UserError if the command fails.
+    """Runs `text` if it is a command, and returns whether it is one. Raises UserError if the command fails.
 
     An unknown command is an error only at a terminal: in a file of questions, a line may begin with a slash by chance.
     """
@@ -239,7 +241,7 @@ def set_top_k(chat: Chat, value: str) -> None:
 
 
 def number(kind: type[Number], command: str, value: str, example: Number) -> Number:
-    """`value` as a number of type `kind`. Raises UserError, giving an example, if it is not a number."""
+    """Converts `value` to type `kind`. Raises UserError if `value` is not a number; the message shows `example`."""
     try:
         return kind(value)
     except ValueError:
@@ -253,7 +255,7 @@ def set_system(chat: Chat, value: str) -> None:
 
 
 def save(chat: Chat, value: str) -> None:
-    """Appends the conversation to the file `value` as one line, a JSON array of messages."""
+    """Appends the conversation to the file `value`, as one line with a JSON array of messages."""
     if not value:
         raise config.UserError("/save: name a file, like /save chat.jsonl")
     if not chat.messages:
@@ -269,9 +271,10 @@ def save(chat: Chat, value: str) -> None:
 
 
 def plain_text(message: dict) -> dict:
-    """Joins the parts of a message if all are text, since training files store a message's content as a string.
+    """Joins the parts of a message if all are text, since the content is a string in training files.
 
-    {"content": [{"type": "text", "text": "4"}]} -> {"content": "4"}; a message with a calculator call stays as it is.
+    {"content": [{"type": "text", "text": "4"}]} becomes {"content": "4"}. A message with a calculator call is returned
+    unchanged.
     """
     content = message["content"]
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
@@ -290,7 +293,7 @@ def show_help(chat: Chat, value: str) -> None:
 class Command:
     usage: str
     help: str
-    run: Callable[[Chat, str], None]  # receives the text after the command's name
+    run: Callable[[Chat, str], None]  # its second argument is the text after the command's name
 
 
 COMMANDS = {
@@ -310,14 +313,14 @@ COMMANDS = {
 
 
 class Display:
-    """Prints an answer part by part; a calculator's call and its result appear in brackets: [37*12 = 444]."""
+    """Prints an answer part by part. A calculator call and its result appear in brackets: [37*12 = 444]."""
 
     def __init__(self, color: bool):
         self._color = color
-        self._call: str | None = None  # the last calculator call, not printed yet since its result may follow
+        self._call: str | None = None  # a calculator call to print later, with its result if there is one
 
     def show(self, kind: str, text: str) -> None:
-        """Prints the next part of the answer, given its kind and text as PartReader returns them."""
+        """Prints the next part of the answer. `kind` and `text` come from PartReader."""
         if kind == "python_output":
             self._show_call(text)
             return
@@ -328,7 +331,7 @@ class Display:
             self._write(text)
 
     def finish(self) -> None:
-        """Prints the last calculator call if it got no result, and ends the line."""
+        """Prints a calculator call that still waits for its result, and ends the line."""
         self._show_call()
         self._write("\n")
 
@@ -346,8 +349,8 @@ class Display:
 
 
 def note(text: str) -> None:
-    """Prints text that is not part of an answer. It goes to stderr unless stdout is a terminal, so that a pipe gets
-    only answers."""
+    """Prints text that is not part of an answer. If stdout is not a terminal, the text goes to stderr, so that a pipe
+    gets only answers."""
     if sys.stdout.isatty():
         print(dim(text, colored()), flush=True)
     else:
@@ -359,19 +362,18 @@ def dim(text: str, color: bool) -> str:
 
 
 def colored() -> bool:
-    """Whether to print in color: stdout is a terminal, and NO_COLOR (see no-color.org) is empty or not set."""
+    """Returns whether stdout is a terminal and NO_COLOR (see no-color.org) is empty or not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def interactive() -> bool:
-    """Whether a person, not a program, types the input and reads the output."""
+    """Returns whether a person, not a program, types the input and reads the output."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 @contextlib.contextmanager
 def line_editing() -> Generator[None, None, None]:
-    """Within the block, input() offers line editing, completion of commands, and a history kept across
-    conversations."""
+    """Within the block, input() offers line editing, completion of commands, and the lines of earlier conversations."""
     try:
         import readline
     except ImportError:
@@ -384,8 +386,8 @@ def line_editing() -> Generator[None, None, None]:
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, i: ([n for n in names if text and n.startswith(text)] + [None])[i])
     readline.parse_and_bind("tab: complete")
-    readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
-    with contextlib.suppress(OSError):  # the file may not exist yet
+    readline.parse_and_bind("set enable-bracketed-paste on")  # makes several pasted lines one message
+    with contextlib.suppress(OSError):  # there may be no such file yet
         readline.read_history_file(path)
     try:
         yield

@@ -1,6 +1,6 @@
-"""Reads text files of any supported format. In: a .parquet, .jsonl, .jsonl.gz or .txt file. Out: its documents, as str.
+"""Reads the documents of a text file, and shuffles documents.
 
-Also shuffles documents, for the corpora that sources.py writes as parquet.
+In: a .parquet, .jsonl, .jsonl.gz or .txt file. Out: documents, as str.
 """
 
 import gzip
@@ -14,15 +14,15 @@ from pathlib import Path
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.data import parquet
 
-SHUFFLE_CHARS = 1_000_000_000  # converted text is shuffled in windows of this many characters, to limit the memory used
+SHUFFLE_CHARS = 1_000_000_000  # documents are shuffled in groups of about this many characters, to limit memory
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
 def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
-    """The non-empty documents of one file, with long ones split.
+    """Yields the documents of a file. Empty documents are skipped, and long documents are split.
 
-    Raises UserError, naming the file or line, if something in the file cannot be read. `counts` is updated with the
-    number of documents, and with how many of them are empty, too long or not valid Unicode.
+    Raises UserError, which names the file, if part of the file cannot be read. Adds to `counts` the number of
+    documents, of empty documents, of documents that are too long, and of documents that are not valid Unicode.
     """
     counts = Counter() if counts is None else counts
     for text in parquet.texts_of(path) if path.suffix == ".parquet" else _read_documents(path):
@@ -39,7 +39,7 @@ def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
 
 
 def _read_documents(path: Path) -> Iterator[str]:
-    """Documents of a .jsonl, .jsonl.gz or .txt file, empty ones included."""
+    """Yields the documents of a .jsonl, .jsonl.gz or .txt file, including empty documents."""
     try:
         if path.suffix == ".txt":
             yield from _paragraphs(path.read_text(encoding="utf-8"))
@@ -59,9 +59,9 @@ def _read_documents(path: Path) -> Iterator[str]:
 
 
 def _json_text(line: str, where: str) -> str:
-    """'{"text": "Hello", "id": 7}' -> "Hello".
+    """Returns the text in a line of JSON: from '{"text": "Hello", "id": 7}', returns "Hello".
 
-    Raises UserError if there is no text. The message begins with `where`.
+    Raises UserError, with a message that begins with `where`, if the line has no text.
     """
     try:
         value = json.loads(line)
@@ -74,10 +74,10 @@ def _json_text(line: str, where: str) -> str:
 
 
 def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
-    """Groups the paragraphs of a plain text into documents of about `size` characters: if a whole book were one
-    document, there would be nothing to shuffle.
+    """Joins successive paragraphs into documents of about `size` characters. A book becomes many documents, which can
+    be shuffled.
 
-    With size=10: "one\\n\\ntwo\\n\\nthree" -> "one\\n\\ntwo", "three".
+    With size=10, the text "one\\n\\ntwo\\n\\nthree" becomes two documents, "one\\n\\ntwo" and "three".
     """
     block, length = [], 0
     for paragraph in text.split("\n\n"):
@@ -91,8 +91,8 @@ def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
 
 
 def shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
-    """The same texts in random order. Training reads shards in order, so documents are shuffled before they are
-    written. The hub's shards are shuffled already."""
+    """Yields `texts` in random order. Training reads a shard from start to end, so documents must be shuffled before
+    they are written. The hub's shards need no shuffling."""
     rng, window, chars = random.Random(seed), [], 0
     for text in texts:
         window.append(text)

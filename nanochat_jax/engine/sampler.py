@@ -1,9 +1,8 @@
-"""Samples the next token of every row on the device, each row with its own settings.
+"""Samples the next token of each row, on the device. Each row has its own sampling settings.
 
-A row's noise depends only on its seed, its sample number and the position of the token, so a request gives the same
-text whether it runs alone or with others. Rows without top-k and top-p draw Gumbel noise for every token id of the
-vocabulary. Rows with top-k or top-p draw noise only for the most likely tokens, one value for each rank, which saves
-work.
+A row's noise depends only on the row's seed, its sample number and the token's position, so a request gives the same
+text whether it runs alone or with others. A row without top-k and top-p draws Gumbel noise for every token id of the
+vocabulary. A row with top-k or top-p saves work: it draws noise only for its most likely tokens, one value per rank.
 """
 
 from typing import NamedTuple
@@ -12,33 +11,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WIDTHS = (64, 256)  # how many candidates top-k may rank; for a larger k, the whole vocabulary is ranked
-COLDEST = 1e-5  # the lowest temperature to divide by; below it, a float32 softmax is an argmax, and division overflows
+WIDTHS = (64, 256)  # the sampler ranks this many likely tokens, or the whole vocabulary if 256 are too few
+COLDEST = 1e-5  # lower temperatures are raised to this one, so that division does not overflow
 
 
 Array = jax.Array | np.ndarray  # a numpy array on the host, a traced array within jit
 
 
 class Settings(NamedTuple):
-    """The sampling settings of each row; arrays [b]."""
+    """The sampling settings of all rows. Each field is an array [b]."""
 
     seed: Array  # uint32
-    sample: Array  # int32, which of the request's samples
+    sample: Array  # int32, index of the row's sample within the request
     temperature: Array  # float32, 0: greedy
     top_k: Array  # int32, 0: off
     top_p: Array  # float32, 1: off
 
 
 class Plan(NamedTuple):
-    """What the compiled sampler must support; a static argument. A plan decides which operations run, but it does not
-    change the token that a row draws."""
+    """Which operations the compiled sampler needs, as a static argument. A row draws the same token under every plan
+    that has the operations the row needs."""
 
-    width: int  # number of candidates to rank; 0: no row uses top-k or top-p
+    width: int  # number of most likely tokens to rank; 0: no row uses top-k or top-p
     noise: bool  # whether any row samples from the whole vocabulary
 
 
 def plan(settings: Settings, vocab_size: int) -> Plan:
-    """The cheapest plan for these settings (numpy arrays). Few plans exist, so that few programs are compiled."""
+    """Returns the cheapest plan for `settings` (numpy arrays). Few plans exist, so that few programs are compiled."""
     warm = settings.temperature > 0
     by_k, by_p = warm & (settings.top_k > 0), warm & (settings.top_p < 1)
     widest = int(np.max(settings.top_k, where=by_k, initial=0))
@@ -49,9 +48,10 @@ def plan(settings: Settings, vocab_size: int) -> Plan:
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Plan) -> jax.Array:
-    """Samples a token from each row of logits float32 [b,v] -> int32 [b]; `position` [b] is the token's place.
+    """Samples a token from each row: logits float32 [b,v] -> token ids int32 [b].
 
-    Temperature is applied first, then top-k, then top-p to the renormalised rest (the order in transformers).
+    `position` [b] holds the positions of these tokens. As in the transformers library, temperature is applied first,
+    then top-k, then top-p to the renormalised probabilities.
     """
     token = _argmax(logits)
     if not (plan.width or plan.noise):
@@ -70,23 +70,23 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The index int32 [b] of the largest entry of each row of x [b,v]; of equal entries, the first.
+    """Returns the index, int32 [b], of the largest entry in each row of x [b,v]. If entries are equal, the first wins.
 
-    It uses two plain reductions, which XLA:CPU vectorises. On a CPU, this is four times as fast as `jnp.argmax`, which
-    is a single reduction over pairs of a value and an index.
+    On a CPU, this is four times as fast as `jnp.argmax`. XLA:CPU vectorises the two plain reductions used here, but not
+    the single reduction over (value, index) pairs of `jnp.argmax`.
     """
-    last = x.shape[-1] - 1  # also the result for a row of NaN
+    last = x.shape[-1] - 1  # the result for a row with a NaN
     places = jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.where(x == x.max(-1, keepdims=True), places, last).min(-1)
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
-    """Samples a token for each row from its `width` most likely tokens, filtered by top-k and top-p."""
+    """Samples a token for each row, from those of its `width` most likely tokens that top-k and top-p keep."""
     scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)
-    # The total probability of all more likely tokens. It is 0 for the first token, which is therefore always kept.
+    # For each token, the total probability of the more likely tokens. The first token has 0, so it is always kept.
     before = jnp.cumsum(p, axis=-1) - p
     top_p = settings.top_p[:, None]
     scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)
@@ -95,16 +95,16 @@ def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width
 
 
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """Log-probability of token [b] under the full softmax of logits [b,v] at temperature 1.
+    """Returns the log-probability of `token` [b] under the softmax of `logits` [b,v].
 
-    How the token was chosen makes no difference.
+    The row's temperature, top-k and top-p do not change it.
     """
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def top_logprobs(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
-    """The `top` most likely tokens [b,top] of logits [b,v] and their log-probabilities; empty arrays if `top` is 0."""
+    """Returns the `top` most likely tokens [b,top] of `logits` [b,v], and the log-probabilities of these tokens."""
     if not top:
         return jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), logits.dtype)
     scores, ids = jax.lax.top_k(logits, top)
@@ -116,6 +116,5 @@ def _key(seed: Array, sample: Array, position: Array) -> jax.Array:
 
 
 def _gumbel(keys: jax.Array, width: int) -> jax.Array:
-    """Noise [b,width]. A wider draw begins with the same entries as a narrower one, because the bits are
-    counter-based."""
+    """Returns noise [b,width]. The bits are counter-based, so a narrower draw equals the beginning of a wider one."""
     return jax.vmap(lambda key: jax.random.gumbel(key, (width,)))(keys)

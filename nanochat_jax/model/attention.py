@@ -1,8 +1,9 @@
-"""Causal attention: over a whole sequence in training, and against a cache in decoding.
+"""Causal attention, over a whole sequence (for training) or over cached keys (for decoding).
 
-Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim. With a window of w, a
-query sees its own key and the w keys before it (FlashAttention's convention); with a window of 0, it sees its own key
-and all keys before it.
+Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim.
+
+A query sees its own key and the `window` keys before its own, as in FlashAttention. If `window` is 0, a query sees its
+own key and all earlier keys.
 """
 
 import functools
@@ -19,12 +20,12 @@ _chosen = "xla"  # the kernel that `causal_attention` uses; set by `choose_kerne
 
 
 def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
-    """Sets the kernel that `causal_attention` uses from now on. Returns the kernel and the reason for it.
+    """Sets the kernel that `causal_attention` uses from now on. Returns the kernel and why it was chosen.
 
-    `requested` is the value of --attention. If it is empty, the kernel is cuDNN where that works, else XLA. cuDNN is
-    tried out by forward and backward passes on a small input with the heads and windows of `model_cfg`. Whether cuDNN
-    works depends on the heads, the windows, the GPU, the driver and cuDNN's version. An error while the training step
-    compiles would say little about the cause. Raises UserError if the requested kernel does not work here.
+    `requested` is the value of --attention. If `requested` is empty, cuDNN is chosen where it works, else XLA. Whether
+    cuDNN works depends on its version, the GPU, the driver, the heads and the windows. Therefore, cuDNN is tried on a
+    small input with the heads and windows of `model_cfg`. Without this trial, compiling the training step might fail
+    with an error that says little about the cause. Raises UserError if the requested kernel does not work.
     """
     global _chosen
     assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
@@ -43,7 +44,7 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
 
 
 def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
-    """Tries cuDNN's forward and backward passes. Returns the first line of the error, or "" if they work."""
+    """Tries cuDNN's forward and backward passes. Returns the first line of the error, or "" if there is none."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> tuple[jax.Array, ...]:
@@ -54,21 +55,22 @@ def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
         kv = jnp.ones((1, 128, model_cfg.n_kv_head, model_cfg.head_dim), dtype)
         for window in sorted(set(model_cfg.windows)):
             jax.block_until_ready(gradients(q, kv, kv, window))
-    except Exception as error:  # whatever went wrong, the XLA kernel still works
+    except Exception as error:  # any error means that cuDNN cannot be used
         return first_line(error)
     return ""
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) -> jax.Array:
-    """Causal attention of q [b,t,h,k] to k, v [b,t,n,k] -> [b,t,h,k]; query head i uses kv head i // (h/n).
+    """Returns the causal attention [b,t,h,k] of q [b,t,h,k] to k and v [b,t,n,k].
 
-    The scores are scaled by 1/sqrt(head dim), and the softmax is computed in float32.
+    Query head i uses key/value head i // (h/n). The scores are scaled by 1/sqrt(head dim), and the softmax is computed
+    in float32.
     """
     return (_cudnn if _chosen == "cudnn" else _xla)(q, k, v, window)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """Flash attention. Causality and window are passed as flags, since a mask would take cuDNN off its fast path."""
+    """Flash attention. Causality and the window are passed as flags, since cuDNN is slower with a mask."""
     # If q has 2^31 elements or more, cuDNN 9.27 returns wrong gradients without an error.
     assert q.size < 2**31, f"queries {q.shape} have {q.size} elements: cuDNN's gradients are correct only below 2^31"
     local = (window, 0) if window else None
@@ -76,12 +78,12 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    # The queries are split into four blocks, and each block is multiplied only with the keys that its queries can see.
-    # Without a window, this computes 5/8 of all scores, and the other 3/8 would be masked anyway. On a CPU, with
-    # t = 256, the forward and backward passes take about two thirds of the time they would take with all scores.
+    # The queries are split into four blocks. Each block is multiplied only by the keys that its queries can see.
+    # Without a window, this computes 5/8 of all scores; the other 3/8 would be masked anyway. On a CPU with t = 256,
+    # computing all scores would make the forward and backward passes take about 1.5 times as long.
     b, t, h, d = q.shape
     n = k.shape[2]
-    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], g query heads per kv head
+    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], with g query heads per key/value head
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [b,n,s,k]
     block = t // 4 if t % 4 == 0 and t >= 128 else t
     out = []
@@ -98,21 +100,21 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
-    """Query positions [..., t] and key positions [s] -> bool [..., t, s]: whether each query sees each key."""
+    """Returns bool [..., t, s]: whether the query at position queries[..., t] sees the key at position keys[s]."""
     distance = queries[..., :, None] - jnp.expand_dims(keys, range(queries.ndim))
     return (distance >= 0) & (distance <= window) if window else distance >= 0
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
-    """Attention of q [b,t,h,k] to cached k, v [b,n,s,k] -> [b,t,h,k]. start [b] is the position of a row's first query.
+    """Returns the attention [b,t,h,k] of q [b,t,h,k] to cached k and v [b,n,s,k].
 
-    A query at position p sees cache positions 0 to p. With a window, it sees only the last `window` + 1 of these. The
-    softmax is computed in float32. If the cache has another dtype than q, the matmuls use the cache's dtype, and the
-    result is cast back to q's dtype.
+    `start` [b] holds the position of each row's first query. Without a window, a query at position p sees positions 0
+    to p of the cache; with a window, it sees positions p - window to p. The softmax is computed in float32. The matmuls
+    use the cache's dtype, and the result has q's dtype.
     """
     b, t, h, d = q.shape
     n, dtype = k.shape[1], q.dtype
-    # The axes are [b,n,g,t,k], as in `_xla`, since some CPUs have no bf16 dot for other axis orders.
+    # Axes [b,n,g,t,k], as in `_xla`: on some CPUs, bf16 products are not available for other axis orders.
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
     scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accum_dtype(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]

@@ -1,9 +1,9 @@
-"""Generated multiple-choice questions in MMLU's format. They ask for things that a tiny model can learn from its
-training text: first letters, which number is larger, kinds of things, opposites, plurals.
+"""Generates multiple-choice questions in MMLU's format. They ask for first letters, the largest or smallest number,
+kinds of things, opposites and plurals, which a tiny model can learn from its training text.
 
-A question asks the model to prefer one answer to three others. A hash assigns each comparison (question, answer, other)
-to one split, so a val or test question consists of three comparisons that never occur in training. All splits share the
-same words, since a model can only compare words that it knows.
+Each question makes three comparisons: the right answer with each of three wrong answers. A hash assigns every
+comparison to one split, so the comparisons of a val or test question never occur in training. All splits use the same
+words, since a model can compare only words that it knows.
 """
 
 import random
@@ -14,7 +14,7 @@ from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 4  # one comparison in this many occurs only in validation, and one only in the test
+HOLD_OUT = 4  # of this many comparisons, one belongs to the val split and one to the test split
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -70,10 +70,7 @@ class GeneratedChoice(Task):
         return multiple_choice.evaluate(conversation, completion)
 
     def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
-        """A question, its answer, and three wrong answers.
-
-        The comparison of each wrong answer with the right one belongs to this split.
-        """
+        """Returns a question, the right answer, and three wrong answers whose comparisons belong to this split."""
         make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
         while True:
             question, answer, candidates = make(rng)
@@ -86,7 +83,7 @@ class GeneratedChoice(Task):
 
 
 def split_of(question: str, answer: str, other: str) -> str:
-    """The only split in which `question` offers `other` beside the right `answer`: "train", "val" or "test"."""
+    """Returns the one split ("train", "val" or "test") in which `question` may offer the wrong answer `other`."""
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{question}|{answer}|{other}".encode()) % HOLD_OUT, "train")
 
 
@@ -111,7 +108,7 @@ def _smallest(rng: random.Random) -> tuple[str, str, Iterator[str]]:
 
 
 def _numbers(low: int, high: int, rng: random.Random) -> Iterator[str]:
-    """Up to 40 different numbers from low to high, in random order."""
+    """Returns up to 40 different numbers from `low` to `high`, in random order."""
     return map(str, rng.sample(range(low, high + 1), min(high - low + 1, 40)))
 
 

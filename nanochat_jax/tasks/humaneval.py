@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al., 2021): the model gets a Python function's signature and docstring, and writes the function.
+"""HumanEval (Chen et al., 2021): the model writes a Python function, given its signature and docstring.
 
 An answer is right if the function passes the unit tests.
 """
@@ -15,13 +15,13 @@ _FENCED = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
 
 
 def extract_code(completion: str) -> str:
-    """The first fenced code block of an answer, or the whole answer if it has none."""
+    """Returns the first fenced code block of an answer, or the whole answer if there is no such block."""
     match = _FENCED.search(completion)
     return (match[1] if match else completion).strip()
 
 
 def extract_imports(prompt: str) -> str:
-    """The import lines at the start of a prompt. An answer may leave them out but still need them."""
+    """Returns the import lines at the start of a prompt. An answer may need these imports without repeating them."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()
@@ -33,7 +33,7 @@ def extract_imports(prompt: str) -> str:
 
 
 def program(conversation: dict, completion: str) -> str:
-    """A program that ends without an exception if and only if `completion` passes the tests."""
+    """Returns a program that tests `completion`: it raises an exception unless all tests pass."""
     imports = extract_imports(conversation["messages"][0]["content"])
     call = f"check({conversation['entry_point']})"
     return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"

@@ -1,8 +1,8 @@
-"""SmolTalk, the version for small models (Allal et al., 2025): general chat. For training only.
+"""SmolTalk (Allal et al., 2025), in the version for small models: general conversations. For training only.
 
-A local folder may hold smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations in chat/*.jsonl, where each
-line is one JSON array of messages. The conversations in chat/ are split by a hash of their first message: one in twenty
-of these first messages is held out, and the conversations that begin with it form the test split.
+A local folder holds either smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations in chat/*.jsonl. Each
+line of a file in chat/ is a JSON array of messages. In chat/, a conversation's split depends on a hash of its first
+message: one in twenty first messages belongs to the test split.
 """
 
 import zlib
@@ -12,14 +12,14 @@ from nanochat_jax.config import UserError
 from nanochat_jax.tasks import task_data
 
 REPO = "HuggingFaceTB/smol-smoltalk"
-HOLD_OUT = 20  # of this many first messages, one is held out for the test
+HOLD_OUT = 20  # of this many first messages, one belongs to the test split
 
 
 def check_messages(messages: list, where: str) -> list:
-    """Returns `messages` if they are a conversation that can be rendered, and raises UserError otherwise.
+    """Returns `messages`. Raises UserError if they are not a valid conversation.
 
-    A conversation is an optional system message, then messages of the user and the assistant in turn, at least one of
-    each. The content of every message is text.
+    A valid conversation may begin with a system message. Then the user and the assistant take turns, with at least one
+    message each. The content of every message is text.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: expected a list of messages")
@@ -53,7 +53,7 @@ class SmolTalk(task_data.RowTask):
 
 
 def _chat_folder(data_dir: Path, split: str) -> list:
-    """Conversations from chat/*.jsonl, split by first message, so that no conversation ends up in both splits."""
+    """Returns the conversations of `split` from chat/*.jsonl. No conversation is in more than one split."""
     stems = sorted({f"chat/{path.name.split('.jsonl')[0]}" for path in (data_dir / "chat").glob("*.jsonl*")})
     rows = task_data.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
     rows = [row for row in rows if _held_out(row) == (split == "test")]

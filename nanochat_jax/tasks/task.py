@@ -1,8 +1,8 @@
-"""The interface of a task, which is a sequence of conversations and may also check answers.
+"""The interface of a task. A task is a sequence of conversations; if it is for evaluation, it can check answers.
 
-A conversation is {"messages": [{"role", "content"}, ...]}, plus whatever else the task needs to check an answer. The
-content of an assistant message is a string, or a list of parts {"type": "text" | "python" | "python_output", "text":
-str}. Views (slices, repetitions) and mixtures are tasks too.
+A conversation is a dict {"messages": [{"role": str, "content": ...}, ...]}. The task adds other keys if it needs them
+to check an answer. The content of an assistant message is a string, or a list of parts {"type": "text" | "python" |
+"python_output", "text": str}.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ class Task:
 
     eval_type: "generative" (generate an answer and check its text), "categorical" (compare the logits of the
     conversation's "letters"), or None (for training only). baseline: the score of guessing. has_val: whether the task
-    has a val split besides train and test, for use during training and tuning. Most tasks have no val split; for these
-    tasks, "val" means the test split. split: the split that these conversations belong to. It is set by `tasks.load`,
-    and may be "" in a task that was made without it.
+    has a val split, for evaluations during training and for choosing settings. Most tasks have no val split; for these
+    tasks, "val" means the test split. split: the split of these conversations, as set by `tasks.load`. In a task that
+    was made without `tasks.load`, it may be "".
     """
 
     name: str = ""
@@ -32,14 +32,14 @@ class Task:
     split: str = ""
 
     def __init__(self, split: str = "", data_dir: str | Path | None = None):
-        """data_dir: folder with the data of downloaded tasks. A task that needs no data ignores it."""
+        """`data_dir` is the folder with downloaded task data. A task that needs no data ignores `data_dir`."""
         self.split = split
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def example(self, index: int) -> dict:
-        """The conversation at 0 <= index < len(self)."""
+        """Returns the conversation at `index`, which is from 0 to len(self) - 1."""
         raise NotImplementedError
 
     @overload
@@ -49,23 +49,23 @@ class Task:
     def __getitem__(self, index: slice) -> "View": ...
 
     def __getitem__(self, index: int | slice) -> "dict | View":
-        if isinstance(index, slice):  # slice.indices() clips a slice to the length, as for lists
+        if isinstance(index, slice):  # slice.indices() limits a slice to the length, as lists do
             return View(self, range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a task with {len(self)} rows")
         return self.example(int(index) % len(self))
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether `completion`, the text of the assistant's answer, is right."""
+        """Returns whether `completion`, the text of the assistant's answer, is right."""
         raise NotImplementedError(f"{self.name or type(self).__name__} is for training only")
 
     def reward(self, conversation: dict, completion: str) -> float:
-        """1.0 for a right answer, else 0.0."""
+        """Returns 1.0 for a right answer, else 0.0."""
         return float(self.evaluate(conversation, completion))
 
 
 class View(Task):
-    """Some rows of a task, in the order of `indices`."""
+    """The rows of a task at `indices`, in that order. A row may be repeated."""
 
     def __init__(self, task: Task, indices: Sequence[int] | np.ndarray):
         self.task = task
@@ -87,19 +87,19 @@ class View(Task):
 
 
 def first_rows(task: Task, count: int) -> Task:
-    """The first `count` rows of a task (0: all of them). If the task has fewer, its rows are repeated, in order.
+    """Returns the first `count` rows of `task` (0: all rows). If `task` has fewer rows, they are repeated in order.
 
-    2 of [a, b, c] -> [a, b];  5 of [a, b, c] -> [a, b, c, a, b]
+    For the rows [a, b, c], a count of 2 gives [a, b], and a count of 5 gives [a, b, c, a, b].
     """
     return task if count in (0, len(task)) else View(task, np.arange(count) % len(task))
 
 
 class Mixture(Task):
-    """The rows of several tasks, shuffled once. If a task is listed twice, each of its rows occurs twice.
+    """The rows of several tasks, shuffled once. If a task is listed twice, its rows occur twice.
 
-    Each conversation gets a field "task": the index of the task that it comes from, which also checks the answer:
-
-        Sums [s0, s1, s2], Identity [i0, i1] -> [i0, s1, s2, i1, s0] with "task" 1, 0, 0, 1, 0
+    The mixture adds a key "task" to each conversation: the index of the task that the conversation comes from.
+    `evaluate` and `reward` call this task. For example, the rows [s0, s1, s2] of task 0 and [i0, i1] of task 1 become
+    [i0, s1, s2, i1, s0], with the "task" values 1, 0, 0, 1, 0.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42):
@@ -114,7 +114,8 @@ class Mixture(Task):
         return len(self.order)
 
     def hash(self) -> str:
-        """Hashes up to 127 equally spaced conversations per task, to detect changed data without reading everything."""
+        """Returns a hash that detects changed data. It covers at most 127 equally spaced conversations per task,
+        to save time."""
         digest = hashlib.sha256()
         for task in self.tasks:
             for index in range(0, len(task), max(1, len(task) // 64)):

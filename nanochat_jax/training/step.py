@@ -1,4 +1,4 @@
-"""One optimizer step, compiled as a whole: gradient accumulation, reduction, clipping, update."""
+"""The optimizer step. Gradient accumulation, reduction, clipping and update are compiled as one function."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -16,17 +16,17 @@ from nanochat_jax.parallel.sharding import Layout
 
 
 class TrainState(NamedTuple):
-    """Weights and optimizer state; a step consumes one state and returns the next."""
+    """Weights and optimizer state. A step consumes one state and returns the next."""
 
     params: gpt.Params
     opt_state: optax.OptState
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports: scalars that stay on the device until the loop reads them, one step late."""
+    """What a step reports, as scalars on the device. The training loop reads them one step later."""
 
     loss: jax.Array  # float32: mean cross-entropy of the counted targets
-    grad_norm: jax.Array  # float32: norm of the whole gradient, before clipping
+    grad_norm: jax.Array  # float32: norm of the whole gradient before clipping
     count: jax.Array  # int32: number of counted targets
     stop: jax.Array | None = None  # int32: positive if any process wants to stop; None if the batch has no `stop`
 
@@ -39,18 +39,19 @@ def make_step(
     layout: Layout | None = None,
     execution: gpt.Execution = gpt.PLAIN,
 ) -> jax.stages.Wrapped:
-    """Makes the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics).
+    """Returns the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics).
 
     The function donates `state`. `batch` holds inputs and targets, int32 [accum, rows, t]; targets of -1 are not
-    counted. Example: [2, 256, 2048] is two gradient accumulation steps, each with 32 rows on each of 8 devices. `batch`
-    may also hold weights, float32 of the same shape, one for each target, and `stop`, int32 [devices], whose sum is
-    reported. `lr_mult` is a float32 scalar, the factor on all learning rates.
+    counted. For example, [2, 256, 2048] means 2 micro-batches of 256 rows: 32 rows on each of 8 devices. `batch` may
+    hold two more arrays: weights, float32 [accum, rows, t], one for each target, and `stop`, int32 [devices], whose
+    sum is reported. `lr_mult` is a float32 scalar that multiplies all learning rates.
 
-    The loss is summed over all micro-batches and devices, then divided by the number of counted targets, so splitting a
-    batch differently changes only the rounding. Without counted targets, the loss is 0.
+    The loss is summed over all micro-batches and devices, then divided by the number of counted targets. How a batch
+    is split therefore affects only the rounding. If no targets are counted, the loss is 0.
 
-    With --shard=optimizer, each replica accumulates its own gradients (by a vmap over the replicas). One reduce-scatter
-    per step then sums them over the replicas. With --shard=full, the gradients are reduced in every micro-batch.
+    With --shard=optimizer, each replica accumulates its own gradients, under a vmap over the replicas, and one
+    reduce-scatter per step sums the gradients of all replicas. With --shard=full, the gradients of all replicas are
+    summed in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
     zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if replicas accumulate separately
@@ -58,17 +59,17 @@ def make_step(
         execution = dataclasses.replace(execution, gather=layout.gather)
 
     def loss_sum(params: gpt.Params, batch: dict[str, jax.Array]) -> jax.Array:
-        """Sum of the losses of one micro-batch [rows, t]."""
+        """Returns the sum of the losses of a micro-batch [rows, t]."""
         x = gpt.hidden(params, model_cfg, batch["inputs"], dtype, execution)
         with jax.named_scope("loss"):
             head = execution.gather("lm_head", params["lm_head"])[: model_cfg.vocab_size]
             rows, time = batch["targets"].shape
             weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
-            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # number of chunks for one device's rows
+            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # for the rows of one device
             return cross_entropy(x, head, batch["targets"], weights, model_cfg.softcap, chunks)
 
     def gradients(params: gpt.Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, gpt.Params]:
-        """Gradient accumulation: batch [accum, rows, t] -> (sum of losses, its gradient)."""
+        """Returns the sum of the losses of `batch` [accum, rows, t], and the gradient of that sum."""
         gradient_of = jax.value_and_grad(loss_sum)
         if zero1:  # losses [replicas], gradients [replicas, ...]
             gradient_of = jax.vmap(gradient_of, in_axes=(None, 0), spmd_axis_name=sharding.BATCH_AXES)
@@ -96,9 +97,9 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
         if grad_clip > 0:
-            # Clips the global gradient. The specification clips each rank's own gradient, so its result depends on the
-            # number of ranks. Clipping is off by default: the norm of the gradient does not exceed 1 in these runs, and
-            # clipping costs about 2% of the speed.
+            # Clips the global gradient. The specification instead clips the gradient of each rank, so that the result
+            # depends on the number of ranks. Clipping is off by default: the norm of the gradient does not exceed 1 in
+            # these runs, and clipping costs about 2% of the speed.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         if layout:
@@ -112,10 +113,10 @@ def make_step(
 
 
 def execution(cfg: Train) -> gpt.Execution:
-    """How the blocks are computed, according to --scan_layers, --remat and --shard."""
+    """Returns how the blocks are computed, according to --scan_layers, --remat and --shard."""
     policies = jax.checkpoint_policies
     known = {"none": None, "matmuls": policies.save_only_these_names(gpt.MATMUL), "full": policies.nothing_saveable}
     policy = known[cfg.remat]
-    if policy is None and cfg.shard == "full":  # keep no gathered weights: the backward pass all-gathers them again
+    if policy is None and cfg.shard == "full":  # discard gathered weights; the backward pass gathers them again
         policy = policies.save_anything_except_these_names(sharding.GATHERED)
     return gpt.Execution(cfg.scan_layers, policy)

@@ -1,7 +1,7 @@
-"""The evaluations during training: validation loss, CORE, samples, tasks.
+"""Evaluations during training: validation loss, CORE, samples, tasks.
 
-`evaluations_of` sets how often each evaluation runs, and RunControl runs the evaluations that are due. Results go to
-the run's log.
+`evaluations_of` says how often each evaluation runs, and RunControl runs each evaluation when it is due. The results
+are written to the run's log.
 """
 
 import functools
@@ -32,7 +32,7 @@ FEWER_EVALUATIONS = "turn off evaluations, with -1 for --core_metric_every, --sa
 
 
 def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | config.Sft) -> list[Evaluation]:
-    """Sets up the evaluations: validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
+    """Returns the evaluations: validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
 
     def evaluation(evaluate: Callable, every: int, **when: bool) -> Evaluation:
         return Evaluation(functools.partial(_evaluate, evaluate, run, stage), every, **when)
@@ -54,7 +54,7 @@ def _evaluate(evaluate: Callable[[Run, Stage, int], None], run: Run, stage: Stag
 
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
-    """Loads the tasks of --eval_metrics_tasks. This is done before the first step, so that errors show up early."""
+    """Loads the tasks of --eval_metrics_tasks. Called before the first step, so that errors appear early."""
     loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
     for task in loaded:
         if task.eval_type is None:
@@ -63,7 +63,7 @@ def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
 
 
 def validate(run: Run, stage: Stage, step: int) -> None:
-    """Logs bits per byte on the held-out data."""
+    """Logs the model's bits per byte on held-out data."""
     from nanochat_jax.evals.bpb import bits_per_byte
 
     batches = stage.validation()
@@ -74,7 +74,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
 
 
 def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
-    """Logs CORE on up to --core_metric_max_per_task examples per task, or prints why it is skipped."""
+    """Logs CORE on at most --core_metric_max_per_task examples per task. If there is no CORE bundle, prints why."""
     from nanochat_jax.evals import core
 
     try:
@@ -88,7 +88,7 @@ def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
 
 
 def sample(run: Run, stage: Stage, step: int) -> None:
-    """Logs greedy continuations of seven prompts."""
+    """Logs a greedy continuation of each of SAMPLE_PROMPTS."""
     for prompt, text in complete(run.state.params, run.model_cfg, run.tokenizer, run.dtype):
         run.log("sample", step, task=prompt, text=text)
         print(f"  {prompt}{text!r}")
@@ -97,7 +97,7 @@ def sample(run: Run, stage: Stage, step: int) -> None:
 def complete(
     params: gpt.Params, model_cfg: GPTConfig, tokenizer: Tokenizer, dtype: DTypeLike, new_tokens: int = 16
 ) -> list[tuple[str, str]]:
-    """Greedy continuations of SAMPLE_PROMPTS, at most `new_tokens` tokens each, as (prompt, continuation) pairs."""
+    """Returns a pair (prompt, greedy continuation of at most `new_tokens` tokens) for each of SAMPLE_PROMPTS."""
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
 
@@ -112,7 +112,7 @@ def complete(
 
 
 def task_metrics(run: Run, stage: Stage, step: int, loaded: list[tasks.Task], max_problems: int) -> None:
-    """Logs the scores of the tasks, on up to `max_problems` problems each."""
+    """Logs the score of each task on at most `max_problems` of its problems."""
     from nanochat_jax.evals import chat
 
     for task in loaded:

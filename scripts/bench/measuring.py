@@ -1,4 +1,4 @@
-"""What the benchmarks share: running a measurement in its own process, and showing results as a table and as JSON."""
+"""Helpers for all benchmarks: running a measurement in its own process, and showing results as a table and as JSON."""
 
 import json
 import os
@@ -15,16 +15,16 @@ JOB_SECONDS = 3600
 
 
 class JobFailed(Exception):
-    """A measurement ended without a result. The message is its last line on stderr, or says that it ran out of time."""
+    """A measurement gave no result. The message is the last line of its stderr, or says that its time ran out."""
 
 
 def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
-    """Runs `script` for `job` and returns the JSON object that it prints as its last line.
+    """Runs `script` for `job`, and returns the JSON object in the last line that the script prints.
 
-    Raises JobFailed if it prints none. The script is sent to `python` on standard input. Its working folder is outside
-    the repository, because Python would mistake the repository's folder rustbpe/ for the package of that name. With
-    `ours`, PYTHONPATH lets the script import this project. A `python` other than the interpreter of this process gets
-    no PYTHONPATH.
+    Raises JobFailed if the script prints no such line. `python` reads the script from standard input. The working
+    folder is outside the repository, because Python would mistake the repository's folder rustbpe/ for the package
+    rustbpe. With `ours`, PYTHONPATH lets the script import this project. If `python` is not the interpreter of this
+    process, PYTHONPATH is not set.
     """
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     if python != sys.executable:
@@ -55,12 +55,12 @@ def probe(python: str, script: Path) -> dict:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def about() -> dict:
-    """Date, machine and code of a measurement."""
+    """Returns the date, the machine and the code version of a measurement."""
     from nanochat_jax import environment
 
     return {
@@ -73,7 +73,10 @@ def about() -> dict:
 
 
 def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
-    """A Markdown table that also reads well as text. The first row is its header; `left` marks left-aligned columns."""
+    """Returns a Markdown table, padded for reading as plain text.
+
+    The first row of `cells` is the header. `left` says of each column whether it is left-aligned.
+    """
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
@@ -90,7 +93,7 @@ def check_json(path: str) -> None:
 
 
 def report(line: dict, path: str) -> None:
-    """Prints `line` as JSON, and appends it to the file `path` unless `path` is ""."""
+    """Prints `line` as JSON. Appends the JSON to the file `path` unless `path` is ""."""
     text = json.dumps(line)
     print(f"\n{text}")
     if path:

@@ -2,17 +2,17 @@
 
 A run lives in <base>/<stage>_checkpoints/<tag>, with one folder per saved step:
 
-    step_000250/params, optimizer    Orbax items; params can be restored alone
+    step_000250/params, optimizer    Orbax items; params can be restored without optimizer
     step_000250/data.json            the data pipeline's position
     step_000250/meta.json            the step, the configuration, versions of packages, metrics so far
-    step_000250/manifest.json        SHA-256 of every file above, written last
+    step_000250/manifest.json        the SHA-256 of every file above; it is written last
 
 No random generator state is saved, since all random numbers derive from the seed (a setting) and the step or epoch.
 
-The manifest marks a complete checkpoint: a folder without one was still being written when the process ended, and a
-folder whose files do not match its manifest is damaged. The hashes are needed because Orbax by itself loads a file with
-a flipped bit without complaint. A folder of either kind is skipped with a printed line, and the previous checkpoint is
-used.
+The manifest marks a complete checkpoint: a folder without a manifest was still being written when the process ended,
+and a folder whose files do not match its manifest is damaged. The hashes are needed because Orbax loads a file with a
+flipped bit without complaint. The search for the latest checkpoint skips folders that are half-written or damaged, and
+prints a line for each.
 """
 
 import contextlib
@@ -43,7 +43,8 @@ PyTree = Any  # nested containers of arrays, or of ShapeDtypeStructs with shardi
 
 
 class SaveState(IntEnum):
-    """How far a process has come with its part of a save. Values are integers, since processes all-gather them."""
+    """How far a process has come with its part of a save. The values are integers, so that processes can all-gather
+    them."""
 
     UNDER_WAY = 0
     COMPLETE = 1
@@ -53,7 +54,7 @@ class SaveState(IntEnum):
 def run_dir(stage: str, tag: str) -> Path:
     """The folder of the run called `tag`.
 
-    Raises UserError if `tag` is a path to another folder, or the name of a run that was moved aside.
+    Raises UserError if `tag` contains a slash, or begins with a dot like the names of runs that were moved aside.
     """
     if "/" in tag or os.sep in tag or tag.startswith("."):
         raise UserError(f"--model_tag={tag}: must be a name without / that does not begin with a dot")
@@ -61,7 +62,7 @@ def run_dir(stage: str, tag: str) -> Path:
 
 
 def step_dir(run: Path, step: int) -> Path:
-    """The folder of a step: 250 -> <run>/step_000250."""
+    """The folder of a step, such as <run>/step_000250 for step 250."""
     return run / f"step_{step:06d}"
 
 
@@ -72,11 +73,11 @@ def step_dir(run: Path, step: int) -> Path:
 class Saver:
     """Writes the checkpoints of one run in the background, one at a time.
 
-    It keeps the last `keep_last` checkpoints. It also keeps every checkpoint whose step is a multiple of `keep_every`
-    (-1: none of these). With several processes, each writes its own shards, and process 0 also writes the other files.
-    All processes must call `save` and `wait_all` at the same points. If a save has failed on one process, these calls
-    raise UserError on all processes. Until the next call, only the failing process knows of the failure, so the caller
-    must pass `failed` on to the other processes.
+    It keeps the last `keep_last` checkpoints, and every checkpoint whose step is a multiple of `keep_every` (-1: only
+    the last `keep_last`). With several processes, each process writes its own shards, and process 0 alone writes the
+    other files. All processes must call `save` and `wait_all` at the same points. If a save fails on one process, the
+    next `save` or `wait_all` raises UserError on all processes. Until then, only the failing process knows of the
+    failure, so the caller must tell the other processes when `failed` is true.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process_index: int = 0, process_count: int = 1):
@@ -89,19 +90,19 @@ class Saver:
     def save(self, step: int, params: PyTree, opt_state: PyTree, data: dict, meta: dict) -> None:
         """Waits for the previous save, then starts a new one.
 
-        Raises UserError if the previous save failed, or if the new one cannot start. Returns once the arrays have been
-        copied from the devices, so that the caller may donate them to the next step.
+        Raises UserError if the previous save failed, or if the new save cannot start. When it returns, the arrays have
+        been copied from the devices, so the caller may donate them to the next step.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait_all()
         target = self._target = step_dir(self.run, step)
-        # A folder that exists already is removed: it is half-written, damaged, or from before a resume.
+        # If the step's folder exists already, it is removed: it is half-written, damaged, or from before a resume.
         processes.broadcast_from_0(lambda: shutil.rmtree(target) if target.exists() else None)
-        meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller goes on changing what `meta` holds
+        meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller will change the contents of `meta`
         try:
             writing = ocp.save_checkpointables_async(str(target.resolve()), {"params": params, "optimizer": opt_state})
-        except OSError as error:  # for example, because the disk has no room even for the checkpoint's folder
+        except OSError as error:  # for example, the disk has no room even for the checkpoint's folder
             self._record_failure(error)
             return self.raise_if_failed()
         args = writing, target, data, meta_text
@@ -109,7 +110,8 @@ class Saver:
         self._thread.start()
 
     def _finish(self, writing: "ocp.AsyncResponse[None]", target: Path, data: dict, meta_text: str) -> None:
-        """Waits until the arrays are written, then writes the other files, the manifest last. Runs in a thread."""
+        """Waits until the arrays are written, then writes the other files and, as the last one, the manifest. Runs in a
+        thread."""
         try:
             writing.result()
             if not self.is_process_0:
@@ -122,25 +124,25 @@ class Saver:
             self._record_failure(error)
 
     def _remove_old(self, saved: int) -> None:
-        """Removes the earlier checkpoints that need not be kept, now that step `saved` has been saved."""
+        """Removes those checkpoints before step `saved` that need not be kept."""
         earlier = [step for step in steps(self.run) if step < saved]
         for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
-                # The manifest goes first, so that a process killed here leaves a folder that counts as incomplete.
+                # The manifest is removed first: if the process is killed here, the folder counts as half-written.
                 (step_dir(self.run, old) / MANIFEST).unlink()
                 shutil.rmtree(step_dir(self.run, old))
 
     def _record_failure(self, error: BaseException) -> None:
-        """Stores the error, which the next `wait_local` raises.
+        """Stores the error, so that the next `wait_local` raises a UserError.
 
-        Removes the failed checkpoint, unless other processes may be writing it.
+        Removes the failed checkpoint, unless there are other processes, which may still be writing to it.
         """
         self._error = error
         if not self.multi_process:
             self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        """Removes the incomplete files of the failed checkpoint, which are of no use."""
+        """Removes the half-written folders of the failed checkpoint."""
         assert self._target is not None, "no save was started"
         for folder in self.run.glob(f"{self._target.name}*"):  # including Orbax's temporary folder
             if not (folder / MANIFEST).exists():
@@ -148,25 +150,26 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed on this process and the error has not been raised yet."""
+        """Whether a save on this process has failed with an error that has not been raised yet."""
         return self._error is not None
 
     def raise_if_failed(self) -> None:
-        """Raises a UserError if a save has failed, without waiting for a save that is under way.
+        """Raises UserError if a save has failed.
 
-        With several processes it does nothing, since no process may stop alone.
+        Does not wait for a save that is under way. With several processes, does nothing, since no process may stop
+        alone.
         """
         if not self.multi_process and not (self._thread and self._thread.is_alive()):
             self.wait_local()
 
     def wait_all(self) -> None:
-        """Waits until the save is complete on all processes. If it fails on one, every process raises a UserError."""
+        """Waits until the save is complete on all processes. If the save fails on one process, all raise UserError."""
         if self.multi_process:
             self._wait_for_other_processes()
         self.wait_local()
 
     def wait_local(self) -> None:
-        """Waits until this process has done its part of the save. Raises UserError if that part failed."""
+        """Waits until this process has done its part of the save. Raises UserError if this part failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -176,7 +179,8 @@ class Saver:
             raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last_good()}") from error
 
     def _wait_for_other_processes(self) -> None:
-        """Waits until all processes are done or one has failed. Raises UserError if only other processes failed."""
+        """Waits until the save is complete on all processes, or has failed on at least one. Raises UserError if the
+        save failed on another process but not on this one."""
         states = processes.all_gather(self._state())
         while SaveState.UNDER_WAY in states and SaveState.FAILED not in states:
             if self._thread:
@@ -185,7 +189,7 @@ class Saver:
         if SaveState.FAILED not in states:
             return
         error = self._error
-        # The thread may be waiting for another process, which can take 20 minutes. Disconnecting ends that wait.
+        # The thread may be waiting for another process, for up to 20 minutes. Disconnecting ends this wait.
         processes.disconnect()
         if self._thread:
             self._thread.join()
@@ -201,12 +205,12 @@ class Saver:
         return SaveState.FAILED if self._error else SaveState.COMPLETE
 
     def _last_good(self) -> str:
-        """The last part of an error message: the checkpoint that the run can be resumed from."""
+        """Returns the end of an error message, which names the checkpoint from which the run can be resumed."""
         kept = steps(self.run)
         return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
     def _describe(self, error: BaseException) -> str:
-        """One line about an error, with the free space if the disk is full."""
+        """Describes an error in one line, which includes the free space if the disk is full."""
         message = str(error)
         if os.strerror(errno.ENOSPC) not in message and os.strerror(errno.EDQUOT) not in message:
             return first_line(error)
@@ -231,9 +235,9 @@ def steps(run: Path) -> list[int]:
 
 
 def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
-    """What is wrong with a step's folder; None if its files are as they were saved.
+    """Returns what is wrong with a step's folder, or None if its files are as they were saved.
 
-    Files whose names begin with one of `without` are not checked.
+    Files whose names begin with one of the prefixes in `without` are not checked.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -253,7 +257,8 @@ def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
 
 
 def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
-    """The newest step whose files match its manifest; None if there is none. Prints which steps it skips and why."""
+    """Returns the newest step whose files match its manifest, or None if there is no such step. Prints which steps it
+    skips and why."""
     for folder in run.glob("step_*"):
         if not (folder / MANIFEST).exists():
             print(f"ignoring {folder}: half-written")
@@ -271,9 +276,10 @@ def read_meta(run: Path, step: int) -> dict:
 
 
 def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, dict, dict]:
-    """Returns (params, opt_state, data, meta) of a step. Arrays get the shardings and dtypes of the given trees.
+    """Returns (params, opt_state, data, meta) of a step. The arrays get the shardings and dtypes of the trees that are
+    passed in.
 
-    Raises UserError if the shapes of the given trees differ from the checkpoint's.
+    Raises UserError if the shapes in these trees differ from those in the checkpoint.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -285,9 +291,9 @@ def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[Py
 
 
 def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
-    """Returns only the parameters of a step, with the shardings and dtypes of the given tree.
+    """Returns only the parameters of a step, with the shardings and dtypes of the tree `params`.
 
-    Raises UserError if the shapes of the given tree differ from the checkpoint's.
+    Raises UserError if the shapes in `params` differ from those in the checkpoint.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -296,16 +302,16 @@ def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
 
 
 def _check_shapes(folder: Path, **wanted: PyTree) -> None:
-    """Raises UserError if the shapes in a checkpoint differ from those in the given trees.
+    """Raises UserError if the shapes in a checkpoint differ from those in the `wanted` trees.
 
-    Orbax checks this too, but its message is pages long.
+    Orbax itself would raise an error with a message of several pages.
     """
     import jax
     from orbax.checkpoint import v1 as ocp
 
     def shapes(tree: PyTree) -> dict[str, tuple]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        # Paths are compared by name alone, since Orbax returns dicts in place of named tuples.
+        # Paths are compared as strings, since Orbax returns dicts in place of named tuples.
         return {
             "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf.shape
             for path, leaf in leaves
@@ -324,13 +330,13 @@ def _check_shapes(folder: Path, **wanted: PyTree) -> None:
 
 
 def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:
-    """Holds the run's lock file, so that no second process can train the same run."""
+    """Holds the run's lock file, so that no other process can train this run."""
     return files.exclusive(run, f"another process is training {run}: end it, or choose another --model_tag")
 
 
 def clear_unfinished(run: Path) -> None:
-    """Removes what a killed process had not finished saving. The caller must hold the lock, so that nobody is
-    saving."""
+    """Removes checkpoints and files that a killed process left half-written. The caller must hold the run's lock, so
+    that no process is saving."""
     for folder in run.glob("step_*"):  # including Orbax's temporary folders
         if not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
@@ -340,22 +346,23 @@ def clear_unfinished(run: Path) -> None:
 
 
 def abandon_after(run: Path, step: int) -> None:
-    """Renames the checkpoints after `step`, since a run that resumes from `step` will save new ones."""
+    """Renames the checkpoints of steps after `step`, since a run that resumes from `step` will save these steps
+    again."""
     for folder in run.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
             print(f"moved {folder.name} to {_set_aside(folder, f'abandoned_{folder.name}')}")
 
 
 def move_aside(run: Path) -> None:
-    """Renames a run's folder so that a new run can take its place; nothing is deleted."""
+    """Renames a run's folder so that a new run can use its name. Nothing is deleted."""
     if run.exists():
         print(f"moved the old run to {_set_aside(run, f'.{run.name}')}")
 
 
 def _set_aside(folder: Path, name: str) -> Path:
-    """Renames a folder to `name`, followed by the time.
+    """Renames a folder to `name` followed by the time, and returns its new path.
 
-    A number is added if another folder got the same name in the same second.
+    If a folder with this name exists, a number is added to the name.
     """
     stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))
@@ -370,7 +377,8 @@ def _set_aside(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model: float32 parameters on one device, its shape, its tokenizer, and where it came from."""
+    """A trained model: float32 parameters on one device, a configuration, a tokenizer, and the checkpoint that they
+    come from."""
 
     params: "gpt.Params"
     model_cfg: GPTConfig
@@ -383,16 +391,15 @@ class TrainedModel:
 
     @property
     def name(self) -> str:
-        """The model's id in the API, like nanochat-d20-sft."""
+        """The model's id in the API, such as nanochat-d20-sft."""
         return f"nanochat-{self.tag}-{self.stage}"
 
 
 def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
     """Finds a checkpoint and returns (folder of its run, step).
 
-    Without a tag, it chooses the run of the stage that was saved most recently. Without a step, it chooses the latest
-    undamaged checkpoint of the run. Raises UserError if there is no such checkpoint, or if the checkpoint of the given
-    step is damaged.
+    Without a tag, it chooses the stage's most recently saved run. Without a step, it chooses the run's latest undamaged
+    checkpoint. Raises UserError if there is no such checkpoint, or if a step is given and its checkpoint is damaged.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
@@ -416,12 +423,12 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
 
 
 def _saved(stage: str) -> list[Path]:
-    """The manifests of all checkpoints of a stage, except in runs that were moved aside."""
+    """The manifests of all checkpoints of a stage, without those of runs that were moved aside."""
     return [p for p in run_dir(stage, "").glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
 
 
 def _nothing_saved(stage: str, tag: str) -> UserError:
-    """An error that names the existing runs, and the command that trains the missing run."""
+    """Returns an error that names the existing runs and the command that trains the missing run."""
     others = sorted({p.parents[1].name for p in _saved(stage)} - {tag})
     existing = f"choose one that exists ({', '.join(others)}), or " if others else ""
     preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
@@ -430,7 +437,8 @@ def _nothing_saved(stage: str, tag: str) -> UserError:
 
 
 def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
-    """Finds and verifies a checkpoint, and loads its parameters onto the first device. Prints which one."""
+    """Finds and verifies a checkpoint, prints its run and step, and loads its parameters onto
+    the first device."""
     import jax
 
     from nanochat_jax.model import gpt
@@ -450,9 +458,10 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
 
 
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
-    """The tokenizer that the run was trained with: the current one, or an older one that tok_train has moved aside.
+    """Returns the tokenizer that the run was trained with: the current tokenizer, or one that tok_train has moved
+    aside.
 
-    Raises UserError if neither has the hash that `meta` records.
+    Raises UserError if neither tokenizer has the hash that is recorded in `meta`.
     """
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -464,5 +473,5 @@ def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
 
 
 def model_meta(model_cfg: GPTConfig) -> dict:
-    """The entry of meta.json from which `load_model` builds the GPTConfig."""
+    """Returns the entry of meta.json from which `load_model` builds the GPTConfig."""
     return {"model": asdict(model_cfg)}

@@ -10,7 +10,7 @@ from nanochat_jax.data import hub, sources
 def main(cfg: config.Dataset) -> None:
     """Gets the text that `cfg` names.
 
-    With `cfg.tokenize`, also caches the tokens of the text, so that training need not tokenize it.
+    With `cfg.tokenize`, tokenizes the text and caches the tokens, so that training need not tokenize it.
     """
     if not cfg.data_dir and cfg.data != "local":
         hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify)

@@ -2,9 +2,9 @@
 
     python -m scripts.tok_train --max_chars=2000000000
 
-The folder $NANOCHAT_BASE_DIR/tokenizer gets the files tokenizer.json, nanochat.json and source.json, and a record in
-log.jsonl. The file source.json names the text that the tokenizer was trained on; later stages read the same text by
-default. A second run with the same settings finds the tokenizer and trains nothing.
+Writes tokenizer.json, nanochat.json, source.json and log.jsonl to the folder $NANOCHAT_BASE_DIR/tokenizer. The file
+source.json names the text that the tokenizer was trained on; by default, later stages read that text. A second run with
+the same settings finds the tokenizer and trains nothing.
 """
 
 import json
@@ -47,14 +47,14 @@ def main(cfg: config.TokTrain) -> None:
             _swap(aside, folder)
             return
 
-    # Shards may still be downloading, so the clock starts only when all have arrived.
+    # Some shards may still be downloading, so the clock starts only when all shards have arrived.
     try:
         for path in source.train_files:
             hub.wait_for_shard(path)
     except config.UserError as error:
         raise config.UserError(f"{error}, or train on fewer shards (--num_files={cfg.num_files})") from None
 
-    # One pass over the text counts the distinct words; the merges are then learned from the counts alone.
+    # One pass over the text counts how often each word occurs; the merges are then learned from these counts alone.
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {source.name}")
     start = time.monotonic()
     counts = {"documents": 0, "chars": 0}
@@ -69,7 +69,8 @@ def main(cfg: config.TokTrain) -> None:
         )
     assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE, "decoding does not restore the encoded text"
 
-    # The files are written to a new folder, which then replaces the old one, so that no folder mixes two tokenizers.
+    # The files are written to a new folder, which then replaces the old folder, so that no folder ever holds files of
+    # two tokenizers.
     new = folder.with_name("tokenizer.new")
     shutil.rmtree(new, ignore_errors=True)
     tokenizer.save(new)
@@ -90,9 +91,9 @@ def main(cfg: config.TokTrain) -> None:
 
 
 def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
-    """Everything that determines the tokenizer.
+    """Returns everything that determines the tokenizer.
 
-    Without --data and --data_dir, it keeps the data_dir of the last tokenizer.
+    Without --data and --data_dir, the data_dir is that of the tokenizer in `folder`.
     """
     from nanochat_jax.data import hub
 
@@ -127,8 +128,8 @@ def _recorded(folder: Path, recipe: dict) -> bool:
 def _swap(new: Path, folder: Path) -> None:
     """Moves `new` to `folder`.
 
-    An old tokenizer that differs from the new one is not deleted, since models trained with it still need it. Instead,
-    it is moved aside to a folder named after its hash.
+    If `folder` holds a different tokenizer, that tokenizer is first moved to a folder named after its hash, since
+    models trained with it still need it.
     """
     old_hash = read_json(folder / "source.json").get("hash", "damaged")
     if old_hash == read_json(new / "source.json")["hash"]:
@@ -144,9 +145,11 @@ def _swap(new: Path, folder: Path) -> None:
 def _documents(
     source: "Source", max_chars: int, doc_cap: int, counts: dict[str, int], report: Callable[[int], None]
 ) -> Iterator[str]:
-    """Yields training documents, truncated to `doc_cap` characters each, until they exceed `max_chars` in total.
+    """Yields training documents, each truncated to `doc_cap` characters, until they exceed `max_chars` characters in
+    total.
 
-    Adds each document to `counts`. After every 256 documents, calls `report` with the number of characters so far.
+    Counts documents and characters in `counts`. After every 256 documents, calls `report` with the number of characters
+    so far.
     """
     for text in source.texts("train"):
         text = text[:doc_cap]
@@ -162,7 +165,7 @@ def _documents(
 def _expected_chars(cfg: config.TokTrain, source: "Source", shard_chars: int) -> int | None:
     """Estimates how many characters will be read, for the progress bar.
 
-    None for a single file, which may have any length.
+    Returns None for a single file, since it may have any length.
     """
     files = len(source.train_files)
     return min(cfg.max_chars, files * shard_chars) if files > 1 else None

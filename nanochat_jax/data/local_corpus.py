@@ -1,10 +1,10 @@
 """Collects a corpus that is always available: the docstrings of installed packages. In: package names. Out: training
 and validation documents, and the versions of the packages.
 
-Files are parsed, never imported. Each class or function at the top level of a module makes one document, together with
-everything inside it. If its docstrings are too short for a document, they go into the document of the module. Repeated
-paragraphs are dropped. A fixed share of the documents is held out, chosen by the hash of the documents' names. The same
-package versions give the same corpus.
+Files are parsed, never imported. Each top-level class or function of a module makes one document: its docstring and
+those of all definitions inside it. If these docstrings are too short for a document, they go into the document of the
+module. Repeated paragraphs are dropped. A fixed share of the documents is held out for validation, chosen by a hash of
+each document's name. The same package versions give the same corpus.
 """
 
 import ast
@@ -29,16 +29,16 @@ PACKAGES = (
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-MIN_CHARS = 200  # characters per document
-MIN_PARAGRAPH = 60  # characters; shorter paragraphs (headings, "Returns") may repeat
+MIN_CHARS = 200  # characters; a shorter text does not make a document of its own
+MIN_PARAGRAPH = 60  # characters; shorter paragraphs, such as headings, are kept even if they are repeated
 HELD_OUT = 64  # one document in this many is held out for validation
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
-    """Returns (shuffled training documents, validation documents, package -> its version or None if not installed). The
-    standard library is always included."""
+    """Returns (shuffled training documents, validation documents, versions). `versions` holds the version of each
+    package, or None if it is not installed. The standard library is always included, as the package "python"."""
     files = _module_files(Path(sysconfig.get_paths()["stdlib"]), "")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
@@ -47,7 +47,8 @@ def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str 
         for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
             files += _module_files(Path(folder), package)
 
-    # Parsing takes some 20 s on one core. Workers are spawned, since a fork of a process that runs JAX may hang.
+    # Parsing takes about 20 s on one core. The workers are spawned, since a forked copy of a process that runs JAX may
+    # hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
         modules = pool.map(module_documents, *zip(*sorted(files), strict=True), chunksize=64)
@@ -59,18 +60,19 @@ def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str 
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the document called `name` is for validation. This depends on nothing but the name."""
+    """Whether the document called `name` is for validation. The result depends on the name alone."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
 def module_documents(module: str, path: str) -> list[tuple[str, str]]:
-    """The documents of one Python file, like ("pets.Dog", "pets.Dog\\n\\nBarks at ..."); [] if it cannot be parsed."""
+    """Returns (name, text) of each document of one Python file, such as ("pets.Dog", "pets.Dog\\n\\nBarks at ..."), or
+    [] if the file cannot be parsed."""
     try:
         source = Path(path).read_bytes()
         if b'"""' not in source and b"'''" not in source and module != "pydoc_data.topics":
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings about invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # ignores warnings about invalid escapes in the packages' strings
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
@@ -88,7 +90,10 @@ def module_documents(module: str, path: str) -> list[tuple[str, str]]:
 
 
 def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
-    """(dotted name, path) of the Python files below a folder, tests excluded: ("jax.nn", ".../jax/nn/__init__.py")."""
+    """Returns (dotted name, path) of each Python file below a folder, except tests.
+
+    For example, ("jax.nn", ".../jax/nn/__init__.py") is returned for package jax.
+    """
     files = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in SKIP_FOLDERS)
@@ -101,18 +106,19 @@ def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    """The version of an installed package: "jax" -> "0.10.2".
+    """Returns the version of an installed package, such as "0.10.2" for "jax".
 
-    The distribution may be named differently from the package: PyYAML provides the package yaml.
+    A distribution's name may differ from the package's name: the distribution PyYAML provides the package yaml.
     """
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(distributions[0])
 
 
 def _sections(tree: ast.Module, prefix: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of each class and function at the top level of a module, with everything inside it."""
+    """Yields (dotted name, text) of each top-level class or function of a module. The text consists of the
+    docstrings of this class or function and of all definitions inside it."""
     for node in _definitions(tree):
-        if isinstance(node, ast.Call):  # add_newdoc("module", "name", "docs"): docstrings of functions written in C
+        if isinstance(node, ast.Call):  # add_newdoc("module", "name", "docs") documents a function written in C
             strings = [a.value for a in ast.walk(node) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             name = ".".join(s for s in strings if s.isidentifier() or re.fullmatch(r"[\w.]+", s)) or prefix
             parts = [f"{name}\n\n{_clean(s)}" for s in strings if "\n" in s]
@@ -124,7 +130,8 @@ def _sections(tree: ast.Module, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(node: Definition, name: str) -> Iterator[str]:
-    """Yields the docstring of a definition, headed by its name, then the docstrings of all definitions inside it."""
+    """Yields the docstrings of a definition and of all definitions inside it, each headed by the name of its
+    definition."""
     if text := _clean(ast.get_docstring(node) or ""):
         yield f"{name}\n\n{text}"
     for child in _definitions(node):
@@ -133,7 +140,8 @@ def _docstrings(node: Definition, name: str) -> Iterator[str]:
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition | ast.Call]:
-    """Classes, functions and add_newdoc calls directly inside a node, or in its if, try and with blocks."""
+    """Yields the classes, functions and add_newdoc calls directly inside a node, or inside its if, try and with
+    blocks."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             yield child
@@ -146,7 +154,7 @@ def _definitions(node: ast.AST) -> Iterator[Definition | ast.Call]:
 
 
 def _topics(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of each entry of the dictionaries in a module: {"if": "The if statement ..."}."""
+    """Yields (dotted name, text) for each entry of a module's dictionaries, such as "if": "The if statement ..."."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
@@ -155,8 +163,10 @@ def _topics(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _clean(text: str) -> str:
-    """Removes outer blank space, the prompts of examples, and doctest markers: "    >>> 1 + 1  # doctest: +SKIP" ->
-    "1 + 1"."""
+    """Removes outer blank space, the prompts of examples, and doctest markers.
+
+    For example, ">>> 1 + 1  # doctest: +SKIP" becomes "1 + 1".
+    """
     lines = []
     for line in text.expandtabs().rstrip().splitlines():
         line = re.sub(r"^(\s*)(?:>>>|\.\.\.)(?: |$)", r"\1", line)
@@ -167,9 +177,9 @@ def _clean(text: str) -> str:
 
 
 def _drop_repeated_paragraphs(named: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drops every paragraph that has occurred before, then every document that has too little text left. Scientific
-    packages quote each other at length. Dropping the repetitions also keeps the validation text out of the training
-    text."""
+    """Drops every paragraph that has occurred before, then every document whose remaining text is too short. Scientific
+    packages copy long passages from each other, and without this step, passages of the validation text would be in the
+    training text."""
     seen, kept = set(), []
     for name, text in named:
         paragraphs = []

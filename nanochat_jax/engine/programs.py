@@ -1,7 +1,7 @@
-"""The engine's compiled functions, which prefill prompts, draw first tokens, and decode a chunk for all slots.
+"""The engine's compiled functions. They prefill prompts, draw first tokens, and decode a chunk of tokens for all slots.
 
 Slots are independent, so each replica decodes its own share of the slots under shard_map. Without shard_map, the
-compiler would all-gather the logits on every device in every step, to compute top-k. Every device prefills all prompts:
+compiler would compute top-k by gathering all logits on every device in every step. Every device prefills all prompts:
 this costs little compared with decoding, since the samples of a prompt share one prefill.
 """
 
@@ -22,7 +22,7 @@ from nanochat_jax.model import gpt
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-SCORED = 128  # while prompts are scored, the logits of this many positions are in memory at once
+SCORED = 128  # the number of positions whose logits are in memory at once while prompts are scored
 
 DecodeParams = dict  # nested dict of arrays, as `lay_out` returns it
 
@@ -32,25 +32,26 @@ DecodeParams = dict  # nested dict of arrays, as `lay_out` returns it
 
 
 class Fixed(NamedTuple):
-    """The static arguments of the compiled functions, which stay the same for the life of an engine."""
+    """The static arguments of the compiled functions. These arguments stay the same for the life of an engine."""
 
     model_cfg: GPTConfig
-    dtype: DTypeLike  # in which matmuls are computed
+    dtype: DTypeLike  # the dtype of the matmuls
     python_end: int  # the token that pauses a row until the row's tool call is answered
-    mesh: Mesh | None  # each of its replicas holds a share of the slots; None: every device holds all slots
+    mesh: Mesh | None  # the slots are divided among the mesh's replicas; None: every device holds all slots
 
 
 class DecodeInputs(NamedTuple):
-    """The state of the slots before a chunk is decoded, sent by the host. The arrays are [b] unless noted."""
+    """The state of the slots before a chunk is decoded, sent by the host. The arrays are [b] unless stated
+    otherwise."""
 
     token: Array  # the row's last token, which is not in the cache yet
-    length: Array  # number of tokens before `token`, all of them in the cache
-    left: Array  # how many tokens the row may still get
-    active: Array  # whether the row gets tokens at all
+    length: Array  # the number of tokens before `token`; all of these are in the cache
+    left: Array  # at most this many tokens may still be added to the row
+    active: Array  # whether any tokens are to be added to the row
     tools: Array  # whether python_end pauses the row
     stop: Array  # [b, MAX_STOP_IDS] ids of the row's stop tokens, padded with -1
-    forced: Array  # [b, steps] tokens to insert instead of sampled ones
-    forced_count: Array  # how many tokens of `forced` each row has
+    forced: Array  # [b, steps] the tokens that a row gets first, in place of sampled ones
+    forced_count: Array  # the number of valid tokens in each row of `forced`
 
 
 class Tokens(NamedTuple):
@@ -64,7 +65,8 @@ class Tokens(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """How likely the next token was, for each position of the prompts, padding included."""
+    """The log-probability of the next token and the most likely tokens, at each position of the prompts and their
+    padding."""
 
     logprobs: Array  # [p, t] log-probability of the token after each position
     top_ids: Array  # [p, t, top] the most likely tokens after each position
@@ -79,16 +81,17 @@ class PromptScores(NamedTuple):
 def lay_out(params: gpt.Params) -> DecodeParams:
     """The weights in the layout that decoding reads fastest.
 
-    Each layer has its own array, because the decoding loop would copy each layer out of a stack in every step. The head
-    is stored as [d,v], which saves a fifth of the time that a CPU takes to decode a single row.
+    Each layer has its own array: if the layers were stacked in one array, the decoding loop would copy each layer out
+    of the stack in every step. The head is stored as [d,v], which saves a fifth of the time that a CPU takes to decode
+    a single row.
     """
     blocks = {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}
     return {"wte": params["wte"], "head": params["lm_head"].T, "blocks": blocks}
 
 
 def _stack(params: DecodeParams) -> gpt.Params:
-    """The weights as the model expects them. Under jit this costs nothing: XLA reads each layer directly from its own
-    array instead of the stack, and drops the transposed head, which is not needed to compute hidden states."""
+    """The weights in the layout that the model expects. Under jit this costs nothing: XLA reads each layer from its own
+    array and never builds the stack. XLA drops the transposed head, which is not needed to compute hidden states."""
     blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
     return {"wte": params["wte"], "lm_head": params["head"].T, "blocks": blocks}
 
@@ -103,7 +106,7 @@ def _head(params: DecodeParams, model_cfg: GPTConfig, x: jax.Array) -> jax.Array
 def _append(
     params: DecodeParams, ids: jax.Array, length: jax.Array, cache: dict, model_cfg: GPTConfig, dtype: DTypeLike
 ) -> tuple[jax.Array, kv.KV, jax.Array]:
-    """Appends ids [p,t] to the rows of `cache`. Only the first `length` [p] ids of each row are valid.
+    """Appends ids [p,t] to the rows of `cache`. `length` [p] is the number of valid ids in each row.
 
     Returns (hidden states [p,t,d], the extended rows, logits [p,v] after each row's last valid id).
     """
@@ -122,11 +125,10 @@ def prefill(
     dtype: DTypeLike,
     top: int | None = None,
 ) -> tuple[kv.KV, jax.Array, PromptScores | None]:
-    """Prefills prompts, and returns (their cache rows, next-token logits [p,v], their scores).
+    """Prefills prompts, and returns (the prompts' cache rows, next-token logits [p,v], the prompts' scores).
 
-    The prompts are `ids` [p,t], padded on the right; `length` [p] is the number of tokens in each one.
-    If `top` is given, the prompts are scored, and the scores name the `top` most likely tokens at each position.
-    Otherwise, the scores are None.
+    The prompts are `ids` [p,t], padded on the right; `length` [p] is the number of tokens in each prompt. If `top` is
+    None, the scores are None. Otherwise, they name the `top` most likely tokens at each position.
     """
     rows, size = ids.shape
     empty = kv.allocate(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
@@ -158,8 +160,8 @@ def prefill_chunk(
 ) -> tuple[kv.KV, jax.Array]:
     """Appends chunks of long prompts to the cache rows `prefix`, and returns (the rows, next-token logits [p,v]).
 
-    The chunks are `ids` [p,t]. The first `length` [p] tokens of each chunk are valid, and the rest is padding. Each
-    chunk is written from position `start` [p] of its row. The caller ensures that start + t is not more than the row's
+    The chunks are `ids` [p,t]. `length` [p] is the number of valid tokens in each chunk; the rest is padding. `start`
+    [p] is the position in each row where its chunk begins. The caller ensures that start + t does not exceed the row's
     size.
     """
     _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, model_cfg, dtype)
@@ -179,7 +181,8 @@ def first_tokens(
 ) -> tuple[jax.Array, ...]:
     """Draws the first token of each slot i from row `row[i]` of the prefill's logits [p,v].
 
-    Returns (tokens [b], their log-probabilities [b], the `top` most likely tokens [b,top], their log-probabilities).
+    Returns (tokens [b], their log-probabilities [b], the `top` most likely tokens [b,top], and the log-probabilities of
+    these [b,top]).
     """
 
     def draw(
@@ -203,9 +206,10 @@ def decode(
     plan: sampler.Plan,
     top: int,
 ) -> tuple[kv.KV, tuple[jax.Array, ...]]:
-    """Decodes a chunk for all slots -> (the cache, the fields of Tokens).
+    """Decodes a chunk for all slots.
 
-    An inactive row repeats its last step and does not grow, so the tokens in its cache stay as they are.
+    Returns (the cache, the fields of Tokens). In an inactive row, every step decodes the row's last token again at the
+    same position, so the row's earlier tokens stay in the cache unchanged.
     """
     model_cfg, dtype, python_end, mesh = fixed
 

@@ -1,4 +1,4 @@
-"""The CORE bundle: the list of CORE's tasks, and the items and the random baseline of each task.
+"""The CORE bundle: a list of tasks, with the items and the random baseline of each task.
 
 Used by scripts.base_eval, and by training every --core_metric_every steps.
 
@@ -6,7 +6,7 @@ Used by scripts.base_eval, and by training every --core_metric_every steps.
     eval_meta_data.csv    the random baseline of each task, in percent
     eval_data/            the items, as .jsonl or .jsonl.gz
 
-The bundle is read from --core_dir if that is given, otherwise from eval_bundle in the base folder, where it is
+The bundle is read from --core_dir if that is given, otherwise from eval_bundle in the base folder, into which it is
 downloaded once.
 """
 
@@ -25,14 +25,14 @@ from nanochat_jax.config import UserError, base_dir, first_line
 from nanochat_jax.tasks.task_data import find, read_text
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-ATTEMPTS = 3  # tries to download the bundle
+ATTEMPTS = 3  # at most this many attempts are made to download the bundle
 TIMEOUT = 15  # a download fails if no data arrives for this many seconds
 KINDS = ("multiple_choice", "schema", "language_modeling")
 
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One task of CORE. `baseline` is the accuracy of random guessing, 0 to 1."""
+    """One task of CORE. `baseline` is the accuracy of random guessing, from 0 to 1."""
 
     label: str
     kind: str
@@ -42,7 +42,8 @@ class CoreTask:
     baseline: float
 
     def items(self) -> list[dict]:
-        """All items, in the order of the file. Raises UserError, naming the line, if a line is not a valid item."""
+        """Returns all items, in the order of the file. Raises UserError if a line is not a valid item; the message
+        names the line."""
         items = []
         for number, line in enumerate(read_text(self.path).split("\n"), 1):
             if not line.strip():
@@ -59,7 +60,7 @@ class CoreTask:
 
 
 def _check_item(item: dict, kind: str) -> None:
-    """Raises KeyError, IndexError or TypeError unless the item has the fields that its kind needs."""
+    """Raises KeyError, IndexError or TypeError if a field that the item's kind needs is missing or invalid."""
     if kind == "language_modeling":
         texts = [item["context"], item["continuation"]]
     else:
@@ -71,8 +72,8 @@ def _check_item(item: dict, kind: str) -> None:
 
 
 def find_bundle(core_dir: str | Path = "") -> Path:
-    """The folder of the bundle. If the bundle is incomplete, raises UserError, saying what is missing and how to get
-    it."""
+    """Returns the folder of the bundle. Raises UserError if the bundle is incomplete; the message says what is missing
+    and how to get it."""
     if core_dir:
         folder = Path(core_dir).expanduser()
         if not (folder / "core.yaml").is_file():
@@ -86,7 +87,7 @@ def find_bundle(core_dir: str | Path = "") -> Path:
 
 
 def read_tasks(folder: Path) -> list[CoreTask]:
-    """The tasks of the bundle in `folder`, in the order of core.yaml. Raises UserError if a part is missing."""
+    """Returns the tasks of the bundle in `folder`, in the order of core.yaml. Raises UserError if a file is missing."""
     import yaml
 
     baselines = _baselines(folder / "eval_meta_data.csv")
@@ -131,7 +132,7 @@ def _baselines(path: Path) -> dict[str, float]:
 
 
 def _download(folder: Path) -> None:
-    """Downloads and unpacks the bundle. `folder` does not exist until it is complete."""
+    """Downloads and unpacks the bundle. `folder` does not exist until the bundle is complete."""
     part = folder.with_name(f"eval_bundle.{os.getpid()}.part")
     unpacked = folder.with_name(f"eval_bundle.{os.getpid()}.unpacked")
     pin = folder.with_name("eval_bundle.sha256")
@@ -147,7 +148,7 @@ def _download(folder: Path) -> None:
         if inside is None:
             raise UserError(f"{URL}: no core.yaml in the archive")
         pin.write_text(digest + "\n", encoding="utf-8")
-        with contextlib.suppress(OSError):  # another process may have put its own copy there first
+        with contextlib.suppress(OSError):  # another process may already have put a copy there
             os.replace(inside.parent, folder)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{URL}: cannot be unpacked to {folder} ({error})") from None
@@ -157,7 +158,7 @@ def _download(folder: Path) -> None:
 
 
 def _fetch(part: Path, folder: Path) -> str:
-    """Downloads the archive to `part` and returns its SHA-256."""
+    """Downloads the archive to `part` and returns the archive's SHA-256."""
     from urllib.request import urlopen
 
     from nanochat_jax.progress import Progress

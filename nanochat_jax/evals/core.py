@@ -6,8 +6,8 @@ The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), whe
 of random guessing. There are three kinds of task:
 
     multiple_choice     one context, several continuations: the answer is the one with the lowest mean loss per token
-    schema              several contexts, one continuation: the answer is the context that gives it the lowest mean loss
-    language_modeling   every token of the continuation must be the most likely one (as greedy decoding requires)
+    schema              several contexts, one continuation: the answer is the context that gives the lowest mean loss
+    language_modeling   right if every token of the continuation is the most likely one, as in greedy decoding
 
 The items of a task are shuffled with Random(1337), and the first `max_per_task` are used. The few-shot examples of item
 i are drawn from the other items with Random(1234 + i). An implementation that shuffles or draws differently reports
@@ -39,15 +39,15 @@ from nanochat_jax.tokenizer import Tokenizer
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]
 
-WINDOW = 1024  # items that are tokenized, sorted by length and batched together
-LOGITS_AT_ONCE = 1 << 26  # the most logits that are in memory at once: 256 MB in float32
+WINDOW = 1024  # the number of items that are tokenized, sorted by length and batched together
+LOGITS_AT_ONCE = 1 << 26  # at most this many logits are in memory at once: 256 MB in float32
 
 
 @dataclass(frozen=True)
 class CoreScore(Score):
     """Accuracy on one task."""
 
-    truncated: int  # prompts that lost their beginning because they were longer than the context
+    truncated: int  # the number of prompts that were cut at the beginning to fit into the context
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CoreResult:
 
     @property
     def n(self) -> int:
-        """Number of items over all tasks."""
+        """The number of items in all tasks together."""
         return sum(task.n for task in self.tasks)
 
 
@@ -78,10 +78,10 @@ def evaluate(
     max_per_task: int = -1,
     report: Callable[[CoreScore], object] = lambda score: None,
 ) -> CoreResult:
-    """CORE of a model on the bundle in the folder `bundle` (see `find_bundle`).
+    """Returns a model's scores on the bundle in the folder `bundle` (see `find_bundle`).
 
-    batch_size: prompts per batch on each device. max_per_task: items per task (-1: all). report: called with the score
-    of each task.
+    `batch_size` is the number of prompts per batch on each device. At most `max_per_task` items of each task are used
+    (-1: all). `report` is called with the score of each task.
     """
     tasks, scores = read_tasks(bundle), []
     for i, task in enumerate(tasks, 1):
@@ -94,7 +94,7 @@ def evaluate(
 def evaluate_task(
     model: EvalModel, task: CoreTask, *, batch_size: int = 32, max_per_task: int = -1, label: str = ""
 ) -> CoreScore:
-    """The score of one task. `label` names the progress bar (default: the task's label)."""
+    """Returns the score of one task. `label` names the progress bar (default: the task's label)."""
     start = time.monotonic()
     items = task.items()
     random.Random(1337).shuffle(items)
@@ -109,7 +109,8 @@ def evaluate_task(
             spans = _spans(model.tokenizer, task, items, indices, model.model_cfg.sequence_len)
             truncated += sum(span.truncated for options in spans for span in options)
             pending.append(_Window(indices, spans, _dispatch(model, [s for options in spans for s in options], rows)))
-            # Results are read one window late: the devices compute one window while the next is tokenized.
+            # The results of a window are read after the next window is dispatched: the devices score the earlier
+            # window while the host tokenizes the later window.
             if len(pending) > 1:
                 right += _count_right(task, items, pending.pop(0), progress)
         right += _count_right(task, items, pending.pop(0), progress)
@@ -122,11 +123,11 @@ def evaluate_task(
 
 
 def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
-    """The prompts of `items[index]`, one for each option; `items` are already shuffled.
+    """Returns the prompts of `items[index]`, one for each option. The caller has shuffled `items`.
 
     A language-modeling item has two prompts: one without and one with the continuation.
     """
-    # If a small max_per_task leaves fewer other items than num_fewshot, all of them become examples.
+    # If max_per_task is so small that there are fewer than num_fewshot other items, all other items become examples.
     shots = min(task.num_fewshot, len(items) - 1)
     others = random.Random(1234 + index).sample(range(len(items) - 1), shots)
     examples = "".join(_solved(task, items[i + (i >= index)]) + "\n\n" for i in others)
@@ -135,7 +136,7 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
         return [f"{examples}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
         return [f"{examples}{context}{task.delimiter}{item['continuation']}" for context in item["context_options"]]
-    # The prompt must not end in a space, since the space belongs to the first token of the continuation.
+    # The first prompt must not end in a space, since the space belongs to the first token of the continuation.
     question = f"{examples}{item['context'].strip()}{task.delimiter}"
     return [question.strip(), question + item["continuation"]]
 
@@ -151,7 +152,7 @@ def _solved(task: CoreTask, item: dict) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """The token ids of a prompt, of which those from `start` to the end are scored. 0 < start < len(ids)."""
+    """The token ids of a prompt. The tokens from `start` to the end are scored; 0 < start < len(ids)."""
 
     ids: np.ndarray
     start: int
@@ -159,42 +160,44 @@ class Span:
 
 
 def _spans(tokenizer: Tokenizer, task: CoreTask, items: Sequence[dict], indices: range, limit: int) -> list[list[Span]]:
-    """For each item in `indices`, the spans to score, one per option."""
+    """Returns, for each item in `indices`, a list of the spans to score: one span for each option."""
     texts = [prompts(task, items, i) for i in indices]
     encoded = iter(tokenizer.encode([text for options in texts for text in options], prepend=tokenizer.bos))
     return [_item_spans([next(encoded) for _ in options], task.kind, limit) for options in texts]
 
 
 def _item_spans(options: list[list[int]], kind: str, limit: int) -> list[Span]:
-    """The spans of one item, given the ids of its prompts."""
+    """Returns the spans of one item, given the ids of its prompts."""
     shortest = min(map(len, options))
     if kind == "schema":
-        # Score the common suffix, but at least one token. A prompt's first token is never scored: nothing predicts it.
+        # Score the tokens that all options have in common at the end, but at least one token. A prompt's first token is
+        # never scored: nothing predicts it.
         length = min(max(1, _common_prefix([ids[::-1] for ids in options])), shortest - 1)
         starts = [len(ids) - length for ids in options]
     elif kind == "multiple_choice":
-        # Score each option from the first token at which the options differ. If one option is a prefix of the others,
-        # it would have no tokens to score, and its mean would be 0/0. All options are then scored from the position of
-        # the shortest option's last token.
+        # Score each option from the first token at which the options differ. If all other options begin with
+        # the shortest option, that option would have no tokens to score, and its mean loss would be 0/0. In this case,
+        # all options are scored from the position of the shortest option's last token.
         starts = [min(_common_prefix(options), shortest - 1)] * len(options)
     else:
-        # Score the continuation. It begins where the prompt without it ends, or earlier if the tokenizer merges the
-        # end of the prompt with the beginning of the continuation.
+        # Score the continuation, from the first token at which the two prompts differ. This token may begin before the
+        # continuation, since the tokenizer may merge the end of the context with the beginning of the continuation.
         without, options = options[0], options[1:]
         starts = [min(_common_prefix([without, options[0]]), len(options[0]) - 1)]
     return [_fit(np.asarray(ids, np.int32), max(1, start), limit) for ids, start in zip(options, starts, strict=True)]
 
 
 def _common_prefix(options: list[list[int]]) -> int:
-    """How many leading tokens all options share.
+    """Returns the length of the longest prefix that all options share.
 
-    [1, 2, 3], [1, 2, 4], [1, 2] -> 2
+    For example, [1, 2, 3], [1, 2, 4] and [1, 2] share a prefix of length 2.
     """
     return min(common_prefix_length(options[0], ids) for ids in options)
 
 
 def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
-    """Truncates a prompt on the left to `limit` tokens. <|bos|> stays, since the model has seen no row without it."""
+    """Shortens a prompt to at most `limit` tokens by removing tokens that follow <|bos|>. <|bos|> itself stays, since
+    the model has seen no row without <|bos|>."""
     excess = len(ids) - limit
     if excess <= 0:
         return Span(ids, start, False)
@@ -208,21 +211,21 @@ def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
 class _Batch(NamedTuple):
     """The scores of a batch, still on the devices."""
 
-    positions: list[int]  # each row's index in the list of spans
-    loss: jax.Array  # float32 [b], mean nats per scored token
-    right: jax.Array  # bool [b], whether every scored token is the most likely one
+    positions: list[int]  # for each row, the index of its span in the list of spans
+    loss: jax.Array  # float32 [b], the mean loss of the row's scored tokens, in nats
+    right: jax.Array  # bool [b], whether every scored token of the row is the most likely one
 
 
 class _Window(NamedTuple):
     """A group of items with their spans; their scores are still on the devices."""
 
     indices: range
-    spans: list[list[Span]]  # for each item, one span per option
+    spans: list[list[Span]]  # for each item, a list with one span for each option
     batches: list[_Batch]
 
 
 def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
-    """Starts to score the spans on the devices, in batches of spans of similar length."""
+    """Starts to score the spans on the devices. Each batch holds spans of similar length."""
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
     batches = []
     for first in range(0, len(order), rows):
@@ -235,7 +238,7 @@ def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
 
 
 def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progress: Progress) -> int:
-    """Waits until the devices have scored the window, and returns how many of its items were answered right."""
+    """Waits until the devices have scored the window, and returns the number of its right answers."""
     count = sum(map(len, window.spans))
     losses, rights = np.empty(count), np.empty(count, bool)
     for positions, loss, right in window.batches:
@@ -252,9 +255,10 @@ def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progres
 def _score(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores the tokens of each row of ids [b,t] at the positions i with bounds[:, 0] <= i < bounds[:, 1].
+    """Scores the tokens of each row of ids [b,t] at the positions i with bounds[row, 0] <= i < bounds[row, 1].
 
-    Returns their mean loss in nats (float32 [b]), and whether each of them is the most likely token (bool [b]).
+    Returns the mean loss of each row's scored tokens in nats (float32 [b]), and whether every scored token of the row
+    is the most likely token (bool [b]).
     """
     loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
     position = jnp.arange(1, ids.shape[1] + 1)[None]  # position of the predicted token
@@ -268,9 +272,9 @@ def token_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Scores targets [b,t], where targets[i, j] is the token after ids[i, j].
 
-    Returns their losses in nats (float32 [b,t]), and whether each target is the most likely token (bool [b,t]).
+    Returns the targets' losses in nats (float32 [b,t]), and whether each target is the most likely token (bool [b,t]).
 
-    The head runs over slices of t, so that the logits of all positions are never in memory at once.
+    The head is applied to one slice of t at a time, so that only the logits of this slice are in memory.
     """
     b, t = ids.shape
     x = gpt.hidden(params, model_cfg, ids, dtype)

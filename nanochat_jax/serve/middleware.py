@@ -11,11 +11,11 @@ from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.page import FILES
 
-MAX_BODY = 1 << 20  # bytes; 32,000 characters fit easily, even if every one is escaped
-# In bytes. An oversized body up to this size is read and discarded before the reply, since a client that is still
+MAX_BODY = 1 << 20  # bytes; enough for 32,000 characters, even if every character is escaped
+# An oversized body of at most this many bytes is read and discarded before the reply, since a client that is still
 # sending would not read the 413.
 MAX_DRAINED = 16 << 20
-BODY_SECONDS = 30  # seconds for a body to arrive; a client that sends byte by byte cannot hold a connection longer
+BODY_SECONDS = 30  # a body must arrive within this many seconds, so that a slow client cannot hold a connection
 CLOSE = {"Connection": "close"}
 PUBLIC = (*FILES, "/health")  # paths that need no key: the page must load before it can ask for the key
 
@@ -49,7 +49,8 @@ class Guard:
     def _has_key(self, scope: Scope) -> bool:
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
-        # Compares in constant time: the duration of an ordinary comparison would reveal how much of the key was right.
+        # The comparison takes constant time: the duration of an ordinary comparison would reveal how much of the
+        # key was right.
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
 
     @staticmethod

@@ -11,8 +11,9 @@ from nanochat_jax.serve.worker import Answer, EngineWorker
 class Pool:
     """Sends each request to the worker with the most free slots.
 
-    Of equally free workers, it chooses the first. A single chat therefore stays on one worker, whose cache holds the
-    earlier turns. A worker that has failed gets no more requests; the others go on.
+    Of several such workers, it chooses the first. While there is only one chat, all turns of this chat therefore go to
+    the same worker, whose cache holds the earlier turns. A failed worker gets no more requests; the other workers go
+    on.
     """
 
     def __init__(self, workers: Sequence[EngineWorker]):
@@ -24,7 +25,7 @@ class Pool:
             worker.start()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Stops all workers after their current steps and ends unfinished answers; waits at most `timeout` seconds."""
+        """Stops each worker after its current step, and ends unfinished answers. Waits at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         for worker in self.workers:
             worker.ask_to_stop()
@@ -32,7 +33,7 @@ class Pool:
             worker.stop(max(0.0, deadline - time.monotonic()))
 
     def stop_after(self, seconds: float) -> None:
-        """Ends unfinished answers after `seconds`. The caller must accept no new requests meanwhile."""
+        """Ends unfinished answers after `seconds`. Until then, the caller must accept no new requests."""
         for worker in self.workers:
             worker.stop_after(seconds)
 
@@ -53,7 +54,7 @@ class Pool:
 
     @property
     def failure(self) -> Exception | None:
-        """The first worker's failure if all workers have failed, otherwise None."""
+        """The failure of worker 0 if all workers have failed, otherwise None."""
         return None if self.alive else self.workers[0].failure
 
     @property
@@ -67,15 +68,15 @@ class Pool:
 
     @property
     def running(self) -> int:
-        """How many samples are being generated."""
+        """The number of samples that are being generated."""
         return sum(worker.running for worker in self.alive)
 
     @property
     def waiting(self) -> int:
-        """How many samples are waiting for a slot."""
+        """The number of samples that are waiting for a slot."""
         return sum(worker.waiting for worker in self.alive)
 
     @property
     def cache_use(self) -> float:
-        """Share of the workers' caches that holds tokens, from 0 to 1."""
+        """The share of the workers' caches that is filled with tokens, from 0 to 1."""
         return sum(worker.cache_use for worker in self.alive) / max(1, len(self.alive))

@@ -1,16 +1,17 @@
 """The format in which every multiple-choice task shows its questions to the model.
 
-Each letter comes after its choice, since a small model more easily binds a letter to a choice that precedes it. There
-is no space between "=" and the letter, so that the letter is the same token in the prompt as in the answer.
+Each letter comes after its choice, since a small model connects the two more easily in this order. There is no space
+between "=" and the letter, so that the letter is the same token in the question and in the answer.
 """
 
 from collections.abc import Sequence
 
 
 def conversation(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
-    """A conversation: the user asks the question with its lettered choices, and the answer is the right letter alone.
+    """Returns a conversation: the user asks the question with its lettered choices, and the assistant answers with the
+    right letter alone.
 
-    "Which is hot?", ["ice", "fire"], "AB", "B" -> the user asks
+    For the arguments "Which is hot?", ["ice", "fire"], "AB" and "B", the user asks
 
         Multiple Choice question: Which is hot?
         - ice=A

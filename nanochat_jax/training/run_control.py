@@ -13,13 +13,13 @@ from nanochat_jax.training.run import Run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that runs every `every` steps and after the last step. With `at_start`, it also runs at step 0.
+    """An evaluation that runs every `every` steps and after the last step. With `at_start`, its first run is at step 0.
 
-    If `every` is below 1, the evaluation never runs, except after the last step if `at_end` is set.
+    If `every` is below 1, the evaluation runs only after the last step, and only if `at_end` is set.
 
-    A `risky` evaluation loads data or generates text, so a checkpoint is saved before it every time. Before any other
-    evaluation, a checkpoint is saved only the first time in a process. After that, the evaluation is known to work, and
-    the cost of more checkpoints would exceed their benefit.
+    A `risky` evaluation loads data or generates text, so a checkpoint is saved before each of its runs. Before an
+    evaluation that is not risky, a checkpoint is saved only the first time that the evaluation runs in a process. From
+    then on, the evaluation is known to work, and more checkpoints would cost more than they are worth.
     """
 
     evaluate: Callable[[int], None]  # called with the step
@@ -35,28 +35,26 @@ class Evaluation:
 
 
 class RunControl:
-    """Keeps track of how far a run has come, and of when it was last saved and evaluated.
+    """Keeps track of a run's current step, and of the steps at which the run was last saved and evaluated.
 
-    Every pass of a training loop begins with `save_if_due`, then `exit` if there is a stop signal, then `evaluate_due`.
-    The checkpoint comes before the evaluation, so that an evaluation that fails cannot cost the run its weights.
+    Every pass of a training loop first calls `save_if_due`, then `exit` if there is a stop signal, then `evaluate_due`.
+    The checkpoint is saved before the evaluation, so that no weights are lost if the evaluation fails.
     """
 
     def __init__(
         self, run: Run, evaluations: Sequence[Evaluation], place: dict, timer: Timer, flush: Callable[[], None]
     ):  # fmt: skip
         self.run, self.evaluations = run, evaluations
-        self.timer = timer  # measures the time of the steps, without saving and evaluating
+        self.timer = timer  # measures the time of the steps alone, without that of saving and evaluating
         self.flush = flush  # logs steps that are not logged yet; called before saving and evaluating
-        self.step = run.step  # optimizer steps that are done
-        self.place = place  # position in the data after the last batch that was trained on
+        self.step = run.step  # the number of optimizer steps that are done
+        self.place = place  # the position in the data, after the last batch that was trained on
         self.saved_at = run.step if run.data is not None else -1
-        self.evaluated_at: dict[Evaluation, int] = {}  # the step at which this process last ran each evaluation
+        self.evaluated_at: dict[Evaluation, int] = {}  # the step of each evaluation's last run in this process
 
     def save_if_due(self, last: bool, stop: int | None) -> None:
-        """Saves every --save_every steps, after the last step, before a stop, and before evaluations.
-
-        An evaluation that is not risky is preceded by a checkpoint only the first time in this process.
-        """
+        """Saves a checkpoint every --save_every steps, after the last step, before a stop, and before an evaluation
+        that is risky or has not run in this process yet."""
         every = self.run.cfg.save_every
         due = self._has_risk(self._due(last)) or (every > 0 and self.step % every == 0)
         if (last or stop or (due and self.step > 0)) and self.saved_at != self.step:
@@ -80,7 +78,7 @@ class RunControl:
         self.timer.lap()
 
     def exit(self, stop: int) -> NoReturn:
-        """Waits until the checkpoint of this step is complete, then ends the process because of the signal `stop`."""
+        """Waits until the checkpoint of this step is complete, then ends the process with exit status 128 + `stop`."""
         self.run.saver.wait_all()
         print(f"saved at step {self.step}: run the same command again to resume")
         raise SystemExit(128 + stop)
@@ -88,7 +86,7 @@ class RunControl:
     def rescue(self) -> None:
         """Saves a checkpoint after an error in reading data or in an evaluation, before the error ends the run.
 
-        With several processes, does nothing, since the other processes may be blocked in a collective.
+        With several processes, it does nothing, since the other processes may be blocked in a collective.
         """
         if self.step == 0 or self.saved_at == self.step or jax.process_count() > 1:
             return
@@ -96,7 +94,7 @@ class RunControl:
             self._save()
             self.run.saver.wait_all()
             print(f"saved at step {self.step}, before the error")
-        except Exception as error:  # for example, the loss is not finite; the caller still raises the original error
+        except Exception as error:  # for example, the loss is not finite; the caller then raises the original error
             print(f"not saved: {first_line(error)}")
 
     def _due(self, last: bool) -> list[Evaluation]:

@@ -1,11 +1,11 @@
-"""Benchmarks of this project's parts against their alternatives.
+"""Compares parts of this project with their alternatives.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=PATH
     python -m scripts.bench data --data_dir=FOLDER
     python -m scripts.bench decode --peer=hf --peer_python=PATH
     python -m scripts.bench serve
 
-`python -m scripts.bench NAME --help` shows a benchmark's settings.
+`python -m scripts.bench NAME --help` shows the settings of the benchmark NAME.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import sys
 
 from nanochat_jax import commandline
 
-BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # each is a module beside this one that defines Settings and main
+BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # modules in this folder; each defines Settings and main
 
 
 def main() -> None:

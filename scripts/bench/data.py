@@ -1,13 +1,15 @@
-"""Compares the throughput of the data loader (text -> tokens -> packed rows) with what GPUs consume.
+"""Measures how many tokens per second the data loader delivers, and compares this with what GPUs consume.
 
     python -m scripts.bench data --data_dir=FOLDER
 
-The loader is the one that `python -m scripts.train --stage=base` uses, with the same workers: one thread reads, packs
-and prefetches batches, and the tokenizer encodes on all cores. In every round, one pass reads the text and one pass
-reads a token cache of the same files. Each pass starts at the first epoch, with an empty tokenizer cache.
+The loader and its threads are those of `python -m scripts.train --stage=base`: one thread reads, packs and prefetches
+batches, and the tokenizer encodes on all cores. Every round makes two passes over the same files: one reads their text,
+and one reads a cache of their tokens. Each pass starts at the first epoch and loads the tokenizer anew, so that the
+tokenizer has cached nothing.
 
-The clock starts before the loader does, so no batch is prefetched before timing begins. Prefetched batches that have
-not been taken when the clock stops are not counted. This makes the measured throughput of a short pass too low.
+The clock starts before the loader is created, so that no batch is prefetched before the clock starts. Batches that are
+prefetched but not yet taken when the clock stops are not counted, so the measured throughput of a short pass is too
+low.
 """
 
 import contextlib
@@ -34,8 +36,8 @@ if TYPE_CHECKING:  # for type checkers only: --help must not wait for these impo
 GPU = 520_000  # tokens/s that one H100 consumes at depth 12; at 1.04 GFLOPs per token, this is 54% of its peak
 NAMES = {"text": "from text", "tokens": "from the token cache"}
 GPUS = {"one H100 at d12": 1, "eight": 8}
-SHORTEST = 0.5  # seconds; a shorter pass is dominated by thread start-up and scheduling
-AHEAD = 0.1  # prefetched but uncounted batches may be at most this fraction of the counted ones
+SHORTEST = 0.5  # seconds; in a shorter pass, most of the time goes to starting and scheduling threads
+AHEAD = 0.1  # batches that are prefetched but not counted may be at most this fraction of those counted
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Settings(config.Settings):
     packing: str = setting("split", config.PACKING, choices=config.PACKINGS)
     total_batch_size: int = setting(524288, "tokens per batch", low=1)
     max_seq_len: int = setting(2048, "tokens per row", low=1)
-    steps: int = setting(50, "batches to measure; fewer are measured if the text ends first", low=1)
-    rounds: int = setting(3, "repetitions of each measurement; the median is reported", low=1)
-    json: str = setting("", "file to append the results to, as one line of JSON")
+    steps: int = setting(50, "the number of batches to measure; fewer are measured if the text ends first", low=1)
+    rounds: int = setting(3, "how many times each measurement is made; the median is reported", low=1)
+    json: str = setting("", "file to which the results are appended as one line of JSON")
 
 
 def main(cfg: Settings) -> None:
@@ -91,7 +93,7 @@ def main(cfg: Settings) -> None:
 
 
 def _check(cfg: Settings) -> None:
-    """Raises UserError for settings that can be refused before anything is read."""
+    """Raises UserError if the settings are invalid, before anything is read."""
     if cfg.total_batch_size % cfg.max_seq_len:
         raise UserError(
             f"--total_batch_size={cfg.total_batch_size}: must be a multiple of --max_seq_len={cfg.max_seq_len}"
@@ -100,7 +102,7 @@ def _check(cfg: Settings) -> None:
 
 
 def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Path, ...]:
-    """The first training files on this machine, enough of them for the batches that are measured.
+    """Returns the first training files on this machine: as many as the batches to be measured need.
 
     Raises UserError if no training file is on this machine yet.
     """
@@ -110,7 +112,7 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
     available = dataloader.epoch_tokens(files, tokenizer)
     if not available > 0:  # also true for NaN
         raise UserError(f"{source.name}: none of its training files has arrived yet")
-    needed = (cfg.steps + 1) * cfg.total_batch_size  # one batch more, since some documents stay in the packing buffer
+    needed = (cfg.steps + 1) * cfg.total_batch_size  # one extra batch, since some documents stay in the packing buffer
     return files[: math.ceil(1.1 * needed / available * len(files))]
 
 
@@ -119,10 +121,8 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
 
 
 def _measure(cfg: Settings, source: "Source", cache_dir: Path | None) -> dict:
-    """Makes one pass over the files. Counts batches, tokens with a target, seconds and CPU seconds.
-
-    The result also says whether the text ended before --steps batches were counted.
-    """
+    """Makes one pass over the files. Returns the number of batches, the number of tokens with a target, the seconds,
+    the CPU seconds, and whether the text ended before --steps batches were counted."""
     from nanochat_jax.data import dataloader
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -143,7 +143,7 @@ def _measure(cfg: Settings, source: "Source", cache_dir: Path | None) -> dict:
 
 
 def _too_short(run: dict) -> str:
-    """Why a pass is too short for a reliable figure; "" if it is long enough."""
+    """Returns why a pass is too short for a reliable figure, or "" if it is long enough."""
     from nanochat_jax.data.dataloader import PREFETCH
 
     if run["seconds"] < SHORTEST:
@@ -154,7 +154,7 @@ def _too_short(run: dict) -> str:
 
 
 def _row(kind: str, runs: Sequence[dict]) -> dict:
-    """The results of one kind of pass, either from text or from the token cache."""
+    """Returns the results of all passes of one kind: from text, or from the token cache."""
     speed = statistics.median(run["tokens"] / run["seconds"] for run in runs)
     return {
         "from": kind,

@@ -1,12 +1,12 @@
-"""Times text generation with random weights, by our engine and optionally by transformers' NanoChat with a KV cache.
+"""Times how our engine and, with --peer=hf, transformers' NanoChat with a KV cache generate text with random weights.
 
     python -m scripts.bench decode
     python -m scripts.bench decode --peer=hf --peer_python=ENVIRONMENT/bin/python
 
 The prompts of a batch differ but have the same length, and each is continued greedily by the same number of tokens.
-Every measurement runs in its own process (decode_job.py) after a warm-up. A round measures every combination of batch
-size, tool and dtype, and the table shows medians over rounds. At each batch size, every tool is compared in its own
-fastest dtype.
+Every measurement runs in a new process (decode_job.py), which warms up first. A round measures every combination of
+batch size, tool and dtype, and the table shows medians over rounds. At each batch size, the tools are compared in their
+fastest dtypes.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("decode_job.py")
 DTYPES = ("float32", "bfloat16")
-AUTO = {  # for each platform, the defaults of the settings below
+AUTO = {  # the defaults of the settings below, for each platform
     "cpu": {"depth": 4, "vocab_size": 32768, "prompt": 256, "new": 256, "batches": "1,8,32",
             "dtypes": "float32,bfloat16"},
     "gpu": {"depth": 20, "vocab_size": 65536, "prompt": 1792, "new": 256, "batches": "1,8,32,128",
@@ -41,13 +41,13 @@ class Settings(config.Settings):
     vocab_size: int = setting(0, "tokens in the vocabulary (auto: 65,536 on a GPU, else 32,768)", auto=True, low=1)
     prompt: int = setting(0, "tokens per prompt (auto: 1792 on a GPU, else 256)", auto=True, low=1)
     new: int = setting(0, "tokens generated per prompt, at least 2 (auto: 256)", auto=True, low=2)
-    batches: str = setting("", "batch sizes, joined by commas (default: 1,8,32,128 on a GPU, else 1,8,32)")
+    batches: str = setting("", "batch sizes, separated by commas (default: 1,8,32,128 on a GPU, else 1,8,32)")
     dtypes: str = setting("", "dtypes to try at each batch size (default: bfloat16 on a GPU, else float32,bfloat16)")
-    chunk: int = setting(32, "tokens that our engine decodes on the device between two checks by the host", low=1)
-    rounds: int = setting(3, "repetitions of each measurement; the median is reported", low=1)
-    peer: str = setting("", "hf: also time transformers' NanoChat with its KV cache", choices=("hf",))
-    peer_python: str = setting("", "path of a Python interpreter with torch and transformers (default: this one)")
-    json: str = setting("", "file to append the results to, as one line of JSON")
+    chunk: int = setting(32, "tokens per row that our engine decodes between two checks by the host", low=1)
+    rounds: int = setting(3, "how many times each measurement is made; the median is reported", low=1)
+    peer: str = setting("", "hf: compare with transformers' NanoChat, which uses its KV cache", choices=("hf",))
+    peer_python: str = setting("", "path of a Python with torch and transformers (default: the current one)")
+    json: str = setting("", "file to which the results are appended as one line of JSON")
 
 
 def main(cfg: Settings) -> None:
@@ -94,7 +94,7 @@ def main(cfg: Settings) -> None:
 
 
 def _check(cfg: Settings) -> None:
-    """Raises UserError if a setting is invalid and this can be seen before anything is started."""
+    """Raises UserError if a setting is invalid, before any process is started."""
     if cfg.batches and not all(size.isascii() and size.isdigit() and int(size) for size in cfg.batches.split(",")):
         raise UserError(f"--batches={cfg.batches}: must be positive numbers joined by commas, like 1,8,32")
     if cfg.dtypes and not set(cfg.dtypes.split(",")) <= set(DTYPES):
@@ -105,7 +105,7 @@ def _check(cfg: Settings) -> None:
 
 
 def _complete(cfg: Settings, platform: str) -> Settings:
-    """Fills in the settings that are not given, with the defaults for `platform`."""
+    """Returns `cfg` with the defaults for `platform` in place of the settings that are not given."""
     auto = AUTO["gpu" if platform == "gpu" else "cpu"]
     return dataclasses.replace(cfg, **{name: value for name, value in auto.items() if not getattr(cfg, name)})
 
@@ -119,7 +119,7 @@ Kind = tuple[int, str, str]  # batch, tool, dtype
 def _measure(
     kind: Kind, python: str, job: dict, measured: dict[Kind, list[dict]], failed: set[Kind], where: str
 ) -> None:
-    """Measures once, in a new process, and adds the result to `measured`. If a peer fails, adds `kind` to `failed`.
+    """Makes one measurement in a new process and adds it to `measured`. If a peer fails, adds `kind` to `failed`.
 
     Raises UserError if our own engine fails.
     """
@@ -137,9 +137,10 @@ def _measure(
 
 
 def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -> dict:
-    """The results of one kind of measurement. `bytes` in `runs` is how many bytes a decoding step reads.
+    """Returns the results of one kind of measurement. In each run, `bytes` is the number of bytes that a decoding step
+    reads.
 
-    A row's first token comes from the prefill, so `new` tokens take `new` - 1 steps.
+    The prefill yields the first of `cfg.new` tokens, so decoding takes `cfg.new` - 1 steps.
     """
     batch, tool, dtype = kind
     first = statistics.median(run["first"] for run in runs)

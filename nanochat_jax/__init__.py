@@ -1,5 +1,5 @@
-"""nanochat in JAX and Flax. The package is divided into rooms, listed here from top to bottom. A room uses only the
-rooms below it, as `lint-imports` enforces.
+"""nanochat in JAX and Flax. The package is divided into rooms, listed here from top to bottom. `lint-imports` enforces
+that a room uses only the rooms below it.
 
 report, dataset         two commands
 training                the four training stages

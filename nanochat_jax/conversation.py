@@ -1,6 +1,6 @@
-"""Turns conversations into prompts that fit the context, and generated token ids back into readable parts.
+"""Turns conversations into prompts that fit the context, and splits generated answers into readable parts.
 
-The terminal and the server share this code, so that a conversation gives the same prompt in both.
+The terminal chat and the server share this code, so that they make the same prompt from the same conversation.
 """
 
 from bisect import bisect_left
@@ -11,8 +11,8 @@ from nanochat_jax.tokenizer import NO_LIMIT, SPECIAL_TOKENS, StreamDecoder, Toke
 
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    """The token ids of the prompt for the assistant's next words. If the last message is the assistant's own, these
-    words continue it; otherwise they begin a new message.
+    """Returns the token ids of the prompt for the assistant's next words. If the last message is by the assistant, the
+    next words continue that message. Otherwise they begin a new message.
 
     Raises UserError if the messages are in the wrong order or form.
     """
@@ -20,22 +20,23 @@ def render(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     if last["role"] != "assistant":
         return tokenizer.render_for_completion({"messages": messages}, max_tokens=NO_LIMIT)
     if isinstance(last["content"], list) and last["content"][-1:] and last["content"][-1]["type"] == "python":
-        # Drop a call without a result, so that the model generates it again: the calculator answers only calls that
-        # the model generates.
+        # The answer ends with a call that has no result. Drop the call, so that the model generates it again: the
+        # calculator answers only calls that the model generates.
         messages = [*messages[:-1], last | {"content": last["content"][:-1]}]
     ids, _ = tokenizer.render_conversation({"messages": messages}, max_tokens=NO_LIMIT)
     return ids[:-1]  # without <|assistant_end|>
 
 
 def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
-    """Returns the prompt for the assistant's next words (see `render`), and how many of the oldest messages were
-    dropped to make room.
+    """Returns the prompt for the assistant's next words (see `render`) and the number of messages that were dropped.
+    The oldest messages are dropped if the prompt would be too long.
 
-    The prompt and the answer share `context` tokens: `max_tokens` of them, but at most a quarter, are kept for the
-    answer. `messages` alternate user, assistant, ..., after an optional system message, which is never dropped. Raises
-    UserError if the messages do not alternate, or if the system message and the last turn alone are too long.
+    The prompt and the answer share `context` tokens. The smaller of `max_tokens` and a quarter of `context` is reserved
+    for the answer. `messages` may begin with a system message, which is never dropped; user and assistant alternate
+    after that. Raises UserError if the messages do not alternate, or if the system message and the last turn alone are
+    too long.
     """
-    # A quarter is enough: the longest correct answers of the cpu preset take 53 of the 256 tokens of its context.
+    # A quarter is enough: the cpu preset has a context of 256 tokens, and its longest correct answers take 53.
     room = context - min(max_tokens, context // 4)
     turns = messages[messages[0]["role"] == "system" :]
     system = messages[: len(messages) - len(turns)]
@@ -46,7 +47,7 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
     ids = without(0)
     if len(ids) <= room:
         return ids, 0
-    # Dropping more never makes the prompt longer, so the smallest number of pairs to drop is found by bisection.
+    # Dropping more pairs never makes the prompt longer, so bisection finds the smallest number of pairs to drop.
     most = (len(turns) - 1) // 2
     pairs = bisect_left(range(most), True, key=lambda n: len(without(n)) <= room)
     ids = without(pairs)
@@ -56,17 +57,18 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
 
 
 def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:
-    """Turns the `ids` of an answer, which may be unfinished, into an assistant message for the conversation."""
+    """Turns the `ids` of an answer into an assistant message. The answer may be unfinished."""
     parts = PartReader(tokenizer).read(ids, end=True)
     return {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
 
 
 class PartReader:
-    """Splits an answer into parts as it arrives: ("text", piece), ("python", expression), ("python_output", result).
+    """Splits an answer into parts while it is generated: ("text", piece), ("python", expression), ("python_output",
+    result).
 
-    Text comes in pieces of whole characters; an expression or a result comes all at once. An assistant message
-    has parts of the same kinds (tokenizer.PARTS), so that an answer can be sent back and rendered unchanged. Other
-    special tokens are dropped.
+    A text may be split into several pieces, each of whole characters. An expression or a result is never split. The
+    kinds of parts are those of an assistant message (tokenizer.PARTS), so that an answer can be sent back and rendered
+    unchanged. Special tokens that do not begin or end a part are dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -82,13 +84,14 @@ class PartReader:
         self._piece = ""
 
     def in_text(self, id: int) -> bool:
-        """Whether `id`, if it came next, would be text rather than part of a call or a result."""
+        """Whether the token `id` would be text if it came next. Special tokens and the tokens of a call or a result are
+        not text."""
         return self._kind == "text" and id not in self._special
 
     def read(self, ids: Iterable[int], end: bool = False) -> list[tuple[str, str]]:
-        """Reads the next `ids` and returns the parts that they complete.
+        """Reads the next `ids` and returns the parts that these ids complete.
 
-        With `end`, also returns what there is of an unfinished part or character.
+        If `end` is true, an unfinished part is returned as it is, with U+FFFD in place of an unfinished character.
         """
         parts = []
         for id in ids:
@@ -103,13 +106,13 @@ class PartReader:
         return parts
 
     def _switch_to(self, kind: str, parts: list[tuple[str, str]]) -> None:
-        """Ends the current part, adding it to `parts`, and begins a part of `kind`."""
+        """Adds the current part to `parts` and begins a new part of kind `kind`."""
         self._piece += self._decoder.flush()
         self._flush_piece(parts)
         self._kind = kind
 
     def _flush_piece(self, parts: list[tuple[str, str]]) -> None:
-        """Adds to `parts` what has been read of the current part."""
+        """Moves `_piece` to `parts`, as a part of the current kind."""
         if self._piece:
             parts.append((self._kind, self._piece))
             self._piece = ""

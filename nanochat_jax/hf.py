@@ -1,4 +1,4 @@
-"""Reads checkpoints in the layout of Hugging Face transformers' NanoChatForCausalLM."""
+"""Reads checkpoints in the file layout of NanoChatForCausalLM, a class of Hugging Face transformers."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
-# Our name of a weight [l, in, out] -> the name of each layer's matrix [out, in] in transformers.
+# Our name of a weight [l, in, out] -> the name that transformers gives to the matrix [out, in] of each layer.
 LAYER_NAMES = {
     "wq": "self_attn.q_proj",
     "wk": "self_attn.k_proj",
@@ -21,9 +21,9 @@ LAYER_NAMES = {
 
 
 def load(folder: Path) -> tuple[gpt.Params, GPTConfig]:
-    """Loads the model in `folder` (config.json, model.safetensors) -> (float32 NumPy parameters, the model's shape).
+    """Reads config.json and model.safetensors in `folder`. Returns (float32 NumPy parameters, the model's shape).
 
-    Raises UserError if the model is of another type.
+    Raises UserError if the model type is not nanochat.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "nanochat":

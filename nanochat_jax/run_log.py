@@ -1,8 +1,8 @@
-"""A run's log: log.jsonl in the run's folder, one JSON object per line. wandb only shows a copy.
+"""Reads and writes a run's log: log.jsonl in the run's folder, one JSON object per line. wandb only shows a copy.
 
-After a resume, a step may be logged twice. If several records agree in all fields of KEY, only the last counts. A run
-that restarts from an earlier step writes a record of kind "config". This record invalidates everything that the same
-stage logged for later steps, including scores and the note "finished".
+After a resume, a step may be logged twice. If several records agree in all fields of KEY, only the last one counts. A
+run that restarts from an earlier step writes a record of kind "config". This record cancels everything that the same
+stage has already logged for later steps, including scores and the note "finished".
 """
 
 import json
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOG = "log.jsonl"
-# "n", "temperature" and "num_samples" distinguish scores that differ in the number of problems or in the sampling.
+# Two scores count separately if they differ in the number of problems ("n"), "temperature" or "num_samples".
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
 
 def append(run_dir: Path, kind: str, stage: str, step: int, **fields: Any) -> None:
-    """Adds one record. NaN and infinity become null, since JSON has neither."""
+    """Adds one record to the log. NaN and infinity become null, since JSON has neither."""
     record: dict[str, Any] = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)}
     record |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def append(run_dir: Path, kind: str, stage: str, step: int, **fields: Any) -> No
     with open(run_dir / LOG, "a+b") as log:
         if log.tell() and _last_byte(log) != b"\n":
             line = b"\n" + line  # a process died while writing the last line: start a new line
-        log.write(line)  # in a single write, so that the lines of two processes do not mix
+        log.write(line)  # one write per line, so that the lines of two processes do not mix
 
 
 def _last_byte(file: BinaryIO) -> bytes:
@@ -35,7 +35,7 @@ def _last_byte(file: BinaryIO) -> bytes:
 
 
 def read(run_dir: Path) -> list[dict]:
-    """The records that count, in the order in which they were last written; [] if there is no log.
+    """Returns the records that count, in the order in which they were written, or [] if there is no log.
 
     Incomplete lines are skipped.
     """
@@ -43,11 +43,11 @@ def read(run_dir: Path) -> list[dict]:
     if not path.exists():
         return []
     records: dict[tuple, dict] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would also split at a U+2028 in a text
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would split a line that contains U+2028
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the process ended in the middle of a write
+            continue  # incomplete: a process died while writing this line
         key = tuple(map(record.get, KEY))
         if record.get("kind") == "config":
             stage, step = record["stage"], record["step"]

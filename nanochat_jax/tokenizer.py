@@ -1,9 +1,9 @@
-"""Byte-level BPE tokenizer with nine special tokens; also renders conversations as (ids, mask).
+"""Byte-level BPE tokenizer with nine special tokens, which turns texts into ids and conversations into (ids, mask).
 
-Our Rust crate learns the merges. `encode` uses tiktoken unless a text is very long. `encode_batch` is for data
-pipelines and uses the crate's own encoder, which gives the same ids. Ids are assigned to the 256 bytes first, then to
-the merges in the order learned, then to the special tokens. Special tokens are added only by the program, never by a
-text: the name of a special token in a text is encoded as ordinary text.
+Our Rust crate learns the merges. `encode` uses tiktoken, except for very long texts. `encode_batch` is for data
+pipelines and uses the crate's own encoder, which gives the same ids as tiktoken. The first 256 ids are the bytes. The
+merges follow in the order in which they were learned, and then the special tokens. Only the program adds special
+tokens: if a text contains the name of a special token, the name is encoded as ordinary text.
 """
 
 import codecs
@@ -21,31 +21,31 @@ from nanochat_jax import tokenizer_file
 from nanochat_jax.config import UserError
 
 SPECIAL_TOKENS = (
-    "<|bos|>",  # begins every document, and so also ends the previous one
+    "<|bos|>",  # begins every document, and so separates documents
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
-    "<|python_start|>",  # begins the assistant's call to the calculator
+    "<|python_start|>",  # begins a call to the calculator
     "<|python_end|>",
     "<|output_start|>",  # begins the calculator's result
     "<|output_end|>",
 )
 
-# GPT-4's pattern, but with digits in groups of at most two: groups of three would use up much of a small vocabulary.
+# GPT-4's pattern, except that a group has at most two digits: groups of three would use up much of a small vocabulary.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# tiktoken's regex panics on very long runs of white space, so long texts go to our own encoder, which
-# gives the same ids.
-LONG_TEXT = 1 << 16  # the most characters in a text that counts as short
+# A text of more than LONG_TEXT characters is encoded by our own encoder, which gives the same ids as tiktoken:
+# tiktoken's regex panics on very long runs of white space.
+LONG_TEXT = 1 << 16
 
-SHORTEST_PROMPT = 4  # tokens: <|bos|>, <|user_start|>, <|user_end|>, <|assistant_start|>
+SHORTEST_PROMPT = 4  # in tokens: <|bos|>, <|user_start|>, <|user_end|>, <|assistant_start|>
 NO_LIMIT = 1 << 30  # `max_tokens` for a conversation that must not be truncated
 
-# For each type of part in an assistant message: the special tokens before and after the part, and whether it is
-# supervised (1) or not (0). The model learns to call the calculator, not to predict its results.
+# For each type of part in an assistant message: the special token before the part, the special token after it, and 1 if
+# the part is supervised, else 0. The model learns to call the calculator, but not to predict the calculator's results.
 PARTS: dict[str, tuple[str | None, str | None, int]] = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -54,9 +54,9 @@ PARTS: dict[str, tuple[str | None, str | None, int]] = {
 
 
 def rust_crate() -> ModuleType:
-    """Imports our Rust crate. Raises UserError if it is not built.
+    """Imports our Rust crate. Raises UserError if the crate is not built.
 
-    If it is not built, the import may find something else: the folder rustbpe in the repository root (an empty
+    If the crate is not built, the import may find something else: the folder rustbpe in the repository root (an empty
     package), PyPI's rustbpe, or an older build. None of these has encode_batch.
     """
     try:
@@ -69,7 +69,7 @@ def rust_crate() -> ModuleType:
 
 
 class Tokenizer:
-    """Encodes and decodes text and conversations. Made by `Tokenizer.train` or `Tokenizer.load`."""
+    """Encodes texts and conversations, and decodes ids. Made by `Tokenizer.train` or `Tokenizer.load`."""
 
     def __init__(self, core: Any):
         """`core` is a trained rustbpe.Tokenizer, which has no type stubs."""
@@ -84,9 +84,10 @@ class Tokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None) -> "Tokenizer":
-        """Learns a vocabulary of `vocab_size` tokens, special tokens included; fewer if no pairs are left to merge.
+        """Learns a vocabulary of `vocab_size` tokens, including the special tokens. The vocabulary is smaller if no
+        pairs are left to merge.
 
-        `progress(merges_done, merges_wanted)` is called now and then. Raises UserError if there is no text or
+        `progress(merges_done, merges_wanted)` is called now and then. Raises UserError if there is no text or if
         `vocab_size` is too small.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
@@ -108,7 +109,8 @@ class Tokenizer:
     def load(directory: Path) -> "Tokenizer":
         """Reads what `save` wrote.
 
-        Raises UserError, naming the file and the reason, if a file is missing, damaged or from another program.
+        Raises UserError if a file is missing, damaged or from another program. The message names the file and the
+        reason.
         """
         path = Path(directory) / "tokenizer.json"
         text, ranks = tokenizer_file.read(Path(directory), SPLIT_PATTERN, SPECIAL_TOKENS)
@@ -123,12 +125,13 @@ class Tokenizer:
         return tokenizer
 
     def save(self, directory: Path) -> None:
-        """Writes tokenizer.json and nanochat.json into `directory`, which is created if needed."""
+        """Writes tokenizer.json and nanochat.json into `directory`, and creates `directory` if needed."""
         tokenizer_file.write(Path(directory), self._json, self.vocab_size, self._special)
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of the saved tokenizer.json. Two tokenizers are equal if and only if their hashes are equal."""
+        """The SHA-256 hash (hex) of the saved tokenizer.json. Two tokenizers are equal if and only if their hashes are
+        equal."""
         return tokenizer_file.sha256(self._json)
 
     @functools.cached_property
@@ -141,13 +144,17 @@ class Tokenizer:
     # Text
 
     def special(self, name: str) -> int:
-        """Id of a special token. Raises ValueError, listing the valid names, if there is no such token."""
+        """Returns the id of the special token `name`. Raises ValueError, listing the valid names, if there is no such
+        token."""
         if name not in self._special:
             raise ValueError(f"{name!r} is not a special token, expected one of {', '.join(SPECIAL_TOKENS)}")
         return self._special[name]
 
     def _token_id(self, token: int | str) -> int:
-        """The id of a token, which is given as an id or as the name of a special token: "<|bos|>" -> 65527."""
+        """Returns the id of a token, given as an id or as the name of a special token.
+
+        Example: "<|bos|>" -> 65527 if the vocabulary has 65,536 tokens.
+        """
         return self.special(token) if isinstance(token, str) else self._check_ids([token])[0]
 
     def _check_ids(self, ids: Iterable[int]) -> list[int]:
@@ -175,7 +182,8 @@ class Tokenizer:
         append: int | str | None = None,
         num_threads: int = 8,
     ) -> list[int] | list[list[int]]:
-        """Ids of a text, or of each text in a list. `prepend` and `append` are token ids or special tokens' names.
+        """Returns the ids of a text, or of each text in a list. `prepend` and `append` are ids or names of special
+        tokens.
 
         Raises TypeError if a text is not a str, and ValueError if a token to prepend or append does not exist.
         """
@@ -200,11 +208,11 @@ class Tokenizer:
     __call__ = encode
 
     def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts at once, for data pipelines. `encode` gives the same ids, but our encoder uses all cores.
+        """Encodes many texts at once on all cores, for data pipelines. The ids are the same as from `encode`.
 
-        Returns (tokens, offsets); the tokens of text i are tokens[offsets[i] : offsets[i + 1]]. `tokens` is uint16[n],
-        or uint32[n] if the vocabulary needs it, and `offsets` is int64[len(texts) + 1]. `prepend` is a token id or a
-        special token's name. Raises TypeError if `texts` is not a list of str.
+        Returns (tokens, offsets). The tokens of text i are tokens[offsets[i] : offsets[i + 1]]. `tokens` is uint16[n],
+        or uint32[n] if the vocabulary has more than 65,536 tokens, and `offsets` is int64[len(texts) + 1]. `prepend` is
+        a token id or a special token's name. Raises TypeError if `texts` is not a list of str.
         """
         if not isinstance(texts, list):
             raise TypeError(f"encode_batch takes a list of str, got {type(texts).__name__}")
@@ -212,8 +220,8 @@ class Tokenizer:
             tokens, offsets = self._core.encode_batch(texts)
         except UnicodeEncodeError:
             tokens, offsets = self._core.encode_batch([_without_surrogates(text) for text in texts])
-        # The encoder chose the integer type without counting the special tokens; with these, the vocabulary may exceed
-        # 65,536 tokens.
+        # The encoder chose the integer type without counting the special tokens. With the special tokens, the
+        # vocabulary may exceed 65,536 tokens.
         tokens = tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, copy=False)
         if prepend is not None:
             tokens = np.insert(tokens, offsets[:-1], self._token_id(prepend))
@@ -221,7 +229,7 @@ class Tokenizer:
         return tokens, offsets
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of one text, from tiktoken if the text is short, otherwise from our own encoder."""
+        """Returns the ids of one text. A short text is encoded by tiktoken, a long one by our own encoder."""
         if len(text) <= LONG_TEXT:
             return self._encoding.encode_ordinary(text)
         try:
@@ -230,17 +238,20 @@ class Tokenizer:
             return self._core.encode(_without_surrogates(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids. Bytes that are not UTF-8 become U+FFFD, and special tokens appear by name. Raises ValueError if
-        an id is outside the vocabulary."""
+        """Returns the text of ids. Bytes that are not UTF-8 become U+FFFD, and a special token becomes its name. Raises
+        ValueError if an id is outside the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of ids. Raises ValueError if an id is outside the vocabulary."""
+        """Returns the bytes of ids. Raises ValueError if an id is outside the vocabulary."""
         return self._encoding.decode_bytes(self._check_ids(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """int32[vocab_size]: length in bytes of each token, 0 for special tokens. The raw bytes are counted, because
-        some tokens are not valid UTF-8 by themselves, and decoding would change their length."""
+        """Returns the length of each token in bytes as int32[vocab_size]. Special tokens have length 0.
+
+        The raw bytes are counted: some tokens are not valid UTF-8 by themselves, and decoding such a token would change
+        its length.
+        """
         lengths = [len(token) for token, _ in self._core.get_mergeable_ranks()]
         return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
@@ -248,9 +259,9 @@ class Tokenizer:
     # Conversations
 
     def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """A conversation as ids and their mask (1: supervised), both truncated on the right to `max_tokens`.
+        """Returns the ids of a conversation and their mask (1: supervised), each cut off after `max_tokens` tokens.
 
-        The model learns the assistant's text, its calculator calls and <|assistant_end|>, but not <|assistant_start|>
+        The model learns the assistant's text, the calculator calls and <|assistant_end|>, but not <|assistant_start|>
         or the calculator's results. Raises UserError if the messages are in the wrong order or form.
 
         >>> tokenizer = Tokenizer.train(["a short text"], vocab_size=265)
@@ -279,11 +290,13 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict, max_tokens: int = 2048) -> list[int]:
-        """Ids of a prompt for the assistant's next message. If the last message is the assistant's, it is left out.
+        """Returns the ids of a prompt for the assistant's next message. If the last message is by the assistant, that
+        message is left out.
 
-        A conversation that is too long loses its oldest turns, but not the system message. If the last message alone is
-        too long, its beginning is cut off. The specification truncates the end of the conversation instead, and so
-        loses the question and <|user_end|>. Raises UserError if the messages are in the wrong order or form.
+        If the prompt would be longer than `max_tokens`, the oldest turns are dropped, but not the system message. If
+        the last message alone is too long, its beginning is cut off. The specification instead truncates the end of the
+        conversation, and so loses the question and <|user_end|>. Raises UserError if the messages are in the wrong
+        order or form.
         """
         if max_tokens < SHORTEST_PROMPT:
             least = f"{SHORTEST_PROMPT}, the special tokens of a prompt"
@@ -303,7 +316,8 @@ class Tokenizer:
         return ids if len(ids) <= max_tokens else ids[:2] + ids[len(ids) - max_tokens + 2 :]
 
     def _render_message(self, message: dict, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Ids and mask of one checked message. `system` and a blank line go before the text of a user message."""
+        """Returns the ids and the mask of one checked message. In a user message, `system` and a blank line go before
+        the text."""
         ids, mask = [], []
 
         def add(new: list[int], supervised: int) -> None:
@@ -324,8 +338,8 @@ class Tokenizer:
         return ids, mask
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
-        """The tokens in color, separated by bars, for a terminal. Supervised tokens are green, others red, and ids
-        grey."""
+        """Returns the tokens in color for a terminal, with bars between them. Supervised tokens are green, other tokens
+        are red, and ids are grey."""
         shown = []
         for i, supervised in zip(ids, mask, strict=True):
             color = "\033[92m" if supervised else "\033[91m"
@@ -334,24 +348,27 @@ class Tokenizer:
 
 
 def _without_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode, with U+FFFD, and joins surrogate pairs, as tiktoken
-    does: "\\ud83d\\ude00 \\ud83d" -> "😀 \\ufffd"."""
+    """Replaces lone surrogates, which UTF-8 cannot encode, with U+FFFD, and joins surrogate pairs. tiktoken does the
+    same.
+
+    Example: "\\ud83d\\ude00 \\ud83d" -> "😀 \\ufffd".
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamDecoder:
-    """Decodes ids that come one at a time; the bytes of an unfinished UTF-8 character are held back."""
+    """Decodes ids that come one at a time. The bytes of an unfinished UTF-8 character are held back."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Takes one more id and returns the characters that it completes, or "" if it completes none."""
+        """Takes the next id. Returns the characters that this id completes, or "" if it completes none."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """Returns U+FFFD if bytes are held back, otherwise "". The decoder is then ready for another text."""
+        """Returns U+FFFD if bytes are held back, otherwise "". Afterwards, the decoder is ready for another text."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -364,8 +381,8 @@ class StreamDecoder:
 def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
     """Returns (the text of the system message, the other messages). The text is None if there is no system message.
 
-    The other messages are by the user and the assistant in turn, the user first. Raises UserError, naming the first
-    wrong message, if the conversation does not have this form.
+    The other messages must alternate between user and assistant, beginning with the user. Raises UserError, naming the
+    first wrong message, if the conversation does not have this form.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -391,7 +408,7 @@ def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
 
 
 def _check_content(i: int, message: dict) -> None:
-    """Raises UserError if the content of message i has the wrong type or parts."""
+    """Raises UserError if the content of messages[i] has the wrong type or wrong parts."""
     role, content = message["role"], message["content"]
     if isinstance(content, str):
         return

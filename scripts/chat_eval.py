@@ -27,13 +27,13 @@ def main(cfg: config.ChatEval) -> None:
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
 
-    # All tasks are checked and loaded first, so that errors appear before a long evaluation.
+    # Check and load all tasks first, so that errors appear before a long evaluation.
     names = [name.strip() for name in cfg.task_name.split("|") if name.strip()] or list(chat.CHATCORE_TASKS)
     for name in names:
         if tasks.task_class(name).eval_type is None:
             scored = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
-    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # fails before any download if there is no such checkpoint
+    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # if the checkpoint is missing, fails before any download
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
@@ -70,7 +70,7 @@ def write_answers(path: Path, answers: list[dict]) -> None:
 
 
 def print_table(title: str, scores: list["ChatScore"], chat_core: tuple[float, float] | None) -> None:
-    """Prints one row per task, and ChatCORE with its standard error."""
+    """Prints one row per task and, if `chat_core` is given, a last row with ChatCORE and its standard error."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

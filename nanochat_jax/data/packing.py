@@ -1,9 +1,9 @@
-"""Packs documents of any length into rows of a fixed width. In: token ids. Out: rows int32[T+1], inputs and targets.
+"""Packs documents of any length into rows of a fixed width.
 
-A document is an int32 array of token ids that begins with BOS. A token that is read but not predicted (a user's words,
-padding) is stored as its complement, ~id. BestFit and Stream turn documents into rows of T+1 tokens, and count the
-tokens that they discard or add as padding. Their state is small, exact and JSON-serializable. `as_batch` turns rows
-into inputs and targets.
+A document is an int32 array of token ids that begins with BOS. The model reads some tokens without learning to predict
+them, such as a user's words or padding. These tokens are stored as ~id instead of id. BestFit and Stream turn documents
+into rows int32[T+1], and count discarded tokens and padding. Their state is small and JSON-serializable. A packer that
+is restored from its state makes exactly the same rows. `as_batch` turns rows into inputs and targets.
 """
 
 import base64
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-# For each packing method, how many documents BestFit keeps in its buffer to choose from. A larger buffer leaves fewer
-# gaps, but makes the state larger. The original nanochat buffers 1000 documents for "crop" and 100 for "whole".
+# The number of documents that BestFit keeps in its buffer, for each packing method. With a larger buffer, documents fit
+# better, but the saved state is larger. The original nanochat buffers 1000 documents for "crop" and 100 for "whole".
 BUFFER_DOCUMENTS = {"split": 256, "crop": 1000, "whole": 100}
 
 
 def document(ids: ArrayLike, mask: Sequence[int] | None = None) -> np.ndarray:
-    """The ids as int32[n]; where `mask` is 0, the token is read but not predicted.
+    """Returns the ids as int32[n], with ~id in place of id where `mask` is 0.
 
     >>> document([0, 7, 8], [0, 0, 1]).tolist()  # ~0 == -1, ~7 == -8
     [-1, -8, 8]
@@ -30,9 +30,10 @@ def document(ids: ArrayLike, mask: Sequence[int] | None = None) -> np.ndarray:
 
 
 def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows int32[b, T+1] -> inputs and targets int32[b, T]; a target is -1 where no token is to be predicted.
+    """Turns rows int32[b, T+1] into inputs and targets int32[b, T]. Where no token is to be predicted, the target is
+    -1.
 
-    >>> batch = as_batch(np.array([[0, 5, ~6, 7, ~0]]))  # BOS is 0; 6 is only read; the row ends with padding
+    >>> batch = as_batch(np.array([[0, 5, ~6, 7, ~0]]))  # 0 is BOS; ~6 is read but not predicted; ~0 is padding
     >>> batch["inputs"].tolist(), batch["targets"].tolist()
     ([[0, 5, 6, 7]], [[5, -1, 7, -1]])
     """
@@ -41,25 +42,26 @@ def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def empty_row(width: int, bos: int) -> np.ndarray:
-    """A row int32[width] of padding: every position is BOS, and none is a target."""
+    """Returns a row int32[width] of padding: every position is BOS, and none is a target."""
     return np.full(width, ~bos, np.int32)
 
 
 class BestFit:
-    """Fills rows by taking the longest buffered document that still fits. Every row begins with BOS. If none fits:
+    """Fills each row with the longest buffered documents that fit. Every row begins with BOS. If no document fits into
+    the rest of a row, the method decides what happens:
 
     - "split": the longest document is split, and its remainder returns to the buffer as a document with its own BOS.
-      Nothing is lost. Every row begins with the longest document, even if it has to be split, so that documents longer
-      than a row cannot pile up behind short ones.
+      Nothing is lost. Every row begins with the longest document in the buffer, even if this document must be split,
+      so that documents longer than a row cannot pile up behind short ones.
     - "crop": the shortest document is truncated. Its remainder is discarded and counted (nanochat's method in 2026).
     - "whole": the rest of the row is padded. No document may be longer than a row.
 
     >>> packer = BestFit("split", width=6, bos=0)
     >>> for ids in ([0, 1, 2], [0, 3], [0, 4, 5, 6]):
     ...     packer.add(document(ids))
-    >>> packer.row().tolist()  # the longest document, then the one that fits the rest exactly
+    >>> packer.row().tolist()  # the longest document, then the longest that fits into the two free positions
     [0, 4, 5, 6, 0, 3]
-    >>> packer.row().tolist()  # the last document, then padding: ~0 == -1
+    >>> packer.row().tolist()  # the last document, then padding, which is ~0 == -1
     [0, 1, 2, -1, -1, -1]
     """
 
@@ -69,8 +71,8 @@ class BestFit:
         self._load([], 0, 0)
 
     def _load(self, documents: list[np.ndarray], emitted: int, wasted: int) -> None:
-        self._order: list[tuple[int, int]] = []  # (length, serial number) of each document, sorted
-        self._documents: dict[int, tuple[bool, np.ndarray]] = {}  # serial number -> (whether it needs BOS, ids)
+        self._order: list[tuple[int, int]] = []  # sorted: (length, serial number) of each document
+        self._documents: dict[int, tuple[bool, np.ndarray]] = {}  # serial number -> (whether BOS must be added, ids)
         self._serial = 0
         self._buffered_tokens = 0
         self._emitted, self._wasted = emitted, wasted  # both in tokens
@@ -89,24 +91,27 @@ class BestFit:
         self._buffered_tokens += needs_bos + len(doc)
 
     def __len__(self) -> int:
-        """Number of buffered documents, including the remainders of split ones."""
+        """The number of buffered documents, including the remainders of split documents."""
         return len(self._order)
 
     @property
     def needs_documents(self) -> bool:
-        """Whether to add documents before the next row is made. With "split", the buffer is also full if it holds
-        enough tokens for 64 rows. This is enough to choose from, and the limit keeps the state small when documents are
-        long."""
+        """Whether the buffer is not full, so that documents should be added before the next row is made.
+
+        The buffer is full if it holds BUFFER_DOCUMENTS documents or, with "split", enough tokens for 64 rows. The limit
+        on tokens keeps the state small when documents are long.
+        """
         enough = self.method == "split" and self._buffered_tokens >= 64 * self.width
         return len(self._order) < BUFFER_DOCUMENTS[self.method] and not enough
 
     @property
     def waste(self) -> float:
-        """Of all tokens so far, the fraction that were discarded or are padding."""
+        """The fraction of the tokens so far, discarded tokens included, that were discarded or are padding."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
-        """The next row, int32[width]. It is padded only for "whole", or if too few documents are left to fill it."""
+        """Returns the next row, int32[width]. The row is padded only if the method is "whole" or too few documents are
+        left."""
         row, filled = empty_row(self.width, self.bos), 0
         while filled < self.width and self._order:
             taken = self._take(self.width - filled, row_is_empty=not filled)
@@ -126,8 +131,8 @@ class BestFit:
         return row
 
     def _take(self, room: int, row_is_empty: bool) -> tuple[bool, np.ndarray] | None:
-        """Removes and returns the document to put next into the `room` free positions of a row. Of equally long
-        documents, this is the oldest. Returns None if these positions are to be padded."""
+        """Removes a document from the buffer and returns it, to be put into the `room` free positions of a row. Among
+        documents of equal length, the oldest is taken. Returns None if the free positions are to be padded."""
         num_fitting = bisect_right(self._order, (room, self._serial))
         if self.method == "split" and (row_is_empty or not num_fitting):
             index = -1
@@ -144,13 +149,13 @@ class BestFit:
 
     def _return_or_discard(self, remainder: np.ndarray) -> None:
         if self.method == "split":
-            self._add(True, remainder)  # a view: otherwise a long document would be copied once per row
+            self._add(True, remainder)  # a view, so that a long document is not copied for every row
         else:
             self._wasted += len(remainder)
             self._emitted += len(remainder)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next rows depend on, in JSON-serializable form."""
+        """Returns everything that the next rows depend on, in JSON-serializable form."""
         buffered = [self._documents[serial] for serial in sorted(self._documents)]
         parts = []
         for needs_bos, doc in buffered:
@@ -170,10 +175,10 @@ class BestFit:
 
 
 class Stream:
-    """Joins documents end to end and splits them every T tokens (nanochat's method in 2025).
+    """Joins documents end to end and cuts a row every T tokens (nanochat's method in 2025).
 
-    Nothing is lost, but a row may begin in the middle of a document. Unlike in nanochat, the last target of a row is
-    also the first input of the next row, so that the rows do not depend on the batch size.
+    No token is lost, but a row may begin in the middle of a document. The last target of a row is always the first
+    input of the next row. The rows therefore do not depend on the batch size, unlike nanochat's rows.
     """
 
     def __init__(self, width: int, bos: int):
@@ -186,21 +191,21 @@ class Stream:
         self._buffered_tokens += len(doc)
 
     def __len__(self) -> int:
-        """Number of tokens that have not yet been a target."""
+        """The number of buffered tokens that have not yet been a target."""
         return max(0, self._buffered_tokens - 1)
 
     @property
     def needs_documents(self) -> bool:
-        """Whether too few tokens are buffered to fill the next row."""
+        """Whether the buffer holds too few tokens to fill the next row."""
         return self._buffered_tokens < self.width
 
     @property
     def waste(self) -> float:
-        """Of all positions so far, the fraction that are padding."""
+        """The fraction of the positions in all rows so far that are padding."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
-        """The next row, int32[width]; padded only if too few tokens are left to fill it."""
+        """Returns the next row, int32[width]. The row is padded only if too few tokens are left to fill it."""
         tokens = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
         row = empty_row(self.width, self.bos)
         filled = min(self.width, len(tokens))
@@ -212,7 +217,7 @@ class Stream:
         return row
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next rows depend on, in JSON-serializable form."""
+        """Returns everything that the next rows depend on, in JSON-serializable form."""
         return {"tokens": _encode(self._parts), "emitted": self._emitted, "wasted": self._wasted}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -223,8 +228,8 @@ class Stream:
 
 
 def _encode(arrays: list[np.ndarray]) -> str:
-    """Tokens as base64: [int32[2]] -> 12 characters. Saved states hold tokens instead of text, so that a resumed run
-    need not tokenize the text again.
+    """Returns tokens as base64. Saved states hold tokens instead of text, so that a resumed run need not tokenize text
+    again.
 
     >>> _encode([np.array([0, 258], np.int32)])
     'AAAAAAIBAAA='

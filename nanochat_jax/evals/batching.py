@@ -1,9 +1,10 @@
-"""Batches for evaluation: prompts are padded to a few static shapes, and the rows are sharded over the devices.
+"""Makes batches for evaluation: prompts are padded to one of a few lengths, and the rows are sharded over the devices.
 
-Used by CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss).
+CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss) use this module.
 
-With so few shapes, an evaluation of thousands of prompts compiles only a handful of programs. A prompt's score does not
-depend on the other prompts in its batch: attention is causal, so padding on the right affects no token before it.
+Because there are only a few lengths, an evaluation of thousands of prompts compiles only a handful of programs. A
+prompt's score does not depend on the other prompts in its batch: attention is causal, so the padding to the right of a
+prompt affects none of the prompt's tokens.
 """
 
 import json
@@ -19,20 +20,21 @@ from nanochat_jax.engine.cache import bucket
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
 
-SHORTEST = 32  # tokens; shorter prompts are padded to this length
+SHORTEST = 32  # in tokens; shorter prompts are padded to this length
 
 
 def padded_length(length: int, limit: int) -> int:
-    """The smallest power of two that holds `length` tokens, at least SHORTEST and at most `limit`.
+    """Rounds `length` up to a power of two. The result is at least SHORTEST and at most `limit`.
 
-    100 tokens in a context of 2048 -> 128
+    Example: a length of 100 with a limit of 2048 -> 128.
     """
     assert 0 < length <= limit, f"{length} tokens in a context of {limit}"
     return bucket(length, limit, SHORTEST)
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:
-    """Up to `rows` sequences as one array int32 [rows, padded length of the longest sequence]. The rest is `fill`."""
+    """Puts the sequences into an array int32 [rows, padded length of the longest sequence]. The rest of the array is
+    `fill`."""
     assert 0 < len(sequences) <= rows, f"{len(sequences)} sequences in {rows} rows"
     batch = np.full((rows, padded_length(max(map(len, sequences)), limit)), fill, np.int32)
     for row, ids in zip(batch, sequences, strict=False):
@@ -41,22 +43,23 @@ def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) ->
 
 
 def fixed_rows(values: ArrayLike, rows: int) -> np.ndarray:
-    """`values` as int32 [rows, ...]; if there are fewer than `rows`, copies of the first value fill the rest.
+    """Returns `values` as int32 [rows, ...]. If there are fewer than `rows` values, copies of the first value are
+    appended.
 
-    [5, 7] in 4 rows -> [5, 7, 5, 5]
+    Example: [5, 7] with rows=4 -> [5, 7, 5, 5].
     """
     array = np.asarray(values, np.int32)
     return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
 
 
 def num_rows(params: gpt.Params, batch_size: int) -> int:
-    """The number of rows in a batch that has `batch_size` rows on each device."""
+    """The number of rows in a batch that gives `batch_size` rows to each replica of the model."""
     mesh = sharding.mesh_of(params)
     return batch_size * (1 if mesh is None else sharding.replicas(mesh))
 
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
-    """Puts rows on the devices, sharded like a batch. Every process must pass all of the rows."""
+    """Puts rows on the devices as one array, sharded like a batch. Every process must pass all of the rows."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None:
         return jnp.asarray(rows)
@@ -72,7 +75,7 @@ def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
 
 
 def fetch(rows: jax.Array) -> np.ndarray:
-    """Copies all rows to the host of every process."""
+    """Returns all rows as a NumPy array on every process."""
     if rows.is_fully_addressable:
         return np.asarray(rows)
     from jax.experimental import multihost_utils
@@ -81,10 +84,11 @@ def fetch(rows: jax.Array) -> np.ndarray:
 
 
 def gather(values: list[Any]) -> list[Any]:
-    """All-gathers JSON values into one list, in their original order. Each process passes the values at the indices
-    `range(process, n, processes)`.
+    """Returns a list of the JSON values of all processes, on every process.
 
-    [a, c, e] on process 0 and [b, d] on process 1 -> [a, b, c, d, e] on both
+    Of n values, process i of p processes passes the values at the indices range(i, n, p). The list has the values in
+    the order of these indices. Example: [a, c, e] on process 0 and [b, d] on process 1 -> [a, b, c, d, e] on both
+    processes.
     """
     if jax.process_count() == 1:
         return values

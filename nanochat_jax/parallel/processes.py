@@ -1,15 +1,18 @@
 """The processes of a run on several hosts: how they find each other, agree, and end together.
 
-An error in one process must end the others too. A process that stops leaves the others waiting in the next collective,
-for five minutes by JAX's defaults. `fail_together` shortens this wait. If code in a `fail_together` block raises an
-error in one process, that process writes its index and the error into the key-value store that JAX keeps for all
-processes. The failed process then tries to disconnect for up to PATIENCE seconds, which succeeds only if the others
-disconnect as well. After that, it exits in any case. Meanwhile a thread in every process reads the store once a second.
-When the thread sees another process's error, it first gives its own process GRACE seconds to end by itself, since some
-errors occur in all processes. If the process is still running after that, the thread prints which process failed and
-why, disconnects if it can, and ends the process with exit code 2. A process that is killed cannot write an error. The
-others notice this when they have received no heartbeat from it for HEARTBEAT seconds, and JAX then ends them with a
-message that is a page long.
+If one process fails, the others must end as well. Otherwise, they would wait for the failed process in their next
+collective operation, by JAX's defaults for five minutes. `fail_together` shortens this wait. If code in a
+`fail_together` block raises an error, the failed process writes its index and the error into the key-value store that
+JAX keeps for all processes. The failed process then tries to disconnect, which succeeds only if the other processes
+disconnect as well. After at most PATIENCE seconds, the failed process exits, disconnected or not.
+
+Meanwhile, every process has a thread that reads the store once a second. When the thread finds another process's error,
+it waits GRACE seconds: some errors occur in all processes, so its own process may be about to end by itself. If its own
+process is still running after that, the thread prints which process failed and why, disconnects if it can, and ends its
+own process with exit code 2.
+
+A process that is killed cannot write an error. After HEARTBEAT seconds without a heartbeat from the killed process, JAX
+ends the other processes with a message that is a page long.
 """
 
 import atexit
@@ -28,8 +31,8 @@ import numpy as np
 from nanochat_jax.config import UserError, first_line
 
 T = TypeVar("T")
-HEARTBEAT = 30  # a process counts as lost after this many seconds without a heartbeat, which a JAX thread sends
-PATIENCE = 10  # seconds that a process with an error waits for the others to end as well
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as lost; a JAX thread sends the heartbeats
+PATIENCE = 10  # seconds that a failed process waits for the other processes to disconnect
 GRACE = 3  # seconds that a process gets to end by itself after another process has reported an error
 ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report their errors
 
@@ -37,9 +40,9 @@ ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes of a run on several hosts, if there are any.
 
-    The processes find each other through `coordinator` (host:port of process 0), or through the environment variables
-    that Slurm or Kubernetes sets for each task. Call this before anything else asks JAX for its devices. Raises
-    UserError if the arguments do not fit together or if joining fails.
+    The processes find each other through `coordinator` (host:port of process 0) or, without it, through the environment
+    variables that Slurm or Kubernetes sets for each task. Call this function before any code asks JAX for its devices.
+    Raises UserError if the arguments do not fit together or if joining fails.
     """
     import jax
 
@@ -60,9 +63,9 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     elif num_processes == 1:
         return
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        pass  # JAX reads the addresses from Slurm's environment
+        pass  # JAX reads the addresses from Slurm's environment variables
     elif "JOB_COMPLETION_INDEX" in os.environ:
-        # JAX asks Kubernetes for the addresses, through a package that is not installed along with JAX.
+        # JAX gets the addresses through the package kubernetes, which is not installed along with JAX.
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
                 "this pod belongs to an indexed Kubernetes job, and finding its other pods needs the package "
@@ -78,11 +81,11 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 
 
 def broadcast_from_0(decide: Callable[[], T]) -> T:
-    """Calls `decide` on process 0 and returns its result (anything JSON can hold) on all processes.
+    """Calls `decide` on process 0 and returns its result on all processes. The result must be JSON-serializable.
 
-    All processes must call this together. If `decide` raises an error, every process raises one, since the others would
-    otherwise wait forever. Process 0 raises the error itself. The others raise a UserError if the original error is a
-    UserError, and otherwise a RuntimeError.
+    All processes must call this function together. If `decide` raises an error, every process raises an error, so that
+    none waits forever. Process 0 raises the original error. The other processes raise a UserError if the original error
+    is a UserError, and a RuntimeError otherwise.
     """
     import jax
 
@@ -107,7 +110,8 @@ def broadcast_from_0(decide: Callable[[], T]) -> T:
 def _broadcast_text(text: bytes) -> bytes:
     """Returns process 0's text on all processes.
 
-    The length of the text is sent first, since all processes must pass arrays of the same size to a broadcast.
+    The length of the text is broadcast first, because the arrays that the processes pass to a broadcast must all have
+    the same size.
     """
     from jax.experimental import multihost_utils
 
@@ -117,23 +121,24 @@ def _broadcast_text(text: bytes) -> bytes:
 
 
 def all_gather(number: int) -> list[int]:
-    """All-gathers one number per process, in order of process index. All processes must call this together."""
+    """Returns the numbers of all processes, in the order of their indices. All processes must call this function
+    together."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def all_min(number: int) -> int:
-    """Returns the minimum of all processes' numbers on every process. All processes must call this together."""
+    """Returns the minimum of the numbers of all processes. All processes must call this function together."""
     import jax
 
     return number if jax.process_count() == 1 else min(all_gather(number))
 
 
 def disconnect() -> None:
-    """Waits until all processes call this, then disconnects them from each other.
+    """Waits until all processes have called this function, then disconnects them from each other.
 
-    A call to JAX that still waits for another process then raises an error.
+    A call to JAX that is still waiting for another process at that time raises an error.
     """
     import jax
 
@@ -142,10 +147,9 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def fail_together() -> Generator[None]:
-    """Within this block, an error in one process ends the other processes too.
+    """If an error occurs in this block in one process, the other processes end as well.
 
-    Each of them prints a line with the failed process and its error. The module docstring explains how this works.
-
+    Each of the other processes prints which process failed and why. The module docstring explains how this works.
     """
     import jax
 
@@ -168,9 +172,9 @@ def fail_together() -> Generator[None]:
 
 
 def _key_value_store() -> Any:
-    """JAX's key-value store, shared by all processes; None after `disconnect`.
+    """Returns the key-value store of JAX, which all processes share, or None after `disconnect`.
 
-    JAX has no public API for the store; Orbax takes it from the same private module.
+    JAX has no public API for the store. Orbax takes the store from the same private module.
     """
     from jax._src import distributed
 
@@ -178,7 +182,7 @@ def _key_value_store() -> Any:
 
 
 def _report(error: BaseException) -> None:
-    """Writes this process's error into the shared store, for the others to read."""
+    """Writes this process's error into the shared store, for the other processes to read."""
     import jax
 
     reason = first_line(error)
@@ -190,9 +194,10 @@ def _report(error: BaseException) -> None:
 
 
 def _watch(ended: threading.Event) -> None:
-    """Once another process has reported an error, waits GRACE seconds and then ends this process.
+    """Waits until another process reports an error, then waits GRACE seconds more, and then ends this process.
 
-    It does nothing if `ended` is set by then. `fail_together` sets `ended` when its block ends in this process.
+    If `ended` is set before that, returns without ending this process. `fail_together` sets `ended` when its block
+    ends.
     """
     while not ended.wait(1):
         store = _key_value_store()
@@ -211,8 +216,9 @@ def _watch(ended: threading.Event) -> None:
 def _disconnect_or_exit() -> None:
     """Tries for PATIENCE seconds to disconnect, which works only if all other processes disconnect as well.
 
-    They do if they have the same error. If they do not, this process will exit without JAX's orderly shutdown. Its
-    connections then simply close, and any process that waits for data from one of them gets an error.
+    The other processes disconnect if they have the same error. If they do not disconnect in time, this process will
+    exit without JAX's orderly shutdown. The connections of this process then simply close, and any process that waits
+    for data from one of these connections gets an error.
     """
 
     def try_to_disconnect() -> None:
@@ -223,7 +229,7 @@ def _disconnect_or_exit() -> None:
     attempt.start()
     attempt.join(PATIENCE)
     if attempt.is_alive():
-        atexit.register(_exit_now)  # runs before JAX's own exit handler, which would wait for the others
+        atexit.register(_exit_now)  # runs before JAX's exit handler, which would wait for the other processes
 
 
 def _exit_now() -> None:

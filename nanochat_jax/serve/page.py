@@ -1,5 +1,5 @@
-"""Serves the static files of the page, which are read once at startup. Requests for them need no key. No other file in
-the folder is served."""
+"""Serves the files of the web page. The server reads these files once, at startup, and sends them without asking for a
+key. It serves no other file of the folder."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,8 +24,8 @@ SCRIPTS = (
 FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "logo.svg", *SCRIPTS)}  # URL path -> file
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-# With these headers, the page runs only its own scripts and loads only from its own server, and no string becomes HTML,
-# whatever the model writes.
+# With these headers, the browser runs only the page's own scripts and loads only from this server. It never turns a
+# string, such as a text by the model, into HTML.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -38,7 +38,7 @@ HEADERS = {
 
 
 def routes() -> APIRouter:
-    """The GET routes, one per file."""
+    """Returns a router with one GET route per file."""
     router = APIRouter()
     for address, name in FILES.items():
         router.add_api_route(address, _serve(UI / name), include_in_schema=False)

@@ -1,8 +1,9 @@
 """GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
 
-In the data, each step of an answer contains <<expression=result>>, which becomes a tool call and its output. An answer
-ends with "#### number". It is right only if this number, without commas, is written exactly as in the reference: 10
-matches neither 10.0 nor "10.".
+In the data, each step of an answer contains <<expression=result>>. The expression becomes a calculator call, and the
+result becomes the output of that call. An answer ends with "#### number". The answer is right only if its number,
+without commas, is written exactly as in the reference answer: if the reference number is 10, neither 10.0 nor "10." is
+right.
 """
 
 import re
@@ -17,16 +18,16 @@ _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 def extract_answer(text: str) -> str | None:
-    """The number after the first "#### ", without commas, or None if there is none.
+    """Returns the number after the first "#### ", without commas, or None if there is no such number.
 
-    "2 + 2 = 4\\n#### 1,004" -> "1004"
+    Example: "2 + 2 = 4\\n#### 1,004" -> "1004".
     """
     match = _ANSWER.search(text)
     return match[1].replace(",", "") if match else None
 
 
 def is_right(conversation: dict, completion: str) -> bool:
-    """Whether `completion` gives the same number as the conversation's own answer."""
+    """Whether `completion` has the same number as the reference answer, which is the last message of `conversation`."""
     content = conversation["messages"][-1]["content"]
     reference = extract_answer(content if isinstance(content, str) else content[-1]["text"])
     assert reference is not None, f"no #### in the reference answer {content!r}"
@@ -45,12 +46,13 @@ class GSM8K(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict) -> dict:
-        """{"question", "answer": "It is <<2*5=10>>10\\n#### 10"} -> a conversation. Its answer has these parts:
+        """Turns a row {"question": ..., "answer": ...} into a conversation.
 
-        text "It is ", python "2*5", python_output "10", text "10\\n#### 10"
+        Example: the answer "It is <<2*5=10>>10\\n#### 10" becomes a message with four parts: text "It is ", python
+        "2*5", python_output "10", text "10\\n#### 10".
         """
         parts = []
-        for i, piece in enumerate(_CALL.split(row["answer"])):  # text, call, text, call, ..., text
+        for i, piece in enumerate(_CALL.split(row["answer"])):  # even i: text; odd i: call
             if i % 2 == 0:
                 parts.append({"type": "text", "text": piece})
                 continue

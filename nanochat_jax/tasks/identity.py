@@ -1,10 +1,10 @@
-"""Who the model is: a thousand short generated conversations, in many phrasings.
+"""Teaches the model who it is, with a thousand short generated conversations in many phrasings.
 
-The conversations are read from identity_conversations.jsonl in the task data folder. If it is not there, the file of
-that name in the base folder is used, which is generated on first use. Edit or replace the file to give the model
-another identity. The questions in val and in test are phrased differently, and training uses none of these phrasings.
-An answer is right if it contains an expected word or phrase. The test phrasings were written before any model was
-evaluated on them, and use only words that occur in training questions.
+The training conversations are read from identity_conversations.jsonl in the task data folder. If that file does not
+exist, they are read from the file of the same name in the base folder, which is generated on first use. To give the
+model another identity, edit or replace the file. No question is phrased in the same way in two splits. The test
+phrasings were written before any model was evaluated on them, and use only words that occur in training questions. An
+answer is right if it contains the expected word or phrase.
 """
 
 import json
@@ -24,7 +24,10 @@ CONVERSATIONS = 1_000
 
 @dataclass(frozen=True)
 class Topic:
-    """Questions for each split, answers, and the text that a right answer must contain ("": every answer is right)."""
+    """The questions of each split about one topic, and their answers.
+
+    A right answer contains the text `expected`. If `expected` is "", every answer is right.
+    """
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -157,12 +160,12 @@ class Identity(Task):
         return self.conversations[index]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the answer contains the expected text, such as the name of the model."""
+        """Whether `completion` contains the expected text, such as the name of the model."""
         return conversation["expected"].lower() in completion.lower()
 
 
 def _training_data(data_dir: str | Path | None) -> CustomJSON:
-    """The training conversations. If no file holds them yet, they are generated first."""
+    """Returns the training conversations. If there is no file of them, the file is generated first."""
     path = base_dir() / FILE
     if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
         path = given
@@ -172,11 +175,12 @@ def _training_data(data_dir: str | Path | None) -> CustomJSON:
 
 
 def generate(index: int) -> list[dict]:
-    """Training conversation `index`: a question or two, perhaps with a greeting, thanks or a goodbye."""
+    """Returns training conversation number `index`: usually one or two questions, perhaps with a greeting, thanks or a
+    goodbye."""
     rng = random.Random(f"identity {index}")
     topics = rng.sample(ABOUT, rng.choice((1, 1, 1, 2)))
     if rng.random() < 0.4 and ABOUT[0] not in topics:
-        topics[0] = ABOUT[0]  # who the model is: the topic that people ask about most often
+        topics[0] = ABOUT[0]  # people ask most often who the model is
     greeting = rng.random()
     if greeting < 0.2:
         topics.insert(0, GREETING)
@@ -187,13 +191,17 @@ def generate(index: int) -> list[dict]:
     messages = [
         message for topic in topics[:3] for message in _turn(rng.choice(topic.train), rng.choice(topic.answers))
     ]
-    if greeting > 0.9 and topics[0] in ABOUT:  # put a greeting and the question in one message
+    if greeting > 0.9 and topics[0] in ABOUT:  # put a greeting before the question, in one message
         messages[0]["content"] = rng.choice(("Hi! ", "Hello! ", "Hey, ", "Hi, ")) + messages[0]["content"]
     return messages
 
 
 def _questions(split: str) -> list[dict]:
-    """Every question of val or test: once as the first message and, unless it is a greeting, once after a greeting."""
+    """Returns conversations that contain every question of the split `split`, which is val or test.
+
+    Each question occurs in one conversation as the first message. Unless the question is itself a greeting, it occurs
+    in a second conversation after a greeting.
+    """
     rng = random.Random(f"identity {split}")
     conversations = []
     for topic in (GREETING, *ABOUT):

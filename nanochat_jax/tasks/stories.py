@@ -1,10 +1,9 @@
-"""Writes the texts of the generated arithmetic problems with the small grammar in phrasings.txt.
-
-That file explains the grammar's notation.
+"""Writes the texts of the generated arithmetic problems. Their small grammar is listed and explained in phrasings.txt.
 
 Every list of phrasings has three parts: phrasings for all splits, phrasings for validation only, and phrasings for the
-test only. A validation or test problem contains at least one phrasing of its own split, so its wording never occurs in
-training. Validation problems may be looked at while a recipe is tuned; test problems may not.
+test only. A validation problem contains at least one phrasing for validation only, and a test problem at least one for
+the test only, so the wording of these problems never occurs in training. Validation problems may be looked at while a
+recipe is tuned; test problems may not.
 """
 
 import random
@@ -17,20 +16,20 @@ SYMBOL = re.compile(r"<(\w+)>")
 
 @dataclass(frozen=True)
 class Phrasings:
-    """Ways to say one thing: every split uses `train`, but only validation uses `val` and only the test uses `test`."""
+    """Ways to say one thing: all splits use `train`, only validation uses `val`, and only the test uses `test`."""
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
     def held_out(self, split: str) -> tuple[str, ...]:
-        """The phrasings that only this split uses; none for train."""
+        """Returns the phrasings that only this split uses. For train, there are none."""
         return () if split == "train" else getattr(self, split)
 
     def with_symbols(self, **symbols: str) -> "Phrasings":
-        """A copy with symbols renamed.
+        """Returns a copy in which symbols are renamed.
 
-        with_symbols(E="gain") of "Then <E>." -> "Then <gain>."
+        Example: with_symbols(E="gain") turns "Then <E>." into "Then <gain>."
         """
 
         def rename(text: str) -> str:
@@ -44,7 +43,8 @@ class Phrasings:
 
 @dataclass(frozen=True)
 class Story:
-    """A kind of problem: its phrasings, the steps that solve it, the result's unit, and a limit for most numbers."""
+    """A kind of problem: its phrasings, the steps that solve it, the unit of the result, and the limit for most
+    numbers."""
 
     phrasings: Phrasings
     steps: tuple[str, ...]
@@ -53,9 +53,10 @@ class Story:
 
 
 def tell(story: Story, split: str, rng: random.Random) -> str:
-    """A text of `story`, with all symbols expanded. For val and test, at least one phrasing is used by that split only.
+    """Returns a text of `story` with all symbols expanded. For val and test, the text contains a phrasing that only
+    that split uses.
 
-    A story of x+y -> "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
+    Example, for a story of x+y: "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
     """
     while True:
         held_out = False
@@ -63,8 +64,8 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
         def choose(phrasings: Phrasings) -> str:
             nonlocal held_out
             of_split = phrasings.held_out(split)
-            # Where this split has phrasings of its own, half of the choices pick one of them, since a problem told
-            # mostly in familiar phrasings would test little.
+            # If this split has phrasings of its own, one of them is chosen half of the time, because a problem told
+            # mostly in training phrasings would test little.
             if of_split and (not phrasings.train or rng.random() < 0.5):
                 held_out = True
                 return rng.choice(of_split)
@@ -78,12 +79,12 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
 
 
 def stories_for(split: str, stories: list[Story]) -> list[Story]:
-    """The stories that can be told with a phrasing that only this split uses; for train, all stories."""
+    """Returns the stories that can be told with a phrasing that only this split uses (for train: all stories)."""
     return [story for story in stories if split == "train" or _has_held_out(story.phrasings, split)]
 
 
 def _has_held_out(phrasings: Phrasings, split: str) -> bool:
-    """Whether this split has a phrasing of its own, either in `phrasings` or for a symbol that they contain."""
+    """Whether this split has a phrasing of its own, either in `phrasings` or for a symbol that occurs in them."""
     symbols = {name for text in phrasings.train for name in SYMBOL.findall(text)}
     return bool(phrasings.held_out(split)) or any(_has_held_out(GRAMMAR[name], split) for name in symbols)
 
@@ -93,7 +94,7 @@ def _has_held_out(phrasings: Phrasings, split: str) -> bool:
 
 
 def _sections() -> list[tuple[str, Phrasings]]:
-    """(heading, phrasings) of each section, in the order of the file."""
+    """Returns (heading, phrasings) for each section, in the order of the file."""
     sections: list[tuple[str, dict[str, list[str]]]] = []
     content = Path(__file__).with_name("phrasings.txt").read_text(encoding="utf-8")
     for line in filter(None, map(str.strip, content.splitlines())):
@@ -107,16 +108,17 @@ def _sections() -> list[tuple[str, Phrasings]]:
 
 
 def _take_prefix(pattern: str, line: str) -> tuple[str, str]:
-    """Matches `pattern` at the beginning of a line. Returns (its group, the rest), or ("", the line) without a match.
+    """Splits a prefix off a line. If the line begins with a match of `pattern`, returns (the group of the match, the
+    rest of the line). Otherwise returns ("", the line).
 
-    r"(\\d+)\\* ", "3* {n} has {} {t}." -> "3", "{n} has {} {t}."
+    Example: the pattern r"(\\d+)\\* " and the line "3* {n} has {} {t}." -> ("3", "{n} has {} {t}.").
     """
     match = re.match(pattern, line)
     return (match[1], line[match.end() :]) if match else ("", line)
 
 
 def _story(heading: str, phrasings: Phrasings) -> Story:
-    """A story from its heading, such as "x*y r+z | dollars | largest 40", and its phrasings."""
+    """Makes a story from its heading, such as "x*y r+z | dollars | largest 40", and its phrasings."""
     steps, unit, *rest = (part.strip() for part in heading.split("|"))
     return Story(phrasings, tuple(steps.split()), unit, *(int(part.removeprefix("largest ")) for part in rest))
 

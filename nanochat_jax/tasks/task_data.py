@@ -1,9 +1,10 @@
-"""The rows of downloaded tasks: read from a local folder if one is given, otherwise from the Hugging Face hub.
+"""Reads the rows of tasks: from a local folder if one is given, otherwise from the Hugging Face hub.
 
-A local file is JSON lines, plain or gzipped. On the hub, we read the parquet export, since its paths follow the same
-pattern in all data sets. Downloaded files are kept in task_data in the base folder, with a note of their revision. A
-split that is complete there is never downloaded again. Both places give the rows in the specification's order: numpy's
-permutation with seed 42, which is what datasets.shuffle(seed=42) does.
+A local file holds JSON lines, plain or gzipped. From the hub, the parquet export is read, because its paths follow the
+same pattern in all data sets. Downloaded files are kept in the folder task_data in the base folder, with a note of
+their revision. A split that is complete in this folder is never downloaded again. Whether they come from a local folder
+or from the hub, the rows are in the specification's order: numpy's permutation with seed 42, as in
+datasets.shuffle(seed=42).
 """
 
 import gzip
@@ -20,14 +21,14 @@ from nanochat_jax.files import write_text
 from nanochat_jax.tasks.task import Task
 
 REVISION = "refs/convert/parquet"  # the branch that holds the hub's parquet export
-TIMEOUT = 10  # seconds to wait for the hub to respond
-ATTEMPTS = 2  # tries to get a response from the hub
+TIMEOUT = 10  # seconds to wait for a response from the hub
+ATTEMPTS = 2  # the number of attempts to get a response from the hub
 
 Result = TypeVar("Result")
 
 
 class Rows(Protocol):
-    """Stored rows by index. An index that is too large raises IndexError, which ends a loop over the rows."""
+    """Stored rows by index. An index that is too large raises IndexError, so that a loop over the rows ends."""
 
     def __len__(self) -> int: ...
 
@@ -35,13 +36,14 @@ class Rows(Protocol):
 
 
 class RowTask(Task):
-    """A task over stored rows. Subclasses set `rows` and turn one row into a conversation."""
+    """A task over stored rows. Subclasses set `rows` and implement `conversation`."""
 
     rows: Rows
 
     @staticmethod
     def conversation(row: Any) -> dict:
-        """The conversation of one row. Raises UserError, KeyError, TypeError or IndexError if the row lacks a field."""
+        """Turns a row into a conversation. Raises UserError, KeyError, TypeError or IndexError if the row lacks a
+        field."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -55,7 +57,7 @@ class RowTask(Task):
 
 
 class JsonRows:
-    """Rows of JSON lines, decoded on access."""
+    """Rows of files with JSON lines. A row is decoded only when it is accessed."""
 
     def __init__(self, paths: Sequence[Path]):
         self.lines = [line for path in paths for line in read_text(path).split("\n") if line.strip()]
@@ -72,7 +74,8 @@ class JsonRows:
 
 
 class ParquetRows:
-    """Rows of parquet files, decoded on access: half a million conversations would take 10 GB as Python objects."""
+    """Rows of parquet files. A row is decoded only when it is accessed: as Python objects, half a million conversations
+    would take 10 GB."""
 
     def __init__(self, paths: Sequence[Path]):
         import pyarrow as pa
@@ -92,7 +95,7 @@ class ParquetRows:
 
 
 class Shuffled:
-    """Rows in the order of numpy's permutation with `seed`."""
+    """The given rows in the order of numpy's permutation with `seed`."""
 
     def __init__(self, rows: Rows, seed: int = 42):
         self.rows = rows
@@ -106,9 +109,10 @@ class Shuffled:
 
 
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
-    """Rows of all files `data_dir`/<stem>.jsonl[.gz] that exist, concatenated and shuffled.
+    """Returns the shuffled rows of all files <stem>.jsonl or <stem>.jsonl.gz in `data_dir`. Stems without a file are
+    skipped.
 
-    Raises UserError if none of the files exists, or all are empty.
+    Raises UserError if no stem has a file, or if all files are empty.
     """
     paths = [path for stem in stems if (path := find(Path(data_dir) / f"{stem}.jsonl"))]
     if not paths:
@@ -117,9 +121,10 @@ def local(data_dir: str | Path, *stems: str) -> Shuffled:
 
 
 def hub(repo: str, subset: str, split: str) -> Shuffled:
-    """The rows of one split of a data set on the hub, downloaded once. Raises UserError if the download fails."""
+    """Returns the shuffled rows of one split of a data set on the hub. The split is downloaded on first use. Raises
+    UserError if the download fails."""
     folder = base_dir() / "task_data" / repo.replace("/", "--")
-    marker = folder / f"{subset}-{split}.json"  # written last, so if it exists, the files that it lists are complete
+    marker = folder / f"{subset}-{split}.json"  # written last: if it exists, the files that it lists are complete
     if not marker.is_file():
         _download(repo, subset, split, folder, marker)
     paths = [folder / name for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
@@ -138,7 +143,7 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
             huggingface_hub.hf_hub_download(
                 repo, name, repo_type="dataset", revision=info.sha, local_dir=folder, etag_timeout=TIMEOUT
             )
-    except Exception as error:  # no narrower exception class covers all errors of the hub
+    except Exception as error:  # no narrower class covers all errors of the hub
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"cannot download {repo} from the Hugging Face hub ({reason}); give a folder with --task_data_dir"
@@ -149,7 +154,8 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
 
 
 def _retry(request: Callable[[], Result]) -> Result:
-    """Returns the result of `request`, calling it again if the hub does not respond."""
+    """Returns the result of `request`. If the hub does not respond, `request` is called again, at most ATTEMPTS times
+    in all."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for wait in range(1, ATTEMPTS):
@@ -169,12 +175,13 @@ def _not_empty(rows: Rows, paths: Sequence[Path]) -> Rows:
 
 
 def find(path: Path) -> Path | None:
-    """`path` if it exists, else `path`.gz if that exists, else None."""
+    """Returns `path` if that file exists, else `path`.gz if that file exists, else None."""
     return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, decompressed if its name ends in .gz. Raises UserError if it cannot be read."""
+    """Returns the text of a UTF-8 file, decompressed if its name ends in .gz. Raises UserError if the file cannot be
+    read."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
             return f.read()

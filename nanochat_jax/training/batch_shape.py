@@ -1,4 +1,4 @@
-"""How the tokens of an optimizer step are split into rows and micro-batches, and how many rows fit on a device."""
+"""Splits the tokens of an optimizer step into rows and micro-batches, and finds how many rows fit on a device."""
 
 import math
 from collections.abc import Callable
@@ -21,14 +21,14 @@ MIB = 2**20
 class BatchShape:
     """How the rows of one optimizer step are arranged.
 
-    grad_accum_steps  micro-batches, computed one after another, whose gradients are summed
-    rows              rows of one micro-batch on one replica: what a device computes at once
-    replicas          copies of the model that compute side by side: a device each, or a group along the model axis
+    grad_accum_steps  micro-batches per step, computed one after another; their gradients are summed
+    rows              rows that one replica computes at once, in one micro-batch
+    replicas          copies of the model, computing side by side; each is one device or a group along the model axis
     seq_len           tokens per row
-    padding           rows without targets, which come after all other rows of the step
+    padding           rows without targets, after all other rows of the step
 
-    Example: 524,288 tokens in rows of 2048, on 8 devices that each take 16 rows at once, are
-    BatchShape(grad_accum_steps=2, rows=16, replicas=8, seq_len=2048): 2 x 16 x 8 = 256 rows.
+    Example: a step has 524,288 tokens in rows of 2048, and each of 8 devices computes 16 rows at once. Its shape is
+    BatchShape(grad_accum_steps=2, rows=16, replicas=8, seq_len=2048), with 2 x 16 x 8 = 256 rows.
     """
 
     grad_accum_steps: int
@@ -39,24 +39,25 @@ class BatchShape:
 
     @property
     def total_rows(self) -> int:
-        """Rows per step, padding rows not counted."""
+        """The number of rows per step, without padding rows."""
         return self.grad_accum_steps * self.rows * self.replicas - self.padding
 
     @property
     def tokens(self) -> int:
-        """Tokens per step, padding rows not counted."""
+        """The number of tokens per step, without padding rows."""
         return self.total_rows * self.seq_len
 
     def __str__(self) -> str:
         return f"{self.grad_accum_steps} gradient accumulation steps x {self.rows} rows x {self.replicas} replicas"
 
     def shaped(self, batch: dict[str, np.ndarray], mesh: Mesh, vocab_size: int) -> dict[str, jax.Array]:
-        """This process's rows [rows, t] -> global arrays [grad_accum_steps, all rows of a micro-batch, t], on devices.
+        """Puts this process's rows [rows, t] on the devices, as global arrays [grad_accum_steps, all rows of a
+        micro-batch, t].
 
-        Raises UserError if a token id is outside the vocabulary, because the device would silently use another id.
+        Raises UserError if a token id is outside the vocabulary, because a device would silently use another id.
         """
         _check_ids("inputs", batch["inputs"], 0, vocab_size)
-        _check_ids("targets", batch["targets"], -1, vocab_size)  # a target of -1 is not counted
+        _check_ids("targets", batch["targets"], -1, vocab_size)  # -1: no target
         local = {k: v.reshape(self.grad_accum_steps, -1, v.shape[-1]) for k, v in batch.items()}
         return {k: sharding.put_rows(mesh, v) for k, v in local.items()}
 
@@ -78,9 +79,9 @@ def shape_for_tokens(
 ) -> BatchShape:
     """Splits `total_batch_size` tokens into rows and micro-batches.
 
-    A replica takes `device_batch_size` rows at once. If this is 0, it takes `fit(rows)` rows, where `rows` is the
-    number of its rows in a step. Raises UserError if the tokens cannot be split evenly into rows on all replicas, or if
-    the rows of a replica cannot be split evenly into micro-batches.
+    A replica computes `device_batch_size` rows at once or, if `device_batch_size` is 0, `fit(rows)` rows, where `rows`
+    is the number of rows per replica in a step. Raises UserError if the tokens do not divide evenly into rows on all
+    replicas, or if the rows of a replica do not divide evenly into micro-batches.
 
     Example: (524288, 16, 2048, 8, fit) -> BatchShape(2, 16, 8, 2048).
     """
@@ -105,12 +106,12 @@ def shape_for_tokens(
 def shape_for_rows(
     total_rows: int, device_batch_size: int, seq_len: int, replicas: int, fit: Callable[[int], int]
 ) -> BatchShape:
-    """Splits `total_rows` rows over any number of replicas, adding padding rows if they do not divide evenly.
+    """Splits `total_rows` rows over any number of replicas. Padding rows are added if the rows do not divide evenly.
 
-    `device_batch_size` and `fit` are as in `shape_for_tokens`, but a replica that has fewer than `device_batch_size`
-    rows takes all of them at once.
+    `device_batch_size` and `fit` are as in `shape_for_tokens`, except that a replica with fewer than
+    `device_batch_size` rows computes all of its rows at once.
 
-    Example: 50 rows, 4 at a time on each of 8 replicas -> BatchShape(2, 4, 8, seq_len, padding=14).
+    Example: 50 rows on 8 replicas that each compute 4 rows at once -> BatchShape(2, 4, 8, seq_len, padding=14).
     """
     share = math.ceil(total_rows / replicas)
     rows = min(device_batch_size, share) or fit(share)
@@ -120,10 +121,11 @@ def shape_for_rows(
 
 
 def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
-    """The number of rows of `seq_len` tokens that hold `examples` conversations of `mean_length` tokens.
+    """Returns how many rows of `seq_len` tokens hold `examples` conversations, which have `mean_length` tokens on
+    average.
 
-    The number does not depend on how many devices there are, since another batch size would change the recipe.
-    Example: 32 conversations of 100 tokens in rows of 64 -> 50.
+    The result does not depend on the number of devices, because another batch size would change the recipe. Example: 32
+    conversations of 100 tokens in rows of 64 tokens -> 50.
     """
     return math.ceil(examples * mean_length / seq_len)
 
@@ -133,24 +135,25 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 
 
 def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
-    """How many rows a device can take at once: the largest divisor of `rows`, its rows per step, that fits in memory.
+    """Returns how many rows a device can compute at once: the largest divisor of `rows` that fits in memory.
 
-    `need(grad_accum_steps, rows)` returns the peak memory in bytes of a step with `rows` rows at once; `limit` is the
-    available memory in bytes (default: 95% of a device's memory, the minimum over all processes). If no `limit` is
-    given and the device is a CPU or does not report its memory, the answer is the largest divisor that gives at most
-    8,192 tokens, since a CPU gains nothing from more. Raises UserError if not even one row fits.
+    `rows` is the number of rows that the device computes in a step. `need(grad_accum_steps, n)` returns the peak
+    memory, in bytes, of a step that computes n rows at once. `limit` is the available memory in bytes. The default is
+    95% of a device's memory, the minimum over all processes. If no `limit` is given and the device is a CPU or does not
+    report its memory, the result is the largest divisor that gives at most 8,192 tokens, because a CPU gains nothing
+    from more tokens. Raises UserError if not even one row fits.
 
-    Each call of `need` compiles a step, so the search makes few calls. `estimated_memory` compiles nothing, but it is
-    rough, and ignores what --shard and --remat save. The search uses it to find a likely number of rows, and starts at
-    the largest divisor that is at most twice this number. If this divisor fits, larger ones are tried until one does
-    not fit; if it does not fit, smaller ones are tried until one fits.
+    Each call of `need` compiles a step, so the search makes few calls. To find a likely number of rows, it uses
+    `estimated_memory`, which compiles nothing but is rough, and ignores what --shard and --remat save. The search
+    starts at the largest divisor that is at most twice the likely number. If this divisor fits, larger divisors are
+    tried until one does not fit. Otherwise, smaller divisors are tried until one fits.
     """
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
             return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
-        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # sent in MiB, to fit in an int32
+        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # in MiB, as all_min sends an int32
 
     likely = 1
     while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:
@@ -176,10 +179,12 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
 
 
 def estimated_memory(model_cfg: GPTConfig, rows: int) -> int:
-    """Estimates roughly, without compiling, how many bytes a step with `rows` rows at once needs on one device.
+    """Returns a rough estimate, without compiling, of the bytes that one device needs for a step with `rows` rows at
+    once.
 
-    The estimate counts weights, gradients and optimizer state (16 bytes per parameter), one chunk of logits, and for
-    each layer and token about 17 activation vectors of the model's width, at two bytes per number.
+    The estimate counts weights, gradients and optimizer state (16 bytes per parameter), one chunk of logits, and about
+    17 activation vectors per layer and token. An activation vector has the model's width and takes two bytes per
+    number.
     """
     activations = 2 * 17 * model_cfg.n_layer * model_cfg.n_embd * model_cfg.sequence_len * rows
     return 16 * model_cfg.num_params + 12 * 8192 * model_cfg.padded_vocab + activations

@@ -1,9 +1,10 @@
-"""Turns the command line into one of the settings dataclasses of config.py.
+"""Parses the command line into one of the settings dataclasses of config.py.
 
-The command line overrides the preset file (`--config cpu` or a path), which overrides the dataclass defaults. A preset
-has common keys at the top and tables [tok] [base] [mid] [sft] [rl] [eval] [chat]; a key that no command knows is an
-error. Flags may be written with dashes or underscores; if a flag is repeated, the last one wins; a lone `--` is
-ignored. Nothing here imports JAX, so `--help` and every error about a flag appear at once.
+Flags override the preset file (`--config NAME` or `--config PATH`), and the preset file overrides the defaults of the
+dataclass. A preset file begins with common keys, followed by the tables [tok] [base] [mid] [sft] [rl] [eval] [chat]. A
+key that no command knows is an error. Flags may be written with dashes or underscores. If a flag is repeated, its last
+value wins. A lone `--` is ignored. This module does not import JAX, so `--help` and errors in flags appear without
+delay.
 """
 
 import argparse
@@ -35,9 +36,9 @@ C = TypeVar("C", bound=config.Settings)
 
 
 def parse(cls: type[C], argv: list[str] | None = None) -> C:
-    """Builds `cls` from its defaults, the preset named by --config, and the flags.
+    """Builds an instance of `cls` from the flags, the preset that --config names, and the defaults of `cls`.
 
-    Raises UserError if a flag, the preset or a value is not valid.
+    Raises UserError if a flag, a value or the preset is invalid.
     """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
     given = vars(_parser(cls).parse_args(args))
@@ -49,9 +50,10 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
-    """Runs a command. A user's mistake prints one line and exits with status 2; Ctrl-C exits with status 130.
+    """Runs a command.
 
-    Any other error is a bug and shows its traceback.
+    On UserError or a full disk, prints one line and exits with status 2. On Ctrl-C, exits with status 130. Any other
+    error is a bug and shows its traceback.
     """
     try:
         main(parse(cls))
@@ -81,7 +83,7 @@ def _with_underscores(arg: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError if a flag is wrong, so that one line is printed instead of the usage."""
+    """An ArgumentParser that raises UserError for a wrong flag instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -108,7 +110,7 @@ def _parser(cls: type[config.Settings]) -> _Parser:
         if field.metadata["positional"]:
             parser.add_argument(field.name, **options)
             continue
-        if kind is bool:  # the flag without a value means true
+        if kind is bool:  # a flag without a value means true
             options |= {"nargs": "?", "const": True}
         flags = [f"--{field.name}"]
         if field.name in SHORT and not (field.name == "num_samples" and cls is config.Rl):
@@ -127,9 +129,9 @@ def _show(default: object) -> str:
 
 
 def _convert_for(value: object, field: dataclasses.Field, kind: type) -> object:
-    """Converts the text of a flag, or a value from a TOML file, to `kind`, the type of `field`.
+    """Converts `value`, from a flag or a TOML file, to `kind`, the type of `field`.
 
-    Raises ArgumentTypeError if that is impossible; argparse adds the name of the flag to its message.
+    Raises ArgumentTypeError if the value cannot be converted; argparse adds the flag's name to the message.
     """
     try:
         if kind is bool:
@@ -158,16 +160,16 @@ def _to_bool(value: object) -> bool:
 def _to_int(value: object) -> int:
     """ "1e9" -> 1000000000"""
     number = float(str(value))
-    if not number.is_integer():  # infinity and NaN are not integers either
+    if not number.is_integer():  # infinity and NaN are refused here
         raise ValueError(value)
     try:
-        return int(str(value))  # exact even beyond 2**53, unlike a float
+        return int(str(value))  # int(number) would lose digits beyond 2**53
     except ValueError:
         return int(number)
 
 
 def _to_float(value: object) -> float:
-    """ "1e-3" -> 0.001. True and False are refused, although Python counts them as numbers."""
+    """ "1e-3" -> 0.001. Raises ValueError for True and False, which Python counts as numbers."""
     return float(str(value))
 
 
@@ -178,7 +180,7 @@ def _to_str(value: object) -> str:
 
 
 def _to_mixture(value: object) -> dict[str, int]:
-    """ "gsm8k=0,identity=30" from a flag, or a table from TOML -> {"gsm8k": 0, "identity": 30}"""
+    """ "gsm8k=0,identity=30" -> {"gsm8k": 0, "identity": 30}. `value` is a flag's text or a TOML table."""
     if isinstance(value, dict):
         return {str(name): _to_int(rows) for name, rows in value.items()}
     mixture = {}
@@ -195,9 +197,9 @@ def _to_mixture(value: object) -> dict[str, int]:
 
 
 def find_preset(name: str) -> Path:
-    """Returns configs/<name>.toml if it is a file, else `name` as a path.
+    """Returns the path configs/<name>.toml if that file exists, else Path(name).
 
-    Raises UserError, listing the presets, if that is not a file either.
+    Raises UserError with a list of the presets if neither file exists.
     """
     for path in (REPOSITORY / "configs" / f"{name}.toml", Path(name)):
         if path.is_file():
@@ -207,7 +209,7 @@ def find_preset(name: str) -> Path:
 
 
 def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, Any]:
-    """The values that a preset file gives to fields of `cls`.
+    """Returns the values that the preset `name` sets for fields of `cls`.
 
     Raises UserError if the file is not valid TOML or has a key that no command knows.
     """
@@ -233,9 +235,9 @@ def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, An
 def _value_for(
     cls: type[config.Settings], owners: Iterable[type[config.Settings]], key: str, value: object, where: str
 ) -> dict[str, Any]:
-    """Returns {key: converted value} if `cls` has this setting, or {} if only other commands in `owners` have it.
+    """Returns {key: converted value} if `cls` is in `owners` and has the setting `key`, else {}.
 
-    Raises UserError if no command in `owners` has this setting, or if the value is of the wrong type.
+    Raises UserError if no command in `owners` has the setting `key`, or if the value has the wrong type.
     """
     fields = {
         command: field

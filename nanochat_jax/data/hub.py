@@ -1,17 +1,17 @@
-"""Downloads shards of pretraining text from the Hugging Face hub. In: a source's name. Out: parquet files, verified.
+"""Downloads shards of pretraining text from the Hugging Face hub. In: a source's name. Out: verified parquet files.
 
 Only text shards are downloaded here; tasks/task_data.py downloads the rows of tasks. Shards are downloaded in parallel,
 and an interrupted download is resumed.
 
-    <base>/data/<source>/shard_00000.parquet          complete and verified, or absent
-    <base>/data/<source>/shard_00000.parquet.sha256   its SHA-256, in the format of `sha256sum -c`
+    <base>/data/<source>/shard_00000.parquet          a shard, complete and verified whenever it exists
+    <base>/data/<source>/shard_00000.parquet.sha256   the shard's SHA-256, in the format of `sha256sum -c`
     <base>/data/<source>/shard_00000.parquet.*.part   a partial download, named after the version of the shard
-    <base>/data/<source>/manifest.json                how many shards were requested
+    <base>/data/<source>/manifest.json                the largest number of training shards requested so far
 
-Addresses, tokens, mirrors and offline mode are left to huggingface_hub (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). The
-transfer is our own code, because huggingface_hub (2.4) discards a partial file when it is interrupted, compares sizes
-but not hashes, and takes 23 s to notice that a server does not answer. A shard must have the hash that the hub reports
-or, if a mirror reports none, the hash that was recorded when the shard was first downloaded.
+huggingface_hub handles addresses, access tokens, mirrors and offline mode (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
+The transfer is our own code, because huggingface_hub (2.4) discards the partial file of an interrupted download,
+compares sizes but not hashes, and takes 23 s to notice that a server does not answer. A shard must have the hash that
+the hub reports. If a mirror reports no hash, the shard must have the hash that was recorded at its first download.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from nanochat_jax.config import UserError, first_line
 from nanochat_jax.files import exclusive, read_json, sha256, write_text
 from nanochat_jax.progress import Progress
 
-# source: (its repository on the hub, the number of its last shard). The last shard is always the validation set, no
-# matter which other shards are on disk.
+# For each source: its repository on the hub, and the index of its last shard. The last shard is always the validation
+# set, whichever other shards are on disk.
 SOURCES = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
 }
-TRIES = 5  # a shard is given up after this many failed tries in a row that transferred no byte
-FEW_TRIES = 3  # a shard is given up after this many tries if the server does not answer or sends wrong bytes
-PAUSE = 0.5  # seconds before the second try, doubled before each further one
-LONGEST_PAUSE = 300.0  # seconds; the hub limits the number of requests per five minutes
+TRIES = 5  # give up a shard after this many consecutive tries that transferred nothing
+FEW_TRIES = 3  # the limit instead of TRIES if the server does not answer or sends wrong bytes
+PAUSE = 0.5  # seconds between the first and the second try; each later pause is twice as long
+LONGEST_PAUSE = 300.0  # seconds; the hub counts requests over periods of five minutes
 
 
 def shard_name(index: int) -> str:
@@ -51,16 +51,17 @@ def shard_name(index: int) -> str:
 
 
 def folder_of(source: str) -> Path:
-    """The folder that holds the shards of a source."""
+    """Returns the folder that holds the shards of a source."""
     return config.base_dir() / "data" / source
 
 
 def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
-    """The training shards and the validation shard that `download` was asked for.
+    """Returns the paths of the training shards and the path of the validation shard.
 
-    Raises UserError if nothing was downloaded. Shards that have not arrived yet are included, so that the order of the
-    shards does not depend on which of them have arrived. `num_files` is the exact number of training shards, even if
-    more or fewer were requested (-1: all that were requested).
+    If `num_files` is -1, the training shards are those that `download` was asked for; else they are the first
+    `num_files` shards, however many `download` was asked for. Shards that have not arrived yet are included, so that
+    the order of the shards does not depend on which of them have arrived. Raises UserError if `num_files` is out of
+    range, or if there is no validation shard or no training shard.
     """
     folder, last = folder_of(source), shard_name(SOURCES[source][1])
     if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
@@ -84,8 +85,8 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
     """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. Raises
     UserError if any shard is still missing at the end.
 
-    Existing shards are kept, and partial ones are resumed. A shard that changed since it was verified is hashed again;
-    with `verify`, every shard is hashed again. Damaged shards are downloaded again.
+    Existing shards are kept, and partial downloads are resumed. An existing shard is hashed if it has changed since it
+    was last verified; with `verify`, every existing shard is hashed. Damaged shards are downloaded again.
     """
     if source not in SOURCES:
         raise UserError(f"--data={source}: unknown source, expected {' or '.join(SOURCES)}")
@@ -103,11 +104,11 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             for _ in pool.map(lambda name: _verify(job, name, verify), existing):
                 job.touch_lock()
                 progress.advance()
-        # The validation shard is fetched first and alone, because it is always needed. If the hub cannot be reached,
-        # this also gives a single failure, right at the start.
+        # The validation shard is always needed, so it is fetched first, and alone: if the hub cannot be reached, there
+        # is only one failure, right at the start.
         if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
-        # A request for fewer shards than before does not lower the number in the manifest.
+        # The manifest keeps the largest number of training shards that was ever requested.
         requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
         if failures := _fetch_all(job, names, f"{source}, MB", workers):
@@ -121,10 +122,10 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
 
 
 def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Blocks until a shard that is being downloaded has arrived, so that training can start during the download.
+    """Waits until the shard `path` has arrived, so that training can start during the download.
 
-    Raises UserError if nothing in the folder of the shard changes for `patience` seconds, and InterruptedError once
-    `stop` is set.
+    Raises UserError if no file in the shard's folder changes for `patience` seconds, and InterruptedError if `stop` is
+    set.
     """
     stop = stop or threading.Event()
     if not path.exists():
@@ -137,12 +138,12 @@ def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: fl
 
 
 def _last_change(folder: Path) -> float:
-    """The time of the last change to any file in the folder, in seconds since the epoch. A running download keeps
-    touching its lock file, even while no data arrives."""
+    """Returns the time, in seconds since the epoch, at which a file in the folder last changed. Even while no data
+    arrives, a running download keeps touching its lock file."""
     times = [0.0]
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # a temporary file that has been renamed since
+            with contextlib.suppress(FileNotFoundError):  # a temporary file may have been renamed meanwhile
                 times.append(entry.stat().st_mtime)
     return max(times)
 
@@ -153,21 +154,21 @@ def _last_change(folder: Path) -> float:
 
 @dataclass
 class Job:
-    """State that the threads of one download share. Each thread writes only to the entries of its own shards."""
+    """The state that the threads of one download share. Each thread writes only the entries of its own shards."""
 
     repo: str
     folder: Path
     stop: threading.Event = field(default_factory=threading.Event)
     received: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred so far
-    expected: dict[str, int] = field(default_factory=dict)  # shard -> bytes in `received` once the shard is complete
+    expected: dict[str, int] = field(default_factory=dict)  # shard -> its value in `received` once it is complete
 
     def touch_lock(self) -> None:
-        """Touches the lock file, which tells `wait_for_shard` in other processes that the download is still running."""
+        """Touches the lock file, to show `wait_for_shard` in other processes that the download is still running."""
         os.utime(self.folder / "lock")
 
     @contextlib.contextmanager
     def threads(self, workers: int) -> Generator[ThreadPoolExecutor, None, None]:
-        """A thread pool for a `with` block; its threads are stopped when the block ends, even by an exception."""
+        """Opens a thread pool for a `with` block. The threads are stopped when the block ends, even by an exception."""
         pool = ThreadPoolExecutor(workers)
         try:
             yield pool
@@ -181,27 +182,30 @@ class Job:
 
 
 class Stopped(Exception):
-    """The download has been told to stop."""
+    """Raised when the download is stopped."""
 
 
 class BadContent(Exception):
-    """A complete file whose size, hash or format is wrong."""
+    """Raised if a complete file has the wrong size, hash or format."""
 
 
 def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str]:
-    """Fetches the missing shards in parallel and returns one line per failure. Stops early after many failures."""
+    """Fetches the shards `names` that do not exist yet, in parallel. Returns one line per failure.
+
+    Gives up after 2 * `workers` failures.
+    """
     missing = [name for name in names if not (job.folder / name).exists()]
     job.received, job.expected = dict.fromkeys(missing, 0), {}
     failures = []
     with job.threads(workers) as pool, Progress(label, None) as progress:
         pending = {pool.submit(_fetch, job, name) for name in missing}
-        while pending and len(failures) < 2 * workers:  # 2 * workers failures must have a common cause, so give up
+        while pending and len(failures) < 2 * workers:  # so many failures must have a common cause
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             job.touch_lock()
             failures += [failure for future in done if (failure := future.result())]
             arrived = len(missing) - len(pending) - len(failures)
             sizes, received = list(job.expected.values()), sum(list(job.received.values()))
-            # Shards are all about the same size, so those not yet started are assumed to be of average size.
+            # Shards differ little in size, so a shard not yet started is assumed to have the average size.
             progress.total = int(sum(sizes) / max(1, len(sizes)) * (len(missing) - len(failures)) / 1e6) or None
             speed = received / 1e6 / max(progress.seconds, 1e-9)
             progress.reach(int(received / 1e6), f"{arrived}/{len(missing)} files, {speed:.1f} MB/s")
@@ -213,7 +217,7 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
 
 
 def _fetch(job: Job, name: str) -> str:
-    """Fetches one shard, with retries. Returns "", or one line that says why it failed."""
+    """Fetches one shard, with retries. Returns "" on success, else one line with the reason for the failure."""
     tries = 0
     while True:
         before = job.received[name]
@@ -222,7 +226,7 @@ def _fetch(job: Job, name: str) -> str:
             return ""
         except Stopped:
             return f"{name}: stopped"
-        except Exception as error:  # from huggingface_hub, its HTTP client or our code
+        except Exception as error:  # may come from huggingface_hub, its HTTP client or our code
             reason = f"{name}: {first_line(error)}"
             progressed = job.received[name] > before and not isinstance(error, BadContent)
             tries = 1 if progressed else tries + 1
@@ -232,7 +236,7 @@ def _fetch(job: Job, name: str) -> str:
 
 
 def _retry_limits(error: Exception) -> tuple[int, float]:
-    """How many tries an error like this allows, and how many seconds the server asked us to wait (0: not specified)."""
+    """Returns the number of tries allowed after `error`, and the wait in seconds that the server asks for (or 0)."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -243,17 +247,17 @@ def _retry_limits(error: Exception) -> tuple[int, float]:
     if response is None:
         return FEW_TRIES, 0
     if response.status_code not in (408, 429) and response.status_code < 500:
-        return 1, 0  # the file does not exist, or we may not read it
+        return 1, 0  # the file does not exist, or access is denied
     limits = response.headers.get("Retry-After", ""), response.headers.get("RateLimit", "")
     seconds = re.fullmatch(r"(\d+)", limits[0]) or re.search(r"\bt=(\d+)", limits[1])
     return TRIES, min(float(seconds[1]), LONGEST_PAUSE) if seconds else 0
 
 
 def _transfer(job: Job, name: str) -> None:
-    """Makes one attempt: asks for the shard's size and hash, completes its partial file, verifies and renames it."""
+    """Tries once to fetch a shard: asks for its size and hash, completes the partial file, verifies and renames it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    # The endpoint is read here, because huggingface_hub reads it only once, when it is imported.
+    # HF_ENDPOINT is read here, because huggingface_hub reads it only once, at import.
     url = hf_hub_url(job.repo, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
     about = get_hf_file_metadata(url, timeout=_seconds("HF_HUB_ETAG_TIMEOUT", 5.0))
     path = job.folder / name
@@ -271,7 +275,7 @@ def _transfer(job: Job, name: str) -> None:
 
 
 def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> None:
-    """Downloads the rest of a partial file, or all of it if the server cannot send a range."""
+    """Downloads the rest of a partial file, or the whole file if the server cannot send a range."""
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers
 
@@ -300,13 +304,13 @@ def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> No
 
 
 def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
-    """Renames a complete download to `path`, or deletes a bad one.
+    """Renames the download `part` to `path` if it is good. Deletes it and raises BadContent if it is bad.
 
     `expected` begins with the SHA-256 that the file must have, or is "" if no SHA-256 is known.
     """
     length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:
-        raise ConnectionError(f"got {length:,} of {size:,} bytes")  # another try may bring the rest
+        raise ConnectionError(f"got {length:,} of {size:,} bytes")  # the next try may bring the rest
     if size is not None and length > size:
         problem = f"got {length:,} bytes instead of {size:,}"
     elif expected and not expected.startswith(digest):
@@ -322,14 +326,16 @@ def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
 
 
 def _verify(job: Job, name: str, always: bool) -> None:
-    """Deletes a shard if it is damaged, so that it is downloaded again. Hashes the shard only if it has no recorded
-    hash, if it is newer than its recorded hash, or if `always` is set."""
+    """Deletes a shard if it is damaged, so that it is downloaded again.
+
+    Unless `always` is set, a shard is trusted if it has not changed since its hash was recorded.
+    """
     path = job.folder / name
     recorded = _recorded_hash(path)
     if recorded and not always and path.stat().st_mtime <= _hash_file(path).stat().st_mtime:
         return
     digest = sha256(path)
-    problem = _problem(path)  # the only check if the file was copied here by hand and has no recorded hash
+    problem = _problem(path)  # the only check if no hash is recorded, as for a file copied here by hand
     if recorded and digest != recorded:
         problem = f"SHA-256 {digest}, expected {recorded}"
     if problem:
@@ -340,7 +346,7 @@ def _verify(job: Job, name: str, always: bool) -> None:
 
 
 def _problem(path: Path) -> str:
-    """One line that says why a file cannot be read as parquet, or "" if the file is readable."""
+    """Returns "" if the file can be read as parquet, else one line that says why not."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -357,7 +363,7 @@ def _hash_file(path: Path) -> Path:
 
 
 def _recorded_hash(path: Path) -> str:
-    """The SHA-256 (hex) recorded for a shard, "" if there is none."""
+    """Returns the SHA-256 (hex) recorded for a shard, or "" if none is recorded."""
     try:
         return _as_sha256(_hash_file(path).read_text(encoding="utf-8").split(" ")[0])
     except (OSError, UnicodeDecodeError):
@@ -365,12 +371,12 @@ def _recorded_hash(path: Path) -> str:
 
 
 def _as_sha256(etag: str | None) -> str:
-    """The ETag if it is a SHA-256, as the hub sends for large files. For anything else, ""."""
+    """Returns the ETag if it is a SHA-256 (the hub sends one for large files), else ""."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
 
 
 def _seconds(variable: str, default: float) -> float:
-    """The number in an environment variable, or `default` if the variable holds no number."""
+    """Returns the number in an environment variable, or `default` if the variable holds no number."""
     try:
         return float(os.environ.get(variable) or default)
     except ValueError:

@@ -1,13 +1,14 @@
-"""Tokenizes parquet files once, into files of tokens that are memory-mapped and read by document and row group.
+"""Tokenizes each parquet file once. Its tokens are kept in a file that is memory-mapped and read by row group.
 
     <base>/tokenized_data/<source>-<tokenizer hash>/
-        shard_00000.tokens.npy   uint16 (uint32 if the vocabulary needs it): the documents end to end, without BOS
-        shard_00000.index.npz    where documents and row groups begin, row groups' checksums, the text's fingerprint
+        shard_00000.tokens.npy   the tokens of all documents, without BOS; uint16, or uint32 for a large vocabulary
+        shard_00000.index.npz    where documents and row groups begin, row-group checksums, a fingerprint of the text
 
 The cached tokens of a file have the same row groups and documents as its text, including documents that training skips.
-A reading position therefore means the same place in the text and in the tokens. A run that read text can resume from
-tokens, and vice versa, with exactly the same batches. Files without cached tokens are read as text. The cache is built
-by `python -m nanochat_jax.dataset --tokenize`, which is worthwhile if tokenizing cannot keep up with the accelerators.
+So a reading position means the same place in the text and in the tokens. A run that read text can resume from tokens,
+and vice versa, with exactly the same batches. Files without cached tokens are read as text. The command
+`python -m nanochat_jax.dataset --tokenize` builds the cache. The cache pays off if tokenizing cannot keep up with the
+accelerators.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ HOW_TO_FIX = "delete it and run python -m nanochat_jax.dataset --tokenize again"
 
 
 class RowGroup(NamedTuple):
-    """A row group: each document's tokens, without BOS, and the length of each document's text in characters."""
+    """A row group: the tokens of each document, without BOS, and the number of characters in each document's text."""
 
     docs: list[np.ndarray]
     chars: np.ndarray
@@ -55,7 +56,7 @@ class TokenCache:
         return len(self.checksums)
 
     def read(self, index: int) -> RowGroup:
-        """The documents of one row group."""
+        """Returns the documents of one row group."""
         begin, end = self.groups[index], self.groups[index + 1]
         offsets = self.offsets[begin : end + 1]
         tokens = np.array(self.tokens[offsets[0] : offsets[-1]])
@@ -69,14 +70,14 @@ class TokenCache:
 
 
 def folder_of(source: sources.Source, tokenizer: Tokenizer) -> Path:
-    """The folder for the cached tokens of a source, tokenized by `tokenizer`."""
+    """Returns the folder of the cached tokens that `tokenizer` made from a source."""
     return config.base_dir() / "tokenized_data" / f"{source.name}-{tokenizer.hash[:8]}"
 
 
 def find(text: Path, folder: Path | None) -> TokenCache | None:
-    """The cached tokens of a text file, which itself may have been deleted since.
+    """Returns the cached tokens of a text file, even if the text file itself has been deleted.
 
-    Returns None if `folder` has no tokens for the file, or only tokens of another format or of a different text.
+    Returns None if `folder` is None, or if it holds no tokens of this text in the current format.
     """
     if folder is None:
         return None
@@ -86,7 +87,7 @@ def find(text: Path, folder: Path | None) -> TokenCache | None:
             index = dict(loaded)
     except FileNotFoundError:
         return None
-    except Exception as error:  # a damaged zip file may raise anything
+    except Exception as error:  # any exception is possible if the zip file is damaged
         raise UserError(f"{index_path}: cannot be read ({first_line(error)}); {HOW_TO_FIX}") from error
     if index["format"] != FORMAT or (text.exists() and str(index["text"]) != _fingerprint(text)):
         return None
@@ -94,14 +95,14 @@ def find(text: Path, folder: Path | None) -> TokenCache | None:
 
 
 def num_cached(files: Iterable[Path], folder: Path) -> int:
-    """How many of the files have cached tokens. Tokens made from an earlier version of a text count too."""
+    """Returns how many of the files have cached tokens, including tokens of an earlier version of the text."""
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
 def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = None) -> Path:
-    """Tokenizes the training and validation files that have no cached tokens yet.
+    """Tokenizes the training and validation files of `source` that have no cached tokens yet.
 
-    Returns the folder of the tokens. The default folder is the one where training looks for them.
+    Returns the folder of the tokens. By default, this is the folder in which training looks for cached tokens.
     """
     folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = No
 
 
 def _write(text: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """Tokenizes one file. The index is written last, so that cached tokens are either complete or absent."""
+    """Tokenizes one file. The index is written last: until it exists, `find` ignores the tokens."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths, chars, groups, checksums = [], [0], [], [0], []
     for texts in parquet.row_groups(text):
@@ -159,9 +160,9 @@ def _paths(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def _fingerprint(text: Path) -> str:
-    """Identifies a parquet file by its size and a hash of its last 64 KiB, without reading all of it.
+    """Returns the size of a parquet file and a hash of its last 64 KiB, which together identify the file.
 
-    The end of a parquet file holds the positions of all its pages.
+    The end of a parquet file is enough, because it holds the positions of all pages of the file.
     """
     size = text.stat().st_size
     with text.open("rb") as file:

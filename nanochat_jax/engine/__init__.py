@@ -1,5 +1,6 @@
 """Text generation with a KV cache: continuous batching, chunked prefill, prefix caching.
 
-In: Requests (token ids and sampling settings). Out: Events (new tokens and their log-probabilities) as they are
-generated, or complete Samples. Terminal chat, the web server, evaluation and RL call the engine.
+In: Requests (token ids and sampling settings). Out: Events, which carry new tokens and their
+log-probabilities during generation, or complete Samples. Terminal chat, the web server, evaluation and RL call the
+engine.
 """

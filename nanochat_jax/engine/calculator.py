@@ -1,9 +1,10 @@
-"""The calculator behind the model's python blocks: arithmetic, and counting a letter in a word.
+"""The calculator that answers the model's python blocks. It does arithmetic and counts letters in words.
 
-Nothing is evaluated as Python. An expression is parsed into a syntax tree, in which only numbers, + - * / //, signs and
-parentheses are accepted; a count is recognised by a regular expression. The length of the text is limited, and so is
-the size of every number, so no input can hang the process or exhaust the memory. Results are written as the training
-data writes them, because a tool that answers 3.0 where GSM8K says 3 teaches the model to distrust it.
+Nothing is evaluated as Python. Arithmetic may contain only numbers, + - * / //, signs and parentheses, and is parsed
+into a syntax tree. A count, such as 'strawberry'.count('r'), is matched by a regular expression. The length of an
+expression is limited, which limits the size of every number, so no input can hang the process or exhaust the memory.
+Results are written as in the training data: a tool that answers 3.0 where GSM8K says 3 would teach the model to
+distrust the tool.
 """
 
 import ast
@@ -13,8 +14,8 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-# The most characters in an expression. This also limits the depth of the syntax tree, and the number of digits in a
-# product, since a product never has more digits than its factors have together.
+# The maximum number of characters in an expression. It limits the depth of the syntax tree and the number of digits in
+# a product: a product never has more digits than its factors have together.
 MAX_CHARS = 256
 SIGNIFICANT_DIGITS = 10
 
@@ -31,7 +32,7 @@ _UNARY: dict[type[ast.unaryop], Callable] = {ast.UAdd: operator.pos, ast.USub: o
 
 
 def use_calculator(expression: str) -> str | None:
-    """The result of `expression`, written as in the training data; None if the expression is refused or has no result.
+    """Returns the result of `expression`, or None if the expression is refused or has no result.
 
     "12/4" -> "3", "'strawberry'.count('r')" -> "3", "2**3" -> None.
     """
@@ -49,7 +50,7 @@ def use_calculator(expression: str) -> str | None:
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    # The type must be exactly int or float, since True is an instance of int too.
+    # isinstance alone would accept True, which is an instance of int.
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and (binary := _BINARY.get(type(node.op))):
@@ -60,9 +61,9 @@ def _evaluate(node: ast.expr) -> int | float:
 
 
 def _format(value: int | float) -> str:
-    """Writes a number without an exponent: 12/4 -> 3, 0.1+0.2 -> 0.3, 1/3 -> 0.3333333333.
+    """Returns a number as text, without an exponent: 3.0 -> "3", 0.1 + 0.2 -> "0.3", 1/3 -> "0.3333333333".
 
-    Raises ValueError for inf and nan.
+    Raises ValueError for infinity and NaN.
     """
     if isinstance(value, float):
         if not math.isfinite(value):

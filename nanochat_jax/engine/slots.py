@@ -1,8 +1,8 @@
-"""Tracks the slots on the host: which sequence each slot holds, and which tokens stay in its cache row afterwards.
+"""Tracks, on the host, which sequence each slot holds and which tokens the cache row of a free slot still holds.
 
 The keys and values of a finished sequence stay in its cache row until another sequence takes the slot. Prefix caching
-reuses them. A prompt may begin with the same tokens as such a row (the earlier turns of a chat), or as the row of a
-running sequence (a shared system prompt). These tokens are then not computed again.
+reuses them: if a prompt begins with the same tokens as a cache row, these tokens are not computed again. The row may
+belong to a finished sequence (the earlier turns of a chat) or to a running one (a shared system prompt).
 """
 
 from collections import abc, deque
@@ -13,13 +13,13 @@ from nanochat_jax.engine.request import Request, Scores
 
 @dataclass(eq=False)
 class Prompt:
-    """A request in the engine, and how many of its samples have been started."""
+    """A request in the engine. `started` is the number of its samples that have been started."""
 
     id: int
     request: Request
     started: int = 0
     scores: Scores | None = None  # set after prefill if the request asked for scores
-    cached_tokens: int = 0  # how many of the prompt's tokens came from the cache
+    cached_tokens: int = 0  # the number of the prompt's tokens that came from the cache
 
     @property
     def left(self) -> int:
@@ -29,13 +29,13 @@ class Prompt:
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample in its slot. `ids` holds the prompt and the answer so far; all ids but the last are in the cache."""
+    """A sample in a slot. `ids` holds the prompt and the answer so far; all ids but the last are in the cache."""
 
     prompt: Prompt
     sample: int
     stop_ids: tuple[int, ...]
     ids: list[int]
-    left: int  # how many tokens the sample may still get
+    left: int  # the maximum number of tokens still to be added
     expression: list[int] | None = None  # tokens since python_start; None outside a python block
     forced: deque[int] = field(default_factory=deque)  # tokens to insert instead of sampling
 
@@ -45,12 +45,12 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """The number of the sequence's tokens in the cache."""
+        """The number of tokens of this sequence in the cache."""
         return len(self.ids) - 1
 
     @property
     def generated(self) -> int:
-        """The number of tokens of the answer so far."""
+        """The length of the answer so far, in tokens."""
         return len(self.ids) - len(self.request.ids)
 
 
@@ -59,16 +59,19 @@ class Slots:
 
     def __init__(self, count: int):
         self.sequences: list[Sequence | None] = [None] * count
-        self._leftover: list[list[int]] = [[] for _ in range(count)]  # tokens in the cache rows of free slots
-        self._released_at = [0] * count  # for each slot, the value of _releases at its last release
+        self._leftover: list[list[int]] = [[] for _ in range(count)]  # per free slot, the tokens in its row
+        self._released_at = [0] * count  # for each slot, the value of _releases when the slot was last released
         self._releases = 0
 
     def running(self) -> dict[int, Sequence]:
-        """Slot -> the sequence in it, for all slots in use."""
+        """Returns {slot: the sequence in it} for all slots in use."""
         return {slot: sequence for slot, sequence in enumerate(self.sequences) if sequence}
 
     def free(self) -> list[int]:
-        """Free slots, the longest free first, since recently freed cache rows are more likely to be reused."""
+        """Returns the free slots, in the order in which they were freed.
+
+        The caller takes the first ones, because the oldest cache rows are the least likely to be reused.
+        """
         empty = (slot for slot, sequence in enumerate(self.sequences) if sequence is None)
         return sorted(empty, key=self._released_at.__getitem__)
 
@@ -85,17 +88,17 @@ class Slots:
         self._leftover[slot], self.sequences[slot] = sequence.ids[:-1], None
 
     def discard(self, slot: int) -> None:
-        """Frees a slot whose row was never filled."""
+        """Frees a slot whose cache row may lack the prompt."""
         self.sequences[slot] = None
 
     def clear_cache(self) -> None:
-        """Forgets the tokens in the rows of free slots, because their keys and values are no longer valid."""
+        """Forgets the tokens of free slots. Call this when the cached keys and values are no longer valid."""
         self._leftover = [[] for _ in self.sequences]
 
     def truncate(self, size: int) -> None:
-        """Truncates the recorded tokens of free slots so that they fit a cache of `size` positions.
+        """Shortens the recorded tokens of every free slot to fit a cache of `size` positions.
 
-        If a free slot's row is full, its last token is dropped too, because decoding overwrites that position.
+        At most `size` - 1 tokens are kept, because decoding overwrites the last position of a full row.
         """
         self._leftover = [ids if len(ids) < size else ids[: size - 1] for ids in self._leftover]
 
@@ -105,7 +108,7 @@ class Slots:
         return sequence.length if sequence else len(self._leftover[slot])
 
     def longest_prefix(self, ids: abc.Sequence[int]) -> tuple[int, int]:
-        """Returns (slot whose cache row shares the longest prefix with `ids`, length of that prefix in tokens)."""
+        """Returns the slot whose cache row shares the longest prefix with `ids`, and that prefix's length in tokens."""
         rows = zip(self.sequences, self._leftover, strict=True)
         cached = [sequence.ids[:-1] if sequence else leftover for sequence, leftover in rows]
         shared = [common_prefix_length(row, ids) for row in cached]
@@ -114,5 +117,5 @@ class Slots:
 
 
 def common_prefix_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """The length of the longest common prefix of a and b in tokens: [1, 2, 3], [1, 2, 4] -> 2."""
+    """Returns the length of the common prefix of a and b, in tokens: [1, 2, 3], [1, 2, 4] -> 2."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

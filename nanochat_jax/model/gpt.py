@@ -1,18 +1,18 @@
-"""The model: a decoder-only transformer, its initialisation, and the functions that apply it.
+"""Defines, initialises and applies the model, a decoder-only transformer.
 
-Rotary embeddings, QK-norm, grouped-query attention, ReLU^2 MLP, RMSNorm without gains, no biases, untied head, logits
-soft-capped at 15. The modules are defined with Flax NNX. Code outside this file sees only the parameters, which are a
-plain nested dict of arrays, and pure functions of the parameters. So `jax.jit`, `jax.grad` and optax need not know
+The model has rotary embeddings, QK-norm, grouped-query attention, a ReLU^2 MLP, RMSNorm without gains, no biases, an
+untied head, and logits soft-capped at 15. The modules are defined with Flax NNX. Code outside this file sees only a
+plain nested dict of parameter arrays, and pure functions of this dict. So `jax.jit`, `jax.grad` and optax need not know
 about NNX.
 
 Axis letters, here and everywhere: b batch, t query time, s key time, d model, h query head, n kv head, k head dim,
-f ffn, v vocab, l layer. Each kind of weight is one array [l, in, out], stacked over the layers. So the optimizer
-orthogonalises all layers as one batch, and the parameters are only eight arrays. Example shapes are those of a model of
-depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
+f ffn, v vocab, l layer. For each kind of weight in a block, one array [l, in, out] holds all layers. So the optimizer
+can orthogonalise all layers as one batch, and the model has only eight parameter arrays. Shapes in examples are those
+of a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
 
-Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32; norm
-statistics, softmax and logits are float32. The rotary table and the rotation stay in float32. The specification has
-bf16 tables, which cause errors of 1e-3 in the logits.
+Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32. Norm
+statistics, softmax and logits are float32. The rotary table and the rotation are float32, because the specification's
+bf16 tables cause errors of 1e-3 in the logits.
 """
 
 import functools
@@ -31,17 +31,17 @@ from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
 from nanochat_jax.model.precision import accum_dtype
 
-Params = dict[str, Any]  # nested dict of arrays, as `init` returns it
-Weights = dict[str, jax.Array]  # the weights of the blocks by name: [l, in, out], or [in, out] for one layer
+Params = dict[str, Any]  # a nested dict of arrays, such as `init` returns
+Weights = dict[str, jax.Array]  # name -> weight: [l, in, out] for all blocks, or [in, out] for one block
 Cache = dict[str, Any]  # {"k": list of l arrays [b,n,s,k], "v": like "k", "length": int32 [b]}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the blocks are computed over whole sequences: this affects speed and memory, never the results."""
+    """How whole sequences are computed. The settings affect speed and memory use, never the results."""
 
-    scan: bool = False  # one compiled block for all layers: compiles faster, runs slower
-    remat_policy: Callable | None = None  # jax.checkpoint policy: what to keep for the backward pass; None: keep all
+    scan: bool = False  # compile a single block for all layers: faster to compile, slower to run
+    remat_policy: Callable | None = None  # jax.checkpoint policy: the results to keep for the backward pass (None: all)
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight before its use
 
 
@@ -56,7 +56,7 @@ MATMUL = "matmul"  # jax.checkpoint policies refer to the results of `dense` by 
 
 
 def dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x [b,t,i] @ w [i,o] -> [b,t,o] in `dtype`, accumulated in float32."""
+    """Returns x [b,t,i] @ w [i,o] as [b,t,o] in `dtype`. Sums are accumulated in float32."""
     return checkpoint_name(_dense(x, w, dtype), MATMUL)
 
 
@@ -64,8 +64,8 @@ def dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
 def _dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`dense` with a custom VJP.
 
-    Plain autodiff would pass float32 cotangents to the two matmuls of the backward pass, which would then miss the fast
-    bf16 kernels on GPUs and CPUs alike. The weight gradient is float32.
+    With plain autodiff, the two matmuls of the backward pass would get float32 cotangents, and so they could not use
+    the fast bf16 kernels of GPUs and CPUs. The weight gradient is float32.
     """
     y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accum_dtype(dtype))
     return y.astype(dtype)
@@ -79,7 +79,7 @@ def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax
     x, w = saved
     g = g.astype(dtype)
     dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    # Contracts b and t without flattening them first, since flattening takes XLA:CPU off its fast path.
+    # b and t are not flattened before they are contracted, because XLA:CPU would then miss its fast path.
     dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accum_dtype(dtype))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -88,13 +88,13 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def norm(x: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, without gain; statistics in float32, result in x's dtype."""
+    """Applies RMSNorm without gain to the last axis. Statistics are float32; the result has the dtype of x."""
     y = x.astype(accum_dtype(x.dtype))
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
-    """Integer positions [...] -> cos and sin of the rotary angles, each float32 [..., 1, k/2]."""
+    """Returns cos and sin of the rotary angles at integer positions [...], each float32 [..., 1, k/2]."""
     half = model_cfg.head_dim // 2
     frequency = model_cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
@@ -139,7 +139,7 @@ class GPT(nnx.Module):
     def __call__(
         self, ids: jax.Array, dtype: DTypeLike, cache: Cache | None = None, execution: Execution = PLAIN
     ) -> tuple[jax.Array, Cache | None]:
-        """ids [b,t] -> hidden states [b,t,d] after the final norm, and the cache with these tokens appended.
+        """Returns the hidden states [b,t,d] of ids [b,t] after the final norm, and the cache with the ids appended.
 
         Without a cache, the second value is None. Raises UserError if a row has more tokens than the context holds.
         """
@@ -148,8 +148,8 @@ class GPT(nnx.Module):
             raise UserError(f"a row has {t} tokens, but the context holds only {model_cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
-        # Embeddings are looked up before they are cast, so that their gradients are summed in float32: for a frequent
-        # token, the sum has thousands of terms.
+        # The cast follows the lookup, so that the gradients of an embedding are summed in float32: the embedding of a
+        # frequent token gets thousands of gradients.
         x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
@@ -169,24 +169,24 @@ class GPT(nnx.Module):
 
 BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
 
-# Which mesh axis shards which axis of a weight. "model" shards the attention heads, the MLP's hidden width, the
-# vocabulary of lm_head and the width of wte (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the other
-# axis of each matrix. Gradients and optimizer state are always sharded this way, but weights only with --shard=full. If
-# the size of the mesh axis does not divide the length of an axis, sharding.py leaves that axis whole.
+# For each axis of a weight, the mesh axis that shards it. "model" shards the attention heads, the MLP's hidden width,
+# the vocabulary of lm_head and the width of wte (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the
+# other axis of each matrix: always for gradients and optimizer state, but for weights only with --shard=full.
+# sharding.py leaves an axis whole if its length is not a multiple of the size of the mesh axis.
 SHARDING = {
-    "wte": P("data", "model"),  # [v, d]: vocabulary over data, width over model
-    "lm_head": P("model", "data"),  # [v, d]: vocabulary over model, width over data
-    "wq": P(None, "data", "model"),  # [l, d, h*k]: width over data, query heads over model
-    "wk": P(None, "data", "model"),  # [l, d, n*k]: width over data, kv heads over model
-    "wv": P(None, "data", "model"),  # [l, d, n*k]: width over data, kv heads over model
-    "wo": P(None, "model", "data"),  # [l, h*k, d]: query heads over model, width over data
-    "w_in": P(None, "data", "model"),  # [l, d, f]: width over data, hidden width over model
-    "w_out": P(None, "model", "data"),  # [l, f, d]: hidden width over model, width over data
+    "wte": P("data", "model"),  # [vocabulary, width]
+    "lm_head": P("model", "data"),  # [vocabulary, width]
+    "wq": P(None, "data", "model"),  # [layer, width, query heads]
+    "wk": P(None, "data", "model"),  # [layer, width, kv heads]
+    "wv": P(None, "data", "model"),  # [layer, width, kv heads]
+    "wo": P(None, "model", "data"),  # [layer, query heads, width]
+    "w_in": P(None, "data", "model"),  # [layer, width, hidden width]
+    "w_out": P(None, "model", "data"),  # [layer, hidden width, width]
 }
 
 
 def _unstack(stacked: Weights) -> list[Weights]:
-    """Weights [l, in, out] -> a dict of weights [in, out] for each layer."""
+    """Splits weights [l, in, out] into one dict of weights [in, out] per layer."""
     layers = {name: jnp.unstack(w) for name, w in stacked.items()}
     return [dict(zip(layers, ws, strict=True)) for ws in zip(*layers.values(), strict=True)]
 
@@ -194,7 +194,7 @@ def _unstack(stacked: Weights) -> list[Weights]:
 def _qkv(
     x: jax.Array, w: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [b,t,d] -> q [b,t,h,k], k and v [b,t,n,k]; q and k are rotated and normed."""
+    """Returns q [b,t,h,k], k [b,t,n,k] and v [b,t,n,k] for x [b,t,d]; q and k are rotated, then normed."""
     b, t, _ = x.shape
     with jax.named_scope("qkv"):
         y = norm(x, model_cfg.norm_eps)
@@ -206,8 +206,8 @@ def _qkv(
 
 
 def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig) -> jax.Array:
-    """Projects y [b,t,h,k], the output of attention, and adds it to the residual stream x [b,t,d]. Then adds the output
-    of the MLP."""
+    """Adds the projected output of attention, y [b,t,h,k], to the residual stream x [b,t,d], then adds the output of
+    the MLP."""
     with jax.named_scope("attention"):
         x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
     with jax.named_scope("mlp"):
@@ -231,13 +231,13 @@ def _stack(
     if execution.remat_policy is not None:
         block = jax.checkpoint(compute, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
-        # A Python loop, because a scan would copy the weights of each layer out of the stack, and the gradients of each
-        # layer into another stack.
+        # This is a Python loop, because a scan would copy each layer's weights out of the stack and each layer's
+        # gradients into another stack.
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
         return x
-    # Each scan iteration computes a whole period of the window pattern, since the kernel needs windows as constants.
+    # The kernel needs windows as constants, so each scan iteration computes a whole period of the window pattern.
     l, windows = model_cfg.n_layer, model_cfg.windows
     period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
 
@@ -251,7 +251,7 @@ def _stack(
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes `new` [b,t,n,k] into `cache` [b,n,s,k]. In row i, the t new entries begin at position start[i]."""
+    """Writes `new` [b,t,n,k] into `cache` [b,n,s,k]. In row i, the first entry goes to position start[i]."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(put)(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), start)
 
@@ -261,7 +261,7 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def init(model_cfg: GPTConfig, seed: int = 42) -> Params:
-    """Fresh float32 parameters: {wte, lm_head, blocks: {wq, wk, wv, wo, w_in, w_out}}.
+    """Returns new float32 parameters: {wte, lm_head, blocks: {wq, wk, wv, wo, w_in, w_out}}.
 
     weight   shape [l, in, out]   depth 20              distribution
     wte      [v, d]               [65536, 1280]         normal, standard deviation 1
@@ -279,14 +279,14 @@ def init(model_cfg: GPTConfig, seed: int = 42) -> Params:
 
 @functools.cache
 def _definition(model_cfg: GPTConfig) -> tuple[Any, ...]:
-    """The model without weights, as (graph definition, abstract parameters, the rest); built once per `model_cfg`."""
+    """Returns the model without weights, as (graph definition, abstract parameters, other state)."""
     return nnx.split(nnx.eval_shape(lambda: GPT(model_cfg, nnx.Rngs(0))), nnx.Param, ...)
 
 
 def bind(params: Params, model_cfg: GPTConfig) -> GPT:
-    """The module with `params` as its weights."""
+    """Returns the module with `params` as its weights."""
     graphdef, abstract, rest = _definition(model_cfg)
-    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, so that the tree cached by `_definition` stays abstract
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the tree cached by `_definition` must stay abstract
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state, rest)
 
@@ -298,19 +298,19 @@ def hidden(
     dtype: DTypeLike = jnp.float32,
     execution: Execution = PLAIN,
 ) -> jax.Array:
-    """ids [b,t] -> hidden states [b,t,d] after the final norm, in `dtype`; e.g. [32, 2048, 1280]."""
+    """Returns hidden states [b,t,d] of ids [b,t] after the final norm, in `dtype`. Example shape: [32, 2048, 1280]."""
     return bind(params, model_cfg)(ids, dtype, execution=execution)[0]
 
 
 def decode(
     params: Params,
     model_cfg: GPTConfig,
-    ids: jax.Array,  # int [b,t], e.g. [64, 1]: the next token of 64 sequences
-    cache: Cache,  # keys and values [b,n,s,k] of every layer, e.g. [64, 10, 2048, 128]
+    ids: jax.Array,  # int [b,t], such as [64, 1] for the next token of 64 sequences
+    cache: Cache,  # keys and values [b,n,s,k] of every layer, such as [64, 10, 2048, 128]
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
-    """Appends ids [b,t] to the rows of `cache`. Returns hidden states [b,t,d], e.g. [64, 1, 1280], and the extended
-    cache.
+    """Appends ids [b,t] to the rows of `cache`. Returns hidden states [b,t,d], such as [64, 1, 1280], and the
+    extended cache.
 
     cache = {"k": list of l arrays [b,n,s,k], "v": like "k", "length": int32 [b]}. The caller ensures that
     length + t <= s.
@@ -325,13 +325,13 @@ def head(
     model_cfg: GPTConfig,
     x: jax.Array,  # [..., d], e.g. [64, 1280]
 ) -> jax.Array:
-    """Hidden states [..., d] -> soft-capped logits [..., vocab_size] in float32, e.g. [64, 65536], without padding."""
+    """Returns the soft-capped float32 logits [..., vocab_size] of hidden states x. Example shape: [64, 65536]."""
     w = params["lm_head"].astype(x.dtype)
     return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accum_dtype(x.dtype)), model_cfg)
 
 
 def soft_capped(z: jax.Array, model_cfg: GPTConfig) -> jax.Array:
-    """Output of the head [..., v] -> soft-capped logits [..., vocab_size], without padding."""
+    """Drops the padding of the head's output z [..., v] and returns soft-capped logits [..., vocab_size]."""
     return model_cfg.softcap * jnp.tanh(z[..., : model_cfg.vocab_size] / model_cfg.softcap)
 
 
@@ -341,10 +341,10 @@ def forward(
     ids: jax.Array,  # int [b,t], e.g. [1, 2048]
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """ids [b,t] -> logits [b,t,vocab_size] in float32, e.g. [1, 2048, 65536]."""
+    """Returns the float32 logits [b,t,vocab_size] of ids [b,t]. Example shape: [1, 2048, 65536]."""
     return head(params, model_cfg, hidden(params, model_cfg, ids, dtype))
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:
-    """Parameters in `dtype`, for inference."""
+    """Returns the parameters in `dtype`, for inference."""
     return jax.tree.map(lambda p: p.astype(dtype), params)

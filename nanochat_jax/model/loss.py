@@ -1,10 +1,10 @@
 """Soft-capped cross-entropy that never materialises the logits of a whole batch.
 
-The head and the softmax run over chunks of the time axis. The gradients with respect to the hidden states and the head
-are computed in the forward pass, while a chunk's logits exist; the backward pass only scales them by the cotangent.
-This takes three matmuls per chunk, recomputes nothing, and holds the float32 logits of only one chunk at a time. With a
-vocabulary of 65,536, the logits of a whole batch of 32 x 2048 tokens would take 16 GiB. The idea comes from Liger's
-fused linear cross-entropy (arXiv:2410.10989).
+The time axis is split into chunks, and the head and the softmax are applied to one chunk at a time. While the chunk's
+logits exist, the forward pass computes the gradients with respect to the hidden states and the head. The backward pass
+only scales these gradients by the cotangent. This takes three matmuls per chunk, recomputes nothing, and holds the
+float32 logits of only one chunk at a time. With a vocabulary of 65,536, the logits of a whole batch of 32 x 2048 tokens
+would take 16 GiB. The idea comes from Liger's fused linear cross-entropy (arXiv:2410.10989).
 """
 
 import functools
@@ -16,9 +16,9 @@ from nanochat_jax.model.precision import accum_dtype
 
 
 def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
-    """The smallest divisor of `time` that gives chunks of at most `tokens` tokens; `time` itself if none does.
+    """Returns the smallest divisor of `time` for which a chunk has at most `tokens` tokens.
 
-    Example: num_chunks(32, 2048) -> 8, chunks of 32 x 256 tokens.
+    If there is no such divisor, returns `time`. Example: num_chunks(32, 2048) -> 8, for chunks of 32 x 256 tokens.
     """
     return next(c for c in range(1, time + 1) if time % c == 0 and (batch * time // c <= tokens or c == time))
 
@@ -27,20 +27,20 @@ def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
 def cross_entropy(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, softcap: float, chunks: int
 ) -> jax.Array:
-    """Sum of weight times cross-entropy over the counted targets, a float32 scalar.
+    """Returns the sum, over all counted targets, of weight times cross-entropy, as a float32 scalar.
 
-    x [b,t,d] hidden states in the compute dtype, head [v,d] without padding rows, targets int [b,t] (negative: not
-    counted), weights float32 [b,t] (ones, or advantages in RL), `chunks` divides t. The caller divides the sum by the
-    number of counted targets in the global batch, or by 1 if no target is counted, so that such a batch gives 0 rather
-    than NaN.
+    Arguments: hidden states x [b,t,d] in the compute dtype; head [v,d] without padding rows; int targets [b,t]
+    (negative: not counted); float32 weights [b,t] (ones, or advantages in RL); `chunks`, a divisor of t. The caller
+    divides the sum by the number of counted targets in the global batch. If no target is counted, the caller divides
+    by 1, so that the result is 0 and not NaN.
     """
     return (weights * token_losses(x, head, targets, softcap, chunks)).sum()
 
 
 def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: float, chunks: int) -> jax.Array:
-    """Cross-entropy of each token, float32 [b,t]; 0 where targets are negative.
+    """Returns the cross-entropy of each token, float32 [b,t]; it is 0 where the target is negative.
 
-    Used for bits per byte; for gradients, use `cross_entropy`. The arguments are those of `cross_entropy`.
+    Use this function for bits per byte, and `cross_entropy` for gradients. The arguments are those of `cross_entropy`.
     """
     w = head.astype(x.dtype)
 
@@ -52,7 +52,7 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: flo
 
 
 def _losses(x: jax.Array, w: jax.Array, targets: jax.Array, softcap: float) -> tuple[jax.Array, ...]:
-    """Losses [b,t] of a chunk, and inputs of their gradients: capped logits, log-sum-exp, one-hot targets, mask."""
+    """Returns a chunk's losses [b,t] and what gradients need: capped logits, log-sum-exp, one-hot targets, mask."""
     z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accum_dtype(x.dtype))
     z = softcap * jnp.tanh(z / softcap)
     lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -65,7 +65,7 @@ def _losses(x: jax.Array, w: jax.Array, targets: jax.Array, softcap: float) -> t
 def _forward(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, softcap: float, chunks: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The loss and its gradients for a cotangent of 1, as (loss, (dx [b,t,d], dhead [v,d]))."""
+    """Returns (loss, (dx [b,t,d], dhead [v,d])): the loss, and its gradients for a cotangent of 1."""
     w = head.astype(x.dtype)
 
     def one_chunk(dw: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -80,8 +80,8 @@ def _forward(
 
     split = tuple(_split(a, chunks) for a in (x, targets, weights))
     dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accum_dtype(x.dtype)), split)
-    # If there is only one chunk, this barrier keeps XLA from computing the product as [v,d]: some CPUs have no bf16 dot
-    # for that layout.
+    # Without this barrier, XLA would compute the gradient of a single chunk as [v,d], for which some CPUs have no bf16
+    # dot.
     dw = jax.lax.optimization_barrier(dw).T
     return losses.sum(), (_join(dx), dw.astype(head.dtype))
 

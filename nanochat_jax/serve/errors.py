@@ -1,7 +1,7 @@
-"""How the server refuses a request: with one line that names the field at fault.
+"""Turns errors into HTTP responses. Each has one line of text, which names the field at fault if there is one.
 
-On the specification's own paths, an error's body is {"detail": line}. On all other paths, the body has OpenAI's shape,
-even if the path does not exist: such a request probably comes from an OpenAI client with a wrong address.
+On the paths of the specification, the body of an error is {"detail": line}. On all other paths, the body has the format
+of OpenAI's API. If the path does not exist, the request probably comes from an OpenAI client with a wrong address.
 """
 
 import re
@@ -20,12 +20,12 @@ DETAIL_PATHS = (*FILES, "/chat/completions", "/health", "/stats", "/metrics", "/
 NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # rest: see openai_error
-_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # pydantic's names for a union's types, in `loc`
+_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # matches the types of a union in pydantic's `loc`
 _JSON_TYPE = re.compile(r"\s*application/([^;]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
 class ApiError(HTTPException):
-    """A refused request. `param` is the field at fault, `code` a machine-readable reason."""
+    """A refused request. `param` names the field at fault, and `code` is a machine-readable reason."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class ApiError(HTTPException):
 
 
 def openai_error(error: HTTPException) -> dict[str, Any]:
-    """The error object, as OpenAI's API represents it."""
+    """Returns `error` as an error object of OpenAI's API."""
     status = error.status_code
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     param, code = getattr(error, "param", None), getattr(error, "code", None)
@@ -48,26 +48,26 @@ def openai_error(error: HTTPException) -> dict[str, Any]:
 
 
 def error_response(path: str, error: HTTPException) -> JSONResponse:
-    """The response to a request for `path` that fails with `error`."""
+    """Returns the response to a request for `path` that failed with `error`."""
     own = path in DETAIL_PATHS
     body = {"detail": replace_surrogates(error.detail)} if own else {"error": openai_error(error)}
     return JSONResponse(body, error.status_code, error.headers)
 
 
 def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Error messages may quote text that
-    contains surrogates."""
+    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Error messages may quote text with
+    surrogates."""
     return text.encode("utf-8", "replace").decode()
 
 
 def handlers() -> dict:
-    """The exception handlers for FastAPI, which cover every way in which a request can fail."""
+    """Returns exception handlers for FastAPI that cover every way in which a request can fail."""
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         path = request.url.path
-        if error.status_code == 404 and not isinstance(error, ApiError):  # from the router, if no route has this path
+        if error.status_code == 404 and not isinstance(error, ApiError):  # from the router: no route has this path
             error = ApiError(404, f"there is no {path[:80]!r} here: the API is under /v1; /openapi.json describes it")
-        if error.status_code == 400 and not isinstance(error, ApiError):  # from FastAPI, if the bytes are not text
+        if error.status_code == 400 and not isinstance(error, ApiError):  # from FastAPI: the body is not text
             error = ApiError(400, "the body is not JSON in UTF-8", code="invalid_json")
         return error_response(path, error)
 
@@ -85,12 +85,12 @@ def handlers() -> dict:
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """Turns FastAPI's 422, a list of objects, into a 400 with one line: the field and what is wrong with it.
+    """Turns FastAPI's validation error, a list of objects, into an ApiError 400 that names the field and what is wrong.
 
     Example: [{"loc": ["body", "messages", 0, "content"], "msg": "Field required"}] -> "messages[0].content: Field
-    required". For a field that may have several types, pydantic reports one error per type. We keep the most deeply
-    nested error, since the client probably meant the type that this error is about. Among equally deep errors, we
-    prefer one that does not merely reject the type.
+    required". If a field may have several types, pydantic reports one error per type. Only the most deeply nested error
+    is kept, because the client probably meant the type that this error is about. Among errors of equal depth, an error
+    that does not merely reject the type is preferred.
     """
     worst = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     field = ""
@@ -105,7 +105,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
 
 
 def from_engine_failure(error: EngineFailure) -> ApiError:
-    """Status 504 if the answer took too long; 503 if the engine has failed or is shutting down."""
+    """Returns ApiError 504 if the answer took too long, or 503 if the engine has failed or is shutting down."""
     if isinstance(error, TimedOut):
         return ApiError(504, str(error), code="timeout")
     return ApiError(503, str(error), code="server_unavailable")

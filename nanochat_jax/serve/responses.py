@@ -1,6 +1,6 @@
-"""The HTTP response to a request for text: a stream of server-sent events, or one JSON object at the end.
+"""The HTTP response to a request for text: a stream of server-sent events, or a single JSON object.
 
-The slots of the answer are freed however the response ends: complete, failed, timed out or disconnected.
+The slots of the answer are freed when the response completes, fails or times out, or when the client disconnects.
 """
 
 import asyncio
@@ -13,16 +13,16 @@ from starlette.types import Receive, Scope, Send
 
 from nanochat_jax.serve.worker import Answer
 
-READ_GRACE = 15  # seconds that a client gets, after the answer's timeout, to read the rest of the response
-HEARTBEAT_SECONDS = 15  # a stream silent this long sends a heartbeat, to keep proxies from closing the connection
+READ_GRACE = 15  # seconds after the answer's timeout in which the client may read the rest of the response
+HEARTBEAT_SECONDS = 15  # after this silence, a stream sends a heartbeat, so that proxies keep the connection open
 HEARTBEAT = ": still here\n\n"  # a comment, which clients of event streams ignore
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer the tokens
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # tells proxies not to buffer the stream
 
 
 class AnswerResponse(Response):
-    """Sends `content` while the client stays connected, and closes `answer` afterwards.
+    """Sends `content` as long as the client is connected, then closes `answer`.
 
-    `content` yields the events of a stream, or is a function that waits for the answer and returns a whole response.
+    `content` is a generator of the events of a stream, or a function that waits for the answer and returns a response.
     """
 
     def __init__(self, answer: Answer, content: AsyncGenerator[str, None] | Callable[[], Awaitable[Response]]):
@@ -42,7 +42,7 @@ class AnswerResponse(Response):
                 task.cancel()
             await asyncio.gather(sending, disconnect, return_exceptions=True)
         if finished and not disconnected:
-            sending.result()  # raises the exception if sending failed
+            sending.result()  # if sending failed, this raises the exception
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         if isinstance(self._content, AsyncGenerator):
@@ -60,6 +60,6 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 def sse(value: dict | str) -> str:
-    """One server-sent event: {"done": True} -> 'data: {"done": true}' and an empty line."""
+    """Returns a server-sent event: {"done": True} -> 'data: {"done": true}' and an empty line."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"data: {text}\n\n"

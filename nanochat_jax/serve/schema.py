@@ -1,8 +1,8 @@
-"""The bodies of HTTP requests, for the page's own endpoint and OpenAI's API, and how they become engine requests.
+"""Defines the bodies of HTTP requests to the page's endpoint and to OpenAI's API, and turns them into engine requests.
 
-A field that is omitted or null takes the server's default. Unknown fields are ignored, as OpenAI's clients expect, but
-a request to OpenAI's API is refused if an unsupported field would change the answer. If the last message of a
-conversation is the assistant's, the answer continues it.
+If a field is omitted or null, the server's default applies. Unknown fields are ignored, as OpenAI's clients expect.
+However, OpenAI's API refuses a request with an unsupported field that would change the answer. If the last message of a
+conversation is the assistant's, the answer continues that message.
 """
 
 import dataclasses
@@ -30,11 +30,10 @@ MAX_CHARS = 32_000
 
 # OpenAI's API.
 OPENAI_ROLES = ("system", "developer", "user", "assistant")
-MAX_CHOICES = 128  # most samples in one request, counting all its prompts
-COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions, which have no natural end
+MAX_CHOICES = 128  # the maximum number of samples in one request, over all its prompts
+COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens; a completion has no natural end
 
-# Unsupported fields that could change the answer. A field is accepted only if it is null or has one of these values,
-# which leave the answer unchanged.
+# Unsupported fields, each with the values that leave the answer unchanged. All other values are refused, except null.
 NEUTRAL = {
     "audio": [],
     "best_of": [1],
@@ -68,7 +67,7 @@ class Message(BaseModel):
 
 
 class ChatBody(BaseModel):
-    """The body of POST /chat/completions. Omitted fields take the server's defaults; unknown fields are ignored."""
+    """The body of POST /chat/completions. The server's defaults replace omitted fields; unknown fields are ignored."""
 
     messages: list[Message]
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
@@ -85,7 +84,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class GenerationBody(BaseModel):
-    """The fields that chat completions and completions share. Omitted and null fields take the server's defaults."""
+    """The fields common to chat completions and completions. The server's defaults replace omitted and null fields."""
 
     model_config = ConfigDict(extra="allow")  # keeps unknown fields, for `check_unsupported`
 
@@ -131,7 +130,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """`prompt` as a list: "a" -> ["a"], [1, 2] -> [[1, 2]], ["a", [1, 2]] -> unchanged."""
+        """Returns `prompt` as a list: "a" -> ["a"], [1, 2] -> [[1, 2]], ["a", [1, 2]] -> ["a", [1, 2]]."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         ids = [item for item in self.prompt if isinstance(item, int)]
@@ -139,13 +138,13 @@ class CompletionBody(GenerationBody):
 
 
 # -----------------------------------------------------------------------------
-# Functions that turn a body into requests to the engine. Tokenizing takes time, so call them outside the event loop.
+# Functions that turn a body into engine requests. Call them outside the event loop, because tokenizing takes time.
 
 
 def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request, int]:
-    """Returns the engine's request, and how many of the oldest messages were dropped to make room in the context.
+    """Returns the engine request, and the number of oldest messages that were dropped to make room in the context.
 
-    Raises ApiError 400 if the conversation is invalid or cannot fit.
+    Raises ApiError 400 if the conversation is invalid or cannot fit into the context.
     """
     check_messages(body.messages)
     max_tokens = min(body.max_tokens or cfg.max_new_tokens, cfg.max_new_tokens)
@@ -158,12 +157,12 @@ def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request,
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises ApiError 400, giving the reason, if the page's endpoint does not accept the conversation."""
+    """Raises ApiError 400 with the reason if the page's endpoint does not accept the messages."""
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise ApiError(400, f"messages: got {len(messages)}, expected 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
         check_role(message, i, ROLES)
-        # The model's own answers must be accepted when sent back, even those longer than the specification allows.
+        # The client sends the model's answers back, and they may be longer than the specification allows.
         longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
         if not 1 <= message.chars <= longest:
             raise ApiError(400, f"messages[{i}].content: has {message.chars} characters, expected 1 to {longest}")
@@ -191,7 +190,7 @@ def check_unsupported(body: GenerationBody) -> None:
 
 
 def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb) -> Request:
-    """The engine's request for a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
+    """Returns the engine request for a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
     ids = chat_prompt(engine.tokenizer, body.messages)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: requires logprobs to be true", "top_logprobs")
@@ -200,8 +199,8 @@ def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatW
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The prompt for the assistant's next words. Raises ApiError 400 if the messages are in the wrong order or
-    malformed."""
+    """Returns the tokens that the assistant's answer will continue. Raises ApiError 400 if the messages are malformed
+    or in the wrong order."""
     rendered = []
     for i, message in enumerate(messages):
         check_role(message, i, OPENAI_ROLES)
@@ -223,7 +222,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def completion_requests(body: CompletionBody, engine: Engine, cfg: ChatWeb) -> list[Request]:
-    """The engine's requests for a completion, one per prompt. Raises ApiError 400 if a prompt cannot be continued."""
+    """Returns one engine request per prompt of a completion. Raises ApiError 400 if a prompt cannot be continued."""
     prompts = body.prompts
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts x {body.n} choices, expected at most {MAX_CHOICES} in all", "n")
@@ -247,9 +246,10 @@ def openai_request(
     top_logprobs: int = 0,
     score: bool = False,
 ) -> Request:
-    """The engine's request to continue `ids` by at most `max_tokens` tokens.
+    """Returns the engine request to continue `ids` by at most `max_tokens` tokens.
 
-    Raises ApiError 400, naming the field `param`, if the prompt leaves no room for an answer or the engine refuses it.
+    If the prompt leaves no room for an answer, or if the engine refuses the request, raises ApiError 400 with `param`
+    as the field at fault.
     """
     context = engine.model_cfg.sequence_len
     max_tokens = min(max_tokens, cfg.max_new_tokens)
@@ -273,8 +273,10 @@ def openai_request(
 def engine_request(
     body: ChatBody | GenerationBody, ids: Sequence[int], max_tokens: int, engine: Engine, cfg: ChatWeb
 ) -> Request:
-    """A request to continue `ids` by at most `max_tokens` tokens, or fewer if the context has less room. Settings that
-    the body omits take the server's defaults."""
+    """Returns a request to continue `ids` by at most `max_tokens` tokens, or by fewer if the context has less room.
+
+    For settings that the body omits, the server's defaults apply.
+    """
     return Request(
         ids=ids,
         max_tokens=min(max_tokens, engine.model_cfg.sequence_len - len(ids)),
@@ -285,8 +287,11 @@ def engine_request(
 
 
 def submit(pool: Pool, *requests: Request) -> Answer:
-    """Queues `requests`. Raises ApiError 400 if the engine refuses a request, 429 if the server is busy, 503 if the
-    engine has failed or is shutting down."""
+    """Queues `requests` and returns a single Answer for all of them.
+
+    Raises ApiError 400 if the engine refuses a request, 429 if the server is busy, and 503 if the engine has failed or
+    is shutting down.
+    """
     try:
         return pool.submit(*requests)
     except UserError as error:

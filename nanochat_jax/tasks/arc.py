@@ -1,6 +1,7 @@
-"""ARC (Clark et al., 2018): grade-school science questions, in an easy and a hard collection.
+"""ARC (Clark et al., 2018): grade-school science questions, in one easy and one hard collection.
 
-Choices keep their labels from the data: a few questions use 1-4 instead of letters, and a few have 3 or 5 choices.
+The choices keep the labels that they have in the data: letters, or 1 to 4 in a few questions. Most questions have four
+choices, and a few have three or five.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""SpellingBee asks how often a letter occurs in a word. That needs spelling, which SimpleSpelling teaches.
+"""SpellingBee asks how often a letter occurs in a word. SimpleSpelling asks for the spelling of a word.
 
-A model sees tokens, not letters. The answer therefore spells the word first, letter by letter and without spaces
-(" a" and "a" are different tokens), then counts letter by letter, and then checks the count with the calculator.
+A model sees tokens, not letters. So the answer to SpellingBee has three parts: it spells the word without spaces (" a"
+and "a" are different tokens), counts the letter step by step, and checks the count with the calculator. SimpleSpelling
+teaches the first part.
 """
 
 import random
@@ -11,8 +12,8 @@ from nanochat_jax.tasks import gsm8k, words
 from nanochat_jax.tasks.task import Task
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TEST_SEED = 10_000_000  # test problem i is drawn with Random(TEST_SEED + i), training problem i with Random(i)
-LETTER_IN_WORD = 0.9  # share of problems that ask for a letter of the word; others ask for any, so the answer may be 0
+TEST_SEED = 10_000_000  # problem i is drawn with Random(i) for training, and with Random(TEST_SEED + i) for testing
+LETTER_IN_WORD = 0.9  # share of problems that draw the letter from the word; the rest draw it from the alphabet
 TRAIN_ROWS, TEST_ROWS = 80_000, 256
 
 QUESTIONS = (
@@ -114,7 +115,7 @@ class SpellingBee(Task):
 
 
 def _count_by_hand(word: str, letter: str) -> str:
-    """The count step by step: a line per letter, such as "2:r" or "3:e hit! count=1"."""
+    """Returns the count written out: one line per letter, such as "2:r", with the count so far at every hit."""
     lines = [f"I look for '{letter}' in '{word}', letter by letter.", "", spell(word), ""]
     count = 0
     for position, character in enumerate(word, start=1):

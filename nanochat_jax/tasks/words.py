@@ -1,9 +1,8 @@
-"""The words that the spelling tasks draw from, and which of them are held out of training.
+"""Provides the words of the spelling tasks. Some words are held out of training and used only for the test.
 
-The words are read from a file. Three files are tried in this order: words/words_alpha.txt in the task data folder, then
-task_data/words_alpha.txt and task_data/words.txt in the base folder. If none of them exists, the frequent words of the
-pretraining text are used. These words are written to task_data/words.txt, so that text added later does not change
-them.
+The words are read from the first of three files that exists: words/words_alpha.txt in the task data folder, then
+task_data/words_alpha.txt and task_data/words.txt in the base folder. If none of the three exists, the frequent words of
+the pretraining text are written to task_data/words.txt and used, so that text added later does not change the words.
 """
 
 import collections
@@ -18,17 +17,20 @@ from nanochat_jax.data import parquet
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks import task_data
 
-HOLD_OUT = 10  # one word in this many, chosen by its hash, is for the test only
-CORPUS_CHARS = 50_000_000  # characters of text whose words are counted: enough to contain every frequent word
-CORPUS_WORDS = 20_000  # at most this many of the most frequent words are used
-MIN_COUNT = 3  # a word must occur this many times; rarer words are mostly typos and variable names
+HOLD_OUT = 10  # one in HOLD_OUT words is only for the test; a word's hash decides
+CORPUS_CHARS = 50_000_000  # words are counted in this many characters of text, enough to contain all frequent words
+CORPUS_WORDS = 20_000  # the maximum number of words; the most frequent ones are taken
+MIN_COUNT = 3  # a word must occur at least this many times; rarer words are mostly typos and variable names
 
-# Matches a word of running text, but no part of an identifier, a number, a path or a dotted name.
+# Matches a word of running text, but not a part of an identifier, a number, a path or a dotted name.
 _WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w|:/)", re.ASCII)
 
 
 def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:
-    """The words of a split, "train" or "test"; no word is in both. Raises UserError if the split has no words."""
+    """Returns the words of `split`, "train" or "test". No word is in both splits.
+
+    Raises UserError if the split has no words.
+    """
     words = _all_words(str(data_dir or ""), base_dir())
     chosen = tuple(word for word in words if held_out(word) == (split == "test"))
     if not chosen:
@@ -37,11 +39,11 @@ def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:
 
 
 def held_out(word: str) -> bool:
-    """Whether a word is for the test only."""
+    """Returns whether `word` is only for the test."""
     return zlib.crc32(word.encode()) % HOLD_OUT == 0
 
 
-@functools.cache  # cached, because two tasks each load the words for two splits
+@functools.cache  # cached, because two tasks load the words, for two splits each
 def _all_words(data_dir: str, base: Path) -> list[str]:
     places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
     if data_dir:
@@ -57,7 +59,7 @@ def _all_words(data_dir: str, base: Path) -> list[str]:
 
 
 def _corpus_words(data: Path) -> list[str]:
-    """The frequent words of the pretraining text, most frequent first."""
+    """Returns the frequent words of the pretraining text, the most frequent word first."""
     shards = sorted(data.glob("*/*.parquet"), key=lambda path: (path.parent.name != "local", path))
     counts, chars = collections.Counter(), 0
     for text in itertools.chain.from_iterable(map(parquet.texts_of, shards)):

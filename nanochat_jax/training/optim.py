@@ -1,9 +1,9 @@
-"""Muon for the transformer's matrices, AdamW for embedding and head, and the learning-rate schedules.
+"""Muon for the transformer's matrices, AdamW for the embedding and the head, and the learning-rate schedules.
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix with the nearest
-semi-orthogonal matrix, which five Newton-Schulz iterations approximate. Unlike `optax.contrib.muon`, the Muon here does
-what nanochat needs: momentum has no bias correction and follows a schedule of its own, and layers stacked as
-[l, in, out] are orthogonalised as one batch.
+semi-orthogonal matrix, which is approximated by five Newton-Schulz iterations. nanochat cannot use
+`optax.contrib.muon`, because nanochat's momentum has its own schedule and no bias correction, and because all layers of
+an array [l, in, out] must be orthogonalised as one batch.
 """
 
 from collections.abc import Callable, Hashable
@@ -18,18 +18,18 @@ from jax.typing import ArrayLike, DTypeLike
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel.sharding import Layout
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic, tuned to raise small singular values fast
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic, tuned so that small singular values grow fast
 
 
 class MuonState(NamedTuple):
-    """What Muon carries from step to step."""
+    """The state that Muon keeps between steps."""
 
     count: jax.Array  # int32 scalar, steps taken
     momentum: optax.Updates  # float32, one array for each parameter array
 
 
 def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Pushes singular values of the matrices g [..., in, out] towards 1 (to about 0.7 to 1.2), computing in `dtype`."""
+    """Returns the matrices g [..., in, out] with singular values close to 1 (about 0.7 to 1.2). Computes in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
@@ -45,12 +45,12 @@ def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
 def scale_by_muon(
     momentum: optax.Schedule | float = 0.95, dtype: DTypeLike = jnp.float32, layout: Layout | None = None
 ) -> optax.GradientTransformation:
-    """The Muon update without the learning rate: orthogonalised Nesterov momentum times sqrt(max(1, out/in)).
+    """Computes the Muon update without the learning rate: orthogonalised Nesterov momentum times sqrt(max(1, out/in)).
 
-    All parameter arrays are [l, in, out]. `momentum` may be a schedule over steps. The Newton-Schulz iterations compute
-    in `dtype` (bfloat16 on GPUs). With a `layout`, gradients and momentum arrive sharded. An all-to-all then gives each
-    device whole matrices to orthogonalise. The results are returned by an all-gather in `dtype` or, with --shard=full,
-    by a second all-to-all.
+    All parameter arrays are [l, in, out]. `momentum` is a number or a function of the step. The Newton-Schulz
+    iterations compute in `dtype` (bfloat16 on GPUs). With a `layout`, gradients and momentum are sharded. An all-to-all
+    gives each device whole matrices to orthogonalise. Then an all-gather in `dtype` gives every device all results;
+    with --shard=full, a second all-to-all shards the results instead.
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -58,7 +58,7 @@ def scale_by_muon(
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, MuonState]:  # `state` is a MuonState, but optax annotates it as any tree of arrays
+    ) -> tuple[optax.Updates, MuonState]:  # `state` is a MuonState, but optax's annotation is any tree of arrays
         with jax.named_scope("muon"):
             mu = momentum if isinstance(momentum, int | float) else momentum(state.count)
             buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
@@ -66,11 +66,11 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # XLA would all-gather the whole array to move the sharding from two array axes to the third. So the
-                # array is first resharded over the mesh axis `data` alone.
+                # To move the sharding from two array axes to the third, XLA would all-gather the whole array. To avoid
+                # this, the array is first resharded over the mesh axis `data` alone.
                 specs = layout.shard_specs(nesterov, ("data",))
                 nesterov = layout.constrain(nesterov, specs)
-                # All matrices must be sharded on `in` to be concatenated, so those sharded on `out` are transposed.
+                # Only matrices sharded on `in` can be concatenated, so matrices sharded on `out` are transposed.
                 transposed = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, specs)
             updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, transposed)
             if layout and layout.full:
@@ -87,15 +87,15 @@ def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) ->
         return orthogonalize(x, dtype).astype(x.dtype)
     y = orthogonalize(layout.all_to_all_matrices(x), dtype)
     if not layout.full:
-        y = layout.constrain(y, P())  # all-gathered before the cast to float32, to halve the bytes sent
+        y = layout.constrain(y, P())  # gathering before the cast to float32 halves the bytes sent
     return y[: x.shape[0]].astype(x.dtype)
 
 
 def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -> Any:
-    """Applies f to the leaves [l, in, out]. Leaves whose matrices have the same shape are merged into one batch.
+    """Applies `f` to the leaves [l, in, out] of `tree`, with all matrices of the same shape in one batch.
 
-    `transposed` says for each leaf whether to transpose its matrices first and the results back afterwards. Example:
-    w_in [20, 1280, 5120] and the transposed w_out [20, 5120, 1280] form one batch [40, 1280, 5120].
+    Where `transposed` is true, the matrices of a leaf are transposed before `f`, and their results are transposed back.
+    Example: if w_out [20, 5120, 1280] is transposed, it forms one batch [40, 1280, 5120] with w_in [20, 1280, 5120].
     """
     leaves, treedef = jax.tree.flatten(tree)
     transposed = treedef.flatten_up_to(transposed)
@@ -113,12 +113,12 @@ def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -
 
 
 def _offsets(sizes: list[int]) -> list[int]:
-    """Where to split a concatenation of arrays of these sizes: [3, 4, 5] -> [3, 7]."""
+    """Returns the positions at which to split concatenated arrays of these sizes: [3, 4, 5] -> [3, 7]."""
     return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
 
 def momentum_warmup(step: ArrayLike) -> jax.Array:
-    """Muon's momentum in pretraining and midtraining: it rises from 0.85 to 0.95 over 300 steps."""
+    """Returns Muon's momentum in pretraining and midtraining. It rises linearly from 0.85 to 0.95 in 300 steps."""
     return 0.85 + 0.10 * jnp.minimum(jnp.asarray(step) / 300, 1.0)
 
 
@@ -133,12 +133,12 @@ def make_optimizer(
     dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of every stage: AdamW for wte and lm_head, Muon for the blocks.
+    """Returns the optimizer, which is the same in every stage: AdamW for wte and lm_head, Muon for the blocks.
 
-    The updates are linear in the learning rates, so a learning-rate schedule is one factor on all updates. The train
-    step applies this factor. AdamW's rates were tuned at width 768 and scale with width^-0.5; Muon's rate does not
-    depend on the width. `momentum`, `dtype` and `layout` are passed to `scale_by_muon`; weight decay applies to AdamW
-    alone.
+    All updates are proportional to the learning rates, so the train step applies a learning-rate schedule by
+    multiplying the updates by one factor. AdamW's learning rates were tuned at width 768 and are multiplied by
+    (width / 768)^-0.5; Muon's learning rate does not depend on the width. `momentum`, `dtype` and `layout` are passed
+    to `scale_by_muon`. Weight decay applies only to AdamW.
     """
     factor = (width / 768) ** -0.5
 
@@ -155,11 +155,15 @@ def make_optimizer(
 
 
 # -----------------------------------------------------------------------------
-# Learning-rate multipliers, computed in plain Python on the host and passed to the step as a number
+# Learning-rate multipliers. They are computed in plain Python on the host and passed to the train step as numbers.
 
 
 def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float, final: float) -> float:
-    """Pretraining: linear warm-up over `warmup_ratio` of the steps, then 1, then linear decay to `final` at the end."""
+    """Returns the multiplier in pretraining.
+
+    It rises linearly to 1 in the first `warmup_ratio` of the steps, and falls linearly from 1 to `final` in the last
+    `warmdown_ratio` of the steps.
+    """
     warmup, warmdown = round(warmup_ratio * steps), round(warmdown_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -170,10 +174,10 @@ def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float,
 
 
 def late_decay(progress: float) -> float:
-    """Midtraining, for `progress` from 0 to 1: constant at 1 until 0.8, then linear decay to 0."""
+    """Returns the multiplier in midtraining: 1 until `progress` is 0.8, then falling linearly to 0 at `progress` 1."""
     return 1.0 if progress < 0.8 else max(0.0, (1 - progress) / 0.2)
 
 
 def linear_decay(progress: float) -> float:
-    """SFT and RL, for `progress` from 0 to 1: linear decay from 1 to 0."""
+    """Returns the multiplier in SFT and RL: it falls linearly from 1 to 0 as `progress` rises from 0 to 1."""
     return max(0.0, 1 - progress)

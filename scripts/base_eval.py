@@ -1,9 +1,10 @@
-"""Evaluates a model on CORE, 22 in-context learning tasks. CORE is mainly for base models, which are only pretrained.
+"""Evaluates a model on CORE, a set of 22 in-context learning tasks.
 
     python -m scripts.base_eval
     python -m scripts.base_eval --max_per_task=500
 
-Adds the scores to the log of the evaluated run, and writes $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
+CORE is mainly for base models, which are only pretrained. The script adds the scores to the log of the model's run, and
+writes them to $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
 """
 
 from pathlib import Path
@@ -56,7 +57,8 @@ def print_score(score: "CoreScore") -> None:
 
 
 def write_csv(path: Path, result: "CoreResult") -> None:
-    """Writes each task's accuracy and centered accuracy as CSV, in padded columns that are also readable as text."""
+    """Writes a CSV file with the accuracy and the centered accuracy of each task. Padded columns make the file easy to
+    read."""
     rows = [("Task", "Accuracy", "Centered")]
     rows += [(score.task, f"{score.score:.6f}", f"{score.centered:.6f}") for score in result.tasks]
     rows += [("CORE", "", f"{result.core:.6f}")]

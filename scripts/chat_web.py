@@ -1,7 +1,8 @@
-"""Talk to the model in the browser: python -m scripts.chat_web, then open the address it prints.
+"""Talk to the model in the browser: run python -m scripts.chat_web, then open the address that it prints.
 
-The page streams answers from POST /chat/completions of the same server; programs use OpenAI's API under /v1. All
-clients of a server share its --slots. Running answers get 30 seconds to finish after SIGTERM, and 3 after Ctrl-C.
+The page gets its answers from POST /chat/completions of the same server. Programs use OpenAI's API under /v1. All
+clients share the server's slots (--slots). After SIGTERM, running answers get 30 seconds to finish; after Ctrl-C, they
+get 3 seconds.
 """
 
 import dataclasses
@@ -21,15 +22,15 @@ if TYPE_CHECKING:  # importing these at run time would slow down --help and requ
 
     from nanochat_jax.serve.pool import Pool
 
-CHUNK = 8  # tokens decoded per step; a small number keeps the text smooth and soon frees the slot of a client that left
-DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # seconds to finish running answers after a signal
-UNREAD_SECONDS = 60  # until a client that has stopped reading is disconnected
+CHUNK = 8  # tokens decoded per step: few, so that text flows smoothly and the slot of a client that left is soon free
+DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # signal -> seconds in which running answers may finish
+UNREAD_SECONDS = 60  # a client that reads nothing for this long is disconnected
 
 
 def main(cfg: config.ChatWeb) -> None:
     cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
 
-    # Bind the port before loading the model: if the port is taken, loading would be wasted time.
+    # Bind the port before loading the model, so that a taken port is reported at once.
     with closing(bind(cfg.host, cfg.port)) as listener:
         from nanochat_jax.parallel import devices
 
@@ -45,7 +46,7 @@ def main(cfg: config.ChatWeb) -> None:
         from nanochat_jax import checkpoint
         from nanochat_jax.engine.engine import Engine
 
-        # One engine per device, each with its own copy of the weights, cast to the compute dtype.
+        # There is one engine per device. Each engine has its own copy of the weights, cast to the compute dtype.
         chosen = jax.devices()[: cfg.num_gpus]
         if len(chosen) < cfg.num_gpus:
             count = len(chosen)
@@ -71,7 +72,7 @@ def main(cfg: config.ChatWeb) -> None:
             next(warmup)
 
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups)
-        listener.listen()  # before the address is printed, so that a client that connects at once is not refused
+        listener.listen()  # before the address is printed, so that clients can connect at once
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
             print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
@@ -84,7 +85,7 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
     import uvicorn
 
     class Server(uvicorn.Server):
-        """After a signal, accepts no new requests, and ends the answers that do not finish within DRAIN seconds."""
+        """After a signal, accepts no new requests, and ends answers that do not finish within DRAIN[signal] seconds."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if not self.should_exit:
@@ -92,16 +93,16 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
                 pool.stop_after(DRAIN[sig])
             super().handle_exit(sig, frame)
 
-    for sig in DRAIN:  # when uvicorn is done, it raises the signal again, and that calls `leave`
+    for sig in DRAIN:  # when uvicorn is done, it raises the signal again, and `leave` ends the program
         signal.signal(sig, leave)
     Server(server_cfg).run(sockets=[listener])
 
 
 def leave(sig: int, frame: FrameType | None) -> None:
-    """Ends the program. A SIGTERM is not a failure, so the exit code is then 0.
+    """Ends the program. After SIGTERM, the exit code is 0, because this signal does not mean a failure.
 
-    It does not use sys.exit, because Python's own shutdown takes longer than all the rest, and aborts if an engine's
-    thread is compiling.
+    This function does not use sys.exit, because Python's own shutdown takes longer than the rest of the shutdown, and
+    aborts if the thread of an engine is compiling.
     """
     if sig == signal.SIGINT:
         print("stopped", file=sys.stderr, flush=True)
@@ -109,14 +110,15 @@ def leave(sig: int, frame: FrameType | None) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to host:port, not yet listening. Raises UserError if the address does not exist or is taken."""
+    """Returns a socket that is bound to host:port but not yet listening. Raises UserError if the address does not exist
+    or is taken."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise config.UserError(f"--host={host}: no such address; use 127.0.0.1 for local access") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # reuse the port of a server that has just stopped
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; accepted connections inherit this setting
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # only on Linux; accepted connections inherit this setting
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     try:
         listener.bind(address)
@@ -131,7 +133,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(listener: socket.socket) -> str:
-    """The address to open in a browser on this machine, like http://127.0.0.1:8000."""
+    """Returns the address to open in a browser on this machine, such as http://127.0.0.1:8000."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # all interfaces
         host = "localhost"

@@ -1,9 +1,9 @@
-"""Compares the tokenizer with those of GPT-2 and GPT-4: bytes per token on seven kinds of text.
+"""Compares our tokenizer with the tokenizers of GPT-2 and GPT-4, by bytes per token on seven kinds of text.
 
     python -m scripts.tok_eval
 
 tiktoken loads the vocabularies of GPT-2 and GPT-4 from its cache or the network. A vocabulary that does not load is
-skipped. Adds a record per kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
+skipped. The script adds one record per kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
 """
 
 import itertools
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # --help must not wait for this import
     import tiktoken
 
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-PEER_SECONDS = 20  # seconds to load a peer's vocabulary, about 2 MB; without a network, tiktoken would try for minutes
+PEER_SECONDS = 20  # time limit for loading a vocabulary (2 MB); without a network, tiktoken tries for minutes
 SAMPLE_DOCUMENTS = 1024
 
 NEWS = """The harbour bridge will close to lorries from Monday, the city council announced on Thursday evening, after
@@ -109,7 +109,7 @@ def main(cfg: config.TokEval) -> None:
     for split in ("train", "val"):
         texts[split] = "\n".join(itertools.islice(source.texts(split), SAMPLE_DOCUMENTS))
 
-    # Count the tokens of each text with each vocabulary: fewer is better, and decoding must restore the text.
+    # Count the tokens of each text with each vocabulary, and check that decoding restores the text.
     encoders = {"ours": (ours.vocab_size, ours.encode, ours.decode)}
     for label, name in PEERS.items():
         peer = _load_peer(name)
@@ -135,13 +135,15 @@ def main(cfg: config.TokEval) -> None:
 
 
 def _field(label: str) -> str:
-    """The name of the log field that holds a peer's token count: GPT-2 -> gpt2_tokens."""
+    """Returns the name of the log field for the token count of a peer: GPT-2 -> gpt2_tokens."""
     return label.replace("-", "").lower() + "_tokens"
 
 
 def _load_peer(name: str) -> "tiktoken.Encoding | None":
-    """tiktoken's encoding, or None if it does not load within PEER_SECONDS. Loads it in a thread, because a download
-    may hang."""
+    """Returns tiktoken's encoding, or None if it does not load within PEER_SECONDS.
+
+    Loads the encoding in a thread, because a download may hang.
+    """
     import tiktoken
 
     loaded = []
@@ -149,7 +151,7 @@ def _load_peer(name: str) -> "tiktoken.Encoding | None":
     def load() -> None:
         try:
             loaded.append(tiktoken.get_encoding(name))
-        except Exception:  # the network, a proxy or a damaged cache file may cause any exception
+        except Exception:  # a broken network, proxy or cache file may cause any exception
             return
 
     thread = threading.Thread(target=load, daemon=True)
@@ -159,7 +161,8 @@ def _load_peer(name: str) -> "tiktoken.Encoding | None":
 
 
 def _print_table(texts: dict[str, str], counts: dict[str, dict[str, int]]) -> None:
-    """Prints bytes per token, and how many percent fewer (+) or more (-) tokens our tokenizer needs than each peer."""
+    """Prints bytes per token, and a percentage for each peer: how many fewer (+) or more (-) tokens our tokenizer needs
+    than the peer."""
     peers = [label for label in counts if label != "ours"]
     head = f"{'text':<8}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
     print(head + "".join(f"{label:>9}{'ours vs':>10}" for label in peers))

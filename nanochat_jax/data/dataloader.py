@@ -1,9 +1,9 @@
-"""Makes batches for training and validation. In: parquet files or conversations, and a tokenizer. Out: inputs, targets.
+"""Makes batches of inputs and targets for training and validation, from parquet files or from conversations.
 
-Built on Grain: documents -> tokens -> packed rows -> batches. Given a seed, everything is deterministic, and the saved
-state is exact. The examples in a batch depend on the size of the global batch, but not on the number of processes: each
-process packs the whole global batch and keeps its own contiguous rows. One state therefore serves all processes, and
-any number of processes can resume from it. A thread reads, tokenizes and packs the next batches in advance.
+Built on Grain. The pipeline is: documents -> tokens -> packed rows -> batches. The seed determines the batches, and a
+saved state restores the exact position. The rows of a batch depend on the size of the global batch, but not on the
+number of processes: each process packs the whole global batch and keeps its own contiguous rows. Any number of
+processes can therefore resume from the same state. A thread reads, tokenizes and packs the next batches in advance.
 """
 
 import math
@@ -23,9 +23,9 @@ from nanochat_jax.tokenizer import NO_LIMIT, Tokenizer
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-TOKENIZE_AT_ONCE = 128  # documents per call of the tokenizer, which spreads them over threads
-# If documents are long, one call tokenizes only about this many characters. Documents that wait to be packed are part
-# of the saved state, which should stay small.
+TOKENIZE_AT_ONCE = 128  # at most this many documents per call; the tokenizer encodes them in parallel
+# A call tokenizes at most this many characters, but at least one document. The limit keeps the saved state small, since
+# the state contains the documents that wait to be packed.
 CHARS_AT_ONCE = 2_000_000
 RENDER_AT_ONCE = 16  # conversations
 PREFETCH = 4  # batches prepared in advance
@@ -34,7 +34,7 @@ Batch = dict[str, np.ndarray]
 
 
 class ChatTask(Protocol):
-    """What a loader needs from a task: its conversations by index."""
+    """What a loader needs from a task: the number of conversations, and each conversation by its index."""
 
     def __len__(self) -> int: ...
 
@@ -43,17 +43,17 @@ class ChatTask(Protocol):
 
 class Loader:
     """Iterator over batches {inputs: int32[b, T], targets: int32[b, T]}. The b rows are this process's share of the
-    global batch; the loss ignores targets of -1.
+    global batch. The loss ignores targets of -1.
 
-    `info` describes the batch returned last: the epoch, the progress (counted in epochs, such as 1.5), the waste (see
-    packing.py), and how far the data had been read. `state()` is JSON-serializable. It always describes the position
-    after the batch returned last, even if the thread has already prepared more batches.
+    After each batch, `info` holds the epoch, the progress in epochs (such as 1.5), the waste (see packing.py), and the
+    position in the data. `state()` is JSON-serializable. The state is the position after the last batch that the loader
+    returned, even if the thread has already prepared more batches.
     """
 
     def __init__(self, batches: "Batches"):
         self.info: dict[str, Any] = {}
-        # A list, so that `_close` can empty it at exit or when the loader is garbage-collected. Grain reports errors
-        # during interpreter shutdown unless its iterators are closed explicitly.
+        # Grain reports errors during interpreter shutdown unless its iterators are closed explicitly. `_close`
+        # therefore takes the iterator out of this list and closes it, at exit or when the loader is garbage-collected.
         self._iterators = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))]
         self._finalizer = weakref.finalize(self, _close, self._iterators, batches.stop)
 
@@ -66,18 +66,18 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position in the data after the batch returned last. Pass it to `restore` to continue from there."""
+        """Returns the position in the data after the last batch that the loader returned."""
         return self._iterator.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from `state`, a position that the method `state` returned.
+        """Continues from a position that `state()` returned.
 
-        Raises UserError if the packing method or the row width differs from this loader's.
+        Raises UserError if that position was saved with another packing method or row width.
         """
         self._iterator.set_state(state)
 
     def close(self) -> None:
-        """Stops the thread; may be called twice."""
+        """Stops the thread. A second call does nothing."""
         self._finalizer()
 
     @property
@@ -105,11 +105,11 @@ def base_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Pretraining batches from parquet files: this process gets its share of the `rows` rows in the global batch.
+    """Returns a loader of pretraining batches from parquet files. A global batch has `rows` rows, divided equally among
+    the processes.
 
-    The batches end after `epochs` passes (None: never). The last batch is padded with empty rows, which have no
-    targets. Files with cached tokens in `cache_dir` (see token_cache.py) are not tokenized again; the batches are the
-    same either way.
+    The loader stops after `epochs` passes over the files (None: never). The last batch is padded with empty rows, which
+    have no targets. Cached tokens in `cache_dir` (see token_cache.py) save time but do not change the batches.
     """
     documents = Documents(files, tokenizer, seed, epochs, cache_dir)
     return Loader(Batches(documents, packing, rows, seq_len, process_index, process_count))
@@ -127,10 +127,10 @@ def val_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Validation batches: the first rows of the text, as many as `num_tokens` tokens fill completely, but at least one
-    row. If `num_tokens` is None, all rows are used.
+    """Returns a loader of validation batches, made from the first max(1, num_tokens // seq_len) rows of the text, or
+    from all rows if `num_tokens` is None.
 
-    The rows are the same for every batch size `rows`. The last batch is padded with empty rows.
+    The batch size `rows` does not change which rows of the text are used. The last batch is padded with empty rows.
     """
     documents = Documents(files, tokenizer, None, 1, cache_dir)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
@@ -151,13 +151,16 @@ def chat_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Batches of conversations, reshuffled in each epoch. Raises UserError if the task has no conversations.
+    """Returns a loader of batches made from a task's conversations, which are reshuffled in each epoch. Raises
+    UserError if the task has no conversations.
 
-    supervise="all" (midtraining): split packing, loss on every token. supervise="mask" (finetuning): whole
-    conversations, truncated only if longer than a row, with loss on the assistant's tokens only; a conversation without
-    such tokens is skipped. `info` counts truncated and skipped conversations. The batches end early after `max_rows`
-    rows. Each batch has `padding` empty rows after its `rows` rows, in case these do not divide evenly among the
-    devices.
+    With supervise="all" (midtraining), packing may split conversations, and every token is a target. With
+    supervise="mask" (finetuning), conversations are packed whole (one that is longer than a row is truncated), only the
+    assistant's tokens are targets, and a conversation without such tokens is skipped. `info` counts the truncated and
+    the skipped conversations.
+
+    The loader stops after `epochs` epochs (None: never) or after `max_rows` rows (None: no limit). `padding` empty rows
+    are added to each batch of `rows` rows, so that the batch divides evenly among the devices.
     """
     assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
     conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
@@ -170,7 +173,7 @@ def chat_loader(
 
 
 def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> float:
-    """Estimates the mean number of tokens per conversation of a task from `sample` evenly spaced conversations."""
+    """Estimates a task's mean number of tokens per conversation from `sample` evenly spaced conversations."""
     if not len(task):
         raise UserError("the task has no conversations")
     indices = np.unique(np.linspace(0, len(task) - 1, min(sample, len(task))).astype(int))
@@ -180,11 +183,12 @@ def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> floa
 def epoch_tokens(
     files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path | None = None, sample: int = 256
 ) -> float:
-    """Estimates how many tokens the files hold, including a BOS per document.
+    """Estimates the total number of tokens in the files, including one BOS per document.
 
-    If any of the first eight files have cached tokens, the mean token count of those files is extrapolated to all
-    files. Otherwise, the mean text size of the first eight files that have arrived is extrapolated, and multiplied by
-    the tokens per byte of the first `sample` documents. Returns NaN if no file has arrived.
+    If any of the first eight files have cached tokens, the mean number of tokens in those files is multiplied by the
+    number of files. Otherwise, the estimate is a product of three factors: the number of files, the mean text size in
+    bytes of the first eight files that have been downloaded, and the tokens per byte in the first `sample` documents.
+    Returns NaN if no file has been downloaded.
     """
     counts = []
     for path in files[:8]:
@@ -206,15 +210,16 @@ def epoch_tokens(
 
 
 # -----------------------------------------------------------------------------
-# Documents and Conversations. A cursor is a position in them; `read` takes a cursor and returns the documents there,
-# and the next cursor.
+# The sources of documents. A cursor is a position in a source: `read` returns the documents at a cursor, and the next
+# cursor.
 
 
 class Documents:
     """Tokenized documents of parquet files.
 
-    The first epoch reads the files in order, since the last ones may still be downloading; later epochs shuffle them.
-    The row groups within a file are always shuffled. With seed=None, nothing is shuffled.
+    The first epoch reads the files in order, because the last files may still be downloading. Later epochs read the
+    files in a random order. In every epoch, the row groups within a file are read in a random order. With seed=None,
+    nothing is shuffled.
     """
 
     start: ClassVar[Cursor] = {"epoch": 0, "file": 0, "row_group": 0, "document": 0, "skipped": 0}
@@ -232,17 +237,17 @@ class Documents:
         self.cache_dir = cache_dir
         self.bos = tokenizer.bos
         self.stop = threading.Event()
-        # The open file, and the row group that has been loaded from it.
+        # The open file, and the row group of this file that is loaded.
         self._path: Path | None = None
         self._file: pq.ParquetFile | token_cache.TokenCache | None = None
         self._group: int | None = None
-        self._docs: list = []  # each a str, or tokens int[n] without BOS
-        self._chars: Sequence[int] | np.ndarray = []  # number of characters of each document
+        self._docs: list = []  # each is a str, or an array int[n] of token ids without BOS
+        self._chars: Sequence[int] | np.ndarray = []  # the number of characters in each document
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
-        """Returns (the documents at a cursor, the next cursor), or None at the end.
+        """Returns (the documents at a cursor, the next cursor), or None at the end of the data.
 
-        Reading a row group may take several calls.
+        A call reads at most TOKENIZE_AT_ONCE documents, so a row group may take several calls.
         """
         epoch, file, row_group, begin = (cursor[k] for k in ("epoch", "file", "row_group", "document"))
         if epoch == self.epochs:
@@ -266,7 +271,10 @@ class Documents:
         return usable, following | {"skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Describes a cursor: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}."""
+        """Returns a description of a cursor.
+
+        Example of a result: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}.
+        """
         epoch, file = cursor["epoch"], cursor["file"]
         done = epoch == self.epochs
         num_groups = 1 if done else self._open(self._nth_file(epoch, file)) if cursor["row_group"] else 1
@@ -276,19 +284,21 @@ class Documents:
         return place | {"skipped": cursor.get("skipped", 0)}
 
     def _nth(self, epoch: int, i: int) -> int:
-        """The index in `files` of the i-th file that an epoch reads."""
+        """Returns the index in `files` of the i-th file that is read in an epoch."""
         return int(self._shuffled(len(self.files), epoch, 0)[i]) if epoch else i
 
     def _nth_file(self, epoch: int, i: int) -> Path:
         return self.files[self._nth(epoch, i)]
 
     def _shuffled(self, n: int, epoch: int, stream: int) -> np.ndarray:
-        """The numbers 0 to n - 1 in the random order of an epoch. `stream` is 0 for the files, 1 + i for the i-th
-        file's row groups."""
+        """Returns the numbers 0 to n - 1 in the random order of an epoch, or in ascending order if there is no seed.
+
+        `stream` is 0 for the order of the files, and 1 + i for the order of the row groups in the i-th file.
+        """
         return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, stream]).permutation(n)
 
     def _open(self, path: Path) -> int:
-        """Opens a file, waiting for it if it is still downloading. Returns the file's number of row groups."""
+        """Opens a file, after waiting for its download if necessary. Returns the number of row groups in the file."""
         if self._file is None or path != self._path:
             file = token_cache.find(path, self.cache_dir)
             if file is None:
@@ -300,7 +310,7 @@ class Documents:
         return self._file.num_row_groups
 
     def _read_row_group(self, index: int) -> None:
-        """Loads the documents of a row group of the open file, unless they are loaded already."""
+        """Loads the documents of row group `index` of the open file, unless this row group is already loaded."""
         assert self._file is not None and self._path is not None, "no file is open"
         if index == self._group:
             return
@@ -312,7 +322,10 @@ class Documents:
         self._group = index
 
     def _tokenize(self, docs: list) -> list[np.ndarray]:
-        """Token ids of documents, given as text or as cached tokens without BOS: ["Hi"] -> [int32[bos, 72, 105]]."""
+        """Returns the token ids of each document, starting with BOS: ["Hi"] -> [int32[bos, 72, 105]].
+
+        The documents are texts or, if the open file is a token cache, token ids without BOS.
+        """
         if isinstance(self._file, token_cache.TokenCache):
             return [packing.document(np.concatenate([[self.bos], ids])) for ids in docs]
         tokens, offsets = self.tokenizer.encode_batch(docs, prepend=self.bos)
@@ -320,9 +333,11 @@ class Documents:
 
 
 class Conversations:
-    """Rendered conversations of a task, reshuffled in every epoch. If `max_tokens` is given, conversations are
-    truncated to it, and only the tokens in their mask are targets. If it is None, conversations are complete, and every
-    token is a target."""
+    """The conversations of a task as tokens, reshuffled in every epoch.
+
+    If `max_tokens` is given, each conversation is truncated to `max_tokens` tokens, and only the tokens in its mask are
+    targets. If `max_tokens` is None, conversations are not truncated, and every token is a target.
+    """
 
     start: ClassVar[Cursor] = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
 
@@ -335,7 +350,7 @@ class Conversations:
         self._epoch, self._order = -1, np.arange(0)
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
-        """Returns (the conversations at a cursor, the next cursor), or None at the end."""
+        """Returns (the conversations at a cursor, the next cursor), or None at the end of the data."""
         epoch, begin = cursor["epoch"], cursor["position"]
         if epoch == self.epochs:
             return None
@@ -343,7 +358,7 @@ class Conversations:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
         docs, truncated, skipped = [], cursor["truncated"], cursor["skipped"]
         for i in self._order[begin : begin + RENDER_AT_ONCE]:
-            # Render one token more than fits: a conversation that is too long can then be recognized by its length.
+            # Allow one token more than `max_tokens`: a result with this extra token must be truncated.
             limit = NO_LIMIT if self.max_tokens is None else self.max_tokens + 1
             ids, mask = self.tokenizer.render_conversation(self.task[int(i)], max_tokens=limit)
             if self.max_tokens is None:
@@ -360,8 +375,11 @@ class Conversations:
         return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Describes a cursor. The `waiting` conversations, which have been read but are not yet in a row, do not count
-        as progress: if they did, the learning rate schedule of a small task would end before training does."""
+        """Returns a description of a cursor.
+
+        `waiting` is the number of conversations that have been read but not yet packed. These conversations do not
+        count as progress: otherwise, the learning rate schedule of a small task would end before training does.
+        """
         consumed = cursor["epoch"] * len(self.task) + cursor["position"] - waiting
         counts = {k: cursor[k] for k in ("epoch", "truncated", "skipped")}
         return {**counts, "shard": None, "row_group": None, "progress": max(0, consumed) / len(self.task)}
@@ -372,7 +390,7 @@ class Conversations:
 
 
 class Batches(grain.IterDataset):
-    """Documents packed into batches; see Loader for their contents."""
+    """Batches of packed documents; see Loader for the contents of a batch."""
 
     def __init__(
         self,
@@ -405,7 +423,7 @@ class Batches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """One pass over Batches; not thread-safe, like all Grain iterators."""
+    """One pass over Batches. Like every Grain iterator, it is not thread-safe."""
 
     def __init__(self, batches: Batches):
         super().__init__()
@@ -417,7 +435,7 @@ class BatchIterator(grain.DatasetIterator):
             packing.Stream(batches.width, bos) if stream else packing.BestFit(batches.method, batches.width, bos)
         )
         self._cursor = dict(batches.documents.start)
-        self._rows = 0  # rows made so far, over all global batches
+        self._rows = 0  # the number of rows made so far, for all processes
 
     def __next__(self) -> dict[str, Any]:
         rows = []
@@ -432,7 +450,7 @@ class BatchIterator(grain.DatasetIterator):
         return packing.as_batch(own_rows) | {"info": info | {"waste": self._packer.waste}}
 
     def _row(self) -> np.ndarray | None:
-        """The next packed row; None at the end."""
+        """Returns the next packed row, or None at the end of the data."""
         if self._rows == self._batches.max_rows:
             return None
         epoch = self._cursor["epoch"]
@@ -443,7 +461,7 @@ class BatchIterator(grain.DatasetIterator):
             for document in documents:
                 self._packer.add(document)
             if not len(self._packer) and self._cursor["epoch"] > epoch + 1:
-                break  # a whole epoch without a usable document: an endless loader would search forever
+                break  # no usable document in a whole epoch: stop, since the search might never end
         if not len(self._packer):
             if not self._rows:
                 raise UserError("nothing to train on: every document is empty, or has no token to learn from")

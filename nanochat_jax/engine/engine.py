@@ -1,21 +1,21 @@
-"""The engine: all text is generated here, for the terminal, the server, evaluation and reinforcement learning.
+"""The engine generates all text: for the terminal, the server, evaluation and reinforcement learning.
 
-The life of a request begins when `add` puts it into the scheduler's queue. When a slot is free, a step prefills the
-request's prompt, starting from a cached prefix if there is one. Several prompts may be prefilled together, and a long
-one is prefilled chunk by chunk. Each of the request's n samples then takes a slot: the prompt's keys and values are
-copied into the slot's cache row, and the sample's first token is drawn. From then on, every step decodes a chunk, which
-is a fixed number of tokens for every slot. One compiled program decodes the chunk on the device; it also samples, stops
+`add` puts a request into the scheduler's queue. When a slot is free, a step prefills the request's prompt, starting
+from a cached prefix if there is one. Several prompts may be prefilled in one step, and a long prompt is prefilled in
+parts over several steps. Each of the request's n samples then takes a slot: the prompt's keys and values are copied
+into the slot's cache row, and the sample's first token is drawn. From then on, every step decodes a chunk, which is a
+fixed number of tokens for every slot. One compiled program decodes the chunk on the device: it samples tokens, stops
 rows and inserts forced tokens. After each chunk, the host hands out the new tokens, runs the calculator for python
 blocks that ended, and frees the slots of finished samples. When a python block ends, its row pauses for the rest of the
 chunk, and the calculator's result is forced into the next chunk. The keys and values of a finished sample stay in its
-slot, cached for prompts that begin with the same tokens.
+slot, as a cache for prompts that begin with the same tokens.
 
-`Engine.step` does all this in three moves: the scheduler decides (scheduler.py), the model runner computes
-(model_runner.py), and the engine gives the new tokens to their sequences. The host owns the schedule and sends it with
-every chunk; the device keeps only the weights and the cache. Only one thread may use an engine.
+`Engine.step` has three parts: the scheduler decides what to run (scheduler.py), the model runner runs it
+(model_runner.py), and the engine gives the new tokens to their sequences. The host owns the schedule and sends it to
+the device with every chunk; the device keeps only the weights and the cache. Only one thread may use an engine.
 
-If the weights lie on a mesh of several devices, and the number of replicas divides the number of slots, then each
-replica decodes its own share of the slots and keeps only the cache of that share.
+The weights may lie on a mesh of several devices. If the number of slots is then a multiple of the number of replicas,
+each replica decodes its own share of the slots and keeps only the cache rows of that share.
 """
 
 import functools
@@ -39,12 +39,13 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 class Engine:
-    """Generates up to `slots` samples at a time, `chunk` tokens per step. The model (`params`, `model_cfg`) computes in
-    `dtype`.
+    """Generates up to `slots` samples at a time, `chunk` tokens per step. The model, given by `params` and `model_cfg`,
+    computes in `dtype`.
 
-    The tokenizer provides the ids of special tokens. It also decodes the calculator's expressions and encodes its
-    results. The dtype and the number of slots are fixed, so that the load does not change the result of a request. Only
-    rounding may differ, because the cached prefix of a prompt may have been computed in different chunks.
+    The tokenizer provides the ids of special tokens, decodes the expressions for the calculator, and encodes the
+    calculator's results. The dtype and the number of slots are fixed, so that the result of a request does not depend
+    on other requests. The only exception is rounding: the cached prefix of a prompt may have been computed in chunks of
+    another size.
     """
 
     def __init__(
@@ -74,18 +75,18 @@ class Engine:
         self._scheduler = Scheduler(self.slots, self.model_cfg.sequence_len, self.chunk, stop_ids)
 
     def set_params(self, params: gpt.Params) -> None:
-        """Generates with these weights from now on. The engine must be idle.
+        """Replaces the weights. The engine must be idle.
 
-        The engine may share float32 arrays with the caller instead of copying them. If the caller donates such arrays,
-        the engine can no longer use these weights.
+        The engine may use float32 arrays of the caller without copying them. Once the caller has donated such an array,
+        the engine needs new weights before it can generate again.
         """
         assert not self.busy, "set_params with samples under way"
         self._runner.set_params(params)
-        self._scheduler.slots.clear_cache()  # the cached keys and values belong to the old weights
+        self._scheduler.slots.clear_cache()  # these keys and values were computed with the old weights
 
     @property
     def running(self) -> int:
-        """The number of samples in slots."""
+        """The number of samples that occupy a slot."""
         return len(self._scheduler.slots.running())
 
     @property
@@ -95,7 +96,7 @@ class Engine:
 
     @property
     def cached(self) -> int:
-        """The number of cached tokens of running samples, at most slots * sequence_len."""
+        """The number of tokens that running samples have in the cache, at most slots * sequence_len."""
         return sum(sequence.length for sequence in self._scheduler.slots.running().values())
 
     @property
@@ -109,9 +110,11 @@ class Engine:
     def run(
         self, requests: Iterable[Request], progress: Callable[[int, int], object] | None = None
     ) -> list[list[Sample]]:
-        """Generates for all requests and returns their samples, n for each request, in the order of the requests.
+        """Generates the samples of all requests. Returns one list of n samples per request, in the order of the
+        requests.
 
-        `progress(samples finished, samples wanted)` is called as samples finish. The engine must be idle.
+        Whenever samples finish, calls `progress` with the number of finished samples and the number of all samples. The
+        engine must be idle.
         """
         assert not self.busy, "run with other samples under way"
         requests = list(requests)
@@ -129,12 +132,12 @@ class Engine:
                 if progress and done > before:
                     progress(done, len(parts))
         finally:
-            for i in ids:  # needed only after an error or Ctrl-C; otherwise nothing is left to cancel
+            for i in ids:  # cancels what an error or Ctrl-C left unfinished
                 self.cancel(i)
         return [[_join(parts[i, s]) for s in range(r.n)] for i, r in zip(ids, requests, strict=True)]
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
-        """Yields the events of one request as they come. The engine must be idle. Closing the iterator cancels the
+        """Generates for one request and yields its events. The engine must be idle. Closing the iterator cancels the
         request."""
         assert not self.busy, "stream with other samples under way"
         i = self.add(request)
@@ -145,7 +148,7 @@ class Engine:
             self.cancel(i)
 
     # -----------------------------------------------------------------------------
-    # For servers, which have many requests under way
+    # For servers, which handle many requests at once
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its id. Raises UserError if the request cannot be served."""
@@ -155,17 +158,17 @@ class Engine:
         return self._next_id
 
     def cancel(self, id: int, sample: int | None = None) -> None:
-        """Ends a request and frees its slots at once. Unknown and finished ids are ignored.
+        """Ends a request and frees its slots at once. Does nothing if the request is unknown or finished.
 
-        If `sample` is given, ends only this sample of the request. The sample must have been started.
+        If `sample` is given, ends only the sample with this index, which must have been started.
         """
         self._scheduler.cancel(id, sample)
         self._free_unused_prefill()
 
     def step(self) -> list[Event]:
-        """Starts waiting samples if a slot is free, or else decodes a chunk. Returns the new tokens.
+        """Starts waiting samples if a slot is free; otherwise, decodes a chunk. Returns the new tokens as events.
 
-        While a long prompt is being prefilled, each step computes a chunk of the prompt and also decodes a chunk.
+        While a long prompt is being prefilled, each step prefills a part of the prompt and decodes a chunk.
         """
         schedule = self._scheduler.schedule()
         try:
@@ -177,19 +180,20 @@ class Engine:
         return self._postprocess(schedule, output)
 
     def warmup(self, temperature: float, top_k: int) -> Iterator[int]:
-        """Compiles the programs that requests with these settings need, for one bucket of prompt lengths after another.
+        """Compiles the programs that requests with these settings need.
 
-        After every few programs it yields the bucket's size in tokens. The engine must be idle whenever the iterator is
-        advanced.
+        The iterator handles one bucket of prompt lengths after another. After every few programs, it yields the size of
+        the current bucket in tokens. The engine must be idle whenever the iterator is advanced.
         """
         context, size = self.model_cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)  # not in the cache, so all of it is computed
+            # Each size has its own token, so nothing of this prompt is in the cache, and all of it is computed.
+            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
             yield size
-            self.run([settings([*prompt, 1])])  # reuses the cache of the previous prompt if that saves work
+            self.run([settings([*prompt, 1])])  # reuses the previous prompt's keys and values if that saves work
             yield size
             if self.slots >= PREFILL_ROWS - 1:
                 self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled together
@@ -224,12 +228,12 @@ class Engine:
             raise UserError(f"{len(request.stop_ids)} stop tokens: at most {MAX_STOP_IDS} are supported")
 
     # -----------------------------------------------------------------------------
-    # After a step: the new tokens are added to their sequences and become events
+    # The last part of a step: new tokens become events
 
     def _postprocess(self, schedule: Schedule, output: Output) -> list[Event]:
-        """Gives the new tokens to their sequences and returns them as events."""
+        """Gives the new tokens to their sequences. Returns the new tokens as events."""
         if output.scores and isinstance(schedule.prefill, PrefillBatch):
-            # If there are more rows of scores than prompts, the last rows are padding.
+            # Rows of scores beyond the number of prompts are padding.
             for prompt, *scores in zip(schedule.prefill.prompts, *output.scores, strict=False):
                 prompt.scores = _scores(prompt.request, *scores)
         events = [
@@ -239,13 +243,16 @@ class Engine:
         ]
         if output.tokens:
             events += [self._extend(slot, seq, output.tokens) for slot, seq in schedule.sequences.items()]
-        if schedule.decodes:  # if the row of a free slot is full, decoding has overwritten its last position
+        if schedule.decodes:  # in a free slot whose row is full, decoding overwrites the last position
             self._scheduler.slots.truncate(schedule.cache_size)
         self._free_unused_prefill()
         return events
 
     def _extend(self, slot: int, sequence: Sequence, tokens: Tokens) -> Event:
-        """Appends new tokens to a sequence. If that completes it, frees its slot; if not, follows its tool calls."""
+        """Appends new tokens to the sequence in `slot`, and returns them as an event.
+
+        Frees the slot if the sequence is now complete; otherwise, follows the sequence's tool calls.
+        """
         prompt, request = sequence.prompt, sequence.request
         count = int(tokens.counts[slot])
         ids, logprobs = tokens.ids[slot, :count].tolist(), tokens.logprobs[slot, :count].tolist()
@@ -279,8 +286,8 @@ class Engine:
     def _follow_tool_call(self, sequence: Sequence, token: int) -> None:
         """Advances a sequence's tool call by one token.
 
-        A call consists of python_start, an expression and python_end. If the calculator has a result, it is forced
-        next.
+        A call consists of python_start, an expression and python_end. At python_end, the calculator evaluates the
+        expression. The result, if any, is queued as forced tokens.
         """
         if token == self._special["python_start"]:
             sequence.expression = []
@@ -300,21 +307,21 @@ class Engine:
 
 
 def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:
-    """Token ids [t,top] and their log-probabilities [t,top] -> for each position, a list of `count` pairs."""
+    """Returns a list of `count` pairs (token id, log-probability) for each position t, from two arrays [t, top]."""
     pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in pairs]
 
 
 def _scores(request: Request, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray) -> Scores:
-    """Makes a prompt's scores from its row of PromptScores, without the entries for tokens after the end of the
-    prompt."""
+    """Makes a prompt's scores from the prompt's row of PromptScores. Entries for tokens after the prompt are left
+    out."""
     known = len(request.ids) - 1
     named = _top_logprobs(top_ids[:known], top_logprobs[:known], request.top_logprobs)
     return Scores([None, *logprobs[:known].tolist()], [None, *named])
 
 
 def _join(events: list[Event]) -> Sample:
-    """All events of a sample -> the sample."""
+    """Joins all events of a sample into the finished sample."""
     ids, mask, logprobs = (
         [x for event in events for x in getattr(event, name)] for name in ("ids", "mask", "logprobs")
     )

@@ -1,17 +1,17 @@
 """The web server: the page's event stream, health and statistics. OpenAI's API is in openai_api.py.
 
-`POST /chat/completions` answers with server-sent events, each a JSON object:
+The response to `POST /chat/completions` is a stream of server-sent events. Each event is one of these JSON objects:
 
     {"dropped": n}                               the oldest n messages did not fit into the context
-    {"waiting": position}                        no slot is free yet: the request's position in the queue
+    {"waiting": position}                        no slot is free yet; this is the request's position in the queue
     {"token": text, "gpu": n}                    more text of the answer, generated on GPU n
     {"python": expression}, {"output": result}   a call to the calculator, and its result
     {"cut": "length"}                            the answer reached its maximum length
     {"error": text}                              the answer failed
     {"done": true}                               the last event of every stream
 
-If the last message of a conversation is the assistant's, the answer continues it. An invalid request is answered with
-400 and {"detail": reason}. Conversations are not logged unless --log_chats is set.
+If the last message of a conversation is the assistant's, the answer continues that message. The response to an invalid
+request has status 400 and the body {"detail": reason}. Conversations are logged only if --log_chats is set.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -41,10 +41,12 @@ EVENT_NAMES = {"python": "python", "python_output": "output"}
 def create_app(
     engines: Sequence[Engine], cfg: ChatWeb, name: str, device: str = "cpu", warmups: Sequence[Iterator[int]] = ()
 ) -> FastAPI:
-    """Makes the application that serves `engines`, replicas of one model. Nothing else may use the engines afterwards.
+    """Returns the application that serves `engines`, which are replicas of one model. From then on, nothing else may
+    use the engines.
 
-    `name` is the model's name, as clients see it; `device` is the kind of device, for /stats. `warmups` holds one
-    warm-up per engine (see `Engine.warmup`), which may be partly done. It continues while the server is idle.
+    `name` is the model name that clients see. `device` is the kind of device that /stats shows. `warmups` holds the
+    iterator of `Engine.warmup` for each engine. An iterator may have been advanced already; the server advances it
+    further while the server is idle.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -62,13 +64,15 @@ def create_app(
         yield
         await run_in_threadpool(pool.stop)
 
-    # FastAPI's own documentation pages load scripts from other servers, so they are turned off; /openapi.json remains.
+    # FastAPI's documentation pages are off, because they load scripts from other servers. /openapi.json remains.
     app = FastAPI(
         title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=errors.handlers()
     )
     app.state.pool = pool
     app.add_middleware(Guard, api_key=cfg.api_key, metrics=metrics)
-    if cfg.cors:  # added last, to run before the guard: preflight requests have no key, so the guard would refuse them
+    # The middleware that is added last runs first. CORS must run before the guard: preflight requests have no key, so
+    # the guard would refuse them.
+    if cfg.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=[origin.strip() for origin in cfg.cors.split(",")],
@@ -123,7 +127,7 @@ def create_app(
 
 
 async def events(answer: Answer, tokenizer: Tokenizer, dropped: int) -> AsyncGenerator[str, None]:
-    """The event stream of POST /chat/completions."""
+    """Yields the server-sent events of POST /chat/completions."""
     if dropped:
         yield sse({"dropped": dropped})
     if answer.queue_position:

@@ -1,4 +1,4 @@
-"""One choice of an OpenAI response: a sample's text up to a stop string, its tokens, and their log-probabilities."""
+"""A choice of an OpenAI response: the text of a sample up to a stop string, and its tokens with log-probabilities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,32 +13,33 @@ class Token:
     """A token of a text, with its log-probability and the most likely tokens at its position."""
 
     id: int
-    start: int  # how many characters of the text precede the token
+    start: int  # number of characters in the text before the token
     logprob: float | None  # None for the first token of a prompt
     top: TopLogprobs | None
 
 
 class Choice:
-    """Turns one sample's events into text and tokens. The calculator's calls and results are left out.
+    """Turns one sample's events into text and tokens. Calls to the calculator and their results are left out.
 
-    Text that may be the beginning of a stop string is held back until later text shows whether it is. With the stop
-    string "END", the pieces "the ", "E", "N", "D." give "the ", "", "", "", and the last piece sets finish_reason to
-    "stop".
+    Text that may begin a stop string is held back until the text after it shows whether it does.
+
+    Example: the stop string is "END", and the text arrives as "the ", "E", "N", "D.". Then `read` returns the texts
+    "the ", "", "", "", and finish_reason becomes "stop".
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), offset: int = 0):
-        """`offset` is the length in characters of the echoed prompt, which the client gets before the answer."""
+        """`offset` is the number of characters before the answer: the length of the prompt if it is echoed, else 0."""
         self.finish_reason: str | None = None
-        self.generated = 0  # tokens generated so far, including the calculator's and the token that ends the answer
+        self.generated = 0  # number of tokens so far, including the calculator's and the token that ends the answer
         self._reader, self._stop_strings = PartReader(tokenizer), stop_strings
         self._length = offset  # characters read so far
         self._sent = offset  # characters handed out so far
-        self._pending = ""  # text read but held back, since it may be the beginning of a stop string
+        self._pending = ""  # text that is held back, because it may begin a stop string
         self._tokens: list[Token] = []  # tokens not handed out yet
 
     def read(self, event: Event) -> tuple[str, list[Token]]:
-        """Returns the new text and its tokens. After a stop string, `finish_reason` is "stop", and nothing more is
-        returned."""
+        """Returns the new text and its tokens. Once a stop string has been found, `finish_reason` is "stop", and no
+        more text is returned."""
         if self.finish_reason:
             return "", []
         for i, id in enumerate(event.ids):
@@ -52,12 +53,12 @@ class Choice:
             return self._release(len(self._pending) - self._held_back())
         if not self._append(self._reader.read((), end=True)):
             self.finish_reason = event.finish_reason
-            self._length += 1  # so that `_release` also hands out tokens that start at the end of the text
+            self._length += 1  # so that `_release` includes tokens that start at the very end of the text
         return self._release(len(self._pending))
 
     def _append(self, parts: list[tuple[str, str]]) -> bool:
-        """Appends the text among `parts`. If the text now contains a stop string, truncates the text before that string
-        and returns True."""
+        """Appends the text in `parts` to the pending text. If the pending text now contains a stop string, removes
+        everything from the stop string on, and returns True."""
         new = "".join(text for kind, text in parts if kind == "text")
         self._length += len(new)
         self._pending += new
@@ -69,7 +70,7 @@ class Choice:
         return bool(ends)
 
     def _held_back(self) -> int:
-        """How many characters at the end of the pending text may be the beginning of a stop string."""
+        """Returns how many characters at the end of the pending text may begin a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop_strings), default=0)
         for n in range(min(longest, len(self._pending)), 0, -1):
             if any(stop.startswith(self._pending[-n:]) for stop in self._stop_strings):
@@ -77,7 +78,8 @@ class Choice:
         return 0
 
     def _release(self, count: int) -> tuple[str, list[Token]]:
-        """Hands out the first `count` characters of the pending text, and the tokens that begin in them."""
+        """Removes the first `count` characters from the pending text, and returns them with the tokens that begin in
+        them."""
         text, self._pending = self._pending[:count], self._pending[count:]
         self._sent += count
         end = self._length if self.finish_reason else self._sent
@@ -87,8 +89,8 @@ class Choice:
 
 
 def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidden: int = 0) -> list[Token]:
-    """The tokens of a prompt with their log-probabilities. The first `hidden` tokens are left out, since they are not
-    in the prompt's text."""
+    """Returns the tokens of a prompt with their log-probabilities, except the first `hidden` tokens, which are not in
+    the prompt's text."""
     decoder, length, tokens = StreamDecoder(tokenizer), 0, []
     for id, logprob, top in list(zip(ids, scores.logprobs, scores.top, strict=True))[hidden:]:
         tokens.append(Token(id, length, logprob, top))
@@ -97,9 +99,9 @@ def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidd
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """A token's text, or its bytes if they are not valid UTF-8, since different tokens must never look the same.
+    """Returns the text of a token, or its bytes if they are not valid UTF-8. Different tokens never look the same.
 
-    "the" -> "the"; the first byte of "é" -> "bytes:\\xc3", as OpenAI writes it.
+    Example: the token "the" gives "the"; the first byte of "é" gives "bytes:\\xc3", as in OpenAI's API.
     """
     raw = tokenizer.decode_bytes([id])
     try:
@@ -109,7 +111,7 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
-    """The field `logprobs` of a chat completion."""
+    """Returns the field `logprobs` of a chat completion."""
 
     def entry(id: int, logprob: float | None) -> dict:
         return {"token": token_text(tokenizer, id), "logprob": logprob, "bytes": list(tokenizer.decode_bytes([id]))}
@@ -119,7 +121,8 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
-    """The field `logprobs` of a completion. As in OpenAI's API, top_logprobs always includes the token itself."""
+    """Returns the field `logprobs` of a completion. As in OpenAI's API, top_logprobs always includes the token
+    itself."""
 
     def top_logprobs(token: Token) -> dict[str, float] | None:
         if token.logprob is None:

@@ -1,4 +1,4 @@
-"""Your own conversations: a file of JSON lines, each an array of messages {"role", "content"}. For training only.
+"""Your own conversations, for training only. Each line of the file is a JSON array of messages {"role", "content"}.
 
 On the command line, the task is called customjson:PATH.
 """
@@ -15,7 +15,7 @@ class CustomJSON(task_data.RowTask):
     name = "CustomJSON"
 
     def __init__(self, path: str | Path):
-        """Reads and checks the whole file now, so that a mistake in its last line cannot end the run hours later."""
+        """Reads and checks the whole file, so that a mistake in any line is reported at once, not hours into a run."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, each an array of messages")

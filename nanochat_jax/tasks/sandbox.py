@@ -1,8 +1,8 @@
-"""Runs Python that a model wrote, in a new interpreter with limits on time, memory, files and output.
+"""Runs Python code that a model wrote, in a new interpreter with limits on time, memory, files and output.
 
-This is not a security boundary. It stops accidents (endless loops, memory hogs, fork bombs, stray files, leaked
-environment variables) and cheap ways of passing a test without solving the problem. Malicious code can still reach the
-network and read what the user can read: run such code in a container or a virtual machine.
+The sandbox is not a security boundary. It stops accidents (endless loops, memory hogs, fork bombs, stray files, leaked
+environment variables) and simple tricks that pass a test without solving the problem. Malicious code can still use the
+network and read every file that the user can read. Run such code in a container or a virtual machine.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-MAX_OUTPUT = 64 * 1024  # bytes kept of stdout; the same limit holds for stderr
-MAX_FILE = 16 * 1024 * 1024  # bytes that the program may write to one file; also limits its captured output
+MAX_OUTPUT = 64 * 1024  # at most this many bytes are kept of stdout, and as many of stderr
+MAX_FILE = 16 * 1024 * 1024  # maximum size in bytes of each file that the program writes, captured output included
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Result:
     memory_exceeded: bool
 
 
-# What the child process runs. The program counts as successful only if the runner, after running it, reports the nonce.
-# The nonce is a random number that stays unread in a pipe while the program runs. An exit code of 0 would prove
-# nothing: a program can call sys.exit(0), which raises SystemExit in the runner, or os._exit(0), which ends the runner
-# at once. The runner sets the limits itself, since setting them in a preexec_fn would be unsafe in a parent with
-# threads. The functions that the runner needs after the program are bound to names before it starts, since the program
-# may overwrite them in their modules.
+# The child process runs the code below, called the runner, which then runs the program. A pipe holds a random number,
+# the nonce. After the program's last line, the runner reads the nonce and reports it; otherwise the program has failed.
+# An exit code of 0 would prove nothing: a program can call sys.exit(0), which raises SystemExit in the runner, or
+# os._exit(0), which ends the runner at once. The runner sets the limits itself, because setting them in a preexec_fn is
+# unsafe if the parent process has threads. Before the program starts, the runner stores the functions that it needs
+# afterwards under names of its own, because the program may replace these functions in their modules.
 _RUNNER = """
 import json, os, resource, sys
 read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
@@ -80,8 +80,8 @@ run(*map(int, sys.argv[1:]))
 def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 1024 * 1024) -> Result:
     """Runs `code` as a separate program and reports how it ended.
 
-    `timeout` is in wall-clock seconds and includes the start of the interpreter; `memory_bytes` limits the address
-    space (None: no limit). The program has no input, an empty environment, and a temporary working directory.
+    `timeout` is in wall-clock seconds and includes the start of the interpreter. `memory_bytes` limits the address
+    space (None: no limit). The program gets no input, an empty environment, and a temporary working directory.
     """
     nonce = secrets.token_hex(16)
     with (
@@ -110,7 +110,7 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            # Always kill the whole process group: children can outlive even a program that succeeded.
+            # Kill the whole process group even after a success: the program's child processes may still be running.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -127,7 +127,7 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
 
 
 def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
-    """Why a program did not succeed, in one line."""
+    """Returns the reason why a program did not succeed, in one line."""
     if timed_out:
         return f"not finished after {timeout:g} s"
     if "error" in report:
@@ -137,7 +137,7 @@ def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
 
 @contextlib.contextmanager
 def _pipe() -> Generator[tuple[int, int], None, None]:
-    """Yields the (read end, write end) of a new pipe, and closes both afterwards."""
+    """Yields (read end, write end) of a new pipe, and closes the two ends afterwards."""
     ends = os.pipe()
     try:
         yield ends
@@ -147,7 +147,7 @@ def _pipe() -> Generator[tuple[int, int], None, None]:
 
 
 def _read_report(fd: int) -> dict:
-    """The runner's report, a small JSON object, or {} if there is none. Never waits for a report."""
+    """Returns the runner's report, which is a small JSON object, or {} if there is no report. Does not wait."""
     os.set_blocking(fd, False)
     try:
         report = json.loads(os.read(fd, 65536))
@@ -157,6 +157,6 @@ def _read_report(fd: int) -> dict:
 
 
 def _head(file: IO[bytes]) -> str:
-    """The first MAX_OUTPUT bytes of the captured output in `file`, as text."""
+    """Returns the first MAX_OUTPUT bytes of `file`, decoded as text."""
     file.seek(0)
     return file.read(MAX_OUTPUT).decode("utf-8", errors="replace")

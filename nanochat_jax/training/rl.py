@@ -1,13 +1,14 @@
-"""Reinforcement learning on a task whose answers can be checked: rollouts, rewards, the policy-gradient step.
+"""Reinforcement learning on a task whose answers can be checked.
 
-The method is REINFORCE with a group baseline, nanochat's simplification of GRPO. A group of answers is sampled for each
-problem. The advantage of every token of an answer is the answer's reward minus the mean reward of its group. Training
-ascends the advantage-weighted log-likelihood, normalised by the number of tokens. It is on policy, with one update per
-batch, so it needs neither a reference model nor a ratio to clip.
+The method is REINFORCE with a group baseline, nanochat's simplification of GRPO. For each problem, a group of answers
+is sampled. The advantage of a token is the reward of its answer minus the mean reward of the group. Training maximizes
+the log-likelihood of the sampled tokens, weighted by their advantages and divided by the number of tokens. Training is
+on-policy: each batch of answers is used for one update. Neither a reference model nor a ratio to clip is needed.
 
-Unlike the specification, this stage also trains on the token that ends an answer, so that the model learns to stop.
-Another addition is --oversampling=K. A group whose answers are all right, or all wrong, teaches nothing. Answers to K
-times as many problems are therefore sampled, and the groups that do teach something are trained on first.
+In contrast to the specification, the token that ends an answer is a training target here, so that the model learns to
+stop. The setting --oversampling=K is an addition to the specification. A group whose answers are all right, or all
+wrong, teaches nothing. Therefore, a step samples answers to K times as many problems as it trains on, and prefers the
+groups that do teach something.
 """
 
 import math
@@ -41,13 +42,13 @@ from nanochat_jax.training.run_control import Evaluation, RunControl
 from nanochat_jax.training.stages import pin_tasks
 from nanochat_jax.training.step import StepMetrics
 
-SLOTS = 64  # maximum number of answers that a device generates at once
-SHORTEST = 64  # length in tokens to which shorter rows are padded
+SLOTS = 64  # the maximum number of answers that a device generates at once
+SHORTEST = 64  # the minimum length of a row in tokens; shorter rows are padded
 FEWER_ANSWERS = "lower --num_samples, --examples_per_step or --max_new_tokens"
 
 
 def train(cfg: config.Rl) -> None:
-    """Trains the RL stage to its end, from the start or from its last checkpoint."""
+    """Runs the RL stage to its last step, starting from the run's last checkpoint if there is one."""
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
         if run is None:  # finished already
             return
@@ -70,21 +71,21 @@ def train(cfg: config.Rl) -> None:
             while True:
                 last = control.step >= stage.steps
 
-                # Once in a while: save. Saving comes first, so that the weights are safe if an evaluation fails.
+                # Save if a checkpoint is due. Saving comes first, so that the weights are safe if an evaluation fails.
                 stop = interruption.stop_signal
                 control.save_if_due(last, stop)
 
-                # After Ctrl-C or SIGTERM: end here, with everything saved.
+                # After Ctrl-C or SIGTERM, end the run here: everything is saved.
                 if stop:
                     control.exit(stop)
 
-                # Once in a while, and after the last step: evaluate.
+                # Evaluate at regular intervals and after the last step.
                 control.evaluate_due(last)
                 if last:
                     break
 
-                # Sample answers. Setting the weights clears what an evaluation has cached, so that the answers do not
-                # depend on whether an evaluation has run.
+                # Sample answers. `set_params` clears the cached prefixes, so that the answers do not depend on whether
+                # an evaluation ran before.
                 engine.set_params(run.state.params)
                 indices = problems_of(control.step, len(stage.task), stage.drawn, cfg.seed)
                 seed = derive_seed(cfg.seed, control.step)
@@ -114,12 +115,12 @@ def train(cfg: config.Rl) -> None:
 
 @dataclass(frozen=True)
 class RlStage:
-    """What a run of this stage trains on."""
+    """The problems, batch shape and number of steps of a run."""
 
     batch_shape: BatchShape
     task: tasks.Mixture  # the problems to train on
     held_out: tasks.Mixture  # the problems to evaluate on
-    drawn: int  # problems per step for which answers are sampled
+    drawn: int  # the number of problems per step for which answers are sampled
     steps: int  # optimizer steps
 
 
@@ -141,7 +142,7 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
     held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
     drawn = cfg.examples_per_step * cfg.oversampling
-    if drawn > len(task):  # a problem drawn twice in a step would get the same answers twice
+    if drawn > len(task):  # a problem drawn twice in one step would get the same answers each time
         raise UserError(
             f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} asks for {drawn} "
             f"problems per step, but the mixture has only {len(task)}"
@@ -152,10 +153,11 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
 
 
 def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
-    """Arranges the answers of a step as rows for `count` devices, which form `replicas` replicas.
+    """Returns the batch shape for the answers of a step, one row per answer, on `count` devices that form `replicas`
+    replicas.
 
-    Raises UserError if the answers cannot be split equally over the devices, or if a replica's answers do not fill a
-    whole number of micro-batches.
+    Raises UserError if the answers cannot be split equally over the devices, or if the answers of a replica do not fill
+    a whole number of micro-batches.
     """
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
@@ -171,7 +173,7 @@ def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -
 
 
 def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
-    """Prints everything that is derived from the settings, before the first step."""
+    """Prints the values that are derived from the settings."""
     print(f"  parameters: {run.model_cfg.num_params:,}, FLOPs per token: {run.model_cfg.flops_per_token:.3e}")
     print(
         f"  task: {', '.join(cfg.mixture)}, {len(stage.task):,} problems; {stage.drawn} per step, "
@@ -189,12 +191,12 @@ def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
 def update(
     run: Run, step_fn: jax.stages.Wrapped, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
 ) -> StepMetrics:
-    """Takes one policy-gradient step on the rollouts, and replaces the state of `run`.
+    """Takes one policy-gradient step on the rollouts, and stores the new state in `run`.
 
     Raises UserError if the loss or the norm of the gradient is not finite.
     """
     longest = max(len(r.prompt) + len(r.sample.ids) for r in rollouts)
-    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # rounded up, since each length is compiled
+    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # rounded up, so that few lengths are compiled
     batch = as_batch(rollouts, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     lr = run.put_scalar(lr_mult)
@@ -212,17 +214,18 @@ def update(
 
 
 class RolloutLog:
-    """Logs each step at once, not one step late, since sampling the next answers has to wait for the step anyway."""
+    """Logs each step as soon as it is done. Unlike loop.py, this stage does not log one step late, because sampling the
+    next answers has to wait for the step anyway."""
 
     def __init__(self, run: Run, cfg: config.Rl, steps: int):
         self.run, self.cfg, self.steps = run, cfg, steps
         self.timer = Timer()
-        self._seconds: list[float] = []  # seconds of each step except this process's first, which compiles
+        self._seconds: list[float] = []  # seconds per step, without this process's first step, which compiles
 
     def push(
         self, step: int, sampled: list[Rollout], results: StepMetrics, lr_mult: float, sampling_seconds: float
     ) -> None:
-        """Logs one step: reward and length of the sampled answers, share of groups that taught nothing, time spent."""
+        """Logs one step: its loss, the mean reward and length of the sampled answers, the time spent, and more."""
         training_seconds = self.timer.lap()
         dt = None
         if step > self.run.step + 1:
@@ -251,7 +254,8 @@ class RolloutLog:
 
 
 def evaluate(run: Run, cfg: config.Rl, engine: Engine, task: tasks.Mixture, step: int) -> None:
-    """Logs pass@k on held-out problems: the share of problems with a right answer among the first k."""
+    """Logs pass@k on held-out problems: the share of problems for which at least one of the first k answers is
+    right."""
     count = min(cfg.eval_examples, len(task))
     problems = [task[i] for i in range(count)]
     seeds = [derive_seed(cfg.seed, 1, i) for i in range(count)]

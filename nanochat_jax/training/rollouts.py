@@ -1,4 +1,4 @@
-"""Rollouts: the answers that a policy samples, their rewards and advantages, and the training rows made of them."""
+"""A rollout is a sampled answer with its reward and advantage. This module samples rollouts and makes training rows."""
 
 from dataclasses import dataclass
 
@@ -16,16 +16,16 @@ class Rollout:
     """One sampled answer to one problem."""
 
     prompt: list[int]  # token ids
-    sample: Sample  # the answer: token ids, and a mask that is 1 for sampled and 0 for forced tokens
+    sample: Sample  # the answer; its mask is 1 for sampled tokens and 0 for forced tokens
     reward: float
-    advantage: float  # the reward minus the mean reward of the answers to the same problem
+    advantage: float  # the reward minus the mean reward of all sampled answers to the problem
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
-    """The problems of a step: the next `count` indices of a permutation of range(size). Every epoch has its own
-    permutation.
+    """Returns the indices of the `count` problems of a step. Each epoch goes through range(size) in a new random order,
+    and each step takes the next `count` indices.
 
-    Example: problems_of(1, 4, 2, 0) -> the second half of the first permutation.
+    Example: problems_of(step=1, size=4, count=2, seed=0) returns the second half of the first epoch's order.
     """
     positions = range(step * count, (step + 1) * count)
     orders = {e: np.random.default_rng((seed, e)).permutation(size) for e in {p // size for p in positions}}
@@ -35,7 +35,8 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
 def sample_rollouts(
     engine: Engine, tokenizer: Tokenizer, task: Task, indices: list[int], cfg: config.Rl, seed: int
 ) -> list[Rollout]:
-    """Samples `cfg.num_samples` answers to each problem of `indices`. Answers to one problem are adjacent."""
+    """Samples `cfg.num_samples` answers to each problem in `indices`. In the returned list, the answers to one problem
+    are adjacent."""
     problems = [task[i] for i in indices]
     seeds = [derive_seed(seed, i) for i in indices]
     prompts, groups = answer(engine, tokenizer, problems, cfg, cfg.num_samples, seeds)
@@ -52,7 +53,7 @@ def answer(
 ) -> tuple[list[list[int]], list[list[Sample]]]:
     """Samples `n` answers to each problem, with one seed per problem.
 
-    Returns (prompts as token ids, a list of answers for each prompt).
+    Returns the token ids of each prompt, and the list of answers to each prompt.
     """
     limit = engine.model_cfg.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(problem, max_tokens=limit) for problem in problems]
@@ -64,31 +65,34 @@ def answer(
 
 
 def derive_seed(*parts: int) -> int:
-    """A 31-bit seed from numbers such as a run's seed and a step."""
+    """Derives a 31-bit seed from numbers, such as the seed of a run and the number of a step."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0]) & 0x7FFFFFFF
 
 
 def select_informative(rollouts: list[Rollout], count: int, size: int) -> list[Rollout]:
-    """Selects `count` groups of `size` answers to train on; groups with unequal rewards come first.
+    """Returns the rollouts of `count` groups to train on. A group has `size` answers.
 
-    This is DAPO's dynamic sampling (arXiv:2503.14476). In a group with equal rewards, every advantage is 0.
+    Groups with unequal rewards are chosen first, as in DAPO's dynamic sampling (arXiv:2503.14476). In a group with
+    equal rewards, every advantage is 0.
     """
     groups = split_groups(rollouts, size)
-    # The sort is stable, so groups of the same kind stay in the order in which they were sampled.
+    # Groups with unequal rewards come first. Within each kind, the order stays, because the sort is stable.
     groups.sort(key=lambda group: not any(r.advantage for r in group))
     return [rollout for group in groups[:count] for rollout in group]
 
 
 def split_groups(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
-    """Splits rollouts into groups, one for each problem: [a, b, c, d] with size 2 -> [[a, b], [c, d]]."""
+    """Splits rollouts into groups of `size`, one group per problem: [a, b, c, d] with size 2 -> [[a, b], [c, d]]."""
     return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
 
 
 def as_batch(rollouts: list[Rollout], length: int, pad: int) -> dict[str, np.ndarray]:
-    """Makes training rows [len(rollouts), length]: inputs int32, targets int32 (-1 for prompt, forced tokens and
-    padding), and weights float32 (the advantages).
+    """Makes a batch with one row per rollout and `length` tokens per row.
 
-    Example: a prompt [1, 2] with the answer [7, 8] -> inputs [1, 2, 7, pad], targets [-1, 7, 8, -1].
+    Inputs and targets are int32. The target is -1 for tokens of the prompt, forced tokens and padding. Weights are
+    float32 and hold the advantage of the answer.
+
+    Example with length 4: prompt [1, 2] and answer [7, 8] give inputs [1, 2, 7, 8] and targets [-1, 7, 8, -1].
     """
     rows = len(rollouts)
     ids = np.full((rows, length + 1), pad, np.int32)

@@ -1,4 +1,4 @@
-"""Copies the run's log to Weights & Biases, for users who also want it there."""
+"""Copies a run's log to Weights & Biases if the user asks for it."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,10 @@ WANDB_ID = "wandb_id"
 
 
 class Wandb:
-    """A run on wandb if one is asked for and wandb is installed, else a stand-in that does nothing.
+    """A run on wandb. If no wandb run is asked for, or wandb is not installed, the methods do nothing.
 
-    The wandb id is kept in the run's folder, so that a resumed run continues its run on wandb. For process 0 only.
+    The wandb id is kept in the run's folder, so that a resumed run continues the same wandb run. Only process 0 uses
+    this class.
     """
 
     def __init__(self, run_dir: Path, stage: str, name: str, config: dict):
@@ -28,7 +29,7 @@ class Wandb:
         project = "nanochat" if stage == "base" else f"nanochat-{stage}"
         id_file = run_dir / WANDB_ID
         run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
-        # allow_val_change: settings that do not change what is computed may differ after a resume.
+        # allow_val_change: after a resume, settings that do not change what is computed may have new values.
         self.run = wandb.init(
             project=project, name=name, id=run_id, resume="allow", config=config, allow_val_change=True
         )

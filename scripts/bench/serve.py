@@ -1,12 +1,12 @@
-"""The server under load: many concurrent clients on one device, compared with the engine alone.
+"""Compares the server under load with the engine alone, on one device.
 
     python -m scripts.bench serve
 
-The server, scripts.chat_web, runs in a process of its own and listens on the loopback interface. Its model has the
-shape of the preset, and random weights. All clients run in this process, on the same cores as the server. Each client
-sends its requests to /v1/completions one after the other and reads the stream of each answer, one event per chunk. Then
-the engine alone serves the same requests, with the same number of slots and the same chunk size. Before timing begins,
-the server and the engine each serve one request per client as a warm-up, so that nothing compiles later.
+The server, scripts.chat_web, runs in a process of its own and listens on the loopback interface. The model has the
+shape of the preset and random weights. All clients run in this process, on the same cores as the server. Each client
+sends its requests to /v1/completions one after another, and reads each answer as a stream with one event per chunk.
+Then the engine alone serves the same requests, with the server's number of slots and chunk size. Before each
+measurement, one warm-up request per client is served, so that nothing compiles during the measurement.
 """
 
 import asyncio
@@ -32,20 +32,20 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("serve_job.py")
 SAMPLING = {"temperature": 0.8, "top_k": 50}  # the server's defaults
-GOAL = 0.8  # throughput that the server should reach, as a fraction of the throughput of the engine alone
+GOAL = 0.8  # the server should reach this fraction of the engine's throughput
 
 
 @dataclass(frozen=True)
 class Settings(config.Settings):
-    """Many clients of a real server, compared with the engine alone."""
+    """Compares a server that has many concurrent clients with the engine alone."""
 
     prog: ClassVar[str] = "python -m scripts.bench serve"
-    preset: str = setting("cpu", "preset that gives the shape of the model; its weights are random")
-    clients: int = setting(64, "number of concurrent clients; the server has as many slots", low=1)
-    requests: int = setting(4, "requests that each client sends, one after the other", low=1)
+    preset: str = setting("cpu", "preset whose model shape is used; the weights are random")
+    clients: int = setting(64, "number of concurrent clients, and of slots in the server", low=1)
+    requests: int = setting(4, "number of requests that each client sends, one after another", low=1)
     prompt: int = setting(64, "tokens per prompt", low=1)
     new: int = setting(128, "tokens generated per prompt, at least 2", low=2)
-    rounds: int = setting(3, "repetitions of the measurement; the median is reported", low=1)
+    rounds: int = setting(3, "number of measurements; their median is reported", low=1)
     device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
     json: str = setting("", "file to append the results to, as one line of JSON")
 
@@ -78,7 +78,7 @@ def main(cfg: Settings) -> None:
 
 
 def _model_cfg(cfg: Settings) -> config.GPTConfig:
-    """The shape of the preset's model. Raises UserError if the settings do not fit each other."""
+    """Returns the shape of the preset's model. Raises UserError if the settings are invalid."""
     measuring.check_json(cfg.json)
     try:
         path = commandline.find_preset(cfg.preset)
@@ -94,9 +94,10 @@ def _model_cfg(cfg: Settings) -> config.GPTConfig:
 
 
 def _requests(cfg: Settings) -> list[dict]:
-    """All requests, with random bytes as prompts. Client i sends the requests i, i + clients, and so on.
+    """Returns all requests. Client i sends the requests i, i + clients, i + 2 * clients and so on.
 
-    The first request of each client is the warm-up. All prompts differ, so prefix caching gains nothing.
+    The first request of each client is its warm-up. The prompts consist of random bytes and all differ, so prefix
+    caching saves nothing.
     """
     rng = random.Random(0)
     return [
@@ -107,7 +108,7 @@ def _requests(cfg: Settings) -> list[dict]:
 
 @contextlib.contextmanager
 def _base_dir(base: Path) -> Generator[None]:
-    """Makes `base` the base folder of all child processes that are started within this block."""
+    """Makes `base` the base folder of all child processes that start inside the `with` block."""
     before = os.environ.get("NANOCHAT_BASE_DIR")
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     try:
@@ -119,7 +120,7 @@ def _base_dir(base: Path) -> Generator[None]:
 
 
 def _job(cfg: Settings, job: dict) -> dict:
-    """Runs a job of serve_job.py. Raises UserError if the job fails."""
+    """Runs a job of serve_job.py and returns its result. Raises UserError if the job fails."""
     try:
         return measuring.run(sys.executable, JOB, job | {"device_type": cfg.device_type}, ours=True)
     except measuring.JobFailed as error:
@@ -148,7 +149,7 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
             raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip().splitlines()[-1:]}")
         port = int(address.rpartition(":")[2])
         asyncio.run(_clients(port, requests[: cfg.clients], cfg.clients))
-        while _stats(address)["warming"]:  # the server is still compiling programs, which would disturb timing
+        while _stats(address)["warming"]:  # compiling in the server would disturb the measurement
             time.sleep(0.1)
         return asyncio.run(_clients(port, requests[cfg.clients :], cfg.clients))
     finally:
@@ -161,13 +162,14 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
 
 
 def _stats(address: str) -> dict:
-    """The JSON object that the server's /stats returns."""
+    """Returns the JSON object that the server sends for /stats."""
     with urllib.request.urlopen(f"{address}/stats", timeout=60) as response:
         return json.load(response)
 
 
 async def _clients(port: int, requests: list[dict], clients: int) -> dict:
-    """Runs all clients concurrently. Returns total seconds and tokens, and each request's time to first token."""
+    """Runs all clients concurrently. Returns the total seconds, the total tokens, and the time to first token of each
+    request."""
 
     async def client(mine: list[dict]) -> list[dict]:
         return [await _ask(port, request) for request in mine]
@@ -180,7 +182,8 @@ async def _clients(port: int, requests: list[dict], clients: int) -> dict:
 
 
 async def _ask(port: int, request: dict) -> dict:
-    """Sends a request and reads the whole answer. Returns its number of tokens, and the seconds to its first event."""
+    """Sends a request and reads the whole answer. Returns the answer's number of tokens, and the seconds until its
+    first event."""
     body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     start, first, tokens = time.perf_counter(), None, None
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -212,7 +215,8 @@ async def _ask(port: int, request: dict) -> dict:
 
 
 def _result(served: list[dict], alone: list[dict]) -> dict:
-    """Throughputs, their ratio, and percentiles of the time to first token over the requests of all rounds."""
+    """Returns the median throughputs of the server and the engine, their ratio, and percentiles of the time to first
+    token. The percentiles are over the requests of all rounds."""
     speed = statistics.median(run["tokens"] / run["seconds"] for run in served)
     engine_speed = statistics.median(run["tokens"] / run["seconds"] for run in alone)
     first = sorted(seconds for run in served for seconds in run["first"])

@@ -1,6 +1,7 @@
-"""The two jobs of `python -m scripts.bench serve` that need JAX: making the model, and serving the clients' requests
-with the engine alone. Each job runs in its own process. The only argument is the job, as JSON. The output is one line
-of JSON.
+"""Runs one of the two jobs of `python -m scripts.bench serve` that need JAX.
+
+The job "make" makes the model. The job "engine" serves the clients' requests with the engine alone. Each job runs in a
+process of its own. The only argument is the job as JSON, and the output is one line of JSON.
 """
 
 import json
@@ -22,11 +23,11 @@ from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts.chat_web import CHUNK
 
 STAGE, TAG = "sft", "bench"
-SCALE = 0.2  # standard deviation of the random weights: large enough for varied text
+SCALE = 0.2  # standard deviation of the random weights, large enough for varied text
 
 
 def make(job: dict) -> dict:
-    """Saves to the base folder a checkpoint with random weights, and a tokenizer trained on made-up words."""
+    """Saves a checkpoint with random weights, and a tokenizer trained on made-up words, to the base folder."""
     rng, size = random.Random(0), job["shape"]["vocab_size"]
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 10))) for _ in range(size)]
     texts = (" ".join(rng.choices(words, k=200)) for _ in range(size // 20 + 10))
@@ -35,7 +36,7 @@ def make(job: dict) -> dict:
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # Special tokens get a logit of 0, which is never among the top k, so no answer ends early or calls the calculator.
+    # With a logit of 0, special tokens are never among the top k: no answer ends early or calls the calculator.
     params["lm_head"] = params["lm_head"].at[tokenizer.vocab_size - len(SPECIAL_TOKENS) :].set(0)
     tokenizer.save(checkpoint.run_dir(STAGE, TAG).parent.parent / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir(STAGE, TAG), keep_last=1)
@@ -45,9 +46,9 @@ def make(job: dict) -> dict:
 
 
 def engine(job: dict) -> dict:
-    """Measures seconds and tokens of the engine alone, with one slot per client.
+    """Measures how long the engine alone takes for the requests, and how many tokens it generates.
 
-    Before timing, one request per client runs as a warm-up.
+    The engine has one slot per client. Before timing, it serves one warm-up request per client.
     """
     model = checkpoint.load_model(STAGE, TAG)
     dtype = devices.choose_precision("")

@@ -1,7 +1,7 @@
-"""One measurement of one tokenizer, in its own process; `python -m scripts.bench tokenizer` runs many of these.
+"""Makes one measurement of one tokenizer. `python -m scripts.bench tokenizer` runs this file once per measurement.
 
 The benchmark pipes this file into a Python interpreter: its own, or the one in which the other tools are installed. The
-only argument is the job, as JSON. This file imports nothing of this project and prints one line of JSON.
+only argument is the job as JSON. The file imports nothing from this project and prints one line of JSON.
 """
 
 from __future__ import annotations  # the Python that runs the other tools may be older than this project's
@@ -25,15 +25,15 @@ SIZES = {
     "100 B": 100,
     "1 KB": 1000,
     "100 KB": 100_000,
-}  # lengths in characters of the texts that are encoded one at a time
-SINGLE_CHARS = 2_000_000  # characters to encode for each of SIZES; fewer if the text is too short
+}  # lengths in characters of the texts that the job "single" encodes
+SINGLE_CHARS = 2_000_000  # at most this many characters are encoded for each size
 PACKAGES = ("rustbpe", "tokenizers", "tiktoken")
 
 
 def read(path: str) -> list[str]:
-    """Reads the texts from a file of (length, UTF-8) records.
+    """Reads texts from a file. Each record is a length in bytes, as an 8-byte integer, followed by the text in UTF-8.
 
-    It reads one text at a time, so that little memory besides the texts stays in use.
+    The function reads one record at a time, so that it needs little memory besides the texts.
     """
     texts = []
     with open(path, "rb") as file:
@@ -43,10 +43,10 @@ def read(path: str) -> list[str]:
 
 
 class Memory:
-    """Measures peak memory in bytes, beyond what was in use when this object was made.
+    """Measures the peak memory in bytes, minus the memory that was in use when this object was made.
 
-    ru_maxrss alone would also count the memory for reading the texts, and the memory that the parent process held at
-    the fork. So `reset` clears the peak where Linux allows it.
+    ru_maxrss includes the memory for reading the texts, and the memory that the parent process held at the fork.
+    `reset` therefore clears the peak where Linux allows it.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,8 @@ class Memory:
             pass
 
     def peak(self) -> int:
-        """Peak memory in bytes since `reset`, minus what was in use when this object was made."""
+        """Returns the peak memory in bytes since `reset`, minus the memory that was in use when this object was
+        made."""
         try:
             return self._status("VmHWM") - self.before
         except OSError:
@@ -84,12 +85,12 @@ class Memory:
 
 
 # -----------------------------------------------------------------------------
-# The tokenizers. Each one trains or loads a vocabulary. It then encodes one text, or many texts into lists or into one
-# flat array.
+# The tokenizers. Each class can load a vocabulary, and all but Tiktoken can train one. `one` encodes a single text.
+# `lists` encodes many texts into one list of ids per text, `flat` into one array for all texts.
 
 
 class Ours:
-    """This project's tokenizer, built from the crate rustbpe/."""
+    """This project's tokenizer, built from the crate in the folder rustbpe/."""
 
     def __init__(self, job: Job) -> None:
         import rustbpe
@@ -101,14 +102,14 @@ class Ours:
         self.tokenizer.train_from_iterator(iter(texts), self.job["vocab_size"], pattern=self.job["pattern"])
 
     def merges(self) -> list[tuple[int, int]] | None:
-        """The merges, as pairs of ids in the order they were learned, or None if they are unknown.
+        """Returns the merges as pairs of ids, in the order in which they were learned, or None if they are unknown.
 
-        Some tokenizers need them to load a vocabulary.
+        `Tokenizers.load` needs the merges.
         """
         return self.tokenizer.get_merges()
 
     def tokens(self) -> list[bytes]:
-        """The tokens in the order of their ids."""
+        """Returns the tokens in the order of their ids."""
         return [token for token, _ in sorted(self.tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
     def load(self, tokens: list[bytes], merges: list[tuple[int, int]]) -> None:
@@ -126,7 +127,8 @@ class Ours:
 
 
 class Rustbpe(Ours):
-    """PyPI's package rustbpe. It cannot load a vocabulary, so it learns the vocabulary again from the same texts."""
+    """PyPI's package rustbpe. It cannot load a vocabulary, so `load` learns the vocabulary again from the same
+    texts."""
 
     def merges(self) -> list[tuple[int, int]] | None:
         return None
@@ -151,7 +153,7 @@ class Tokenizers:
         self.tokenizer = self._around(tokenizers.models.BPE())
 
     def _around(self, model: Any) -> Any:
-        """A byte-level tokenizer around `model` that splits by our pattern."""
+        """Returns a byte-level tokenizer that splits text by our pattern and then applies `model`."""
         pre = self.lib.pre_tokenizers
         tokenizer = self.lib.Tokenizer(model)
         split = pre.Split(self.lib.Regex(self.job["pattern"]), behavior="isolated")
@@ -209,7 +211,7 @@ class Tiktoken:
     def lists(self, texts: list[str]) -> list[Ids]:
         return self.encoding.encode_ordinary_batch(texts, num_threads=self.job["threads"])
 
-    def flat(self, texts: list[str]) -> tuple[Any, Any]:  # encode_to_numpy in threads was no faster
+    def flat(self, texts: list[str]) -> tuple[Any, Any]:  # calling encode_to_numpy in threads was no faster
         return flattened(self.lists(texts))
 
 
@@ -218,7 +220,10 @@ TOOLS = {**TRAINERS, "tiktoken": Tiktoken}
 
 
 def flattened(lists: list[Ids]) -> tuple[Any, Any]:
-    """Lists of ids -> (one array of ids, where each list begins). Of the methods tried, this was the fastest."""
+    """Joins lists of ids into one array. Returns the array, and the offsets at which the lists begin.
+
+    This was the fastest of the methods tried.
+    """
     import numpy as np
 
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
@@ -230,16 +235,16 @@ def flattened(lists: list[Ids]) -> tuple[Any, Any]:
 
 
 def probe(job: Job) -> dict:
-    """The tools that can be imported, as {name: version}.
+    """Returns the version of Python and of each tool that can be imported.
 
-    A module named rustbpe may be this project's crate or PyPI's package.
+    The module rustbpe may be this project's crate or PyPI's package; the crate is named "ours" in the result.
     """
     tools = {}
     for name in PACKAGES:
         try:
             module = importlib.import_module(name)
             version = metadata.version(name)
-        except Exception:  # a broken package may raise anything
+        except Exception:  # importing a broken package may raise any exception
             continue
         own = name == "rustbpe" and hasattr(getattr(module, "Tokenizer", None), "encode_batch")
         tools["ours" if own else name] = version
@@ -249,7 +254,8 @@ def probe(job: Job) -> dict:
 def train(job: Job) -> dict:
     """Trains once, and writes the learned tokens and merges to a file.
 
-    The benchmark compares the tokens of the tools. The jobs that encode load our tokenizer's tokens and merges.
+    The benchmark compares the tokens that the tools learned. The jobs "encode" and "single" load our tokenizer's tokens
+    and merges.
     """
     tool, texts = TRAINERS[job["tool"]](job), read(job["train"])
     memory = Memory()
@@ -262,9 +268,10 @@ def train(job: Job) -> dict:
 
 
 def encode(job: Job) -> dict:
-    """Encodes the unseen texts into lists or flat arrays: once after warm-up on other texts, or twice without warm-up.
+    """Encodes the unseen texts into lists or into a flat array.
 
-    The peak memory includes the vocabulary, the tokenizer's cache and the result.
+    With a warm-up, the training texts are encoded first, and then the unseen texts once. Without a warm-up, the unseen
+    texts are encoded twice. The peak memory includes the vocabulary, the tokenizer's cache and the result.
     """
     if job["way"] == "flat":
         import numpy  # noqa: F401, imported here so that no tool's time includes it
@@ -283,7 +290,8 @@ def encode(job: Job) -> dict:
 
 
 def single(job: Job) -> dict:
-    """After warm-up on other texts, encodes texts of each size once, one text per call. Returns {size: figures}."""
+    """Encodes unseen texts of each size, one text per call, after a warm-up on the training texts. Returns the figures
+    for each size."""
     tool = TOOLS[job["tool"]](job)
     load(tool, job)
     for text in read(job["train"]):
@@ -299,21 +307,22 @@ def single(job: Job) -> dict:
 
 
 def load(tool: Ours | Tokenizers | Tiktoken, job: Job) -> None:
-    """Gives a tool the vocabulary that our tokenizer learned."""
+    """Makes a tool use the vocabulary that our tokenizer learned."""
     with open(job["vocabulary"]) as file:
         vocabulary = json.load(file)
     tool.load([bytes.fromhex(token) for token in vocabulary["tokens"]], vocabulary["merges"])
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Calls `call`, and returns (seconds, result)."""
+    """Returns the duration of a call in seconds, and the result of the call."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 def digest(result: Any) -> str:
-    """A hash of the ids and of the texts' offsets. Lists and flat arrays with the same content have the same hash."""
+    """Returns a hash of the ids and of the offsets at which the texts begin. Lists and flat arrays with the same
+    content have the same hash."""
     if isinstance(result, tuple):
         tokens, offsets = array("I", result[0].astype("uint32").tobytes()), array("q", result[1].tobytes())
     else:

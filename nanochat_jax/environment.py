@@ -1,4 +1,4 @@
-"""The machine, the package versions and the code's commit. They are recorded, but no decision depends on them."""
+"""Describes the machine, the package versions and the code's commit for the records. No decision depends on them."""
 
 import functools
 import os
@@ -15,17 +15,17 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The commit of the code, and the versions of Python and PACKAGES.
+    """Returns the commit of the code, and the versions of Python and PACKAGES.
 
-    A + after the commit means that files differ from it. Without git, the commit is "". The first call, at the start of
-    a run, fixes the result for the whole run, since files may change while the run goes on.
+    A + after the commit means that files differ from the commit. Without git, the commit is "". The result is cached
+    when the run starts, since files may change during the run.
     """
     commit = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def describe() -> dict[str, str]:
-    """Describes the machine, the code and the versions for people to read, as {name: value}."""
+    """Returns a description of the machine, the code and the versions, as {name: value}, for people to read."""
     packages = [f"{name} {_version(name)}" for name in ("jax", "flax", "optax")]
     try:
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -53,7 +53,7 @@ def cpu() -> str:
 
 
 def code() -> str:
-    """Commit and branch, and whether files differ from the commit."""
+    """Returns the commit and the branch, and says whether files differ from the commit."""
     if not (commit := _git("rev-parse", "--short=12", "HEAD")):
         return "not a git checkout"
     dirty = " with local changes" if _git("status", "--porcelain") else ""
@@ -61,7 +61,7 @@ def code() -> str:
 
 
 def _git(*args: str) -> str:
-    """What `git ARGS` prints for this repository; "" without git or outside a checkout."""
+    """Returns what `git ARGS` prints for this repository. Returns "" if there is no git or no checkout."""
     command = ["git", "-C", str(config.REPOSITORY), *args]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -77,7 +77,8 @@ def _version(package: str) -> str:
 
 
 def _devices() -> str:
-    """The devices that JAX runs on. A child process asks JAX, as this process must take no GPU memory from training."""
+    """Describes the devices that JAX runs on. A child process asks JAX, because JAX in this process would take GPU
+    memory away from training."""
     program = "from nanochat_jax.parallel import devices; print(devices.describe())"
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Atomic file writes, JSON files that may be missing, hashes, and a lock that keeps other processes out of a folder."""
+"""Writes files atomically, reads JSON files that may be missing, hashes files, and locks folders."""
 
 import contextlib
 import fcntl
@@ -14,9 +14,9 @@ from nanochat_jax.config import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Generator[BinaryIO]:
-    """Opens a temporary file for writing, and renames it to `path` once it is complete and on disk.
+    """Opens a temporary file for writing. Once the file is complete and on disk, renames it to `path`.
 
-    So a reader sees either the old file or the whole new one, even after a crash.
+    A reader of `path` sees either the old file or the complete new file, even after a crash.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -30,14 +30,14 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically; creates its folder if needed."""
+    """Writes a file atomically, and creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, or {} if the file is missing or does not hold an object."""
+    """Returns the object in a JSON file, or {} if the file is missing or does not hold an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -46,14 +46,15 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, refusal: str) -> Generator[None]:
-    """Creates the folder and holds its lock. Raises UserError(refusal) if another process holds the lock."""
+    """Creates the folder if needed, and locks it until the `with` block ends. Raises UserError(refusal) if another
+    process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         try:

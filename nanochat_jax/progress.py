@@ -1,4 +1,5 @@
-"""Shows the progress of long work on stderr: on a terminal, a bar with the time left; else a line every ten seconds."""
+"""Shows the progress of long work on stderr. On a terminal, this is a bar with the time left; otherwise, a line is
+printed every ten seconds."""
 
 import math
 import sys
@@ -8,14 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich import progress
 
-PATIENCE = 2.0  # seconds; work that finishes sooner shows nothing
+PATIENCE = 2.0  # seconds; work that takes less time shows no progress
 BETWEEN_LINES = 10.0  # seconds between two printed lines if stderr is not a terminal
 
 
 class Progress:
-    """Counts `total` pieces of work (None: unknown) and shows the count with a note, such as a speed.
+    """Counts finished pieces of work, and shows the count with a note, such as a speed. `total` is the number of all
+    pieces (None: unknown).
 
-    As a context manager, it removes its bar at the end, even after an error.
+    Used in a `with` block, it removes its bar at the end of the block, even after an error.
     """
 
     def __init__(self, label: str, total: int | None) -> None:
@@ -36,11 +38,11 @@ class Progress:
         return time.monotonic() - self._start
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Counts `count` more pieces as done."""
+        """Adds `count` to the number of finished pieces."""
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """Sets the number of finished pieces to `done`, and shows it if enough time has passed."""
+        """Sets the number of finished pieces to `done`. Shows the number if PATIENCE and BETWEEN_LINES allow it."""
         self.done = done
         now = time.monotonic()
         if now - self._start < PATIENCE:
@@ -83,7 +85,7 @@ class Timer:
         return elapsed
 
     def passed(self, seconds: float) -> bool:
-        """Whether the current lap has lasted at least `seconds`; if so, starts the next lap."""
+        """Whether the current lap has lasted at least `seconds`. If it has, the next lap starts."""
         if time.perf_counter() - self.start < seconds:
             return False
         self.lap()
@@ -91,7 +93,7 @@ class Timer:
 
 
 def short(count: float) -> str:
-    """423456 -> "423K", 6.291e9 -> "6.29B"."""
+    """Shortens a number: 423456 -> "423K", 6.291e9 -> "6.29B"."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if count >= size:
             return f"{count / size:.{max(0, 2 - int(math.log10(count / size)))}f}{unit}"
@@ -99,7 +101,7 @@ def short(count: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """90 -> "1m30s"."""
+    """Formats seconds: 90 -> "1m30s"."""
     seconds = max(0, round(seconds))
     hours, rest = divmod(seconds, 3600)
     minutes, seconds = divmod(rest, 60)

@@ -1,7 +1,7 @@
 """Reads and writes a tokenizer's files: tokenizer.json (Hugging Face layout) and nanochat.json (version, checksum).
 
-The files are JSON, never pickle, so that a file from elsewhere may be wrong but cannot run code. A tokenizer.json is
-accepted only if this program would write the same bytes for its vocabulary. Otherwise, an error says what differs.
+The files are JSON, not pickle, since loading a pickle file from elsewhere could run code. A tokenizer.json is accepted
+only if this program would write the same bytes for its vocabulary. Otherwise, an error says what differs.
 """
 
 import functools
@@ -17,7 +17,8 @@ FORMAT, VERSION = "nanochat-tokenizer", 1
 
 
 def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) -> None:
-    """Writes both files into `directory`, which is created if needed; `text` is the content of tokenizer.json."""
+    """Writes tokenizer.json and nanochat.json into `directory`, which is created if needed. `text` is the content of
+    tokenizer.json."""
     directory.mkdir(parents=True, exist_ok=True)
     about = {
         "format": FORMAT,
@@ -33,8 +34,8 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
     """Returns the text of tokenizer.json and the (token bytes, id) pairs in it.
 
-    Raises UserError if one of the two files is missing, damaged or from another program, or if the split pattern or the
-    special tokens are not as expected. The message names the file and the reason.
+    Raises UserError if either file is missing, damaged or from another program, or if the split pattern or the special
+    tokens are not as expected. The error message names the file and the reason.
     """
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
@@ -64,7 +65,7 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
 
 
 def sha256(text: str) -> str:
-    """SHA-256 (hex) of the text of tokenizer.json."""
+    """Returns the SHA-256 (hex) of the text of tokenizer.json."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -73,7 +74,8 @@ def sha256(text: str) -> str:
 
 
 def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], special: dict[str, int]) -> str:
-    """The text of tokenizer.json. `tokens` are ordered by id, without special tokens; `merges` are pairs of ids."""
+    """Returns the text of tokenizer.json. `tokens` are ordered by id and include no special tokens. `merges` are pairs
+    of ids."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -104,19 +106,20 @@ def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], spe
 
 
 def difference(actual: str, expected: str) -> str:
-    """Names the first part that differs between two texts of tokenizer.json, such as "model.merges"."""
+    """Returns the name of the first part that differs between two texts of tokenizer.json, such as "model.merges"."""
     first, second = json.loads(actual), json.loads(expected)
     for a, b, prefix in ((first, second, ""), (first["model"], second["model"], "model.")):
         for key in [*b, *(k for k in a if k not in b)]:
             if key != "model" and (key not in a or key not in b or a[key] != b[key]):
-                return prefix + (key if key in b else repr(key))  # an unknown key is quoted: it may be anything
+                return prefix + (key if key in b else repr(key))  # an unknown key may be any string, so it is quoted
     return "the order or the spacing"
 
 
 def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
     """Returns the (token bytes, id) pairs of a parsed tokenizer.json, and the ids of its special tokens by name.
 
-    Example: [(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}. Raises UserError if the ids of the pairs have gaps.
+    The result is, for example, ([(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}). Raises UserError if `content` is not as
+    expected, for example if an id is missing.
     """
     model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
@@ -147,8 +150,8 @@ def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[byt
 
 @functools.cache
 def _alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte: the byte's own character if visible, otherwise one from U+0100 up.
-    ord("a") -> "a", ord(" ") -> "Ġ"."""
+    """Returns GPT-2's printable character for each byte: the byte's own character if visible, otherwise a character
+    from U+0100 up. Examples: ord("a") -> "a", ord(" ") -> "Ġ"."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in visible)
     return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -159,17 +162,17 @@ def _alphabet() -> dict[int, str]:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file. Raises UserError if it cannot be read."""
+    """Returns the content of a file. Raises UserError if the file cannot be read."""
     try:
         return path.read_bytes()
-    except OSError as error:  # such as when `path` is a folder or may not be read
+    except OSError as error:  # for example, `path` is a folder, or reading it is not permitted
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _parse(data: bytes, path: Path) -> dict:
-    """Parses the content of the JSON file `path`: b'{"version": 1}' -> {"version": 1}.
+    """Returns the JSON object in `data`, the content of the file `path`: b'{"version": 1}' -> {"version": 1}.
 
-    Raises UserError if it is not a JSON object.
+    Raises UserError if `data` is not a JSON object.
     """
     try:
         value = json.loads(data.decode("utf-8"))

@@ -1,7 +1,7 @@
-"""Reads and writes parquet files with a string column `text`. In: a path, or texts. Out: documents, or shards.
+"""Reads documents from parquet files, and writes texts as parquet files. Every file has a string column `text`.
 
-Raises UserError, naming the file, if a file cannot be used. A document that cannot be used is read as "", so that the
-other documents keep their positions.
+If a file cannot be used, UserError is raised, and its message names the file. If a document cannot be used, it is read
+as "", so that the other documents keep their positions.
 """
 
 import itertools
@@ -15,19 +15,20 @@ from nanochat_jax.config import UserError, first_line
 if TYPE_CHECKING:
     import hashlib
 
-    import pyarrow.parquet as pq  # each function imports it when called, because it is slow to load
+    import pyarrow.parquet as pq  # slow to load, so each function that needs it imports it
 
-ROW_GROUP = 1024  # documents in a row group, which is read as a whole
-SHARD_CHARS = 250_000_000  # characters per shard: about 100 MB when compressed with zstd
-MAX_CHARS = 1_000_000  # the most characters in a document; longer ones are split, as each is tokenized and packed whole
+ROW_GROUP = 1024  # the number of documents in a row group; row groups are read as a whole
+SHARD_CHARS = 250_000_000  # a shard has about this many characters, or about 100 MB when compressed with zstd
+MAX_CHARS = 1_000_000  # a document with more characters is split, since tokenizing and packing take whole documents
 HOW_TO_FIX = "if it was downloaded, python -m nanochat_jax.dataset --verify downloads it again"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
 def open(path: Path) -> "pq.ParquetFile":
-    """Opens a parquet file that has a string column `text`. Raises UserError if it is damaged or lacks the column.
+    """Opens a parquet file that has a string column `text`. Raises UserError if the file is damaged or lacks the
+    column.
 
-    The name follows gzip.open, so callers write parquet.open(path).
+    Callers write parquet.open(path), in the style of gzip.open.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -46,11 +47,11 @@ def open(path: Path) -> "pq.ParquetFile":
 
 
 def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
-    """The documents of one row group of an open file. A document that is too long is split into several. Raises
-    UserError if the row group cannot be read.
+    """Returns the documents in one row group of an open file. A document longer than MAX_CHARS is split into several.
+    Raises UserError if the row group cannot be read.
 
-    A document that is null, empty or not UTF-8 cannot be used, and is returned as "". The number of documents that are
-    not UTF-8 is reported on stderr.
+    A document that is null, empty or not UTF-8 is returned as "". The number of documents that are not UTF-8 is printed
+    to stderr.
     """
     import pyarrow as pa
 
@@ -68,8 +69,8 @@ def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
 
 
 def text_bytes(path: Path) -> list[int]:
-    """The uncompressed size of the `text` column in each row group, in bytes, including parquet's own overhead. Reads
-    metadata only."""
+    """Returns the uncompressed size of the `text` column in each row group, in bytes. The size includes parquet's own
+    overhead. Only the file's metadata is read."""
     with open(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
@@ -77,20 +78,20 @@ def text_bytes(path: Path) -> list[int]:
 
 
 def row_groups(path: Path) -> Iterator[list[str]]:
-    """The documents of a parquet file, one list per row group, with "" for each document that cannot be used."""
+    """Yields the documents of a parquet file, one list per row group. A document that cannot be used is ""."""
     with open(path) as file:
         for i in range(file.num_row_groups):
             yield read_row_group(file, path, i)
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """All documents of a parquet file, with "" for each document that cannot be used."""
+    """Yields the documents of a parquet file. A document that cannot be used is ""."""
     for texts in row_groups(path):
         yield from texts
 
 
 def _decode(data: bytes | None) -> str | None:
-    """b"caf\\xc3\\xa9" -> "café"; None if the bytes are not UTF-8."""
+    """Decodes UTF-8: b"caf\\xc3\\xa9" -> "café". Returns None if `data` is None or not UTF-8."""
     try:
         return None if data is None else data.decode("utf-8")
     except UnicodeDecodeError:
@@ -98,11 +99,11 @@ def _decode(data: bytes | None) -> str | None:
 
 
 def split_long(text: str) -> list[str]:
-    """Splits a text into pieces of at most MAX_CHARS characters.
+    """Splits a text into pieces of at most MAX_CHARS characters. The pieces, joined together, are the original text.
 
-    Each split comes after a line break if possible, otherwise after a space, and otherwise after MAX_CHARS characters.
+    Splits after a line break if possible, else after a space, else after MAX_CHARS characters.
 
-    Nothing is lost. With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
+    With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
     """
     pieces, start = [], 0
     while len(text) - start > MAX_CHARS:
@@ -118,8 +119,8 @@ def write_shards(
 ) -> int:
     """Writes <stem>_00000.parquet, <stem>_00001.parquet, ... and returns the number of documents in them.
 
-    `digest` is updated with every document, preceded by its length. So the digest depends on the documents, but not on
-    how they are divided into files. `row_group` is the number of documents in a row group.
+    `digest` is updated with the length and the bytes of every document, so it does not depend on how the documents are
+    divided into files. `row_group` is the number of documents in a row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,10 +1,10 @@
-"""Finds the pretraining text. In: a source's name or a folder. Out: a Source, with training and validation files.
+"""Finds the pretraining text. `open` takes a folder or a source's name, and returns the training and validation files.
 
-    python -m nanochat_jax.dataset -n 240    downloads a named source from the Hugging Face hub (hub.py)
-    --data=local                             a small corpus made of the documentation installed with Python
-    --data_dir=FOLDER                        a folder of parquet, jsonl or txt files
+    python -m nanochat_jax.dataset -n 240    downloads 240 training shards from the Hugging Face hub (hub.py)
+    --data=local                             selects a small corpus, made from the documentation installed with Python
+    --data_dir=FOLDER                        selects a folder of parquet, jsonl or txt files
 
-Every file has one string column `text`. The validation files are never trained on.
+Every file that is returned has one string column `text`. The validation files are never used for training.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from nanochat_jax.files import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus on disk. `hash` identifies its contents. If this module wrote the files, the hash covers the whole text.
-    Otherwise it covers only the names and sizes of files, since parquet files that are read in place may be too large
-    to read twice."""
+    """A corpus on disk. `hash` identifies its contents. If this module wrote the files, `hash` covers the whole text.
+    Otherwise the files are read in place, and `hash` covers only names and sizes, since the files may be too large to
+    read twice."""
 
     name: str
     train_files: tuple[Path, ...]
@@ -36,13 +36,15 @@ class Source:
     hash: str
 
     def texts(self, split: str) -> Iterator[str]:
-        """The documents of "train" or "val" in file order, as plain text. Waits for shards that are still arriving."""
+        """Yields the documents of the split "train" or "val", in file order. Waits for shards that are still
+        downloading."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
             hub.wait_for_shard(path)
             yield from filter(None, parquet.texts_of(path))
 
     def val_hash(self) -> str:
-        """SHA-256 (hex) of the validation files. Runs with the same hash have comparable scores."""
+        """Returns the SHA-256 (hex) of the validation files. If two runs have the same hash, their scores are
+        comparable."""
         digest = hashlib.sha256()
         for path in self.val_files:
             digest.update(bytes.fromhex(sha256(path)))
@@ -50,12 +52,14 @@ class Source:
 
 
 def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
-    """The corpus named `source`, or the corpus in `data_dir`. Raises UserError if the corpus is missing or unusable.
+    """Returns the corpus named `source`, or the corpus in the folder `data_dir`. Raises UserError if the corpus is
+    missing or unusable.
 
-    If neither is given, the function opens the corpus that the tokenizer was trained on, so that all stages read the
-    same text. If there is no tokenizer yet, it opens the local corpus. Of a source on the hub, only the first
-    `num_files` training shards are used (-1: all shards that were requested), and these may still be downloading. Like
-    gzip.open, the function is called through its module: sources.open(cfg.data).
+    Without `source` and `data_dir`, returns the corpus that the tokenizer was trained on, so that all stages read the
+    same text. If there is no tokenizer yet, returns the local corpus.
+
+    From the hub, only the first `num_files` training shards are used (-1: all shards that `download` was asked for).
+    Some of these shards may still be downloading. Callers write sources.open(cfg.data), in the style of gzip.open.
     """
     recorded = config.base_dir() / "tokenizer" / "source.json"
     if not source and not data_dir and recorded.exists():
@@ -70,15 +74,16 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
     train, val = hub.shards_of(source, num_files)
-    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the hash is the same for every num_files
+    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the hash does not depend on num_files
 
 
 # -----------------------------------------------------------------------------
-# Corpora that are written here: the local one, and folders in other formats
+# Corpora that this module writes: the local corpus, and folders that it converts to parquet
 
 
 def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], row_group: int, **notes: Any) -> Source:
-    """Writes the texts as shards and a manifest into the folder `target`, which appears complete or not at all."""
+    """Writes `train` and `val` as shards, with a manifest, into the new folder `target`, and opens the result. If
+    writing fails, `target` is not created."""
     tmp = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -93,7 +98,7 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         try:
             tmp.rename(target)
-        except OSError:  # another process has written the same corpus in the meantime
+        except OSError:  # no error if another process has written the same corpus meanwhile
             if not (target / "manifest.json").exists():
                 raise
     finally:
@@ -102,14 +107,15 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
 
 
 def _open_built(folder: Path) -> Source:
-    """The corpus that `_build` wrote into `folder`."""
+    """Opens the corpus that `_build` wrote into `folder`."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     train, val = (tuple(sorted(folder.glob(f"{split}_*.parquet"))) for split in ("train", "val"))
     return Source(manifest["source"], train, val, manifest["hash"])
 
 
 def _open_local() -> Source:
-    """The corpus of installed documentation, built on the first call and kept: later installs do not change it."""
+    """Returns the corpus of installed documentation. The first call builds this corpus. Later calls reuse it, even if
+    more packages have been installed since."""
     folder = config.base_dir() / "data" / "local"
     if (folder / "manifest.json").exists():
         return _open_built(folder)
@@ -122,9 +128,12 @@ def _open_local() -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
-    """The corpus in a user's folder. Its last file is the validation set; if there is only one file, the validation set
-    is the last 1% of its documents. Several parquet files are read in place; anything else is converted and shuffled
-    once."""
+    """Returns the corpus in a user's folder. The last file is the validation set. If there is only one file, the last
+    1% of its documents are the validation set.
+
+    Several parquet files are read in place. Otherwise, the first call converts the files to parquet and shuffles the
+    training documents.
+    """
     if not folder.is_dir():
         reason = "this is a file; give the folder it is in" if folder.exists() else "no such folder"
         raise UserError(f"--data_dir={folder}: {reason}")
@@ -153,7 +162,8 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _split_files(files: list[Path], counts: Counter[str]) -> tuple[Iterator[str], Iterator[str]]:
-    """Training and validation documents of files in any format. `counts` is updated by `text_files.documents`."""
+    """Returns the training documents and the validation documents of files in any format. `text_files.documents`
+    updates `counts`."""
     lengths = {}
     for path in files:
         lengths[path] = sum(1 for _ in documents(path, counts))
@@ -170,6 +180,6 @@ def _split_files(files: list[Path], counts: Counter[str]) -> tuple[Iterator[str]
 
 
 def _fingerprint(files: list[Path]) -> str:
-    """SHA-256 (hex) of the files' names and sizes."""
+    """Returns the SHA-256 (hex) of the files' names and sizes."""
     lines = [f"{p.name}:{p.stat().st_size}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""The model runner holds the weights and the cache on the device, and runs the steps that the scheduler decides on.
+"""The model runner holds the weights and the cache on the device, and runs the steps that the scheduler plans.
 
-It turns a Schedule into padded numpy arrays, calls the compiled functions of programs.py with them, and brings the new
-tokens back to the host.
+It turns a Schedule into padded numpy arrays, calls the compiled functions of programs.py with these arrays, and brings
+the new tokens back to the host.
 """
 
 import functools
@@ -23,7 +23,7 @@ from nanochat_jax.parallel import sharding
 
 
 class Output(NamedTuple):
-    """What a step computed. A field is None if the step's schedule did not ask for it."""
+    """The results of one step. A result that the schedule did not ask for is None."""
 
     tokens: Tokens | None
     scores: PromptScores | None
@@ -46,21 +46,21 @@ class ModelRunner:
         if mesh is not None and (mesh.size == 1 or slots % sharding.replicas(mesh)):
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
-        self._prefix: kv.KV = {}  # the cache rows of the prefill in progress; {} if there is none
-        self._logits: jax.Array | None = None  # [p,v] next-token logits after each prompt of the prefill in progress
+        self._prefix: kv.KV = {}  # the cache rows of the prefill in progress; {} if no prefill is in progress
+        self._logits: jax.Array | None = None  # [p,v] next-token logits of each prompt being prefilled
         self.set_params(params)
         where = sharding.batch_sharding(mesh) or self.params["wte"].sharding
         self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, where)
 
     def set_params(self, params: gpt.Params) -> None:
-        """Uses these weights from now on, replicated on every device of their mesh."""
+        """Replicates the weights `params` on every device of their mesh, and uses them from now on."""
         params = gpt.cast(params, self.fixed.dtype)
-        if mesh := sharding.mesh_of(params):  # all-gathers the weights once, in case training shards them
+        if mesh := sharding.mesh_of(params):  # training may shard the weights: gather them once
             params = jax.device_put(params, sharding.replicated(mesh))
         self.params = programs.lay_out(params)
 
     def run(self, schedule: Schedule) -> Output:
-        """Runs the schedule of one step and waits for its tokens."""
+        """Runs one step as scheduled, and waits for its results."""
         tokens = scores = None
         if isinstance(schedule.prefill, PrefillBatch):
             scores = self._prefill_batch(schedule.prefill)
@@ -73,11 +73,11 @@ class ModelRunner:
         return Output(tokens, scores)
 
     def drop_prefill(self) -> None:
-        """Frees the memory of the prefilled prompts."""
+        """Frees the memory of the last prefill."""
         self._prefix, self._logits = {}, None
 
     def close(self) -> None:
-        """Frees the device's memory. The runner cannot be used afterwards."""
+        """Frees the memory that the runner holds on the device. The runner cannot be used afterwards."""
         self.drop_prefill()
         self.cache, self.params = {}, {}
 
@@ -109,7 +109,8 @@ class ModelRunner:
         )
 
     def _first_tokens(self, schedule: Schedule) -> Tokens:
-        """Copies the prefilled rows into their slots and draws the first token of each slot."""
+        """For each slot that starts a sample: copies the prefilled row into the slot, and draws the sample's first
+        token."""
         started = schedule.first_tokens
         pad = [0] * (self.slots - len(started))
         source, target = (np.array([*column, *pad], np.int32) for column in (started.values(), started))
@@ -133,9 +134,10 @@ class ModelRunner:
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """Returns (each slot's sampling settings, the sampler's plan for them, how many of the top tokens to report).
+        """Returns (the sampling settings of every slot, the sampler's plan for these settings, the number of top tokens
+        to report).
 
-        Free slots get greedy settings, which cost nothing.
+        Free slots get greedy settings, since greedy sampling costs nothing.
         """
         requests = [sequence.request if sequence else None for sequence in sequences]
         vocab_size = self.fixed.model_cfg.vocab_size
@@ -152,7 +154,7 @@ class ModelRunner:
     def _decode_inputs(self, sequences: list[Sequence | None], lengths: list[int]) -> DecodeInputs:
         b = self.slots
         zeros = functools.partial(np.zeros, dtype=np.int32)
-        # Free slots also get the length of their cache row, so that the tokens cached there are not overwritten.
+        # `length` is set for free slots as well, so that decoding does not overwrite the tokens in their cache rows.
         inputs = DecodeInputs(
             token=zeros(b),
             length=np.array(lengths, np.int32),

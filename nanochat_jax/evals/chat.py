@@ -1,9 +1,10 @@
-"""Evaluates a model's answers: multiple choice by comparing logits, other tasks by checking what the model generates.
+"""Evaluates a model's answers. In multiple choice, the letters' logits are compared; in other tasks, generated answers
+are checked.
 
-Used by scripts.chat_eval, and by training every --eval_metrics_every steps.
+scripts.chat_eval uses this module, and training uses it every --eval_metrics_every steps.
 
-ChatCORE is the mean of the centered scores of six tasks. It cannot be compared with the numbers published in October
-2025, which are means over five tasks and leave out SpellingBee.
+ChatCORE is the mean of the centered scores of six tasks. The numbers published in October 2025 cannot be compared with
+ChatCORE: they are means over five tasks, without SpellingBee.
 """
 
 import functools
@@ -32,18 +33,18 @@ from nanochat_jax.tasks import Task
 from nanochat_jax.tokenizer import Tokenizer
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
-WINDOW = 1024  # this many multiple-choice problems are tokenized, sorted by length and batched together
+WINDOW = 1024  # the number of multiple-choice problems that are tokenized and sorted by length before batching
 MAX_SLOTS = 64  # at most this many answers are generated at once on a GPU
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are generated. Problem i is seeded with seed + i."""
+    """How answers are generated. The seed of problem i is `seed` + i."""
 
     temperature: float = 0.0
     top_k: int = 50
     max_new_tokens: int = 512
-    num_samples: int = 1  # answers per problem; a problem counts as solved if one is right (pass@k)
+    num_samples: int = 1  # answers per problem; a problem counts as solved if any of its answers is right (pass@k)
     seed: int = 42
 
 
@@ -52,9 +53,9 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class ChatScore(Score):
-    """The share of a task's problems that were answered right, and the answers themselves."""
+    """The score of a task, and the answers that were scored."""
 
-    truncated: float | None  # share of generated answers that reached max_new_tokens; None for multiple choice
+    truncated: float | None  # the share of generated answers cut off by a length limit; None for multiple choice
     answers: list[dict] = field(repr=False)  # one per problem, for inspection
 
 
@@ -67,10 +68,11 @@ def evaluate(
     max_problems: int = -1,
     slots: int = 0,
 ) -> ChatScore:
-    """The model's score on a task, or on its first `max_problems` problems.
+    """Returns the model's score on the first `max_problems` problems of a task (-1: on all problems).
 
-    batch_size: multiple-choice prompts per batch on each device. sampling: how answers are generated. slots: answers
-    generated at once on each device (0: as many as fit in memory). Raises UserError if the task has no score.
+    batch_size: the number of multiple-choice prompts in a batch on each device. sampling: how answers are generated.
+    slots: the number of answers that each device generates at once (0: as many as fit in memory). Raises UserError if
+    the task is for training only.
     """
     if task.eval_type not in ("categorical", "generative"):
         raise UserError(f"{task.name}: for training only, its answers cannot be evaluated")
@@ -89,7 +91,7 @@ def evaluate(
 
 
 def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
-    """ChatCORE and its standard error, or None if `scores` lacks one of the six tasks."""
+    """Returns ChatCORE and its standard error. Returns None if `scores` lacks one of the six tasks."""
     by_name = {score.task: score for score in scores}
     if not by_name.keys() >= set(CHATCORE_TASKS):
         return None
@@ -97,11 +99,11 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
 
 
 # -----------------------------------------------------------------------------
-# Multiple choice: the answer is the letter with the highest probability as the next token
+# Multiple choice: the answer is the letter that is most likely to be the next token
 
 
 def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]:
-    """The letter chosen in each of the first `n` problems, and whether it is right."""
+    """Returns the letter chosen in each of the first `n` problems, and whether the letter is right."""
     rows, answers = num_rows(model.params, batch_size), []
     with Progress(task.name, n) as progress:
         for first in range(0, n, WINDOW):
@@ -115,11 +117,11 @@ def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]
 
 
 def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
-    """Returns int [problems]: for each problem, the index of the most likely letter in problem["letters"]."""
+    """Returns int [problems]: the index in problem["letters"] of the most likely letter, for each problem."""
     tokenizer, context = model.tokenizer, model.model_cfg.sequence_len
     prompts = [np.asarray(tokenizer.render_for_completion(p, max_tokens=context)) for p in problems]
     letters = [_letter_ids(tokenizer, tuple(p["letters"])) for p in problems]
-    width = max(8, *map(len, letters))  # at least 8, so that all usual tasks have the same shape
+    width = max(8, *map(len, letters))  # at least 8, so that the usual tasks need only one compiled shape
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
     results, choices = [], np.zeros(len(problems), int)
     for first in range(0, len(order), rows):
@@ -129,14 +131,14 @@ def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
         options = fixed_rows([letters[i] + [-1] * (width - len(letters[i])) for i in batch], rows)
         arrays = (put(model.params, array) for array in (ids, last, options))
         results.append((batch, _choose_letter(model.params, model.model_cfg, *arrays, model.dtype)))
-    for batch, result in results:  # results are read only now, so that the devices never wait for the host
+    for batch, result in results:  # the results are read last, so that the devices never wait for the host
         choices[batch] = fetch(result)[: len(batch)]
     return choices
 
 
 @functools.lru_cache(maxsize=256)
 def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
-    """The token of each letter; if a letter has several tokens, the first of them."""
+    """Returns one token for each letter. If a letter has several tokens, its first token is returned."""
     ids = [tokenizer.encode(letter)[0] for letter in letters]
     if len(set(ids)) < len(ids):
         raise UserError(f"the letters {', '.join(letters)} cannot be told apart by their first token")
@@ -147,9 +149,9 @@ def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
 def _choose_letter(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Chooses the letter that is most likely to follow position `last` [b] of `ids` [b,t].
+    """Returns int [b]: the index of the letter that is most likely to follow position `last` [b] of `ids` [b,t].
 
-    `letters` [b,c] has one row of letter tokens per problem (-1: none). Returns int [b]: the chosen index in each row.
+    `letters` [b,c] holds each problem's letter tokens, padded with -1.
     """
     x = gpt.hidden(params, model_cfg, ids, dtype)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -164,9 +166,9 @@ def _choose_letter(
 def _generate(
     model: EvalModel, task: Task, problems: Sequence[int], sampling: Sampling, slots: int
 ) -> list[list[Sample]]:
-    """Generates the samples of each problem, with one engine per device."""
-    # Training may shard the parameters, so replicate them here. This comes before any return, because every process
-    # must take part, even one without problems.
+    """Returns the samples of each problem. They are generated with one engine per device."""
+    # Training may shard the parameters, so they are replicated here. Every process must take part in this, even a
+    # process without problems, so the function must not return earlier.
     if mesh := sharding.mesh_of(model.params):
         params = jax.device_put(gpt.cast(model.params, model.dtype), sharding.replicated(mesh))
         model = replace(model, params=params)
@@ -188,8 +190,8 @@ def _generate(
     with Progress(task.name, len(requests) * sampling.num_samples) as progress:
         if len(devices) == 1:
             return _run(model, devices[0], requests, slots, progress)
-        # Problems are dealt out round-robin to the engines, one per device. Each engine has its own thread, which
-        # mostly waits.
+        # Each device has its own engine and thread; the threads mostly wait for their devices. The requests are dealt
+        # out to the engines round-robin.
         share = len(devices)
         with ThreadPoolExecutor(share) as pool:
             parts = [
@@ -203,7 +205,7 @@ def _generate(
 def _run(
     model: EvalModel, device: jax.Device, requests: list[Request], slots: int, progress: Progress
 ) -> list[list[Sample]]:
-    """Answers the requests on one device."""
+    """Returns the samples of each request. They are generated on `device`."""
     done = 0
 
     def count(finished: int, _: int) -> None:
@@ -222,22 +224,22 @@ def _run(
 
 
 def _on(device: jax.Device, x: jax.Array) -> jax.Array:
-    """The copy of a replicated array that is on `device`."""
+    """Returns the copy of the replicated array `x` that is on `device`."""
     return next(s.data for s in x.addressable_shards if s.device == device)
 
 
 def _devices(params: gpt.Params) -> list[jax.Device]:
-    """The devices of this process that hold the parameters."""
+    """Returns the devices of this process that hold the parameters."""
     local = jax.local_devices()
     holding = params["wte"].devices() if isinstance(params["wte"], jax.Array) else set(local[:1])
     return [device for device in local if device in holding]
 
 
 def _slots_that_fit(model: EvalModel) -> int:
-    """How many full-context cache rows fit in a third of the free memory, rounded down to a power of two.
+    """Returns how many full-context cache rows fit in a third of the free memory, rounded down to a power of two.
 
-    The other two thirds are left for copies of rows. The result is at most MAX_SLOTS, and 8 if the device does not
-    report its memory.
+    The other two thirds are left for copies of rows. The result is at most MAX_SLOTS. If the free memory is not known,
+    the result is 8.
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
@@ -252,9 +254,9 @@ def _slots_that_fit(model: EvalModel) -> int:
 def _check_answers(
     tokenizer: Tokenizer, task: Task, problems: Sequence[int], samples: list[list[Sample]]
 ) -> list[dict]:
-    """For each problem, its answers as text and whether one of them is right.
+    """Returns, for each problem, its answers as text and whether any of them is right.
 
-    Answers are checked in threads, since checking a program mostly means waiting for it.
+    Answers are checked in threads, since checking a generated program mostly means waiting until it ends.
     """
 
     def check(i: int, group: list[Sample]) -> dict:

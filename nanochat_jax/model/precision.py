@@ -1,4 +1,4 @@
-"""The dtypes of a matmul: what its operands are cast to, and what it accumulates in."""
+"""The dtypes of a matmul: one for its operands, and one for summing their products."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,15 @@ from jax.typing import DTypeLike
 
 
 def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which products of `dtype` are summed: bfloat16 and float32 -> float32, float64 -> float64."""
+    """Returns the dtype for summing products of `dtype`: float32 for bfloat16 and float32, float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def choose_dtype(requested: str) -> tuple[DTypeLike, str]:
-    """Chooses the dtype of matmul operands, and returns it with the reason.
+    """Returns the dtype of matmul operands, and the reason for choosing it.
 
-    `requested` is --compute_dtype; if it is empty, the devices decide.
-    Example: choose_dtype("") on an H100 -> (jnp.bfloat16, "the GPU has bf16 units").
+    `requested` is --compute_dtype. If it is "", the dtype depends on the device: on an H100, the result is
+    (jnp.bfloat16, "the GPU has bf16 units").
     """
     known = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
     if requested:
@@ -26,7 +26,7 @@ def choose_dtype(requested: str) -> tuple[DTypeLike, str]:
         return jnp.float32, "this GPU has no bf16 units"
     if device.platform == "tpu":
         return jnp.bfloat16, "TPUs multiply in bf16"
-    # Without AMX, bf16 matmuls are slower than float32 ones on a CPU (0.6 times the speed with AVX512-BF16).
+    # On a CPU without AMX, a bf16 matmul is slower than a float32 matmul: 0.6 times the speed with AVX512-BF16.
     if _cpu_has_amx():
         return jnp.bfloat16, "the CPU has AMX"
     return jnp.float32, "a CPU without AMX multiplies float32 faster"

@@ -1,7 +1,7 @@
 """OpenAI's API for this model: POST /v1/chat/completions and /v1/completions, GET /v1/models.
 
-Request bodies are defined in schema.py. An answer that reaches the end of the context ends with finish_reason
-"length"; a prompt that leaves no room for an answer is refused.
+Request bodies are defined in schema.py. If an answer reaches the end of the context, its finish_reason is "length". A
+prompt that leaves no room for an answer is refused.
 """
 
 import secrets
@@ -28,17 +28,17 @@ from nanochat_jax.tokenizer import Tokenizer
 
 @dataclass
 class Job:
-    """A client's request under way: what the engine has to do, and what the response will look like."""
+    """What a client has asked for: the requests for the engine, and what the response will look like."""
 
     requests: list[Request]
     body: GenerationBody
-    kind: str  # the `object` of the response: "chat.completion" or "text_completion"
+    kind: str  # the field `object` of the response: "chat.completion" or "text_completion"
     model: str
     id: str
     logprobs: bool  # whether the client wants log-probabilities
-    echoes: list[str]  # for each prompt, the text that its choices begin with; "" if no echo is wanted
-    hidden: list[int]  # for each prompt, how many tokens at its beginning are left out of the echo
-    scored: bool = False  # whether each choice begins with its prompt's log-probabilities
+    echoes: list[str]  # for each prompt, the text at the start of its choices; "" if the client wants no echo
+    hidden: list[int]  # for each prompt, the number of leading tokens that the echo leaves out
+    scored: bool = False  # whether each choice includes the log-probabilities of its prompt
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -47,7 +47,7 @@ class Job:
 
 
 def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
-    """A router with the endpoints under /v1. `name` is the model's id."""
+    """Returns a router with the endpoints under /v1. `name` is the model's id."""
     router = APIRouter(prefix="/v1")
     started = int(time.time())
     context = engine.model_cfg.sequence_len
@@ -87,7 +87,7 @@ def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
 
 
 def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """The job of a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
+    """Returns the job of a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
     return Job(
         requests=[schema.chat_completion_request(body, engine, cfg)],
         body=body,
@@ -101,9 +101,10 @@ def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) 
 
 
 def completion_job(body: CompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """The job of a completion. Raises ApiError 400 if a prompt cannot be continued."""
+    """Returns the job of a completion. Raises ApiError 400 if a prompt cannot be continued."""
     requests = schema.completion_requests(body, engine, cfg)
-    hidden = [int(isinstance(prompt, str)) for prompt in body.prompts]  # 1 for the <|bos|> that the server added
+    # The server adds a <|bos|> to each prompt that is a string, and the echo leaves this token out.
+    hidden = [int(isinstance(prompt, str)) for prompt in body.prompts]
     decode = engine.tokenizer.decode
     return Job(
         requests=requests,
@@ -119,11 +120,11 @@ def completion_job(body: CompletionBody, engine: Engine, cfg: ChatWeb, name: str
 
 
 # -----------------------------------------------------------------------------
-# From the engine's events to OpenAI's objects
+# Turning the engine's events into OpenAI's objects
 
 
 class Choices:
-    """All choices of a job, ordered by prompt, then by sample."""
+    """All choices of a job, ordered by prompt, and for each prompt by sample."""
 
     def __init__(self, answer: Answer, job: Job, tokenizer: Tokenizer):
         self._answer, self._job, self._tokenizer = answer, job, tokenizer
@@ -133,14 +134,14 @@ class Choices:
             for s in range(request.n)
         }
         self._begun: set[tuple[int, int]] = set()
-        self._cached_tokens = 0  # prompt tokens that were already in the cache
+        self._cached_tokens = 0  # the number of prompt tokens that were found in the cache
 
     def read(self, event: Event) -> tuple[int, str, list[Token], str | None]:
-        """Returns the index of the choice, its new text, its new tokens, and its finish_reason (None unless it has just
-        ended).
+        """Returns (the index of the event's choice, its new text, its new tokens, its finish_reason). The finish_reason
+        is None unless the choice ends with this event.
 
-        If the client wants an echo, a choice begins with its prompt. A choice that reaches a stop string gives up its
-        slot.
+        If the client wants an echo, the first text of a choice begins with the prompt. If a choice reaches a stop
+        string, its sample is cancelled, so that its slot becomes free.
         """
         self._cached_tokens += event.cached_tokens
         key = event.request, event.sample
@@ -180,7 +181,7 @@ class Choices:
 
 
 async def whole(answer: Answer, job: Job, tokenizer: Tokenizer) -> JSONResponse:
-    """The answer as one JSON object."""
+    """Returns the answer as one JSON object."""
     choices = Choices(answer, job, tokenizer)
     texts = [""] * answer.samples
     tokens: list[list[Token]] = [[] for _ in texts]
@@ -206,11 +207,11 @@ async def whole(answer: Answer, job: Job, tokenizer: Tokenizer) -> JSONResponse:
         head = {"id": job.id, "object": job.kind, "created": job.created, "model": job.model}
         return JSONResponse(head | {"choices": objects, "usage": choices.usage})
 
-    return await run_in_threadpool(build)  # slow if there are many log-probabilities
+    return await run_in_threadpool(build)  # building is slow if there are many log-probabilities
 
 
 async def stream(answer: Answer, job: Job, tokenizer: Tokenizer) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events."""
+    """Yields the answer as server-sent events."""
     choices = Choices(answer, job, tokenizer)
     kind = f"{job.kind}.chunk" if job.chat else job.kind
     head: dict = {"id": job.id, "object": kind, "created": job.created, "model": job.model}

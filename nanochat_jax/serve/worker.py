@@ -1,8 +1,8 @@
 """The one thread that uses an engine, and the queues between this thread and the event loop.
 
-A step of the engine takes milliseconds, and the event loop, which talks to the clients, must not wait for it. So the
-HTTP handlers only put requests on a queue and await events. The thread adds requests to the engine between steps, and
-hands all events of a step to the event loop at once.
+A step of the engine takes milliseconds. The event loop talks to the clients and must not wait that long, so the HTTP
+handlers only put requests on a queue and await events. The thread adds requests to the engine between steps. After each
+step, it hands all events of the step to the event loop at once.
 """
 
 import asyncio
@@ -26,43 +26,43 @@ STOPPED_WORKING = "the model has stopped working; restart the server"
 
 
 class Busy(Exception):
-    """Too many requests are waiting already."""
+    """A request is refused because too many samples are waiting."""
 
 
 class EngineFailure(Exception):
-    """The request cannot be answered; the message says why, in words that a client may see."""
+    """The request cannot be answered. The message gives the reason in words that a client may see."""
 
 
 class TimedOut(EngineFailure):
-    """The answer took longer than allowed."""
+    """The answer took longer than its timeout."""
 
 
 class Answer:
-    """The answer to one client's requests; `events` iterates over the engine's events.
+    """The answer to one client's requests. `events` yields the engine's events.
 
     In these events, `request` is an index into `requests`. Closing the answer frees its slots.
     """
 
     def __init__(self, worker: "EngineWorker", requests: Sequence[Request], queue_position: int):
         self.requests = requests
-        self.queue_position = queue_position  # position in the queue on arrival; 0: a slot was free
+        self.queue_position = queue_position  # position in the queue when submitted; 0 if a slot was free
         self.samples = sum(request.n for request in requests)
         self.timeout = worker.timeout
         self.gpu = worker.gpu
         self.submitted = time.monotonic()
-        # The attributes from here to `logged_ids` are written by the worker's thread.
-        self.indices: dict[int, int] = {}  # the engine's id of a request -> its index in `requests`
+        # The worker's thread changes the attributes from here to `logged_ids`.
+        self.indices: dict[int, int] = {}  # the engine's id of a request -> the request's index in `requests`
         self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
         self.first_token_at: float | None = None  # time.monotonic() at the first token
-        self.generated = 0  # tokens so far, over all samples
-        self.logged_ids: dict[tuple[int, int], list[int]] = {}  # tokens by (request, sample), only with log_chats
+        self.generated = 0  # the number of tokens so far, over all samples
+        self.logged_ids: dict[tuple[int, int], list[int]] = {}  # (request, sample) -> tokens; empty without log_chats
         self._worker = worker
         self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
     async def events(self, heartbeat: float) -> AsyncIterator[Event | None]:
-        """Yields the events as they come, and None after every `heartbeat` seconds without an event.
+        """Yields each event when it arrives, and None after every `heartbeat` seconds without an event.
 
-        Raises TimedOut if the answer takes too long, and EngineFailure if it fails for another reason.
+        Raises TimedOut if the answer takes longer than `timeout`. Raises EngineFailure if the engine fails or stops.
         """
         while True:
             left = self.submitted + self.timeout - time.monotonic() if self.timeout else heartbeat
@@ -82,23 +82,24 @@ class Answer:
             yield event
 
     def cancel(self, request: int, sample: int) -> None:
-        """Ends one sample, which the engine must have started already."""
+        """Ends one sample. The engine must have started the sample already."""
         self._worker.cancel(self, request, sample)
 
     def close(self) -> None:
-        """Cancels the unfinished samples. May be called at any time; does nothing if the answer has ended."""
+        """Cancels the unfinished samples, if any. May be called at any time."""
         self._worker.cancel(self)
 
     def put(self, event: Event | Exception | None) -> None:
-        """Queues an event, which `events` will yield. None makes `events` end, and an exception makes it raise.
+        """Queues an item for `events`, which yields an Event, raises an exception, and ends at None.
 
-        Call this in the event loop.
+        Only call this in the event loop.
         """
         self._events.put_nowait(event)
 
     def seconds_per_token(self) -> float | None:
-        """The mean time between two tokens of a sample, in seconds; None until there are more tokens than samples."""
-        later = self.generated - self.samples  # tokens so far, without the first of each sample
+        """Returns the mean time between two successive tokens of a sample, in seconds. Returns None if `generated` is
+        not greater than `samples`."""
+        later = self.generated - self.samples  # the number of tokens, without the first token of each sample
         if self.first_token_at is None or later <= 0:
             return None
         return (time.monotonic() - self.first_token_at) * self.samples / later
@@ -107,10 +108,10 @@ class Answer:
 class EngineWorker:
     """Runs `engine` in a background thread for any number of clients.
 
-    The engine generates as many samples at once as it has slots. New requests are refused while `max_waiting` or more
-    samples wait for a slot. An answer may take `timeout` seconds (0: no limit). With `log_chats`, prompts and answers
-    are logged. `warmup` is an iterator: for each item, it compiles a few programs. The worker advances it while the
-    engine is idle. `gpu` is the worker's number in its pool.
+    The engine generates at most one sample per slot at a time. New requests are refused while `max_waiting` or more
+    samples wait for a slot. An answer may take at most `timeout` seconds (0: no limit). With `log_chats`, prompts and
+    answers are logged. `warmup` is an iterator that compiles a few programs whenever it is advanced. The worker
+    advances it while the engine is idle. `gpu` is the worker's number in its pool.
     """
 
     def __init__(
@@ -130,10 +131,9 @@ class EngineWorker:
         self._warmup = warmup or iter(())
         self._engine = engine
         self._lock = threading.Lock()
-        # The lock guards `_open_answers`, the answers that have not ended. Only the thread uses `_answers` and
-        # `_outbox`.
-        self._open_answers: set[Answer] = set()
-        self._answers: dict[int, Answer] = {}  # answers in progress, by the engine's request ids
+        # `_lock` guards `_open_answers`. Only the thread uses `_answers` and `_outbox`.
+        self._open_answers: set[Answer] = set()  # the answers that have not ended
+        self._answers: dict[int, Answer] = {}  # the engine's id of a request -> the answer in progress
         self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._outbox: list[tuple[Answer, Event | Exception | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -149,47 +149,48 @@ class EngineWorker:
         self._inbox.put(("stop",))
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Asks the thread to stop and waits for it, at most `timeout` seconds."""
+        """Asks the thread to stop, and waits at most `timeout` seconds for the thread to end."""
         self.ask_to_stop()
         self._thread.join(timeout)
 
     def stop_after(self, seconds: float) -> None:
-        """Asks the thread to stop after `seconds`. Until then, the caller must accept no new requests."""
+        """Makes a timer that asks the thread to stop after `seconds`. The caller must accept no new requests from now
+        on."""
         timer = threading.Timer(seconds, self.ask_to_stop)
         timer.daemon = True
         timer.start()
 
     @property
     def free_slots(self) -> int:
-        """The number of slots minus the number of unfinished samples. It is negative if samples are waiting."""
+        """The number of slots minus the number of unfinished samples. The result is negative if samples are waiting."""
         return self.slots - self._unfinished()
 
     @property
     def running(self) -> int:
-        """How many samples are being generated."""
+        """The number of samples that are being generated."""
         return min(self._unfinished(), self.slots)
 
     @property
     def waiting(self) -> int:
-        """How many samples are waiting for a slot."""
+        """The number of samples that are waiting for a slot."""
         return max(0, self._unfinished() - self.slots)
 
     @property
     def cache_use(self) -> float:
-        """Share of the cache that holds tokens, from 0 to 1."""
+        """The share of the cache that holds tokens, from 0 to 1."""
         return self._engine.cached / (self.slots * self._engine.model_cfg.sequence_len)
 
     def _unfinished(self) -> int:
-        """How many samples have been submitted and are not finished."""
+        """Returns the number of samples that have been submitted and are not finished."""
         with self._lock:
             return sum(len(answer.unfinished) for answer in self._open_answers)
 
     def submit(self, *requests: Request) -> Answer:
-        """Queues `requests` and returns their answer at once.
+        """Queues `requests`, and returns their Answer without waiting for events.
 
         Raises Busy if too many samples are waiting, EngineFailure if the engine has failed, and UserError if the engine
-        cannot serve a request. Requests are checked here, since an error in the engine's thread would end the service
-        for everybody.
+        cannot serve a request. Requests are checked before the engine's thread gets them, because an error in that
+        thread would end the service for everybody.
         """
         for request in requests:
             self._engine.check(request)
@@ -205,7 +206,7 @@ class EngineWorker:
         return answer
 
     def cancel(self, answer: Answer, *which: int) -> None:
-        """Ends `answer`. If `which` is given (a request's index, a sample's number), ends only that sample."""
+        """Ends `answer`. If `which` is (a request's index, a sample's number), ends only that sample."""
         with self._lock:
             is_open = answer in self._open_answers
         if is_open:
@@ -215,21 +216,22 @@ class EngineWorker:
     # In the thread
 
     def _run(self) -> None:
-        """Alternates between reading messages and running a step. With nothing to generate, waits for messages."""
+        """Alternately handles messages and runs a step. If there is nothing to generate, waits for a message."""
         try:
             while self._read_inbox():
                 for event in self._engine.step() if self._answers else ():
                     self._handle(event)
                 self._send_outbox()
             self._end_all(EngineFailure(SHUTTING_DOWN))
-        except Exception as error:  # out of device memory, or a bug: the engine's state is lost
+        except Exception as error:  # out of device memory, or a bug; the engine's state is lost
             log.exception("the engine failed")
             self._end_all(EngineFailure(STOPPED_WORKING), failure=error)
 
     def _read_inbox(self) -> bool:
-        """Handles all messages. Returns False after "stop".
+        """Handles all messages. Returns False after the message "stop", otherwise True.
 
-        While the engine is idle, first compiles the programs of `warmup`, then waits for a message.
+        If the engine is idle and there is no message, compiles programs of `warmup`. Once all are compiled, waits for a
+        message.
         """
         while not self._answers or not self._inbox.empty():
             if self._inbox.empty() and self.warming:
@@ -246,10 +248,10 @@ class EngineWorker:
         return True
 
     def _warm_up(self) -> None:
-        """Compiles a few more programs.
+        """Compiles the next few programs of `warmup`.
 
-        If that fails, for example because a program needs too much memory, the warm-up ends but the server goes on.
-        Perhaps no request will ever need that program. If one does, the error appears then.
+        If compiling fails, for example for lack of memory, the warm-up ends but the server goes on. The error occurs
+        again only if a request needs the same program.
         """
         try:
             self.warming = next(self._warmup, None) is not None
@@ -265,7 +267,7 @@ class EngineWorker:
 
     def _cancel(self, answer: Answer, request: int | None = None, sample: int | None = None) -> None:
         for id, i in answer.indices.items():
-            if request in (None, i) and self._answers.get(id) is answer:  # the request may have ended already
+            if request in (None, i) and self._answers.get(id) is answer:  # skips requests that have ended
                 self._engine.cancel(id, sample)
         left = {(i, s) for i, s in answer.unfinished if (i, s) != (request, sample)} if request is not None else set()
         with self._lock:
@@ -274,7 +276,7 @@ class EngineWorker:
             self._end(answer, "cancelled" if request is None else "stop")
 
     def _handle(self, event: Event) -> None:
-        """Counts an event and puts it in the outbox. If it is the answer's last event, ends the answer."""
+        """Counts an event and puts it in the outbox. The last event of an answer ends the answer."""
         answer = self._answers[event.request]
         index = answer.indices[event.request]
         if (index, event.sample) not in answer.unfinished:
@@ -310,7 +312,7 @@ class EngineWorker:
         self._outbox.append((answer, error))
 
     def _log(self, answer: Answer, reason: str) -> None:
-        """Writes one JSON object per request: its prompt, its samples, and why the answer ended."""
+        """Logs one JSON object per request: the prompt, the samples, and why the answer ended."""
         decode = self._engine.tokenizer.decode
         for i, request in enumerate(answer.requests):
             samples = [decode(ids) for (j, _), ids in sorted(answer.logged_ids.items()) if i == j]
@@ -325,7 +327,7 @@ class EngineWorker:
         self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Hands the whole outbox to the event loop in one call, since a call for every event would take longer."""
+        """Hands the whole outbox to the event loop in one call, since one call per event would take longer."""
         outbox, self._outbox = self._outbox, []
 
         def put_all() -> None:
@@ -336,5 +338,5 @@ class EngineWorker:
             assert self._loop is not None, "start() must set the event loop before the thread runs"
             try:
                 self._loop.call_soon_threadsafe(put_all)
-            except RuntimeError:  # the loop is closed: the server has shut down, nobody is listening
+            except RuntimeError:  # the event loop is closed, since the server has shut down
                 log.debug("events came after the end of the event loop")

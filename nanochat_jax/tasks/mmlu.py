@@ -1,4 +1,5 @@
-"""MMLU (Hendrycks et al., 2020): multiple choice over 57 subjects. The train split is MMLU's auxiliary_train."""
+"""MMLU (Hendrycks et al., 2020): multiple-choice questions on 57 subjects. The train split is MMLU's
+auxiliary_train."""
 
 from pathlib import Path
 
@@ -17,7 +18,7 @@ class MMLU(task_data.RowTask):
         if not data_dir:
             self.rows = task_data.hub(REPO, "all", stored)
         elif split == "train" and not task_data.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
-            # auxiliary_train is a collection of multiple-choice data sets, so the two in mc_train can replace it.
+            # auxiliary_train combines multiple-choice data sets, so the two data sets in mc_train/ can replace it.
             self.rows = task_data.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
             print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ instead")
         else:
@@ -25,7 +26,7 @@ class MMLU(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict) -> dict:
-        if "answerKey" in row:  # a row of mc_train, in ARC's format
+        if "answerKey" in row:  # the row is from mc_train/, which has ARC's format
             choices, letters = row["choices"]["text"], row["choices"]["label"]
             return multiple_choice.conversation(row["question"], choices, letters, row["answerKey"])
         letters = "ABCD"[: len(row["choices"])]

@@ -1,9 +1,9 @@
-"""The loop that pretraining, midtraining and finetuning share.
+"""The training loop of pretraining, midtraining and finetuning.
 
-The three stages differ in where their rows come from and in how the learning rate falls (stages.py). The rest is the
-same: the loop fetches a batch, takes a step and logs the previous step, and once in a while it saves and evaluates. It
-logs one step late so that the device never waits for the host. If a batch cannot be read or an evaluation fails, a run
-with a single process saves its state before it ends with the error.
+These three stages differ in where their rows come from and in how the learning rate falls (stages.py). In every stage,
+the loop fetches a batch, dispatches a step and logs the previous step. When due, it saves and evaluates. Each step is
+logged one step late, so that the device never waits for the host. If a batch cannot be read or an evaluation fails, the
+error ends the run; a run with a single process saves its state first.
 """
 
 import enum
@@ -44,39 +44,39 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         log = StepLog(run, stage, interruption)
         control = RunControl(run, evaluations, stage.loader.state(), log.timer, log.flush)
 
-        # This block holds the whole loop, since a step's error surfaces one step late, when its metrics are read.
+        # An error in a step appears one step late, when the metrics are read. So this block holds the whole loop.
         with out_of_memory_in_step(stage.batch_shape.rows):
             data_ended = False
             while True:
                 last = data_ended or control.step == stage.steps
 
-                # Once in a while: save. This comes before evaluating, so that a failed evaluation loses no weights.
+                # Save, if due. Saving comes before evaluating, so that a failed evaluation loses no weights.
                 stop = interruption.stop_signal
                 control.save_if_due(last, stop)
 
-                # After Ctrl-C or SIGTERM: end here, with everything saved.
+                # After Ctrl-C or SIGTERM, the run ends here, with everything saved.
                 if stop:
                     control.exit(stop)
 
-                # Once in a while, and after the last step: evaluate.
+                # Evaluate, if due.
                 control.evaluate_due(last)
                 if last:
                     break
 
                 batch = next_batch(stage.loader, interruption, control)
                 if batch is NoBatch.END:
-                    data_ended = True  # the previous step was the last, so the final save and evaluation are due
+                    data_ended = True  # the previous step was the last: save and evaluate, then end
                     continue
                 if batch is NoBatch.STOP:
                     continue
 
                 # ---------------------------------------------------------------------
-                # One optimizer step, which is dispatched but not waited for.
+                # Dispatch one optimizer step, without waiting for its results.
                 progress = stage.progress(control.step)
                 lr_mult = stage.lr_mult(control.step, progress)
                 waited = log.timer.lap() if log.timed else 0.0
                 arrays = stage.batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
-                if jax.process_count() > 1:  # all processes stop after the same step (interruption.py)
+                if jax.process_count() > 1:  # so that all processes stop after the same step (interruption.py)
                     stop_requested = interruption.received is not None or run.saver.failed
                     arrays["stop"] = sharding.put_flag(run.layout.mesh, stop_requested)
                 lr = run.put_scalar(lr_mult)
@@ -86,14 +86,14 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 # ---------------------------------------------------------------------
 
                 run.saver.raise_if_failed()
-                log.push(control.step, results, lr_mult, waited, progress)  # waits for the previous step, and logs it
+                log.push(control.step, results, lr_mult, waited, progress)  # logs the previous step
             stage.loader.close()
             run.finish(control.step)
             print(f"{cfg.stage}: done, {control.step} steps in {clock(run.totals['seconds'])} (excluding compilation)")
 
 
 class NoBatch(enum.Enum):
-    """Why `next_batch` has no batch to return."""
+    """Why `next_batch` returned no batch."""
 
     END = enum.auto()  # there is no more data
     STOP = enum.auto()  # a stop signal ended the wait for the batch
@@ -102,12 +102,13 @@ class NoBatch(enum.Enum):
 def next_batch(
     loader: dataloader.Loader, interruption: Interruption, control: RunControl
 ) -> dataloader.Batch | NoBatch:  # fmt: skip
-    """Returns the next batch of this process's rows, and sets `control.place` to the position after it.
+    """Returns this process's rows of the next batch, and sets `control.place` to the position in the data after the
+    batch.
 
-    If reading fails, the state is saved before the error ends the run.
+    If reading fails, `control.rescue` is called before the error is raised.
     """
-    # A shard may take long to arrive, so a stop signal ends the wait. With several processes, the wait goes on, since
-    # no process may stop alone.
+    # A shard may take long to arrive, so a stop signal ends the wait. With several processes, a signal does not end
+    # the wait, since no process may stop alone.
     waiting = interruption.raise_while_waiting() if jax.process_count() == 1 else nullcontext()
     try:
         with waiting:
@@ -121,12 +122,12 @@ def next_batch(
     except Exception:
         control.rescue()
         raise
-    control.place = place  # not set if a signal ended the wait, since that batch is not trained on
+    control.place = place  # not set after an interrupted wait, since the batch is then not trained on
     return batch
 
 
 def announce(run: Run, stage: Stage) -> None:
-    """Prints everything that is derived from the settings, before the first step."""
+    """Prints facts that follow from the settings, such as the number of parameters."""
     batch_shape, model_cfg = stage.batch_shape, run.model_cfg
     padding = f", less {batch_shape.padding} empty rows" if batch_shape.padding else ""
     passes = "one pass over the data" if stage.epochs == 1 else f"{stage.epochs} passes over the data"
@@ -152,36 +153,36 @@ def announce(run: Run, stage: Stage) -> None:
 
 
 class DispatchedStep(NamedTuple):
-    """A dispatched step, which is logged once the next one has been dispatched."""
+    """A step that has been dispatched but not yet logged."""
 
     step: int
-    results: StepMetrics  # still on the device: reading one waits for the step
+    results: StepMetrics  # on the device; reading a metric waits for the step
     lr_mult: float
     waited: float  # seconds spent waiting for the batch
-    progress: float  # fraction of the stage that was done before this step
+    progress: float  # the fraction of the stage that was done before this step
     info: dict  # what the loader reports about the batch
 
 
 class StepLog:
-    """Logs each step one step late, prints a line every few seconds, and ends a run whose loss is not finite."""
+    """Logs each step one step late, and prints a line every few seconds. Ends a run whose loss is not finite."""
 
     def __init__(self, run: Run, stage: Stage, interruption: Interruption, print_every: float = 5.0):
         self.run, self.stage, self.interruption, self.print_every = run, stage, interruption, print_every
         self.timer, self.peak = Timer(), devices.peak_flops()
-        self.timed = False  # whether to time steps; false for a process's first step, which includes compilation
+        self.timed = False  # false until the process's first step is done, since that step includes compilation
         self._pending: DispatchedStep | None = None
         self._smooth_loss, self._weight = 0.0, 0.0
         self._since_print = Timer()
         self._steps_timed, self._seconds_timed = 0, 0.0
 
     def push(self, step: int, results: StepMetrics, lr_mult: float, waited: float, progress: float) -> None:
-        """Logs the previous step, and keeps this one until the next has been dispatched."""
+        """Logs the previous step, and stores this step, which the next call will log."""
         info = dict(self.stage.loader.info)
         self.flush()
         self._pending = DispatchedStep(step, results, lr_mult, waited, progress, info)
 
     def flush(self) -> None:
-        """Waits for the step that was pushed last, and logs it."""
+        """Waits for the stored step, if any, and logs it."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -222,7 +223,8 @@ class StepLog:
     ) -> None:
         """Prints one line about a step.
 
-        A learning-rate factor of 1 is left out. Waste and wait are always shown; the wait (for the batch) should be 0.
+        The learning-rate factor is left out if it is 1. "wait" is the time spent waiting for the batch, and should be
+        0.
         """
         step, total, info = done.step, self.stage.steps, done.info
         percent = 100 * (step / total if total else done.progress)
@@ -251,7 +253,7 @@ class StepLog:
 
 
 def _place(info: dict) -> str:
-    """The position of the loader: "epoch 0 shard 112 group 45" in text, "epoch 0.25" in conversations."""
+    """Returns the loader's position: "epoch 0 shard 112 group 45" in text, "epoch 0.25" in conversations."""
     if info.get("shard") is None:
         return f"epoch {info['progress']:.2f}"
     return f"epoch {info['epoch']} shard {info['shard']} group {info['row_group']}"

@@ -1,10 +1,10 @@
-"""A training run: where it is stored, what it starts from, and whether it resumes from where it stopped.
+"""A training run: where it is stored, what it starts from, and whether it resumes.
 
-A run starts in one of four ways, tried in this order:
-1. If the run is finished, a line says so, and nothing else is done.
-2. If the run has an undamaged checkpoint, it resumes exactly from there. Resuming is refused if settings that matter,
-   the data or the parent's weights have changed since then. If the parent no longer exists, the run still resumes.
-3. A new mid, sft or rl run starts from the weights of its parent, a run of another stage.
+A run starts in one of four ways. The first that applies is chosen:
+1. If the run is finished, a line is printed, and nothing else is done.
+2. If the run has an undamaged checkpoint, it resumes exactly from there. Resuming is refused if the data, the parent's
+   weights or settings that matter have changed. If the parent no longer exists, resuming is not refused.
+3. A new mid, sft or rl run starts from the weights of its parent, which is a run of another stage.
 4. A new base run starts from scratch.
 """
 
@@ -34,7 +34,7 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.step import TrainState, execution, make_step
 from nanochat_jax.training.wandb_log import Wandb
 
-# Settings that may change when a run resumes, since they do not change what is computed.
+# Settings that may change when a run resumes, since they do not affect what is computed.
 FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
@@ -45,28 +45,29 @@ FREE = {
 
 MEASURED = ("train", "val", "core")  # kinds of log records; a checkpoint saves the last record of each kind
 
-# Advice to the user if the folder holds a different run from the one asked for.
+# Advice to a user whose settings do not match the run in the folder.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
 
-Parent = tuple[Path, int]  # folder and step of the run that a stage starts from
+Parent = tuple[Path, int]  # (the folder of the run that a stage starts from, the step of its checkpoint)
 LaterStage = config.Mid | config.Sft | config.Rl  # the stages that start from a parent
 
 
 @dataclass(frozen=True)
 class StartPlan:
-    """How a run starts. Process 0 decides this, and broadcasts the fields as JSON."""
+    """How a run starts. Process 0 makes the plan, and broadcasts its fields as JSON."""
 
     tag: str  # name of the run's folder
-    step: int | None  # checkpoint to resume from; None for a fresh start
+    step: int | None  # the step of the checkpoint to resume from; None for a fresh start
     finished: bool  # whether `step` is the last step of a finished run
-    parent_id: str  # identifies the parent's weights by content (`_identify`); "" for base
-    parent_dir: str | None = None  # the parent's folder; None when resuming, and for base
-    parent_step: int | None = None  # the parent's checkpoint
+    parent_id: str  # the parent's weights, as identified by `_identify`; "" for base
+    parent_dir: str | None = None  # the parent's folder; None if the run resumes, and for base
+    parent_step: int | None = None  # the step of the parent's checkpoint
 
     @property
     def parent(self) -> Parent | None:
-        """The folder and step from which a fresh start of a later stage takes its weights."""
+        """The folder and the step of the checkpoint that gives the initial weights; None if the run resumes, and for
+        base."""
         return (Path(self.parent_dir), self.parent_step) if self.parent_dir and self.parent_step is not None else None
 
 
@@ -83,13 +84,13 @@ class Run:
     optimizer: optax.GradientTransformation
     state: TrainState  # weights and optimizer state; every step replaces them
     saver: checkpoint.Saver
-    lock: ExitStack  # holds the lock of the run's folder; empty except in process 0
-    step: int  # optimizer steps done when the run was opened: 0, or the step it resumes from
-    data: dict | None  # position in the data to resume from; None for a fresh start
+    lock: ExitStack  # holds the lock of the run's folder in process 0; empty in other processes
+    step: int  # the step to resume from; 0 for a fresh start
+    data: dict | None  # the position in the data to resume from; None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
-    identity: dict  # saved in every checkpoint: a run resumes only with the same parent, text and tasks
-    metrics: dict  # the last log record of each of the MEASURED kinds
-    wandb: Wandb | None = None  # set in process 0 only, once `begin` has run
+    identity: dict  # saved in every checkpoint; a run resumes only if its parent, text and tasks are unchanged
+    metrics: dict  # the last log record of each kind in MEASURED
+    wandb: Wandb | None = None  # None before `begin`, and in all processes but process 0
 
     @property
     def eval_model(self) -> EvalModel:
@@ -97,8 +98,8 @@ class Run:
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
 
     def begin(self) -> None:
-        """Takes over the folder for this run, and logs the run's start. Call this once the run can no longer be
-        refused."""
+        """Prepares the folder for this run, and logs the run's start. Call this after all checks that may refuse the
+        run."""
         plain = dataclasses.asdict(self.cfg)
         processes.broadcast_from_0(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
@@ -109,11 +110,11 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
-        """Moves aside the files of an earlier run that must not stay in the run's folder.
+        """Moves aside an earlier run's files that must not stay in the folder.
 
-        With --resume=never, the whole old run is moved. Otherwise, every checkpoint after the step to resume from is
-        moved: such a checkpoint is no longer part of this run, and even a damaged one would count among the last few
-        that are kept.
+        With --resume=never, the whole folder is moved. Otherwise, every checkpoint after the step to resume from is
+        moved. Such a checkpoint does not belong to the resumed run, but would count as one of the --keep_last
+        checkpoints, even if damaged.
         """
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
@@ -122,11 +123,12 @@ class Run:
             checkpoint.abandon_after(self.dir, self.step if self.data is not None else -1)
 
     def put_scalar(self, value: float) -> jax.Array:
-        """A number as a float32 on every device of the mesh."""
+        """Returns a number as a float32 array on every device of the mesh."""
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
     def log(self, kind: str, step: int, **fields) -> None:
-        """In process 0, adds a record to log.jsonl, and the record's numbers to wandb."""
+        """In process 0, adds a record to log.jsonl, and the numbers in the record to wandb. Other processes do
+        nothing."""
         if jax.process_index() > 0:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
@@ -138,7 +140,7 @@ class Run:
             self.wandb.log(step, **numbers)
 
     def save(self, step: int, data: dict) -> None:
-        """Starts saving a checkpoint of `step`, with `data` as the position in the data."""
+        """Starts saving the checkpoint of `step`. `data` is the position in the data."""
         meta = checkpoint.model_meta(self.model_cfg) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
             "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": environment.versions(),
@@ -149,7 +151,7 @@ class Run:
         self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name, save_seconds=timer.lap())
 
     def finish(self, step: int) -> None:
-        """Waits until the last checkpoint is complete, then notes in the log that the run is finished."""
+        """Waits until the last checkpoint is complete, then logs that the run is finished."""
         self.saver.wait_all()
         self.log("note", step, text="finished")
         if self.wandb:
@@ -158,10 +160,10 @@ class Run:
 
 @contextmanager
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | None]:
-    """Opens the run that `cfg` describes, and locks its folder; yields None if the run is finished.
+    """Opens the run that `cfg` describes, and locks its folder. Yields None if the run is finished.
 
-    Before `Run.begin`, nothing that an earlier run has saved is touched, so a refused start leaves everything as it
-    was. On exit, waits until this process has written its part of any checkpoint still being saved.
+    Before `Run.begin`, nothing that an earlier run has saved is changed, so a refused start does no harm. On exit,
+    waits until this process has written its part of the last checkpoint.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with processes.fail_together(), ExitStack() as lock:
@@ -208,7 +210,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
 
 
 def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
-    """Decides how the run starts, and takes the lock of its folder."""
+    """Decides how the run starts, and locks its folder."""
     tag = cfg.model_tag or cfg.preset or _default_tag(cfg)
     folder = checkpoint.run_dir(cfg.stage, tag)
     lock.enter_context(checkpoint.exclusive(folder))
@@ -226,8 +228,8 @@ def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
 
 
 def _default_tag(cfg: Train) -> str:
-    """The tag of a run with neither --model_tag nor a preset: d20 for a base run of depth 20, and the parent's tag for
-    the other stages."""
+    """Returns the tag of a run with neither --model_tag nor a preset. For a base run of depth 20, the tag is "d20". A
+    run of another stage gets its parent's tag."""
     if isinstance(cfg, config.Base):
         return f"d{cfg.depth}"
     parent = _find_parent(cfg)
@@ -236,10 +238,10 @@ def _default_tag(cfg: Train) -> str:
 
 
 def _find_parent(cfg: Train) -> Parent | None:
-    """The parent, which is the run that a stage starts from; None for base.
+    """Returns the parent, which is the run that a stage starts from. Returns None for base.
 
-    It is the run named by --model_tag if that exists, else the run named by the preset, else (without a preset) the
-    latest run.
+    If the run named by --model_tag exists, it is the parent. Otherwise, the parent is the run named by the preset or,
+    without a preset, the latest run.
     """
     if not isinstance(cfg, LaterStage):
         return None
@@ -249,7 +251,8 @@ def _find_parent(cfg: Train) -> Parent | None:
 
 
 def _identify(cfg: Train, parent: Parent | None) -> str:
-    """Identifies the parent's weights by content: "base d20 step 21400 0123456789abcdef"; "" without a parent."""
+    """Identifies the parent's weights by a string that ends with a hash: "base d20 step 21400 0123456789abcdef".
+    Returns "" without a parent."""
     if parent is None or not isinstance(cfg, LaterStage):
         return ""
     parent_dir, step = parent
@@ -258,9 +261,10 @@ def _identify(cfg: Train, parent: Parent | None) -> str:
 
 
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
-    """The model's shape and tokenizer, from the run's own checkpoint if it resumes, else from the parent's.
+    """Returns the model's shape and its tokenizer.
 
-    A fresh base run takes its shape from `cfg`, and the tokenizer from the base folder.
+    A run that resumes takes them from its own checkpoint. A new run of a later stage takes them from its parent's
+    checkpoint. A new base run takes the shape from `cfg`, and the tokenizer from the base folder.
     """
     tokenizer_dir = config.base_dir() / "tokenizer"
     if plan.step is not None:
@@ -278,7 +282,7 @@ def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple
 
 
 def _step_to_resume(cfg: Train, folder: Path) -> int | None:
-    """The step to resume from; None for a fresh start."""
+    """Returns the step to resume from, or None for a fresh start."""
     if cfg.resume == "never":
         return None
     if cfg.resume == "auto":
@@ -306,7 +310,7 @@ def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
 def _parent_differs(cfg: Train, parent_id: str) -> bool:
     """Whether a fresh start would now use different weights from those that `parent_id` identifies.
 
-    False if the parent is gone, so that the run can still resume.
+    Returns False if the parent no longer exists, so that the run can resume.
     """
     try:
         return _identify(cfg, _find_parent(cfg)) != parent_id
@@ -315,10 +319,10 @@ def _parent_differs(cfg: Train, parent_id: str) -> bool:
 
 
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:
-    """The settings that matter and have changed since the run was saved, as "matrix_lr: 0.02, now 0.03".
+    """Returns the settings that matter and have changed since the run was saved, such as "matrix_lr: 0.02, now 0.03".
 
-    If a setting did not exist yet when the run was saved, its default is taken as the saved value. Saved settings that
-    no longer exist are ignored, and a printed line lists them.
+    If a setting did not exist when the run was saved, its default is taken as the saved value. Saved settings that no
+    longer exist are ignored; a printed line lists them.
     """
     now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
     if gone := sorted(saved.keys() - now.keys()):
@@ -336,8 +340,8 @@ def _initial_state(
     cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout, folder: Path,
     plan: StartPlan,
 ) -> tuple[TrainState, dict | None, dict]:  # fmt: skip
-    """Makes (state, position in the data or None, totals). The state is restored from the run's checkpoint, or newly
-    made with the parent's weights or from scratch."""
+    """Returns (state, position in the data or None, totals). If the run resumes, the state comes from its checkpoint.
+    Otherwise, the state is new, with the parent's weights or with random weights."""
 
     def fresh() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
@@ -366,26 +370,29 @@ def _initial_state(
 
 
 def step_of(run: Run) -> jax.stages.Wrapped:
-    """The jitted step of a run (see `make_step`), not yet compiled."""
+    """Returns the jitted step of a run (see `make_step`). The step is not yet compiled."""
     return make_step(run.model_cfg, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
 
 
 def no_implicit_transfers() -> AbstractContextManager[None]:
-    """Wraps a step, so that an argument on the host or on the wrong devices raises an error instead of being copied."""
+    """In this context, an argument of a step that is on the host or on the wrong devices raises an error. Without the
+    context, JAX would copy the argument."""
     return jax.transfer_guard("disallow")
 
 
 def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
-    """Wraps steps with `rows` rows at once on each device, so that running out of memory raises a UserError with
-    advice."""
+    """In this context, running out of memory raises a UserError with advice. `rows` is the number of rows that each
+    device processes at once."""
     fewer_rows = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
     return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
 
 
 def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
-    """Peak memory in bytes of the compiled step on one device, with `rows` rows at once on each device.
+    """Returns the peak memory of the compiled step on one device, in bytes. `rows` is the number of rows that each
+    device processes at once.
 
-    The arguments are described just as the loop passes them, so that the loop's step comes from the compilation cache.
+    The step is compiled for exactly the arguments that the loop passes, so that the loop finds it in the compilation
+    cache.
     """
     mesh = run.layout.mesh
     shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)

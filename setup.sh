@@ -76,5 +76,9 @@ build_environment() {
     echo "$source $wanted" > .venv/.made
 }
 
+for extra in "$@"; do
+    grep -q "^$extra = \[" pyproject.toml || fail "unknown extra $extra: use it as source setup.sh EXTRA ...," \
+        "with the extras of pyproject.toml, such as serve, report or dev"
+done
 make_environment "$@"
 PATH="$PWD/.venv/bin:$PATH"

@@ -1,11 +1,11 @@
-"""Writes report.md from the files of the runs: what was run, on what, how long it took and how good the result is.
+"""Writes report.md from the runs' files: what was run, on what machine, how long it took and how good the result is.
 
     python -m nanochat_jax.report reset       record the start time and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
-The report covers the most recently saved run of each stage. With --model_tag=TAG, both commands refer to the runs of
-that name and use the folder report/TAG, so each name has its own start time. A stage without a run gets no section.
-Plots are PNG files beside the report in the base folder; without matplotlib they are skipped.
+The report covers the most recently saved run of each stage. With --model_tag=TAG, `reset` and `generate` refer to the
+runs called TAG and use the folder report/TAG, so each tag has its own start time. A stage without a run gets no
+section. Plots are PNG files in the folder of report/report.md; without matplotlib, they are skipped.
 """
 
 import dataclasses
@@ -36,31 +36,30 @@ NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
 
 @dataclass
 class Run:
-    """A run of a stage, as read from its folder."""
+    """A run of a stage, as read from the run's folder."""
 
     stage: str
     tag: str
     folder: Path
     records: list[dict]
     settings: dict
-    step: int | None  # step of the last checkpoint; None if there is none
-    meta: dict  # metadata of the last checkpoint; {} if there is none
+    step: int | None  # step of the last checkpoint; None without a checkpoint
+    meta: dict  # metadata of the last checkpoint; {} without a checkpoint
 
     def of(self, kind: str) -> list[dict]:
-        """The records of one kind, sorted by step."""
+        """Returns the records of one kind, sorted by step."""
         return sorted((r for r in self.records if r["kind"] == kind), key=lambda r: r["step"])
 
     def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
-        """The steps at which a number was logged, and its value at each step."""
+        """Returns the steps at which the number `name` was logged, and the values of the number at these steps."""
         points = [(r["step"], r[name]) for r in self.of(kind) if isinstance(r.get(name), int | float)]
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """For each task, its most reliable record on the test split.
+        """Returns each task's most reliable record on the test split.
 
-        These criteria decide, in order: the last checkpoint before earlier checkpoints, greedy answers before sampled
-        answers, more problems before fewer problems, later records before earlier records. Scores on other splits are
-        not results.
+        Records are ranked by these criteria, in this order: being from the last checkpoint, having greedy answers, the
+        number of problems, the time. Records on other splits are left out.
         """
 
         def rank(record: dict) -> tuple:
@@ -75,9 +74,9 @@ class Run:
         return best
 
     def unusual(self, record: dict) -> str:
-        """Names what is unusual about a score, like "step 30, temperature 0.8".
+        """Returns what is unusual about a score, such as "step 30, temperature 0.8".
 
-        Returns "" for greedy answers of the last checkpoint.
+        Returns "" if the score is for greedy answers of the last checkpoint.
         """
         step, temperature, samples = record["step"], record.get("temperature"), record.get("num_samples") or 1
         notes = [f"step {step:,}"] if self.step is not None and step != self.step else []
@@ -87,12 +86,12 @@ class Run:
 
     @property
     def began(self) -> float:
-        """Time of the first record; 0.0 if none has a time."""
+        """The time of the first record, or 0.0 if no record has a time."""
         return min((r["time"] for r in self.records if r.get("time")), default=0.0)
 
     @property
     def ended(self) -> float:
-        """Time at which training finished; if it has not, the time of the last record that is not an evaluation."""
+        """The time at which training finished or, if it did not, the time of the last record that is no evaluation."""
         timed = [r for r in self.records if r.get("time")]
         finished = [r["time"] for r in timed if r["kind"] == "note" and r.get("text") == "finished"]
         return max(finished or [r["time"] for r in timed if r["kind"] != "eval"] or [self.began])
@@ -103,7 +102,10 @@ class Run:
 
 
 def find_run(stage: str, tag: str = "") -> Run | None:
-    """Finds the stage's run called `tag`, or its most recently saved run if `tag` is empty. None if there is none."""
+    """Returns the stage's run called `tag`, or the stage's most recently saved run if `tag` is empty.
+
+    Returns None if there is no such run.
+    """
     root = base_dir() / f"{stage}_checkpoints"
     folders = [p.parent for p in root.glob(f"*/{run_log.LOG}") if not p.parent.name.startswith(".")]
     folders = [p for p in folders if not tag or p.name == tag]
@@ -127,7 +129,7 @@ def find_run(stage: str, tag: str = "") -> Run | None:
 
 
 def reset(tag: str = "") -> Path:
-    """Records the machine, and the current time as the start of the runs called `tag`. Returns the file written."""
+    """Records the machine and the start time (now) of the runs called `tag`. Returns the path of start.json."""
     path = _folder(tag) / "start.json"
     start = {"time": round(time.time(), 3), "environment": environment.describe()}
     write_text(path, json.dumps(start, indent=1) + "\n")
@@ -135,14 +137,14 @@ def reset(tag: str = "") -> Path:
 
 
 def _start(folder: Path, runs: dict[str, Run]) -> dict:
-    """What `reset` recorded for these runs; {} if there was no reset before their first record."""
+    """Returns what `reset` recorded in `folder`, or {} if there was no reset before the first record of `runs`."""
     start = read_json(folder / "start.json")
     first = min((run.began for run in runs.values() if run.began), default=math.inf)
     return start if start.get("time", 0.0) <= first else {}
 
 
 def _folder(tag: str) -> Path:
-    """The folder that holds report.md and start.json for the runs called `tag`."""
+    """Returns the folder of report.md and start.json for the runs called `tag`."""
     return base_dir() / "report" / tag
 
 
@@ -170,7 +172,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
     write_text(folder / "report.md", text)
-    # The copy shows the same plot files, so their paths are made relative to the copy's folder.
+    # The copy shows the plots in `folder`, so the paths of the plots are made relative to the copy's folder.
     for plot in plots.values():
         relative = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
         text = text.replace(f"]({plot})", f"]({relative})")
@@ -189,7 +191,7 @@ def _header(start: dict) -> str:
 
 def _summary(runs: dict[str, Run], start: dict) -> str:
     scores = {stage: run.scores() for stage, run in runs.items()}
-    # Chat tasks that are not in METRICS get rows at the end. The tasks of CORE have a table in the run's section.
+    # Chat tasks that are not in METRICS get rows at the end. CORE's tasks get no rows: the run's section lists them.
     others = {t for s in scores.values() for t, r in s.items() if r.get("suite") == "chat" and t not in METRICS}
     header = [f"{s.upper()} ({runs[s].tag})" if s in runs else s.upper() for s in STAGES]
     rows = [["bits per byte", *(_bpb(runs[s]) if s in runs else "-" for s in STAGES)]]
@@ -228,7 +230,7 @@ def _in_parentheses(text: str) -> str:
 
 
 def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
-    """Seconds from the start to the end of all stages, and to the end of the stages before reinforcement learning.
+    """Returns the seconds from the start to the end of all stages, with and without reinforcement learning.
 
     The end of a stage is the end of its training plus the seconds that later evaluations took. Idle time between
     training and an evaluation is not counted.
@@ -240,9 +242,9 @@ def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
 
 
 def _evaluation_seconds(run: Run) -> float:
-    """The seconds that evaluations took after training. Only evaluations whose scores are shown count.
+    """Returns the seconds that evaluations took after training. Only evaluations whose scores are shown count.
 
-    CORE and ChatCORE are left out, since their tasks are counted already.
+    CORE and ChatCORE are left out, since each of their tasks is counted.
     """
     shown = [r for task, r in run.scores().items() if task not in ("CORE", "ChatCORE")]
     return sum(r.get("seconds") or 0 for r in shown if (r.get("time") or 0) > run.ended)
@@ -342,7 +344,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def _settings(run: Run) -> dict:
-    """The settings that characterize a run: the important ones, and all that differ from their defaults."""
+    """Returns the settings to show for a run: those in ALWAYS_SHOWN, and all that differ from their defaults."""
     defaults = dataclasses.asdict(config.TRAINING[run.stage]())
     return {
         name: value
@@ -352,7 +354,7 @@ def _settings(run: Run) -> dict:
 
 
 def _show(value: Any) -> str:
-    """A value as a person would write it: 12345 -> "12,345", 0.30000001 -> "0.3"."""
+    """Formats a value as a person would write it: 12345 -> "12,345", 0.30000001 -> "0.3"."""
     if value is None:
         return "-"
     if isinstance(value, dict):
@@ -363,12 +365,12 @@ def _show(value: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """A model's text as inline code that cannot break out of its line."""
+    """Formats a model's text as inline code on a single line."""
     return "`" + repr(text)[1:-1].replace("`", "'") + "`"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table. The first column is left-aligned, and the other columns are right-aligned."""
+    """Formats a Markdown table. The first column is left-aligned, and the other columns are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
@@ -378,7 +380,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def smooth(values: list[float], factor: float = 0.9) -> list[float]:
-    """Exponential moving average with bias correction, so that the first average equals the first value."""
+    """Returns exponential moving averages of `values`. By bias correction, the first average is the first value."""
     result, average, weight = [], 0.0, 0.0
     for value in values:
         average, weight = factor * average + (1 - factor) * value, factor * weight + (1 - factor)
@@ -387,7 +389,7 @@ def smooth(values: list[float], factor: float = 0.9) -> list[float]:
 
 
 def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
-    """Draws each stage's curves. Returns {stage: file name in `folder`}, and a remark if matplotlib is missing."""
+    """Draws each stage's curves. Returns {stage: file name in `folder`}, and a remark if there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -402,7 +404,7 @@ def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
 
 
 def _plot(run: Run, path: Path) -> None:
-    """Plots training on the left and validation on the right, since they measure different quantities."""
+    """Draws two plots, training on the left and validation on the right, since their quantities differ."""
     import matplotlib.pyplot as plt
 
     steps, losses = run.series("train", "reward" if run.stage == "rl" else "loss")

@@ -1,9 +1,9 @@
-"""Shows what this machine has, whether everything is in place, and how long pretraining with a preset would take.
+"""Shows what this machine has, what is missing, and how long pretraining with a preset would take.
 
     python -m scripts.doctor
     python -m scripts.doctor --config=d20 --mesh=node=2,data=8
 
-This takes seconds: it trains nothing, and uses GPU memory only to try the attention kernel.
+The command takes only seconds: it trains nothing, and uses GPU memory only to try the attention kernel.
 """
 
 import math
@@ -45,12 +45,12 @@ def main(cfg: config.Doctor) -> None:
 
 
 def line(name: str, value: str) -> None:
-    """Prints a name and its value, aligned with the values in other lines."""
+    """Prints a name and its value in two aligned columns."""
     print(f"{name + ':':<18}{value}", flush=True)
 
 
 def free_disk() -> str:
-    """Free space on the disk that holds the base folder."""
+    """Returns the free space on the disk that holds the base folder."""
     import shutil
 
     return f"{shutil.disk_usage(config.base_dir()).free / GIB:,.0f} GiB in {config.base_dir()}"
@@ -68,7 +68,7 @@ def rust_tokenizer() -> str:
 
 
 def hub() -> str:
-    """Whether the Hugging Face hub, at the address in huggingface_hub's settings, answers within three seconds."""
+    """Says whether the Hugging Face hub answers within three seconds. huggingface_hub's settings give the address."""
     import http.client
     import time
     import urllib.error
@@ -84,13 +84,13 @@ def hub() -> str:
             pass
     except urllib.error.HTTPError as error:
         return f"{constants.ENDPOINT} answers with an error ({error.code} {error.reason})"
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: the endpoint is not an address
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError if the endpoint is not an address
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): use local text and tasks"
     return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
 
 
 def device_memory() -> str:
-    """The memory of each device, and how much memory of the first device is in use."""
+    """Returns the size of each device's memory, and how much memory of the first device is in use."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -100,7 +100,7 @@ def device_memory() -> str:
 
 
 def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtype: "DTypeLike") -> None:
-    """Prints how much of the model one device holds, and how long pretraining would take."""
+    """Prints the memory for weights and optimizer state on one device, and how long pretraining would take."""
     import jax
 
     from nanochat_jax.model import gpt
@@ -127,12 +127,12 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     def fit(rows: int) -> int:
         """Estimates how many rows fit in memory, ignoring the savings of --shard and --remat.
 
-        Training measures the memory instead.
+        Training measures the memory instead of estimating it.
         """
         try:
             return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
         except UserError as error:
-            # Print the error without the advice after its colon, which the user may already have followed.
+            # The error's advice, after the colon, is left out: the user may already have followed it.
             line("Memory", f"rough estimate: {str(error).partition(':')[0]}, before the savings of --shard and --remat")
             return 1
 

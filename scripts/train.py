@@ -26,7 +26,7 @@ def main(cfg: config.Train) -> None:
 
 
 def chosen_stage() -> type[config.Train]:
-    """Removes --stage from the command line and returns the settings class of that stage."""
+    """Removes --stage from the command line and returns the settings class of the stage that it named."""
     for i, arg in enumerate(sys.argv[1:], start=1):
         name, eq, value = arg.partition("=")
         if name == "--stage":

@@ -1,9 +1,9 @@
 """Decides what the engine runs next: which prompts are prefilled, which slots their samples get, and what is decoded.
 
 - continuous batching: a sample takes a slot as soon as one is free, while the sequences in other slots go on decoding.
-- batched prefill: short prompts of similar length are prefilled together if they wait at the same time.
+- batched prefill: short prompts of similar length that wait at the same time are prefilled together.
 - chunked prefill: a long prompt is computed one chunk per step, and the running sequences decode in between.
-- prefix caching: a prompt starts from a copy of a cache row that begins with the same tokens, if this saves work.
+- prefix caching: if it saves work, a prompt starts from a copy of a cache row with the prompt's first tokens.
 
 All of this is host code on lists of token ids; nothing here touches a device.
 """
@@ -16,28 +16,28 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.request import Request
 from nanochat_jax.engine.slots import Prompt, Sequence, Slots, common_prefix_length
 
-PREFILL_ROWS = 4  # prompts in a full batch; prompts of similar length are prefilled together
-# The most tokens in a full batch, padding included. Prompts too long for a full batch are prefilled one by one, since
-# each fills the device by itself.
+PREFILL_ROWS = 4  # the number of prompts in a full batch
+# A full batch has at most this many tokens, padding included. Prompts that are too long for a full batch are
+# prefilled one by one, since each of them alone keeps the device busy.
 PREFILL_TOKENS = 2048
-PREFILL_CHUNK = 512  # tokens per chunk; a longer prompt is prefilled in several chunks
-LAST_CHUNK = 64  # tokens in the last chunk, if at most this many are left; a chat's next turn is often this short
-SMALLEST_PROMPT = 32  # tokens; the smallest bucket of prompt lengths
+PREFILL_CHUNK = 512  # tokens in a chunk; a prompt with more tokens is prefilled in several chunks
+LAST_CHUNK = 64  # width of the last chunk if at most 64 tokens are left; a chat's next turn is often so short
+SMALLEST_PROMPT = 32  # shorter prompts are padded to this many tokens
 
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """Whole prompts to prefill together. Row i holds prompts[i], padded to `size` tokens; other rows are padding."""
+    """Whole prompts to prefill together. Row i holds prompts[i], padded to `size` tokens; further rows are padding."""
 
     prompts: list[Prompt]
     rows: int
     size: int
-    score: bool  # whether the log-probabilities of the prompts' tokens are wanted
+    score: bool  # whether to return the log-probabilities of the prompts' tokens
 
 
 @dataclass(frozen=True)
 class NewRow:
-    """The row of `size` positions that a chunked prefill fills: a copy of a slot's cache row, or an empty one."""
+    """A row of `size` positions, to be filled by a chunked prefill: a copy of a slot's cache row, or an empty row."""
 
     size: int
     copied_slot: int | None
@@ -45,23 +45,23 @@ class NewRow:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """The next tokens of one prompt, padded to `width` tokens. They fill the prompt's row from position `start` on."""
+    """One chunk of a prompt's tokens, padded to `width` tokens. It fills the prompt's row from position `start` on."""
 
     ids: list[int]
     start: int
     width: int
-    new_row: NewRow | None  # the row to create before a prompt's first chunk; None for its later chunks
+    new_row: NewRow | None  # the row to create before a prompt's first chunk is computed; None for later chunks
 
 
 @dataclass
 class Prefill:
-    """Prompts that are being prefilled, or that are prefilled but still have samples waiting for slots.
+    """Prompts that are being prefilled, or that have been prefilled but still have samples waiting for slots.
 
-    The row of prompts[i] is row i.
+    Row i holds prompts[i].
     """
 
     prompts: list[Prompt]
-    size: int  # positions of each row
+    size: int  # positions in each row
     computed: int  # tokens computed in each row, padding included
 
     @property
@@ -76,11 +76,11 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What one step runs, in this order: a prefill, then either first tokens or a chunk of decoding."""
+    """What one step runs, in this order: a prefill, then either the first tokens of samples or a chunk of decoding."""
 
     prefill: PrefillBatch | PrefillChunk | None
     sequences: dict[int, Sequence]  # slot -> sequence that gets tokens in this step
-    first_tokens: dict[int, int]  # slot -> the prefilled row that gives its first token; if empty, a chunk is decoded
+    first_tokens: dict[int, int]  # slot -> prefilled row for the slot's first token; empty if this step decodes a chunk
     scored: list[Prompt]  # prompts that asked only for scores, not for new tokens
     lengths: list[int]  # number of tokens in each slot's row; decoding must not overwrite the tokens of free slots
     cache_size: int  # positions in each row of the cache
@@ -93,8 +93,8 @@ class Schedule:
 class Scheduler:
     """Holds the slots and the queue of prompts, for a model with a context of `context` tokens.
 
-    A step decodes at most `chunk` tokens for each slot; `stop_ids` are the stop tokens of requests that do not name
-    their own.
+    A step decodes at most `chunk` tokens for each slot. `stop_ids` are the stop tokens of every request whose own
+    `stop_ids` is None.
     """
 
     def __init__(self, slots: int, context: int, chunk: int, stop_ids: tuple[int, ...]):
@@ -128,7 +128,7 @@ class Scheduler:
             self._drop_finished_prefill()
 
     def abandon(self, schedule: Schedule) -> None:
-        """Cleans up after a failed step: drops the prefill, and frees the slots whose rows may lack the prompt."""
+        """Cleans up after a failed step: drops the prefill, and frees the slots that were to get their first token."""
         for slot in schedule.first_tokens:
             self.slots.discard(slot)
         self.prefill = None
@@ -162,20 +162,23 @@ class Scheduler:
     # Prefill
 
     def _next_prefill(self, free: int) -> PrefillBatch | PrefillChunk | None:
-        """The next prefill, of at most `free` prompts; None if samples of the previous prefill have yet to start."""
+        """Returns the next prefill, of at most `free` prompts.
+
+        Returns None if samples of the previous prefill have yet to start.
+        """
         if self.prefill:
             return None if self.prefill.complete else self._next_chunk(self.prefill)
         return self._start_chunked_prefill() or self._start_batched_prefill(free)
 
     def _start_chunked_prefill(self) -> PrefillChunk | None:
-        """The first chunk of the first prompt in the queue; None if that prompt is better prefilled whole.
+        """Returns the first chunk of the first prompt in the queue, or None if that prompt should be prefilled whole.
 
-        If prefix caching saves work, the prompt's row starts as a copy of a cache row that begins with the same tokens.
-        Otherwise, the row of a long prompt starts empty.
+        If prefix caching saves work, the prompt's row starts as a copy of the cache row that has the longest prefix in
+        common with the prompt. Otherwise, the row of a long prompt starts empty.
         """
         prompt = self.queue[0]
         ids, length = prompt.request.ids, self._bucket(prompt)
-        if prompt.request.score:  # scoring needs the logits after every token
+        if prompt.request.score:  # a score needs the logits after every token, so the prompt is prefilled whole
             return None
         # The prompt's last token is always computed, since the logits after it are needed.
         slot, shared = self.slots.longest_prefix(ids[:-1])
@@ -191,18 +194,18 @@ class Scheduler:
         return self._next_chunk(self.prefill, row)
 
     def _next_chunk(self, prefill: Prefill, new_row: NewRow | None = None) -> PrefillChunk:
-        """The next chunk of `prefill`, which has a single prompt."""
+        """Returns the next chunk of `prefill`, which has a single prompt."""
         ids = prefill.prompts[0].request.ids
         width = min(prefill.size, _chunk_width(len(ids) - prefill.computed))
-        start = min(prefill.computed, prefill.size - width)  # the last chunk may overlap the one before it
+        start = min(prefill.computed, prefill.size - width)  # the last chunk may overlap the chunk before it
         prefill.computed = start + width
         return PrefillChunk(list(ids[start : start + width]), start, width, new_row)
 
     def _start_batched_prefill(self, free: int) -> PrefillBatch:
-        """Prefills the first prompt of the queue, with others of the same length bucket if they nearly fill a batch.
+        """Prefills the first prompt of the queue, in a batch with others of its length bucket if enough are waiting.
 
-        A prompt that could start from a copy of the first prompt's cache row waits for that row instead. There are only
-        two batch sizes, one prompt and a full batch, since each size is compiled for every length bucket.
+        A prompt that could start from a copy of the first prompt's cache row is left out, since it waits for that row.
+        A batch has either one row or PREFILL_ROWS rows, since each number of rows is compiled for every length bucket.
         """
         first = self.queue[0]
         length, score = self._bucket(first), first.request.score
@@ -223,7 +226,7 @@ class Scheduler:
         return PrefillBatch(prompts, PREFILL_ROWS if together else 1, length, score)
 
     def _bucket(self, prompt: Prompt) -> int:
-        """The number of tokens that a prompt is padded to."""
+        """Returns the number of tokens that a prompt is padded to."""
         return kv.bucket(len(prompt.request.ids), self.context, SMALLEST_PROMPT)
 
     def _drop_finished_prefill(self) -> None:
@@ -237,7 +240,7 @@ class Scheduler:
     def _start_samples(
         self, free: list[int], prefilled: Prefill, prefill: PrefillBatch | PrefillChunk | None
     ) -> Schedule:
-        """Starts as many samples of the prefilled prompts as there are free slots."""
+        """Starts samples of the prefilled prompts, one in each free slot, until no such sample is left."""
         scored = [prompt for prompt in prefilled.prompts if prompt.left and prompt.request.max_tokens == 0]
         for prompt in scored:
             prompt.started = prompt.request.n
@@ -252,7 +255,7 @@ class Scheduler:
         return self._schedule(prefill, sequences, first_tokens, scored)
 
     def _start_sample(self, prompt: Prompt) -> Sequence:
-        """The next sample of a prompt, before its first token."""
+        """Returns the sequence of a prompt's next sample, which has no new tokens yet."""
         request = prompt.request
         stop_ids = self.stop_ids if request.stop_ids is None else tuple(request.stop_ids)
         # The last token of an answer need not fit into the context, since nothing is computed from it.
@@ -261,26 +264,26 @@ class Scheduler:
         return Sequence(prompt, prompt.started - 1, stop_ids, list(request.ids), left)
 
     def _fit_cache(self, at_least: int = 0) -> None:
-        """Chooses the smallest cache in which all running sequences will still fit after the next chunk of decoding."""
+        """Chooses the smallest cache size with room for all running sequences and the next chunk of each."""
         needed = [sequence.length + min(self.chunk, sequence.left) for sequence in self.slots.running().values()]
         self.cache_size = kv.bucket(max(at_least, *needed), self.context)
         self.slots.truncate(self.cache_size)
 
 
 def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
-    """Whether a cached prefix of `shared` tokens saves work for a prompt of `tokens` tokens in the bucket `length`.
+    """Returns whether a cached prefix of `shared` tokens saves work for a prompt of `tokens` tokens.
 
-    True if 1000 of 1010 tokens are cached, False if only 10 of them are.
+    `length` is the prompt's length with padding. Example: True if 1000 of 1010 tokens are cached, False if only 10 are.
     """
 
-    def work(tokens: int) -> int:  # tokens to compute, including the padding of chunks
+    def work(tokens: int) -> int:  # the number of tokens to compute, padding included
         whole, rest = divmod(tokens, PREFILL_CHUNK)
         return whole * PREFILL_CHUNK + (_chunk_width(rest) if rest else 0)
 
-    # Any two chats share their first few tokens, but sharing less than half a prompt would gain little.
+    # Any two chats share their first few tokens, but a prefix of less than half a prompt would gain little.
     return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
 
 
 def _chunk_width(tokens: int) -> int:
-    """How many tokens the next chunk computes, with padding, if `tokens` tokens are left: 700 -> 512, 64 -> 64."""
+    """Returns the width of the next chunk if `tokens` tokens are left to compute: 700 -> 512, 64 -> 64."""
     return LAST_CHUNK if tokens <= LAST_CHUNK else PREFILL_CHUNK

@@ -1,4 +1,4 @@
-"""The form in which evaluations take a model. Used by all three evaluation commands and by training."""
+"""Defines `EvalModel`, the form in which training and the three evaluation commands hold a model to evaluate."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from nanochat_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A model that can be evaluated: just loaded from a checkpoint, or in the middle of its training."""
+    """A model to evaluate: either loaded from a checkpoint, or still in training."""
 
-    params: gpt.Params  # on one device, replicated on several, or sharded as in training
+    params: gpt.Params  # on one device, replicated on several devices, or sharded as in training
     model_cfg: GPTConfig
     tokenizer: Tokenizer
     dtype: DTypeLike = jnp.float32  # dtype in which the model computes

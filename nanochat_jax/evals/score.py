@@ -1,6 +1,6 @@
-"""The result of an evaluation: a score, its standard error, and how far the score is above guessing.
+"""Defines the result of an evaluation: a score, its standard error, and how far the score is above guessing.
 
-Used by training, and by scripts.base_eval, scripts.chat_eval and scripts.base_loss, which log the score.
+Used in training and by scripts.base_eval, scripts.chat_eval and scripts.base_loss. These three commands log the score.
 """
 
 import math
@@ -13,7 +13,7 @@ from nanochat_jax.checkpoint import TrainedModel
 
 @dataclass(frozen=True)
 class Score:
-    """The share of a task's `n` problems that were answered correctly, 0 to 1; `baseline` is the score of guessing."""
+    """The share (0 to 1) of a task's `n` problems that were answered correctly. Guessing would score `baseline`."""
 
     task: str
     score: float
@@ -34,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score that is not a share of correct answers: a mean over tasks (CORE, ChatCORE), or bits per byte.
+    """A score other than a share of correct answers: a mean over tasks (CORE, ChatCORE), or bits per byte.
 
     `n` counts problems or tokens. `stderr` and `baseline` are None where they have no meaning.
     """
@@ -48,7 +48,7 @@ class Metric:
 
 
 def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details: object) -> None:
-    """Appends a score to the log of the run that was evaluated.
+    """Appends a score to the log of the run that `model` comes from.
 
     suite: "core", "chat" or "bpb". details: further fields of the record, such as the split and the settings.
     """
@@ -69,10 +69,10 @@ def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details:
 
 
 def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
-    """The mean of the centered scores, in which every task has equal weight, and the standard error of this mean.
+    """Returns the mean of the centered scores, with equal weight for every task, and the standard error of this mean.
 
-    The standard error covers only the random choice of problems. It does not cover the difference between two training
-    runs, which is larger: about 0.01 in the CORE of a d20.
+    The standard error covers only the random choice of problems. It does not cover the variation between training runs.
+    That variation is larger: about 0.01 in the CORE of a d20 model.
     """
     variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
     return sum(score.centered for score in scores) / len(scores), math.sqrt(variance) / len(scores)

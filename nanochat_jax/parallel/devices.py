@@ -1,4 +1,4 @@
-"""Starts JAX on the devices, chooses the precision, explains memory errors, and knows peak FLOP/s and bandwidth."""
+"""Starts JAX, chooses the precision, explains memory errors, and knows the devices' peak FLOP/s and bandwidth."""
 
 import contextlib
 import os
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
 
-if TYPE_CHECKING:  # only for types: importing JAX takes seconds, and `start` must configure it before its first use
+if TYPE_CHECKING:  # for type checkers: importing JAX takes seconds, and `start` must configure JAX before any use
     from jax.typing import DTypeLike
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets. No MFU is reported for devices not listed.
+# Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. Other devices have no reported MFU.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "GB200": 2500e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
-# Memory bandwidth of one device in bytes/s, from the same data sheets.
+# Memory bandwidth of one device in bytes/s, from the vendors' data sheets.
 PEAK_BANDWIDTH = {
     "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "H200": 4.8e12, "GH200": 4.0e12, "B200": 8e12,
     "GB200": 8e12, "A100-SXM4-80GB": 2.039e12, "A100 80GB": 1.935e12, "A100": 1.555e12, "L40S": 864e9, "L4": 300e9,
@@ -46,7 +46,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     processes.join(coordinator, num_processes, process_id)
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # AssertionError if this build of JAX lacks the platform
+    except (RuntimeError, AssertionError) as error:  # an AssertionError means that this build of JAX lacks the platform
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"
         raise UserError(f"--device_type={device_type}: {reason}") from None
     if jax.process_index() > 0:
@@ -57,7 +57,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 def out_of_memory_explained(what: str, advice: str) -> Generator[None]:
     """Turns an out-of-memory error of JAX into a one-line UserError that says what needed the memory and what to try.
 
-    Example: ("a step", "try --remat=full") -> "out of memory for a step: try --remat=full".
+    Example: what="a step", advice="try --remat=full" give "out of memory for a step: try --remat=full".
     """
     import jax
 
@@ -70,7 +70,7 @@ def out_of_memory_explained(what: str, advice: str) -> Generator[None]:
 
 
 def describe() -> str:
-    """The devices of the run in a few words: "8 x NVIDIA H100 80GB HBM3 (gpu), jax 0.10.2"."""
+    """Returns a description of the run's devices, such as "8 x NVIDIA H100 80GB HBM3 (gpu), jax 0.10.2"."""
     import jax
 
     devices = jax.devices()
@@ -79,10 +79,10 @@ def describe() -> str:
 
 
 def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConfig | None = None) -> "DTypeLike":
-    """Chooses the dtype of matmul operands and, given `model_cfg`, the kernel of `causal_attention`; prints both.
+    """Chooses the dtype of matmul operands and, if `model_cfg` is given, the kernel of `causal_attention`.
 
-    For decoding, leave out `model_cfg`: decoding has its own attention function. The printed line gives the reasons for
-    both choices.
+    Prints each choice with its reason, and returns the dtype. For decoding, leave out `model_cfg`: decoding has its own
+    attention function.
     """
     import jax
     import jax.numpy as jnp
@@ -107,7 +107,7 @@ def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConf
 
 
 def peak_flops() -> float | None:
-    """Peak bf16 FLOP/s of all devices together; None if unknown."""
+    """Returns the peak bf16 FLOP/s of all devices together, or None if unknown."""
     import jax
 
     one_device = _for_this_device(PEAK_FLOPS)
@@ -115,20 +115,20 @@ def peak_flops() -> float | None:
 
 
 def expected_seconds(flops: float) -> float | None:
-    """How many seconds `flops` operations take at half of the devices' peak FLOP/s; None if the peak is unknown."""
+    """Returns the seconds that `flops` operations take at half of the peak FLOP/s, or None if the peak is unknown."""
     peak = peak_flops()
     return None if peak is None else flops / (0.5 * peak)
 
 
 def peak_bandwidth() -> float | None:
-    """Peak memory bandwidth of one device in bytes/s; None if unknown."""
+    """Returns the peak memory bandwidth of one device in bytes/s, or None if unknown."""
     return _for_this_device(PEAK_BANDWIDTH)
 
 
 def _for_this_device(figures: dict[str, float]) -> float | None:
-    """Looks up the figure for the longest key that the device's name contains; None if it contains no key.
+    """Returns the figure for the longest key that the device's name contains, or None if the name contains no key.
 
-    A key must occur as whole words, so that an L40 is not taken for an L4.
+    The name must contain the key as whole words, so that an L40 is not taken for an L4.
     """
     import jax
 

@@ -1,11 +1,12 @@
 """The mesh of devices, and where parameters, gradients and optimizer state lie on it.
 
-The mesh has three axes. `node` and `data` split a batch's rows. `data` also shards the optimizer state and, with
---shard=full, the weights. `model` shards the heads, the MLP's hidden width and the vocabulary. A replica is one device,
-or the devices along the model axis that together hold one copy of the model.
+The mesh has three axes. The axes `node` and `data` split a batch's rows. The axis `data` shards the optimizer state
+and, with --shard=full, the weights. The axis `model` shards the heads, the MLP's hidden width and the vocabulary. A
+replica is one device, or the devices along the model axis that compute with one copy of the model.
 
 The axes are in Auto mode: the train step says where gradients, updates and gathered weights lie, and XLA's partitioner
-(GSPMD) works out the rest. In Explicit mode, every reshape and gather in the model would have to state its sharding.
+(GSPMD) places all other arrays. In Explicit mode, every reshape and gather in the model would have to state its
+sharding.
 """
 
 import math
@@ -29,7 +30,7 @@ GATHERED = "gathered weight"  # jax.checkpoint policies refer to the result of `
 
 
 def make_mesh(spec: str = "") -> Mesh:
-    """All devices of all processes as a mesh (node, data, model).
+    """Arranges all devices of all processes in a mesh with the axes node, data and model.
 
     `spec` is the value of --mesh, like "node=2,data=8". Omitted axes have size 1. If `spec` is empty, the data axis has
     all devices. Raises UserError if `spec` is malformed, or if the product of the sizes is not the number of devices.
@@ -57,24 +58,24 @@ def make_mesh(spec: str = "") -> Mesh:
 
 
 def describe(mesh: Mesh) -> str:
-    """The sizes of the mesh's axes, such as "node=1, data=8, model=1"."""
+    """Returns the sizes of the mesh's axes, such as "node=1, data=8, model=1"."""
     return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def replicas(mesh: Mesh) -> int:
-    """The number of copies of the model that compute side by side, each on its own rows."""
+    """Returns the number of replicas. Each replica computes its own rows of a batch."""
     return mesh.shape["node"] * mesh.shape["data"]
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
     """Returns (index, count): a batch's rows form `count` equal parts, and this process reads part `index`.
 
-    Processes whose devices belong to the same replica read the same rows. Example with two processes of four devices
-    each: if model=4, they get (0, 2) and (1, 2); if model=8, both get (0, 1).
+    Processes whose devices belong to the same replica read the same rows. Example: with two processes of four devices
+    each, model=4 gives (0, 2) in one process and (1, 2) in the other; model=8 gives (0, 1) in each process.
     """
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
     shares = list(dict.fromkeys(holders))
-    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # some process is in two of the sets
+    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # some process belongs to two different sets
         size, own = mesh.shape["model"], len(mesh.local_devices)
         fits = math.gcd(size, own)
         raise UserError(
@@ -85,17 +86,20 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding under which every device holds the whole array."""
+    """Returns the sharding with which every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
 def put_rows(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """This process's rows [accum, rows, t] -> the global array [accum, all rows, t], split by rows over replicas."""
+    """Joins the rows [accum, rows, t] of every process into a global array [accum, all rows, t].
+
+    The rows of the global array are split over the replicas.
+    """
     return jax.make_array_from_process_local_data(micro_batch_sharding(mesh), batch)
 
 
 def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch [accum, rows, t]: its rows are split over the replicas."""
+    """Returns the sharding of a batch [accum, rows, t] whose rows are split over the replicas."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
@@ -113,7 +117,7 @@ def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
 
 
 def mesh_of(params: gpt.Params) -> Mesh | None:
-    """The mesh over which the parameters are placed, or None if they are on one device without a mesh."""
+    """Returns the mesh over which the parameters are placed, or None if they are on one device without a mesh."""
     sharding = getattr(params["wte"], "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
@@ -121,9 +125,9 @@ def mesh_of(params: gpt.Params) -> Mesh | None:
 
 
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of arrays [rows, ...]: their rows are split over the replicas.
+    """Returns the sharding of arrays [rows, ...] whose rows are split over the replicas.
 
-    Without a mesh, returns None, by which JAX means a single device.
+    Without a mesh, returns None, which JAX takes to mean a single device.
     """
     return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
@@ -131,8 +135,8 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
 def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """Wraps `function(shared, *arrays) -> result` so that each device computes its own rows, without communication.
 
-    `shared` is replicated; the first axis of every array in `arrays` and in the result is the row axis.
-    Without a mesh, returns `function` itself.
+    `shared` is replicated. The first axis of every array in `arrays` and in the result is the row axis. Without a mesh,
+    returns `function` itself.
     """
     if mesh is None:
         return function
@@ -158,8 +162,11 @@ def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
 class Layout:
     """Where parameters, gradients and optimizer state lie on a mesh.
 
-    `shard` is "optimizer" (ZeRO stage 1, arXiv:1910.02054: every replica holds all weights, but only its shard of the
-    reduced gradients and of the optimizer state) or "full" (FSDP: the weights are sharded as well).
+    `shard` has one of two values:
+    - "optimizer" (ZeRO stage 1, arXiv:1910.02054): every replica holds all weights, but only one shard of the summed
+      gradients and one shard of the optimizer state.
+    - "full" (FSDP): every replica holds only one shard of the weights, of the summed gradients and of the optimizer
+      state.
 
     In the comments below, [in, out] is the shape of one layer's weight, and R is `replicas(mesh)`.
     """
@@ -175,9 +182,9 @@ class Layout:
         return self.shard == "full"
 
     def check(self, model_cfg: GPTConfig) -> None:
-        """Raises UserError if the size of the mesh's model axis does not divide the number of heads.
+        """Raises UserError unless the numbers of heads and key/value heads are multiples of the model axis's size.
 
-        If the model axis does not divide another axis of a weight, that axis stays whole.
+        The other axes of weights may have any size: an axis that cannot be divided evenly stays whole.
         """
         size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
         if heads % size or kv_heads % size:
@@ -187,34 +194,35 @@ class Layout:
             )
 
     def shard_specs(self, tree: PyTree, along: tuple[str, ...] = ("data", "model")) -> PyTree:
-        """The spec of every leaf of parameters, gradients or optimizer state, sharded over the mesh axes `along`.
+        """Returns a spec for every leaf of parameters, gradients or optimizer state, sharded over the axes `along`.
 
-        Example: {"wq": [20, 1280, 1280]} on node=1,data=8,model=1 -> {"wq": P(None, "data", "model")}.
+        Example: if wq has the shape [20, 1280, 1280] and the mesh is node=1,data=8,model=1, the spec of wq is
+        P(None, "data", "model").
         """
         return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, along), tree)
 
     def compute_specs(self, tree: PyTree) -> PyTree:
-        """The specs of the weights while a replica computes with them: sharded over the model axis only."""
+        """Returns the specs of the weights while a replica computes with them: sharded over the model axis only."""
         return self.shard_specs(tree, ("model",))
 
     def param_specs(self, params: PyTree) -> PyTree:
-        """The specs of the weights between steps."""
+        """Returns the specs of the weights between steps."""
         return self.shard_specs(params) if self.full else self.compute_specs(params)
 
     def shardings(self, specs: PyTree) -> PyTree:
-        """Specs -> shardings on the mesh."""
+        """Turns specs into shardings on the mesh."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
 
     def constrain(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Within jit, places the arrays of a tree by `specs`. The values stay the same."""
+        """Within jit, places the arrays of `tree` according to `specs`. The values stay the same."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(specs))
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
-        """All-gathers a weight [in, out] just before its use, and shards the gradient right after its computation."""
+        """All-gathers a weight [in, out] just before use, and shards the gradient as soon as that is computed."""
         if not self.full:  # every replica already holds all of w
             return w
-        # For example, wq [d, h*k] and its gradient are sharded over data along d, and over model along h*k. The
-        # gathered wq is sharded only over model.
+        # For example, wq [d, h*k] and the gradient of wq have axis d sharded over data, and axis h*k over model. In the
+        # gathered wq, axis d is whole.
         path = (jax.tree_util.DictKey(name),)
         sharded, gathered_spec = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
 
@@ -226,7 +234,7 @@ class Layout:
         return gathered(w)
 
     def by_replica(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Splits the rows by replica, [accum, rows, t] -> [accum, R, rows of one replica, t]; no data moves."""
+        """Splits rows by replica: [accum, rows, t] -> [accum, R, rows of one replica, t]. No data moves."""
 
         def split(x: jax.Array) -> jax.Array:
             x = x.reshape(x.shape[0], replicas(self.mesh), -1, x.shape[-1])
@@ -240,19 +248,19 @@ class Layout:
         return self.constrain(tree, (P(BATCH_AXES), self._per_replica_specs(single)))
 
     def _per_replica_specs(self, single: PyTree) -> PyTree:
-        """The shapes of one replica's gradients [...] -> the specs of all replicas' gradients [R, ...]."""
+        """Returns the specs of all replicas' gradients [R, ...], given the shapes of one replica's gradients [...]."""
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
     def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
-        """Sums the replicas' gradients: [R, ...] -> [...], sharded over data.
+        """Sums the gradients [R, ...] over the replicas. The sums [...] are sharded over data.
 
-        First, a reduce-scatter sums them over data. Then only the shards, which are smaller, are all-reduced over the
-        slow links between nodes.
+        First, a reduce-scatter over data gives each replica one shard of the sum over its node. Then only these shards,
+        and not whole gradients, are all-reduced over the slow links between nodes.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:
-            g = g[0]  # [1, ...] -> [...]: the gradient of this replica
-            if "data" in spec:  # [in, out] -> a shard of the sum, for wq [in/data, out]
+            g = g[0]  # this replica's gradient: [1, ...] -> [...]
+            if "data" in spec:  # [in, out] -> one shard of the sum, such as [in/data, out] for wq
                 g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
             else:  # no axis can be sharded over data, so an all-reduce gives every replica the whole sum
                 g = jax.lax.psum(g, "data")
@@ -265,15 +273,16 @@ class Layout:
             mesh=self.mesh,
             in_specs=(self._per_replica_specs(single),),
             out_specs=specs,
-            check_vma=False,  # the check would demand a reduction even over a mesh axis of size 1
+            check_vma=False,  # this check would demand a reduction even over a mesh axis of size 1
         )(grads)
 
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
-        """Reshards matrices [n, in, out] over data: from being split along `in` to being split along n.
+        """Reshards matrices [n, in, out] that are split over data along `in`: the result is split over data along n.
 
-        Each device then holds whole matrices. n is zero-padded to a multiple of data's size. Example: 52 matrices over
-        8 devices are padded to 56, so that each device holds 7. The all-to-all exchange is written out because XLA's
-        partitioner finds it only on some meshes. On others, it would all-gather everything.
+        Each device then holds whole matrices. Zero matrices are appended until n is a multiple of the data axis's size.
+        Example: on 8 devices, 52 matrices are padded to 56, so that each device holds 7. The all-to-all is written out
+        because XLA's partitioner would use an all-to-all only on some meshes. On other meshes, the partitioner would
+        all-gather everything.
         """
         size = self.mesh.shape["data"]
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
@@ -281,21 +290,21 @@ class Layout:
             return self.constrain(x, P("data"))
 
         def exchange(x: jax.Array) -> jax.Array:  # [n, in/data, out] -> [n/data, in, out]
-            # Turns x into one array, since XLA on a CPU refuses to send slices of the arrays that x is built from.
+            # The barrier makes x one array: on a CPU, XLA refuses to send slices of the arrays that x is built from.
             x = jax.lax.optimization_barrier(x)
             return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
 
         return jax.shard_map(exchange, mesh=self.mesh, in_specs=P(None, "data"), out_specs=P("data"))(x)
 
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
-        """The spec of one leaf, from its row of gpt.SHARDING.
+        """Returns the spec of one leaf, taken from the leaf's row in gpt.SHARDING.
 
-        A mesh axis is left out if it is not in `axes`, or if its size does not divide the leaf's axis.
+        The spec leaves out every mesh axis that is not in `axes` or whose size does not divide the leaf's axis.
         """
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         table_row = gpt.SHARDING.get(names[-1], P()) if names else P()
-        row = table_row[len(table_row) - len(shape) :]  # [l, in, out] as in the table, or one layer's [in, out]
-        if len(row) != len(shape):  # the optimizer's counters, of shape []
+        row = table_row[len(table_row) - len(shape) :]  # for [l, in, out] as in the table, or for one layer's [in, out]
+        if len(row) != len(shape):  # the optimizer's counters have the shape []
             return P()
         return P(*[a if a in axes and n % self.mesh.shape[a] == 0 else None for a, n in zip(row, shape, strict=True)])
 

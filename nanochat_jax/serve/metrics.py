@@ -1,4 +1,7 @@
-"""The server's Prometheus metrics: how busy and how fast it is, and how answers end. They contain no chat text."""
+"""The server's Prometheus metrics: how busy the server is, how fast it answers, and how answers end.
+
+The metrics contain no chat text.
+"""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -10,7 +13,7 @@ PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,
 
 
 class Metrics:
-    """The metrics of one server, in their own registry, so that one process may run several servers."""
+    """The metrics of one server. Each server has its own registry, so that one process can run several servers."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
@@ -25,7 +28,7 @@ class Metrics:
             "nanochat_cache_use_ratio", "Share of the key/value cache that holds tokens", registry=registry
         )
 
-        # How much the server has done. Prometheus appends _total to the name of a counter.
+        # How much the server has done. The client library appends _total to the name of a counter.
         self.prompt_tokens = Counter("nanochat_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter(
             "nanochat_prompt_tokens_reused", "Prompt tokens that were already in the cache", registry=registry
@@ -49,5 +52,5 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

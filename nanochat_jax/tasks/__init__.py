@@ -1,19 +1,20 @@
 """Tasks: conversations to train on, and problems to evaluate a model on, behind one small interface.
 
-In: a name ("GSM8K"), a split (train, val or test) and perhaps a folder with data. Out: a `Task`, which is a sequence of
-conversations. A task that has a score can also check answers. Downloaded tasks read the Hugging Face hub or a local
-folder. Generated tasks need neither, since (task, split, index) alone determines a conversation.
+`load` takes the name of a task ("GSM8K"), a split (train, val or test) and, for local data, a folder. It returns a
+`Task`, which is a sequence of conversations. If the task has a score, its `evaluate` checks answers. Downloaded tasks
+read the Hugging Face hub or a local folder. Generated tasks read no data: the task, the split and an index determine a
+conversation.
 
     task = tasks.load("GSM8K", "test", rows=100)
     task[0]["messages"]; task.evaluate(task[0], "... #### 18")
 
-To add a task, write a file here with a subclass of `Task`. Give it a `name` and `__len__`, and an `example` that
-returns the conversation at an index. A task that reads stored rows is a subclass of `task_data.RowTask` instead, and
-has a `name`, `rows`, and a `conversation` that converts one row. Then add the class to the list below. Its name, in any
-letter case, now works in every --mixture. To give the task a score, set `eval_type` and `baseline`, and define
-`evaluate`, which says whether an answer is right. The name then also works in chat_eval -a. The result of `example`
-must depend only on the split, the index and the data. This is because a checkpoint records a hash of the tasks that it
-was trained on, and a run is not resumed if its tasks have changed.
+To add a task, write a subclass of `Task` in a new file in this folder. Give the subclass a `name`, a `__len__`, and an
+`example` that returns the conversation at an index. If the task reads stored rows, write a subclass of
+`task_data.RowTask` instead, with a `name`, its `rows`, and a `conversation` that converts one row. Then add the class
+to `_CLASSES` below. The task's name, in any letter case, then works in every --mixture. To give the task a score, set
+`eval_type` and `baseline`, and define `evaluate`, which says whether an answer is right. Tasks with a score work in
+chat_eval -a. The result of `example` must depend only on the split, the index and the data: a checkpoint records a hash
+of the tasks that it was trained on, and a run is not resumed if its tasks have changed.
 """
 
 from pathlib import Path
@@ -52,8 +53,7 @@ TASKS = {cls.name.lower(): cls for cls in _CLASSES}
 
 
 def task_class(name: str) -> type[Task]:
-    """The class of the task `name`, such as "ARC-Easy" or "customjson:my.jsonl". The letter case of the name does not
-    matter.
+    """Returns the class of the task `name`, such as "ARC-Easy" or "customjson:my.jsonl", in any letter case.
 
     Raises UserError, listing the known names, if there is no such task.
     """
@@ -64,7 +64,7 @@ def task_class(name: str) -> type[Task]:
 
 
 def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0) -> Task:
-    """One split of a task: "train", "val" (the test split if the task has no val split) or "test".
+    """Returns the `split` of a task: "train", "test" or "val" (the test split if the task has no val split).
 
     data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many rows to take (0: all);
     if the task has fewer rows, its rows are repeated. Raises UserError if the data is missing or empty.
@@ -88,7 +88,7 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int
 
 
 def mixture(counts: dict[str, int], split: str, data_dir: str | Path | None = None, seed: int = 42) -> Mixture:
-    """A mixture of tasks, given as {name: rows} (see `load`), shuffled by `seed`."""
+    """Returns a mixture of the tasks in `counts`, which is {name: rows} (see `load`), shuffled by `seed`."""
     if not counts:
         raise UserError("an empty mixture: name at least one task, as name=rows")
     return Mixture([load(name, split, data_dir=data_dir, rows=n) for name, n in counts.items()], seed)

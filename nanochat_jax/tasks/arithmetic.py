@@ -1,11 +1,11 @@
-"""Generated arithmetic in GSM8K's format: one step in Sums and two in TwoStep, each with a calculator call.
+"""Generates arithmetic problems in GSM8K's format, with one step in Sums and two steps in TwoStep.
 
 The task, the split and the index alone determine a problem. Some pairs of numbers, some names of people and some
-phrasings (see stories.py) are held out of training: part of them for validation, the others for the test. A hash of the
-operands and the operator decides which split a pair belongs to. In every step of a problem, the pair belongs to the
-split of the problem. The text before a calculator call repeats the numbers in the order of the question and never
-contains the result of the call, so that the model need not compute anything itself. The expression has no spaces, so
-that a number in it always splits into the same tokens.
+phrasings (see stories.py) are held out of training: some of these for validation, the rest for the test. A hash of the
+operator and the pair of operands decides which split the pair belongs to. A problem uses only pairs of its own split.
+Every step of an answer calls the calculator. The text before the call repeats the numbers in the order of the question
+and never contains the result of the call, so that the model need not compute anything itself. The expression has no
+spaces, so that a number is always split into the same tokens.
 """
 
 import random
@@ -18,8 +18,8 @@ from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, stories
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # one pair of numbers in this many is for validation only, and another is for the test only
-DIVISIONS = 0.1  # share of divisions in plain training problems, since people ask for them; val and test have none
+HOLD_OUT = 10  # of this many pairs of numbers, about one is for validation only, and about one for the test only
+DIVISIONS = 0.1  # share of divisions in plain training problems, since people ask for divisions; val and test have none
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
     Helen Linda Susan Karen"""
@@ -62,7 +62,7 @@ UNRELATED = 0.2  # share of problems that begin with unrelated words, so that th
 
 
 def split_of(a: int, op: str, b: int) -> str:
-    """The only split in which this pair of numbers occurs: "train", "val" or "test". 3+4 and 4+3 share a split."""
+    """Returns the only split ("train", "val" or "test") in which `a op b` occurs. 3+4 and 4+3 are in the same split."""
     if op in "+*" and a > b:
         a, b = b, a
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT, "train")
@@ -81,7 +81,7 @@ class _Arithmetic(Task):
         return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
-        """(text with {} in place of its numbers, the story that it tells, the numbers)."""
+        """Returns (text with {} in place of each number, the story that the text tells, the numbers)."""
         raise NotImplementedError
 
     def example(self, index: int) -> dict:
@@ -101,7 +101,10 @@ class _Arithmetic(Task):
 
 
 class Sums(_Arithmetic):
-    """One-step problems, half plain and half told as a story. Operands are at most 999 for + and -, 2 to 99 for *."""
+    """One-step problems, half of them plain and half told as a story.
+
+    Operands are at most 999 for + and -, and between 2 and 99 for *.
+    """
 
     name = "Sums"
 
@@ -168,9 +171,9 @@ def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
 
 
 def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, str, int]]:
-    """Each step as (left number, operator, right number). In a step, r stands for the result of the step before.
+    """Returns each step as (left number, operator, right number). In `steps`, r is the result of the previous step.
 
-    ("x+y", "r-z"), [3, 4, 2] -> [(3, "+", 4), (7, "-", 2)]
+    Example: ("x+y", "r-z"), [3, 4, 2] -> [(3, "+", 4), (7, "-", 2)]
     """
     values = dict(zip("xyz", numbers, strict=False))
     operations = []
@@ -182,10 +185,12 @@ def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, s
 
 
 def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
-    """The answer as a list of parts. Each step has three: the operation, the calculator call and its output. The last
-    part ends with #### and the result.
+    """Returns the answer as a list of parts.
 
-    ("x+y",), [3, 4], "apples" -> text "3 + 4 = ", python "3+4", python_output "7", text "7 apples.\\n#### 7"
+    Each step has three parts: the operation, the calculator call and the calculator's output. A final part ends with
+    #### and the result.
+
+    Example: ("x+y",), [3, 4], "apples" -> text "3 + 4 = ", python "3+4", python_output "7", text "7 apples.\\n#### 7"
     """
     parts, before = [], ""
     for a, op, b in _operations(steps, numbers):
@@ -199,7 +204,7 @@ def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list
 
 
 def _characters(split: str, rng: random.Random) -> dict[str, str]:
-    """The words for the people and things of a story. The keys are the placeholders in phrasings.txt."""
+    """Returns {placeholder in phrasings.txt: word} for the people and things of a story."""
     woman = rng.random() < 0.5
     people = rng.sample(WOMEN[split] + MEN[split], 3)
     name = rng.choice((WOMEN if woman else MEN)[split])
@@ -222,7 +227,7 @@ def _characters(split: str, rng: random.Random) -> dict[str, str]:
 
 
 def _carelessly_typed(text: str, rng: random.Random) -> str:
-    """The text as people type it: sometimes without capitals, sometimes without punctuation at the end."""
+    """Returns the text as people type it: sometimes without capitals, sometimes without punctuation at the end."""
     if rng.random() < 0.15:
         text = text.lower()
     if rng.random() < 0.15:

@@ -1,10 +1,10 @@
-"""One measurement of text generation, in its own process; `python -m scripts.bench decode` runs many of these.
+"""Runs one measurement of text generation. `python -m scripts.bench decode` starts a process for each measurement.
 
-The benchmark sends this file on standard input to its own Python or to the peer's Python. The only argument is the job,
-as JSON. The output is one line of JSON. Only the jobs "device" and "ours" import this project.
+The benchmark sends this file to the standard input of its own Python or of the peer's Python. The only argument is the
+job, as JSON. The output is one line of JSON. Only the jobs "device" and "ours" import this project.
 """
 
-from __future__ import annotations  # the peer's Python may be older than this project's
+from __future__ import annotations  # the peer's Python may be an older version
 
 import json
 import sys
@@ -13,11 +13,11 @@ from importlib import metadata
 from typing import Any
 
 Job = dict[str, Any]
-SCALE = 0.02  # standard deviation of the random weights; it gives varied text, and activations of the usual size
+SCALE = 0.02  # standard deviation of the random weights; 0.02 gives varied text, and activations of the usual size
 
 
 def probe(job: Job) -> dict:
-    """The versions of transformers and torch if NanoChat can be imported, else the reason why it cannot."""
+    """Returns the versions of transformers and torch, or the reason why NanoChat cannot be imported."""
     python = sys.version.split()[0]
     try:
         import torch  # ty: ignore[import-not-found]  # only in the peer's environment
@@ -29,7 +29,7 @@ def probe(job: Job) -> dict:
 
 
 def device(job: Job) -> dict:
-    """Describes the device that our engine runs on. Its memory bandwidth is in bytes/s, or None if unknown."""
+    """Describes the device that our engine runs on. `bandwidth` is in bytes/s, or None if unknown."""
     import jax
 
     from nanochat_jax.parallel import devices
@@ -54,7 +54,7 @@ def ours(job: Job) -> dict:
     from nanochat_jax.tokenizer import Tokenizer
 
     class NoTokenizer(Tokenizer):
-        """Stands in for a tokenizer: an engine without tools only asks for the ids of special tokens."""
+        """Stands in for a tokenizer: an engine without tools needs only the ids of special tokens."""
 
         def __init__(self):
             pass
@@ -68,7 +68,7 @@ def ours(job: Job) -> dict:
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # A step reads all weights except the embedding, from which it reads only one row per token.
+    # The embedding is not counted, since a step reads only one embedding row per token. All other weights are counted.
     weights = sum(x.size for name, x in params.items() if name not in ("wte", "blocks"))
     weights += sum(x.size for x in jax.tree.leaves(params["blocks"]))
     engine = Engine(params, model_cfg, NoTokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
@@ -89,15 +89,15 @@ def ours(job: Job) -> dict:
         return first, time.perf_counter() - start
 
     generate(seed=0)  # the warm-up, which compiles everything
-    first, seconds = generate(seed=1)  # new prompts, since prefix caching would skip prompts that the warm-up used
-    positions = batch * (job["prompt"] + job["new"] / 2)  # filled cache positions of all rows, averaged over the steps
+    first, seconds = generate(seed=1)  # new prompts, since the cache holds the warm-up's prompts
+    positions = batch * (job["prompt"] + job["new"] / 2)  # filled positions of all rows together, averaged over steps
     cached = 2 * model_cfg.n_layer * model_cfg.n_kv_head * model_cfg.head_dim * positions
     read = weights * jnp.dtype(dtype).itemsize + cached * cache.dtype_for(dtype).itemsize
     return {"first": first, "seconds": seconds, "bytes": read}
 
 
 def hf(job: Job) -> dict:
-    """Measures `generate` of transformers with its KV cache: seconds to the first token, and seconds to the end."""
+    """Measures `generate` of transformers with a KV cache: seconds until the first token, seconds until the end."""
     import torch  # ty: ignore[import-not-found]
     from transformers import (  # ty: ignore[import-not-found]
         NanoChatConfig,

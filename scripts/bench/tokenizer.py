@@ -1,11 +1,11 @@
-"""Our tokenizer against the alternatives: training and encoding, on the same text and the same cores.
+"""Compares our tokenizer with others in training and encoding, on the same text and the same cores.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=ENVIRONMENT/bin/python
 
-Of every four documents, three train the vocabulary and warm up the encoders. Only the fourth is used to time the
-encoders, so no encoder has it in its cache yet. All tools encode with the vocabulary that our tokenizer learned. Each
-measurement runs in its own process (tokenizer_job.py). A round measures all tools in turn; the table shows medians over
-rounds.
+Of every four documents, the first three train the vocabulary and warm up the encoders. The encoders are timed on the
+fourth document, which no encoder has seen before. All tools encode with the vocabulary that our tokenizer learned. Each
+measurement runs in its own process (tokenizer_job.py). A round runs every measurement once for every tool; the table
+shows medians over rounds.
 """
 
 import json
@@ -22,8 +22,8 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
-UNSEEN = 4  # of this many documents, one is encoded; the others train the vocabulary and warm up
-UNSEEN_CHARS = 300_000  # the fewest characters to encode, enough for single texts of three sizes
+UNSEEN = 4  # of this many documents, one is for timing; the others train the vocabulary and warm up the encoders
+UNSEEN_CHARS = 300_000  # encode at least this many characters; single texts of three sizes are cut from them
 JOB = Path(__file__).with_name("tokenizer_job.py")
 PEERS = ("rustbpe", "tokenizers", "tiktoken")
 JOBS = {
@@ -38,13 +38,13 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Settings(config.Settings):
-    """Train and encode with our tokenizer and with others, side by side."""
+    """Compare our tokenizer with others in training and encoding."""
 
     prog: ClassVar[str] = "python -m scripts.bench tokenizer"
-    corpus: str = setting("", "text: a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of them (required)")
+    corpus: str = setting("", "text (required): a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of such files")
     peer_python: str = setting("", "path of a Python with PyPI's rustbpe, tokenizers or tiktoken (default: this one)")
-    vocab_size: int = setting(32768, "tokens in the vocabulary, without special tokens", low=257)
-    rounds: int = setting(3, "repetitions of each measurement; the median is reported", low=1)
+    vocab_size: int = setting(32768, "number of tokens in the vocabulary, not counting special tokens", low=257)
+    rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
     json: str = setting("", "file to append the results to, as one line of JSON")
 
 
@@ -113,7 +113,7 @@ def _tools(peer_python: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 class Bench:
-    """The results so far, and the files that the jobs share."""
+    """Runs the jobs, writes the files that all jobs share, and holds the results so far."""
 
     def __init__(
         self, cfg: Settings, folder: Path, pythons: dict[str, str], trained_on: list[str], unseen: list[str]
@@ -134,7 +134,10 @@ class Bench:
         self.failed: set[tuple[str, str]] = set()
 
     def measure(self, tool: str, name: str, job: dict, where: str) -> None:
-        """Runs one job of one tool, unless it has failed before. Raises UserError if a job of our tokenizer fails."""
+        """Runs a job with a tool, unless the same job has failed with the same tool before.
+
+        Raises UserError if the job fails with our tokenizer.
+        """
         if (name, tool) in self.failed:
             return
         start = time.monotonic()
@@ -155,7 +158,7 @@ class Bench:
                 raise UserError(f"--vocab_size={self.cfg.vocab_size}: {problem}; lower it or use more text")
 
     def rows(self) -> list[dict]:
-        """The results: for each kind of measurement, a row per tool, our tokenizer first."""
+        """Returns the results: for each kind of measurement, one row per tool, starting with our tokenizer."""
         train, unseen = self.bytes["train"], self.bytes["unseen"]
         rows = []
         for name, runs in self._by_name().items():
@@ -175,7 +178,7 @@ class Bench:
         return rows
 
     def _by_name(self) -> dict[str, dict[str, list[dict]]]:
-        """{job: {tool: its results}}, without the jobs that failed."""
+        """Returns {job: {tool: results}}, without the tools for which the job failed."""
         good = {key: runs for key, runs in self.results.items() if key not in self.failed}
         return {name: {tool: runs for (n, tool), runs in good.items() if n == name} for name in JOBS}
 
@@ -188,8 +191,8 @@ class Bench:
     ) -> Iterator[dict]:
         """Yields a row per tool.
 
-        `figures` returns a run's (bytes, seconds, peak memory in bytes), and `compare` says in words whether a tool's
-        results are the same as ours.
+        `figures` returns the (bytes, seconds, peak memory in bytes) of one run. `compare` says in words whether a
+        tool's results are the same as those of our tokenizer.
         """
         speed = {}
         for tool, runs in results.items():
@@ -206,14 +209,14 @@ class Bench:
             }
 
     def _merges(self, tool: str, runs: list[dict], ours: list[dict]) -> str:
-        """ "yes" if a tool learned our tokens in our order, else the share of our tokens that it learned."""
+        """Returns "yes" if `tool` learned our tokens in our order, else the share of our tokens that it learned."""
         theirs, ours_learned = self._tokens(tool), self._tokens("ours")
         shared = len({*theirs} & {*ours_learned}) / len(ours_learned)
         return "yes" if theirs == ours_learned else f"{shared:.2%} of tokens"
 
     @staticmethod
     def _ids(tool: str, runs: list[dict], ours: list[dict]) -> str:
-        """ "yes" if all runs of a tool produced the same ids as ours, else "NO"."""
+        """Returns "yes" if all runs of a tool produced the same ids as our tokenizer, else "NO"."""
         return "yes" if {run["ids"] for run in runs} == {run["ids"] for run in ours} else "NO"
 
     def _tokens(self, tool: str) -> list[str]:
@@ -221,7 +224,7 @@ class Bench:
 
 
 def _store(path: Path, texts: list[str]) -> int:
-    """Writes texts for the jobs as (length, UTF-8) records. Returns the number of bytes of text."""
+    """Writes each text as a record (length, UTF-8) that the jobs read. Returns the number of bytes of text."""
     total = 0
     with open(path, "wb") as file:
         for text in texts:

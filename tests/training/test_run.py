@@ -291,7 +291,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
     batches.close()
     assert float(match[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in out
     match, out = measured(data_dir=str(tmp_path))
-    assert "(other source, hash, validation)" in out and match[2] in tmp_path.name
+    assert "(different source, hash, validation)" in out and match[2] in tmp_path.name
 
 
 # -----------------------------------------------------------------------------

@@ -58,8 +58,8 @@ class Run:
     def scores(self) -> dict[str, dict]:
         """Returns each task's most reliable record on the test split.
 
-        Records are ranked by these criteria, in this order: being from the last checkpoint, having greedy answers, the
-        number of problems, the time. Records on other splits are left out.
+        If a task has several records, one from the last checkpoint is preferred; then one with greedy answers; then the
+        one with the most problems; then the newest. Records on other splits are left out.
         """
 
         def rank(record: dict) -> tuple:

@@ -237,7 +237,7 @@ class Documents:
         self.cache_dir = cache_dir
         self.bos = tokenizer.bos
         self.stop = threading.Event()
-        # The open file, and the row group of this file that is loaded.
+        # The open file, and which of its row groups is loaded.
         self._path: Path | None = None
         self._file: pq.ParquetFile | token_cache.TokenCache | None = None
         self._group: int | None = None

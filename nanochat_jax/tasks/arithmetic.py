@@ -121,7 +121,7 @@ class Sums(_Arithmetic):
             text = _carelessly_typed(text, rng)
         while True:
             a, b = _pair(op, rng)
-            # Stories count things, so nobody can give away more than they have, and "1 apples" is not English.
+            # In a story both numbers are at least 2, to avoid "1 apples", and nobody gives away all they have or more.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
             if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]

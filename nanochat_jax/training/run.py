@@ -2,8 +2,9 @@
 
 A run starts in one of four ways. The first that applies is chosen:
 1. If the run is finished, a line is printed, and nothing else is done.
-2. If the run has an undamaged checkpoint, it resumes exactly from there. Resuming is refused if the data, the parent's
-   weights or settings that matter have changed. If the parent no longer exists, resuming is not refused.
+2. If the run has an undamaged checkpoint, it resumes exactly from there. Resuming is refused if the data
+   (`stages.pin_text`, `stages.pin_tasks`), the parent's weights or settings that matter have changed. If the
+   parent no longer exists, resuming is not refused.
 3. A new mid, sft or rl run starts from the weights of its parent, which is a run of another stage.
 4. A new base run starts from scratch.
 """

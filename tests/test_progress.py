@@ -3,7 +3,7 @@
 import pytest
 
 from nanochat_jax import progress
-from nanochat_jax.progress import Progress
+from nanochat_jax.progress import Progress, short
 
 
 @pytest.fixture
@@ -47,3 +47,11 @@ def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
         clock[0] += 3
         work.advance(2, "fast")
     assert "rows" in (shown := capsys.readouterr().err) and "2/3, fast" in shown
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00K"), (12_345.6, "12.3K"), (423_456, "423K"), (6.291e9, "6.29B")],
+)
+def test_large_numbers_in_three_digits(count, text):
+    assert short(count) == text

@@ -50,16 +50,8 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             while True:
                 last = data_ended or control.step == stage.steps
 
-                # Save, if due. Saving comes before evaluating, so that a failed evaluation loses no weights.
-                stop = interruption.stop_signal
-                control.save_if_due(last, stop)
-
-                # After Ctrl-C or SIGTERM, the run ends here, with everything saved.
-                if stop:
-                    control.exit(stop)
-
-                # Evaluate, if due.
-                control.evaluate_due(last)
+                # Save, stop on a signal, and evaluate, each if due.
+                control.between_steps(last, interruption.stop_signal)
                 if last:
                     break
 

@@ -71,16 +71,8 @@ def train(cfg: config.Rl) -> None:
             while True:
                 last = control.step >= stage.steps
 
-                # Save if a checkpoint is due. Saving comes first, so that the weights are safe if an evaluation fails.
-                stop = interruption.stop_signal
-                control.save_if_due(last, stop)
-
-                # After Ctrl-C or SIGTERM, end the run here: everything is saved.
-                if stop:
-                    control.exit(stop)
-
-                # Evaluate at regular intervals and after the last step.
-                control.evaluate_due(last)
+                # Save, stop on a signal, and evaluate, each if due.
+                control.between_steps(last, interruption.stop_signal)
                 if last:
                     break
 

@@ -37,8 +37,7 @@ class Evaluation:
 class RunControl:
     """Keeps track of a run's current step, and of the steps at which the run was last saved and evaluated.
 
-    Every pass of a training loop first calls `save_if_due`, then `exit` if there is a stop signal, then `evaluate_due`.
-    The checkpoint is saved before the evaluation, so that no weights are lost if the evaluation fails.
+    Every pass of a training loop begins with `between_steps`.
     """
 
     def __init__(
@@ -51,6 +50,17 @@ class RunControl:
         self.place = place  # the position in the data, after the last batch that was trained on
         self.saved_at = run.step if run.data is not None else -1
         self.evaluated_at: dict[Evaluation, int] = {}  # the step of each evaluation's last run in this process
+
+    def between_steps(self, last: bool, stop: int | None) -> None:
+        """Saves, ends the process if there is a stop signal, and evaluates, in this order.
+
+        The checkpoint is saved before the evaluation, so that no weights are lost if the evaluation fails. `last` says
+        that the last step is done.
+        """
+        self.save_if_due(last, stop)
+        if stop:
+            self.exit(stop)
+        self.evaluate_due(last)
 
     def save_if_due(self, last: bool, stop: int | None) -> None:
         """Saves a checkpoint every --save_every steps, after the last step, before a stop, and before an evaluation

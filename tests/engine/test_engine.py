@@ -1,10 +1,6 @@
 """The engine generates what the full forward would: alone or among other requests, with and without tools."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from itertools import chain
 
 import jax
@@ -14,7 +10,7 @@ import pytest
 import tiny
 from scripted_model import line_ids, scripted
 
-from nanochat_jax.config import REPOSITORY, GPTConfig, UserError
+from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request, Sample
@@ -466,63 +462,3 @@ def test_buckets_are_few_and_hold_what_they_must():
     assert sizes == {128, 256, 512, 1024, 2048}
     assert all(kv.bucket(n, 1500) >= n for n in range(1501)) and kv.bucket(1500, 1500) == 1500
     assert kv.bucket(1, 100) == 100
-
-
-# -----------------------------------------------------------------------------
-# Several devices: in a separate process, since JAX counts its devices only once
-
-ON_DEVICES = """
-import json
-import jax
-import tiny
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.engine import scheduler
-from nanochat_jax.engine.engine import Engine
-from nanochat_jax.engine.request import Request
-from nanochat_jax.model import gpt
-from nanochat_jax.parallel import sharding
-from nanochat_jax.tokenizer import Tokenizer
-from scripted_model import scripted
-from test_engine import CALL, END, prompt
-
-tokenizer = Tokenizer.train(["12 * 3 = 36, hello there, what is 7 + 5?"] * 3, 280)
-model_cfg = GPTConfig(2, 4, 2, 64, tokenizer.vocab_size, 160)
-one = jax.device_put(scripted(gpt.init(model_cfg, seed=0), model_cfg, tokenizer, CALL, END), jax.devices()[0])
-mesh = sharding.make_mesh()
-many = jax.device_put(one, sharding.replicated(mesh))
-# More samples than slots, a tool call among them, and prompts whose rows outgrow the first bucket of the cache.
-requests = [
-    Request([*prompt(9), ord("?")], max_tokens=30, temperature=0),
-    Request(prompt(12, 1), max_tokens=20, n=9, seed=1, top_k=50, stop_ids=()),
-    Request(prompt(4, 2), max_tokens=12, n=6, seed=2, stop_ids=()),
-    Request(prompt(120, 3), max_tokens=24, n=3, seed=3, top_p=0.9, temperature=0.8, stop_ids=()),
-]
-for params, slots in ((one, 16), (many, 16), (many, 6)):
-    engine = Engine(params, model_cfg, tokenizer, slots=slots, chunk=4)
-    answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
-    # The next turn of the last one continues from its cached tokens, another prompt is prefilled in chunks.
-    last = [*requests[3].ids, *answers[3][2][0], *prompt(4, 4)]
-    for scheduler.PREFILL_CHUNK, ids in ((512, last), (64, prompt(130, 5))):
-        events = list(engine.stream(Request(ids, max_tokens=9, seed=4, stop_ids=())))
-        answers.append([events[0].cached_tokens, [token for event in events for token in event.ids]])
-    scheduler.PREFILL_CHUNK = 512
-    cache = engine._runner.cache["k"] + engine._runner.cache["v"]
-    spread = all(x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), x.ndim) for x in cache)
-    print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
-"""
-
-
-def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    folders = REPOSITORY, REPOSITORY / "tests" / "support", REPOSITORY / "tests" / "engine"
-    env["PYTHONPATH"] = os.pathsep.join(map(str, folders))
-    done = subprocess.run(
-        [sys.executable, "-c", ON_DEVICES], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, many, undivided = map(json.loads, done.stdout.strip().splitlines()[-3:])
-    assert one == [one[0], False, [16]]
-    assert many == [one[0], True, [2]]  # the cache of 16 slots has two rows on each of 8 devices
-    assert undivided == [one[0], False, [6]]  # 6 slots cannot be divided by 8, so every device decodes them all
-    assert [cached_tokens for cached_tokens, _ in one[0][4:]] == [143, 0]
-    assert one[0][0][0][1].count(0) == 3  # the call was answered: <|output_start|> 36 <|output_end|>

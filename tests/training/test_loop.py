@@ -1,7 +1,6 @@
 """Training: the same run however a batch is split, wherever it runs, and whatever interrupts it."""
 
 import dataclasses
-import json
 import signal
 import subprocess
 import time
@@ -19,7 +18,6 @@ from nanochat_jax.config import REPOSITORY, GPTConfig, ModelFlags, UserError
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices
-from nanochat_jax.progress import short
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as train_module
 from nanochat_jax.training import optim, stages, validation
@@ -472,34 +470,3 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     first = done._replace(waited=0.0, info={"shard": None, "progress": 0.25, "waste": 0.0004})
     log._print(first, grad_norm=0.123, dt=None, speed=None, mfu=None)
     assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | waste 0.0% | wait 0 ms | eta" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0"), (999, "999"), (1000, "1.00K"), (12_345.6, "12.3K"), (423_456, "423K"), (6.291e9, "6.29B")],
-)
-def test_large_numbers_in_three_digits(count, text):
-    assert short(count) == text
-
-
-def test_torn_log_line_is_skipped_and_later_records_hold(tmp_path):
-    run_log.append(tmp_path, "train", "base", 1, loss=3.0)
-    run_log.append(tmp_path, "train", "base", 1, loss=2.0, mfu=float("inf"))
-    with open(tmp_path / run_log.LOG, "a", encoding="utf-8") as log:
-        log.write('{"kind": "tra')
-    (record,) = run_log.read(tmp_path)
-    assert record["loss"] == 2.0 and record["mfu"] is None
-    json.loads((tmp_path / run_log.LOG).read_text().splitlines()[1])
-
-
-def test_a_start_ends_what_was_logged_of_later_steps(tmp_path):
-    for step in (0, 2, 4):
-        run_log.append(tmp_path, "val", "base", step, bpb=step)
-    run_log.append(tmp_path, "eval", "base", 4, suite="chat", task="Sums", score=1.0)
-    run_log.append(tmp_path, "note", "base", 4, text="finished")
-    run_log.append(tmp_path, "val", "mid", 4, bpb=9)
-    run_log.append(tmp_path, "config", "base", 2, config={})
-    run_log.append(tmp_path, "val", "base", 3, bpb=3)
-    assert [(r["kind"], r["stage"], r["step"]) for r in run_log.read(tmp_path)] == [
-        ("val", "base", 0), ("val", "base", 2), ("val", "mid", 4), ("config", "base", 2), ("val", "base", 3),
-    ]  # fmt: skip

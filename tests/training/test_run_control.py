@@ -39,8 +39,7 @@ def passes(control: RunControl, steps: int) -> list[str]:
     """What happens while `steps` steps are trained, with a mark for each."""
     while True:
         last = control.step == steps
-        control.save_if_due(last, stop=None)
-        control.evaluate_due(last)
+        control.between_steps(last, stop=None)
         if last:
             return control.run.events
         control.step += 1
@@ -114,9 +113,8 @@ def test_a_stop_saves_and_exits_with_the_signals_number():
     run = FakeRun()
     control = control_of(run)
     control.step = 1
-    control.save_if_due(last=False, stop=2)
     with pytest.raises(SystemExit) as exit:
-        control.exit(2)
+        control.between_steps(last=False, stop=2)
     assert exit.value.code == 130 and run.events == ["flush", "save 1 at 0", "wait"]
 
 

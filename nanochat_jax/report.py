@@ -1,11 +1,13 @@
-"""Writes report.md from the runs' files: what was run, on what machine, how long it took and how good the result is.
+"""Writes report.md from the runs' files.
+
+The report says what was run, on what machine, how long it took, and how good the result is.
 
     python -m nanochat_jax.report reset       record the start time and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
-The report covers the most recently saved run of each stage. With --model_tag=TAG, `reset` and `generate` refer to the
-runs called TAG and use the folder report/TAG, so each tag has its own start time. A stage without a run gets no
-section. Plots are PNG files in the folder of report/report.md; without matplotlib, they are skipped.
+The report covers the most recently saved run of each stage. A stage without a run gets no section. With
+--model_tag=TAG, the report covers the runs called TAG. `reset` and `generate` then use the folder report/TAG, so each
+tag has its own start time. Plots are PNG files next to report/report.md. Without matplotlib, no plots are drawn.
 """
 
 import dataclasses
@@ -36,30 +38,30 @@ NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
 
 @dataclass
 class Run:
-    """A run of a stage, as read from the run's folder."""
+    """A run of one stage, read from its folder."""
 
     stage: str
     tag: str
     folder: Path
     records: list[dict]
     settings: dict
-    step: int | None  # step of the last checkpoint; None without a checkpoint
-    meta: dict  # metadata of the last checkpoint; {} without a checkpoint
+    step: int | None  # step of the last checkpoint, or None without a checkpoint
+    meta: dict  # metadata of the last checkpoint, or {} without a checkpoint
 
     def of(self, kind: str) -> list[dict]:
         """Returns the records of one kind, sorted by step."""
         return sorted((r for r in self.records if r["kind"] == kind), key=lambda r: r["step"])
 
     def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
-        """Returns the steps at which the number `name` was logged, and the values of the number at these steps."""
+        """Returns the steps at which the number `name` was logged, and its values at these steps."""
         points = [(r["step"], r[name]) for r in self.of(kind) if isinstance(r.get(name), int | float)]
         return [step for step, _ in points], [value for _, value in points]
 
     def scores(self) -> dict[str, dict]:
-        """Returns each task's most reliable record on the test split.
+        """Returns {task: record} with each task's most reliable record on the test split.
 
-        If a task has several records, one from the last checkpoint is preferred; then one with greedy answers; then the
-        one with the most problems; then the newest. Records on other splits are left out.
+        If a task has several records, these criteria decide, in this order: the last checkpoint, greedy answers, the
+        most problems, the newest record.
         """
 
         def rank(record: dict) -> tuple:
@@ -74,9 +76,9 @@ class Run:
         return best
 
     def unusual(self, record: dict) -> str:
-        """Returns what is unusual about a score, such as "step 30, temperature 0.8".
+        """Says what is unusual about a score, such as "step 30, temperature 0.8".
 
-        Returns "" if the score is for greedy answers of the last checkpoint.
+        Returns "" for greedy answers of the last checkpoint.
         """
         step, temperature, samples = record["step"], record.get("temperature"), record.get("num_samples") or 1
         notes = [f"step {step:,}"] if self.step is not None and step != self.step else []
@@ -91,7 +93,10 @@ class Run:
 
     @property
     def ended(self) -> float:
-        """The time at which training finished or, if it did not, the time of the last record that is no evaluation."""
+        """The time at which training finished.
+
+        For an unfinished run, this is the time of the last record that is not an evaluation.
+        """
         timed = [r for r in self.records if r.get("time")]
         finished = [r["time"] for r in timed if r["kind"] == "note" and r.get("text") == "finished"]
         return max(finished or [r["time"] for r in timed if r["kind"] != "eval"] or [self.began])
@@ -102,9 +107,9 @@ class Run:
 
 
 def find_run(stage: str, tag: str = "") -> Run | None:
-    """Returns the stage's run called `tag`, or the stage's most recently saved run if `tag` is empty.
+    """Returns the stage's run called `tag`. If `tag` is empty, returns the stage's most recently saved run.
 
-    Returns None if there is no such run.
+    Returns None if no run is found.
     """
     root = base_dir() / f"{stage}_checkpoints"
     folders = [p.parent for p in root.glob(f"*/{run_log.LOG}") if not p.parent.name.startswith(".")]
@@ -129,7 +134,7 @@ def find_run(stage: str, tag: str = "") -> Run | None:
 
 
 def reset(tag: str = "") -> Path:
-    """Records the machine and the start time (now) of the runs called `tag`. Returns the path of start.json."""
+    """Records the machine and the current time in start.json, and returns the path of this file."""
     path = _folder(tag) / "start.json"
     start = {"time": round(time.time(), 3), "environment": environment.describe()}
     write_text(path, json.dumps(start, indent=1) + "\n")
@@ -137,7 +142,7 @@ def reset(tag: str = "") -> Path:
 
 
 def _start(folder: Path, runs: dict[str, Run]) -> dict:
-    """Returns what `reset` recorded in `folder`, or {} if there was no reset before the first record of `runs`."""
+    """Returns what `reset` recorded in `folder`. Returns {} if there was no reset before `runs` began."""
     start = read_json(folder / "start.json")
     first = min((run.began for run in runs.values() if run.began), default=math.inf)
     return start if start.get("time", 0.0) <= first else {}
@@ -153,7 +158,7 @@ def _folder(tag: str) -> Path:
 
 
 def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
-    """Writes report.md below the base folder, copies it to `output`, and returns the path below the base folder.
+    """Writes report.md below the base folder and returns its path. Also writes a copy to `output`.
 
     Raises UserError if there is nothing to report on.
     """
@@ -172,7 +177,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
     write_text(folder / "report.md", text)
-    # The copy shows the plots in `folder`, so the paths of the plots are made relative to the copy's folder.
+    # The plots stay in `folder`. So the copy needs paths to them that are relative to its own folder.
     for plot in plots.values():
         relative = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
         text = text.replace(f"]({plot})", f"]({relative})")
@@ -191,7 +196,7 @@ def _header(start: dict) -> str:
 
 def _summary(runs: dict[str, Run], start: dict) -> str:
     scores = {stage: run.scores() for stage, run in runs.items()}
-    # Chat tasks that are not in METRICS get rows at the end. CORE's tasks get no rows: the run's section lists them.
+    # Chat tasks outside METRICS get rows at the end. CORE's tasks get no rows, because each run's section lists them.
     others = {t for s in scores.values() for t, r in s.items() if r.get("suite") == "chat" and t not in METRICS}
     header = [f"{s.upper()} ({runs[s].tag})" if s in runs else s.upper() for s in STAGES]
     rows = [["bits per byte", *(_bpb(runs[s]) if s in runs else "-" for s in STAGES)]]
@@ -230,10 +235,10 @@ def _in_parentheses(text: str) -> str:
 
 
 def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
-    """Returns the seconds from the start to the end of all stages, with and without reinforcement learning.
+    """Returns the seconds from the start to the end of the last stage, with and without reinforcement learning.
 
-    The end of a stage is the end of its training plus the seconds that later evaluations took. Idle time between
-    training and an evaluation is not counted.
+    The seconds of later evaluations are added to the end of a stage's training. Idle time between training and an
+    evaluation does not count.
     """
     begin = start.get("time") or min(run.began for run in runs.values())
     ends = {stage: run.ended + _evaluation_seconds(run) for stage, run in runs.items()}
@@ -242,9 +247,9 @@ def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
 
 
 def _evaluation_seconds(run: Run) -> float:
-    """Returns the seconds that evaluations took after training. Only evaluations whose scores are shown count.
+    """Returns the seconds that evaluations took after training. An evaluation counts only if its score is shown.
 
-    CORE and ChatCORE are left out, since each of their tasks is counted.
+    CORE and ChatCORE are left out, because their tasks are counted one by one.
     """
     shown = [r for task, r in run.scores().items() if task not in ("CORE", "ChatCORE")]
     return sum(r.get("seconds") or 0 for r in shown if (r.get("time") or 0) > run.ended)
@@ -305,7 +310,7 @@ def _section(run: Run, plot: str | None) -> str:
 
 
 def _facts(run: Run) -> list[str]:
-    """Lists a run's model, settings, cost and results, one line of Markdown each."""
+    """Lists a run's model, settings, cost and results as lines of Markdown."""
     facts: dict[str, str] = {}
     if "model" in run.meta:
         model = GPTConfig(**run.meta["model"])
@@ -344,7 +349,6 @@ def _facts(run: Run) -> list[str]:
 
 
 def _settings(run: Run) -> dict:
-    """Returns the settings to show for a run: those in ALWAYS_SHOWN, and all that differ from their defaults."""
     defaults = dataclasses.asdict(config.TRAINING[run.stage]())
     return {
         name: value
@@ -365,12 +369,12 @@ def _show(value: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """Formats a model's text as inline code on a single line."""
+    """Formats a model's text as inline code on one line."""
     return "`" + repr(text)[1:-1].replace("`", "'") + "`"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    """Formats a Markdown table. The first column is left-aligned, and the other columns are right-aligned."""
+    """Formats a Markdown table."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
@@ -380,7 +384,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def smooth(values: list[float], factor: float = 0.9) -> list[float]:
-    """Returns exponential moving averages of `values`. By bias correction, the first average is the first value."""
+    """Returns exponential moving averages of `values`, with bias correction."""
     result, average, weight = [], 0.0, 0.0
     for value in values:
         average, weight = factor * average + (1 - factor) * value, factor * weight + (1 - factor)
@@ -389,7 +393,7 @@ def smooth(values: list[float], factor: float = 0.9) -> list[float]:
 
 
 def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
-    """Draws each stage's curves. Returns {stage: file name in `folder`}, and a remark if there is no matplotlib."""
+    """Draws each stage's curves. Returns {stage: file name}, and a remark if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -404,7 +408,7 @@ def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
 
 
 def _plot(run: Run, path: Path) -> None:
-    """Draws two plots, training on the left and validation on the right, since their quantities differ."""
+    """Draws training on the left and validation on the right, because they measure different quantities."""
     import matplotlib.pyplot as plt
 
     steps, losses = run.series("train", "reward" if run.stage == "rl" else "loss")

@@ -1,8 +1,8 @@
-"""Reads and writes a run's log: log.jsonl in the run's folder, one JSON object per line. wandb only shows a copy.
+"""Reads and writes a run's log: log.jsonl in the run's folder, with one JSON object per line. wandb only shows a copy.
 
-After a resume, a step may be logged twice. If several records agree in all fields of KEY, only the last one counts. A
-run that restarts from an earlier step writes a record of kind "config". This record cancels everything that the same
-stage has already logged for later steps, including scores and the note "finished".
+After a resume, a step may be logged twice. If several records agree in all fields of KEY, only the last one counts.
+Whenever a run starts or resumes, it logs a record of kind "config" with its current step. This record cancels all
+earlier records in the log that have the same stage and a greater step, even scores and the note "finished".
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOG = "log.jsonl"
-# Two scores count separately if they differ in the number of problems ("n"), "temperature" or "num_samples".
+# Two scores both count if they differ in the number of problems ("n"), in "temperature" or in "num_samples".
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
 
@@ -35,7 +35,7 @@ def _last_byte(file: BinaryIO) -> bytes:
 
 
 def read(run_dir: Path) -> list[dict]:
-    """Returns the records that count, in the order in which they were written, or [] if there is no log.
+    """Returns the records that count, in the order of the log. Returns [] if there is no log.
 
     Incomplete lines are skipped.
     """
@@ -43,11 +43,11 @@ def read(run_dir: Path) -> list[dict]:
     if not path.exists():
         return []
     records: dict[tuple, dict] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would split a line that contains U+2028
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would also split at U+2028 inside a record
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue  # incomplete: a process died while writing this line
+            continue  # a process died while writing this line
         key = tuple(map(record.get, KEY))
         if record.get("kind") == "config":
             stage, step = record["stage"], record["step"]

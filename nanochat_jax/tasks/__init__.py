@@ -1,20 +1,20 @@
 """Tasks: conversations to train on, and problems to evaluate a model on, behind one small interface.
 
-`load` takes the name of a task ("GSM8K"), a split (train, val or test) and, for local data, a folder. It returns a
-`Task`, which is a sequence of conversations. If the task has a score, its `evaluate` checks answers. Downloaded tasks
-read the Hugging Face hub or a local folder. Generated tasks read no data: the task, the split and an index determine a
-conversation.
+`load` returns a `Task`, which is a sequence of conversations. If the task has a score, its `evaluate` method checks an
+answer. Downloaded tasks, such as GSM8K, read their data from the Hugging Face hub or a local folder. Generated tasks,
+such as Sums, make each conversation from the split and an index.
 
     task = tasks.load("GSM8K", "test", rows=100)
     task[0]["messages"]; task.evaluate(task[0], "... #### 18")
 
-To add a task, write a subclass of `Task` in a new file in this folder. Give the subclass a `name`, a `__len__`, and an
-`example` that returns the conversation at an index. If the task reads stored rows, write a subclass of
-`task_data.RowTask` instead, with a `name`, its `rows`, and a `conversation` that converts one row. Then add the class
-to `_CLASSES` below. The task's name, in any letter case, then works in every --mixture. To give the task a score, set
-`eval_type` and `baseline`, and define `evaluate`, which says whether an answer is right. Tasks with a score work in
-chat_eval -a. The result of `example` must depend only on the split, the index and the data: a checkpoint records a hash
-of the tasks that it was trained on, and a run is not resumed if its tasks have changed.
+To add a task, write a subclass of `Task` in a new file in this folder. The class needs a `name`, a `__len__`, and an
+`example` method that returns the conversation at an index. If the data is stored in rows, write a subclass of
+`task_data.RowTask` instead. This class needs a `name`, its `rows`, and a `conversation` method that converts one row.
+Add the class to `_CLASSES` below. After that, every --mixture accepts the task's name, in any letter case. To give the
+task a score, also set `eval_type` and `baseline`, and define `evaluate`. Then chat_eval -a accepts the task too.
+
+For the same split, index and data, `example` must always return the same conversation. A checkpoint records a hash of
+the run's conversations, and the run resumes only if this hash is unchanged.
 """
 
 from pathlib import Path
@@ -53,9 +53,9 @@ TASKS = {cls.name.lower(): cls for cls in _CLASSES}
 
 
 def task_class(name: str) -> type[Task]:
-    """Returns the class of the task `name`, such as "ARC-Easy" or "customjson:my.jsonl", in any letter case.
+    """Returns the class of the task `name`, such as "ARC-Easy" or "customjson:my.jsonl". Letter case does not matter.
 
-    Raises UserError, listing the known names, if there is no such task.
+    Raises UserError if the task is unknown.
     """
     cls = TASKS.get(name.partition(":")[0].strip().lower())
     if cls is None:
@@ -64,10 +64,12 @@ def task_class(name: str) -> type[Task]:
 
 
 def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0) -> Task:
-    """Returns the `split` of a task: "train", "test" or "val" (the test split if the task has no val split).
+    """Returns one split of a task: "train", "val" or "test". If the task has no val split, "val" means "test".
 
-    data_dir: folder with the data of downloaded tasks, used instead of the hub. rows: how many rows to take (0: all);
-    if the task has fewer rows, its rows are repeated. Raises UserError if the data is missing or empty.
+    data_dir: a local folder with task data, used instead of the Hugging Face hub.
+    rows: how many rows to take, or 0 for all rows. If the task has fewer rows, they are repeated.
+
+    Raises UserError if the data is missing or empty.
     """
     if split not in ("train", "val", "test"):
         raise UserError(f"split {split!r} of {name}: must be train, val or test")
@@ -88,7 +90,7 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int
 
 
 def mixture(counts: dict[str, int], split: str, data_dir: str | Path | None = None, seed: int = 42) -> Mixture:
-    """Returns a mixture of the tasks in `counts`, which is {name: rows} (see `load`), shuffled by `seed`."""
+    """Returns a shuffled mixture of the tasks in `counts`: {name: number of rows, or 0 for all rows}."""
     if not counts:
         raise UserError("an empty mixture: name at least one task, as name=rows")
     return Mixture([load(name, split, data_dir=data_dir, rows=n) for name, n in counts.items()], seed)

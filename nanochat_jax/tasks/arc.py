@@ -1,7 +1,7 @@
-"""ARC (Clark et al., 2018): grade-school science questions, in one easy and one hard collection.
+"""ARC (Clark et al., 2018): grade-school science questions, in an easy and a hard collection.
 
-The choices keep the labels that they have in the data: letters, or 1 to 4 in a few questions. Most questions have four
-choices, and a few have three or five.
+Most questions have four choices, and a few have three or five. Most questions label their choices with
+letters, and a few use numbers. The prompt keeps these labels.
 """
 
 from pathlib import Path

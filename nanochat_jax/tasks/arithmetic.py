@@ -1,11 +1,12 @@
-"""Generates arithmetic problems in GSM8K's format, with one step in Sums and two steps in TwoStep.
+"""Generates arithmetic problems in GSM8K's format. A problem has one step in Sums and two steps in TwoStep.
 
-The task, the split and the index alone determine a problem. Some pairs of numbers, some names of people and some
-phrasings (see stories.py) are held out of training: some of these for validation, the rest for the test. A hash of the
-operator and the pair of operands decides which split the pair belongs to. A problem uses only pairs of its own split.
-Every step of an answer calls the calculator. The text before the call repeats the numbers in the order of the question
-and never contains the result of the call, so that the model need not compute anything itself. The expression has no
-spaces, so that a number is always split into the same tokens.
+A problem depends only on the task, the split and the index. Some number pairs, some names and some phrasings (see
+stories.py) never occur in training. They are reserved for validation or for the test. A hash of the operator and the
+two operands assigns each number pair to one split. A problem uses only number pairs of its own split.
+
+Every step of an answer calls the calculator. The text before a call states the operation but not the result, so that
+the model need not compute anything itself. The calculator's expression has no spaces, so that a number always becomes
+the same tokens.
 """
 
 import random
@@ -18,8 +19,11 @@ from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, stories
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # of this many pairs of numbers, about one is for validation only, and about one for the test only
-DIVISIONS = 0.1  # share of divisions in plain training problems, since people ask for divisions; val and test have none
+HOLD_OUT = 10  # about one in HOLD_OUT number pairs is only for validation, and about one is only for the test
+
+# Share of divisions among training problems without a story. Training includes divisions because users ask for them.
+# Val and test have no divisions.
+DIVISIONS = 0.1
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
     Helen Linda Susan Karen"""
@@ -58,11 +62,11 @@ SCENES = (
     "Listen to this story.",
 )
 OPENINGS = ("Hi!", "Hello,", "Question:", "A quick question:", "Please help me.", "Now this:", "Next:", "And then?")
-UNRELATED = 0.2  # share of problems that begin with unrelated words, so that the model learns to ignore such words
+UNRELATED = 0.2  # share of problems that begin with unrelated words, which the model must learn to ignore
 
 
 def split_of(a: int, op: str, b: int) -> str:
-    """Returns the only split ("train", "val" or "test") in which `a op b` occurs. 3+4 and 4+3 are in the same split."""
+    """Returns the split that `a op b` belongs to: "train", "val" or "test". 3+4 and 4+3 belong to the same split."""
     if op in "+*" and a > b:
         a, b = b, a
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT, "train")
@@ -81,7 +85,7 @@ class _Arithmetic(Task):
         return TRAIN_ROWS if self.split == "train" else HELD_OUT_ROWS
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
-        """Returns (text with {} in place of each number, the story that the text tells, the numbers)."""
+        """Returns (text, story, numbers). The text tells the story, with {} in place of each number."""
         raise NotImplementedError
 
     def example(self, index: int) -> dict:
@@ -101,9 +105,9 @@ class _Arithmetic(Task):
 
 
 class Sums(_Arithmetic):
-    """One-step problems, half of them plain and half told as a story.
+    """One-step problems. Half of them are plain, such as "What is 3 + 4?", and half tell a story.
 
-    Operands are at most 999 for + and -, and between 2 and 99 for *.
+    Operands of + and - are at most 999, and operands of * are between 2 and 99.
     """
 
     name = "Sums"
@@ -121,14 +125,14 @@ class Sums(_Arithmetic):
             text = _carelessly_typed(text, rng)
         while True:
             a, b = _pair(op, rng)
-            # In a story both numbers are at least 2, to avoid "1 apples", and nobody gives away all they have or more.
+            # In a story, both numbers are at least 2, to avoid "1 apples". A difference must be more than 0.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
             if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]
 
 
 class TwoStep(_Arithmetic):
-    """Word problems whose second step uses the result of the first."""
+    """Word problems with two steps. The second step uses the result of the first."""
 
     name = "TwoStep"
 
@@ -147,23 +151,22 @@ class TwoStep(_Arithmetic):
 
 
 def _pair(op: str, rng: random.Random) -> tuple[int, int]:
-    """Two operands for `op`."""
     if op == "*":
         return rng.randint(2, 99), rng.randint(2, 99)
-    if op == "/":  # a division without a remainder
+    if op == "/":  # divisions leave no remainder
         divisor = rng.randint(2, 30)
         return divisor * rng.randint(2, 30), divisor
-    digits = (100, 1000)  # half of the operands are drawn below 100, since people mostly ask about such numbers
+    digits = (100, 1000)  # half of the operands are drawn below 100, because users mostly ask about small numbers
     return rng.randrange(rng.choice(digits)), rng.randrange(rng.choice(digits))
 
 
 def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
-    """Draws x, y and z for a story. If these numbers do not fit together, the caller draws again."""
+    """Draws x, y and z for a story. The caller checks them, and draws again if necessary."""
     numbers = []
     for name in "xyz":
         if any(name in step and "*" in step for step in story.steps):
             numbers.append(rng.randint(2, 30))
-        elif f"{name}-r" in story.steps:  # the result of the first step is subtracted from this number
+        elif f"{name}-r" in story.steps:  # the second step subtracts the first step's result from this number
             numbers.append(rng.randint(2, 999))
         else:
             numbers.append(rng.randint(2, min(story.largest, rng.choice((99, 300)))))
@@ -171,13 +174,13 @@ def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
 
 
 def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, str, int]]:
-    """Returns each step as (left number, operator, right number). In `steps`, r is the result of the previous step.
+    """Returns (left number, operator, right number) for each step. In `steps`, r is the previous step's result.
 
     Example: ("x+y", "r-z"), [3, 4, 2] -> [(3, "+", 4), (7, "-", 2)]
     """
     values = dict(zip("xyz", numbers, strict=False))
     operations = []
-    for left, op, right in steps:  # a step is a string of three characters, like "x+y"
+    for left, op, right in steps:  # a step has three characters, such as "x+y"
         a, b = values[left], values[right]
         values["r"] = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
         operations.append((a, op, b))
@@ -187,7 +190,7 @@ def _operations(steps: tuple[str, ...], numbers: list[int]) -> list[tuple[int, s
 def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list[dict]:
     """Returns the answer as a list of parts.
 
-    Each step has three parts: the operation, the calculator call and the calculator's output. A final part ends with
+    Each step gives three parts: the operation, the calculator call and the calculator's output. The last part ends with
     #### and the result.
 
     Example: ("x+y",), [3, 4], "apples" -> text "3 + 4 = ", python "3+4", python_output "7", text "7 apples.\\n#### 7"
@@ -204,7 +207,7 @@ def _answer_parts(steps: tuple[str, ...], numbers: list[int], unit: str) -> list
 
 
 def _characters(split: str, rng: random.Random) -> dict[str, str]:
-    """Returns {placeholder in phrasings.txt: word} for the people and things of a story."""
+    """Draws the people and things of a story, as {placeholder: word}. phrasings.txt explains the placeholders."""
     woman = rng.random() < 0.5
     people = rng.sample(WOMEN[split] + MEN[split], 3)
     name = rng.choice((WOMEN if woman else MEN)[split])
@@ -227,7 +230,7 @@ def _characters(split: str, rng: random.Random) -> dict[str, str]:
 
 
 def _carelessly_typed(text: str, rng: random.Random) -> str:
-    """Returns the text as people type it: sometimes without capitals, sometimes without punctuation at the end."""
+    """Returns the text as people type it: sometimes without capitals or final punctuation."""
     if rng.random() < 0.15:
         text = text.lower()
     if rng.random() < 0.15:

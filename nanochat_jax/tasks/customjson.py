@@ -1,6 +1,6 @@
-"""Your own conversations, for training only. Each line of the file is a JSON array of messages {"role", "content"}.
+"""Your own conversations, for training only. On the command line, the task is called customjson:PATH.
 
-On the command line, the task is called customjson:PATH.
+Each line of the file is a JSON array of messages {"role": ..., "content": ...}.
 """
 
 import json
@@ -15,7 +15,7 @@ class CustomJSON(task_data.RowTask):
     name = "CustomJSON"
 
     def __init__(self, path: str | Path):
-        """Reads and checks the whole file, so that a mistake in any line is reported at once, not hours into a run."""
+        """Checks all lines now, because an error found during training could waste hours."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, each an array of messages")

@@ -1,9 +1,11 @@
-"""Generates multiple-choice questions in MMLU's format. They ask for first letters, the largest or smallest number,
-kinds of things, opposites and plurals, which a tiny model can learn from its training text.
+"""Generates multiple-choice questions in MMLU's format.
 
-Each question makes three comparisons: the right answer with each of three wrong answers. A hash assigns every
-comparison to one split, so the comparisons of a val or test question never occur in training. All splits use the same
-words, since a model can compare only words that it knows.
+The questions are about first letters, the largest or smallest number, kinds of things, opposites and plurals. A tiny
+model can learn all of these from its training text.
+
+Each question compares the right answer with three wrong answers. A hash assigns every comparison to one split, so
+training never contains a comparison from val or test. All splits use the same words, because a model can compare only
+words that it knows.
 """
 
 import random
@@ -14,7 +16,7 @@ from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 4  # of this many comparisons, one belongs to the val split and one to the test split
+HOLD_OUT = 4  # about one in HOLD_OUT comparisons is only for validation, and about one is only for the test
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -70,7 +72,7 @@ class GeneratedChoice(Task):
         return multiple_choice.evaluate(conversation, completion)
 
     def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
-        """Returns a question, the right answer, and three wrong answers whose comparisons belong to this split."""
+        """Returns (question, right answer, three wrong answers). All three comparisons belong to this split."""
         make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
         while True:
             question, answer, candidates = make(rng)
@@ -83,7 +85,7 @@ class GeneratedChoice(Task):
 
 
 def split_of(question: str, answer: str, other: str) -> str:
-    """Returns the one split ("train", "val" or "test") in which `question` may offer the wrong answer `other`."""
+    """Returns the split of the comparison between `answer` and `other`: "train", "val" or "test"."""
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{question}|{answer}|{other}".encode()) % HOLD_OUT, "train")
 
 

@@ -1,9 +1,8 @@
 """GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
 
-In the data, each step of an answer contains <<expression=result>>. The expression becomes a calculator call, and the
-result becomes the output of that call. An answer ends with "#### number". The answer is right only if its number,
-without commas, is written exactly as in the reference answer: if the reference number is 10, neither 10.0 nor "10." is
-right.
+In the data, the steps of an answer contain <<expression=result>>. The expression becomes a calculator call, and the
+result becomes the call's output. An answer ends with "#### number". It is right only if this number is written exactly
+as in the reference answer. Commas are ignored, but 10.0 does not match 10.
 """
 
 import re
@@ -18,7 +17,7 @@ _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 def extract_answer(text: str) -> str | None:
-    """Returns the number after the first "#### ", without commas, or None if there is no such number.
+    """Returns the first number after "#### ", with commas removed. Returns None if no number follows "#### ".
 
     Example: "2 + 2 = 4\\n#### 1,004" -> "1004".
     """
@@ -27,7 +26,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_right(conversation: dict, completion: str) -> bool:
-    """Whether `completion` has the same number as the reference answer, which is the last message of `conversation`."""
+    """Whether `completion` has the same number as the reference answer, the last message of `conversation`."""
     content = conversation["messages"][-1]["content"]
     reference = extract_answer(content if isinstance(content, str) else content[-1]["text"])
     assert reference is not None, f"no #### in the reference answer {content!r}"
@@ -52,7 +51,7 @@ class GSM8K(task_data.RowTask):
         "2*5", python_output "10", text "10\\n#### 10".
         """
         parts = []
-        for i, piece in enumerate(_CALL.split(row["answer"])):  # even i: text; odd i: call
+        for i, piece in enumerate(_CALL.split(row["answer"])):  # even i: text, odd i: calculator call
             if i % 2 == 0:
                 parts.append({"type": "text", "text": piece})
                 continue

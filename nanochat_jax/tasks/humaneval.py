@@ -15,13 +15,13 @@ _FENCED = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
 
 
 def extract_code(completion: str) -> str:
-    """Returns the first fenced code block of an answer, or the whole answer if there is no such block."""
+    """Returns the first fenced code block of an answer, or the whole answer if it has no code block."""
     match = _FENCED.search(completion)
     return (match[1] if match else completion).strip()
 
 
 def extract_imports(prompt: str) -> str:
-    """Returns the import lines at the start of a prompt. An answer may need these imports without repeating them."""
+    """Returns the import lines at the start of a prompt. An answer may rely on these imports without repeating them."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()
@@ -33,7 +33,7 @@ def extract_imports(prompt: str) -> str:
 
 
 def program(conversation: dict, completion: str) -> str:
-    """Returns a program that tests `completion`: it raises an exception unless all tests pass."""
+    """Returns a program that runs the unit tests on `completion`. The program raises an exception if a test fails."""
     imports = extract_imports(conversation["messages"][0]["content"])
     call = f"check({conversation['entry_point']})"
     return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"

@@ -1,10 +1,11 @@
 """Teaches the model who it is, with a thousand short generated conversations in many phrasings.
 
 The training conversations are read from identity_conversations.jsonl in the task data folder. If that file does not
-exist, they are read from the file of the same name in the base folder, which is generated on first use. To give the
-model another identity, edit or replace the file. No question is phrased in the same way in two splits. The test
-phrasings were written before any model was evaluated on them, and use only words that occur in training questions. An
-answer is right if it contains the expected word or phrase.
+exist, they are read from identity_conversations.jsonl in the base folder. The file in the base folder is generated on
+first use. To give the model another identity, edit or replace the file.
+
+The splits have no question in common. The test questions were written before any model was evaluated on them. They use
+only words that occur in training questions. An answer is right if it contains the expected word or phrase.
 """
 
 import json
@@ -24,7 +25,7 @@ CONVERSATIONS = 1_000
 
 @dataclass(frozen=True)
 class Topic:
-    """The questions of each split about one topic, and their answers.
+    """Questions about one topic, for each split. Each answer fits all of the questions.
 
     A right answer contains the text `expected`. If `expected` is "", every answer is right.
     """
@@ -160,12 +161,11 @@ class Identity(Task):
         return self.conversations[index]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether `completion` contains the expected text, such as the name of the model."""
+        """Whether `completion` contains the expected text. Letter case does not matter."""
         return conversation["expected"].lower() in completion.lower()
 
 
 def _training_data(data_dir: str | Path | None) -> CustomJSON:
-    """Returns the training conversations. If there is no file of them, the file is generated first."""
     path = base_dir() / FILE
     if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
         path = given
@@ -175,12 +175,14 @@ def _training_data(data_dir: str | Path | None) -> CustomJSON:
 
 
 def generate(index: int) -> list[dict]:
-    """Returns training conversation number `index`: usually one or two questions, perhaps with a greeting, thanks or a
-    goodbye."""
+    """Returns training conversation number `index`.
+
+    Most conversations have one or two questions. Some also have a greeting, thanks or a goodbye.
+    """
     rng = random.Random(f"identity {index}")
     topics = rng.sample(ABOUT, rng.choice((1, 1, 1, 2)))
     if rng.random() < 0.4 and ABOUT[0] not in topics:
-        topics[0] = ABOUT[0]  # people ask most often who the model is
+        topics[0] = ABOUT[0]  # users most often ask who the model is
     greeting = rng.random()
     if greeting < 0.2:
         topics.insert(0, GREETING)
@@ -191,16 +193,16 @@ def generate(index: int) -> list[dict]:
     messages = [
         message for topic in topics[:3] for message in _turn(rng.choice(topic.train), rng.choice(topic.answers))
     ]
-    if greeting > 0.9 and topics[0] in ABOUT:  # put a greeting before the question, in one message
+    if greeting > 0.9 and topics[0] in ABOUT:  # put a greeting into the same message as the question
         messages[0]["content"] = rng.choice(("Hi! ", "Hello! ", "Hey, ", "Hi, ")) + messages[0]["content"]
     return messages
 
 
 def _questions(split: str) -> list[dict]:
-    """Returns conversations that contain every question of the split `split`, which is val or test.
+    """Returns the conversations of `split`, which is "val" or "test".
 
-    Each question occurs in one conversation as the first message. Unless the question is itself a greeting, it occurs
-    in a second conversation after a greeting.
+    Each question is the first message of one conversation. It also follows a greeting in a second conversation, unless
+    it is a greeting itself.
     """
     rng = random.Random(f"identity {split}")
     conversations = []

@@ -1,5 +1,7 @@
-"""MMLU (Hendrycks et al., 2020): multiple-choice questions on 57 subjects. The train split is MMLU's
-auxiliary_train."""
+"""MMLU (Hendrycks et al., 2020): multiple-choice questions on 57 subjects.
+
+The train split is MMLU's auxiliary_train.
+"""
 
 from pathlib import Path
 
@@ -18,7 +20,7 @@ class MMLU(task_data.RowTask):
         if not data_dir:
             self.rows = task_data.hub(REPO, "all", stored)
         elif split == "train" and not task_data.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
-            # auxiliary_train combines multiple-choice data sets, so the two data sets in mc_train/ can replace it.
+            # auxiliary_train combines multiple-choice data sets. The two data sets in mc_train/ can replace it.
             self.rows = task_data.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
             print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ instead")
         else:
@@ -26,7 +28,7 @@ class MMLU(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict) -> dict:
-        if "answerKey" in row:  # the row is from mc_train/, which has ARC's format
+        if "answerKey" in row:  # rows of mc_train/ have ARC's format
             choices, letters = row["choices"]["text"], row["choices"]["label"]
             return multiple_choice.conversation(row["question"], choices, letters, row["answerKey"])
         letters = "ABCD"[: len(row["choices"])]

@@ -1,15 +1,14 @@
-"""The format in which every multiple-choice task shows its questions to the model.
+"""The prompt format of every multiple-choice task.
 
-Each letter comes after its choice, since a small model connects the two more easily in this order. There is no space
-between "=" and the letter, so that the letter is the same token in the question and in the answer.
+Each letter comes after its choice, because a small model connects the two more easily in this order. There is no space
+before the letter, so that the letter is the same token in the question and in the answer.
 """
 
 from collections.abc import Sequence
 
 
 def conversation(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
-    """Returns a conversation: the user asks the question with its lettered choices, and the assistant answers with the
-    right letter alone.
+    """Returns a conversation. The user asks the question, and the assistant answers with only the right letter.
 
     For the arguments "Which is hot?", ["ice", "fire"], "AB" and "B", the user asks
 

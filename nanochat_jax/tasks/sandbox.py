@@ -1,8 +1,9 @@
-"""Runs Python code that a model wrote, in a new interpreter with limits on time, memory, files and output.
+"""Runs a model's Python code in a new interpreter, with limits on time, memory, files and output.
 
-The sandbox is not a security boundary. It stops accidents (endless loops, memory hogs, fork bombs, stray files, leaked
-environment variables) and simple tricks that pass a test without solving the problem. Malicious code can still use the
-network and read every file that the user can read. Run such code in a container or a virtual machine.
+The sandbox stops accidents: endless loops, excessive memory use, fork bombs, stray files and leaked environment
+variables. It also stops simple tricks that pass a test without solving the problem. But it is not a security
+boundary. Malicious code can still use the network and read every file that the user can read. To be safe from malicious
+code, use a container or a virtual machine.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-MAX_OUTPUT = 64 * 1024  # at most this many bytes are kept of stdout, and as many of stderr
-MAX_FILE = 16 * 1024 * 1024  # maximum size in bytes of each file that the program writes, captured output included
+MAX_OUTPUT = 64 * 1024  # maximum number of bytes to keep from each of stdout and stderr
+MAX_FILE = 16 * 1024 * 1024  # maximum size in bytes of a file that the program writes; stdout and stderr are files too
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class Result:
     memory_exceeded: bool
 
 
-# The child process runs the code below, called the runner, which then runs the program. A pipe holds a random number,
-# the nonce. After the program's last line, the runner reads the nonce and reports it; otherwise the program has failed.
-# An exit code of 0 would prove nothing: a program can call sys.exit(0), which raises SystemExit in the runner, or
-# os._exit(0), which ends the runner at once. The runner sets the limits itself, because setting them in a preexec_fn is
-# unsafe if the parent process has threads. Before the program starts, the runner stores the functions that it needs
-# afterwards under names of its own, because the program may replace these functions in their modules.
+# The child process runs the code below, called the runner. The runner sets the limits and then runs the program. The
+# parent process could set the limits in a preexec_fn, but a preexec_fn is unsafe if the parent process has threads.
+#
+# An exit code of 0 does not prove success, because the program can stop early with sys.exit(0) or os._exit(0). So the
+# parent process puts a random number, the nonce, into a pipe. After the program's last line, the runner reads the nonce
+# and reports it. If the report lacks the nonce, the program has failed.
+#
+# The program may replace functions in the modules that the runner uses. So before the program starts, the runner saves
+# the functions that it will need later.
 _RUNNER = """
 import json, os, resource, sys
 read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
@@ -78,7 +82,7 @@ run(*map(int, sys.argv[1:]))
 
 
 def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 1024 * 1024) -> Result:
-    """Runs `code` as a separate program and reports how it ended.
+    """Runs `code` in a separate process and reports how it ended.
 
     `timeout` is in wall-clock seconds and includes the start of the interpreter. `memory_bytes` limits the address
     space (None: no limit). The program gets no input, an empty environment, and a temporary working directory.
@@ -110,7 +114,7 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            # Kill the whole process group even after a success: the program's child processes may still be running.
+            # Kill the whole process group. Even after a success, child processes of the program may still be running.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -127,7 +131,6 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
 
 
 def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
-    """Returns the reason why a program did not succeed, in one line."""
     if timed_out:
         return f"not finished after {timeout:g} s"
     if "error" in report:
@@ -137,7 +140,7 @@ def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
 
 @contextlib.contextmanager
 def _pipe() -> Generator[tuple[int, int], None, None]:
-    """Yields (read end, write end) of a new pipe, and closes the two ends afterwards."""
+    """Yields the file descriptors (read end, write end) of a new pipe, and closes them afterwards."""
     ends = os.pipe()
     try:
         yield ends
@@ -147,7 +150,7 @@ def _pipe() -> Generator[tuple[int, int], None, None]:
 
 
 def _read_report(fd: int) -> dict:
-    """Returns the runner's report, which is a small JSON object, or {} if there is no report. Does not wait."""
+    """Returns the runner's report, or {} if there is no report. Does not wait for a report."""
     os.set_blocking(fd, False)
     try:
         report = json.loads(os.read(fd, 65536))
@@ -157,6 +160,5 @@ def _read_report(fd: int) -> dict:
 
 
 def _head(file: IO[bytes]) -> str:
-    """Returns the first MAX_OUTPUT bytes of `file`, decoded as text."""
     file.seek(0)
     return file.read(MAX_OUTPUT).decode("utf-8", errors="replace")

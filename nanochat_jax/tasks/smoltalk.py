@@ -1,8 +1,8 @@
-"""SmolTalk (Allal et al., 2025), in the version for small models: general conversations. For training only.
+"""SmolTalk (Allal et al., 2025): general conversations, for training only. We use the version for small models.
 
 A local folder holds either smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations in chat/*.jsonl. Each
-line of a file in chat/ is a JSON array of messages. In chat/, a conversation's split depends on a hash of its first
-message: one in twenty first messages belongs to the test split.
+line of a file in chat/ is a JSON array of messages. In chat/, a hash of a conversation's first message decides its
+split. About one conversation in twenty is for the test.
 """
 
 import zlib
@@ -12,14 +12,14 @@ from nanochat_jax.config import UserError
 from nanochat_jax.tasks import task_data
 
 REPO = "HuggingFaceTB/smol-smoltalk"
-HOLD_OUT = 20  # of this many first messages, one belongs to the test split
+HOLD_OUT = 20  # about one in HOLD_OUT conversations in chat/ is for the test
 
 
 def check_messages(messages: list, where: str) -> list:
     """Returns `messages`. Raises UserError if they are not a valid conversation.
 
-    A valid conversation may begin with a system message. Then the user and the assistant take turns, with at least one
-    message each. The content of every message is text.
+    User and assistant messages must alternate, with at least one of each. A system message may come before the first
+    user message. The content of every message must be text.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: expected a list of messages")
@@ -53,7 +53,7 @@ class SmolTalk(task_data.RowTask):
 
 
 def _chat_folder(data_dir: Path, split: str) -> list:
-    """Returns the conversations of `split` from chat/*.jsonl. No conversation is in more than one split."""
+    """Returns the conversations of `split` from chat/*.jsonl. Raises UserError if there are none."""
     stems = sorted({f"chat/{path.name.split('.jsonl')[0]}" for path in (data_dir / "chat").glob("*.jsonl*")})
     rows = task_data.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
     rows = [row for row in rows if _held_out(row) == (split == "test")]

@@ -1,8 +1,8 @@
 """SpellingBee asks how often a letter occurs in a word. SimpleSpelling asks for the spelling of a word.
 
-A model sees tokens, not letters. So the answer to SpellingBee has three parts: it spells the word without spaces (" a"
-and "a" are different tokens), counts the letter step by step, and checks the count with the calculator. SimpleSpelling
-teaches the first part.
+A model sees tokens, not letters. So a SpellingBee answer first spells the word. Then it counts the letter step by step,
+and checks the count with the calculator. SimpleSpelling teaches only the spelling. There are no spaces between the
+letters of a spelling, because " a" and "a" are different tokens.
 """
 
 import random
@@ -12,8 +12,8 @@ from nanochat_jax.tasks import gsm8k, words
 from nanochat_jax.tasks.task import Task
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TEST_SEED = 10_000_000  # problem i is drawn with Random(i) for training, and with Random(TEST_SEED + i) for testing
-LETTER_IN_WORD = 0.9  # share of problems that draw the letter from the word; the rest draw it from the alphabet
+TEST_SEED = 10_000_000  # training problem i has the random seed i, and test problem i has the seed TEST_SEED + i
+LETTER_IN_WORD = 0.9  # probability that the letter is drawn from the word; otherwise it is drawn from the alphabet
 TRAIN_ROWS, TEST_ROWS = 80_000, 256
 
 QUESTIONS = (
@@ -115,7 +115,7 @@ class SpellingBee(Task):
 
 
 def _count_by_hand(word: str, letter: str) -> str:
-    """Returns the count written out: one line per letter, such as "2:r", with the count so far at every hit."""
+    """Returns a text with one line per character of `word`, such as "1:t" or "2:r hit! count=1"."""
     lines = [f"I look for '{letter}' in '{word}', letter by letter.", "", spell(word), ""]
     count = 0
     for position, character in enumerate(word, start=1):

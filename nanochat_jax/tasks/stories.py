@@ -1,9 +1,8 @@
-"""Writes the texts of the generated arithmetic problems. Their small grammar is listed and explained in phrasings.txt.
+"""Writes the texts of the generated arithmetic problems. phrasings.txt lists and explains the grammar of these texts.
 
-Every list of phrasings has three parts: phrasings for all splits, phrasings for validation only, and phrasings for the
-test only. A validation problem contains at least one phrasing for validation only, and a test problem at least one for
-the test only, so the wording of these problems never occurs in training. Validation problems may be looked at while a
-recipe is tuned; test problems may not.
+Some phrasings are for all splits, some only for validation, and some only for the test. Every validation or test
+problem contains at least one phrasing that is only for its split. So the wording of these problems never occurs in
+training. While you tune a recipe, you may look at validation problems, but not at test problems.
 """
 
 import random
@@ -16,18 +15,18 @@ SYMBOL = re.compile(r"<(\w+)>")
 
 @dataclass(frozen=True)
 class Phrasings:
-    """Ways to say one thing: all splits use `train`, only validation uses `val`, and only the test uses `test`."""
+    """Ways to say one thing. All splits use `train`. Only validation uses `val`, and only the test uses `test`."""
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
     def held_out(self, split: str) -> tuple[str, ...]:
-        """Returns the phrasings that only this split uses. For train, there are none."""
+        """Returns the phrasings that only `split` uses. For train, returns ()."""
         return () if split == "train" else getattr(self, split)
 
     def with_symbols(self, **symbols: str) -> "Phrasings":
-        """Returns a copy in which symbols are renamed.
+        """Returns a copy with renamed symbols.
 
         Example: with_symbols(E="gain") turns "Then <E>." into "Then <gain>."
         """
@@ -43,8 +42,7 @@ class Phrasings:
 
 @dataclass(frozen=True)
 class Story:
-    """A kind of problem: its phrasings, the steps that solve it, the unit of the result, and the limit for most
-    numbers."""
+    """A kind of problem. `steps` solve it, `unit` is the unit of the result, and `largest` limits most numbers."""
 
     phrasings: Phrasings
     steps: tuple[str, ...]
@@ -53,10 +51,9 @@ class Story:
 
 
 def tell(story: Story, split: str, rng: random.Random) -> str:
-    """Returns a text of `story` with all symbols expanded. For val and test, the text contains a phrasing that only
-    that split uses.
+    """Returns a text of `story` with all symbols expanded. A val or test text has a phrasing that no other split uses.
 
-    Example, for a story of x+y: "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
+    Example for the step x+y: "{n} has {} {t} and gets another {} from {m}. How many {t} does {n} end up with?"
     """
     while True:
         held_out = False
@@ -64,8 +61,8 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
         def choose(phrasings: Phrasings) -> str:
             nonlocal held_out
             of_split = phrasings.held_out(split)
-            # If this split has phrasings of its own, one of them is chosen half of the time, because a problem told
-            # mostly in training phrasings would test little.
+            # If this split has phrasings of its own, choose one of them half of the time. A problem told mostly in
+            # training phrasings would test little.
             if of_split and (not phrasings.train or rng.random() < 0.5):
                 held_out = True
                 return rng.choice(of_split)
@@ -79,12 +76,12 @@ def tell(story: Story, split: str, rng: random.Random) -> str:
 
 
 def stories_for(split: str, stories: list[Story]) -> list[Story]:
-    """Returns the stories that can be told with a phrasing that only this split uses (for train: all stories)."""
+    """Returns the stories for `split`. For val and test, a story must have a phrasing that no other split uses."""
     return [story for story in stories if split == "train" or _has_held_out(story.phrasings, split)]
 
 
 def _has_held_out(phrasings: Phrasings, split: str) -> bool:
-    """Whether this split has a phrasing of its own, either in `phrasings` or for a symbol that occurs in them."""
+    """Whether `phrasings`, or the symbols in them, include a phrasing that only `split` uses."""
     symbols = {name for text in phrasings.train for name in SYMBOL.findall(text)}
     return bool(phrasings.held_out(split)) or any(_has_held_out(GRAMMAR[name], split) for name in symbols)
 
@@ -108,17 +105,18 @@ def _sections() -> list[tuple[str, Phrasings]]:
 
 
 def _take_prefix(pattern: str, line: str) -> tuple[str, str]:
-    """Splits a prefix off a line. If the line begins with a match of `pattern`, returns (the group of the match, the
-    rest of the line). Otherwise returns ("", the line).
+    """Splits off the beginning of `line` that matches `pattern`.
 
-    Example: the pattern r"(\\d+)\\* " and the line "3* {n} has {} {t}." -> ("3", "{n} has {} {t}.").
+    Returns (captured group, rest of the line), or ("", line) if the beginning does not match.
+
+    Example: r"(\\d+)\\* ", "3* {n} has {} {t}." -> ("3", "{n} has {} {t}.")
     """
     match = re.match(pattern, line)
     return (match[1], line[match.end() :]) if match else ("", line)
 
 
 def _story(heading: str, phrasings: Phrasings) -> Story:
-    """Makes a story from its heading, such as "x*y r+z | dollars | largest 40", and its phrasings."""
+    """Makes a story from its phrasings and its heading, such as "x*y r+z | dollars | largest 40"."""
     steps, unit, *rest = (part.strip() for part in heading.split("|"))
     return Story(phrasings, tuple(steps.split()), unit, *(int(part.removeprefix("largest ")) for part in rest))
 

@@ -1,8 +1,8 @@
-"""The interface of a task. A task is a sequence of conversations; if it is for evaluation, it can check answers.
+"""The interface of a task. A task is a sequence of conversations. A task for evaluation can also check answers.
 
-A conversation is a dict {"messages": [{"role": str, "content": ...}, ...]}. The task adds other keys if it needs them
-to check an answer. The content of an assistant message is a string, or a list of parts {"type": "text" | "python" |
-"python_output", "text": str}.
+A conversation is a dict {"messages": [{"role": str, "content": ...}, ...]}. A task may add other keys that it needs to
+check an answer. The content of a message is a string. In an assistant message, it can also be a list of parts
+{"type": str, "text": str}. The type of a part is "text", "python" or "python_output".
 """
 
 import hashlib
@@ -16,13 +16,14 @@ import numpy as np
 
 
 class Task:
-    """Conversations by index. Subclasses define `__len__` and `example`, and `evaluate` if `eval_type` is set.
+    """A sequence of conversations. Subclasses define `__len__` and `example`, and `evaluate` if they set `eval_type`.
 
-    eval_type: "generative" (generate an answer and check its text), "categorical" (compare the logits of the
-    conversation's "letters"), or None (for training only). baseline: the score of guessing. has_val: whether the task
-    has a val split, for evaluations during training and for choosing settings. Most tasks have no val split; for these
-    tasks, "val" means the test split. split: the split of these conversations, as set by `tasks.load`. In a task that
-    was made without `tasks.load`, it may be "".
+    eval_type: how an answer is checked. "generative": the model generates an answer, and `evaluate` checks its text.
+        "categorical": the logits of the conversation's "letters" are compared. None: the task is for training only.
+    baseline: the score of guessing.
+    has_val: whether the task has a val split, for evaluations during training and for choosing settings. For a
+        task without one, "val" means the test split.
+    split: the split of these conversations. `tasks.load` sets it. Without `tasks.load`, it may be "".
     """
 
     name: str = ""
@@ -32,14 +33,14 @@ class Task:
     split: str = ""
 
     def __init__(self, split: str = "", data_dir: str | Path | None = None):
-        """`data_dir` is the folder with downloaded task data. A task that needs no data ignores `data_dir`."""
+        """`data_dir` is the folder with task data. A task that reads no data ignores it."""
         self.split = split
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def example(self, index: int) -> dict:
-        """Returns the conversation at `index`, which is from 0 to len(self) - 1."""
+        """Returns the conversation at `index`, a number from 0 to len(self) - 1."""
         raise NotImplementedError
 
     @overload
@@ -49,14 +50,14 @@ class Task:
     def __getitem__(self, index: slice) -> "View": ...
 
     def __getitem__(self, index: int | slice) -> "dict | View":
-        if isinstance(index, slice):  # slice.indices() limits a slice to the length, as lists do
+        if isinstance(index, slice):  # slice.indices() clips a slice to the length, as a list does
             return View(self, range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a task with {len(self)} rows")
         return self.example(int(index) % len(self))
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Returns whether `completion`, the text of the assistant's answer, is right."""
+        """Whether `completion`, the text of an answer, is right."""
         raise NotImplementedError(f"{self.name or type(self).__name__} is for training only")
 
     def reward(self, conversation: dict, completion: str) -> float:
@@ -65,7 +66,7 @@ class Task:
 
 
 class View(Task):
-    """The rows of a task at `indices`, in that order. A row may be repeated."""
+    """The rows of `task` at `indices`, in that order. An index may occur more than once."""
 
     def __init__(self, task: Task, indices: Sequence[int] | np.ndarray):
         self.task = task
@@ -87,7 +88,7 @@ class View(Task):
 
 
 def first_rows(task: Task, count: int) -> Task:
-    """Returns the first `count` rows of `task` (0: all rows). If `task` has fewer rows, they are repeated in order.
+    """Returns the first `count` rows of `task`, or all rows if `count` is 0. Repeats rows if `task` has too few.
 
     For the rows [a, b, c], a count of 2 gives [a, b], and a count of 5 gives [a, b, c, a, b].
     """
@@ -95,10 +96,10 @@ def first_rows(task: Task, count: int) -> Task:
 
 
 class Mixture(Task):
-    """The rows of several tasks, shuffled once. If a task is listed twice, its rows occur twice.
+    """The rows of several tasks in one random order. If a task is listed twice, its rows occur twice.
 
-    The mixture adds a key "task" to each conversation: the index of the task that the conversation comes from.
-    `evaluate` and `reward` call this task. For example, the rows [s0, s1, s2] of task 0 and [i0, i1] of task 1 become
+    Each conversation gets a key "task", the index of its task in `tasks`. `evaluate` and `reward` call the methods of
+    that task. For example, task 0 has the rows [s0, s1, s2], and task 1 has the rows [i0, i1]. Their mixture may be
     [i0, s1, s2, i1, s0], with the "task" values 1, 0, 0, 1, 0.
     """
 
@@ -114,8 +115,10 @@ class Mixture(Task):
         return len(self.order)
 
     def hash(self) -> str:
-        """Returns a hash that detects changed data. It covers at most 127 equally spaced conversations per task,
-        to save time."""
+        """Returns a hash that detects changed data.
+
+        To save time, the hash covers at most 127 equally spaced conversations per task.
+        """
         digest = hashlib.sha256()
         for task in self.tasks:
             for index in range(0, len(task), max(1, len(task) // 64)):

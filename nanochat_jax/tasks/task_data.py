@@ -1,10 +1,11 @@
-"""Reads the rows of tasks: from a local folder if one is given, otherwise from the Hugging Face hub.
+"""Reads the rows of tasks from a local folder or, if no folder is given, from the Hugging Face hub.
 
-A local file holds JSON lines, plain or gzipped. From the hub, the parquet export is read, because its paths follow the
-same pattern in all data sets. Downloaded files are kept in the folder task_data in the base folder, with a note of
-their revision. A split that is complete in this folder is never downloaded again. Whether they come from a local folder
-or from the hub, the rows are in the specification's order: numpy's permutation with seed 42, as in
-datasets.shuffle(seed=42).
+Local files hold JSON lines, plain or gzipped. From the hub, we read parquet exports, because their paths follow one
+pattern in all data sets. Downloaded files are kept in the folder task_data in the base folder. A JSON file next to them
+records their revision. Once a split is complete, it is never downloaded again.
+
+All rows are shuffled by numpy's permutation with seed 42. This is the order of datasets.shuffle(seed=42) in the
+specification.
 """
 
 import gzip
@@ -20,15 +21,15 @@ from nanochat_jax.config import UserError, base_dir, first_line
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks.task import Task
 
-REVISION = "refs/convert/parquet"  # the branch that holds the hub's parquet export
+REVISION = "refs/convert/parquet"  # the branch of a data set that holds its parquet export
 TIMEOUT = 10  # seconds to wait for a response from the hub
-ATTEMPTS = 2  # the number of attempts to get a response from the hub
+ATTEMPTS = 2  # maximum number of attempts to get a response from the hub
 
 Result = TypeVar("Result")
 
 
 class Rows(Protocol):
-    """Stored rows by index. An index that is too large raises IndexError, so that a loop over the rows ends."""
+    """A sequence of stored rows. An index that is too large must raise IndexError, so that a `for` loop ends."""
 
     def __len__(self) -> int: ...
 
@@ -36,14 +37,16 @@ class Rows(Protocol):
 
 
 class RowTask(Task):
-    """A task over stored rows. Subclasses set `rows` and implement `conversation`."""
+    """A task that converts stored rows to conversations. Subclasses set `rows` and implement `conversation`."""
 
     rows: Rows
 
     @staticmethod
     def conversation(row: Any) -> dict:
-        """Turns a row into a conversation. Raises UserError, KeyError, TypeError or IndexError if the row lacks a
-        field."""
+        """Turns a row into a conversation.
+
+        Raises UserError, KeyError, TypeError or IndexError if the row lacks a field.
+        """
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class RowTask(Task):
 
 
 class JsonRows:
-    """Rows of files with JSON lines. A row is decoded only when it is accessed."""
+    """The rows of files with JSON lines. A row is decoded only when it is accessed."""
 
     def __init__(self, paths: Sequence[Path]):
         self.lines = [line for path in paths for line in read_text(path).split("\n") if line.strip()]
@@ -74,8 +77,10 @@ class JsonRows:
 
 
 class ParquetRows:
-    """Rows of parquet files. A row is decoded only when it is accessed: as Python objects, half a million conversations
-    would take 10 GB."""
+    """The rows of parquet files. A row is decoded only when it is accessed.
+
+    As Python objects, half a million conversations would take 10 GB.
+    """
 
     def __init__(self, paths: Sequence[Path]):
         import pyarrow as pa
@@ -95,7 +100,7 @@ class ParquetRows:
 
 
 class Shuffled:
-    """The given rows in the order of numpy's permutation with `seed`."""
+    """Rows in random order: numpy's permutation with `seed`."""
 
     def __init__(self, rows: Rows, seed: int = 42):
         self.rows = rows
@@ -109,10 +114,9 @@ class Shuffled:
 
 
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
-    """Returns the shuffled rows of all files <stem>.jsonl or <stem>.jsonl.gz in `data_dir`. Stems without a file are
-    skipped.
+    """Returns the shuffled rows of the files <stem>.jsonl or <stem>.jsonl.gz in `data_dir`. Missing files are skipped.
 
-    Raises UserError if no stem has a file, or if all files are empty.
+    Raises UserError if all files are missing or empty.
     """
     paths = [path for stem in stems if (path := find(Path(data_dir) / f"{stem}.jsonl"))]
     if not paths:
@@ -121,10 +125,12 @@ def local(data_dir: str | Path, *stems: str) -> Shuffled:
 
 
 def hub(repo: str, subset: str, split: str) -> Shuffled:
-    """Returns the shuffled rows of one split of a data set on the hub. The split is downloaded on first use. Raises
-    UserError if the download fails."""
+    """Returns the shuffled rows of one split of a data set on the hub. The split is downloaded on first use.
+
+    Raises UserError if the download fails.
+    """
     folder = base_dir() / "task_data" / repo.replace("/", "--")
-    marker = folder / f"{subset}-{split}.json"  # written last: if it exists, the files that it lists are complete
+    marker = folder / f"{subset}-{split}.json"  # written last, so if it exists, the download is complete
     if not marker.is_file():
         _download(repo, subset, split, folder, marker)
     paths = [folder / name for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
@@ -143,7 +149,7 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
             huggingface_hub.hf_hub_download(
                 repo, name, repo_type="dataset", revision=info.sha, local_dir=folder, etag_timeout=TIMEOUT
             )
-    except Exception as error:  # no narrower class covers all errors of the hub
+    except Exception as error:  # the hub's errors have no narrower common class
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"cannot download {repo} from the Hugging Face hub ({reason}); give a folder with --task_data_dir"
@@ -154,8 +160,7 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
 
 
 def _retry(request: Callable[[], Result]) -> Result:
-    """Returns the result of `request`. If the hub does not respond, `request` is called again, at most ATTEMPTS times
-    in all."""
+    """Returns the result of `request`. Makes up to ATTEMPTS requests if the hub does not respond."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for wait in range(1, ATTEMPTS):
@@ -163,7 +168,7 @@ def _retry(request: Callable[[], Result]) -> Result:
             return request()
         except (HfHubHTTPError, OfflineModeIsEnabled):  # the hub refused, or offline mode is set: do not try again
             raise
-        except Exception:  # no address, no route, connection refused, no response in time
+        except Exception:  # no connection to the hub, or no response in time
             time.sleep(wait)
     return request()
 
@@ -175,13 +180,15 @@ def _not_empty(rows: Rows, paths: Sequence[Path]) -> Rows:
 
 
 def find(path: Path) -> Path | None:
-    """Returns `path` if that file exists, else `path`.gz if that file exists, else None."""
+    """Returns `path` or, if only the gzipped file exists, `path`.gz. Returns None if neither exists."""
     return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file, decompressed if its name ends in .gz. Raises UserError if the file cannot be
-    read."""
+    """Returns the text of a UTF-8 file. A file whose name ends in .gz is decompressed.
+
+    Raises UserError if the file cannot be read.
+    """
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
             return f.read()

@@ -1,8 +1,13 @@
 """Provides the words of the spelling tasks. Some words are held out of training and used only for the test.
 
-The words are read from the first of three files that exists: words/words_alpha.txt in the task data folder, then
-task_data/words_alpha.txt and task_data/words.txt in the base folder. If none of the three exists, the frequent words of
-the pretraining text are written to task_data/words.txt and used, so that text added later does not change the words.
+The words are read from the first of these files that exists:
+
+- words/words_alpha.txt in the task data folder
+- task_data/words_alpha.txt in the base folder
+- task_data/words.txt in the base folder
+
+If none of them exists, the frequent words of the pretraining text are written to task_data/words.txt and used from
+then on. So the words stay the same when pretraining text is added later.
 """
 
 import collections
@@ -17,12 +22,12 @@ from nanochat_jax.data import parquet
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks import task_data
 
-HOLD_OUT = 10  # one in HOLD_OUT words is only for the test; a word's hash decides
-CORPUS_CHARS = 50_000_000  # words are counted in this many characters of text, enough to contain all frequent words
-CORPUS_WORDS = 20_000  # the maximum number of words; the most frequent ones are taken
+HOLD_OUT = 10  # about one in HOLD_OUT words is only for the test; a hash of the word decides
+CORPUS_CHARS = 50_000_000  # count words in this many characters of text; this is enough to find all frequent words
+CORPUS_WORDS = 20_000  # maximum number of words; the most frequent words are kept
 MIN_COUNT = 3  # a word must occur at least this many times; rarer words are mostly typos and variable names
 
-# Matches a word of running text, but not a part of an identifier, a number, a path or a dotted name.
+# Matches a lowercase word, but not a part of an identifier, a number, a path or a dotted name.
 _WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w|:/)", re.ASCII)
 
 
@@ -39,11 +44,11 @@ def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:
 
 
 def held_out(word: str) -> bool:
-    """Returns whether `word` is only for the test."""
+    """Whether `word` is only for the test."""
     return zlib.crc32(word.encode()) % HOLD_OUT == 0
 
 
-@functools.cache  # cached, because two tasks load the words, for two splits each
+@functools.cache  # both spelling tasks call this, each for train and for test
 def _all_words(data_dir: str, base: Path) -> list[str]:
     places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
     if data_dir:
@@ -59,7 +64,7 @@ def _all_words(data_dir: str, base: Path) -> list[str]:
 
 
 def _corpus_words(data: Path) -> list[str]:
-    """Returns the frequent words of the pretraining text, the most frequent word first."""
+    """Returns the frequent words of the pretraining text, the most frequent first."""
     shards = sorted(data.glob("*/*.parquet"), key=lambda path: (path.parent.name != "local", path))
     counts, chars = collections.Counter(), 0
     for text in itertools.chain.from_iterable(map(parquet.texts_of, shards)):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Creates .venv with the project, the Rust tokenizer and the extras named as arguments, and puts it on PATH. Sourced by
-# speedrun_jax.sh and tests/run.sh. Later calls return at once, unless one of its sources has changed.
+# Creates .venv and puts it on PATH. Installs the project, the Rust tokenizer and the extras that the arguments name.
+# speedrun_jax.sh and tests/run.sh source this file. A later call returns at once if everything is already installed.
 #
 #   source setup.sh serve report
 
@@ -17,7 +17,8 @@ find_python() {
         "install it (e.g. apt-get install python3-venv, or https://docs.astral.sh/uv) or set PYTHON=/path/to/python3"
 }
 
-# Prints the extra with the GPU build of JAX for this driver: CUDA 13 needs driver 580, CUDA 12 runs on older ones.
+# Prints the extra that installs JAX for this machine's GPU driver. CUDA 13 needs driver 580 or newer. CUDA 12 also
+# runs on older drivers.
 gpu_extra() {
     local driver
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1) || return 0
@@ -28,7 +29,7 @@ gpu_extra() {
 usable() { .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 make_environment() {
-    # Only one setup at a time, because two would install into the same environment. Some systems have no flock.
+    # Run only one setup at a time, because two would install into the same environment. Some systems have no flock.
     if command -v flock >/dev/null; then
         exec 9>"${TMPDIR:-/tmp}/nanochat-setup-$(pwd | sha256sum | cut -c1-16)-$(id -u).lock"
         flock -n 9 || { echo "== waiting for another setup of .venv to finish"; flock 9; }
@@ -41,7 +42,7 @@ build_environment() {
     local wanted have source wheels build python
     wanted=$(echo "$* $(gpu_extra)" | xargs)
     source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum | cut -c1-16)
-    # .venv/.made holds the hash of the sources and the installed extras.
+    # .venv/.made holds the hash of the sources, followed by the names of the installed extras.
     have=$(usable && cat .venv/.made 2>/dev/null || true)
     if [ "${have%% *}" = "$source" ]; then
         local missing=
@@ -62,7 +63,7 @@ build_environment() {
         install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
     fi
     if [ "${have%% *}" != "$source" ]; then
-        # Compile the tokenizer's crate in release mode while the Python packages download.
+        # Compile the Rust tokenizer while the Python packages download.
         wheels=$(mktemp -d)
         .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$wheels" ./rustbpe &
         build=$!

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole pipeline, top to bottom: from a bare machine to a model you can talk to.
 #
-#   bash speedrun_jax.sh              the preset for this machine: d20 with NVIDIA GPUs, cpu without
-#   bash speedrun_jax.sh d26          a preset from configs/ (or CONFIG=path/to/preset.toml bash speedrun_jax.sh)
-#   bash speedrun_jax.sh --rl         reinforcement learning as the last stage (always on in the cpu preset)
-#   bash speedrun_jax.sh --fresh      start over; existing results are moved aside
+#   bash speedrun_jax.sh              runs the preset d20 if this machine has an NVIDIA GPU, else the preset cpu
+#   bash speedrun_jax.sh d26          runs a preset from configs/ (or CONFIG=path/to/preset.toml bash speedrun_jax.sh)
+#   bash speedrun_jax.sh --rl         adds reinforcement learning as the last stage (the cpu preset always has it)
+#   bash speedrun_jax.sh --fresh      starts over, and moves existing results aside
 #
-# Kill it at any point and run it again: it resumes where it stopped. It writes everything to $NANOCHAT_BASE_DIR
-# (default ~/.cache/nanochat). WANDB_RUN=name also logs to wandb, if it is installed.
+# You can stop the script at any point and run it again. It resumes where it stopped. It writes everything to
+# $NANOCHAT_BASE_DIR (default ~/.cache/nanochat). WANDB_RUN=name also logs to wandb, if wandb is installed.
 
 set -euo pipefail
 script=$(realpath "${BASH_SOURCE[0]}")
@@ -26,7 +26,7 @@ for argument in "$@"; do
     esac
 done
 
-# Without a preset, choose one by whether this machine has a GPU.
+# If no preset is given, choose one that suits this machine.
 if [ -z "$preset" ]; then
     if gpus=$(nvidia-smi --list-gpus 2>/dev/null) && [ -n "$gpus" ]; then
         preset=d20
@@ -37,7 +37,7 @@ if [ -z "$preset" ]; then
     fi
 fi
 
-# Resolve relative paths against the caller's folder before leaving it.
+# Make relative paths absolute, because the next lines change the working directory.
 base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 base=$(realpath -m "${base/#\~/$HOME}")
 [ ! -f "$preset" ] || preset=$(realpath "$preset")
@@ -56,7 +56,8 @@ export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
 tag=$(basename "$preset" .toml)
 marks=$base/road/$tag # one empty file per finished evaluation
 mid_limit=()
-if [ "$tag" = cpu ]; then rl=1 mid_limit=(-x 100); fi # always RL; only 100 problems per task after midtraining
+# The cpu preset always runs RL. Its evaluation after midtraining uses only 100 problems per task.
+if [ "$tag" = cpu ]; then rl=1 mid_limit=(-x 100); fi
 
 if [ -n "$fresh" ]; then
     old=$base/before-$(date +%Y%m%d-%H%M%S)
@@ -73,14 +74,14 @@ mkdir -p "$marks" || { echo "error: cannot write to $base: set NANOCHAT_BASE_DIR
 
 banner() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
 
-# is_current MARK INPUT: whether the mark exists and its input is not newer. Equal times count as current, because two
-# files written within a few milliseconds of each other can have the same time.
+# is_current MARK INPUT succeeds if the mark exists and is not older than the input. Equal times count as current,
+# because files that are written a few milliseconds apart can have the same time.
 is_current() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
 
-# train STAGE: scripts.train itself detects a finished run.
+# train STAGE trains one stage. It needs no mark, because scripts.train itself detects a finished run.
 train() { banner "train $1"; python -m scripts.train --stage="$1" --config="$preset"; }
 
-# evaluate STAGE MARK MODULE ARGUMENTS...: skipped if the mark is current with the stage's latest checkpoint.
+# evaluate STAGE MARK MODULE ARGUMENTS... evaluates the latest checkpoint, unless the mark is current.
 evaluate() {
     local stage=$1 mark=$marks/$2; shift 2
     local newest
@@ -94,12 +95,12 @@ evaluate() {
 # -----------------------------------------------------------------------------
 # Text and tokenizer
 
-# Check before the download that this machine can train the preset: a batch that does not fit should fail now.
+# Before the download, check that this machine can train the preset. A batch that does not fit should fail now.
 [ "$tag" = cpu ] || python -m scripts.doctor --config="$preset"
 [ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
 
-# Download the validation shard and one training shard first, which shows whether the hub can be reached. The rest
-# downloads in order in the background; tokenizer training waits for the shards it needs, as many as its settings say.
+# First download the validation shard and one training shard, to check that the hub can be reached. The other shards
+# download in the background. Tokenizer training waits for the shards that it needs.
 if [ "$tag" != cpu ]; then
     python -m nanochat_jax.dataset --config="$preset" -n 1
     python -m nanochat_jax.dataset --config="$preset" &
@@ -133,7 +134,7 @@ else
     evaluate base base_eval scripts.base_eval -i base -g "$tag" || code=$?
     case $code in
         0) ;;
-        2) banner "CORE skipped, see above (set CORE_DIR if you have its bundle)" ;; # an error that the user can fix
+        2) banner "CORE skipped, see above (set CORE_DIR if you have its bundle)" ;; # the user can fix the error
         *) exit "$code" ;;
     esac
 fi

@@ -1,18 +1,18 @@
 """Saves, restores and finds checkpoints. No other module uses Orbax.
 
-A run lives in <base>/<stage>_checkpoints/<tag>, with one folder per saved step:
+The folder of a run is <base>/<stage>_checkpoints/<tag>. It contains one folder per saved step:
 
     step_000250/params, optimizer    Orbax items; params can be restored without optimizer
     step_000250/data.json            the data pipeline's position
-    step_000250/meta.json            the step, the configuration, versions of packages, metrics so far
+    step_000250/meta.json            the step, the configuration, the versions of packages, the metrics so far
     step_000250/manifest.json        the SHA-256 of every file above; it is written last
 
-No random generator state is saved, since all random numbers derive from the seed (a setting) and the step or epoch.
+The state of random generators is not saved. All random numbers are derived from the seed, which is a setting, and from
+the step or the epoch.
 
-The manifest marks a complete checkpoint: a folder without a manifest was still being written when the process ended,
-and a folder whose files do not match its manifest is damaged. The hashes are needed because Orbax loads a file with a
-flipped bit without complaint. The search for the latest checkpoint skips folders that are half-written or damaged, and
-prints a line for each.
+A checkpoint is complete once it has a manifest. A folder without a manifest is half-written: the process ended during
+the save. A checkpoint is damaged if its files do not match its manifest. The hashes are needed because Orbax does not
+notice a flipped bit in a file. `latest` skips half-written and damaged checkpoints, and prints a line for each.
 """
 
 import contextlib
@@ -43,8 +43,7 @@ PyTree = Any  # nested containers of arrays, or of ShapeDtypeStructs with shardi
 
 
 class SaveState(IntEnum):
-    """How far a process has come with its part of a save. The values are integers, so that processes can all-gather
-    them."""
+    """The state of a process's part of a save. The values are integers, so that processes can all-gather them."""
 
     UNDER_WAY = 0
     COMPLETE = 1
@@ -54,7 +53,7 @@ class SaveState(IntEnum):
 def run_dir(stage: str, tag: str) -> Path:
     """The folder of the run called `tag`.
 
-    Raises UserError if `tag` contains a slash, or begins with a dot like the names of runs that were moved aside.
+    Raises UserError if `tag` contains a slash or begins with a dot. A leading dot marks a run that was moved aside.
     """
     if "/" in tag or os.sep in tag or tag.startswith("."):
         raise UserError(f"--model_tag={tag}: must be a name without / that does not begin with a dot")
@@ -73,36 +72,38 @@ def step_dir(run: Path, step: int) -> Path:
 class Saver:
     """Writes the checkpoints of one run in the background, one at a time.
 
-    It keeps the last `keep_last` checkpoints, and every checkpoint whose step is a multiple of `keep_every` (-1: only
-    the last `keep_last`). With several processes, each process writes its own shards, and process 0 alone writes the
-    other files. All processes must call `save` and `wait_all` at the same points. If a save fails on one process, the
-    next `save` or `wait_all` raises UserError on all processes. Until then, only the failing process knows of the
-    failure, so the caller must tell the other processes when `failed` is true.
+    It keeps the last `keep_last` checkpoints. It also keeps every checkpoint whose step is a multiple of `keep_every`,
+    unless `keep_every` is -1.
+
+    With several processes, each process writes its own shards, and only process 0 writes the other files. All processes
+    must call `save` and `wait_all` at the same points of the program. If a save fails on one process, the next `save`
+    or `wait_all` raises UserError on all processes. Until then, only the failing process knows of the failure. If
+    `failed` is true, the caller must therefore tell the other processes.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process_index: int = 0, process_count: int = 1):
         self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
         self.is_process_0, self.multi_process = process_index == 0, process_count > 1
         self._thread: threading.Thread | None = None
-        self._target: Path | None = None  # the folder of the last save
+        self._target: Path | None = None  # the folder of the current or last save
         self._error: BaseException | None = None
 
     def save(self, step: int, params: PyTree, opt_state: PyTree, data: dict, meta: dict) -> None:
         """Waits for the previous save, then starts a new one.
 
-        Raises UserError if the previous save failed, or if the new save cannot start. When it returns, the arrays have
-        been copied from the devices, so the caller may donate them to the next step.
+        Raises UserError if the previous save failed, or if the new save cannot start. When this method returns, the
+        arrays have been copied from the devices. The caller may then donate them to the next step.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait_all()
         target = self._target = step_dir(self.run, step)
-        # If the step's folder exists already, it is removed: it is half-written, damaged, or from before a resume.
+        # An existing folder of this step is half-written, damaged, or left over from before the run was resumed.
         processes.broadcast_from_0(lambda: shutil.rmtree(target) if target.exists() else None)
-        meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller will change the contents of `meta`
+        meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller may change `meta` during the save
         try:
             writing = ocp.save_checkpointables_async(str(target.resolve()), {"params": params, "optimizer": opt_state})
-        except OSError as error:  # for example, the disk has no room even for the checkpoint's folder
+        except OSError as error:  # for example, the disk is too full to create the folder
             self._record_failure(error)
             return self.raise_if_failed()
         args = writing, target, data, meta_text
@@ -110,7 +111,7 @@ class Saver:
         self._thread.start()
 
     def _finish(self, writing: "ocp.AsyncResponse[None]", target: Path, data: dict, meta_text: str) -> None:
-        """Waits until the arrays are written, then writes the other files and, as the last one, the manifest. Runs in a
+        """Waits until the arrays are written, then writes the other files. The manifest is written last. Runs in a
         thread."""
         try:
             writing.result()
@@ -124,18 +125,19 @@ class Saver:
             self._record_failure(error)
 
     def _remove_old(self, saved: int) -> None:
-        """Removes those checkpoints before step `saved` that need not be kept."""
+        """Removes checkpoints before step `saved`, except those that `keep_last` and `keep_every` protect."""
         earlier = [step for step in steps(self.run) if step < saved]
         for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
-                # The manifest is removed first: if the process is killed here, the folder counts as half-written.
+                # The manifest is removed first. If the process is killed after that, the folder counts as half-written.
                 (step_dir(self.run, old) / MANIFEST).unlink()
                 shutil.rmtree(step_dir(self.run, old))
 
     def _record_failure(self, error: BaseException) -> None:
         """Stores the error, so that the next `wait_local` raises a UserError.
 
-        Removes the failed checkpoint, unless there are other processes, which may still be writing to it.
+        With a single process, also removes the failed checkpoint. With several processes, another process may still be
+        writing to it.
         """
         self._error = error
         if not self.multi_process:
@@ -144,20 +146,19 @@ class Saver:
     def _remove_unfinished(self) -> None:
         """Removes the half-written folders of the failed checkpoint."""
         assert self._target is not None, "no save was started"
-        for folder in self.run.glob(f"{self._target.name}*"):  # including Orbax's temporary folder
+        for folder in self.run.glob(f"{self._target.name}*"):  # this includes Orbax's temporary folder
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def failed(self) -> bool:
-        """Whether a save on this process has failed with an error that has not been raised yet."""
+        """Whether a save has failed on this process, and its error has not been raised yet."""
         return self._error is not None
 
     def raise_if_failed(self) -> None:
-        """Raises UserError if a save has failed.
+        """Raises UserError if a save has failed. Does not wait for a running save.
 
-        Does not wait for a save that is under way. With several processes, does nothing, since no process may stop
-        alone.
+        With several processes, does nothing, because all processes must stop together.
         """
         if not self.multi_process and not (self._thread and self._thread.is_alive()):
             self.wait_local()
@@ -179,8 +180,10 @@ class Saver:
             raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last_good()}") from error
 
     def _wait_for_other_processes(self) -> None:
-        """Waits until the save is complete on all processes, or has failed on at least one. Raises UserError if the
-        save failed on another process but not on this one."""
+        """Waits until the save is complete on all processes, or has failed on at least one.
+
+        Raises UserError if the save failed on another process but not on this one.
+        """
         states = processes.all_gather(self._state())
         while SaveState.UNDER_WAY in states and SaveState.FAILED not in states:
             if self._thread:
@@ -189,7 +192,7 @@ class Saver:
         if SaveState.FAILED not in states:
             return
         error = self._error
-        # The thread may be waiting for another process, for up to 20 minutes. Disconnecting ends this wait.
+        # The thread may wait for another process for up to 20 minutes. Disconnecting ends this wait.
         processes.disconnect()
         if self._thread:
             self._thread.join()
@@ -205,12 +208,12 @@ class Saver:
         return SaveState.FAILED if self._error else SaveState.COMPLETE
 
     def _last_good(self) -> str:
-        """Returns the end of an error message, which names the checkpoint from which the run can be resumed."""
+        """Returns the end of an error message. It names the checkpoint from which the run can resume."""
         kept = steps(self.run)
         return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
     def _describe(self, error: BaseException) -> str:
-        """Describes an error in one line, which includes the free space if the disk is full."""
+        """Describes an error in one line. If the disk is full, the line includes the free space."""
         message = str(error)
         if os.strerror(errno.ENOSPC) not in message and os.strerror(errno.EDQUOT) not in message:
             return first_line(error)
@@ -235,9 +238,9 @@ def steps(run: Path) -> list[int]:
 
 
 def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
-    """Returns what is wrong with a step's folder, or None if its files are as they were saved.
+    """Returns what is wrong with a step's folder, or None if its files match the manifest.
 
-    Files whose names begin with one of the prefixes in `without` are not checked.
+    Does not check files whose names begin with one of the prefixes in `without`.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -257,8 +260,10 @@ def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
 
 
 def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
-    """Returns the newest step whose files match its manifest, or None if there is no such step. Prints which steps it
-    skips and why."""
+    """Returns the newest undamaged step, or None if there is no such step. Prints which steps it skips and why.
+
+    `without` has the same meaning as in `damage`.
+    """
     for folder in run.glob("step_*"):
         if not (folder / MANIFEST).exists():
             print(f"ignoring {folder}: half-written")
@@ -276,10 +281,10 @@ def read_meta(run: Path, step: int) -> dict:
 
 
 def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, dict, dict]:
-    """Returns (params, opt_state, data, meta) of a step. The arrays get the shardings and dtypes of the trees that are
-    passed in.
+    """Returns (params, opt_state, data, meta) of a step.
 
-    Raises UserError if the shapes in these trees differ from those in the checkpoint.
+    The arrays get the shardings and dtypes of the arguments `params` and `opt_state`. Raises UserError if the arguments
+    and the checkpoint have different shapes.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -291,9 +296,9 @@ def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[Py
 
 
 def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
-    """Returns only the parameters of a step, with the shardings and dtypes of the tree `params`.
+    """Returns only the parameters of a step, with the shardings and dtypes of the argument `params`.
 
-    Raises UserError if the shapes in `params` differ from those in the checkpoint.
+    Raises UserError if the argument and the checkpoint have different shapes.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -302,7 +307,7 @@ def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
 
 
 def _check_shapes(folder: Path, **wanted: PyTree) -> None:
-    """Raises UserError if the shapes in a checkpoint differ from those in the `wanted` trees.
+    """Raises UserError if a checkpoint and the `wanted` trees have different shapes.
 
     Orbax itself would raise an error with a message of several pages.
     """
@@ -311,7 +316,7 @@ def _check_shapes(folder: Path, **wanted: PyTree) -> None:
 
     def shapes(tree: PyTree) -> dict[str, tuple]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        # Paths are compared as strings, since Orbax returns dicts in place of named tuples.
+        # Paths are compared as strings, because Orbax returns dicts in place of named tuples.
         return {
             "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf.shape
             for path, leaf in leaves
@@ -335,9 +340,11 @@ def exclusive(run: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def clear_unfinished(run: Path) -> None:
-    """Removes checkpoints and files that a killed process left half-written. The caller must hold the run's lock, so
-    that no process is saving."""
-    for folder in run.glob("step_*"):  # including Orbax's temporary folders
+    """Removes the half-written checkpoints and files of a killed process.
+
+    The caller must hold the run's lock. The lock ensures that no other process is saving.
+    """
+    for folder in run.glob("step_*"):  # this includes Orbax's temporary folders
         if not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
             print(f"removed {folder}: half-written")
@@ -346,23 +353,22 @@ def clear_unfinished(run: Path) -> None:
 
 
 def abandon_after(run: Path, step: int) -> None:
-    """Renames the checkpoints of steps after `step`, since a run that resumes from `step` will save these steps
-    again."""
+    """Renames all checkpoints after `step`, because a run that resumes from `step` will save these steps again."""
     for folder in run.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
             print(f"moved {folder.name} to {_set_aside(folder, f'abandoned_{folder.name}')}")
 
 
 def move_aside(run: Path) -> None:
-    """Renames a run's folder so that a new run can use its name. Nothing is deleted."""
+    """Renames a run's folder, so that a new run can use the old name. Nothing is deleted."""
     if run.exists():
         print(f"moved the old run to {_set_aside(run, f'.{run.name}')}")
 
 
 def _set_aside(folder: Path, name: str) -> Path:
-    """Renames a folder to `name` followed by the time, and returns its new path.
+    """Renames a folder to `name` plus the current time, and returns its new path.
 
-    If a folder with this name exists, a number is added to the name.
+    If this name is already taken, a number is added to it.
     """
     stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))
@@ -377,8 +383,7 @@ def _set_aside(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model: float32 parameters on one device, a configuration, a tokenizer, and the checkpoint that they
-    come from."""
+    """A model from a checkpoint, with float32 parameters on one device."""
 
     params: "gpt.Params"
     model_cfg: GPTConfig
@@ -396,10 +401,10 @@ class TrainedModel:
 
 
 def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
-    """Finds a checkpoint and returns (folder of its run, step).
+    """Finds a checkpoint, and returns (the folder of its run, its step).
 
-    Without a tag, it chooses the stage's most recently saved run. Without a step, it chooses the run's latest undamaged
-    checkpoint. Raises UserError if there is no such checkpoint, or if a step is given and its checkpoint is damaged.
+    Without a tag, chooses the stage's most recently saved run. Without a step, chooses the run's latest undamaged
+    checkpoint. Raises UserError if no checkpoint is found, or if the checkpoint of the given step is damaged.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
@@ -423,12 +428,12 @@ def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
 
 
 def _saved(stage: str) -> list[Path]:
-    """The manifests of all checkpoints of a stage, without those of runs that were moved aside."""
+    """The manifests of a stage's checkpoints, except those in runs that were moved aside."""
     return [p for p in run_dir(stage, "").glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
 
 
 def _nothing_saved(stage: str, tag: str) -> UserError:
-    """Returns an error that names the existing runs and the command that trains the missing run."""
+    """Returns an error that lists the existing runs and the command to train the missing run."""
     others = sorted({p.parents[1].name for p in _saved(stage)} - {tag})
     existing = f"choose one that exists ({', '.join(others)}), or " if others else ""
     preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
@@ -437,8 +442,7 @@ def _nothing_saved(stage: str, tag: str) -> UserError:
 
 
 def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
-    """Finds and verifies a checkpoint, prints its run and step, and loads its parameters onto
-    the first device."""
+    """Finds and verifies a checkpoint, and loads its parameters onto the first device."""
     import jax
 
     from nanochat_jax.model import gpt
@@ -458,10 +462,10 @@ def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
 
 
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
-    """Returns the tokenizer that the run was trained with: the current tokenizer, or one that tok_train has moved
-    aside.
+    """Returns the tokenizer that the run was trained with.
 
-    Raises UserError if neither tokenizer has the hash that is recorded in `meta`.
+    This is either the current tokenizer or an older one that tok_train has moved aside. Raises UserError if neither of
+    them has the hash in `meta`.
     """
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -473,5 +477,5 @@ def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
 
 
 def model_meta(model_cfg: GPTConfig) -> dict:
-    """Returns the entry of meta.json from which `load_model` builds the GPTConfig."""
+    """Returns the part of meta.json that describes the model. `load_model` reads it."""
     return {"model": asdict(model_cfg)}

@@ -1,10 +1,12 @@
 """Parses the command line into one of the settings dataclasses of config.py.
 
 Flags override the preset file (`--config NAME` or `--config PATH`), and the preset file overrides the defaults of the
-dataclass. A preset file begins with common keys, followed by the tables [tok] [base] [mid] [sft] [rl] [eval] [chat]. A
-key that no command knows is an error. Flags may be written with dashes or underscores. If a flag is repeated, its last
-value wins. A lone `--` is ignored. This module does not import JAX, so `--help` and errors in flags appear without
-delay.
+dataclass. A key at the top of a preset file applies to all commands that have this setting. A key in one of the tables
+[tok] [dataset] [base] [mid] [sft] [rl] [eval] [chat] applies only to the commands of that table. A key that no command
+knows is an error.
+
+Flags may be written with dashes or underscores. If a flag is repeated, its last value wins. A lone `--` is ignored.
+This module does not import JAX, so `--help` and errors in flags appear without delay.
 """
 
 import argparse
@@ -50,10 +52,10 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
 
 
 def run(main: Callable[[C], object], cls: type[C]) -> None:
-    """Runs a command.
+    """Parses the command line into `cls`, and passes the settings to `main`.
 
-    On UserError or a full disk, prints one line and exits with status 2. On Ctrl-C, exits with status 130. Any other
-    error is a bug and shows its traceback.
+    On a UserError or a full disk, prints one line and exits with status 2. On Ctrl-C, exits with status 130. Any other
+    error is a bug, so its traceback is shown.
     """
     try:
         main(parse(cls))
@@ -75,7 +77,7 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
 
 
 def _with_underscores(arg: str) -> str:
-    """--max-seq-len=5 -> --max_seq_len=5"""
+    """Replaces dashes in the name of a flag: --max-seq-len=5 -> --max_seq_len=5."""
     if not arg.startswith("--"):
         return arg
     flag, equals, value = arg.partition("=")
@@ -83,7 +85,7 @@ def _with_underscores(arg: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError for a wrong flag instead of printing the usage."""
+    """An ArgumentParser that raises UserError for an invalid flag instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -129,9 +131,9 @@ def _show(default: object) -> str:
 
 
 def _convert_for(value: object, field: dataclasses.Field, kind: type) -> object:
-    """Converts `value`, from a flag or a TOML file, to `kind`, the type of `field`.
+    """Converts a value from a flag or a TOML file to `kind`, which is the type of `field`.
 
-    Raises ArgumentTypeError if the value cannot be converted; argparse adds the flag's name to the message.
+    Raises ArgumentTypeError if the value cannot be converted. argparse adds the flag's name to the message.
     """
     try:
         if kind is bool:
@@ -160,16 +162,16 @@ def _to_bool(value: object) -> bool:
 def _to_int(value: object) -> int:
     """ "1e9" -> 1000000000"""
     number = float(str(value))
-    if not number.is_integer():  # infinity and NaN are refused here
+    if not number.is_integer():  # this also refuses infinity and NaN
         raise ValueError(value)
     try:
-        return int(str(value))  # int(number) would lose digits beyond 2**53
+        return int(str(value))  # int(number) would be inexact above 2**53
     except ValueError:
         return int(number)
 
 
 def _to_float(value: object) -> float:
-    """ "1e-3" -> 0.001. Raises ValueError for True and False, which Python counts as numbers."""
+    """ "1e-3" -> 0.001. Raises ValueError for True and False, although float() would accept them."""
     return float(str(value))
 
 
@@ -180,7 +182,7 @@ def _to_str(value: object) -> str:
 
 
 def _to_mixture(value: object) -> dict[str, int]:
-    """ "gsm8k=0,identity=30" -> {"gsm8k": 0, "identity": 30}. `value` is a flag's text or a TOML table."""
+    """ "gsm8k=0,identity=30" -> {"gsm8k": 0, "identity": 30}. Also accepts a TOML table."""
     if isinstance(value, dict):
         return {str(name): _to_int(rows) for name, rows in value.items()}
     mixture = {}
@@ -197,9 +199,9 @@ def _to_mixture(value: object) -> dict[str, int]:
 
 
 def find_preset(name: str) -> Path:
-    """Returns the path configs/<name>.toml if that file exists, else Path(name).
+    """Returns the path of configs/<name>.toml if that file exists, else `name` as a path.
 
-    Raises UserError with a list of the presets if neither file exists.
+    Raises UserError, with a list of the presets, if neither file exists.
     """
     for path in (REPOSITORY / "configs" / f"{name}.toml", Path(name)):
         if path.is_file():
@@ -209,7 +211,7 @@ def find_preset(name: str) -> Path:
 
 
 def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, Any]:
-    """Returns the values that the preset `name` sets for fields of `cls`.
+    """Returns the values that the preset `name` sets for the fields of `cls`.
 
     Raises UserError if the file is not valid TOML or has a key that no command knows.
     """
@@ -229,15 +231,16 @@ def _preset_values(cls: type[config.Settings], name: str | None) -> dict[str, An
                 own |= _value_for(cls, owners, name, inner, f"{path}: [{key}] {name}")
         else:
             common |= _value_for(cls, COMMANDS, key, value, f"{path}: {key}")
-    return common | own  # a key in the command's own table overrides the same key at the top
+    return common | own  # a key in the command's table overrides the same key at the top of the file
 
 
 def _value_for(
     cls: type[config.Settings], owners: Iterable[type[config.Settings]], key: str, value: object, where: str
 ) -> dict[str, Any]:
-    """Returns {key: converted value} if `cls` is in `owners` and has the setting `key`, else {}.
+    """Returns {key: converted value}, or {} if the key does not apply to `cls`.
 
-    Raises UserError if no command in `owners` has the setting `key`, or if the value has the wrong type.
+    `owners` are the commands of the table that holds the key, or all commands if the key is at the top of the file.
+    Raises UserError if none of these commands has the setting `key`, or if the value has the wrong type.
     """
     fields = {
         command: field

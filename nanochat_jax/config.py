@@ -1,4 +1,7 @@
-"""Defines a frozen dataclass of settings per command. commandline.py fills the fields. Nothing here imports JAX."""
+"""Defines one frozen dataclass of settings for each command. commandline.py fills in the fields.
+
+This module does not import JAX, because importing JAX would delay `--help`.
+"""
 
 import dataclasses
 import math
@@ -12,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix. Scripts print only its message, on one line, and exit with code 2."""
+    """A mistake that the user can fix. Scripts print its message without a traceback, and exit with status 2."""
 
 
 def first_line(error: BaseException) -> str:
@@ -21,7 +24,10 @@ def first_line(error: BaseException) -> str:
 
 
 def base_dir() -> Path:
-    """Returns the folder for downloads and results, $NANOCHAT_BASE_DIR or ~/.cache/nanochat; creates it if missing."""
+    """Returns the base folder, which holds all downloads and results. Creates the folder if needed.
+
+    The base folder is $NANOCHAT_BASE_DIR if this variable is set, else ~/.cache/nanochat.
+    """
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -37,7 +43,7 @@ def base_dir() -> Path:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the transformer. It is hashable, as a static argument of a jitted function must be."""
+    """The shape of the transformer. Instances are hashable, because jitted functions take them as static arguments."""
 
     n_layer: int = 12
     n_head: int = 6
@@ -45,10 +51,12 @@ class GPTConfig:
     n_embd: int = 768
     vocab_size: int = 65536
     sequence_len: int = 2048
-    norm_eps: float = 1.1920929e-07  # the float32 machine epsilon, torch's default for RMSNorm
+    norm_eps: float = 1.1920929e-07  # the machine epsilon of float32, which is torch's default for RMSNorm
     rope_theta: float = 10000.0
     softcap: float = 15.0
-    window_pattern: str = "L"  # one letter per layer, repeated; S: 1/4 of the context; L: all; last layer: always L
+    # One letter per layer. S: a token attends to a quarter of the context. L: a token attends to the whole context. The
+    # pattern repeats over the layers, except that the last layer is always L.
+    window_pattern: str = "L"
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "sequence_len"):
@@ -63,32 +71,34 @@ class GPTConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The number of earlier tokens that a token attends to, for each layer (0: all earlier tokens)."""
+        """The attention window of each layer: how many earlier tokens a token attends to (0: all earlier tokens)."""
         short = -(-self.sequence_len // 4 // 128) * 128
         pattern = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
         return tuple(short if letter == "S" and short < self.sequence_len else 0 for letter in pattern)
 
     @property
     def head_dim(self) -> int:
-        """Size of one attention head."""
+        """The size of an attention head."""
         return self.n_embd // self.n_head
 
     @property
     def padded_vocab(self) -> int:
-        """The number of rows in the embedding and in the head: vocab_size rounded up to a multiple of 64. Rounding
-        makes matmuls fast and shards equal in size."""
+        """The number of rows in the embedding and in the head: vocab_size, rounded up to a multiple of 64.
+
+        Rounding up makes matmuls faster and all shards equal in size.
+        """
         return -(-self.vocab_size // 64) * 64
 
     @property
     def num_params(self) -> int:
-        """The number of weights, including those of the vocabulary's padding."""
+        """The number of weights, including the padding rows of the embedding and the head."""
         kv = self.n_kv_head * self.head_dim
         block = 2 * self.n_embd**2 + 2 * self.n_embd * kv + 8 * self.n_embd**2
         return 2 * self.padded_vocab * self.n_embd + self.n_layer * block
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward. Attention is counted as if there were no causal mask."""
+        """FLOPs per token for a forward and a backward pass. Attention is counted as if there were no causal mask."""
         matmul = self.num_params - self.padded_vocab * self.n_embd  # the embedding is a lookup, not a matmul
         return 6 * matmul + 12 * self.n_embd * sum(window or self.sequence_len for window in self.windows)
 
@@ -109,9 +119,11 @@ def setting(
 ) -> Any:
     """Returns a dataclass field with a help text.
 
-    A number must be from `low` to `high`, and a string must be one of `choices` if there are any. `default` is always
-    accepted: it may be a special value such as -1 or "". With `auto`, an integer setting accepts the word `auto`, which
-    is stored as 0. With `positional`, the value is given without --name.
+    A number must be at least `low` and at most `high`. If `choices` is not empty, a string must be one of them. The
+    default is always accepted, because it may be a special value such as -1 or "".
+
+    If `auto` is true, an integer setting also accepts the word `auto`, and stores it as 0. If `positional` is true, the
+    setting is a positional argument of the command line instead of a flag.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
@@ -120,7 +132,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of all settings. The constructor raises UserError if the value of a field is not allowed."""
+    """The base class of all settings. The constructor raises UserError if the value of a field is not allowed."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -132,7 +144,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     """Raises UserError if `field` does not allow `value`. No field allows infinity or NaN."""
     low, high, choices, auto = (field.metadata[key] for key in ("low", "high", "choices", "auto"))
     number = isinstance(value, int | float)
-    finite = number and -math.inf < value < math.inf  # false for NaN
+    finite = number and -math.inf < value < math.inf  # also false for NaN
     accepted = (finite and low <= value <= high) if number else (not choices or value in choices)
     if accepted or value == field.default or (auto and value == 0):
         return
@@ -156,34 +168,37 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 # Settings, one dataclass per command
 
 STAGES = ("base", "mid", "sft", "rl")
-DEVICES = ("cpu", "gpu", "cuda", "tpu")  # cuda: an alias of gpu
+DEVICES = ("cpu", "gpu", "cuda", "tpu")  # cuda is an alias of gpu
 DTYPES = ("bfloat16", "float32")
 PACKINGS = ("split", "crop", "stream")
 
 DEVICE_TYPE = "platform to run on (default: the best available)"
-COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if the device is fast with it, else float32)"
-MIXTURE = "rows of each task to train on, as name=rows,name=rows (0: all rows; rows repeat if a task has fewer)"
-VAL_MIXTURE = "rows of each task to validate on, as name=rows,name=rows (0: all rows; rows repeat if a task has fewer)"
-DATA_DIR = "folder of parquet, jsonl or txt files to read text from, instead of the source named by --data"
-TASK_DATA_DIR = "folder to read downloaded task data from, instead of the Hugging Face hub"
-CORE_DIR = "folder of the CORE bundle (default: eval_bundle in the base folder, downloaded if missing)"
-TOP_K = "sample from the k most likely tokens (0: from all)"
-SAVE_EVERY = "steps between checkpoints (-1: save only at the end, at a stop, and before evaluations that may fail)"
+COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if it is fast on the device, else float32)"
+MIXTURE = "rows of each task to train on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
+VAL_MIXTURE = "rows of each task to validate on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
+DATA_DIR = "folder of parquet, jsonl or txt files to read instead of the source named by --data"
+TASK_DATA_DIR = "folder with the data of the tasks (default: downloaded from the Hugging Face hub)"
+CORE_DIR = "folder with the data of CORE (default: eval_bundle in the base folder; downloaded if missing)"
+TOP_K = "sample from the k most likely tokens (0: from all tokens)"
+SAVE_EVERY = "steps between checkpoints (-1: only at the end, at a stop signal, and before evaluations that may fail)"
 EVAL_EVERY = "steps between evaluations of the validation loss (-1: only at the end)"
 EVAL_TOKENS = "tokens per evaluation of the validation loss"
 SHARD = (
-    "what is sharded over the data axis besides the batch; optimizer: the optimizer's state (ZeRO-1); "
-    "full: the weights as well (FSDP)"
+    "what is sharded over the data axis in addition to the batch; optimizer: the optimizer's state (ZeRO-1); "
+    "full: the optimizer's state and the weights (FSDP)"
 )
-REMAT = "what the backward pass recomputes to save memory; matmuls: all but the results of matmuls; full: everything"
+REMAT = (
+    "activations that the backward pass recomputes to save memory; none: no activations; "
+    "matmuls: all except the results of matmuls; full: all"
+)
 PACKING = (
-    "how documents fill rows; split: best fit, and a document that does not fit continues in another row; "
-    "crop: best fit, and a document that does not fit is truncated; stream: documents end to end"
+    "how documents are packed into rows; split: best fit, and what does not fit goes into another row; "
+    "crop: best fit, and what does not fit is cut off; stream: documents are joined end to end"
 )
 COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
 AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
 REPORT = "reset: record the start time and the machine; generate: write the report"
-INIT_LR_FRAC = "learning rates at the start, as a fraction of those set by the --*_lr flags"
+INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_lr flags"
 MAX_SEED = 2**31 - 1
 
 
@@ -191,7 +206,7 @@ MAX_SEED = 2**31 - 1
 class ModelFlags(Settings):
     """The shape of a model that is trained from scratch."""
 
-    depth: int = setting(20, "number of layers, from which width, heads and training length follow", low=1)
+    depth: int = setting(20, "number of layers; determines width, number of heads and training length", low=1)
     aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim", low=1)
     head_dim: int = setting(128, "size of an attention head; must be even", low=2)
     n_kv_head: int = setting(
@@ -199,14 +214,15 @@ class ModelFlags(Settings):
     )
     max_seq_len: int = setting(2048, "context length in tokens", low=2)
     window_pattern: str = setting(
-        "L", "attention windows, one letter per layer, repeated; S: a quarter of the context; L: all of it"
+        "L", "attention windows, as a pattern that repeats over the layers; S: a quarter of the context; L: all of it"
     )
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """Returns the shape of the model. Raises UserError if the shape is not valid."""
         if self.head_dim % 2:
             raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
-        width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim  # rounded up: depth may be odd
+        # With the defaults, an odd depth needs rounding: depth * 64 is then not a multiple of 128.
+        width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
         heads = width // self.head_dim
         kv_heads = self.n_kv_head or heads
         if heads % kv_heads:
@@ -218,39 +234,39 @@ class ModelFlags(Settings):
 
 @dataclass(frozen=True)
 class Train(Settings):
-    """The settings that every training stage has."""
+    """The settings that all training stages share."""
 
-    preset: str = ""  # not a flag: the name of the preset given by --config, if any
-    run: str = setting("", "name of the wandb run (default: $WANDB_RUN; empty or 'dummy': no wandb)")
+    preset: str = ""  # the name of the preset that --config gives; not a flag
+    run: str = setting("", "name of the wandb run (default: $WANDB_RUN; empty or 'dummy': wandb is off)")
     model_tag: str = setting(
-        "", "name of the run and its folder (default: the preset's name; with no preset, d<depth> or the parent's tag)"
+        "", "name of the run and its folder (default: the preset's, else d<depth> for base, else the parent's)"
     )
     resume: str = setting(
-        "auto", "auto: resume from the last good checkpoint; never: move the old run aside; N: resume from step N"
+        "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N"
     )
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
     num_iterations: int = setting(-1, "number of optimizer steps (-1: derived from other settings)", low=1)
     device_batch_size: int = setting(
-        0, "rows per device in a micro-batch; choose fewer if memory runs out", auto=True, low=1
+        0, "rows per device in a micro-batch; use fewer if memory runs out", auto=True, low=1
     )
-    mesh: str = setting("", "devices on each axis of the mesh, such as node=2,data=8,model=1 (default: all on data)")
+    mesh: str = setting("", "number of devices on each mesh axis, such as node=2,data=8,model=1 (default: all on data)")
     shard: str = setting("optimizer", SHARD, choices=("optimizer", "full"))
-    attention: str = setting("", "attention kernel (default: cuDNN where it runs, else XLA)", choices=("cudnn", "xla"))
+    attention: str = setting("", "attention kernel (default: cudnn where it works, else xla)", choices=("cudnn", "xla"))
     remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
     coordinator: str = setting("", COORDINATOR)
     num_processes: int = setting(0, "number of processes, if --coordinator is given")
     process_id: int = setting(-1, "index of this process, counted from 0, if --coordinator is given")
-    scan_layers: bool = setting(False, "compile one block for all layers: training starts sooner but runs slower")
+    scan_layers: bool = setting(False, "compile a single block for all layers; training starts sooner but runs slower")
     embedding_lr: float = setting(0.2, "embedding's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
     unembedding_lr: float = setting(0.004, "head's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
     matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)", low=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the weights that AdamW updates", low=0)
     grad_clip: float = setting(0.0, "maximum norm of the gradient; larger gradients are scaled down (0: off)", low=0)
     save_every: int = setting(-1, SAVE_EVERY)
-    keep_last: int = setting(2, "number of latest checkpoints to keep", low=1)
-    keep_every: int = setting(-1, "never delete a checkpoint whose step is a multiple of this number (-1: off)")
+    keep_last: int = setting(2, "number of most recent checkpoints to keep", low=1)
+    keep_every: int = setting(-1, "also keep each checkpoint whose step is a multiple of this number (-1: off)")
 
     table: ClassVar[str]
 
@@ -269,24 +285,24 @@ class Base(ModelFlags, Train):
     data_dir: str = setting("", DATA_DIR)
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
-    target_flops: float = setting(-1.0, "total training FLOPs, which determine the number of steps (-1: off)")
+    target_flops: float = setting(-1.0, "total training FLOPs, from which the number of steps is computed (-1: off)")
     target_param_data_ratio: float = setting(
         20.0, "training tokens per parameter (ignored if --num_iterations or --target_flops is given)"
     )
-    warmup_ratio: float = setting(0.0, "fraction of the steps in which the learning rate warms up", low=0, high=1)
-    warmdown_ratio: float = setting(0.2, "fraction of the steps in which the learning rate decays", low=0, high=1)
+    warmup_ratio: float = setting(0.0, "fraction of the steps during which the learning rate warms up", low=0, high=1)
+    warmdown_ratio: float = setting(0.2, "fraction of the steps during which the learning rate decays", low=0, high=1)
     final_lr_frac: float = setting(0.0, "final learning rate, as a fraction of the peak learning rate", low=0)
     eval_every: int = setting(250, EVAL_EVERY)
     eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
     core_dir: str = setting("", CORE_DIR)
     core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
     core_metric_max_per_task: int = setting(500, "maximum number of examples per task in a CORE evaluation")
-    sample_every: int = setting(2000, "how often to print sample text, in steps (-1: never)")
+    sample_every: int = setting(2000, "steps between printed samples of generated text (-1: never)")
 
 
 @dataclass(frozen=True)
 class Doctor(Base):
-    """Show this machine's hardware, whether pretraining can run here, and how long pretraining would take."""
+    """Describe this machine, check whether pretraining can run on it, and estimate how long pretraining would take."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +325,7 @@ class Mid(Train):
 
 @dataclass(frozen=True)
 class Sft(Train):
-    """Supervised finetuning on whole conversations, with loss on the assistant's tokens."""
+    """Supervised finetuning on whole conversations, with loss only on the assistant's tokens."""
 
     table: ClassVar[str] = "sft"
     source: str = setting("mid", "stage of the model that training starts from", choices=STAGES)
@@ -341,13 +357,13 @@ class Rl(Train):
     source: str = setting("sft", "stage of the model that training starts from", choices=STAGES)
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", TASK_DATA_DIR)
-    device_batch_size: int = setting(8, "rows per device in a micro-batch; choose fewer if memory runs out", low=1)
+    device_batch_size: int = setting(8, "rows per device in a micro-batch; use fewer if memory runs out", low=1)
     examples_per_step: int = setting(16, "number of problems to train on per step", low=1)
     num_samples: int = setting(
-        16, "answers per problem; an answer's advantage is its reward minus the mean reward of these answers", low=2
+        16, "answers per problem; an answer's advantage is its reward minus the problem's mean reward", low=2
     )
     oversampling: int = setting(
-        1, "problems to answer for each problem to train on; problems with unequal rewards are preferred", low=1
+        1, "answer this many problems for each problem to train on; problems with unequal rewards are preferred", low=1
     )
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
@@ -356,7 +372,7 @@ class Rl(Train):
     num_epochs: int = setting(1, "passes over the problems", low=1)
     eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
     eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
-    eval_samples: int = setting(8, "answers sampled per problem to evaluate pass@k, for k up to this number", low=1)
+    eval_samples: int = setting(8, "answers per problem in an evaluation; also the largest k of pass@k", low=1)
     save_every: int = setting(60, SAVE_EVERY)
 
 
@@ -370,15 +386,15 @@ class TokTrain(Settings):
 
     table: ClassVar[str] = "tok"
     data: str = setting(
-        "", "text source: fineweb-edu, climbmix or local (default: that of the current tokenizer, else local)"
+        "", "text source: fineweb-edu, climbmix or local (default: the current tokenizer's source, else local)"
     )
     data_dir: str = setting("", DATA_DIR)
     num_files: int = setting(
-        8, "number of the hub's training shards to read (-1: all that nanochat_jax.dataset was told to download)"
+        8, "training shards to read from a downloaded source (-1: all that nanochat_jax.dataset was told to download)"
     )
     max_chars: int = setting(10_000_000_000, "maximum characters to train on", low=1)
     doc_cap: int = setting(10_000, "maximum characters per document; longer documents are truncated", low=1)
-    vocab_size: int = setting(65536, "tokens in the vocabulary: 256 bytes, 9 special tokens, and merges", low=256 + 9)
+    vocab_size: int = setting(65536, "size of the vocabulary: 256 bytes, 9 special tokens, and the merges", low=256 + 9)
     fresh: bool = setting(False, "train even if a tokenizer with these settings exists")
 
 
@@ -399,9 +415,9 @@ class Dataset(Settings):
     data: str = setting("fineweb-edu", "text source: fineweb-edu, climbmix or local")
     data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert instead of downloading --data")
     num_files: int = setting(-1, "training shards to download, not counting the validation shard (-1: all)")
-    num_workers: int = setting(4, "parallel downloads")
+    num_workers: int = setting(4, "number of parallel downloads")
     verify: bool = setting(False, "check the hash of every shard, and download damaged shards again")
-    tokenize: bool = setting(False, "cache the tokens of all text; training makes the same batches, with less work")
+    tokenize: bool = setting(False, "tokenize all text in advance; training makes the same batches with less work")
 
 
 @dataclass(frozen=True)
@@ -440,18 +456,18 @@ class BaseEval(Load):
 
 @dataclass(frozen=True)
 class ChatEval(Load):
-    """Evaluate a model on chat tasks: multiple-choice questions, and problems whose written answers are checked."""
+    """Evaluate a model on chat tasks, which are multiple-choice questions or problems with free-form answers."""
 
     table: ClassVar[str] = "eval"
     source: str = setting("", "stage of the model to load (required)", choices=STAGES)
     task_name: str = setting("", "names of tasks, joined by | (default: the six tasks of ChatCORE)")
-    split: str = setting("test", "split to evaluate on; val is for choosing settings", choices=("train", "val", "test"))
+    split: str = setting("test", "split to evaluate on; to choose settings, use val", choices=("train", "val", "test"))
     temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
     max_new_tokens: int = setting(512, "maximum tokens per answer", low=1)
     num_samples: int = setting(1, "answers per problem; a problem is solved if any answer is right (pass@k)", low=1)
     top_k: int = setting(50, TOP_K, low=0)
     batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
-    slots: int = setting(0, "answers generated at once per device (auto: as many as fit in memory)", auto=True, low=1)
+    slots: int = setting(0, "answers generated at once on a device (auto: as many as fit in memory)", auto=True, low=1)
     max_problems: int = setting(-1, "maximum number of problems per task (-1: all)")
     seed: int = setting(42, "random seed for sampling")
     task_data_dir: str = setting("", TASK_DATA_DIR)
@@ -474,19 +490,19 @@ class ChatWeb(Load):
     """Talk to the model in the browser."""
 
     table: ClassVar[str] = "chat"
-    temperature: float = setting(0.8, "sampling temperature if a request sets none (0: greedy)", low=0, high=2)
+    temperature: float = setting(0.8, "sampling temperature of requests that do not set it (0: greedy)", low=0, high=2)
     top_k: int = setting(50, "sample from the k most likely tokens (0: from all); a request may set k", low=0, high=200)
     max_new_tokens: int = setting(512, "maximum tokens per answer; a request may ask for fewer", low=1, high=4096)
-    port: int = setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
-    host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: everyone in the network can chat)")
-    num_gpus: int = setting(1, "GPUs to use; each holds a copy of the model and has --slots slots", low=1, high=1024)
+    port: int = setting(8000, "port to listen on (0: any free port)", low=0, high=65535)
+    host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: other machines can connect)")
+    num_gpus: int = setting(1, "number of GPUs; each holds a copy of the model and has --slots slots", low=1, high=1024)
     slots: int = setting(4, "number of answers that each GPU generates at once", low=1, high=1024)
     max_waiting: int = setting(
         64, "maximum number of requests that wait for a slot; further requests get status 429", low=0, high=100_000
     )
     timeout: float = setting(600.0, "seconds a request may take, including its wait for a slot (0: no limit)", low=0)
     api_key: str = setting("", "key that clients must send (default: $NANOCHAT_API_KEY; empty: no key is needed)")
-    cors: str = setting("", "origins of websites that may use the API, joined by commas (*: all websites)")
+    cors: str = setting("", "comma-separated origins of the websites that may use the API (*: all websites)")
     log_chats: bool = setting(False, "write prompts and answers to the log")
 
 

@@ -1,6 +1,6 @@
-"""Turns conversations into prompts that fit the context, and splits generated answers into readable parts.
+"""Turns conversations into prompts that fit the context, and splits generated answers into text and calculator calls.
 
-The terminal chat and the server share this code, so that they make the same prompt from the same conversation.
+The terminal chat and the server share this code, so they make the same prompt from the same conversation.
 """
 
 from bisect import bisect_left
@@ -12,31 +12,30 @@ from nanochat_jax.tokenizer import NO_LIMIT, SPECIAL_TOKENS, StreamDecoder, Toke
 
 def render(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Returns the token ids of the prompt for the assistant's next words. If the last message is by the assistant, the
-    next words continue that message. Otherwise they begin a new message.
+    next words continue that message. Otherwise, they begin a new message.
 
-    Raises UserError if the messages are in the wrong order or form.
+    Raises UserError if the messages are malformed or in the wrong order.
     """
     last = messages[-1]
     if last["role"] != "assistant":
         return tokenizer.render_for_completion({"messages": messages}, max_tokens=NO_LIMIT)
     if isinstance(last["content"], list) and last["content"][-1:] and last["content"][-1]["type"] == "python":
-        # The answer ends with a call that has no result. Drop the call, so that the model generates it again: the
-        # calculator answers only calls that the model generates.
+        # The message ends with a calculator call that has no result yet. The calculator answers only newly generated
+        # calls. Drop the call, so that the model generates it again.
         messages = [*messages[:-1], last | {"content": last["content"][:-1]}]
     ids, _ = tokenizer.render_conversation({"messages": messages}, max_tokens=NO_LIMIT)
-    return ids[:-1]  # without <|assistant_end|>
+    return ids[:-1]  # drop <|assistant_end|>, so that the message can continue
 
 
 def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
     """Returns the prompt for the assistant's next words (see `render`) and the number of messages that were dropped.
     The oldest messages are dropped if the prompt would be too long.
 
-    The prompt and the answer share `context` tokens. The smaller of `max_tokens` and a quarter of `context` is reserved
-    for the answer. `messages` may begin with a system message, which is never dropped; user and assistant alternate
-    after that. Raises UserError if the messages do not alternate, or if the system message and the last turn alone are
-    too long.
+    The prompt and the answer share `context` tokens, of which min(max_tokens, context // 4) are reserved for the
+    answer. A system message at the beginning is never dropped. The other messages must alternate between user and
+    assistant. Raises UserError if they do not alternate, or if the system message and the last turn alone are too long.
     """
-    # A quarter is enough: the cpu preset has a context of 256 tokens, and its longest correct answers take 53.
+    # A quarter is enough. In the cpu preset, it is 64 of 256 tokens, and the longest correct answers take 53 tokens.
     room = context - min(max_tokens, context // 4)
     turns = messages[messages[0]["role"] == "system" :]
     system = messages[: len(messages) - len(turns)]
@@ -66,9 +65,9 @@ class PartReader:
     """Splits an answer into parts while it is generated: ("text", piece), ("python", expression), ("python_output",
     result).
 
-    A text may be split into several pieces, each of whole characters. An expression or a result is never split. The
-    kinds of parts are those of an assistant message (tokenizer.PARTS), so that an answer can be sent back and rendered
-    unchanged. Special tokens that do not begin or end a part are dropped.
+    A text may be split into several pieces, but never within a character. An expression or a result is never split. The
+    kinds of parts are those in tokenizer.PARTS, so an answer can be sent back as a message and rendered unchanged.
+    Special tokens that do not begin or end a part are dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -84,14 +83,14 @@ class PartReader:
         self._piece = ""
 
     def in_text(self, id: int) -> bool:
-        """Whether the token `id` would be text if it came next. Special tokens and the tokens of a call or a result are
-        not text."""
+        """Whether the token `id` would be text if it came next. Special tokens, and tokens inside a call or a result,
+        are not text."""
         return self._kind == "text" and id not in self._special
 
     def read(self, ids: Iterable[int], end: bool = False) -> list[tuple[str, str]]:
         """Reads the next `ids` and returns the parts that these ids complete.
 
-        If `end` is true, an unfinished part is returned as it is, with U+FFFD in place of an unfinished character.
+        If `end` is true, also returns the unfinished part. An unfinished character in it becomes U+FFFD.
         """
         parts = []
         for id in ids:
@@ -112,7 +111,7 @@ class PartReader:
         self._kind = kind
 
     def _flush_piece(self, parts: list[tuple[str, str]]) -> None:
-        """Moves `_piece` to `parts`, as a part of the current kind."""
+        """Moves the current piece to `parts`."""
         if self._piece:
             parts.append((self._kind, self._piece))
             self._piece = ""

@@ -1,4 +1,7 @@
-"""Describes the machine, the package versions and the code's commit for the records. No decision depends on them."""
+"""Describes the machine, the package versions and the commit of the code, for logs and reports.
+
+The descriptions are only recorded and printed. No decision depends on them.
+"""
 
 import functools
 import os
@@ -17,15 +20,15 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 def versions() -> dict[str, str]:
     """Returns the commit of the code, and the versions of Python and PACKAGES.
 
-    A + after the commit means that files differ from the commit. Without git, the commit is "". The result is cached
-    when the run starts, since files may change during the run.
+    A + after the commit means that there are uncommitted changes. Without git, the commit is "". The first call caches
+    the result, because the files may change during a run.
     """
     commit = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def describe() -> dict[str, str]:
-    """Returns a description of the machine, the code and the versions, as {name: value}, for people to read."""
+    """Describes the machine, the code and the versions as {name: value}, for people to read."""
     packages = [f"{name} {_version(name)}" for name in ("jax", "flax", "optax")]
     try:
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -44,7 +47,7 @@ def describe() -> dict[str, str]:
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """Returns the name of the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -53,7 +56,7 @@ def cpu() -> str:
 
 
 def code() -> str:
-    """Returns the commit and the branch, and says whether files differ from the commit."""
+    """Returns the commit and the branch, with a note if there are uncommitted changes."""
     if not (commit := _git("rev-parse", "--short=12", "HEAD")):
         return "not a git checkout"
     dirty = " with local changes" if _git("status", "--porcelain") else ""
@@ -61,7 +64,7 @@ def code() -> str:
 
 
 def _git(*args: str) -> str:
-    """Returns what `git ARGS` prints for this repository. Returns "" if there is no git or no checkout."""
+    """Returns the output of `git ARGS` in this repository, or "" if the command fails."""
     command = ["git", "-C", str(config.REPOSITORY), *args]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -77,8 +80,10 @@ def _version(package: str) -> str:
 
 
 def _devices() -> str:
-    """Describes the devices that JAX runs on. A child process asks JAX, because JAX in this process would take GPU
-    memory away from training."""
+    """Describes the devices that JAX finds.
+
+    JAX runs in a child process, which ends at once. In this process, JAX would hold GPU memory that training needs.
+    """
     program = "from nanochat_jax.parallel import devices; print(devices.describe())"
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

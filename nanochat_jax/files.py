@@ -14,7 +14,7 @@ from nanochat_jax.config import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Generator[BinaryIO]:
-    """Opens a temporary file for writing. Once the file is complete and on disk, renames it to `path`.
+    """Opens a temporary file for writing. At the end of the `with` block, flushes it to disk and renames it to `path`.
 
     A reader of `path` sees either the old file or the complete new file, even after a crash.
     """
@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Returns the object in a JSON file, or {} if the file is missing or does not hold an object."""
+    """Returns the object in a JSON file, or {} if the file is missing or holds no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -46,15 +46,17 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
+    """Returns the SHA-256 hash of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, refusal: str) -> Generator[None]:
-    """Creates the folder if needed, and locks it until the `with` block ends. Raises UserError(refusal) if another
-    process holds the lock."""
+    """Locks the folder until the `with` block ends. Creates the folder if needed.
+
+    Raises UserError(refusal) if another process holds the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         try:

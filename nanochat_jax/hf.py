@@ -1,4 +1,4 @@
-"""Reads checkpoints in the file layout of NanoChatForCausalLM, a class of Hugging Face transformers."""
+"""Reads checkpoints in the format of NanoChatForCausalLM, a model class in Hugging Face transformers."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
 
-# Our name of a weight [l, in, out] -> the name that transformers gives to the matrix [out, in] of each layer.
+# Our name for a weight -> its name in transformers. Our weights are [l, in, out]. In transformers, each layer has its
+# own matrix [out, in].
 LAYER_NAMES = {
     "wq": "self_attn.q_proj",
     "wk": "self_attn.k_proj",
@@ -21,7 +22,7 @@ LAYER_NAMES = {
 
 
 def load(folder: Path) -> tuple[gpt.Params, GPTConfig]:
-    """Reads config.json and model.safetensors in `folder`. Returns (float32 NumPy parameters, the model's shape).
+    """Reads config.json and model.safetensors in `folder`. Returns (float32 NumPy parameters, configuration).
 
     Raises UserError if the model type is not nanochat.
     """

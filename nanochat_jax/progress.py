@@ -1,5 +1,5 @@
-"""Shows the progress of long work on stderr. On a terminal, this is a bar with the time left; otherwise, a line is
-printed every ten seconds."""
+"""Shows the progress of long-running work on stderr. On a terminal, it shows a bar with the time left. Elsewhere, it
+prints a line every ten seconds."""
 
 import math
 import sys
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich import progress
 
-PATIENCE = 2.0  # seconds; work that takes less time shows no progress
-BETWEEN_LINES = 10.0  # seconds between two printed lines if stderr is not a terminal
+PATIENCE = 2.0  # seconds; shorter work shows no progress
+BETWEEN_LINES = 10.0  # seconds between printed lines, if stderr is not a terminal
 
 
 class Progress:
-    """Counts finished pieces of work, and shows the count with a note, such as a speed. `total` is the number of all
-    pieces (None: unknown).
+    """Counts finished items of work, and shows the count. `total` is the number of all items, or None if unknown.
 
-    Used in a `with` block, it removes its bar at the end of the block, even after an error.
+    Use it in a `with` block: the bar then disappears at the end of the block, even after an error.
     """
 
     def __init__(self, label: str, total: int | None) -> None:
@@ -38,11 +37,11 @@ class Progress:
         return time.monotonic() - self._start
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Adds `count` to the number of finished pieces."""
+        """Adds `count` to the number of finished items. `note` is shown after the number, for example a speed."""
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """Sets the number of finished pieces to `done`. Shows the number if PATIENCE and BETWEEN_LINES allow it."""
+        """Sets the number of finished items to `done`, and updates the display if an update is due."""
         self.done = done
         now = time.monotonic()
         if now - self._start < PATIENCE:
@@ -85,7 +84,7 @@ class Timer:
         return elapsed
 
     def passed(self, seconds: float) -> bool:
-        """Whether the current lap has lasted at least `seconds`. If it has, the next lap starts."""
+        """Returns whether the current lap has lasted at least `seconds`. If so, starts the next lap."""
         if time.perf_counter() - self.start < seconds:
             return False
         self.lap()

@@ -1,9 +1,11 @@
-"""Byte-level BPE tokenizer with nine special tokens, which turns texts into ids and conversations into (ids, mask).
+"""A byte-level BPE tokenizer with nine special tokens. It turns texts into ids, and conversations into (ids, mask).
 
-Our Rust crate learns the merges. `encode` uses tiktoken, except for very long texts. `encode_batch` is for data
-pipelines and uses the crate's own encoder, which gives the same ids as tiktoken. The first 256 ids are the bytes. The
-merges follow in the order in which they were learned, and then the special tokens. Only the program adds special
-tokens: if a text contains the name of a special token, the name is encoded as ordinary text.
+Our Rust crate, rustbpe, learns the merges. `encode` uses tiktoken, except for very long texts. `encode_batch` is for
+data pipelines and uses the crate's own encoder, which gives the same ids as tiktoken.
+
+Ids 0 to 255 are the bytes. The ids of the merges follow, in the order in which the merges were learned. The special
+tokens come last. Only the program adds special tokens. If a text contains the name of a special token, the name is
+encoded as ordinary text.
 """
 
 import codecs
@@ -21,7 +23,7 @@ from nanochat_jax import tokenizer_file
 from nanochat_jax.config import UserError
 
 SPECIAL_TOKENS = (
-    "<|bos|>",  # begins every document, and so separates documents
+    "<|bos|>",  # begins every document
     "<|user_start|>",
     "<|user_end|>",
     "<|assistant_start|>",
@@ -32,20 +34,21 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 
-# GPT-4's pattern, except that a group has at most two digits: groups of three would use up much of a small vocabulary.
+# GPT-4's pattern, except that digits form groups of at most two instead of three. Groups of three digits would use up
+# too much of a small vocabulary.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# A text of more than LONG_TEXT characters is encoded by our own encoder, which gives the same ids as tiktoken:
-# tiktoken's regex panics on very long runs of white space.
+# tiktoken's regex panics on very long runs of white space. Our own encoder therefore handles all texts of more than
+# LONG_TEXT characters. Both encoders give the same ids.
 LONG_TEXT = 1 << 16
 
 SHORTEST_PROMPT = 4  # in tokens: <|bos|>, <|user_start|>, <|user_end|>, <|assistant_start|>
 NO_LIMIT = 1 << 30  # `max_tokens` for a conversation that must not be truncated
 
-# For each type of part in an assistant message: the special token before the part, the special token after it, and 1 if
-# the part is supervised, else 0. The model learns to call the calculator, but not to predict the calculator's results.
+# The parts of an assistant message: type -> (special token before it, special token after it, 1 if supervised else 0).
+# The model learns to call the calculator, but not to predict the calculator's results.
 PARTS: dict[str, tuple[str | None, str | None, int]] = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -56,8 +59,8 @@ PARTS: dict[str, tuple[str | None, str | None, int]] = {
 def rust_crate() -> ModuleType:
     """Imports our Rust crate. Raises UserError if the crate is not built.
 
-    If the crate is not built, the import may find something else: the folder rustbpe in the repository root (an empty
-    package), PyPI's rustbpe, or an older build. None of these has encode_batch.
+    Without a build, the import may still find another rustbpe. It may be the folder in the repository root, the package
+    from PyPI, or an older build. None of these has encode_batch.
     """
     try:
         import rustbpe
@@ -69,10 +72,10 @@ def rust_crate() -> ModuleType:
 
 
 class Tokenizer:
-    """Encodes texts and conversations, and decodes ids. Made by `Tokenizer.train` or `Tokenizer.load`."""
+    """Encodes texts and conversations, and decodes ids. `Tokenizer.train` and `Tokenizer.load` create a tokenizer."""
 
     def __init__(self, core: Any):
-        """`core` is a trained rustbpe.Tokenizer, which has no type stubs."""
+        """`core` is a trained rustbpe.Tokenizer. Its type is Any, because rustbpe has no type stubs."""
         self._core = core
         ranks = dict(core.get_mergeable_ranks())
         self._special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -84,10 +87,10 @@ class Tokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None) -> "Tokenizer":
-        """Learns a vocabulary of `vocab_size` tokens, including the special tokens. The vocabulary is smaller if no
-        pairs are left to merge.
+        """Learns a vocabulary of `vocab_size` tokens, including the special tokens. The vocabulary is smaller if the
+        text has too few pairs to merge.
 
-        `progress(merges_done, merges_wanted)` is called now and then. Raises UserError if there is no text or if
+        `progress(merges_done, merges_wanted)` is called from time to time. Raises UserError if there is no text or if
         `vocab_size` is too small.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
@@ -107,10 +110,9 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
-        """Reads what `save` wrote.
+        """Loads a tokenizer that `save` wrote.
 
-        Raises UserError if a file is missing, damaged or from another program. The message names the file and the
-        reason.
+        Raises UserError if a file is missing, damaged or from another program.
         """
         path = Path(directory) / "tokenizer.json"
         text, ranks = tokenizer_file.read(Path(directory), SPLIT_PATTERN, SPECIAL_TOKENS)
@@ -125,7 +127,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, directory: Path) -> None:
-        """Writes tokenizer.json and nanochat.json into `directory`, and creates `directory` if needed."""
+        """Writes tokenizer.json and nanochat.json into `directory`, which is created if needed."""
         tokenizer_file.write(Path(directory), self._json, self.vocab_size, self._special)
 
     @functools.cached_property
@@ -144,16 +146,15 @@ class Tokenizer:
     # Text
 
     def special(self, name: str) -> int:
-        """Returns the id of the special token `name`. Raises ValueError, listing the valid names, if there is no such
-        token."""
+        """Returns the id of the special token `name`. Raises ValueError if the name is unknown."""
         if name not in self._special:
             raise ValueError(f"{name!r} is not a special token, expected one of {', '.join(SPECIAL_TOKENS)}")
         return self._special[name]
 
     def _token_id(self, token: int | str) -> int:
-        """Returns the id of a token, given as an id or as the name of a special token.
+        """Returns the id of `token`, which is an id or the name of a special token.
 
-        Example: "<|bos|>" -> 65527 if the vocabulary has 65,536 tokens.
+        Example, for a vocabulary of 65,536 tokens: "<|bos|>" -> 65527.
         """
         return self.special(token) if isinstance(token, str) else self._check_ids([token])[0]
 
@@ -182,10 +183,10 @@ class Tokenizer:
         append: int | str | None = None,
         num_threads: int = 8,
     ) -> list[int] | list[list[int]]:
-        """Returns the ids of a text, or of each text in a list. `prepend` and `append` are ids or names of special
-        tokens.
+        """Returns the ids of a text, or of each text in a list. `prepend` and `append` are tokens to add to each text,
+        given as ids or as names of special tokens.
 
-        Raises TypeError if a text is not a str, and ValueError if a token to prepend or append does not exist.
+        Raises TypeError if a text is not a str. Raises ValueError if a token to add does not exist.
         """
         before = [] if prepend is None else [self._token_id(prepend)]
         after = [] if append is None else [self._token_id(append)]
@@ -208,11 +209,11 @@ class Tokenizer:
     __call__ = encode
 
     def encode_batch(self, texts: list[str], prepend: int | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes many texts at once on all cores, for data pipelines. The ids are the same as from `encode`.
+        """Encodes many texts in parallel, on all cores. The ids are the same as from `encode`.
 
         Returns (tokens, offsets). The tokens of text i are tokens[offsets[i] : offsets[i + 1]]. `tokens` is uint16[n],
-        or uint32[n] if the vocabulary has more than 65,536 tokens, and `offsets` is int64[len(texts) + 1]. `prepend` is
-        a token id or a special token's name. Raises TypeError if `texts` is not a list of str.
+        or uint32[n] if the vocabulary has more than 65,536 tokens. `offsets` is int64[len(texts) + 1]. `prepend` is a
+        token to add to each text, as in `encode`. Raises TypeError if `texts` is not a list of str.
         """
         if not isinstance(texts, list):
             raise TypeError(f"encode_batch takes a list of str, got {type(texts).__name__}")
@@ -220,7 +221,7 @@ class Tokenizer:
             tokens, offsets = self._core.encode_batch(texts)
         except UnicodeEncodeError:
             tokens, offsets = self._core.encode_batch([_without_surrogates(text) for text in texts])
-        # The encoder chose the integer type without counting the special tokens. With the special tokens, the
+        # The encoder does not count the special tokens when it chooses the integer type. With the special tokens, the
         # vocabulary may exceed 65,536 tokens.
         tokens = tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, copy=False)
         if prepend is not None:
@@ -229,7 +230,7 @@ class Tokenizer:
         return tokens, offsets
 
     def _encode(self, text: str) -> list[int]:
-        """Returns the ids of one text. A short text is encoded by tiktoken, a long one by our own encoder."""
+        """Returns the ids of one text. LONG_TEXT decides which encoder is used."""
         if len(text) <= LONG_TEXT:
             return self._encoding.encode_ordinary(text)
         try:
@@ -238,19 +239,19 @@ class Tokenizer:
             return self._core.encode(_without_surrogates(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids. Bytes that are not UTF-8 become U+FFFD, and a special token becomes its name. Raises
-        ValueError if an id is outside the vocabulary."""
+        """Returns the text that the ids encode. Bytes that are not UTF-8 become U+FFFD, and a special token becomes its
+        name. Raises ValueError if an id is outside the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Returns the bytes of ids. Raises ValueError if an id is outside the vocabulary."""
+        """Returns the bytes that the ids encode. Raises ValueError if an id is outside the vocabulary."""
         return self._encoding.decode_bytes(self._check_ids(ids))
 
     def token_bytes(self) -> np.ndarray:
         """Returns the length of each token in bytes as int32[vocab_size]. Special tokens have length 0.
 
-        The raw bytes are counted: some tokens are not valid UTF-8 by themselves, and decoding such a token would change
-        its length.
+        The raw bytes are counted, because some tokens are not valid UTF-8 on their own. Decoding them would change
+        their length.
         """
         lengths = [len(token) for token, _ in self._core.get_mergeable_ranks()]
         return np.array(lengths + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
@@ -259,10 +260,11 @@ class Tokenizer:
     # Conversations
 
     def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """Returns the ids of a conversation and their mask (1: supervised), each cut off after `max_tokens` tokens.
+        """Returns the ids of a conversation and their mask, both cut off after `max_tokens` tokens.
 
-        The model learns the assistant's text, the calculator calls and <|assistant_end|>, but not <|assistant_start|>
-        or the calculator's results. Raises UserError if the messages are in the wrong order or form.
+        The mask is 1 for supervised tokens, which the model learns to predict. These are the assistant's text, the
+        calculator calls and <|assistant_end|>, but not <|assistant_start|> or the calculator's results. Raises
+        UserError if the messages are malformed or in the wrong order.
 
         >>> tokenizer = Tokenizer.train(["a short text"], vocab_size=265)
         >>> question, answer = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
@@ -290,13 +292,13 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict, max_tokens: int = 2048) -> list[int]:
-        """Returns the ids of a prompt for the assistant's next message. If the last message is by the assistant, that
-        message is left out.
+        """Returns the ids of a prompt for the assistant's next message. If the last message is by the assistant, it is
+        left out.
 
         If the prompt would be longer than `max_tokens`, the oldest turns are dropped, but not the system message. If
-        the last message alone is too long, its beginning is cut off. The specification instead truncates the end of the
-        conversation, and so loses the question and <|user_end|>. Raises UserError if the messages are in the wrong
-        order or form.
+        the last message alone is too long, its beginning is cut off. The original nanochat instead cuts off the end of
+        the conversation, and so loses the question and <|user_end|>. Raises UserError if the messages are malformed or
+        in the wrong order.
         """
         if max_tokens < SHORTEST_PROMPT:
             least = f"{SHORTEST_PROMPT}, the special tokens of a prompt"
@@ -316,8 +318,8 @@ class Tokenizer:
         return ids if len(ids) <= max_tokens else ids[:2] + ids[len(ids) - max_tokens + 2 :]
 
     def _render_message(self, message: dict, system: str | None = None) -> tuple[list[int], list[int]]:
-        """Returns the ids and the mask of one checked message. In a user message, `system` and a blank line go before
-        the text."""
+        """Returns the ids and the mask of one valid message. `system` and a blank line are put before the text of a
+        user message."""
         ids, mask = [], []
 
         def add(new: list[int], supervised: int) -> None:
@@ -338,8 +340,8 @@ class Tokenizer:
         return ids, mask
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_ids: bool = False) -> str:
-        """Returns the tokens in color for a terminal, with bars between them. Supervised tokens are green, other tokens
-        are red, and ids are grey."""
+        """Returns the tokens as colored text for a terminal, with bars between them. Supervised tokens are green, other
+        tokens are red, and ids are grey."""
         shown = []
         for i, supervised in zip(ids, mask, strict=True):
             color = "\033[92m" if supervised else "\033[91m"
@@ -348,8 +350,7 @@ class Tokenizer:
 
 
 def _without_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode, with U+FFFD, and joins surrogate pairs. tiktoken does the
-    same.
+    """Joins surrogate pairs and replaces lone surrogates with U+FFFD, as tiktoken does. UTF-8 cannot encode surrogates.
 
     Example: "\\ud83d\\ude00 \\ud83d" -> "😀 \\ufffd".
     """
@@ -357,14 +358,14 @@ def _without_surrogates(text: str) -> str:
 
 
 class StreamDecoder:
-    """Decodes ids that come one at a time. The bytes of an unfinished UTF-8 character are held back."""
+    """Decodes ids that arrive one at a time. The bytes of an unfinished UTF-8 character are held back."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Takes the next id. Returns the characters that this id completes, or "" if it completes none."""
+        """Returns the characters that the next id completes, or "" if it completes none."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
@@ -375,14 +376,14 @@ class StreamDecoder:
 
 
 # -----------------------------------------------------------------------------
-# Which conversations are allowed
+# Checking conversations
 
 
 def _check_conversation(conversation: Any) -> tuple[str | None, list[dict]]:
-    """Returns (the text of the system message, the other messages). The text is None if there is no system message.
+    """Returns (the text of the system message or None, the other messages).
 
-    The other messages must alternate between user and assistant, beginning with the user. Raises UserError, naming the
-    first wrong message, if the conversation does not have this form.
+    The other messages must alternate between user and assistant, beginning with the user. Otherwise, raises a UserError
+    that names the first wrong message.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:

@@ -1,7 +1,8 @@
 """Reads and writes a tokenizer's files: tokenizer.json (Hugging Face layout) and nanochat.json (version, checksum).
 
-The files are JSON, not pickle, since loading a pickle file from elsewhere could run code. A tokenizer.json is accepted
-only if this program would write the same bytes for its vocabulary. Otherwise, an error says what differs.
+The files are JSON, not pickle, because loading a pickle file from someone else could run code. A tokenizer.json is
+accepted only if this program would write exactly the same file for its vocabulary. Otherwise, an error says what
+differs.
 """
 
 import functools
@@ -34,8 +35,8 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
     """Returns the text of tokenizer.json and the (token bytes, id) pairs in it.
 
-    Raises UserError if either file is missing, damaged or from another program, or if the split pattern or the special
-    tokens are not as expected. The error message names the file and the reason.
+    Raises UserError if either file is missing, damaged or from another program. Also raises UserError if the file's
+    split pattern or special tokens differ from the arguments.
     """
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
@@ -74,8 +75,8 @@ def sha256(text: str) -> str:
 
 
 def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], special: dict[str, int]) -> str:
-    """Returns the text of tokenizer.json. `tokens` are ordered by id and include no special tokens. `merges` are pairs
-    of ids."""
+    """Returns the text of tokenizer.json. `tokens` is sorted by id and has no special tokens. `merges` holds pairs of
+    ids."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -106,7 +107,7 @@ def layout(pattern: str, tokens: list[bytes], merges: list[tuple[int, int]], spe
 
 
 def difference(actual: str, expected: str) -> str:
-    """Returns the name of the first part that differs between two texts of tokenizer.json, such as "model.merges"."""
+    """Returns the name of the first part in which two tokenizer.json texts differ, such as "model.merges"."""
     first, second = json.loads(actual), json.loads(expected)
     for a, b, prefix in ((first, second, ""), (first["model"], second["model"], "model.")):
         for key in [*b, *(k for k in a if k not in b)]:
@@ -118,8 +119,8 @@ def difference(actual: str, expected: str) -> str:
 def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[bytes, int]], dict[str, int]]:
     """Returns the (token bytes, id) pairs of a parsed tokenizer.json, and the ids of its special tokens by name.
 
-    The result is, for example, ([(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}). Raises UserError if `content` is not as
-    expected, for example if an id is missing.
+    Example of a result: ([(b"\\x00", 0), ...], {"<|bos|>": 65527, ...}). Raises UserError if `content` is invalid, for
+    example if an id is missing.
     """
     model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
@@ -150,8 +151,8 @@ def _vocabulary(content: dict, path: Path, pattern: str) -> tuple[list[tuple[byt
 
 @functools.cache
 def _alphabet() -> dict[int, str]:
-    """Returns GPT-2's printable character for each byte: the byte's own character if visible, otherwise a character
-    from U+0100 up. Examples: ord("a") -> "a", ord(" ") -> "Ġ"."""
+    """Returns the printable character that GPT-2 uses for each byte. A visible character stands for itself. Every other
+    byte gets a character from U+0100 up. Examples: ord("a") -> "a", ord(" ") -> "Ġ"."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in visible)
     return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -165,15 +166,12 @@ def _read(path: Path) -> bytes:
     """Returns the content of a file. Raises UserError if the file cannot be read."""
     try:
         return path.read_bytes()
-    except OSError as error:  # for example, `path` is a folder, or reading it is not permitted
+    except OSError as error:  # for example, `path` is a folder or permission is denied
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _parse(data: bytes, path: Path) -> dict:
-    """Returns the JSON object in `data`, the content of the file `path`: b'{"version": 1}' -> {"version": 1}.
-
-    Raises UserError if `data` is not a JSON object.
-    """
+    """Returns the JSON object in `data`, the content of `path`. Raises UserError if `data` is not a JSON object."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply

@@ -3,7 +3,7 @@
     python -m scripts.base_eval
     python -m scripts.base_eval --max_per_task=500
 
-CORE is mainly for base models, which are only pretrained. The script adds the scores to the log of the model's run, and
+CORE is meant for base models, which are only pretrained. The script adds the scores to the log of the model's run, and
 writes them to $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
 """
 

@@ -4,7 +4,7 @@
     python -m scripts.base_loss -g d20 --split_tokens=1e6
 
 Adds the bits per byte and the samples to the log of the evaluated run. Uses the text that the run was trained on,
-unless --data or --data_dir names another text. Packs the text into rows as in training.
+unless --data or --data_dir names another text. Packs the text into rows in the same way as in training.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ def main(cfg: config.BaseLoss) -> None:
     packing = model.meta["config"].get("packing", "split")
     rows, seq_len = num_rows(eval_model.params, cfg.device_batch_size), model.model_cfg.sequence_len
 
-    # Only the first tokens of each split are read. These are the same tokens for every batch size.
+    # Read the first --split_tokens tokens of each split. The batch size does not change which tokens are read.
     for split, files in (("train", source.train_files), ("val", source.val_files)):
         start = time.monotonic()
         loader = dataloader.val_batches(files, model.tokenizer, rows, seq_len, cfg.split_tokens, packing=packing)
@@ -59,9 +59,9 @@ def main(cfg: config.BaseLoss) -> None:
 
 
 def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
-    """Returns the text that --data or --data_dir names; without these settings, the text that the run was trained on.
+    """Returns the text that --data or --data_dir names. The default is the text that the run was trained on.
 
-    Prints a line if the returned text is not the text that the run was trained on.
+    Prints a warning if the run was trained on a different text.
     """
     from nanochat_jax.data import hub, sources
 
@@ -70,7 +70,7 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
         source = sources.open(cfg.data, cfg.data_dir)
     elif trained.get("source") in ("local", *hub.SOURCES) and not settings.get("data_dir"):
         source = sources.open(trained["source"])
-    else:  # the text that the run's settings name or, if they name none, the text in the tokenizer's source.json
+    else:  # the text that the run's settings name; by default, the text that the tokenizer was trained on
         source = sources.open(settings.get("data"), settings.get("data_dir"))
     present = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     changed = [key for key in present if present[key] != trained.get(key, present[key])]
@@ -80,7 +80,7 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
 
 
 class CountedBatches:
-    """Iterates over the batches of a loader. `tokens` is the number of targets in the batches so far."""
+    """Yields the batches of a loader. `tokens` is the number of targets in the batches so far."""
 
     def __init__(self, batches: "Iterable[dict[str, np.ndarray]]", progress: "Progress"):
         self.batches, self.progress, self.tokens = batches, progress, 0

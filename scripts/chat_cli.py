@@ -4,9 +4,9 @@ python -m scripts.chat_cli                        Starts a conversation. /help l
 
 python -m scripts.chat_cli -p "Why is it blue?"   Prints one answer.
 
-python -m scripts.chat_cli -i mid -t 0            Uses the model of stage mid, with greedy sampling.
+python -m scripts.chat_cli -i mid -t 0            Uses the model of stage mid, with greedy decoding.
 
-python -m scripts.chat_cli < questions.txt        Answers one question per line. Prints only answers on stdout.
+python -m scripts.chat_cli < questions.txt        Answers one question per line. Only answers go to stdout.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # type checkers only: at run time, this would import JAX and slow down --help
+if TYPE_CHECKING:  # importing this at run time would slow down --help
     from nanochat_jax.engine.engine import Engine
 
 Number = TypeVar("Number", int, float)
 
-CHUNK = 8  # tokens decoded per step; few, so that text appears smoothly
-HISTORY = 1000  # typed lines remembered from one conversation to the next
+CHUNK = 8  # tokens decoded per step; with a small number, text appears smoothly
+HISTORY = 1000  # number of typed lines that are kept for later conversations
 QUIT = ("quit", "exit", "/quit", "/exit")
 # These characters are removed from the model's text, since they could move the cursor or recolour the terminal.
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -47,7 +47,7 @@ def main(cfg: config.ChatCli) -> None:
     from nanochat_jax.engine.request import Request
     from nanochat_jax.parallel import devices
 
-    # Loading prints its messages to stderr, since a program that reads stdout through a pipe expects only answers.
+    # Loading prints messages. Send them to stderr, so that stdout holds only answers.
     devices.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):
         model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
@@ -60,7 +60,7 @@ def main(cfg: config.ChatCli) -> None:
             say(chat, cfg.prompt)
             return
         if interactive():
-            # Generate two tokens and discard them, so that everything is compiled before the user waits for an answer.
+            # Generate two tokens and discard them. This compiles everything before the user asks a question.
             for _ in engine.stream(Request([model.tokenizer.bos], 2, cfg.temperature, cfg.top_k)):
                 pass
         with line_editing():
@@ -71,22 +71,22 @@ def main(cfg: config.ChatCli) -> None:
 
 
 class Chat:
-    """A conversation with the model of an engine."""
+    """A conversation with the model."""
 
     def __init__(self, engine: "Engine", cfg: config.ChatCli):
         self.engine, self.cfg = engine, cfg
         self.system = ""
-        self.messages: list[dict] = []  # the user's messages and the answers, in turn
-        self.tokens, self.cut = 0, False  # of the last answer: number of tokens, and whether the maximum cut it off
+        self.messages: list[dict] = []  # the user's messages alternate with the answers
+        self.tokens, self.cut = 0, False  # the last answer's number of tokens, and whether it was cut off
 
     def answer(
         self, text: str, stop: threading.Event | None = None
     ) -> tuple[int, Generator[tuple[str, str], None, None]]:
-        """Starts to answer `text`. Returns the number of old messages that were dropped to make room, and an iterator
-        over the parts of the answer (see PartReader).
+        """Starts to answer `text`. Returns (dropped, parts).
 
-        The iterator yields each part as it is generated, until the answer ends or `stop` is set. When the iterator ends
-        or is closed, `text` and the answer are added to the conversation. Raises UserError if `text` is too long.
+        `dropped` is the number of old messages that were dropped because the context is full. `parts` yields each part
+        of the answer as it is generated (see PartReader), until the answer ends or `stop` is set. When `parts` ends or
+        is closed, `text` and the answer are added to the conversation. Raises UserError if `text` is too long.
         """
         from nanochat_jax.conversation import prompt
 
@@ -98,7 +98,7 @@ class Chat:
         return dropped, self._stream(question, ids, stop)
 
     def conversation(self, more: Sequence[dict] = ()) -> list[dict]:
-        """Returns the system prompt, if there is one, then all messages so far, then `more`."""
+        """Returns a list of messages: the system prompt (if any), the messages so far, and `more`."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages, *more]
 
     def _stream(
@@ -133,7 +133,7 @@ class Chat:
 
 
 def converse(chat: Chat) -> None:
-    """Reads messages and prints answers until the user quits, presses Ctrl-C twice at the prompt, or the input ends."""
+    """Reads messages and prints answers until the input ends or the user quits."""
     typed = interactive()
     if typed:
         print("Talk to the model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits.")
@@ -184,9 +184,10 @@ def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Generator[threading.Event, None, None]:
-    """Yields an event, which the first Ctrl-C sets. A second Ctrl-C interrupts the program.
+    """Yields an event that the first Ctrl-C sets. A second Ctrl-C interrupts the program.
 
-    The event stops an answer between two steps: an exception during a step would leave the engine without its cache.
+    The event stops an answer between two decoding steps. An exception during a step would leave the engine without its
+    cache.
     """
     stop = threading.Event()
 
@@ -208,7 +209,8 @@ def stoppable() -> Generator[threading.Event, None, None]:
 def run_command(chat: Chat, text: str) -> bool:
     """Runs `text` if it is a command, and returns whether it is one. Raises UserError if the command fails.
 
-    An unknown command is an error only at a terminal: in a file of questions, a line may begin with a slash by chance.
+    An unknown command is an error only at a terminal. In a file of questions, a line that starts with a slash may be a
+    question.
     """
     name, _, value = text.partition(" ")
     name, value = name.lower(), value.strip()
@@ -241,7 +243,7 @@ def set_top_k(chat: Chat, value: str) -> None:
 
 
 def number(kind: type[Number], command: str, value: str, example: Number) -> Number:
-    """Converts `value` to type `kind`. Raises UserError if `value` is not a number; the message shows `example`."""
+    """Converts `value` to type `kind`. Raises UserError if `value` is not a number. The message shows `example`."""
     try:
         return kind(value)
     except ValueError:
@@ -255,7 +257,7 @@ def set_system(chat: Chat, value: str) -> None:
 
 
 def save(chat: Chat, value: str) -> None:
-    """Appends the conversation to the file `value`, as one line with a JSON array of messages."""
+    """Appends the conversation to the file `value` as one line of JSON, an array of messages."""
     if not value:
         raise config.UserError("/save: name a file, like /save chat.jsonl")
     if not chat.messages:
@@ -271,10 +273,10 @@ def save(chat: Chat, value: str) -> None:
 
 
 def plain_text(message: dict) -> dict:
-    """Joins the parts of a message if all are text, since the content is a string in training files.
+    """Joins the parts of a message into one string, because training files require strings.
 
-    {"content": [{"type": "text", "text": "4"}]} becomes {"content": "4"}. A message with a calculator call is returned
-    unchanged.
+    {"content": [{"type": "text", "text": "4"}]} becomes {"content": "4"}. A message with a calculator call does not
+    change.
     """
     content = message["content"]
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
@@ -317,7 +319,7 @@ class Display:
 
     def __init__(self, color: bool):
         self._color = color
-        self._call: str | None = None  # a calculator call to print later, with its result if there is one
+        self._call: str | None = None  # the pending calculator call, which waits for its result
 
     def show(self, kind: str, text: str) -> None:
         """Prints the next part of the answer. `kind` and `text` come from PartReader."""
@@ -331,7 +333,7 @@ class Display:
             self._write(text)
 
     def finish(self) -> None:
-        """Prints a calculator call that still waits for its result, and ends the line."""
+        """Prints the pending calculator call, if any, and ends the line."""
         self._show_call()
         self._write("\n")
 
@@ -349,8 +351,8 @@ class Display:
 
 
 def note(text: str) -> None:
-    """Prints text that is not part of an answer. If stdout is not a terminal, the text goes to stderr, so that a pipe
-    gets only answers."""
+    """Prints text that is not part of an answer. If stdout is not a terminal, the text goes to stderr, so that stdout
+    holds only answers."""
     if sys.stdout.isatty():
         print(dim(text, colored()), flush=True)
     else:
@@ -362,18 +364,18 @@ def dim(text: str, color: bool) -> str:
 
 
 def colored() -> bool:
-    """Returns whether stdout is a terminal and NO_COLOR (see no-color.org) is empty or not set."""
+    """Returns whether to print in color: only to a terminal, and only if NO_COLOR (see no-color.org) is not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def interactive() -> bool:
-    """Returns whether a person, not a program, types the input and reads the output."""
+    """Returns whether a person types the input and reads the output."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 @contextlib.contextmanager
 def line_editing() -> Generator[None, None, None]:
-    """Within the block, input() offers line editing, completion of commands, and the lines of earlier conversations."""
+    """Gives input() line editing, command completion, and the lines typed in earlier conversations."""
     try:
         import readline
     except ImportError:
@@ -386,8 +388,8 @@ def line_editing() -> Generator[None, None, None]:
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, i: ([n for n in names if text and n.startswith(text)] + [None])[i])
     readline.parse_and_bind("tab: complete")
-    readline.parse_and_bind("set enable-bracketed-paste on")  # makes several pasted lines one message
-    with contextlib.suppress(OSError):  # there may be no such file yet
+    readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines become one message
+    with contextlib.suppress(OSError):  # the file may not exist yet
         readline.read_history_file(path)
     try:
         yield

@@ -33,7 +33,7 @@ def main(cfg: config.ChatEval) -> None:
         if tasks.task_class(name).eval_type is None:
             scored = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
-    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # if the checkpoint is missing, fails before any download
+    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # a missing checkpoint should fail before any download
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
@@ -65,12 +65,12 @@ def main(cfg: config.ChatEval) -> None:
 
 
 def write_answers(path: Path, answers: list[dict]) -> None:
-    """Writes the answers, one line per problem, so that the user can see what went wrong."""
+    """Writes one line of JSON per problem, so that the user can see what went wrong."""
     files.write_text(path, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
 
 
 def print_table(title: str, scores: list["ChatScore"], chat_core: tuple[float, float] | None) -> None:
-    """Prints one row per task and, if `chat_core` is given, a last row with ChatCORE and its standard error."""
+    """Prints one row per task. If `chat_core` is given, a last row shows ChatCORE and its standard error."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

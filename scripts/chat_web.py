@@ -1,8 +1,10 @@
-"""Talk to the model in the browser: run python -m scripts.chat_web, then open the address that it prints.
+"""Talk to the model in the browser.
 
-The page gets its answers from POST /chat/completions of the same server. Programs use OpenAI's API under /v1. All
-clients share the server's slots (--slots). After SIGTERM, running answers get 30 seconds to finish; after Ctrl-C, they
-get 3 seconds.
+    python -m scripts.chat_web
+
+Open the address that the server prints. The page gets its answers from POST /chat/completions on the same server. Other
+programs use OpenAI's API under /v1. Each slot generates one answer at a time, and all clients share the slots
+(--slots). Running answers get 30 seconds to finish after SIGTERM, and 3 seconds after Ctrl-C.
 """
 
 import dataclasses
@@ -22,8 +24,9 @@ if TYPE_CHECKING:  # importing these at run time would slow down --help and requ
 
     from nanochat_jax.serve.pool import Pool
 
-CHUNK = 8  # tokens decoded per step: few, so that text flows smoothly and the slot of a client that left is soon free
-DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # signal -> seconds in which running answers may finish
+# Tokens decoded per step. With a small number, text appears smoothly, and the slot of a client that left is soon free.
+CHUNK = 8
+DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # signal -> seconds that running answers get to finish
 UNREAD_SECONDS = 60  # a client that reads nothing for this long is disconnected
 
 
@@ -66,17 +69,17 @@ def main(cfg: config.ChatWeb) -> None:
         ]
         model = dataclasses.replace(model, params={})  # frees the original copy of the weights
 
-        # Compile what a short prompt needs; the server compiles the rest while it is idle.
+        # Compile only what a short prompt needs. The server compiles the rest while it is idle.
         warmups = [engine.warmup(cfg.temperature, cfg.top_k) for engine in engines]
         for warmup in warmups:
             next(warmup)
 
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups)
-        listener.listen()  # before the address is printed, so that clients can connect at once
+        listener.listen()  # clients can connect from now on, so the address can be printed
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
             print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
-        # Log only warnings. An access log would record who uses the server, which is private.
+        # Log only warnings. An access log would record private data: who uses the server.
         serve(uvicorn.Config(app, log_level="warning"), app.state.pool, listener)
 
 
@@ -85,7 +88,7 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
     import uvicorn
 
     class Server(uvicorn.Server):
-        """After a signal, accepts no new requests, and ends answers that do not finish within DRAIN[signal] seconds."""
+        """Accepts no new requests after a signal. After DRAIN[signal] more seconds, ends all unfinished answers."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if not self.should_exit:
@@ -93,7 +96,7 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
                 pool.stop_after(DRAIN[sig])
             super().handle_exit(sig, frame)
 
-    for sig in DRAIN:  # when uvicorn is done, it raises the signal again, and `leave` ends the program
+    for sig in DRAIN:  # after its shutdown, uvicorn raises the signal again, and `leave` ends the program
         signal.signal(sig, leave)
     Server(server_cfg).run(sockets=[listener])
 
@@ -101,8 +104,7 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
 def leave(sig: int, frame: FrameType | None) -> None:
     """Ends the program. After SIGTERM, the exit code is 0, because this signal does not mean a failure.
 
-    This function does not use sys.exit, because Python's own shutdown takes longer than the rest of the shutdown, and
-    aborts if the thread of an engine is compiling.
+    os._exit skips Python's own shutdown. That shutdown is slow, and it aborts if an engine's thread is compiling.
     """
     if sig == signal.SIGINT:
         print("stopped", file=sys.stderr, flush=True)
@@ -135,7 +137,7 @@ def bind(host: str, port: int) -> socket.socket:
 def url(listener: socket.socket) -> str:
     """Returns the address to open in a browser on this machine, such as http://127.0.0.1:8000."""
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # all interfaces
+    if host in ("0.0.0.0", "::"):  # the server listens on all interfaces
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

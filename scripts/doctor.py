@@ -3,7 +3,7 @@
     python -m scripts.doctor
     python -m scripts.doctor --config=d20 --mesh=node=2,data=8
 
-The command takes only seconds: it trains nothing, and uses GPU memory only to try the attention kernel.
+The command takes a few seconds. It trains nothing, and uses GPU memory only to try the attention kernel.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
 
-if TYPE_CHECKING:  # only type checkers import this, so that --help does not wait for JAX
+if TYPE_CHECKING:  # importing these at run time would slow down --help
     from jax.typing import DTypeLike
 
     from nanochat_jax.parallel.sharding import Layout
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def main(cfg: config.Doctor) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to a run that may be training
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may need the GPU memory
     from nanochat_jax import environment
 
     for name, value in environment.describe().items():
@@ -45,7 +45,6 @@ def main(cfg: config.Doctor) -> None:
 
 
 def line(name: str, value: str) -> None:
-    """Prints a name and its value in two aligned columns."""
     print(f"{name + ':':<18}{value}", flush=True)
 
 
@@ -68,7 +67,7 @@ def rust_tokenizer() -> str:
 
 
 def hub() -> str:
-    """Says whether the Hugging Face hub answers within three seconds. huggingface_hub's settings give the address."""
+    """Says whether the Hugging Face hub answers within three seconds."""
     import http.client
     import time
     import urllib.error
@@ -84,13 +83,13 @@ def hub() -> str:
             pass
     except urllib.error.HTTPError as error:
         return f"{constants.ENDPOINT} answers with an error ({error.code} {error.reason})"
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError if the endpoint is not an address
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError means that ENDPOINT is not a URL
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): use local text and tasks"
     return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
 
 
 def device_memory() -> str:
-    """Returns the size of each device's memory, and how much memory of the first device is in use."""
+    """Returns the memory size of each device, and how much memory the first device uses now."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -100,7 +99,7 @@ def device_memory() -> str:
 
 
 def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtype: "DTypeLike") -> None:
-    """Prints the memory for weights and optimizer state on one device, and how long pretraining would take."""
+    """Prints what pretraining would look like: the model, the batch, the memory per device, and the expected time."""
     import jax
 
     from nanochat_jax.model import gpt
@@ -125,14 +124,14 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     state = gib_per_device(opt_state, layout.shard_specs(opt_state))
 
     def fit(rows: int) -> int:
-        """Estimates how many rows fit in memory, ignoring the savings of --shard and --remat.
+        """Estimates how many rows fit in memory, ignoring what --shard and --remat save.
 
-        Training measures the memory instead of estimating it.
+        Training does not estimate the memory, but measures it.
         """
         try:
             return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
         except UserError as error:
-            # The error's advice, after the colon, is left out: the user may already have followed it.
+            # Leave out the advice after the error's colon, because the user may already have followed it.
             line("Memory", f"rough estimate: {str(error).partition(':')[0]}, before the savings of --shard and --remat")
             return 1
 

@@ -1,9 +1,9 @@
-"""Compares our tokenizer with the tokenizers of GPT-2 and GPT-4, by bytes per token on seven kinds of text.
+"""Measures bytes per token on seven texts, for our tokenizer and for the tokenizers of GPT-2 and GPT-4.
 
     python -m scripts.tok_eval
 
 tiktoken loads the vocabularies of GPT-2 and GPT-4 from its cache or the network. A vocabulary that does not load is
-skipped. The script adds one record per kind of text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
+skipped. The script adds one record per text to log.jsonl in $NANOCHAT_BASE_DIR/tokenizer.
 """
 
 import itertools
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 
-if TYPE_CHECKING:  # --help must not wait for this import
+if TYPE_CHECKING:  # importing this at run time would slow down --help
     import tiktoken
 
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-PEER_SECONDS = 20  # time limit for loading a vocabulary (2 MB); without a network, tiktoken tries for minutes
+PEER_SECONDS = 20  # time limit for loading a vocabulary of 2 MB; without a network, tiktoken would try for minutes
 SAMPLE_DOCUMENTS = 1024
 
 NEWS = """The harbour bridge will close to lorries from Monday, the city council announced on Thursday evening, after
@@ -135,7 +135,7 @@ def main(cfg: config.TokEval) -> None:
 
 
 def _field(label: str) -> str:
-    """Returns the name of the log field for the token count of a peer: GPT-2 -> gpt2_tokens."""
+    """Returns the log field that holds a peer's token count, such as gpt2_tokens for GPT-2."""
     return label.replace("-", "").lower() + "_tokens"
 
 
@@ -161,8 +161,7 @@ def _load_peer(name: str) -> "tiktoken.Encoding | None":
 
 
 def _print_table(texts: dict[str, str], counts: dict[str, dict[str, int]]) -> None:
-    """Prints bytes per token, and a percentage for each peer: how many fewer (+) or more (-) tokens our tokenizer needs
-    than the peer."""
+    """Prints one row per text. A positive percentage means that our tokenizer needs fewer tokens than the peer."""
     peers = [label for label in counts if label != "ours"]
     head = f"{'text':<8}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
     print(head + "".join(f"{label:>9}{'ours vs':>10}" for label in peers))

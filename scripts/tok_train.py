@@ -1,10 +1,10 @@
-"""Trains the tokenizer on the training documents of a text source, in file order.
+"""Trains the tokenizer on the first training documents of a text source, up to --max_chars characters.
 
     python -m scripts.tok_train --max_chars=2000000000
 
 Writes tokenizer.json, nanochat.json, source.json and log.jsonl to the folder $NANOCHAT_BASE_DIR/tokenizer. The file
-source.json names the text that the tokenizer was trained on; by default, later stages read that text. A second run with
-the same settings finds the tokenizer and trains nothing.
+source.json names the text that the tokenizer was trained on. Later stages read the same text by default. A second run
+with the same settings finds the tokenizer and trains nothing.
 """
 
 import json
@@ -20,7 +20,7 @@ from nanochat_jax import commandline, config
 from nanochat_jax.files import read_json
 from nanochat_jax.progress import Progress
 
-if TYPE_CHECKING:  # for type checkers only: --help must not wait for this import
+if TYPE_CHECKING:  # importing this at run time would slow down --help
     from nanochat_jax.data.sources import Source
 
 SAMPLE = """Hello world! This is a test.
@@ -47,14 +47,14 @@ def main(cfg: config.TokTrain) -> None:
             _swap(aside, folder)
             return
 
-    # Some shards may still be downloading, so the clock starts only when all shards have arrived.
+    # Wait for shards that are still downloading, so that the measured time does not include the download.
     try:
         for path in source.train_files:
             hub.wait_for_shard(path)
     except config.UserError as error:
         raise config.UserError(f"{error}, or train on fewer shards (--num_files={cfg.num_files})") from None
 
-    # One pass over the text counts how often each word occurs; the merges are then learned from these counts alone.
+    # One pass over the text counts how often each word occurs. The merges are then learned from these counts alone.
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens on {source.name}")
     start = time.monotonic()
     counts = {"documents": 0, "chars": 0}
@@ -69,8 +69,7 @@ def main(cfg: config.TokTrain) -> None:
         )
     assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE, "decoding does not restore the encoded text"
 
-    # The files are written to a new folder, which then replaces the old folder, so that no folder ever holds files of
-    # two tokenizers.
+    # Write all files to a new folder, and then swap the folders, so that no folder ever mixes files of two tokenizers.
     new = folder.with_name("tokenizer.new")
     shutil.rmtree(new, ignore_errors=True)
     tokenizer.save(new)
@@ -91,9 +90,9 @@ def main(cfg: config.TokTrain) -> None:
 
 
 def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
-    """Returns everything that determines the tokenizer.
+    """Returns the text and the settings that determine the tokenizer.
 
-    Without --data and --data_dir, the data_dir is that of the tokenizer in `folder`.
+    Without --data and --data_dir, `data_dir` comes from the source.json in `folder`.
     """
     from nanochat_jax.data import hub
 
@@ -112,7 +111,7 @@ def _recipe(cfg: config.TokTrain, source: "Source", folder: Path) -> dict:
 
 
 def _recorded(folder: Path, recipe: dict) -> bool:
-    """Whether `folder` holds a tokenizer trained by this recipe. A damaged tokenizer counts as missing."""
+    """Returns whether `folder` holds a tokenizer trained with this recipe. A damaged tokenizer counts as missing."""
     from nanochat_jax.tokenizer import Tokenizer
 
     record = read_json(folder / "source.json")
@@ -128,8 +127,8 @@ def _recorded(folder: Path, recipe: dict) -> bool:
 def _swap(new: Path, folder: Path) -> None:
     """Moves `new` to `folder`.
 
-    If `folder` holds a different tokenizer, that tokenizer is first moved to a folder named after its hash, since
-    models trained with it still need it.
+    If `folder` holds a different tokenizer, first moves the old tokenizer to a folder named after its hash. Models that
+    were trained with the old tokenizer still need it.
     """
     old_hash = read_json(folder / "source.json").get("hash", "damaged")
     if old_hash == read_json(new / "source.json")["hash"]:
@@ -145,11 +144,10 @@ def _swap(new: Path, folder: Path) -> None:
 def _documents(
     source: "Source", max_chars: int, doc_cap: int, counts: dict[str, int], report: Callable[[int], None]
 ) -> Iterator[str]:
-    """Yields training documents, each truncated to `doc_cap` characters, until they exceed `max_chars` characters in
-    total.
+    """Yields training documents, truncated to `doc_cap` characters.
 
-    Counts documents and characters in `counts`. After every 256 documents, calls `report` with the number of characters
-    so far.
+    Stops when the total exceeds `max_chars` characters. Counts documents and characters in `counts`. After every 256
+    documents, calls `report` with the number of characters so far.
     """
     for text in source.texts("train"):
         text = text[:doc_cap]
@@ -165,14 +163,14 @@ def _documents(
 def _expected_chars(cfg: config.TokTrain, source: "Source", shard_chars: int) -> int | None:
     """Estimates how many characters will be read, for the progress bar.
 
-    Returns None for a single file, since it may have any length.
+    Returns None for a single file, because it may have any length.
     """
     files = len(source.train_files)
     return min(cfg.max_chars, files * shard_chars) if files > 1 else None
 
 
 def _peak_memory() -> int:
-    """Peak memory of this process, in bytes."""
+    """Returns the peak memory of this process in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -197,7 +195,7 @@ class Meter:
         self.phase.reach(done, f"{done / 1e6 / max(self.phase.seconds, 1e-9):.1f}M/s")
 
     def merges(self, done: int, total: int) -> None:
-        """Reports that `done` of `total` merges have been learned; the first call ends the reading phase."""
+        """Reports that `done` of `total` merges have been learned. The first call ends the reading phase."""
         if not self.merging:
             self.merging = True
             self.phase.__exit__()

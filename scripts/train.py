@@ -5,7 +5,7 @@
     python -m scripts.train --stage=sft
     python -m scripts.train --stage=rl
 
-`--stage=... --help` shows the settings of a stage.
+`--stage=NAME --help` shows the settings of a stage.
 """
 
 import sys
@@ -26,7 +26,7 @@ def main(cfg: config.Train) -> None:
 
 
 def chosen_stage() -> type[config.Train]:
-    """Removes --stage from the command line and returns the settings class of the stage that it named."""
+    """Removes --stage from sys.argv, and returns the settings class of the stage."""
     for i, arg in enumerate(sys.argv[1:], start=1):
         name, eq, value = arg.partition("=")
         if name == "--stage":

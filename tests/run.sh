@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed, runs the static checks (ruff, ty, import-linter, codespell) and the tests. Arguments go to
-# pytest: bash tests/run.sh -k tokenizer
-# Not run unless selected with -m: slow, parity (needs Hugging Face's libraries: source setup.sh dev parity), browser
-# (needs Chromium), gpu. With --cov, the share of lines that the tests ran is printed for every room.
+# Sets up .venv if needed, and runs the static checks (ruff, ty, import-linter, codespell) and the tests.
+# Arguments go to pytest, for example: bash tests/run.sh -k tokenizer
+# Tests with the markers slow, parity, browser and gpu run only if -m selects them. The parity tests need Hugging Face's
+# libraries (source setup.sh dev parity), and the browser tests need Chromium.
+# --cov prints the test coverage of each room (see CONTRIBUTING.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit 0 ;; esac
@@ -36,7 +37,7 @@ ty check --quiet
 lint-imports --no-logo
 codespell
 
-# Check the Rust crate in the background, because the Python tests are often idle; print its output after theirs.
+# Check the Rust crate in the background, because the Python tests often leave a core idle.
 rust_log=$(mktemp) pytest_log=$(mktemp)
 trap 'rm -f "$rust_log" "$pytest_log"' EXIT
 (set -e; check_rust) >"$rust_log" 2>&1 &
@@ -45,15 +46,14 @@ rust_check=$!
 [[ " ${pytest_args[*]-} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu")
 if [ -n "$coverage" ]; then pytest_args+=(--cov --cov-report=json:.coverage.json) && rm -f .coverage.json; fi
 status=0
-# Four workers even on two cores: much of the time goes into waiting for processes to start, stop or be killed.
+# Use four workers even on two cores, because the tests often wait for processes to start or stop.
 python -m pytest -n 4 --dist loadfile "${pytest_args[@]}" 2>&1 | tee "$pytest_log" || status=$?
 wait "$rust_check" || { status=1; echo "error: the tests or checks of the Rust crate failed:"; }
 cat "$rust_log"
 [ ! -f .coverage.json ] || python tests/support/coverage_by_room.py .coverage.json
 tail -n 1 "$pytest_log"
 
-# If the test data is present, no test may be skipped for lack of it. Pytest lists the tests skipped for other reasons,
-# which are not an error.
+# If the test data is present, no test may be skipped because of missing data. Tests may be skipped for other reasons.
 data=${NANOCHAT_TEST_DATA:-../shared}
 missing=$(grep '^SKIPPED .*no test data' "$pytest_log" || true)
 if [ -d "$data/golden" ] && [ -n "$missing" ] && [ -z "$selected" ]; then

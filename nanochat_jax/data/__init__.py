@@ -1,10 +1,14 @@
-"""Turns text from the hub or from disk into batches of token ids.
+"""Turns text from the Hugging Face hub or from disk into batches of token ids.
 
 In: the name of a text source, a folder, or a task's conversations. Out: parquet files with one column `text`, and an
-iterator of batches (inputs and targets int32 [b,t]). Every checkpoint saves the position of the iterator.
+iterator over batches (inputs and targets, int32 [b, t]). Every checkpoint saves the iterator's position.
 
-sources.py finds the parquet files that hub.py has downloaded, or writes parquet files from the text that
-local_corpus.py and text_files.py collect. parquet.py reads and writes parquet files, and token_cache.py stores the
-tokens of these files. packing.py fills rows with documents. dataloader.py joins reading, tokenizing and packing into
-one resumable iterator.
+    sources.py        finds the training and validation files of a text source
+    hub.py            downloads parquet files from the Hugging Face hub
+    local_corpus.py   collects the documentation installed with Python
+    text_files.py     reads and shuffles a user's documents
+    parquet.py        reads and writes parquet files
+    token_cache.py    stores the tokens of parquet files
+    packing.py        fills rows with documents
+    dataloader.py     joins reading, tokenizing and packing into one resumable iterator
 """

@@ -1,9 +1,11 @@
 """Makes batches of inputs and targets for training and validation, from parquet files or from conversations.
 
-Built on Grain. The pipeline is: documents -> tokens -> packed rows -> batches. The seed determines the batches, and a
-saved state restores the exact position. The rows of a batch depend on the size of the global batch, but not on the
-number of processes: each process packs the whole global batch and keeps its own contiguous rows. Any number of
-processes can therefore resume from the same state. A thread reads, tokenizes and packs the next batches in advance.
+The loaders are built on Grain, a data-loading library. The pipeline is: documents -> tokens -> packed rows -> batches.
+A background thread prepares the next batches in advance. The same seed always gives the same batches. A saved state
+restores the exact position in the data.
+
+Each process packs the whole global batch and keeps its own contiguous rows. The rows of the global batch therefore do
+not depend on the number of processes, and a run can resume with another number of processes.
 """
 
 import math
@@ -23,18 +25,18 @@ from nanochat_jax.tokenizer import NO_LIMIT, Tokenizer
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-TOKENIZE_AT_ONCE = 128  # at most this many documents per call; the tokenizer encodes them in parallel
-# A call tokenizes at most this many characters, but at least one document. The limit keeps the saved state small, since
-# the state contains the documents that wait to be packed.
+# One call of the tokenizer gets at most this many characters. The limit keeps the saved state small, because the state
+# contains the documents that have been tokenized but not yet packed.
 CHARS_AT_ONCE = 2_000_000
-RENDER_AT_ONCE = 16  # conversations
-PREFETCH = 4  # batches prepared in advance
+TOKENIZE_AT_ONCE = 128  # the maximum number of documents in one call of the tokenizer
+RENDER_AT_ONCE = 16  # the maximum number of conversations in one call of `Conversations.read`
+PREFETCH = 4  # the number of batches prepared in advance
 Cursor = dict[str, Any]
 Batch = dict[str, np.ndarray]
 
 
 class ChatTask(Protocol):
-    """What a loader needs from a task: the number of conversations, and each conversation by its index."""
+    """A task, as a loader sees it: a sequence of conversations."""
 
     def __len__(self) -> int: ...
 
@@ -42,18 +44,17 @@ class ChatTask(Protocol):
 
 
 class Loader:
-    """Iterator over batches {inputs: int32[b, T], targets: int32[b, T]}. The b rows are this process's share of the
+    """An iterator over batches {inputs: int32[b, T], targets: int32[b, T]}. The b rows are this process's share of the
     global batch. The loss ignores targets of -1.
 
-    After each batch, `info` holds the epoch, the progress in epochs (such as 1.5), the waste (see packing.py), and the
-    position in the data. `state()` is JSON-serializable. The state is the position after the last batch that the loader
-    returned, even if the thread has already prepared more batches.
+    After each batch, `info` holds the position in the data, the progress in epochs (such as 1.5), and the fraction of
+    wasted tokens (see packing.py).
     """
 
     def __init__(self, batches: "Batches"):
         self.info: dict[str, Any] = {}
-        # Grain reports errors during interpreter shutdown unless its iterators are closed explicitly. `_close`
-        # therefore takes the iterator out of this list and closes it, at exit or when the loader is garbage-collected.
+        # Grain reports errors if an iterator is still open when Python exits. The finalizer therefore closes the
+        # iterator at exit, or when the loader is garbage-collected. An empty list means that the loader is closed.
         self._iterators = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))]
         self._finalizer = weakref.finalize(self, _close, self._iterators, batches.stop)
 
@@ -66,18 +67,21 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Returns the position in the data after the last batch that the loader returned."""
+        """Returns the position after the last batch that the loader returned, in JSON-serializable form.
+
+        Batches that the thread has prepared in advance do not count.
+        """
         return self._iterator.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a position that `state()` returned.
 
-        Raises UserError if that position was saved with another packing method or row width.
+        Raises UserError if the position was saved with another packing method or another row width.
         """
         self._iterator.set_state(state)
 
     def close(self) -> None:
-        """Stops the thread. A second call does nothing."""
+        """Stops the thread. Does nothing if the loader is already closed."""
         self._finalizer()
 
     @property
@@ -105,8 +109,8 @@ def base_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Returns a loader of pretraining batches from parquet files. A global batch has `rows` rows, divided equally among
-    the processes.
+    """Returns a loader of pretraining batches, made from parquet files. A global batch has `rows` rows, which are
+    divided equally among the processes.
 
     The loader stops after `epochs` passes over the files (None: never). The last batch is padded with empty rows, which
     have no targets. Cached tokens in `cache_dir` (see token_cache.py) save time but do not change the batches.
@@ -127,10 +131,10 @@ def val_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Returns a loader of validation batches, made from the first max(1, num_tokens // seq_len) rows of the text, or
-    from all rows if `num_tokens` is None.
+    """Returns a loader of validation batches, made from one pass over the files. If `num_tokens` is given, the loader
+    stops after max(1, num_tokens // seq_len) rows.
 
-    The batch size `rows` does not change which rows of the text are used. The last batch is padded with empty rows.
+    The same text is used for every batch size `rows`. The last batch is padded with empty rows.
     """
     documents = Documents(files, tokenizer, None, 1, cache_dir)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
@@ -151,16 +155,17 @@ def chat_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Returns a loader of batches made from a task's conversations, which are reshuffled in each epoch. Raises
-    UserError if the task has no conversations.
+    """Returns a loader of batches made from a task's conversations. The conversations are reshuffled in each epoch.
+    Raises UserError if the task has no conversations.
 
-    With supervise="all" (midtraining), packing may split conversations, and every token is a target. With
-    supervise="mask" (finetuning), conversations are packed whole (one that is longer than a row is truncated), only the
-    assistant's tokens are targets, and a conversation without such tokens is skipped. `info` counts the truncated and
-    the skipped conversations.
+    With supervise="all" (midtraining), every token is a target, and packing may split conversations.
 
-    The loader stops after `epochs` epochs (None: never) or after `max_rows` rows (None: no limit). `padding` empty rows
-    are added to each batch of `rows` rows, so that the batch divides evenly among the devices.
+    With supervise="mask" (finetuning), only the assistant's tokens are targets, and conversations are not split. A
+    conversation that is longer than a row is truncated. A conversation without any target is skipped. `info` counts the
+    truncated and the skipped conversations.
+
+    The loader stops after `epochs` epochs or after `max_rows` rows (None: no limit). Each batch of `rows` rows gets
+    `padding` additional empty rows, so that it divides evenly among the devices.
     """
     assert supervise in ("all", "mask"), f"supervise {supervise!r}, expected all or mask"
     conversations = Conversations(task, tokenizer, seq_len + 1 if supervise == "mask" else None, seed, epochs)
@@ -169,11 +174,11 @@ def chat_loader(
 
 
 # -----------------------------------------------------------------------------
-# How much text there is
+# Estimates of the number of tokens
 
 
 def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> float:
-    """Estimates a task's mean number of tokens per conversation from `sample` evenly spaced conversations."""
+    """Estimates the mean number of tokens in a task's conversations, from `sample` evenly spaced conversations."""
     if not len(task):
         raise UserError("the task has no conversations")
     indices = np.unique(np.linspace(0, len(task) - 1, min(sample, len(task))).astype(int))
@@ -183,17 +188,18 @@ def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> floa
 def epoch_tokens(
     files: Sequence[Path], tokenizer: Tokenizer, cache_dir: Path | None = None, sample: int = 256
 ) -> float:
-    """Estimates the total number of tokens in the files, including one BOS per document.
+    """Estimates the total number of tokens in the files, including one BOS per document. Returns NaN if no file has
+    been downloaded.
 
-    If any of the first eight files have cached tokens, the mean number of tokens in those files is multiplied by the
-    number of files. Otherwise, the estimate is a product of three factors: the number of files, the mean text size in
-    bytes of the first eight files that have been downloaded, and the tokens per byte in the first `sample` documents.
-    Returns NaN if no file has been downloaded.
+    The estimate is the number of files times the mean number of tokens per file. If any of the first eight files have
+    cached tokens, the mean is taken over these files. Otherwise, the mean is the bytes per file times the tokens per
+    byte. The bytes per file are measured in the first eight downloaded files, and the tokens per byte in the first
+    `sample` documents.
     """
     counts = []
     for path in files[:8]:
         if cached := token_cache.find(path, cache_dir):
-            counts.append(len(cached.tokens) + len(cached.chars))  # with a BOS per document
+            counts.append(len(cached.tokens) + len(cached.chars))  # tokens, plus one BOS per document
             cached.close()
     if counts:
         return float(np.mean(counts)) * len(files)
@@ -210,12 +216,12 @@ def epoch_tokens(
 
 
 # -----------------------------------------------------------------------------
-# The sources of documents. A cursor is a position in a source: `read` returns the documents at a cursor, and the next
-# cursor.
+# Sources of documents. A cursor is a position in a source. `read` takes a cursor, and returns some documents and the
+# cursor of the next documents.
 
 
 class Documents:
-    """Tokenized documents of parquet files.
+    """The documents of parquet files, as tokens.
 
     The first epoch reads the files in order, because the last files may still be downloading. Later epochs read the
     files in a random order. In every epoch, the row groups within a file are read in a random order. With seed=None,
@@ -237,17 +243,17 @@ class Documents:
         self.cache_dir = cache_dir
         self.bos = tokenizer.bos
         self.stop = threading.Event()
-        # The open file, and which of its row groups is loaded.
+        # The path of the open file, the file itself, and the index of the loaded row group.
         self._path: Path | None = None
         self._file: pq.ParquetFile | token_cache.TokenCache | None = None
         self._group: int | None = None
-        self._docs: list = []  # each is a str, or an array int[n] of token ids without BOS
+        self._docs: list = []  # each is a str or, from a token cache, an array int[n] of token ids without BOS
         self._chars: Sequence[int] | np.ndarray = []  # the number of characters in each document
 
     def read(self, cursor: Cursor) -> tuple[list[np.ndarray], Cursor] | None:
         """Returns (the documents at a cursor, the next cursor), or None at the end of the data.
 
-        A call reads at most TOKENIZE_AT_ONCE documents, so a row group may take several calls.
+        A call returns at most TOKENIZE_AT_ONCE documents, so reading a row group may take several calls.
         """
         epoch, file, row_group, begin = (cursor[k] for k in ("epoch", "file", "row_group", "document"))
         if epoch == self.epochs:
@@ -271,9 +277,9 @@ class Documents:
         return usable, following | {"skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Returns a description of a cursor.
+        """Returns what `Loader.info` reports about a cursor.
 
-        Example of a result: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}.
+        Example: {"epoch": 0, "shard": 1, "row_group": 3, "progress": 0.58, "skipped": 0}.
         """
         epoch, file = cursor["epoch"], cursor["file"]
         done = epoch == self.epochs
@@ -284,21 +290,22 @@ class Documents:
         return place | {"skipped": cursor.get("skipped", 0)}
 
     def _nth(self, epoch: int, i: int) -> int:
-        """Returns the index in `files` of the i-th file that is read in an epoch."""
+        """Returns the index in `files` of the i-th file that an epoch reads."""
         return int(self._shuffled(len(self.files), epoch, 0)[i]) if epoch else i
 
     def _nth_file(self, epoch: int, i: int) -> Path:
         return self.files[self._nth(epoch, i)]
 
     def _shuffled(self, n: int, epoch: int, stream: int) -> np.ndarray:
-        """Returns the numbers 0 to n - 1 in the random order of an epoch, or in ascending order if there is no seed.
+        """Returns the numbers 0 to n - 1 in random order, or in ascending order if there is no seed.
 
-        `stream` is 0 for the order of the files, and 1 + i for the order of the row groups in the i-th file.
+        Each epoch and each `stream` has its own order. Stream 0 orders the files, and stream 1 + i orders the row
+        groups of the i-th file.
         """
         return np.arange(n) if self.seed is None else np.random.default_rng([self.seed, epoch, stream]).permutation(n)
 
     def _open(self, path: Path) -> int:
-        """Opens a file, after waiting for its download if necessary. Returns the number of row groups in the file."""
+        """Opens a file and returns its number of row groups. Waits if the file is still being downloaded."""
         if self._file is None or path != self._path:
             file = token_cache.find(path, self.cache_dir)
             if file is None:
@@ -310,7 +317,7 @@ class Documents:
         return self._file.num_row_groups
 
     def _read_row_group(self, index: int) -> None:
-        """Loads the documents of row group `index` of the open file, unless this row group is already loaded."""
+        """Loads row group `index` of the open file, unless it is already loaded."""
         assert self._file is not None and self._path is not None, "no file is open"
         if index == self._group:
             return
@@ -322,9 +329,9 @@ class Documents:
         self._group = index
 
     def _tokenize(self, docs: list) -> list[np.ndarray]:
-        """Returns the token ids of each document, starting with BOS: ["Hi"] -> [int32[bos, 72, 105]].
+        """Returns the token ids of each document, with BOS in front: ["Hi"] -> [int32[bos, 72, 105]].
 
-        The documents are texts or, if the open file is a token cache, token ids without BOS.
+        Documents from a token cache are already token ids, but without BOS.
         """
         if isinstance(self._file, token_cache.TokenCache):
             return [packing.document(np.concatenate([[self.bos], ids])) for ids in docs]
@@ -335,7 +342,7 @@ class Documents:
 class Conversations:
     """The conversations of a task as tokens, reshuffled in every epoch.
 
-    If `max_tokens` is given, each conversation is truncated to `max_tokens` tokens, and only the tokens in its mask are
+    If `max_tokens` is given, each conversation is truncated to `max_tokens` tokens, and only its supervised tokens are
     targets. If `max_tokens` is None, conversations are not truncated, and every token is a target.
     """
 
@@ -358,7 +365,7 @@ class Conversations:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
         docs, truncated, skipped = [], cursor["truncated"], cursor["skipped"]
         for i in self._order[begin : begin + RENDER_AT_ONCE]:
-            # Allow one token more than `max_tokens`: a result with this extra token must be truncated.
+            # Ask for one token more than `max_tokens`. If the extra token is returned, the conversation is too long.
             limit = NO_LIMIT if self.max_tokens is None else self.max_tokens + 1
             ids, mask = self.tokenizer.render_conversation(self.task[int(i)], max_tokens=limit)
             if self.max_tokens is None:
@@ -375,10 +382,10 @@ class Conversations:
         return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
-        """Returns a description of a cursor.
+        """Returns what `Loader.info` reports about a cursor.
 
         `waiting` is the number of conversations that have been read but not yet packed. These conversations do not
-        count as progress: otherwise, the learning rate schedule of a small task would end before training does.
+        count as progress. Otherwise, the learning rate schedule of a small task would end before training does.
         """
         consumed = cursor["epoch"] * len(self.task) + cursor["position"] - waiting
         counts = {k: cursor[k] for k in ("epoch", "truncated", "skipped")}
@@ -390,7 +397,7 @@ class Conversations:
 
 
 class Batches(grain.IterDataset):
-    """Batches of packed documents; see Loader for the contents of a batch."""
+    """Batches of packed documents. Loader describes the contents of a batch."""
 
     def __init__(
         self,
@@ -435,7 +442,7 @@ class BatchIterator(grain.DatasetIterator):
             packing.Stream(batches.width, bos) if stream else packing.BestFit(batches.method, batches.width, bos)
         )
         self._cursor = dict(batches.documents.start)
-        self._rows = 0  # the number of rows made so far, for all processes
+        self._rows = 0  # the number of rows packed so far, including the rows of other processes
 
     def __next__(self) -> dict[str, Any]:
         rows = []
@@ -450,7 +457,7 @@ class BatchIterator(grain.DatasetIterator):
         return packing.as_batch(own_rows) | {"info": info | {"waste": self._packer.waste}}
 
     def _row(self) -> np.ndarray | None:
-        """Returns the next packed row, or None at the end of the data."""
+        """Returns the next packed row, or None after the last row."""
         if self._rows == self._batches.max_rows:
             return None
         epoch = self._cursor["epoch"]
@@ -461,7 +468,7 @@ class BatchIterator(grain.DatasetIterator):
             for document in documents:
                 self._packer.add(document)
             if not len(self._packer) and self._cursor["epoch"] > epoch + 1:
-                break  # no usable document in a whole epoch: stop, since the search might never end
+                break  # a whole epoch had no usable document, so other epochs will have none either
         if not len(self._packer):
             if not self._rows:
                 raise UserError("nothing to train on: every document is empty, or has no token to learn from")

@@ -1,17 +1,19 @@
 """Downloads shards of pretraining text from the Hugging Face hub. In: a source's name. Out: verified parquet files.
 
-Only text shards are downloaded here; tasks/task_data.py downloads the rows of tasks. Shards are downloaded in parallel,
-and an interrupted download is resumed.
+Shards are downloaded in parallel, and an interrupted download is resumed. The data of tasks is downloaded elsewhere, in
+tasks/task_data.py.
 
-    <base>/data/<source>/shard_00000.parquet          a shard, complete and verified whenever it exists
+    <base>/data/<source>/shard_00000.parquet          a complete and verified shard
     <base>/data/<source>/shard_00000.parquet.sha256   the shard's SHA-256, in the format of `sha256sum -c`
-    <base>/data/<source>/shard_00000.parquet.*.part   a partial download, named after the version of the shard
+    <base>/data/<source>/shard_00000.parquet.*.part   a partial download; the * stands for the shard's version
     <base>/data/<source>/manifest.json                the largest number of training shards requested so far
 
-huggingface_hub handles addresses, access tokens, mirrors and offline mode (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
-The transfer is our own code, because huggingface_hub (2.4) discards the partial file of an interrupted download,
-compares sizes but not hashes, and takes 23 s to notice that a server does not answer. A shard must have the hash that
-the hub reports. If a mirror reports no hash, the shard must have the hash that was recorded at its first download.
+The huggingface_hub library handles addresses, access tokens, mirrors and offline mode (HF_ENDPOINT, HF_TOKEN,
+HF_HUB_OFFLINE). The transfer is our own code, for three reasons. Version 2.4 of the library discards the partial file
+of an interrupted download. It compares sizes but not hashes. It takes 23 s to notice that a server does not answer.
+
+A shard must have the SHA-256 that the hub reports. A mirror may report none. In that case, a shard that is downloaded
+again must have the same SHA-256 as the first time.
 """
 
 import contextlib
@@ -33,16 +35,16 @@ from nanochat_jax.config import UserError, first_line
 from nanochat_jax.files import exclusive, read_json, sha256, write_text
 from nanochat_jax.progress import Progress
 
-# For each source: its repository on the hub, and the index of its last shard. The last shard is always the validation
-# set, whichever other shards are on disk.
+# source -> (its repository on the hub, the index of its last shard). The last shard is always the validation set, even
+# if only some of the other shards are downloaded.
 SOURCES = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
 }
-TRIES = 5  # give up a shard after this many consecutive tries that transferred nothing
-FEW_TRIES = 3  # the limit instead of TRIES if the server does not answer or sends wrong bytes
-PAUSE = 0.5  # seconds between the first and the second try; each later pause is twice as long
-LONGEST_PAUSE = 300.0  # seconds; the hub counts requests over periods of five minutes
+TRIES = 5  # a shard fails after this many consecutive tries without any progress
+FEW_TRIES = 3  # replaces TRIES if the server does not answer or sends wrong data
+PAUSE = 0.5  # seconds before the second try; the pause doubles with each further try
+LONGEST_PAUSE = 300.0  # seconds; the hub limits the number of requests per five minutes
 
 
 def shard_name(index: int) -> str:
@@ -58,10 +60,12 @@ def folder_of(source: str) -> Path:
 def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     """Returns the paths of the training shards and the path of the validation shard.
 
-    If `num_files` is -1, the training shards are those that `download` was asked for; else they are the first
-    `num_files` shards, however many `download` was asked for. Shards that have not arrived yet are included, so that
-    the order of the shards does not depend on which of them have arrived. Raises UserError if `num_files` is out of
-    range, or if there is no validation shard or no training shard.
+    The training shards are the first `num_files` shards. With num_files=-1, they are the shards that `download` was
+    asked for. Shards that are still downloading are included, so that the list is the same during and after the
+    download.
+
+    Raises UserError if `num_files` is out of range, if the validation shard is missing, or if there are no training
+    shards.
     """
     folder, last = folder_of(source), shard_name(SOURCES[source][1])
     if num_files == 0 or not -1 <= num_files <= SOURCES[source][1]:
@@ -85,8 +89,8 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
     """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. Raises
     UserError if any shard is still missing at the end.
 
-    Existing shards are kept, and partial downloads are resumed. An existing shard is hashed if it has changed since it
-    was last verified; with `verify`, every existing shard is hashed. Damaged shards are downloaded again.
+    Partial downloads are resumed. Existing shards are kept, but damaged shards are downloaded again. Only shards that
+    have changed since their last check are checked for damage. With `verify`, all existing shards are checked.
     """
     if source not in SOURCES:
         raise UserError(f"--data={source}: unknown source, expected {' or '.join(SOURCES)}")
@@ -104,11 +108,11 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             for _ in pool.map(lambda name: _verify(job, name, verify), existing):
                 job.touch_lock()
                 progress.advance()
-        # The validation shard is always needed, so it is fetched first, and alone: if the hub cannot be reached, there
-        # is only one failure, right at the start.
+        # Every run needs the validation shard, so it is fetched first. It is fetched alone, so that an unreachable hub
+        # causes one failure instead of many.
         if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
-        # The manifest keeps the largest number of training shards that was ever requested.
+        # The manifest records the largest number of training shards ever requested.
         requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
         if failures := _fetch_all(job, names, f"{source}, MB", workers):
@@ -118,14 +122,14 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
 
 
 # -----------------------------------------------------------------------------
-# Waiting for a shard that another process downloads
+# Waiting for a shard that another process is downloading
 
 
 def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Waits until the shard `path` has arrived, so that training can start during the download.
+    """Waits until the shard `path` exists, so that training can start during the download.
 
-    Raises UserError if no file in the shard's folder changes for `patience` seconds, and InterruptedError if `stop` is
-    set.
+    Raises UserError if no file in the shard's folder changes for `patience` seconds. Raises InterruptedError if `stop`
+    is set.
     """
     stop = stop or threading.Event()
     if not path.exists():
@@ -138,12 +142,12 @@ def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: fl
 
 
 def _last_change(folder: Path) -> float:
-    """Returns the time, in seconds since the epoch, at which a file in the folder last changed. Even while no data
-    arrives, a running download keeps touching its lock file."""
+    """Returns the Unix time of the last change to any file in the folder. A running download regularly touches its lock
+    file, even while no data arrives."""
     times = [0.0]
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # a temporary file may have been renamed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # a temporary file may just have been renamed
                 times.append(entry.stat().st_mtime)
     return max(times)
 
@@ -154,21 +158,21 @@ def _last_change(folder: Path) -> float:
 
 @dataclass
 class Job:
-    """The state that the threads of one download share. Each thread writes only the entries of its own shards."""
+    """The state that the threads of a download share. Each thread writes only the entries of the shards it fetches."""
 
     repo: str
     folder: Path
     stop: threading.Event = field(default_factory=threading.Event)
     received: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred so far
-    expected: dict[str, int] = field(default_factory=dict)  # shard -> its value in `received` once it is complete
+    expected: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred when the shard is complete
 
     def touch_lock(self) -> None:
-        """Touches the lock file, to show `wait_for_shard` in other processes that the download is still running."""
+        """Touches the lock file, so that `wait_for_shard` in other processes sees that the download is running."""
         os.utime(self.folder / "lock")
 
     @contextlib.contextmanager
     def threads(self, workers: int) -> Generator[ThreadPoolExecutor, None, None]:
-        """Opens a thread pool for a `with` block. The threads are stopped when the block ends, even by an exception."""
+        """Opens a thread pool for a `with` block. The threads stop when the block ends or raises an exception."""
         pool = ThreadPoolExecutor(workers)
         try:
             yield pool
@@ -182,7 +186,7 @@ class Job:
 
 
 class Stopped(Exception):
-    """Raised when the download is stopped."""
+    """Raised in a thread that stops because `Job.stop` is set."""
 
 
 class BadContent(Exception):
@@ -190,7 +194,7 @@ class BadContent(Exception):
 
 
 def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str]:
-    """Fetches the shards `names` that do not exist yet, in parallel. Returns one line per failure.
+    """Fetches the missing shards among `names` in parallel. Returns one line per failed shard.
 
     Gives up after 2 * `workers` failures.
     """
@@ -199,13 +203,13 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
     failures = []
     with job.threads(workers) as pool, Progress(label, None) as progress:
         pending = {pool.submit(_fetch, job, name) for name in missing}
-        while pending and len(failures) < 2 * workers:  # so many failures must have a common cause
+        while pending and len(failures) < 2 * workers:  # so many failures suggest a common cause
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             job.touch_lock()
             failures += [failure for future in done if (failure := future.result())]
             arrived = len(missing) - len(pending) - len(failures)
             sizes, received = list(job.expected.values()), sum(list(job.received.values()))
-            # Shards differ little in size, so a shard not yet started is assumed to have the average size.
+            # Shards have similar sizes, so each shard of unknown size is assumed to have the average size.
             progress.total = int(sum(sizes) / max(1, len(sizes)) * (len(missing) - len(failures)) / 1e6) or None
             speed = received / 1e6 / max(progress.seconds, 1e-9)
             progress.reach(int(received / 1e6), f"{arrived}/{len(missing)} files, {speed:.1f} MB/s")
@@ -217,7 +221,7 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
 
 
 def _fetch(job: Job, name: str) -> str:
-    """Fetches one shard, with retries. Returns "" on success, else one line with the reason for the failure."""
+    """Fetches one shard, with retries. Returns "" on success, or one line with the reason for the failure."""
     tries = 0
     while True:
         before = job.received[name]
@@ -226,7 +230,7 @@ def _fetch(job: Job, name: str) -> str:
             return ""
         except Stopped:
             return f"{name}: stopped"
-        except Exception as error:  # may come from huggingface_hub, its HTTP client or our code
+        except Exception as error:  # raised by huggingface_hub, its HTTP client or our code
             reason = f"{name}: {first_line(error)}"
             progressed = job.received[name] > before and not isinstance(error, BadContent)
             tries = 1 if progressed else tries + 1
@@ -236,7 +240,7 @@ def _fetch(job: Job, name: str) -> str:
 
 
 def _retry_limits(error: Exception) -> tuple[int, float]:
-    """Returns the number of tries allowed after `error`, and the wait in seconds that the server asks for (or 0)."""
+    """Returns how many tries are allowed after `error`, and the pause in seconds that the server asks for, or 0."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -247,17 +251,18 @@ def _retry_limits(error: Exception) -> tuple[int, float]:
     if response is None:
         return FEW_TRIES, 0
     if response.status_code not in (408, 429) and response.status_code < 500:
-        return 1, 0  # the file does not exist, or access is denied
+        return 1, 0  # for example, the file does not exist or access is denied
     limits = response.headers.get("Retry-After", ""), response.headers.get("RateLimit", "")
     seconds = re.fullmatch(r"(\d+)", limits[0]) or re.search(r"\bt=(\d+)", limits[1])
     return TRIES, min(float(seconds[1]), LONGEST_PAUSE) if seconds else 0
 
 
 def _transfer(job: Job, name: str) -> None:
-    """Tries once to fetch a shard: asks for its size and hash, completes the partial file, verifies and renames it."""
+    """Tries once to fetch a shard. Asks the hub for the shard's size and hash, downloads the missing bytes, and
+    verifies the file."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    # HF_ENDPOINT is read here, because huggingface_hub reads it only once, at import.
+    # huggingface_hub reads HF_ENDPOINT only once, at import. Read it again here, in case it has changed.
     url = hf_hub_url(job.repo, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
     about = get_hf_file_metadata(url, timeout=_seconds("HF_HUB_ETAG_TIMEOUT", 5.0))
     path = job.folder / name
@@ -275,7 +280,7 @@ def _transfer(job: Job, name: str) -> None:
 
 
 def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> None:
-    """Downloads the rest of a partial file, or the whole file if the server cannot send a range."""
+    """Downloads the rest of a partial file, or the whole file if the server does not support HTTP ranges."""
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers
 
@@ -304,13 +309,14 @@ def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> No
 
 
 def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
-    """Renames the download `part` to `path` if it is good. Deletes it and raises BadContent if it is bad.
+    """Verifies the downloaded file `part` and renames it to `path`.
 
-    `expected` begins with the SHA-256 that the file must have, or is "" if no SHA-256 is known.
+    If the content is wrong, deletes `part` and raises BadContent. If `part` is too short, raises ConnectionError.
+    `expected` begins with the required SHA-256, or is "" if none is known.
     """
     length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:
-        raise ConnectionError(f"got {length:,} of {size:,} bytes")  # the next try may bring the rest
+        raise ConnectionError(f"got {length:,} of {size:,} bytes")  # the next try may download the rest
     if size is not None and length > size:
         problem = f"got {length:,} bytes instead of {size:,}"
     elif expected and not expected.startswith(digest):
@@ -320,22 +326,22 @@ def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
     if problem:
         part.unlink()
         raise BadContent(problem)
-    # The hash is written before the shard gets its name, so that every downloaded shard has a recorded hash.
+    # The hash is written before the file is renamed, so that every downloaded shard has a recorded hash.
     write_text(_hash_file(path), f"{digest}  {path.name}\n")
     os.replace(part, path)
 
 
 def _verify(job: Job, name: str, always: bool) -> None:
-    """Deletes a shard if it is damaged, so that it is downloaded again.
+    """Deletes a damaged shard, so that it is downloaded again.
 
-    Unless `always` is set, a shard is trusted if it has not changed since its hash was recorded.
+    Unless `always` is set, skips a shard that has not changed since its hash was recorded.
     """
     path = job.folder / name
     recorded = _recorded_hash(path)
     if recorded and not always and path.stat().st_mtime <= _hash_file(path).stat().st_mtime:
         return
     digest = sha256(path)
-    problem = _problem(path)  # the only check if no hash is recorded, as for a file copied here by hand
+    problem = _problem(path)  # the only check for a file without a recorded hash, such as one copied by hand
     if recorded and digest != recorded:
         problem = f"SHA-256 {digest}, expected {recorded}"
     if problem:
@@ -346,7 +352,7 @@ def _verify(job: Job, name: str, always: bool) -> None:
 
 
 def _problem(path: Path) -> str:
-    """Returns "" if the file can be read as parquet, else one line that says why not."""
+    """Returns "" if the file can be read as parquet, or else the reason in one line."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -363,7 +369,7 @@ def _hash_file(path: Path) -> Path:
 
 
 def _recorded_hash(path: Path) -> str:
-    """Returns the SHA-256 (hex) recorded for a shard, or "" if none is recorded."""
+    """Returns the recorded SHA-256 (hex) of a shard, or "" if there is none."""
     try:
         return _as_sha256(_hash_file(path).read_text(encoding="utf-8").split(" ")[0])
     except (OSError, UnicodeDecodeError):
@@ -371,7 +377,7 @@ def _recorded_hash(path: Path) -> str:
 
 
 def _as_sha256(etag: str | None) -> str:
-    """Returns the ETag if it is a SHA-256 (the hub sends one for large files), else ""."""
+    """Returns the ETag if it is a SHA-256, or "" if it is not. The hub sends a SHA-256 for large files."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
 
 

@@ -1,10 +1,10 @@
-"""Collects a corpus that is always available: the docstrings of installed packages. In: package names. Out: training
-and validation documents, and the versions of the packages.
+"""Builds a corpus from the docstrings of installed packages, without a download. In: package names. Out: training and
+validation documents, and the versions of the packages.
 
-Files are parsed, never imported. Each top-level class or function of a module makes one document: its docstring and
-those of all definitions inside it. If these docstrings are too short for a document, they go into the document of the
-module. Repeated paragraphs are dropped. A fixed share of the documents is held out for validation, chosen by a hash of
-each document's name. The same package versions give the same corpus.
+Files are parsed, never imported. Each top-level class or function becomes one document, which holds its docstring and
+the docstrings of all definitions inside it. A document that would be too short is added to the document of its module.
+Repeated paragraphs are dropped. A hash of the document's name decides whether a document is held out for validation.
+The same package versions give the same corpus.
 """
 
 import ast
@@ -22,23 +22,26 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-# The packages in the corpus, besides the standard library: the core dependencies and their own dependencies.
+# Besides the standard library, the corpus covers our core dependencies and the packages that they depend on.
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "scipy", "ml_dtypes", "tensorstore", "tiktoken",
     "pyarrow", "huggingface_hub", "safetensors", "rich", "pygments", "regex", "requests", "urllib3",
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-MIN_CHARS = 200  # characters; a shorter text does not make a document of its own
-MIN_PARAGRAPH = 60  # characters; shorter paragraphs, such as headings, are kept even if they are repeated
-HELD_OUT = 64  # one document in this many is held out for validation
+MIN_CHARS = 200  # characters; a shorter text is too short for a document
+MIN_PARAGRAPH = 60  # characters; a shorter paragraph, such as a heading, is kept even if it is repeated
+HELD_OUT = 64  # about one in 64 documents is held out for validation
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
-    """Returns (shuffled training documents, validation documents, versions). `versions` holds the version of each
-    package, or None if it is not installed. The standard library is always included, as the package "python"."""
+    """Returns (shuffled training documents, validation documents, versions).
+
+    `versions` maps each package to its version, or to None if the package is not installed. The standard library is
+    always included, under the name "python".
+    """
     files = _module_files(Path(sysconfig.get_paths()["stdlib"]), "")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
@@ -47,8 +50,8 @@ def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str 
         for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
             files += _module_files(Path(folder), package)
 
-    # Parsing takes about 20 s on one core. The workers are spawned, since a forked copy of a process that runs JAX may
-    # hang.
+    # Parsing takes about 20 s on one core, so several processes share the work. They are spawned, because a forked copy
+    # of a process that runs JAX may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
         modules = pool.map(module_documents, *zip(*sorted(files), strict=True), chunksize=64)
@@ -60,23 +63,25 @@ def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str 
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the document called `name` is for validation. The result depends on the name alone."""
+    """Whether the document called `name` is held out for validation."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
 def module_documents(module: str, path: str) -> list[tuple[str, str]]:
-    """Returns (name, text) of each document of one Python file, such as ("pets.Dog", "pets.Dog\\n\\nBarks at ..."), or
-    [] if the file cannot be parsed."""
+    """Returns (name, text) for each document of a Python file, such as ("pets.Dog", "pets.Dog\\n\\nBarks at ...").
+
+    Returns [] if the file cannot be parsed.
+    """
     try:
         source = Path(path).read_bytes()
         if b'"""' not in source and b"'''" not in source and module != "pydoc_data.topics":
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ignores warnings about invalid escapes in the packages' strings
+            warnings.simplefilter("ignore")  # such as warnings about invalid escapes in strings
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
-    if module == "pydoc_data.topics":  # the language reference, a dictionary of strings
+    if module == "pydoc_data.topics":  # the language reference, in a dictionary of strings
         return [d for d in _topics(module, tree) if len(d[1]) >= MIN_CHARS]
 
     documents, short = [], _clean(ast.get_docstring(tree) or "")
@@ -90,9 +95,9 @@ def module_documents(module: str, path: str) -> list[tuple[str, str]]:
 
 
 def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
-    """Returns (dotted name, path) of each Python file below a folder, except tests.
+    """Returns (dotted name, path) for each Python file in a folder and its subfolders, except tests.
 
-    For example, ("jax.nn", ".../jax/nn/__init__.py") is returned for package jax.
+    Example, for the package jax: ("jax.nn", ".../jax/nn/__init__.py").
     """
     files = []
     for root, folders, names in os.walk(folder):
@@ -108,15 +113,15 @@ def _module_files(folder: Path, package: str) -> list[tuple[str, str]]:
 def _version(package: str) -> str:
     """Returns the version of an installed package, such as "0.10.2" for "jax".
 
-    A distribution's name may differ from the package's name: the distribution PyYAML provides the package yaml.
+    A package and its distribution may have different names: the distribution PyYAML provides the package yaml.
     """
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     return importlib.metadata.version(distributions[0])
 
 
 def _sections(tree: ast.Module, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yields (dotted name, text) of each top-level class or function of a module. The text consists of the
-    docstrings of this class or function and of all definitions inside it."""
+    """Yields (dotted name, text) for each top-level class or function of a module. The text holds the
+    docstring of this definition and the docstrings of all definitions inside it."""
     for node in _definitions(tree):
         if isinstance(node, ast.Call):  # add_newdoc("module", "name", "docs") documents a function written in C
             strings = [a.value for a in ast.walk(node) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
@@ -130,8 +135,8 @@ def _sections(tree: ast.Module, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(node: Definition, name: str) -> Iterator[str]:
-    """Yields the docstrings of a definition and of all definitions inside it, each headed by the name of its
-    definition."""
+    """Yields the docstrings of a definition and of all definitions inside it. Each docstring is preceded by the
+    name of its definition."""
     if text := _clean(ast.get_docstring(node) or ""):
         yield f"{name}\n\n{text}"
     for child in _definitions(node):
@@ -154,7 +159,10 @@ def _definitions(node: ast.AST) -> Iterator[Definition | ast.Call]:
 
 
 def _topics(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yields (dotted name, text) for each entry of a module's dictionaries, such as "if": "The if statement ..."."""
+    """Yields (dotted name, text) for each string in a module's dictionaries.
+
+    Example: {"if": "The if statement ..."} -> ("pydoc_data.topics.if", "The if statement ...").
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
@@ -163,7 +171,7 @@ def _topics(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _clean(text: str) -> str:
-    """Removes outer blank space, the prompts of examples, and doctest markers.
+    """Removes surrounding white space, prompts such as >>>, and doctest markers.
 
     For example, ">>> 1 + 1  # doctest: +SKIP" becomes "1 + 1".
     """
@@ -177,9 +185,11 @@ def _clean(text: str) -> str:
 
 
 def _drop_repeated_paragraphs(named: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drops every paragraph that has occurred before, then every document whose remaining text is too short. Scientific
-    packages copy long passages from each other, and without this step, passages of the validation text would be in the
-    training text."""
+    """Drops every paragraph that has occurred before, and then every document that has become too short.
+
+    Scientific packages copy long passages from each other. Without this step, the training text would contain passages
+    of the validation text.
+    """
     seen, kept = set(), []
     for name, text in named:
         paragraphs = []
@@ -193,5 +203,5 @@ def _drop_repeated_paragraphs(named: Iterable[tuple[str, str]]) -> list[tuple[st
             paragraphs.append(paragraph)
         remainder = "\n\n".join(paragraphs)
         if len(remainder) >= MIN_CHARS:
-            kept.append((name, remainder.encode("utf-8", "ignore").decode("utf-8")))  # without lone surrogates
+            kept.append((name, remainder.encode("utf-8", "ignore").decode("utf-8")))  # drops lone surrogates
     return kept

@@ -1,9 +1,11 @@
 """Packs documents of any length into rows of a fixed width.
 
 A document is an int32 array of token ids that begins with BOS. The model reads some tokens without learning to predict
-them, such as a user's words or padding. These tokens are stored as ~id instead of id. BestFit and Stream turn documents
-into rows int32[T+1], and count discarded tokens and padding. Their state is small and JSON-serializable. A packer that
-is restored from its state makes exactly the same rows. `as_batch` turns rows into inputs and targets.
+them, such as a user's words or padding. These tokens are stored as ~id instead of id.
+
+BestFit and Stream are packers. They turn documents into rows int32[T+1], and count discarded tokens and padding. The
+state of a packer is small and JSON-serializable. A packer that is restored from its state makes exactly the same rows.
+`as_batch` turns rows into inputs and targets.
 """
 
 import base64
@@ -14,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-# The number of documents that BestFit keeps in its buffer, for each packing method. With a larger buffer, documents fit
-# better, but the saved state is larger. The original nanochat buffers 1000 documents for "crop" and 100 for "whole".
+# Packing method -> the number of documents that BestFit keeps in its buffer. A larger buffer contains better-fitting
+# documents, but makes the saved state larger. The numbers for "crop" and "whole" are those of the original nanochat.
 BUFFER_DOCUMENTS = {"split": 256, "crop": 1000, "whole": 100}
 
 
@@ -30,8 +32,8 @@ def document(ids: ArrayLike, mask: Sequence[int] | None = None) -> np.ndarray:
 
 
 def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Turns rows int32[b, T+1] into inputs and targets int32[b, T]. Where no token is to be predicted, the target is
-    -1.
+    """Turns rows int32[b, T+1] into inputs and targets int32[b, T]. A target of -1 means that the model learns nothing
+    at this position.
 
     >>> batch = as_batch(np.array([[0, 5, ~6, 7, ~0]]))  # 0 is BOS; ~6 is read but not predicted; ~0 is padding
     >>> batch["inputs"].tolist(), batch["targets"].tolist()
@@ -42,7 +44,7 @@ def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def empty_row(width: int, bos: int) -> np.ndarray:
-    """Returns a row int32[width] of padding: every position is BOS, and none is a target."""
+    """Returns a row int32[width] of padding, which consists of BOS tokens that are not targets."""
     return np.full(width, ~bos, np.int32)
 
 
@@ -50,11 +52,12 @@ class BestFit:
     """Fills each row with the longest buffered documents that fit. Every row begins with BOS. If no document fits into
     the rest of a row, the method decides what happens:
 
-    - "split": the longest document is split, and its remainder returns to the buffer as a document with its own BOS.
-      Nothing is lost. Every row begins with the longest document in the buffer, even if this document must be split,
-      so that documents longer than a row cannot pile up behind short ones.
-    - "crop": the shortest document is truncated. Its remainder is discarded and counted (nanochat's method in 2026).
-    - "whole": the rest of the row is padded. No document may be longer than a row.
+    - "split": The longest document is split. Its remainder goes back into the buffer as a document with its own BOS, so
+      nothing is lost. Every row begins with the longest document in the buffer, even if it must be split. Otherwise,
+      documents longer than a row could pile up in the buffer.
+    - "crop": The shortest document is truncated. Its remainder is discarded and counted as waste. In 2026, nanochat
+      uses this method.
+    - "whole": The rest of the row is padded. No document may be longer than a row.
 
     >>> packer = BestFit("split", width=6, bos=0)
     >>> for ids in ([0, 1, 2], [0, 3], [0, 4, 5, 6]):
@@ -71,11 +74,11 @@ class BestFit:
         self._load([], 0, 0)
 
     def _load(self, documents: list[np.ndarray], emitted: int, wasted: int) -> None:
-        self._order: list[tuple[int, int]] = []  # sorted: (length, serial number) of each document
+        self._order: list[tuple[int, int]] = []  # (length, serial number) of each document, in ascending order
         self._documents: dict[int, tuple[bool, np.ndarray]] = {}  # serial number -> (whether BOS must be added, ids)
         self._serial = 0
         self._buffered_tokens = 0
-        self._emitted, self._wasted = emitted, wasted  # both in tokens
+        self._emitted, self._wasted = emitted, wasted  # both count tokens
         for doc in documents:
             self.add(doc)
 
@@ -96,17 +99,17 @@ class BestFit:
 
     @property
     def needs_documents(self) -> bool:
-        """Whether the buffer is not full, so that documents should be added before the next row is made.
+        """Whether the buffer has room for more documents, which should be added before the next row is made.
 
-        The buffer is full if it holds BUFFER_DOCUMENTS documents or, with "split", enough tokens for 64 rows. The limit
-        on tokens keeps the state small when documents are long.
+        The buffer is full if it holds BUFFER_DOCUMENTS documents. With "split", it is also full if it holds enough
+        tokens for 64 rows. The limit on tokens keeps the state small when documents are long.
         """
         enough = self.method == "split" and self._buffered_tokens >= 64 * self.width
         return len(self._order) < BUFFER_DOCUMENTS[self.method] and not enough
 
     @property
     def waste(self) -> float:
-        """The fraction of the tokens so far, discarded tokens included, that were discarded or are padding."""
+        """The fraction of all tokens so far that were discarded or are padding."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
@@ -131,8 +134,8 @@ class BestFit:
         return row
 
     def _take(self, room: int, row_is_empty: bool) -> tuple[bool, np.ndarray] | None:
-        """Removes a document from the buffer and returns it, to be put into the `room` free positions of a row. Among
-        documents of equal length, the oldest is taken. Returns None if the free positions are to be padded."""
+        """Takes a document out of the buffer for a row that has `room` free positions. Among equally long documents,
+        the oldest is taken. Returns None if the free positions must be padded."""
         num_fitting = bisect_right(self._order, (room, self._serial))
         if self.method == "split" and (row_is_empty or not num_fitting):
             index = -1
@@ -149,7 +152,7 @@ class BestFit:
 
     def _return_or_discard(self, remainder: np.ndarray) -> None:
         if self.method == "split":
-            self._add(True, remainder)  # a view, so that a long document is not copied for every row
+            self._add(True, remainder)  # `remainder` is a view, since copying it for every row would be slow
         else:
             self._wasted += len(remainder)
             self._emitted += len(remainder)
@@ -168,7 +171,7 @@ class BestFit:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from what `state()` returned."""
+        """Restores a state that `state()` returned."""
         lengths = [int(n) for n in state["lengths"].split(",") if n]
         documents = np.split(_decode(state["tokens"]), np.cumsum(lengths)[:-1]) if lengths else []
         self._load(documents, state["emitted"], state["wasted"])
@@ -177,8 +180,8 @@ class BestFit:
 class Stream:
     """Joins documents end to end and cuts a row every T tokens (nanochat's method in 2025).
 
-    No token is lost, but a row may begin in the middle of a document. The last target of a row is always the first
-    input of the next row. The rows therefore do not depend on the batch size, unlike nanochat's rows.
+    No token is lost, but a row may begin in the middle of a document. The last target of a row is also the first input
+    of the next row. The rows therefore do not depend on the batch size. In nanochat, they do.
     """
 
     def __init__(self, width: int, bos: int):
@@ -201,7 +204,7 @@ class Stream:
 
     @property
     def waste(self) -> float:
-        """The fraction of the positions in all rows so far that are padding."""
+        """The fraction of padding in all rows so far."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
@@ -221,15 +224,15 @@ class Stream:
         return {"tokens": _encode(self._parts), "emitted": self._emitted, "wasted": self._wasted}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from what `state()` returned."""
+        """Restores a state that `state()` returned."""
         self._parts = [_decode(state["tokens"])]
         self._buffered_tokens = len(self._parts[0])
         self._emitted, self._wasted = state["emitted"], state["wasted"]
 
 
 def _encode(arrays: list[np.ndarray]) -> str:
-    """Returns tokens as base64. Saved states hold tokens instead of text, so that a resumed run need not tokenize text
-    again.
+    """Returns the tokens of all arrays in base64. Saved states hold tokens instead of text, so that a resumed run need
+    not tokenize the text again.
 
     >>> _encode([np.array([0, 258], np.int32)])
     'AAAAAAIBAAA='

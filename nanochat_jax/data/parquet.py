@@ -1,7 +1,7 @@
 """Reads documents from parquet files, and writes texts as parquet files. Every file has a string column `text`.
 
-If a file cannot be used, UserError is raised, and its message names the file. If a document cannot be used, it is read
-as "", so that the other documents keep their positions.
+A file that cannot be used causes a UserError, whose message names the file. A document that is null or not UTF-8 is
+read as "", so that the other documents keep their positions.
 """
 
 import itertools
@@ -15,20 +15,19 @@ from nanochat_jax.config import UserError, first_line
 if TYPE_CHECKING:
     import hashlib
 
-    import pyarrow.parquet as pq  # slow to load, so each function that needs it imports it
+    import pyarrow.parquet as pq  # slow to load, so only the functions that need it import it
 
-ROW_GROUP = 1024  # the number of documents in a row group; row groups are read as a whole
-SHARD_CHARS = 250_000_000  # a shard has about this many characters, or about 100 MB when compressed with zstd
-MAX_CHARS = 1_000_000  # a document with more characters is split, since tokenizing and packing take whole documents
+ROW_GROUP = 1024  # the number of documents in a row group; a row group is always read as a whole
+SHARD_CHARS = 250_000_000  # the approximate number of characters in a shard, about 100 MB when compressed
+MAX_CHARS = 1_000_000  # longer documents are split, since tokenizing and packing handle a whole document at once
 HOW_TO_FIX = "if it was downloaded, python -m nanochat_jax.dataset --verify downloads it again"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
 def open(path: Path) -> "pq.ParquetFile":
-    """Opens a parquet file that has a string column `text`. Raises UserError if the file is damaged or lacks the
-    column.
+    """Opens a parquet file. Raises UserError if the file is damaged or has no string column `text`.
 
-    Callers write parquet.open(path), in the style of gzip.open.
+    Callers write parquet.open(path), like gzip.open(path).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -47,11 +46,10 @@ def open(path: Path) -> "pq.ParquetFile":
 
 
 def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
-    """Returns the documents in one row group of an open file. A document longer than MAX_CHARS is split into several.
-    Raises UserError if the row group cannot be read.
+    """Returns the documents in one row group of an open file. Raises UserError if the row group cannot be read.
 
-    A document that is null, empty or not UTF-8 is returned as "". The number of documents that are not UTF-8 is printed
-    to stderr.
+    A document longer than MAX_CHARS is split into several documents. A document that is null or not UTF-8 is returned
+    as "". The number of documents that are not UTF-8 is printed to stderr.
     """
     import pyarrow as pa
 
@@ -78,14 +76,14 @@ def text_bytes(path: Path) -> list[int]:
 
 
 def row_groups(path: Path) -> Iterator[list[str]]:
-    """Yields the documents of a parquet file, one list per row group. A document that cannot be used is ""."""
+    """Yields the documents of a parquet file, one list per row group."""
     with open(path) as file:
         for i in range(file.num_row_groups):
             yield read_row_group(file, path, i)
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """Yields the documents of a parquet file. A document that cannot be used is ""."""
+    """Yields the documents of a parquet file. A document that is null or not UTF-8 is yielded as ""."""
     for texts in row_groups(path):
         yield from texts
 
@@ -99,11 +97,10 @@ def _decode(data: bytes | None) -> str | None:
 
 
 def split_long(text: str) -> list[str]:
-    """Splits a text into pieces of at most MAX_CHARS characters. The pieces, joined together, are the original text.
+    """Splits a text into pieces of at most MAX_CHARS characters. Joining the pieces gives the original text.
 
-    Splits after a line break if possible, else after a space, else after MAX_CHARS characters.
-
-    With MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
+    Splits after a line break if possible, otherwise after a space, otherwise after MAX_CHARS characters. For example,
+    with MAX_CHARS = 10: "one two\\nthree four" -> ["one two\\n", "three four"].
     """
     pieces, start = [], 0
     while len(text) - start > MAX_CHARS:
@@ -119,8 +116,8 @@ def write_shards(
 ) -> int:
     """Writes <stem>_00000.parquet, <stem>_00001.parquet, ... and returns the number of documents in them.
 
-    `digest` is updated with the length and the bytes of every document, so it does not depend on how the documents are
-    divided into files. `row_group` is the number of documents in a row group.
+    `digest` is updated with the length and the bytes of every document. It therefore does not depend on how the
+    documents are divided into files. `row_group` is the number of documents in a row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,10 +1,10 @@
 """Finds the pretraining text. `open` takes a folder or a source's name, and returns the training and validation files.
 
     python -m nanochat_jax.dataset -n 240    downloads 240 training shards from the Hugging Face hub (hub.py)
-    --data=local                             selects a small corpus, made from the documentation installed with Python
+    --data=local                             selects a small corpus, built from the installed documentation
     --data_dir=FOLDER                        selects a folder of parquet, jsonl or txt files
 
-Every file that is returned has one string column `text`. The validation files are never used for training.
+All files are parquet files with a string column `text`. The validation files are never used for training.
 """
 
 import hashlib
@@ -26,9 +26,11 @@ from nanochat_jax.files import sha256
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus on disk. `hash` identifies its contents. If this module wrote the files, `hash` covers the whole text.
-    Otherwise the files are read in place, and `hash` covers only names and sizes, since the files may be too large to
-    read twice."""
+    """A corpus on disk. `hash` identifies its contents.
+
+    If this module wrote the files, `hash` is a hash of the whole text. Otherwise, it is a hash of file names and sizes,
+    because the files may be too large to read twice.
+    """
 
     name: str
     train_files: tuple[Path, ...]
@@ -43,8 +45,7 @@ class Source:
             yield from filter(None, parquet.texts_of(path))
 
     def val_hash(self) -> str:
-        """Returns the SHA-256 (hex) of the validation files. If two runs have the same hash, their scores are
-        comparable."""
+        """Returns the SHA-256 (hex) of the validation files. Two runs with the same hash have comparable scores."""
         digest = hashlib.sha256()
         for path in self.val_files:
             digest.update(bytes.fromhex(sha256(path)))
@@ -55,11 +56,11 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
     """Returns the corpus named `source`, or the corpus in the folder `data_dir`. Raises UserError if the corpus is
     missing or unusable.
 
-    Without `source` and `data_dir`, returns the corpus that the tokenizer was trained on, so that all stages read the
-    same text. If there is no tokenizer yet, returns the local corpus.
+    If neither `source` nor `data_dir` is given, returns the corpus that the tokenizer was trained on, so that all
+    stages read the same text. If there is no tokenizer yet, returns the local corpus.
 
-    From the hub, only the first `num_files` training shards are used (-1: all shards that `download` was asked for).
-    Some of these shards may still be downloading. Callers write sources.open(cfg.data), in the style of gzip.open.
+    A hub corpus has the first `num_files` training shards (-1: all shards that `download` was asked for). Some of these
+    shards may still be downloading. Callers write sources.open(cfg.data), like gzip.open(path).
     """
     recorded = config.base_dir() / "tokenizer" / "source.json"
     if not source and not data_dir and recorded.exists():
@@ -74,7 +75,8 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
     train, val = hub.shards_of(source, num_files)
-    return Source(source, tuple(train), (val,), _fingerprint([val]))  # the hash does not depend on num_files
+    # Only the validation shard is hashed, so that the hash does not depend on `num_files`.
+    return Source(source, tuple(train), (val,), _fingerprint([val]))
 
 
 # -----------------------------------------------------------------------------
@@ -82,8 +84,8 @@ def open(source: str | None = None, data_dir: str | Path | None = None, num_file
 
 
 def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], row_group: int, **notes: Any) -> Source:
-    """Writes `train` and `val` as shards, with a manifest, into the new folder `target`, and opens the result. If
-    writing fails, `target` is not created."""
+    """Writes the documents and a manifest into the new folder `target`, and opens the result as a corpus. If writing
+    fails, `target` is not created."""
     tmp = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -98,7 +100,7 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         try:
             tmp.rename(target)
-        except OSError:  # no error if another process has written the same corpus meanwhile
+        except OSError:  # another process may already have written the same corpus
             if not (target / "manifest.json").exists():
                 raise
     finally:
@@ -114,8 +116,8 @@ def _open_built(folder: Path) -> Source:
 
 
 def _open_local() -> Source:
-    """Returns the corpus of installed documentation. The first call builds this corpus. Later calls reuse it, even if
-    more packages have been installed since."""
+    """Returns the corpus of installed documentation. The first call builds it. Later calls reuse it, even if other
+    packages are installed by then."""
     folder = config.base_dir() / "data" / "local"
     if (folder / "manifest.json").exists():
         return _open_built(folder)
@@ -131,8 +133,8 @@ def _open_folder(folder: Path) -> Source:
     """Returns the corpus in a user's folder. The last file is the validation set. If there is only one file, the last
     1% of its documents are the validation set.
 
-    Several parquet files are read in place. Otherwise, the first call converts the files to parquet and shuffles the
-    training documents.
+    A folder of two or more parquet files is read in place. In all other cases, the first call converts the files to
+    parquet and shuffles the training documents.
     """
     if not folder.is_dir():
         reason = "this is a file; give the folder it is in" if folder.exists() else "no such folder"
@@ -162,8 +164,7 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _split_files(files: list[Path], counts: Counter[str]) -> tuple[Iterator[str], Iterator[str]]:
-    """Returns the training documents and the validation documents of files in any format. `text_files.documents`
-    updates `counts`."""
+    """Returns the training documents and the validation documents. Updates `counts` as `text_files.documents` does."""
     lengths = {}
     for path in files:
         lengths[path] = sum(1 for _ in documents(path, counts))

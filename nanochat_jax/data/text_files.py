@@ -1,6 +1,6 @@
-"""Reads the documents of a text file, and shuffles documents.
+"""Reads the documents of a file, and shuffles documents.
 
-In: a .parquet, .jsonl, .jsonl.gz or .txt file. Out: documents, as str.
+In: a .parquet, .jsonl, .jsonl.gz or .txt file. Out: documents, each a str.
 """
 
 import gzip
@@ -14,15 +14,15 @@ from pathlib import Path
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.data import parquet
 
-SHUFFLE_CHARS = 1_000_000_000  # documents are shuffled in groups of about this many characters, to limit memory
+SHUFFLE_CHARS = 1_000_000_000  # documents are shuffled in groups of about this many characters, to limit memory use
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
 
 def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
     """Yields the documents of a file. Empty documents are skipped, and long documents are split.
 
-    Raises UserError, which names the file, if part of the file cannot be read. Adds to `counts` the number of
-    documents, of empty documents, of documents that are too long, and of documents that are not valid Unicode.
+    Raises UserError if any part of the file cannot be read. `counts` is updated with the number of documents.
+    Separate entries count the documents that are empty, longer than MAX_CHARS, or not valid Unicode.
     """
     counts = Counter() if counts is None else counts
     for text in parquet.texts_of(path) if path.suffix == ".parquet" else _read_documents(path):
@@ -59,9 +59,9 @@ def _read_documents(path: Path) -> Iterator[str]:
 
 
 def _json_text(line: str, where: str) -> str:
-    """Returns the text in a line of JSON: from '{"text": "Hello", "id": 7}', returns "Hello".
+    """Returns the text in a line of JSON: '{"text": "Hello", "id": 7}' -> "Hello".
 
-    Raises UserError, with a message that begins with `where`, if the line has no text.
+    Raises UserError if the line has no text. The error message begins with `where`.
     """
     try:
         value = json.loads(line)
@@ -74,8 +74,8 @@ def _json_text(line: str, where: str) -> str:
 
 
 def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
-    """Joins successive paragraphs into documents of about `size` characters. A book becomes many documents, which can
-    be shuffled.
+    """Joins successive paragraphs into documents of about `size` characters. A book thus becomes many documents, which
+    can be shuffled.
 
     With size=10, the text "one\\n\\ntwo\\n\\nthree" becomes two documents, "one\\n\\ntwo" and "three".
     """
@@ -91,8 +91,8 @@ def _paragraphs(text: str, size: int = 8000) -> Iterator[str]:
 
 
 def shuffled(texts: Iterable[str], seed: int = 42) -> Iterator[str]:
-    """Yields `texts` in random order. Training reads a shard from start to end, so documents must be shuffled before
-    they are written. The hub's shards need no shuffling."""
+    """Yields `texts` in random order. Training shuffles only files and row groups, so documents must be shuffled before
+    they are written. The hub's shards are already shuffled."""
     rng, window, chars = random.Random(seed), [], 0
     for text in texts:
         window.append(text)

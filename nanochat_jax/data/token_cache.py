@@ -1,14 +1,15 @@
-"""Tokenizes each parquet file once. Its tokens are kept in a file that is memory-mapped and read by row group.
+"""Tokenizes each parquet file once and stores its tokens. The stored tokens are memory-mapped and read by row group.
 
     <base>/tokenized_data/<source>-<tokenizer hash>/
         shard_00000.tokens.npy   the tokens of all documents, without BOS; uint16, or uint32 for a large vocabulary
-        shard_00000.index.npz    where documents and row groups begin, row-group checksums, a fingerprint of the text
+        shard_00000.index.npz    the start of each document and row group, checksums, and a fingerprint of the text
 
-The cached tokens of a file have the same row groups and documents as its text, including documents that training skips.
-So a reading position means the same place in the text and in the tokens. A run that read text can resume from tokens,
-and vice versa, with exactly the same batches. Files without cached tokens are read as text. The command
-`python -m nanochat_jax.dataset --tokenize` builds the cache. The cache pays off if tokenizing cannot keep up with the
-accelerators.
+The cached tokens of a file have the same row groups and documents as its text. They include the documents that training
+skips. A position in the data therefore means the same place in the text and in the tokens. A run that began with text
+can resume with tokens, or vice versa, and gets exactly the same batches. Files without cached tokens are read as text.
+
+The command `python -m nanochat_jax.dataset --tokenize` builds the cache. The cache pays off if tokenizing cannot keep
+up with the accelerators.
 """
 
 import hashlib
@@ -31,14 +32,14 @@ HOW_TO_FIX = "delete it and run python -m nanochat_jax.dataset --tokenize again"
 
 
 class RowGroup(NamedTuple):
-    """A row group: the tokens of each document, without BOS, and the number of characters in each document's text."""
+    """The documents of a row group."""
 
-    docs: list[np.ndarray]
-    chars: np.ndarray
+    docs: list[np.ndarray]  # the token ids of each document, without BOS
+    chars: np.ndarray  # the number of characters in each document's text
 
 
 class TokenCache:
-    """The cached tokens of one text file, memory-mapped. `read` raises UserError if a row group is damaged."""
+    """The cached tokens of one text file, memory-mapped."""
 
     def __init__(self, tokens: Path, index: Mapping[str, np.ndarray]):
         self.path = tokens
@@ -56,7 +57,7 @@ class TokenCache:
         return len(self.checksums)
 
     def read(self, index: int) -> RowGroup:
-        """Returns the documents of one row group."""
+        """Returns the documents of one row group. Raises UserError if the row group is damaged."""
         begin, end = self.groups[index], self.groups[index + 1]
         offsets = self.offsets[begin : end + 1]
         tokens = np.array(self.tokens[offsets[0] : offsets[-1]])
@@ -70,14 +71,15 @@ class TokenCache:
 
 
 def folder_of(source: sources.Source, tokenizer: Tokenizer) -> Path:
-    """Returns the folder of the cached tokens that `tokenizer` made from a source."""
+    """Returns the folder for the tokens that `tokenizer` makes from a source."""
     return config.base_dir() / "tokenized_data" / f"{source.name}-{tokenizer.hash[:8]}"
 
 
 def find(text: Path, folder: Path | None) -> TokenCache | None:
     """Returns the cached tokens of a text file, even if the text file itself has been deleted.
 
-    Returns None if `folder` is None, or if it holds no tokens of this text in the current format.
+    Returns None if `folder` is None or holds no tokens of the file. Tokens of another format, or of another version of
+    the text, are ignored.
     """
     if folder is None:
         return None
@@ -87,7 +89,7 @@ def find(text: Path, folder: Path | None) -> TokenCache | None:
             index = dict(loaded)
     except FileNotFoundError:
         return None
-    except Exception as error:  # any exception is possible if the zip file is damaged
+    except Exception as error:  # a damaged zip file can raise any exception
         raise UserError(f"{index_path}: cannot be read ({first_line(error)}); {HOW_TO_FIX}") from error
     if index["format"] != FORMAT or (text.exists() and str(index["text"]) != _fingerprint(text)):
         return None
@@ -95,14 +97,14 @@ def find(text: Path, folder: Path | None) -> TokenCache | None:
 
 
 def num_cached(files: Iterable[Path], folder: Path) -> int:
-    """Returns how many of the files have cached tokens, including tokens of an earlier version of the text."""
+    """Returns how many of the files have cached tokens, without checking that the tokens are up to date."""
     return sum(_paths(path, folder)[1].exists() for path in files)
 
 
 def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = None) -> Path:
     """Tokenizes the training and validation files of `source` that have no cached tokens yet.
 
-    Returns the folder of the tokens. By default, this is the folder in which training looks for cached tokens.
+    Returns the folder of the tokens. The default is the folder in which training looks for cached tokens.
     """
     folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,7 @@ def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = No
 
 
 def _write(text: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """Tokenizes one file. The index is written last: until it exists, `find` ignores the tokens."""
+    """Tokenizes one file. The index is written last, because `find` ignores tokens that have no index."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     parts, lengths, chars, groups, checksums = [], [0], [], [0], []
     for texts in parquet.row_groups(text):
@@ -160,9 +162,9 @@ def _paths(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def _fingerprint(text: Path) -> str:
-    """Returns the size of a parquet file and a hash of its last 64 KiB, which together identify the file.
+    """Returns the size of a parquet file and a hash of its last 64 KiB. Together, they identify the file.
 
-    The end of a parquet file is enough, because it holds the positions of all pages of the file.
+    The end of a parquet file is enough, because it lists the positions of all data in the file.
     """
     size = text.stat().st_size
     with text.open("rb") as file:

@@ -1,9 +1,11 @@
-"""The engine's key/value cache. Each slot has one row in the cache.
+"""The engine's key/value cache. The engine has a fixed number of slots, and each slot has one row in the cache.
 
-A cache is a dict of two lists, "k" and "v", each with one array [b,n,s,k] per layer. In memory, the keys of a head are
-contiguous, which is how attention reads them. The number of positions s is the same for all rows, and it is one of a
-few bucket sizes. This keeps the number of compiled shapes small, and attention covers little more than the filled
-positions. Rows are never cleared: attention masks the positions beyond a row's length until new tokens overwrite them.
+A cache is a dict of two lists, "k" and "v". Each list has one array [b,n,s,k] per layer: b rows, n key/value heads,
+s positions and k numbers per head. Attention reads all keys of one head together, so they are contiguous in memory.
+
+All rows have the same number of positions. This number is rounded up to one of a few bucket sizes, so that few programs
+are compiled. It is kept as small as possible, because attention reads empty positions too. Rows are never cleared:
+attention masks the positions beyond a row's length.
 """
 
 import functools
@@ -17,7 +19,9 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-SMALLEST = 128  # positions in the smallest bucket; fewer would save little time, since reading the weights takes longer
+# The number of positions in the smallest bucket. A smaller bucket would hardly make decoding faster, because reading
+# the weights takes most of the time.
+SMALLEST = 128
 
 KV = dict[str, list[jax.Array]]
 
@@ -36,7 +40,8 @@ def allocate(
 ) -> KV:
     """Returns an empty cache of arrays [rows,n,size,k], for a model that computes in `dtype`.
 
-    The arrays hold zeros: uninitialised memory may hold NaNs, and the attention mask does not remove NaNs.
+    The arrays are filled with zeros, because uninitialised memory may hold NaNs. Attention gives masked positions a
+    weight of 0, but 0 times NaN is still NaN.
     """
     shape = (rows, model_cfg.n_kv_head, size, model_cfg.head_dim)
     return {
@@ -46,8 +51,11 @@ def allocate(
 
 
 def dtype_for(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the dtype of the cache for a model that computes in `dtype`. On a CPU, bfloat16 is
-    stored as float32, since XLA's batched bfloat16 products take up to 12 times as long."""
+    """Returns the dtype of the cache for a model that computes in `dtype`.
+
+    On a CPU, the cache of a bfloat16 model is float32, because XLA's batched matmuls take up to 12 times as long in
+    bfloat16.
+    """
     return jnp.dtype(accum_dtype(dtype) if jax.default_backend() == "cpu" else dtype)
 
 
@@ -57,9 +65,9 @@ def size_of(cache: KV) -> int:
 
 
 def resize(cache: KV, size: int) -> KV:
-    """Truncates the rows of the cache to `size` positions, or extends them to `size` positions.
+    """Truncates or extends every row of the cache to `size` positions.
 
-    The arrays are replaced one at a time, and each old array is freed at once, so that memory never holds two caches.
+    Replaces one array at a time, so that memory never holds two whole caches.
     """
     for buffers in cache.values():
         for i, old in enumerate(buffers):
@@ -69,24 +77,25 @@ def resize(cache: KV, size: int) -> KV:
 
 @functools.partial(jax.jit, static_argnames=("size", "mesh"))
 def copy_row(cache: KV, slot: jax.Array, *, size: int, mesh: Mesh | None) -> KV:
-    """Returns a copy of the slot's row: a cache of arrays [1,n,size,k], replicated on every device."""
+    """Copies the slot's row into a new cache of arrays [1,n,size,k]. Every device gets the whole copy."""
     row = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
     return sharding.replicate(row, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _resize(x: jax.Array, size: int) -> jax.Array:
-    grow = (0, size - x.shape[2], 0)  # number of positions to append; if it is negative, lax.pad truncates
+    grow = (0, size - x.shape[2], 0)  # if the padding is negative, lax.pad truncates
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), grow, (0, 0, 0)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert_rows(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
-    """Copies row source[i] of `prefix` to the beginning of row target[i] of `cache`, for every i below `count`.
+    """For every i < count, copies row source[i] of `prefix` to the beginning of row target[i] of `cache`.
 
     The arrays of `prefix` are [p,n,s',k], and the arrays of `cache` are [b,n,s,k], with s' <= s. `source` and `target`
-    are int32 [b]. The samples of a prompt share one prefill, whose row is copied to several slots. A loop of slice
-    updates is used instead of a scatter, because the loop works in place and moves only the rows that change.
+    are int32 [b]. The same row may be copied to several slots, because a prompt is prefilled once for all its samples.
+    The function uses a loop of slice updates instead of a scatter. The loop works in place and moves only the rows that
+    change.
     """
 
     def copy(i: jax.Array, cache: KV) -> KV:

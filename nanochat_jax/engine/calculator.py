@@ -1,9 +1,11 @@
-"""The calculator that answers the model's python blocks. It does arithmetic and counts letters in words.
+"""The calculator for the expressions that the model writes. It does arithmetic and counts letters in words.
 
-Nothing is evaluated as Python. Arithmetic may contain only numbers, + - * / //, signs and parentheses, and is parsed
-into a syntax tree. A count, such as 'strawberry'.count('r'), is matched by a regular expression. The length of an
-expression is limited, which limits the size of every number, so no input can hang the process or exhaust the memory.
-Results are written as in the training data: a tool that answers 3.0 where GSM8K says 3 would teach the model to
+No expression is run as Python code. Arithmetic is parsed into a syntax tree, and may contain only numbers, + - * / //,
+signs and parentheses. A count, such as 'strawberry'.count('r'), is matched by a regular expression. Expressions have a
+maximum length, which also limits the size of their results. Therefore no input can hang the process or exhaust the
+memory.
+
+Results are written as in the training data: GSM8K says 3, not 3.0. A tool that answers 3.0 would teach the model to
 distrust the tool.
 """
 
@@ -14,8 +16,8 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-# The maximum number of characters in an expression. It limits the depth of the syntax tree and the number of digits in
-# a product: a product never has more digits than its factors have together.
+# The maximum number of characters in an expression. This limits the depth of the syntax tree. It also limits the size
+# of results, because a product never has more digits than its factors have together.
 MAX_CHARS = 256
 SIGNIFICANT_DIGITS = 10
 
@@ -34,13 +36,13 @@ _UNARY: dict[type[ast.unaryop], Callable] = {ast.UAdd: operator.pos, ast.USub: o
 def use_calculator(expression: str) -> str | None:
     """Returns the result of `expression`, or None if the expression is refused or has no result.
 
-    "12/4" -> "3", "'strawberry'.count('r')" -> "3", "2**3" -> None.
+    Examples: "12/4" -> "3", "'strawberry'.count('r')" -> "3", "2**3" -> None.
     """
     if len(expression) > MAX_CHARS:
         return None
     if count := _COUNT.fullmatch(expression):
         return str(count[2].count(count[4]))
-    expression = expression.replace(",", "").strip()  # 1,000 is a thousand
+    expression = expression.replace(",", "").strip()  # reads 1,000 as 1000
     if not _ARITHMETIC.fullmatch(expression):
         return None
     try:
@@ -50,14 +52,14 @@ def use_calculator(expression: str) -> str | None:
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    # isinstance alone would accept True, which is an instance of int.
+    # isinstance alone would accept True and False, because bool is a subclass of int.
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and (binary := _BINARY.get(type(node.op))):
         return binary(_evaluate(node.left), _evaluate(node.right))
     if isinstance(node, ast.UnaryOp) and (unary := _UNARY.get(type(node.op))):
         return unary(_evaluate(node.operand))
-    raise ValueError(f"not arithmetic: {type(node).__name__}")  # powers, calls, tuples, ellipses
+    raise ValueError(f"not arithmetic: {type(node).__name__}")  # for example, a power or a call
 
 
 def _format(value: int | float) -> str:

@@ -1,21 +1,28 @@
 """The engine generates all text: for the terminal, the server, evaluation and reinforcement learning.
 
-`add` puts a request into the scheduler's queue. When a slot is free, a step prefills the request's prompt, starting
-from a cached prefix if there is one. Several prompts may be prefilled in one step, and a long prompt is prefilled in
-parts over several steps. Each of the request's n samples then takes a slot: the prompt's keys and values are copied
-into the slot's cache row, and the sample's first token is drawn. From then on, every step decodes a chunk, which is a
-fixed number of tokens for every slot. One compiled program decodes the chunk on the device: it samples tokens, stops
-rows and inserts forced tokens. After each chunk, the host hands out the new tokens, runs the calculator for python
-blocks that ended, and frees the slots of finished samples. When a python block ends, its row pauses for the rest of the
-chunk, and the calculator's result is forced into the next chunk. The keys and values of a finished sample stay in its
-slot, as a cache for prompts that begin with the same tokens.
+`add` puts a request into the scheduler's queue. When a slot is free, a step prefills the request's prompt. If much of
+the prompt is already cached, only the rest is computed. One step may prefill several prompts, and a long prompt is
+prefilled in parts over several steps. Each of the request's n samples then takes a slot. The prompt's keys and values
+are copied into the slot's cache row, and the sample's first token is drawn.
 
-`Engine.step` has three parts: the scheduler decides what to run (scheduler.py), the model runner runs it
-(model_runner.py), and the engine gives the new tokens to their sequences. The host owns the schedule and sends it to
-the device with every chunk; the device keeps only the weights and the cache. Only one thread may use an engine.
+After that, each step decodes a chunk: a fixed number of tokens for every slot. One compiled program decodes the whole
+chunk on the device. After each chunk, the host adds the new tokens to their sequences, runs the calculator, and frees
+the slots of finished samples. The keys and values of a finished sample stay in its slot's row, as a cache for later
+prompts that begin with the same tokens.
 
-The weights may lie on a mesh of several devices. If the number of slots is then a multiple of the number of replicas,
-each replica decodes its own share of the slots and keeps only the cache rows of that share.
+The model calls the calculator by writing an expression between the tokens python_start and python_end. At python_end,
+the row pauses for the rest of the chunk. The tokens of the result are then forced: the next chunk begins with them, and
+sampling continues after them.
+
+`Engine.step` has three parts. First, the scheduler decides what to run (scheduler.py). Then the model runner runs it on
+the device (model_runner.py). Last, the engine adds the new tokens to their sequences.
+
+The host sends the state of all slots to the device with every chunk. Between chunks, the device keeps only the weights
+and the cache. Only one thread may use an engine.
+
+The weights may lie on a mesh of several devices. Each replica then decodes an equal share of the slots, and keeps only
+the cache rows of its share. If the number of slots is not a multiple of the number of replicas, every device decodes
+all slots.
 """
 
 import functools
@@ -39,13 +46,12 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 class Engine:
-    """Generates up to `slots` samples at a time, `chunk` tokens per step. The model, given by `params` and `model_cfg`,
-    computes in `dtype`.
+    """Generates up to `slots` samples at a time, with up to `chunk` tokens per sample and step.
 
     The tokenizer provides the ids of special tokens, decodes the expressions for the calculator, and encodes the
-    calculator's results. The dtype and the number of slots are fixed, so that the result of a request does not depend
-    on other requests. The only exception is rounding: the cached prefix of a prompt may have been computed in chunks of
-    another size.
+    calculator's results. The model computes in `dtype`. The dtype and the number of slots are fixed, so the result of a
+    request does not depend on other requests. Only rounding may differ, because a cached prefix may have been computed
+    in chunks of another size.
     """
 
     def __init__(
@@ -77,12 +83,12 @@ class Engine:
     def set_params(self, params: gpt.Params) -> None:
         """Replaces the weights. The engine must be idle.
 
-        The engine may use float32 arrays of the caller without copying them. Once the caller has donated such an array,
-        the engine needs new weights before it can generate again.
+        A float32 engine may use the caller's arrays without copying them. If the caller donates one of these arrays, it
+        must set new weights before the engine runs again.
         """
         assert not self.busy, "set_params with samples under way"
         self._runner.set_params(params)
-        self._scheduler.slots.clear_cache()  # these keys and values were computed with the old weights
+        self._scheduler.slots.clear_cache()  # the cached keys and values were computed with the old weights
 
     @property
     def running(self) -> int:
@@ -96,7 +102,7 @@ class Engine:
 
     @property
     def cached(self) -> int:
-        """The number of tokens that running samples have in the cache, at most slots * sequence_len."""
+        """The number of cached tokens of all running samples, at most slots * sequence_len."""
         return sum(sequence.length for sequence in self._scheduler.slots.running().values())
 
     @property
@@ -105,16 +111,14 @@ class Engine:
         return bool(self.running or self.waiting)
 
     # -----------------------------------------------------------------------------
-    # For callers that have the engine to themselves
+    # For callers that do not share the engine
 
     def run(
         self, requests: Iterable[Request], progress: Callable[[int, int], object] | None = None
     ) -> list[list[Sample]]:
-        """Generates the samples of all requests. Returns one list of n samples per request, in the order of the
-        requests.
+        """Generates all samples of all requests. Returns one list of n samples per request, in the same order.
 
-        Whenever samples finish, calls `progress` with the number of finished samples and the number of all samples. The
-        engine must be idle.
+        Calls `progress(finished, total)` whenever samples finish; both numbers count samples. The engine must be idle.
         """
         assert not self.busy, "run with other samples under way"
         requests = list(requests)
@@ -132,13 +136,12 @@ class Engine:
                 if progress and done > before:
                     progress(done, len(parts))
         finally:
-            for i in ids:  # cancels what an error or Ctrl-C left unfinished
+            for i in ids:  # after an error or Ctrl-C, some requests are unfinished
                 self.cancel(i)
         return [[_join(parts[i, s]) for s in range(r.n)] for i, r in zip(ids, requests, strict=True)]
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
-        """Generates for one request and yields its events. The engine must be idle. Closing the iterator cancels the
-        request."""
+        """Runs one request and yields its events. The engine must be idle. Closing the iterator cancels the request."""
         assert not self.busy, "stream with other samples under way"
         i = self.add(request)
         try:
@@ -160,15 +163,16 @@ class Engine:
     def cancel(self, id: int, sample: int | None = None) -> None:
         """Ends a request and frees its slots at once. Does nothing if the request is unknown or finished.
 
-        If `sample` is given, ends only the sample with this index, which must have been started.
+        If `sample` is given, ends only the sample with this index. This sample must have been started.
         """
         self._scheduler.cancel(id, sample)
         self._free_unused_prefill()
 
     def step(self) -> list[Event]:
-        """Starts waiting samples if a slot is free; otherwise, decodes a chunk. Returns the new tokens as events.
+        """Runs one step, and returns the new tokens as events.
 
-        While a long prompt is being prefilled, each step prefills a part of the prompt and decodes a chunk.
+        If a slot is free, the step starts waiting samples. Otherwise, it decodes a chunk. While a long prompt is being
+        prefilled, each step does two things: it prefills one part of the prompt, and it decodes a chunk.
         """
         schedule = self._scheduler.schedule()
         try:
@@ -182,13 +186,13 @@ class Engine:
     def warmup(self, temperature: float, top_k: int) -> Iterator[int]:
         """Compiles the programs that requests with these settings need.
 
-        The iterator handles one bucket of prompt lengths after another. After every few programs, it yields the size of
-        the current bucket in tokens. The engine must be idle whenever the iterator is advanced.
+        Runs example requests for each bucket of prompt lengths. After each run, yields the size of the current bucket
+        in tokens. The engine must be idle whenever the caller advances the iterator.
         """
         context, size = self.model_cfg.sequence_len, 0
         while size < context:
             size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            # Each size has its own token, so nothing of this prompt is in the cache, and all of it is computed.
+            # Each size uses a different token, so no part of this prompt is cached and the whole prompt is computed.
             prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)
             settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
             self.run([settings(prompt)])
@@ -196,11 +200,11 @@ class Engine:
             self.run([settings([*prompt, 1])])  # reuses the previous prompt's keys and values if that saves work
             yield size
             if self.slots >= PREFILL_ROWS - 1:
-                self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled together
+                self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled as a batch
                 yield size
 
     def close(self) -> None:
-        """Frees the device's memory. The engine cannot be used afterwards."""
+        """Frees the engine's memory on the device. The engine cannot be used afterwards."""
         self._reset_scheduler()
         self._runner.close()
 
@@ -231,9 +235,9 @@ class Engine:
     # The last part of a step: new tokens become events
 
     def _postprocess(self, schedule: Schedule, output: Output) -> list[Event]:
-        """Gives the new tokens to their sequences. Returns the new tokens as events."""
+        """Adds the new tokens to their sequences, and returns them as events."""
         if output.scores and isinstance(schedule.prefill, PrefillBatch):
-            # Rows of scores beyond the number of prompts are padding.
+            # The prefill may have more rows than prompts. The last rows are then padding.
             for prompt, *scores in zip(schedule.prefill.prompts, *output.scores, strict=False):
                 prompt.scores = _scores(prompt.request, *scores)
         events = [
@@ -243,7 +247,7 @@ class Engine:
         ]
         if output.tokens:
             events += [self._extend(slot, seq, output.tokens) for slot, seq in schedule.sequences.items()]
-        if schedule.decodes:  # in a free slot whose row is full, decoding overwrites the last position
+        if schedule.decodes:  # even in a free slot, decoding overwrites the last position of a full row
             self._scheduler.slots.truncate(schedule.cache_size)
         self._free_unused_prefill()
         return events
@@ -251,7 +255,7 @@ class Engine:
     def _extend(self, slot: int, sequence: Sequence, tokens: Tokens) -> Event:
         """Appends new tokens to the sequence in `slot`, and returns them as an event.
 
-        Frees the slot if the sequence is now complete; otherwise, follows the sequence's tool calls.
+        If the sequence is now complete, frees the slot. Otherwise, looks for tool calls in the new tokens.
         """
         prompt, request = sequence.prompt, sequence.request
         count = int(tokens.counts[slot])
@@ -284,10 +288,10 @@ class Engine:
         )
 
     def _follow_tool_call(self, sequence: Sequence, token: int) -> None:
-        """Advances a sequence's tool call by one token.
+        """Processes a new token, which may begin, continue or end a tool call.
 
-        A call consists of python_start, an expression and python_end. At python_end, the calculator evaluates the
-        expression. The result, if any, is queued as forced tokens.
+        A tool call consists of python_start, an expression and python_end. At python_end, the calculator evaluates the
+        expression. Its result, if any, is queued as forced tokens.
         """
         if token == self._special["python_start"]:
             sequence.expression = []
@@ -307,21 +311,20 @@ class Engine:
 
 
 def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:
-    """Returns a list of `count` pairs (token id, log-probability) for each position t, from two arrays [t, top]."""
+    """Converts two arrays [t,top] to one list per position, each with `count` pairs (token id, log-probability)."""
     pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in pairs]
 
 
 def _scores(request: Request, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray) -> Scores:
-    """Makes a prompt's scores from the prompt's row of PromptScores. Entries for tokens after the prompt are left
-    out."""
+    """Converts a prompt's row of PromptScores to Scores, and leaves out the entries for padding."""
     known = len(request.ids) - 1
     named = _top_logprobs(top_ids[:known], top_logprobs[:known], request.top_logprobs)
     return Scores([None, *logprobs[:known].tolist()], [None, *named])
 
 
 def _join(events: list[Event]) -> Sample:
-    """Joins all events of a sample into the finished sample."""
+    """Joins all events of a finished sample."""
     ids, mask, logprobs = (
         [x for event in events for x in getattr(event, name)] for name in ("ids", "mask", "logprobs")
     )

@@ -1,6 +1,6 @@
 """The model runner holds the weights and the cache on the device, and runs the steps that the scheduler plans.
 
-It turns a Schedule into padded numpy arrays, calls the compiled functions of programs.py with these arrays, and brings
+It converts a Schedule to padded numpy arrays and passes them to the compiled functions of programs.py. Then it copies
 the new tokens back to the host.
 """
 
@@ -23,14 +23,14 @@ from nanochat_jax.parallel import sharding
 
 
 class Output(NamedTuple):
-    """The results of one step. A result that the schedule did not ask for is None."""
+    """The results of one step. Results that the schedule did not ask for are None."""
 
     tokens: Tokens | None
     scores: PromptScores | None
 
 
 class ModelRunner:
-    """Runs schedules for `slots` slots. Holds the weights, the cache, and the cache rows of the prefill in progress."""
+    """Runs the schedules of an engine with `slots` slots."""
 
     def __init__(
         self,
@@ -46,21 +46,21 @@ class ModelRunner:
         if mesh is not None and (mesh.size == 1 or slots % sharding.replicas(mesh)):
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
-        self._prefix: kv.KV = {}  # the cache rows of the prefill in progress; {} if no prefill is in progress
-        self._logits: jax.Array | None = None  # [p,v] next-token logits of each prompt being prefilled
+        self._prefix: kv.KV = {}  # the cache rows of the current prefill; {} if there is no prefill
+        self._logits: jax.Array | None = None  # [p,v] next-token logits of the prompts in the current prefill
         self.set_params(params)
         where = sharding.batch_sharding(mesh) or self.params["wte"].sharding
         self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, where)
 
     def set_params(self, params: gpt.Params) -> None:
-        """Replicates the weights `params` on every device of their mesh, and uses them from now on."""
+        """Replaces the weights with `params`, and replicates these on every device of their mesh."""
         params = gpt.cast(params, self.fixed.dtype)
-        if mesh := sharding.mesh_of(params):  # training may shard the weights: gather them once
+        if mesh := sharding.mesh_of(params):  # training may have sharded the weights, so gather them
             params = jax.device_put(params, sharding.replicated(mesh))
         self.params = programs.lay_out(params)
 
     def run(self, schedule: Schedule) -> Output:
-        """Runs one step as scheduled, and waits for its results."""
+        """Runs one step, and waits for its results."""
         tokens = scores = None
         if isinstance(schedule.prefill, PrefillBatch):
             scores = self._prefill_batch(schedule.prefill)
@@ -109,8 +109,7 @@ class ModelRunner:
         )
 
     def _first_tokens(self, schedule: Schedule) -> Tokens:
-        """For each slot that starts a sample: copies the prefilled row into the slot, and draws the sample's first
-        token."""
+        """Copies the prefilled row of each new sample into its slot, and draws the sample's first token."""
         started = schedule.first_tokens
         pad = [0] * (self.slots - len(started))
         source, target = (np.array([*column, *pad], np.int32) for column in (started.values(), started))
@@ -124,7 +123,6 @@ class ModelRunner:
         return Tokens(ids, logprobs, np.ones(self.slots, np.int32), *named)
 
     def _decode(self, schedule: Schedule) -> Tokens:
-        """Decodes one chunk."""
         sequences = [schedule.sequences.get(slot) for slot in range(self.slots)]
         settings, plan, top = self._sampling(sequences)
         inputs = self._decode_inputs(sequences, schedule.lengths)
@@ -134,10 +132,9 @@ class ModelRunner:
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """Returns (the sampling settings of every slot, the sampler's plan for these settings, the number of top tokens
-        to report).
+        """Returns the sampling settings of all slots, the sampler's plan, and the number of top tokens to report.
 
-        Free slots get greedy settings, since greedy sampling costs nothing.
+        Free slots get greedy settings, because greedy sampling adds no operations to the plan.
         """
         requests = [sequence.request if sequence else None for sequence in sequences]
         vocab_size = self.fixed.model_cfg.vocab_size
@@ -154,7 +151,8 @@ class ModelRunner:
     def _decode_inputs(self, sequences: list[Sequence | None], lengths: list[int]) -> DecodeInputs:
         b = self.slots
         zeros = functools.partial(np.zeros, dtype=np.int32)
-        # `length` is set for free slots as well, so that decoding does not overwrite the tokens in their cache rows.
+        # Decoding writes to position `length` of every row, even in free slots. So `length` must be set for free slots
+        # too, or their cached tokens would be overwritten.
         inputs = DecodeInputs(
             token=zeros(b),
             length=np.array(lengths, np.int32),

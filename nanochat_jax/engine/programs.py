@@ -1,8 +1,10 @@
 """The engine's compiled functions. They prefill prompts, draw first tokens, and decode a chunk of tokens for all slots.
 
 Slots are independent, so each replica decodes its own share of the slots under shard_map. Without shard_map, the
-compiler would compute top-k by gathering all logits on every device in every step. Every device prefills all prompts:
-this costs little compared with decoding, since the samples of a prompt share one prefill.
+compiler would gather all logits on every device in every step to compute top-k.
+
+Prefill is not divided: every device prefills all prompts. This costs little compared with decoding, because all samples
+of a prompt share one prefill.
 """
 
 import functools
@@ -22,40 +24,39 @@ from nanochat_jax.model import gpt
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
-SCORED = 128  # the number of positions whose logits are in memory at once while prompts are scored
+SCORED = 128  # prompts are scored in pieces of this many positions, to save memory
 
 DecodeParams = dict  # nested dict of arrays, as `lay_out` returns it
 
 
 # -----------------------------------------------------------------------------
-# What is sent to the device, and what comes back from it
+# Inputs and results of the compiled functions
 
 
 class Fixed(NamedTuple):
-    """The static arguments of the compiled functions. These arguments stay the same for the life of an engine."""
+    """Static arguments of the compiled functions. They stay the same for the life of an engine."""
 
     model_cfg: GPTConfig
     dtype: DTypeLike  # the dtype of the matmuls
-    python_end: int  # the token that pauses a row until the row's tool call is answered
-    mesh: Mesh | None  # the slots are divided among the mesh's replicas; None: every device holds all slots
+    python_end: int  # the token that ends a tool call and pauses the row
+    mesh: Mesh | None  # the mesh whose replicas share the slots; if None, every device holds all slots
 
 
 class DecodeInputs(NamedTuple):
-    """The state of the slots before a chunk is decoded, sent by the host. The arrays are [b] unless stated
-    otherwise."""
+    """The state of all slots at the start of a chunk. The arrays are [b] unless stated otherwise."""
 
     token: Array  # the row's last token, which is not in the cache yet
-    length: Array  # the number of tokens before `token`; all of these are in the cache
-    left: Array  # at most this many tokens may still be added to the row
-    active: Array  # whether any tokens are to be added to the row
+    length: Array  # the number of tokens before `token`; the cache holds all of them
+    left: Array  # how many more tokens may be added to the row
+    active: Array  # whether the row gets new tokens
     tools: Array  # whether python_end pauses the row
     stop: Array  # [b, MAX_STOP_IDS] ids of the row's stop tokens, padded with -1
-    forced: Array  # [b, steps] the tokens that a row gets first, in place of sampled ones
+    forced: Array  # [b, steps] the tokens that the row gets before sampling continues
     forced_count: Array  # the number of valid tokens in each row of `forced`
 
 
 class Tokens(NamedTuple):
-    """New tokens of all slots, on the host. Only the first `counts[i]` steps of row i are valid."""
+    """New tokens of all slots, on the host. In row i, only the first `counts[i]` steps are valid."""
 
     ids: np.ndarray  # [b, steps]
     logprobs: np.ndarray  # [b, steps]
@@ -65,8 +66,7 @@ class Tokens(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """The log-probability of the next token and the most likely tokens, at each position of the prompts and their
-    padding."""
+    """The scores of p prompts at t positions, padding included."""
 
     logprobs: Array  # [p, t] log-probability of the token after each position
     top_ids: Array  # [p, t, top] the most likely tokens after each position
@@ -79,25 +79,27 @@ class PromptScores(NamedTuple):
 
 @jax.jit
 def lay_out(params: gpt.Params) -> DecodeParams:
-    """The weights in the layout that decoding reads fastest.
+    """Returns the weights in the layout that decoding reads fastest.
 
-    Each layer has its own array: if the layers were stacked in one array, the decoding loop would copy each layer out
-    of the stack in every step. The head is stored as [d,v], which saves a fifth of the time that a CPU takes to decode
-    a single row.
+    Each layer has its own array. If one array held all layers, the decoding loop would copy every layer out of it in
+    every step. The head is stored as [d,v]. On a CPU, this saves a fifth of the time that it takes to decode one row.
     """
     blocks = {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}
     return {"wte": params["wte"], "head": params["lm_head"].T, "blocks": blocks}
 
 
 def _stack(params: DecodeParams) -> gpt.Params:
-    """The weights in the layout that the model expects. Under jit this costs nothing: XLA reads each layer from its own
-    array and never builds the stack. XLA drops the transposed head, which is not needed to compute hidden states."""
+    """Returns the weights in the layout that the model expects.
+
+    Under jit this costs nothing, because XLA reads each layer from its own array and never builds the stack. XLA also
+    drops the transposed head, because `gpt.decode` does not use it.
+    """
     blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
     return {"wte": params["wte"], "lm_head": params["head"].T, "blocks": blocks}
 
 
 def _head(params: DecodeParams, model_cfg: GPTConfig, x: jax.Array) -> jax.Array:
-    """`gpt.head` for weights laid out by `lay_out`: x [...,d] -> logits [...,v]."""
+    """Does the same as `gpt.head`, with the weights that `lay_out` returns: x [...,d] -> logits [...,v]."""
     return gpt.soft_capped(
         jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=accum_dtype(x.dtype)), model_cfg
     )
@@ -127,8 +129,8 @@ def prefill(
 ) -> tuple[kv.KV, jax.Array, PromptScores | None]:
     """Prefills prompts, and returns (the prompts' cache rows, next-token logits [p,v], the prompts' scores).
 
-    The prompts are `ids` [p,t], padded on the right; `length` [p] is the number of tokens in each prompt. If `top` is
-    None, the scores are None. Otherwise, they name the `top` most likely tokens at each position.
+    The prompts are `ids` [p,t], padded on the right. `length` [p] is the number of tokens in each prompt. If `top` is
+    None, the scores are None. Otherwise, the scores include the `top` most likely tokens at each position.
     """
     rows, size = ids.shape
     empty = kv.allocate(model_cfg, rows, size, dtype) | {"length": jnp.zeros(rows, jnp.int32)}
@@ -141,7 +143,8 @@ def prefill(
         logits = _head(params, model_cfg, x)
         return sampler.log_prob(logits, following), *sampler.top_logprobs(logits, top)
 
-    # Only a few positions are scored at a time: the logits of whole prompts would take more memory than the model.
+    # Only a few positions are scored at a time, because the logits of whole prompts would need more memory than the
+    # model.
     by_position = jnp.swapaxes(x, 0, 1), jnp.roll(ids, -1, axis=1).T
     scores = jax.lax.map(score, by_position, batch_size=max(1, SCORED // rows))
     return prefix, logits, PromptScores(*(jnp.swapaxes(scored, 0, 1) for scored in scores))
@@ -160,9 +163,8 @@ def prefill_chunk(
 ) -> tuple[kv.KV, jax.Array]:
     """Appends chunks of long prompts to the cache rows `prefix`, and returns (the rows, next-token logits [p,v]).
 
-    The chunks are `ids` [p,t]. `length` [p] is the number of valid tokens in each chunk; the rest is padding. `start`
-    [p] is the position in each row where its chunk begins. The caller ensures that start + t does not exceed the row's
-    size.
+    The chunks are `ids` [p,t], padded on the right. `length` [p] is the number of tokens in each chunk. `start` [p] is
+    the position of each chunk's first token. The caller must ensure that start + t is at most the row's size.
     """
     _, prefix, logits = _append(params, ids, length, prefix | {"length": start}, model_cfg, dtype)
     return prefix, logits
@@ -179,10 +181,10 @@ def first_tokens(
     top: int,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, ...]:
-    """Draws the first token of each slot i from row `row[i]` of the prefill's logits [p,v].
+    """For each slot i, draws the first token from row `row[i]` of the prefill's logits [p,v].
 
-    Returns (tokens [b], their log-probabilities [b], the `top` most likely tokens [b,top], and the log-probabilities of
-    these [b,top]).
+    Returns (tokens [b], their log-probabilities [b], the `top` most likely tokens [b,top], their log-probabilities
+    [b,top]).
     """
 
     def draw(
@@ -209,7 +211,7 @@ def decode(
     """Decodes a chunk for all slots.
 
     Returns (the cache, the fields of Tokens). In an inactive row, every step decodes the row's last token again at the
-    same position, so the row's earlier tokens stay in the cache unchanged.
+    same position. This leaves the row's earlier tokens in the cache unchanged.
     """
     model_cfg, dtype, python_end, mesh = fixed
 

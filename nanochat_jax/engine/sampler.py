@@ -1,8 +1,9 @@
 """Samples the next token of each row, on the device. Each row has its own sampling settings.
 
-A row's noise depends only on the row's seed, its sample number and the token's position, so a request gives the same
-text whether it runs alone or with others. A row without top-k and top-p draws Gumbel noise for every token id of the
-vocabulary. A row with top-k or top-p saves work: it draws noise only for its most likely tokens, one value per rank.
+To sample a token, the sampler adds Gumbel noise to the logits and takes the largest sum. The noise depends only on the
+row's seed, its sample number and the token's position. So a request gives the same text whether it runs alone or with
+others. A row without top-k and top-p needs noise for the whole vocabulary. A row with top-k or top-p needs noise only
+for its most likely tokens, which saves time.
 """
 
 from typing import NamedTuple
@@ -11,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WIDTHS = (64, 256)  # the sampler ranks this many likely tokens, or the whole vocabulary if 256 are too few
-COLDEST = 1e-5  # lower temperatures are raised to this one, so that division does not overflow
+WIDTHS = (64, 256)  # how many of the most likely tokens are ranked; if 256 are too few, the whole vocabulary is ranked
+COLDEST = 1e-5  # lower temperatures are raised to this value, because division by a smaller one could overflow
 
 
 Array = jax.Array | np.ndarray  # a numpy array on the host, a traced array within jit
@@ -29,15 +30,20 @@ class Settings(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which operations the compiled sampler needs, as a static argument. A row draws the same token under every plan
-    that has the operations the row needs."""
+    """A static argument that says which operations are compiled into the sampler.
 
-    width: int  # number of most likely tokens to rank; 0: no row uses top-k or top-p
+    A plan may include operations that a row does not need. These operations do not change the row's token.
+    """
+
+    width: int  # how many of the most likely tokens to rank; 0 if no row uses top-k or top-p
     noise: bool  # whether any row samples from the whole vocabulary
 
 
 def plan(settings: Settings, vocab_size: int) -> Plan:
-    """Returns the cheapest plan for `settings` (numpy arrays). Few plans exist, so that few programs are compiled."""
+    """Returns the cheapest plan for `settings`, which must hold numpy arrays.
+
+    There are only a few different plans, because each plan needs its own compiled program.
+    """
     warm = settings.temperature > 0
     by_k, by_p = warm & (settings.top_k > 0), warm & (settings.top_p < 1)
     widest = int(np.max(settings.top_k, where=by_k, initial=0))
@@ -50,8 +56,8 @@ def plan(settings: Settings, vocab_size: int) -> Plan:
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Plan) -> jax.Array:
     """Samples a token from each row: logits float32 [b,v] -> token ids int32 [b].
 
-    `position` [b] holds the positions of these tokens. As in the transformers library, temperature is applied first,
-    then top-k, then top-p to the renormalised probabilities.
+    `position` [b] holds the positions of the new tokens. Temperature is applied first, then top-k. Top-p is applied
+    last, to the renormalised probabilities. The transformers library uses the same order.
     """
     token = _argmax(logits)
     if not (plan.width or plan.noise):
@@ -70,23 +76,24 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, plan: Pla
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """Returns the index, int32 [b], of the largest entry in each row of x [b,v]. If entries are equal, the first wins.
+    """Returns the index of the largest entry in each row: x [b,v] -> int32 [b]. If entries are equal, the first wins.
 
-    On a CPU, this is four times as fast as `jnp.argmax`. XLA:CPU vectorises the two plain reductions used here, but not
-    the single reduction over (value, index) pairs of `jnp.argmax`.
+    On a CPU, this is four times as fast as `jnp.argmax`. XLA:CPU vectorises the two simple reductions used here, but
+    not the reduction over (value, index) pairs that `jnp.argmax` uses.
     """
-    last = x.shape[-1] - 1  # the result for a row with a NaN
+    last = x.shape[-1] - 1  # the result for a row that contains a NaN
     places = jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.where(x == x.max(-1, keepdims=True), places, last).min(-1)
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
-    """Samples a token for each row, from those of its `width` most likely tokens that top-k and top-p keep."""
+    """Samples a token for each row from its `width` most likely tokens, after filtering them by top-k and top-p."""
     scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)
-    # For each token, the total probability of the more likely tokens. The first token has 0, so it is always kept.
+    # `before` is the total probability of all more likely tokens. It is 0 for the first token, so this token is
+    # always kept.
     before = jnp.cumsum(p, axis=-1) - p
     top_p = settings.top_p[:, None]
     scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)
@@ -97,14 +104,14 @@ def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
     """Returns the log-probability of `token` [b] under the softmax of `logits` [b,v].
 
-    The row's temperature, top-k and top-p do not change it.
+    Temperature, top-k and top-p are not applied.
     """
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def top_logprobs(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the `top` most likely tokens [b,top] of `logits` [b,v], and the log-probabilities of these tokens."""
+    """Returns the `top` most likely tokens [b,top] for `logits` [b,v], and their log-probabilities [b,top]."""
     if not top:
         return jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), logits.dtype)
     scores, ids = jax.lax.top_k(logits, top)
@@ -116,5 +123,5 @@ def _key(seed: Array, sample: Array, position: Array) -> jax.Array:
 
 
 def _gumbel(keys: jax.Array, width: int) -> jax.Array:
-    """Returns noise [b,width]. The bits are counter-based, so a narrower draw equals the beginning of a wider one."""
+    """Returns noise [b,width]. The generator is counter-based, so a narrow draw equals the beginning of a wide draw."""
     return jax.vmap(lambda key: jax.random.gumbel(key, (width,)))(keys)

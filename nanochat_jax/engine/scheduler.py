@@ -1,11 +1,11 @@
 """Decides what the engine runs next: which prompts are prefilled, which slots their samples get, and what is decoded.
 
-- continuous batching: a sample takes a slot as soon as one is free, while the sequences in other slots go on decoding.
-- batched prefill: short prompts of similar length that wait at the same time are prefilled together.
-- chunked prefill: a long prompt is computed one chunk per step, and the running sequences decode in between.
-- prefix caching: if it saves work, a prompt starts from a copy of a cache row with the prompt's first tokens.
+- Continuous batching: a sample takes a slot as soon as one is free. The other slots keep decoding.
+- Batched prefill: if several short prompts of similar length are waiting, they are prefilled together.
+- Chunked prefill: a long prompt is computed one chunk per step, and the running sequences decode in between.
+- Prefix caching: a prompt may start from a copy of a cache row that already holds the prompt's first tokens.
 
-All of this is host code on lists of token ids; nothing here touches a device.
+This module runs on the host, and works only with lists of token ids.
 """
 
 from collections import deque
@@ -16,18 +16,18 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.request import Request
 from nanochat_jax.engine.slots import Prompt, Sequence, Slots, common_prefix_length
 
-PREFILL_ROWS = 4  # the number of prompts in a full batch
-# A full batch has at most this many tokens, padding included. Prompts that are too long for a full batch are
-# prefilled one by one, since each of them alone keeps the device busy.
+# A full batch has PREFILL_ROWS prompts, and at most PREFILL_TOKENS tokens, padding included. Prompts that are too long
+# for a full batch are prefilled one at a time, because a single long prompt keeps the device busy.
+PREFILL_ROWS = 4
 PREFILL_TOKENS = 2048
 PREFILL_CHUNK = 512  # tokens in a chunk; a prompt with more tokens is prefilled in several chunks
-LAST_CHUNK = 64  # width of the last chunk if at most 64 tokens are left; a chat's next turn is often so short
+LAST_CHUNK = 64  # width of the last chunk if at most 64 tokens are left, as is often true for the next turn of a chat
 SMALLEST_PROMPT = 32  # shorter prompts are padded to this many tokens
 
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """Whole prompts to prefill together. Row i holds prompts[i], padded to `size` tokens; further rows are padding."""
+    """Whole prompts to prefill together. Row i holds prompts[i], padded to `size` tokens. Other rows are padding."""
 
     prompts: list[Prompt]
     rows: int
@@ -37,32 +37,32 @@ class PrefillBatch:
 
 @dataclass(frozen=True)
 class NewRow:
-    """A row of `size` positions, to be filled by a chunked prefill: a copy of a slot's cache row, or an empty row."""
+    """A new row of `size` positions for a chunked prefill."""
 
     size: int
-    copied_slot: int | None
+    copied_slot: int | None  # the slot whose cache row is copied to the new row; None if the new row starts empty
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """One chunk of a prompt's tokens, padded to `width` tokens. It fills the prompt's row from position `start` on."""
+    """One chunk of a prompt's tokens, padded to `width` tokens. The chunk begins at position `start` of the prompt."""
 
     ids: list[int]
     start: int
     width: int
-    new_row: NewRow | None  # the row to create before a prompt's first chunk is computed; None for later chunks
+    new_row: NewRow | None  # the row to create before the first chunk; None for later chunks
 
 
 @dataclass
 class Prefill:
-    """Prompts that are being prefilled, or that have been prefilled but still have samples waiting for slots.
+    """The current prefill. It is kept until all samples of its prompts have been started.
 
     Row i holds prompts[i].
     """
 
     prompts: list[Prompt]
     size: int  # positions in each row
-    computed: int  # tokens computed in each row, padding included
+    computed: int  # tokens computed or copied so far in each row, padding included
 
     @property
     def complete(self) -> bool:
@@ -76,13 +76,13 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What one step runs, in this order: a prefill, then either the first tokens of samples or a chunk of decoding."""
+    """The work of one step. A prefill, if any, runs first. Then the step either starts samples or decodes a chunk."""
 
     prefill: PrefillBatch | PrefillChunk | None
     sequences: dict[int, Sequence]  # slot -> sequence that gets tokens in this step
-    first_tokens: dict[int, int]  # slot -> prefilled row for the slot's first token; empty if this step decodes a chunk
+    first_tokens: dict[int, int]  # slot -> prefilled row for the sample that starts there; empty if no sample starts
     scored: list[Prompt]  # prompts that asked only for scores, not for new tokens
-    lengths: list[int]  # number of tokens in each slot's row; decoding must not overwrite the tokens of free slots
+    lengths: list[int]  # number of cached tokens in each slot, including free slots
     cache_size: int  # positions in each row of the cache
 
     @property
@@ -91,10 +91,10 @@ class Schedule:
 
 
 class Scheduler:
-    """Holds the slots and the queue of prompts, for a model with a context of `context` tokens.
+    """Holds the slots and the queue of prompts.
 
-    A step decodes at most `chunk` tokens for each slot. `stop_ids` are the stop tokens of every request whose own
-    `stop_ids` is None.
+    The model's context is `context` tokens long. A step decodes at most `chunk` tokens for each slot. `stop_ids` are
+    the default stop tokens, for requests whose own `stop_ids` is None.
     """
 
     def __init__(self, slots: int, context: int, chunk: int, stop_ids: tuple[int, ...]):
@@ -114,7 +114,10 @@ class Scheduler:
         self.queue.append(Prompt(id, request))
 
     def cancel(self, id: int, sample: int | None = None) -> None:
-        """Drops a request and frees its slots. With `sample`, drops only that sample, which must have been started."""
+        """Drops a request and frees its slots.
+
+        If `sample` is given, drops only the sample with this index. This sample must have been started.
+        """
         for slot, sequence in self.slots.running().items():
             if sequence.prompt.id == id and sample in (None, sequence.sample):
                 self.slots.release(slot)
@@ -128,7 +131,7 @@ class Scheduler:
             self._drop_finished_prefill()
 
     def abandon(self, schedule: Schedule) -> None:
-        """Cleans up after a failed step: drops the prefill, and frees the slots that were to get their first token."""
+        """Cleans up after a failed step: drops the prefill, and frees the slots of samples that were about to start."""
         for slot in schedule.first_tokens:
             self.slots.discard(slot)
         self.prefill = None
@@ -136,8 +139,8 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Decides what the next step runs.
 
-        Prompts that the step prefills leave the queue, and samples that it starts take slots. If a slot is free,
-        waiting samples come first: running sequences decode only if no sample is ready to start.
+        Prompts leave the queue when their prefill starts, and samples take slots when they start. Waiting samples come
+        first: running sequences decode only if no waiting sample can start.
         """
         free = self.slots.free()
         prefill = self._next_prefill(len(free)) if free and self.waiting else None
@@ -162,25 +165,25 @@ class Scheduler:
     # Prefill
 
     def _next_prefill(self, free: int) -> PrefillBatch | PrefillChunk | None:
-        """Returns the next prefill, of at most `free` prompts.
+        """Returns the next prefill, with at most `free` prompts.
 
-        Returns None if samples of the previous prefill have yet to start.
+        Returns None while samples of the previous prefill still wait for slots.
         """
         if self.prefill:
             return None if self.prefill.complete else self._next_chunk(self.prefill)
         return self._start_chunked_prefill() or self._start_batched_prefill(free)
 
     def _start_chunked_prefill(self) -> PrefillChunk | None:
-        """Returns the first chunk of the first prompt in the queue, or None if that prompt should be prefilled whole.
+        """Returns the first chunk of the first prompt in the queue, or None if it should be prefilled as a whole.
 
-        If prefix caching saves work, the prompt's row starts as a copy of the cache row that has the longest prefix in
-        common with the prompt. Otherwise, the row of a long prompt starts empty.
+        If prefix caching saves work, the prompt's row starts as a copy of the cache row that shares the longest prefix
+        with the prompt. Otherwise, only a long prompt is prefilled in chunks, and its row starts empty.
         """
         prompt = self.queue[0]
         ids, length = prompt.request.ids, self._bucket(prompt)
-        if prompt.request.score:  # a score needs the logits after every token, so the prompt is prefilled whole
+        if prompt.request.score:  # scores need the logits after every token, so the prompt is prefilled as a whole
             return None
-        # The prompt's last token is always computed, since the logits after it are needed.
+        # The last token is always computed, because sampling needs the logits after it.
         slot, shared = self.slots.longest_prefix(ids[:-1])
         if prefix_caching_saves_work(shared, len(ids), length):
             row = NewRow(kv.bucket(length, self.context), slot)
@@ -197,15 +200,17 @@ class Scheduler:
         """Returns the next chunk of `prefill`, which has a single prompt."""
         ids = prefill.prompts[0].request.ids
         width = min(prefill.size, _chunk_width(len(ids) - prefill.computed))
-        start = min(prefill.computed, prefill.size - width)  # the last chunk may overlap the chunk before it
+        # The last chunk must end within the row. It may therefore overlap the chunk before it.
+        start = min(prefill.computed, prefill.size - width)
         prefill.computed = start + width
         return PrefillChunk(list(ids[start : start + width]), start, width, new_row)
 
     def _start_batched_prefill(self, free: int) -> PrefillBatch:
-        """Prefills the first prompt of the queue, in a batch with others of its length bucket if enough are waiting.
+        """Prefills the first prompt in the queue, alone or in a batch with other prompts of the same length bucket.
 
-        A prompt that could start from a copy of the first prompt's cache row is left out, since it waits for that row.
-        A batch has either one row or PREFILL_ROWS rows, since each number of rows is compiled for every length bucket.
+        The batch leaves out prompts that share a long prefix with the first prompt. These prompts wait until they can
+        copy its cache row. A batch has either one row or PREFILL_ROWS rows, because every other number of rows would
+        need more compiled programs.
         """
         first = self.queue[0]
         length, score = self._bucket(first), first.request.score
@@ -226,11 +231,11 @@ class Scheduler:
         return PrefillBatch(prompts, PREFILL_ROWS if together else 1, length, score)
 
     def _bucket(self, prompt: Prompt) -> int:
-        """Returns the number of tokens that a prompt is padded to."""
+        """Returns the length of a prompt after padding, in tokens."""
         return kv.bucket(len(prompt.request.ids), self.context, SMALLEST_PROMPT)
 
     def _drop_finished_prefill(self) -> None:
-        """Ends the prefill once all samples of its prompts have been started."""
+        """Ends the prefill if all samples of its prompts have been started."""
         if self.prefill and not self.prefill.left:
             self.prefill = None
 
@@ -240,7 +245,7 @@ class Scheduler:
     def _start_samples(
         self, free: list[int], prefilled: Prefill, prefill: PrefillBatch | PrefillChunk | None
     ) -> Schedule:
-        """Starts samples of the prefilled prompts, one in each free slot, until no such sample is left."""
+        """Fills the free slots with samples of the prefilled prompts."""
         scored = [prompt for prompt in prefilled.prompts if prompt.left and prompt.request.max_tokens == 0]
         for prompt in scored:
             prompt.started = prompt.request.n
@@ -255,16 +260,15 @@ class Scheduler:
         return self._schedule(prefill, sequences, first_tokens, scored)
 
     def _start_sample(self, prompt: Prompt) -> Sequence:
-        """Returns the sequence of a prompt's next sample, which has no new tokens yet."""
         request = prompt.request
         stop_ids = self.stop_ids if request.stop_ids is None else tuple(request.stop_ids)
-        # The last token of an answer need not fit into the context, since nothing is computed from it.
+        # The last token of an answer need not fit into the context, because the model never reads it.
         left = min(request.max_tokens, self.context - len(request.ids) + 1)
         prompt.started += 1
         return Sequence(prompt, prompt.started - 1, stop_ids, list(request.ids), left)
 
     def _fit_cache(self, at_least: int = 0) -> None:
-        """Chooses the smallest cache size with room for all running sequences and the next chunk of each."""
+        """Chooses the smallest cache size that holds each running sequence and its next chunk."""
         needed = [sequence.length + min(self.chunk, sequence.left) for sequence in self.slots.running().values()]
         self.cache_size = kv.bucket(max(at_least, *needed), self.context)
         self.slots.truncate(self.cache_size)
@@ -273,14 +277,16 @@ class Scheduler:
 def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
     """Returns whether a cached prefix of `shared` tokens saves work for a prompt of `tokens` tokens.
 
-    `length` is the prompt's length with padding. Example: True if 1000 of 1010 tokens are cached, False if only 10 are.
+    `length` is the prompt's length after padding. For example, in a prompt of 1010 tokens, 1000 cached tokens save
+    work, but 10 do not.
     """
 
     def work(tokens: int) -> int:  # the number of tokens to compute, padding included
         whole, rest = divmod(tokens, PREFILL_CHUNK)
         return whole * PREFILL_CHUNK + (_chunk_width(rest) if rest else 0)
 
-    # Any two chats share their first few tokens, but a prefix of less than half a prompt would gain little.
+    # All chats begin with the same few tokens. A prefix is reused only if it covers at least half of the prompt,
+    # because a shorter one would save little.
     return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
 
 

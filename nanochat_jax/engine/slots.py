@@ -1,8 +1,9 @@
-"""Tracks, on the host, which sequence each slot holds and which tokens the cache row of a free slot still holds.
+"""Keeps track of all slots: the sequence in each used slot, and the cached tokens of each free slot.
 
 The keys and values of a finished sequence stay in its cache row until another sequence takes the slot. Prefix caching
-reuses them: if a prompt begins with the same tokens as a cache row, these tokens are not computed again. The row may
-belong to a finished sequence (the earlier turns of a chat) or to a running one (a shared system prompt).
+reuses cache rows: if a prompt begins with the same tokens as a row, the engine does not compute these tokens again. The
+row may belong to a finished sequence, such as the earlier turns of a chat. It may also belong to a running sequence,
+such as a chat with the same system prompt.
 """
 
 from collections import abc, deque
@@ -13,11 +14,11 @@ from nanochat_jax.engine.request import Request, Scores
 
 @dataclass(eq=False)
 class Prompt:
-    """A request in the engine. `started` is the number of its samples that have been started."""
+    """A request in the engine."""
 
     id: int
     request: Request
-    started: int = 0
+    started: int = 0  # the number of samples that have been started
     scores: Scores | None = None  # set after prefill if the request asked for scores
     cached_tokens: int = 0  # the number of the prompt's tokens that came from the cache
 
@@ -29,15 +30,15 @@ class Prompt:
 
 @dataclass(eq=False)
 class Sequence:
-    """A sample in a slot. `ids` holds the prompt and the answer so far; all ids but the last are in the cache."""
+    """A sample in a slot."""
 
     prompt: Prompt
     sample: int
     stop_ids: tuple[int, ...]
-    ids: list[int]
-    left: int  # the maximum number of tokens still to be added
-    expression: list[int] | None = None  # tokens since python_start; None outside a python block
-    forced: deque[int] = field(default_factory=deque)  # tokens to insert instead of sampling
+    ids: list[int]  # the prompt and the answer so far; the last id is not in the cache yet
+    left: int  # how many more tokens may be added
+    expression: list[int] | None = None  # tokens since python_start; None outside a tool call
+    forced: deque[int] = field(default_factory=deque)  # tokens to insert before sampling continues
 
     @property
     def request(self) -> Request:
@@ -59,18 +60,18 @@ class Slots:
 
     def __init__(self, count: int):
         self.sequences: list[Sequence | None] = [None] * count
-        self._leftover: list[list[int]] = [[] for _ in range(count)]  # per free slot, the tokens in its row
-        self._released_at = [0] * count  # for each slot, the value of _releases when the slot was last released
+        self._leftover: list[list[int]] = [[] for _ in range(count)]  # for each free slot, its cached tokens
+        self._released_at = [0] * count  # for each slot, the value of _releases at its last release
         self._releases = 0
 
     def running(self) -> dict[int, Sequence]:
-        """Returns {slot: the sequence in it} for all slots in use."""
+        """Returns {slot: sequence} for all slots in use."""
         return {slot: sequence for slot, sequence in enumerate(self.sequences) if sequence}
 
     def free(self) -> list[int]:
         """Returns the free slots, in the order in which they were freed.
 
-        The caller takes the first ones, because the oldest cache rows are the least likely to be reused.
+        The scheduler fills the slots in this order, because the oldest cache rows are the least likely to be reused.
         """
         empty = (slot for slot, sequence in enumerate(self.sequences) if sequence is None)
         return sorted(empty, key=self._released_at.__getitem__)
@@ -80,7 +81,7 @@ class Slots:
         self.sequences[slot], self._leftover[slot] = sequence, []
 
     def release(self, slot: int) -> None:
-        """Frees a slot. The slot's cache row keeps the keys and values of the sequence."""
+        """Frees a slot, but keeps the sequence's keys and values in the cache row."""
         sequence = self.sequences[slot]
         assert sequence is not None, f"slot {slot} is free already"
         self._releases += 1
@@ -88,17 +89,17 @@ class Slots:
         self._leftover[slot], self.sequences[slot] = sequence.ids[:-1], None
 
     def discard(self, slot: int) -> None:
-        """Frees a slot whose cache row may lack the prompt."""
+        """Frees a slot after a failed step. The slot's cache row counts as empty, because it may be incomplete."""
         self.sequences[slot] = None
 
     def clear_cache(self) -> None:
-        """Forgets the tokens of free slots. Call this when the cached keys and values are no longer valid."""
+        """Marks the cache rows of all free slots as empty. Call this after the weights have changed."""
         self._leftover = [[] for _ in self.sequences]
 
     def truncate(self, size: int) -> None:
-        """Shortens the recorded tokens of every free slot to fit a cache of `size` positions.
+        """Shortens the token lists of all free slots to fit a cache of `size` positions.
 
-        At most `size` - 1 tokens are kept, because decoding overwrites the last position of a full row.
+        A row that would be full keeps only size - 1 tokens, because decoding overwrites its last position.
         """
         self._leftover = [ids if len(ids) < size else ids[: size - 1] for ids in self._leftover]
 
@@ -108,7 +109,7 @@ class Slots:
         return sequence.length if sequence else len(self._leftover[slot])
 
     def longest_prefix(self, ids: abc.Sequence[int]) -> tuple[int, int]:
-        """Returns the slot whose cache row shares the longest prefix with `ids`, and that prefix's length in tokens."""
+        """Finds the cache row that shares the longest prefix with `ids`. Returns (its slot, the prefix's length)."""
         rows = zip(self.sequences, self._leftover, strict=True)
         cached = [sequence.ids[:-1] if sequence else leftover for sequence, leftover in rows]
         shared = [common_prefix_length(row, ids) for row in cached]
@@ -117,5 +118,5 @@ class Slots:
 
 
 def common_prefix_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """Returns the length of the common prefix of a and b, in tokens: [1, 2, 3], [1, 2, 4] -> 2."""
+    """Returns the number of tokens in the common prefix of a and b: [1, 2, 3], [1, 2, 4] -> 2."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

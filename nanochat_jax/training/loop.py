@@ -1,9 +1,9 @@
 """The training loop of pretraining, midtraining and finetuning.
 
-These three stages differ in where their rows come from and in how the learning rate falls (stages.py). In every stage,
-the loop fetches a batch, dispatches a step and logs the previous step. When due, it saves and evaluates. Each step is
-logged one step late, so that the device never waits for the host. If a batch cannot be read or an evaluation fails, the
-error ends the run; a run with a single process saves its state first.
+These three stages differ in their data and learning-rate schedules (stages.py). In each iteration, the loop fetches a
+batch, dispatches a step and logs the previous step. It also saves and evaluates when due. Each step is logged one step
+late, so that the device never waits for the host. If a batch cannot be read or an evaluation fails, the error ends the
+run. A run with a single process saves its state first.
 """
 
 import enum
@@ -29,10 +29,10 @@ from nanochat_jax.training.validation import evaluations_of
 
 
 def train(cfg: config.Base | config.Mid | config.Sft) -> None:
-    """Trains one stage to its end, from the start or from its last checkpoint."""
+    """Trains one stage to its end, from the start or from a checkpoint."""
     momentum = 0.95 if cfg.stage == "sft" else optim.momentum_warmup
     with open_run(cfg, momentum) as run, Interruption() as interruption:
-        if run is None:  # finished already
+        if run is None:  # the run is already finished
             return
         stage = base_stage(run, cfg) if isinstance(cfg, config.Base) else chat_stage(run, cfg)
         if run.data is not None:
@@ -44,20 +44,20 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         log = StepLog(run, stage, interruption)
         control = RunControl(run, evaluations, stage.loader.state(), log.timer, log.flush)
 
-        # An error in a step appears one step late, when the metrics are read. So this block holds the whole loop.
+        # An error in a step is raised one step late, when the metrics are read. So this block contains the whole loop.
         with out_of_memory_in_step(stage.batch_shape.rows):
             data_ended = False
             while True:
                 last = data_ended or control.step == stage.steps
 
-                # Save, stop on a signal, and evaluate, each if due.
+                # Save, stop and evaluate, if due.
                 control.between_steps(last, interruption.stop_signal)
                 if last:
                     break
 
                 batch = next_batch(stage.loader, interruption, control)
                 if batch is NoBatch.END:
-                    data_ended = True  # the previous step was the last: save and evaluate, then end
+                    data_ended = True  # the next iteration saves, evaluates and ends
                     continue
                 if batch is NoBatch.STOP:
                     continue
@@ -68,7 +68,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 lr_mult = stage.lr_mult(control.step, progress)
                 waited = log.timer.lap() if log.timed else 0.0
                 arrays = stage.batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
-                if jax.process_count() > 1:  # so that all processes stop after the same step (interruption.py)
+                if jax.process_count() > 1:  # all processes must stop after the same step (interruption.py)
                     stop_requested = interruption.received is not None or run.saver.failed
                     arrays["stop"] = sharding.put_flag(run.layout.mesh, stop_requested)
                 lr = run.put_scalar(lr_mult)
@@ -94,13 +94,12 @@ class NoBatch(enum.Enum):
 def next_batch(
     loader: dataloader.Loader, interruption: Interruption, control: RunControl
 ) -> dataloader.Batch | NoBatch:  # fmt: skip
-    """Returns this process's rows of the next batch, and sets `control.place` to the position in the data after the
-    batch.
+    """Returns this process's rows of the next batch, and sets `control.place` to the position after the batch.
 
-    If reading fails, `control.rescue` is called before the error is raised.
+    If reading fails, calls `control.rescue` and raises the error again.
     """
-    # A shard may take long to arrive, so a stop signal ends the wait. With several processes, a signal does not end
-    # the wait, since no process may stop alone.
+    # A stop signal ends the wait for a batch, since a shard may take an hour to arrive. With several processes, the
+    # wait goes on, since no process may stop alone.
     waiting = interruption.raise_while_waiting() if jax.process_count() == 1 else nullcontext()
     try:
         with waiting:
@@ -114,12 +113,12 @@ def next_batch(
     except Exception:
         control.rescue()
         raise
-    control.place = place  # not set after an interrupted wait, since the batch is then not trained on
+    control.place = place  # set only if the batch will be trained on
     return batch
 
 
 def announce(run: Run, stage: Stage) -> None:
-    """Prints facts that follow from the settings, such as the number of parameters."""
+    """Prints facts about the run, such as the number of parameters."""
     batch_shape, model_cfg = stage.batch_shape, run.model_cfg
     padding = f", less {batch_shape.padding} empty rows" if batch_shape.padding else ""
     passes = "one pass over the data" if stage.epochs == 1 else f"{stage.epochs} passes over the data"
@@ -148,33 +147,33 @@ class DispatchedStep(NamedTuple):
     """A step that has been dispatched but not yet logged."""
 
     step: int
-    results: StepMetrics  # on the device; reading a metric waits for the step
+    results: StepMetrics  # on the device; reading a value waits for the step to end
     lr_mult: float
     waited: float  # seconds spent waiting for the batch
-    progress: float  # the fraction of the stage that was done before this step
-    info: dict  # what the loader reports about the batch
+    progress: float  # the result of `Stage.progress` for this step
+    info: dict  # what the loader reported about the batch
 
 
 class StepLog:
-    """Logs each step one step late, and prints a line every few seconds. Ends a run whose loss is not finite."""
+    """Logs each step one step late, and prints a line every few seconds."""
 
     def __init__(self, run: Run, stage: Stage, interruption: Interruption, print_every: float = 5.0):
         self.run, self.stage, self.interruption, self.print_every = run, stage, interruption, print_every
         self.timer, self.peak = Timer(), devices.peak_flops()
-        self.timed = False  # false until the process's first step is done, since that step includes compilation
+        self.timed = False  # false for the first step, since its time includes compilation
         self._pending: DispatchedStep | None = None
         self._smooth_loss, self._weight = 0.0, 0.0
         self._since_print = Timer()
         self._steps_timed, self._seconds_timed = 0, 0.0
 
     def push(self, step: int, results: StepMetrics, lr_mult: float, waited: float, progress: float) -> None:
-        """Logs the previous step, and stores this step, which the next call will log."""
+        """Logs the previous step. This step stays pending until the next call."""
         info = dict(self.stage.loader.info)
         self.flush()
         self._pending = DispatchedStep(step, results, lr_mult, waited, progress, info)
 
     def flush(self) -> None:
-        """Waits for the stored step, if any, and logs it."""
+        """Waits for the pending step and logs it. Raises UserError if its loss or gradient norm is not finite."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -213,11 +212,7 @@ class StepLog:
     def _print(
         self, done: DispatchedStep, grad_norm: float, dt: float | None, speed: float | None, mfu: float | None
     ) -> None:
-        """Prints one line about a step.
-
-        The learning-rate factor is left out if it is 1. "wait" is the time spent waiting for the batch, and should be
-        0.
-        """
+        """Prints one line about a step. In this line, "wait" is the time spent waiting for the batch."""
         step, total, info = done.step, self.stage.steps, done.info
         percent = 100 * (step / total if total else done.progress)
         parts = [
@@ -245,7 +240,7 @@ class StepLog:
 
 
 def _place(info: dict) -> str:
-    """Returns the loader's position: "epoch 0 shard 112 group 45" in text, "epoch 0.25" in conversations."""
+    """Returns the position in the data: "epoch 0 shard 112 group 45" for text, "epoch 0.25" for conversations."""
     if info.get("shard") is None:
         return f"epoch {info['progress']:.2f}"
     return f"epoch {info['epoch']} shard {info['shard']} group {info['row_group']}"

@@ -1,9 +1,10 @@
-"""Muon for the transformer's matrices, AdamW for the embedding and the head, and the learning-rate schedules.
+"""Defines Muon for the transformer's matrices, AdamW for the embedding and the head, and learning-rate schedules.
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix with the nearest
-semi-orthogonal matrix, which is approximated by five Newton-Schulz iterations. nanochat cannot use
-`optax.contrib.muon`, because nanochat's momentum has its own schedule and no bias correction, and because all layers of
-an array [l, in, out] must be orthogonalised as one batch.
+semi-orthogonal matrix. Five Newton-Schulz iterations approximate this matrix.
+
+This module does not use `optax.contrib.muon`, for two reasons. First, the momentum needs its own schedule and no bias
+correction. Second, all layers of an array [l, in, out] must be orthogonalised as one batch.
 """
 
 from collections.abc import Callable, Hashable
@@ -18,22 +19,22 @@ from jax.typing import ArrayLike, DTypeLike
 from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel.sharding import Layout
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic, tuned so that small singular values grow fast
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic, tuned to make small singular values grow fast
 
 
 class MuonState(NamedTuple):
     """The state that Muon keeps between steps."""
 
-    count: jax.Array  # int32 scalar, steps taken
-    momentum: optax.Updates  # float32, one array for each parameter array
+    count: jax.Array  # int32 scalar: the number of steps taken
+    momentum: optax.Updates  # float32: one array per parameter array
 
 
 def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Returns the matrices g [..., in, out] with singular values close to 1 (about 0.7 to 1.2). Computes in `dtype`."""
+    """Moves the singular values of the matrices g [..., in, out] close to 1 (about 0.7 to 1.2). Computes in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # so that the Gram matrix has the size of the short side
+    x = x if wide else x.mT  # the Gram matrix then has the size of the shorter side
     size = jnp.linalg.norm(x.astype(accum_dtype(dtype)), axis=(-2, -1), keepdims=True)
     x = x / (size + 1e-7).astype(dtype)
     for _ in range(5):
@@ -47,10 +48,12 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Computes the Muon update without the learning rate: orthogonalised Nesterov momentum times sqrt(max(1, out/in)).
 
-    All parameter arrays are [l, in, out]. `momentum` is a number or a function of the step. The Newton-Schulz
-    iterations compute in `dtype` (bfloat16 on GPUs). With a `layout`, gradients and momentum are sharded. An all-to-all
-    gives each device whole matrices to orthogonalise. Then an all-gather in `dtype` gives every device all results;
-    with --shard=full, a second all-to-all shards the results instead.
+    All parameter arrays have the shape [l, in, out]. `momentum` is a number or a function of the step. The
+    Newton-Schulz iterations compute in `dtype` (bfloat16 on GPUs).
+
+    With a `layout`, gradients and momentum are sharded. First, an all-to-all gives each device whole matrices to
+    orthogonalise. With --shard=optimizer, an all-gather in `dtype` then gives every device all results. With
+    --shard=full, a second all-to-all shards the results again.
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -58,7 +61,7 @@ def scale_by_muon(
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, MuonState]:  # `state` is a MuonState, but optax's annotation is any tree of arrays
+    ) -> tuple[optax.Updates, MuonState]:  # `state` is a MuonState, but optax declares it as any tree
         with jax.named_scope("muon"):
             mu = momentum if isinstance(momentum, int | float) else momentum(state.count)
             buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
@@ -66,11 +69,12 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # To move the sharding from two array axes to the third, XLA would all-gather the whole array. To avoid
-                # this, the array is first resharded over the mesh axis `data` alone.
+                # The sharding must move to the array axis l. If both other axes are sharded, XLA all-gathers the whole
+                # array to do this. So the array is first resharded over the mesh axis `data` alone.
                 specs = layout.shard_specs(nesterov, ("data",))
                 nesterov = layout.constrain(nesterov, specs)
-                # Only matrices sharded on `in` can be concatenated, so matrices sharded on `out` are transposed.
+                # `_by_shape` can concatenate matrices only if all are sharded along `in`. So matrices that are sharded
+                # along `out` are transposed.
                 transposed = jax.tree.map(lambda x, spec: spec[-1] == "data", nesterov, specs)
             updates = _by_shape(lambda x: _orthogonalize_all(x, dtype, layout), nesterov, transposed)
             if layout and layout.full:
@@ -82,20 +86,21 @@ def scale_by_muon(
 
 
 def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) -> jax.Array:
-    """Orthogonalises x [n, in, out]; each device does its share of the n matrices."""
+    """Orthogonalises the n matrices of x [n, in, out]. Each device computes a part of them."""
     if layout is None or layout.mesh.size == 1:
         return orthogonalize(x, dtype).astype(x.dtype)
     y = orthogonalize(layout.all_to_all_matrices(x), dtype)
     if not layout.full:
-        y = layout.constrain(y, P())  # gathering before the cast to float32 halves the bytes sent
+        y = layout.constrain(y, P())  # gathering before the cast to float32 sends half as many bytes
     return y[: x.shape[0]].astype(x.dtype)
 
 
 def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -> Any:
-    """Applies `f` to the leaves [l, in, out] of `tree`, with all matrices of the same shape in one batch.
+    """Applies `f` to the leaves [l, in, out] of `tree`. All matrices of the same shape form one batch.
 
-    Where `transposed` is true, the matrices of a leaf are transposed before `f`, and their results are transposed back.
-    Example: if w_out [20, 5120, 1280] is transposed, it forms one batch [40, 1280, 5120] with w_in [20, 1280, 5120].
+    If `transposed` is true for a leaf, its matrices are transposed before `f`, and the results are transposed back.
+
+    Example: w_in [20, 1280, 5120] and the transposed w_out [20, 5120, 1280] form one batch [40, 1280, 5120].
     """
     leaves, treedef = jax.tree.flatten(tree)
     transposed = treedef.flatten_up_to(transposed)
@@ -113,12 +118,12 @@ def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -
 
 
 def _offsets(sizes: list[int]) -> list[int]:
-    """Returns the positions at which to split concatenated arrays of these sizes: [3, 4, 5] -> [3, 7]."""
+    """Returns where to split concatenated arrays of these sizes: [3, 4, 5] -> [3, 7]."""
     return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
 
 def momentum_warmup(step: ArrayLike) -> jax.Array:
-    """Returns Muon's momentum in pretraining and midtraining. It rises linearly from 0.85 to 0.95 in 300 steps."""
+    """Returns Muon's momentum in pretraining and midtraining. It rises from 0.85 to 0.95 in the first 300 steps."""
     return 0.85 + 0.10 * jnp.minimum(jnp.asarray(step) / 300, 1.0)
 
 
@@ -133,12 +138,12 @@ def make_optimizer(
     dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer, which is the same in every stage: AdamW for wte and lm_head, Muon for the blocks.
+    """Returns the optimizer of every stage: AdamW for wte and lm_head, Muon for the blocks.
 
-    All updates are proportional to the learning rates, so the train step applies a learning-rate schedule by
-    multiplying the updates by one factor. AdamW's learning rates were tuned at width 768 and are multiplied by
-    (width / 768)^-0.5; Muon's learning rate does not depend on the width. `momentum`, `dtype` and `layout` are passed
-    to `scale_by_muon`. Weight decay applies only to AdamW.
+    All updates are proportional to the learning rates. The train step can therefore apply a learning-rate schedule by
+    multiplying all updates by one factor. AdamW's learning rates were tuned at width 768, so they are multiplied by
+    (width / 768)^-0.5. Muon's learning rate does not depend on the width. Weight decay applies only to AdamW.
+    `momentum`, `dtype` and `layout` apply only to Muon.
     """
     factor = (width / 768) ** -0.5
 
@@ -155,14 +160,14 @@ def make_optimizer(
 
 
 # -----------------------------------------------------------------------------
-# Learning-rate multipliers. They are computed in plain Python on the host and passed to the train step as numbers.
+# Learning-rate multipliers. The host computes them in Python and passes them to the train step as numbers.
 
 
 def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float, final: float) -> float:
     """Returns the multiplier in pretraining.
 
-    It rises linearly to 1 in the first `warmup_ratio` of the steps, and falls linearly from 1 to `final` in the last
-    `warmdown_ratio` of the steps.
+    The multiplier rises linearly to 1 during warmup, stays at 1, and falls linearly to `final` during warmdown.
+    `warmup_ratio` and `warmdown_ratio` are fractions of `steps`.
     """
     warmup, warmdown = round(warmup_ratio * steps), round(warmdown_ratio * steps)
     if step < warmup:
@@ -174,10 +179,10 @@ def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float,
 
 
 def late_decay(progress: float) -> float:
-    """Returns the multiplier in midtraining: 1 until `progress` is 0.8, then falling linearly to 0 at `progress` 1."""
+    """Returns the multiplier in midtraining. It stays at 1 until `progress` is 0.8, then falls linearly to 0."""
     return 1.0 if progress < 0.8 else max(0.0, (1 - progress) / 0.2)
 
 
 def linear_decay(progress: float) -> float:
-    """Returns the multiplier in SFT and RL: it falls linearly from 1 to 0 as `progress` rises from 0 to 1."""
+    """Returns the multiplier in SFT and RL. It falls linearly from 1 to 0 as `progress` rises from 0 to 1."""
     return max(0.0, 1 - progress)

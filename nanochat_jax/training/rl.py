@@ -3,12 +3,13 @@
 The method is REINFORCE with a group baseline, nanochat's simplification of GRPO. For each problem, a group of answers
 is sampled. The advantage of a token is the reward of its answer minus the mean reward of the group. Training maximizes
 the log-likelihood of the sampled tokens, weighted by their advantages and divided by the number of tokens. Training is
-on-policy: each batch of answers is used for one update. Neither a reference model nor a ratio to clip is needed.
+on-policy: each batch of answers is used for only one update. There is no reference model and no clipped probability
+ratio.
 
-In contrast to the specification, the token that ends an answer is a training target here, so that the model learns to
-stop. The setting --oversampling=K is an addition to the specification. A group whose answers are all right, or all
-wrong, teaches nothing. Therefore, a step samples answers to K times as many problems as it trains on, and prefers the
-groups that do teach something.
+This module differs from the original nanochat in two ways. First, the token that ends an answer is a training target,
+so that the model learns to stop. Second, with --oversampling=K, a step samples answers to K times as many problems as
+it trains on. It then prefers groups with unequal rewards. A group with equal rewards teaches nothing, because its
+advantages are all 0.
 """
 
 import math
@@ -48,9 +49,9 @@ FEWER_ANSWERS = "lower --num_samples, --examples_per_step or --max_new_tokens"
 
 
 def train(cfg: config.Rl) -> None:
-    """Runs the RL stage to its last step, starting from the run's last checkpoint if there is one."""
+    """Trains the rl stage to its end, from the start or from a checkpoint."""
     with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
-        if run is None:  # finished already
+        if run is None:  # the run is already finished
             return
         stage = rl_stage(run, cfg)
         step_fn = step_of(run)
@@ -71,13 +72,13 @@ def train(cfg: config.Rl) -> None:
             while True:
                 last = control.step >= stage.steps
 
-                # Save, stop on a signal, and evaluate, each if due.
+                # Save, stop and evaluate, if due.
                 control.between_steps(last, interruption.stop_signal)
                 if last:
                     break
 
-                # Sample answers. `set_params` clears the cached prefixes, so that the answers do not depend on whether
-                # an evaluation ran before.
+                # Sample answers. `set_params` also clears the prefix cache, so that an earlier evaluation cannot affect
+                # the answers.
                 engine.set_params(run.state.params)
                 indices = problems_of(control.step, len(stage.task), stage.drawn, cfg.seed)
                 seed = derive_seed(cfg.seed, control.step)
@@ -112,12 +113,12 @@ class RlStage:
     batch_shape: BatchShape
     task: tasks.Mixture  # the problems to train on
     held_out: tasks.Mixture  # the problems to evaluate on
-    drawn: int  # the number of problems per step for which answers are sampled
-    steps: int  # optimizer steps
+    drawn: int  # the number of problems that the model answers in each step
+    steps: int
 
 
 def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
-    """Prepares the problems, batch shape and number of steps of a run. Raises UserError if the settings cannot work."""
+    """Prepares the problems, batch shape and number of steps of a run. Raises UserError if the settings are invalid."""
     if jax.process_count() > 1:
         raise UserError("--stage=rl runs in one process, on all devices of one host: leave out --coordinator")
     if cfg.max_new_tokens > run.model_cfg.sequence_len - SHORTEST_PROMPT:
@@ -134,7 +135,7 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
     task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
     held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
     drawn = cfg.examples_per_step * cfg.oversampling
-    if drawn > len(task):  # a problem drawn twice in one step would get the same answers each time
+    if drawn > len(task):  # a problem drawn twice in one step would get the same answers twice
         raise UserError(
             f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} asks for {drawn} "
             f"problems per step, but the mixture has only {len(task)}"
@@ -145,11 +146,10 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
 
 
 def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -> BatchShape:
-    """Returns the batch shape for the answers of a step, one row per answer, on `count` devices that form `replicas`
-    replicas.
+    """Returns the batch shape of a step with one row per answer. `count` is the number of devices.
 
-    Raises UserError if the answers cannot be split equally over the devices, or if the answers of a replica do not fill
-    a whole number of micro-batches.
+    Raises UserError unless the answers divide evenly over the devices, and each replica's answers divide evenly into
+    micro-batches.
     """
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
@@ -165,7 +165,7 @@ def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -
 
 
 def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
-    """Prints the values that are derived from the settings."""
+    """Prints facts about the run, such as the number of parameters."""
     print(f"  parameters: {run.model_cfg.num_params:,}, FLOPs per token: {run.model_cfg.flops_per_token:.3e}")
     print(
         f"  task: {', '.join(cfg.mixture)}, {len(stage.task):,} problems; {stage.drawn} per step, "
@@ -185,16 +185,16 @@ def update(
 ) -> StepMetrics:
     """Takes one policy-gradient step on the rollouts, and stores the new state in `run`.
 
-    Raises UserError if the loss or the norm of the gradient is not finite.
+    Raises UserError if the loss or the gradient norm is not finite.
     """
     longest = max(len(r.prompt) + len(r.sample.ids) for r in rollouts)
-    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # rounded up, so that few lengths are compiled
+    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # rounded up, so that few lengths need compiling
     batch = as_batch(rollouts, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     lr = run.put_scalar(lr_mult)
     with no_implicit_transfers():
         run.state, results = step_fn(run.state, arrays, lr)
-    loss, grad_norm = float(results.loss), float(results.grad_norm)  # waits for the step
+    loss, grad_norm = float(results.loss), float(results.grad_norm)  # waits for the step to end
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise UserError(
             f"the loss is {loss} and the gradient norm {grad_norm}: lower the learning rates; "
@@ -206,18 +206,21 @@ def update(
 
 
 class RolloutLog:
-    """Logs each step as soon as it is done. Unlike loop.py, this stage does not log one step late, because sampling the
-    next answers has to wait for the step anyway."""
+    """Logs each step as soon as it is done.
+
+    Logging one step late, as loop.py does, would save no time here. The next answers need the new weights, so sampling
+    has to wait for the step anyway.
+    """
 
     def __init__(self, run: Run, cfg: config.Rl, steps: int):
         self.run, self.cfg, self.steps = run, cfg, steps
         self.timer = Timer()
-        self._seconds: list[float] = []  # seconds per step, without this process's first step, which compiles
+        self._seconds: list[float] = []  # the time of each step except the first, which includes compilation
 
     def push(
         self, step: int, sampled: list[Rollout], results: StepMetrics, lr_mult: float, sampling_seconds: float
     ) -> None:
-        """Logs one step: its loss, the mean reward and length of the sampled answers, the time spent, and more."""
+        """Logs one step. `sampled` includes the answers that the step did not train on."""
         training_seconds = self.timer.lap()
         dt = None
         if step > self.run.step + 1:
@@ -246,8 +249,7 @@ class RolloutLog:
 
 
 def evaluate(run: Run, cfg: config.Rl, engine: Engine, task: tasks.Mixture, step: int) -> None:
-    """Logs pass@k on held-out problems: the share of problems for which at least one of the first k answers is
-    right."""
+    """Logs pass@k, the share of held-out problems with a right answer among the first k answers."""
     count = min(cfg.eval_examples, len(task))
     problems = [task[i] for i in range(count)]
     seeds = [derive_seed(cfg.seed, 1, i) for i in range(count)]

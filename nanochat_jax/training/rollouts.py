@@ -1,4 +1,4 @@
-"""A rollout is a sampled answer with its reward and advantage. This module samples rollouts and makes training rows."""
+"""Samples rollouts and makes training rows from them. A rollout is a sampled answer with its reward and advantage."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,15 @@ class Rollout:
     """One sampled answer to one problem."""
 
     prompt: list[int]  # token ids
-    sample: Sample  # the answer; its mask is 1 for sampled tokens and 0 for forced tokens
+    sample: Sample  # the answer; its mask is 1 for sampled tokens and 0 for the calculator's output
     reward: float
     advantage: float  # the reward minus the mean reward of all sampled answers to the problem
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
-    """Returns the indices of the `count` problems of a step. Each epoch goes through range(size) in a new random order,
-    and each step takes the next `count` indices.
+    """Returns the indices of the `count` problems of a step.
+
+    Each epoch has its own random order of all `size` problems. Each step takes the next `count` problems in this order.
 
     Example: problems_of(step=1, size=4, count=2, seed=0) returns the second half of the first epoch's order.
     """
@@ -35,8 +36,7 @@ def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
 def sample_rollouts(
     engine: Engine, tokenizer: Tokenizer, task: Task, indices: list[int], cfg: config.Rl, seed: int
 ) -> list[Rollout]:
-    """Samples `cfg.num_samples` answers to each problem in `indices`. In the returned list, the answers to one problem
-    are adjacent."""
+    """Samples `cfg.num_samples` answers to each problem in `indices`. Answers to the same problem are adjacent."""
     problems = [task[i] for i in indices]
     seeds = [derive_seed(seed, i) for i in indices]
     prompts, groups = answer(engine, tokenizer, problems, cfg, cfg.num_samples, seeds)
@@ -53,7 +53,7 @@ def answer(
 ) -> tuple[list[list[int]], list[list[Sample]]]:
     """Samples `n` answers to each problem, with one seed per problem.
 
-    Returns the token ids of each prompt, and the list of answers to each prompt.
+    Returns (the token ids of each prompt, the answers to each prompt).
     """
     limit = engine.model_cfg.sequence_len - cfg.max_new_tokens
     prompts = [tokenizer.render_for_completion(problem, max_tokens=limit) for problem in problems]
@@ -65,18 +65,18 @@ def answer(
 
 
 def derive_seed(*parts: int) -> int:
-    """Derives a 31-bit seed from numbers, such as the seed of a run and the number of a step."""
+    """Derives a 31-bit seed from several numbers, such as a run's seed and a step number."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0]) & 0x7FFFFFFF
 
 
 def select_informative(rollouts: list[Rollout], count: int, size: int) -> list[Rollout]:
     """Returns the rollouts of `count` groups to train on. A group has `size` answers.
 
-    Groups with unequal rewards are chosen first, as in DAPO's dynamic sampling (arXiv:2503.14476). In a group with
-    equal rewards, every advantage is 0.
+    Groups with unequal rewards are chosen first, as in DAPO's dynamic sampling (arXiv:2503.14476). A group with equal
+    rewards teaches nothing, because its advantages are all 0.
     """
     groups = split_groups(rollouts, size)
-    # Groups with unequal rewards come first. Within each kind, the order stays, because the sort is stable.
+    # The sort is stable, so groups with equal keys keep their order.
     groups.sort(key=lambda group: not any(r.advantage for r in group))
     return [rollout for group in groups[:count] for rollout in group]
 
@@ -89,8 +89,8 @@ def split_groups(rollouts: list[Rollout], size: int) -> list[list[Rollout]]:
 def as_batch(rollouts: list[Rollout], length: int, pad: int) -> dict[str, np.ndarray]:
     """Makes a batch with one row per rollout and `length` tokens per row.
 
-    Inputs and targets are int32. The target is -1 for tokens of the prompt, forced tokens and padding. Weights are
-    float32 and hold the advantage of the answer.
+    Inputs and targets are int32. The target is -1 for every token that was not sampled. Weights are float32, and every
+    weight in a row is the answer's advantage.
 
     Example with length 4: prompt [1, 2] and answer [7, 8] give inputs [1, 2, 7, 8] and targets [-1, 7, 8, -1].
     """

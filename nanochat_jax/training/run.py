@@ -1,12 +1,13 @@
 """A training run: where it is stored, what it starts from, and whether it resumes.
 
-A run starts in one of four ways. The first that applies is chosen:
-1. If the run is finished, a line is printed, and nothing else is done.
-2. If the run has an undamaged checkpoint, it resumes exactly from there. Resuming is refused if the data
-   (`stages.pin_text`, `stages.pin_tasks`), the parent's weights or settings that matter have changed. If the
-   parent no longer exists, resuming is not refused.
-3. A new mid, sft or rl run starts from the weights of its parent, which is a run of another stage.
-4. A new base run starts from scratch.
+The first of these four cases that applies decides how a run starts:
+
+1. If the run is finished, only a message is printed.
+2. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if the data
+   (`stages.pin_text`, `stages.pin_tasks`), the parent's weights or a setting outside `FREE` has changed. Resuming is
+   allowed if the parent no longer exists.
+3. A new mid, sft or rl run starts from the weights of its parent, a run of another stage.
+4. A new base run starts from random weights.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.step import TrainState, execution, make_step
 from nanochat_jax.training.wandb_log import Wandb
 
-# Settings that may change when a run resumes, since they do not affect what is computed.
+# Settings that may change when a run resumes, because they do not affect what the model learns.
 FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
@@ -44,31 +45,30 @@ FREE = {
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
-MEASURED = ("train", "val", "core")  # kinds of log records; a checkpoint saves the last record of each kind
+MEASURED = ("train", "val", "core")  # kinds of log records; a checkpoint contains the last record of each kind
 
 # Advice to a user whose settings do not match the run in the folder.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
 
-Parent = tuple[Path, int]  # (the folder of the run that a stage starts from, the step of its checkpoint)
+Parent = tuple[Path, int]  # (the parent's folder, the step of the parent's checkpoint)
 LaterStage = config.Mid | config.Sft | config.Rl  # the stages that start from a parent
 
 
 @dataclass(frozen=True)
 class StartPlan:
-    """How a run starts. Process 0 makes the plan, and broadcasts its fields as JSON."""
+    """How a run starts. Process 0 makes the plan and broadcasts it to the other processes."""
 
     tag: str  # name of the run's folder
     step: int | None  # the step of the checkpoint to resume from; None for a fresh start
     finished: bool  # whether `step` is the last step of a finished run
-    parent_id: str  # the parent's weights, as identified by `_identify`; "" for base
-    parent_dir: str | None = None  # the parent's folder; None if the run resumes, and for base
+    parent_id: str  # identifies the parent's weights (see `_identify`); "" for base
+    parent_dir: str | None = None  # the parent's folder; None for base or if the run resumes
     parent_step: int | None = None  # the step of the parent's checkpoint
 
     @property
     def parent(self) -> Parent | None:
-        """The folder and the step of the checkpoint that gives the initial weights; None if the run resumes, and for
-        base."""
+        """The parent's folder and step, or None for base or if the run resumes."""
         return (Path(self.parent_dir), self.parent_step) if self.parent_dir and self.parent_step is not None else None
 
 
@@ -76,31 +76,30 @@ class StartPlan:
 class Run:
     """A run that is open for training."""
 
-    cfg: Train  # the settings of the stage
-    dir: Path  # the run's folder
+    cfg: Train
+    dir: Path
     model_cfg: GPTConfig
     tokenizer: Tokenizer
     layout: Layout  # the mesh, and how weights and optimizer state are sharded on it
     dtype: DTypeLike  # the dtype of matmul operands
     optimizer: optax.GradientTransformation
-    state: TrainState  # weights and optimizer state; every step replaces them
+    state: TrainState  # replaced by every step
     saver: checkpoint.Saver
     lock: ExitStack  # holds the lock of the run's folder in process 0; empty in other processes
     step: int  # the step to resume from; 0 for a fresh start
     data: dict | None  # the position in the data to resume from; None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
-    identity: dict  # saved in every checkpoint; a run resumes only if its parent, text and tasks are unchanged
+    identity: dict  # the parent and the data, saved in checkpoints and checked when the run resumes
     metrics: dict  # the last log record of each kind in MEASURED
-    wandb: Wandb | None = None  # None before `begin`, and in all processes but process 0
+    wandb: Wandb | None = None  # set by `begin`, in process 0 only
 
     @property
     def eval_model(self) -> EvalModel:
-        """The model with its current weights, for an evaluation."""
+        """The model with the current weights, for evaluations."""
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
 
     def begin(self) -> None:
-        """Prepares the folder for this run, and logs the run's start. Call this after all checks that may refuse the
-        run."""
+        """Prepares the run's folder and logs the start. Call this after all checks, since it moves old files aside."""
         plain = dataclasses.asdict(self.cfg)
         processes.broadcast_from_0(lambda: self._prepare(plain))
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
@@ -111,25 +110,23 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:
-        """Moves aside an earlier run's files that must not stay in the folder.
+        """Moves old files out of the way.
 
-        With --resume=never, the whole folder is moved. Otherwise, every checkpoint after the step to resume from is
-        moved. Such a checkpoint does not belong to the resumed run, but would count as one of the --keep_last
-        checkpoints, even if damaged.
+        With --resume=never, the whole folder is moved. Otherwise, all checkpoints after the step to resume from are
+        moved. If they stayed, even the damaged ones would count toward --keep_last.
         """
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
-            self.lock.enter_context(checkpoint.exclusive(self.dir))  # the first lock file was moved with the old folder
+            self.lock.enter_context(checkpoint.exclusive(self.dir))  # the old lock file was moved with the folder
         else:
             checkpoint.abandon_after(self.dir, self.step if self.data is not None else -1)
 
     def put_scalar(self, value: float) -> jax.Array:
-        """Returns a number as a float32 array on every device of the mesh."""
+        """Returns `value` as a float32 scalar on every device of the mesh."""
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
     def log(self, kind: str, step: int, **fields) -> None:
-        """In process 0, adds a record to log.jsonl, and the numbers in the record to wandb. Other processes do
-        nothing."""
+        """Adds a record to log.jsonl, and the numbers in the record to wandb. Only process 0 logs."""
         if jax.process_index() > 0:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
@@ -141,7 +138,7 @@ class Run:
             self.wandb.log(step, **numbers)
 
     def save(self, step: int, data: dict) -> None:
-        """Starts saving the checkpoint of `step`. `data` is the position in the data."""
+        """Starts saving a checkpoint in the background. `data` is the position in the data."""
         meta = checkpoint.model_meta(self.model_cfg) | {
             "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
             "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": environment.versions(),
@@ -152,7 +149,7 @@ class Run:
         self.log("checkpoint", step, path=checkpoint.step_dir(self.dir, step).name, save_seconds=timer.lap())
 
     def finish(self, step: int) -> None:
-        """Waits until the last checkpoint is complete, then logs that the run is finished."""
+        """Waits until the last checkpoint is complete, then logs that the run has finished."""
         self.saver.wait_all()
         self.log("note", step, text="finished")
         if self.wandb:
@@ -163,8 +160,8 @@ class Run:
 def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | None]:
     """Opens the run that `cfg` describes, and locks its folder. Yields None if the run is finished.
 
-    Before `Run.begin`, nothing that an earlier run has saved is changed, so a refused start does no harm. On exit,
-    waits until this process has written its part of the last checkpoint.
+    Complete checkpoints stay unchanged until `Run.begin`, so a refused start does no harm. On exit, waits until this
+    process has written its part of the last checkpoint.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     with processes.fail_together(), ExitStack() as lock:
@@ -229,8 +226,10 @@ def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
 
 
 def _default_tag(cfg: Train) -> str:
-    """Returns the tag of a run with neither --model_tag nor a preset. For a base run of depth 20, the tag is "d20". A
-    run of another stage gets its parent's tag."""
+    """Returns the tag of a run without --model_tag and without a preset.
+
+    A base run of depth 20 gets the tag "d20". A run of a later stage gets its parent's tag.
+    """
     if isinstance(cfg, config.Base):
         return f"d{cfg.depth}"
     parent = _find_parent(cfg)
@@ -239,10 +238,10 @@ def _default_tag(cfg: Train) -> str:
 
 
 def _find_parent(cfg: Train) -> Parent | None:
-    """Returns the parent, which is the run that a stage starts from. Returns None for base.
+    """Returns the folder and step of the parent, or None for base.
 
-    If the run named by --model_tag exists, it is the parent. Otherwise, the parent is the run named by the preset or,
-    without a preset, the latest run.
+    If --model_tag names a run of the stage `cfg.source`, that run is the parent. Otherwise, the parent is the run that
+    the preset names. Without a preset, the parent is the stage's latest run.
     """
     if not isinstance(cfg, LaterStage):
         return None
@@ -252,8 +251,10 @@ def _find_parent(cfg: Train) -> Parent | None:
 
 
 def _identify(cfg: Train, parent: Parent | None) -> str:
-    """Identifies the parent's weights by a string that ends with a hash: "base d20 step 21400 0123456789abcdef".
-    Returns "" without a parent."""
+    """Returns a string that identifies the parent's weights, or "" without a parent.
+
+    Example: "base d20 step 21400 0123456789abcdef", which ends with a hash of the checkpoint's manifest.
+    """
     if parent is None or not isinstance(cfg, LaterStage):
         return ""
     parent_dir, step = parent
@@ -264,8 +265,8 @@ def _identify(cfg: Train, parent: Parent | None) -> str:
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
     """Returns the model's shape and its tokenizer.
 
-    A run that resumes takes them from its own checkpoint. A new run of a later stage takes them from its parent's
-    checkpoint. A new base run takes the shape from `cfg`, and the tokenizer from the base folder.
+    A run that resumes takes both from its own checkpoint. A new run of a later stage takes both from its parent's
+    checkpoint. A new base run takes the shape from `cfg` and the tokenizer from `config.base_dir()`.
     """
     tokenizer_dir = config.base_dir() / "tokenizer"
     if plan.step is not None:
@@ -300,7 +301,7 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
 
 
 def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
-    """Raises UserError if the run in `folder` is not the one that `cfg` asks for."""
+    """Raises UserError if the run in `folder` does not match `cfg`."""
     difference = "from different weights" if _parent_differs(cfg, meta["parent"]) else ""
     if changed := _changed_settings(cfg, meta["config"]):
         difference = f"with different settings ({', '.join(changed[:4])})"
@@ -309,9 +310,9 @@ def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
 
 
 def _parent_differs(cfg: Train, parent_id: str) -> bool:
-    """Whether a fresh start would now use different weights from those that `parent_id` identifies.
+    """Whether the parent's weights differ from those that `parent_id` identifies.
 
-    Returns False if the parent no longer exists, so that the run can resume.
+    If the parent no longer exists, returns False, so that the run can still resume.
     """
     try:
         return _identify(cfg, _find_parent(cfg)) != parent_id
@@ -320,10 +321,10 @@ def _parent_differs(cfg: Train, parent_id: str) -> bool:
 
 
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:
-    """Returns the settings that matter and have changed since the run was saved, such as "matrix_lr: 0.02, now 0.03".
+    """Returns the settings outside `FREE` that have changed, such as "matrix_lr: 0.02, now 0.03".
 
-    If a setting did not exist when the run was saved, its default is taken as the saved value. Saved settings that no
-    longer exist are ignored; a printed line lists them.
+    If a setting did not exist when the run was saved, its default counts as the saved value. Saved settings that no
+    longer exist are printed and ignored.
     """
     now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
     if gone := sorted(saved.keys() - now.keys()):
@@ -341,8 +342,11 @@ def _initial_state(
     cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout, folder: Path,
     plan: StartPlan,
 ) -> tuple[TrainState, dict | None, dict]:  # fmt: skip
-    """Returns (state, position in the data or None, totals). If the run resumes, the state comes from its checkpoint.
-    Otherwise, the state is new, with the parent's weights or with random weights."""
+    """Returns (state, position in the data or None, totals).
+
+    A run that resumes takes all three from its checkpoint. A new run starts with the parent's weights or, without a
+    parent, with random weights.
+    """
 
     def fresh() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
@@ -371,29 +375,32 @@ def _initial_state(
 
 
 def step_of(run: Run) -> jax.stages.Wrapped:
-    """Returns the jitted step of a run (see `make_step`). The step is not yet compiled."""
+    """Returns the jitted step of a run (see `make_step`), which is not compiled yet."""
     return make_step(run.model_cfg, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
 
 
 def no_implicit_transfers() -> AbstractContextManager[None]:
-    """In this context, an argument of a step that is on the host or on the wrong devices raises an error. Without the
-    context, JAX would copy the argument."""
+    """Within this context, JAX raises an error if a step's argument is on the host or on the wrong devices.
+
+    Without this context, JAX would copy the argument to the right devices.
+    """
     return jax.transfer_guard("disallow")
 
 
 def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
-    """In this context, running out of memory raises a UserError with advice. `rows` is the number of rows that each
-    device processes at once."""
+    """Within this context, an out-of-memory error becomes a UserError with advice.
+
+    `rows` is the number of rows that each device computes at once.
+    """
     fewer_rows = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
     return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
 
 
 def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
-    """Returns the peak memory of the compiled step on one device, in bytes. `rows` is the number of rows that each
-    device processes at once.
+    """Returns the peak memory of the compiled step on one device, in bytes.
 
-    The step is compiled for exactly the arguments that the loop passes, so that the loop finds it in the compilation
-    cache.
+    `rows` is the number of rows that each device computes at once. With one process, the step's arguments have the same
+    shapes and shardings as in the loop. The loop then finds the compiled step in the compilation cache.
     """
     mesh = run.layout.mesh
     shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)

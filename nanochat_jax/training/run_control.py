@@ -1,4 +1,4 @@
-"""What happens between two optimizer steps, in every stage: saving, evaluating and stopping."""
+"""Saves, evaluates and stops between two optimizer steps, in every stage."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,14 @@ from nanochat_jax.training.run import Run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that runs every `every` steps and after the last step. With `at_start`, its first run is at step 0.
+    """An evaluation that runs every `every` steps and after the last step.
 
-    If `every` is below 1, the evaluation runs only after the last step, and only if `at_end` is set.
+    With `at_start`, the evaluation also runs before the first step. If `every` is below 1, the evaluation runs only
+    after the last step, and only with `at_end`.
 
-    A `risky` evaluation loads data or generates text, so a checkpoint is saved before each of its runs. Before an
-    evaluation that is not risky, a checkpoint is saved only the first time that the evaluation runs in a process. From
-    then on, the evaluation is known to work, and more checkpoints would cost more than they are worth.
+    A `risky` evaluation may fail at any time, because it loads data or generates text. So a checkpoint is saved before
+    each of its runs. Any other evaluation needs a checkpoint only before its first run in a process. After this run,
+    the evaluation is known to work.
     """
 
     evaluate: Callable[[int], None]  # called with the step
@@ -37,25 +38,25 @@ class Evaluation:
 class RunControl:
     """Keeps track of a run's current step, and of the steps at which the run was last saved and evaluated.
 
-    Every pass of a training loop begins with `between_steps`.
+    Every iteration of a training loop begins with `between_steps`.
     """
 
     def __init__(
         self, run: Run, evaluations: Sequence[Evaluation], place: dict, timer: Timer, flush: Callable[[], None]
     ):  # fmt: skip
         self.run, self.evaluations = run, evaluations
-        self.timer = timer  # measures the time of the steps alone, without that of saving and evaluating
-        self.flush = flush  # logs steps that are not logged yet; called before saving and evaluating
-        self.step = run.step  # the number of optimizer steps that are done
-        self.place = place  # the position in the data, after the last batch that was trained on
+        self.timer = timer  # measures the time of steps, without saving and evaluating
+        self.flush = flush  # logs the pending step, if any; called before saving and evaluating
+        self.step = run.step  # the number of optimizer steps taken
+        self.place = place  # the position in the data after the last batch that was trained on
         self.saved_at = run.step if run.data is not None else -1
-        self.evaluated_at: dict[Evaluation, int] = {}  # the step of each evaluation's last run in this process
+        self.evaluated_at: dict[Evaluation, int] = {}  # the step at which each evaluation last ran in this process
 
     def between_steps(self, last: bool, stop: int | None) -> None:
-        """Saves, ends the process if there is a stop signal, and evaluates, in this order.
+        """Saves if due, ends the process on a stop signal, and then evaluates if due.
 
-        The checkpoint is saved before the evaluation, so that no weights are lost if the evaluation fails. `last` says
-        that the last step is done.
+        The checkpoint is saved before the evaluation, so that no weights are lost if the evaluation fails. `last` is
+        true after the last step.
         """
         self.save_if_due(last, stop)
         if stop:
@@ -63,20 +64,22 @@ class RunControl:
         self.evaluate_due(last)
 
     def save_if_due(self, last: bool, stop: int | None) -> None:
-        """Saves a checkpoint every --save_every steps, after the last step, before a stop, and before an evaluation
-        that is risky or has not run in this process yet."""
+        """Saves a checkpoint every --save_every steps, after the last step, and before a stop.
+
+        Also saves before an evaluation that is risky or has not yet run in this process.
+        """
         every = self.run.cfg.save_every
         due = self._has_risk(self._due(last)) or (every > 0 and self.step % every == 0)
         if (last or stop or (due and self.step > 0)) and self.saved_at != self.step:
             self._save()
 
     def evaluate_due(self, last: bool) -> None:
-        """Runs the evaluations that are due. If an evaluation fails, calls `rescue` before the error ends the run."""
+        """Runs the evaluations that are due. If one fails, calls `rescue` and raises the error again."""
         due = self._due(last)
         if not due:
             return
         self.flush()
-        if self._has_risk(due):  # an evaluation may end the process, so the checkpoint must be complete
+        if self._has_risk(due):  # the checkpoint must be complete in case the process crashes
             self.run.saver.wait_all()
         for evaluation in due:
             try:
@@ -94,9 +97,9 @@ class RunControl:
         raise SystemExit(128 + stop)
 
     def rescue(self) -> None:
-        """Saves a checkpoint after an error in reading data or in an evaluation, before the error ends the run.
+        """Saves a checkpoint after an error in reading data or in an evaluation.
 
-        With several processes, it does nothing, since the other processes may be blocked in a collective.
+        With several processes, does nothing, since the other processes may be blocked in a collective operation.
         """
         if self.step == 0 or self.saved_at == self.step or jax.process_count() > 1:
             return
@@ -104,7 +107,7 @@ class RunControl:
             self._save()
             self.run.saver.wait_all()
             print(f"saved at step {self.step}, before the error")
-        except Exception as error:  # for example, the loss is not finite; the caller then raises the original error
+        except Exception as error:  # such as a loss that is not finite; the caller raises the original error
             print(f"not saved: {first_line(error)}")
 
     def _due(self, last: bool) -> list[Evaluation]:

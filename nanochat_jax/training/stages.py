@@ -1,5 +1,4 @@
-"""Sets up pretraining, midtraining and finetuning. They differ in their rows, number of steps and learning-rate
-schedule."""
+"""Sets up pretraining, midtraining and finetuning: their data, number of steps and learning-rate schedule."""
 
 import dataclasses
 import functools
@@ -29,31 +28,30 @@ class Stage:
     """A stage (base, mid or sft) that is set up for one run."""
 
     batch_shape: BatchShape
-    steps: int | None  # the number of optimizer steps; None: train until the loader ends
+    steps: int | None  # the number of optimizer steps, or None to train until the loader ends
     epochs: int  # if `steps` is None, the loader ends after this many passes over the data
     loader: dataloader.Loader
     validation: Callable[[], dataloader.Loader]  # opens the held-out data
     lr_mult: Callable[[int, float], float]  # (step, progress from 0 to 1) -> factor for all learning rates
-    facts: dict[str, str] = field(default_factory=dict)  # derived numbers to print
+    facts: dict[str, str] = field(default_factory=dict)  # printed before the first step
 
     def progress(self, step: int) -> float:
-        """Returns the fraction of the stage that is done before step `step`, from 0 to 1. The batch of this step must
-        have been loaded."""
+        """Returns the fraction of the stage that is done, from 0 to 1.
+
+        If the number of steps is known, this is the fraction of steps taken. Otherwise, it is the fraction of the data
+        read, including the batch that the loader returned last.
+        """
         return step / self.steps if self.steps else self.loader.info["progress"] / self.epochs
 
 
 def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
-    """Returns the arguments of `shape_for_tokens` and `shape_for_rows` that follow the size of the batch.
-
-    They are the number of rows that a device computes at once (0: automatic), the number of tokens per row, the number
-    of replicas, and a function that returns how many rows fit on a device.
-    """
+    """Returns the last four arguments of `shape_for_tokens` and `shape_for_rows`."""
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 
 
 def base_stage(run: Run, cfg: config.Base) -> Stage:
-    """Sets up pretraining: packed documents, a number of steps known in advance, and a trapezoidal learning rate."""
+    """Sets up pretraining with packed documents, a fixed number of steps and a trapezoidal learning rate."""
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
     shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run))
     steps = horizon(cfg, model_cfg, shape.tokens)
@@ -83,11 +81,11 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
 
 
 def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
-    """Sets up midtraining (packed conversations, loss on all tokens) or finetuning (whole conversations, loss on
-    assistant tokens).
+    """Sets up midtraining or finetuning.
 
-    If --num_iterations is given, training ends after that many steps. Otherwise, training ends with the data. The
-    learning rate depends on the fraction of the stage that is done.
+    Midtraining may split a conversation over several rows, and every token is a target. Finetuning keeps conversations
+    whole, and only the assistant's tokens are targets. If --num_iterations is given, training ends after that many
+    steps. Otherwise, training ends with the data.
     """
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
     if isinstance(cfg, config.Mid):
@@ -130,11 +128,11 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
-    """Records in the checkpoints which text the run reads. Returns `source` with only the files that the run began
-    with.
+    """Records in the run's checkpoints which text it trains on.
 
-    Files that were added after the run began are left out, because the number of files affects the order of the files
-    in later epochs. Raises UserError if the run resumes from a checkpoint that was trained on another text.
+    Returns `source` without the files that were added after the run began. Otherwise, these files would change the
+    order of files in later epochs. Raises UserError if the run resumes from a checkpoint that was trained on another
+    text.
     """
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     count = len(source.train_files)
@@ -154,11 +152,11 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
 
 
 def pin_tasks(run: Run, task: tasks.Mixture) -> None:
-    """Records in the checkpoints which conversations the run trains on.
+    """Records in the run's checkpoints which conversations it trains on.
 
-    The record holds the name and the number of rows of each task, and a hash of a sample of the conversations. The
-    tasks are recorded in the order of the mixture, because the shuffle depends on this order. Raises UserError if the
-    run resumes from a checkpoint that was trained on other conversations.
+    The record contains the name and size of each task, and a hash of some conversations. The tasks are recorded in the
+    order of the mixture, because the shuffle depends on this order. Raises UserError if the run resumes from a
+    checkpoint that was trained on other conversations.
     """
     conversations = {"rows": [[part.name, len(part)] for part in task.tasks], "hash": task.hash()}
     if run.data is not None:
@@ -173,13 +171,13 @@ def pin_tasks(run: Run, task: tasks.Mixture) -> None:
 
 
 def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cache_dir: Path) -> str:
-    """Returns a description of `source` and of how much of it is read by a run of `tokens` tokens.
+    """Describes `source`, and how much of it a run of `tokens` tokens will read.
 
     Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
     """
     files = source.train_files
     available = dataloader.epoch_tokens(files, tokenizer, cache_dir)
-    if none_here := math.isnan(available):  # estimate: a validation file is about as large as a training file
+    if none_here := math.isnan(available):  # assume that training files are as large as validation files
         available = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, available)
     shards = min(len(files), math.ceil(epochs * len(files)))
@@ -188,16 +186,15 @@ def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cac
     if made := token_cache.num_cached(files, cache_dir):
         text += f", {made} of them already tokenized"
     text += f"; this run needs {shards}, {epochs:.2f} epochs"
-    # For up to 4 epochs, reading a text again is about as good as reading a new text (Muennighoff et al. 2023,
-    # arXiv:2305.16264).
+    # Up to 4 epochs of the same text are about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
     return text + (" (more than 4: new text would teach more)" if epochs > 4 else "")
 
 
 def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
     """Returns the number of optimizer steps, with `tokens` tokens per step.
 
-    If --num_iterations is given, it is the result. Otherwise, the result follows from --target_flops if that is given,
-    and from --target_param_data_ratio if not. Raises UserError if the result is below 1.
+    If --num_iterations is set, it decides. Otherwise, --target_flops decides if it is set. If neither is set,
+    --target_param_data_ratio decides. Raises UserError if the result is below 1.
     """
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations

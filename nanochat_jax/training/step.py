@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, as scalars on the device. The training loop reads them one step later."""
+    """The scalars that a step reports. They stay on the device until they are read."""
 
     loss: jax.Array  # float32: mean cross-entropy of the counted targets
     grad_norm: jax.Array  # float32: norm of the whole gradient before clipping
@@ -41,15 +41,18 @@ def make_step(
 ) -> jax.stages.Wrapped:
     """Returns the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics).
 
-    The function donates `state`. `batch` holds inputs and targets, int32 [accum, rows, t]; targets of -1 are not
-    counted. For example, [2, 256, 2048] means 2 micro-batches of 256 rows: 32 rows on each of 8 devices. `batch` may
-    hold two more arrays: weights, float32 [accum, rows, t], one for each target, and `stop`, int32 [devices], whose
-    sum is reported. `lr_mult` is a float32 scalar that multiplies all learning rates.
+    The function donates `state`, so the caller must not use it again. `lr_mult` is a float32 scalar that multiplies all
+    learning rates.
 
-    The loss is summed over all micro-batches and devices, then divided by the number of counted targets. How a batch
-    is split therefore affects only the rounding. If no targets are counted, the loss is 0.
+    `batch` contains `inputs` and `targets`, both int32 [accum, rows, t]. For example, [2, 256, 2048] means 2
+    micro-batches of 256 rows. On 8 devices, each device then computes 32 rows at once. Targets of -1 are not counted.
+    Optionally, `batch` contains `weights`, float32 [accum, rows, t], with one weight per target. It may also contain
+    `stop`, int32 [devices]. The step reports the sum of `stop`.
 
-    With --shard=optimizer, each replica accumulates its own gradients, under a vmap over the replicas, and one
+    The loss is summed over all micro-batches and devices, then divided by the number of counted targets. So the number
+    of micro-batches affects only rounding errors. If no targets are counted, the loss is 0.
+
+    With --shard=optimizer, a vmap over the replicas lets each replica accumulate its own gradients. Then one
     reduce-scatter per step sums the gradients of all replicas. With --shard=full, the gradients of all replicas are
     summed in every micro-batch.
     """
@@ -59,19 +62,19 @@ def make_step(
         execution = dataclasses.replace(execution, gather=layout.gather)
 
     def loss_sum(params: gpt.Params, batch: dict[str, jax.Array]) -> jax.Array:
-        """Returns the sum of the losses of a micro-batch [rows, t]."""
+        """Returns the summed loss of a micro-batch [rows, t]."""
         x = gpt.hidden(params, model_cfg, batch["inputs"], dtype, execution)
         with jax.named_scope("loss"):
             head = execution.gather("lm_head", params["lm_head"])[: model_cfg.vocab_size]
             rows, time = batch["targets"].shape
             weights = batch.get("weights", jnp.ones((rows, time), jnp.float32))
-            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # for the rows of one device
+            chunks = num_chunks(rows if zero1 else rows // replicas, time)  # for the rows of one replica
             return cross_entropy(x, head, batch["targets"], weights, model_cfg.softcap, chunks)
 
     def gradients(params: gpt.Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, gpt.Params]:
-        """Returns the sum of the losses of `batch` [accum, rows, t], and the gradient of that sum."""
+        """Returns the summed loss of `batch` [accum, rows, t] and its gradient."""
         gradient_of = jax.value_and_grad(loss_sum)
-        if zero1:  # losses [replicas], gradients [replicas, ...]
+        if zero1:  # losses become [replicas], and gradients become [replicas, ...]
             gradient_of = jax.vmap(gradient_of, in_axes=(None, 0), spmd_axis_name=sharding.BATCH_AXES)
             batch = zero1.by_replica(batch)
         if batch["targets"].shape[0] == 1:
@@ -97,9 +100,9 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = optax.tree.norm(grads)
         if grad_clip > 0:
-            # Clips the global gradient. The specification instead clips the gradient of each rank, so that the result
-            # depends on the number of ranks. Clipping is off by default: the norm of the gradient does not exceed 1 in
-            # these runs, and clipping costs about 2% of the speed.
+            # Clips the gradient of the whole batch. The original nanochat clips each rank's gradient, so its result
+            # depends on the number of ranks. Clipping costs about 2% of the speed. It is off by default, because the
+            # gradient norm does not exceed 1 in our runs.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         if layout:
@@ -113,7 +116,7 @@ def make_step(
 
 
 def execution(cfg: Train) -> gpt.Execution:
-    """Returns how the blocks are computed, according to --scan_layers, --remat and --shard."""
+    """Returns how to compute the blocks, as set by --scan_layers, --remat and --shard."""
     policies = jax.checkpoint_policies
     known = {"none": None, "matmuls": policies.save_only_these_names(gpt.MATMUL), "full": policies.nothing_saveable}
     policy = known[cfg.remat]

@@ -1,7 +1,7 @@
 """Evaluations during training: validation loss, CORE, samples, tasks.
 
-`evaluations_of` says how often each evaluation runs, and RunControl runs each evaluation when it is due. The results
-are written to the run's log.
+`evaluations_of` sets how often each evaluation runs, and `RunControl` runs it when it is due. The results are written
+to the run's log.
 """
 
 import functools
@@ -32,7 +32,10 @@ FEWER_EVALUATIONS = "turn off evaluations, with -1 for --core_metric_every, --sa
 
 
 def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | config.Sft) -> list[Evaluation]:
-    """Returns the evaluations: validation loss in every stage, CORE and samples in pretraining, tasks in finetuning."""
+    """Returns the evaluations of a stage.
+
+    Every stage evaluates the validation loss. Pretraining adds CORE and samples, and finetuning adds tasks.
+    """
 
     def evaluation(evaluate: Callable, every: int, **when: bool) -> Evaluation:
         return Evaluation(functools.partial(_evaluate, evaluate, run, stage), every, **when)
@@ -54,7 +57,7 @@ def _evaluate(evaluate: Callable[[Run, Stage, int], None], run: Run, stage: Stag
 
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
-    """Loads the tasks of --eval_metrics_tasks. Called before the first step, so that errors appear early."""
+    """Loads the tasks of --eval_metrics_tasks. This happens before the first step, so that errors appear early."""
     loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
     for task in loaded:
         if task.eval_type is None:
@@ -97,7 +100,7 @@ def sample(run: Run, stage: Stage, step: int) -> None:
 def complete(
     params: gpt.Params, model_cfg: GPTConfig, tokenizer: Tokenizer, dtype: DTypeLike, new_tokens: int = 16
 ) -> list[tuple[str, str]]:
-    """Returns a pair (prompt, greedy continuation of at most `new_tokens` tokens) for each of SAMPLE_PROMPTS."""
+    """Returns (prompt, greedy continuation) for each of SAMPLE_PROMPTS."""
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
 
@@ -112,7 +115,7 @@ def complete(
 
 
 def task_metrics(run: Run, stage: Stage, step: int, loaded: list[tasks.Task], max_problems: int) -> None:
-    """Logs the score of each task on at most `max_problems` of its problems."""
+    """Logs each task's score on at most `max_problems` problems."""
     from nanochat_jax.evals import chat
 
     for task in loaded:

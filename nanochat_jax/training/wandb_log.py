@@ -10,7 +10,7 @@ WANDB_ID = "wandb_id"
 
 
 class Wandb:
-    """A run on wandb. If no wandb run is asked for, or wandb is not installed, the methods do nothing.
+    """A run on wandb. If no run name is given or wandb is not installed, the methods do nothing.
 
     The wandb id is kept in the run's folder, so that a resumed run continues the same wandb run. Only process 0 uses
     this class.
@@ -29,7 +29,7 @@ class Wandb:
         project = "nanochat" if stage == "base" else f"nanochat-{stage}"
         id_file = run_dir / WANDB_ID
         run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
-        # allow_val_change: after a resume, settings that do not change what is computed may have new values.
+        # allow_val_change is set because a resumed run may have new values for the settings in `run.FREE`.
         self.run = wandb.init(
             project=project, name=name, id=run_id, resume="allow", config=config, allow_val_change=True
         )

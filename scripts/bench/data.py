@@ -1,15 +1,14 @@
-"""Measures how many tokens per second the data loader delivers, and compares this with what GPUs consume.
+"""Measures how many tokens per second the data loader delivers.
 
     python -m scripts.bench data --data_dir=FOLDER
 
-The loader and its threads are those of `python -m scripts.train --stage=base`: one thread reads, packs and prefetches
-batches, and the tokenizer encodes on all cores. Every round makes two passes over the same files: one reads their text,
-and one reads a cache of their tokens. Each pass starts at the first epoch and loads the tokenizer anew, so that the
-tokenizer has cached nothing.
+The table compares this rate with the training speed of one H100 and of eight H100s. Pretraining uses the same data
+loader. One thread reads, packs and prefetches batches, and the tokenizer encodes on all cores. Every round makes
+two passes over the same files. The first pass reads text, and the second pass reads a cache of the text's tokens. Each
+pass loads the tokenizer again, so that the tokenizer's own cache is empty.
 
-The clock starts before the loader is created, so that no batch is prefetched before the clock starts. Batches that are
-prefetched but not yet taken when the clock stops are not counted, so the measured throughput of a short pass is too
-low.
+The clock starts before the loader is created, because the loader starts to prefetch at once. When the clock stops, some
+batches are prefetched but not used. They are not counted, so a short pass seems slower than it is.
 """
 
 import contextlib
@@ -29,15 +28,15 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
-if TYPE_CHECKING:  # for type checkers only: --help must not wait for these imports
+if TYPE_CHECKING:  # importing these at run time would slow down --help
     from nanochat_jax.data.sources import Source
     from nanochat_jax.tokenizer import Tokenizer
 
-GPU = 520_000  # tokens/s that one H100 consumes at depth 12; at 1.04 GFLOPs per token, this is 54% of its peak
+GPU = 520_000  # tokens/s that one H100 consumes at depth 12; with 1.04 GFLOPs per token, the MFU is 54%
 NAMES = {"text": "from text", "tokens": "from the token cache"}
 GPUS = {"one H100 at d12": 1, "eight": 8}
-SHORTEST = 0.5  # seconds; in a shorter pass, most of the time goes to starting and scheduling threads
-AHEAD = 0.1  # batches that are prefetched but not counted may be at most this fraction of those counted
+SHORTEST = 0.5  # seconds; a shorter pass would mostly measure how long threads take to start
+AHEAD = 0.1  # maximum number of prefetched but uncounted batches, as a fraction of the counted batches
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ class Settings(config.Settings):
     """Load pretraining batches as fast as possible, from text and from a token cache."""
 
     prog: ClassVar[str] = "python -m scripts.bench data"
-    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's training text)")
     data_dir: str = setting("", config.DATA_DIR)
     packing: str = setting("split", config.PACKING, choices=config.PACKINGS)
     total_batch_size: int = setting(524288, "tokens per batch", low=1)
     max_seq_len: int = setting(2048, "tokens per row", low=1)
-    steps: int = setting(50, "the number of batches to measure; fewer are measured if the text ends first", low=1)
-    rounds: int = setting(3, "how many times each measurement is made; the median is reported", low=1)
-    json: str = setting("", "file to which the results are appended as one line of JSON")
+    steps: int = setting(50, "number of batches to measure; fewer if the text ends first", low=1)
+    rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
+    json: str = setting("", "file to append the results to, as one line of JSON")
 
 
 def main(cfg: Settings) -> None:
@@ -93,7 +92,7 @@ def main(cfg: Settings) -> None:
 
 
 def _check(cfg: Settings) -> None:
-    """Raises UserError if the settings are invalid, before anything is read."""
+    """Raises UserError if the settings are invalid."""
     if cfg.total_batch_size % cfg.max_seq_len:
         raise UserError(
             f"--total_batch_size={cfg.total_batch_size}: must be a multiple of --max_seq_len={cfg.max_seq_len}"
@@ -102,15 +101,15 @@ def _check(cfg: Settings) -> None:
 
 
 def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Path, ...]:
-    """Returns the first training files on this machine: as many as the batches to be measured need.
+    """Returns enough training files for --steps batches. Ignores files that are not on this machine yet.
 
-    Raises UserError if no training file is on this machine yet.
+    Raises UserError if no file is left.
     """
     from nanochat_jax.data import dataloader
 
     files = tuple(path for path in source.train_files if path.exists())
     available = dataloader.epoch_tokens(files, tokenizer)
-    if not available > 0:  # also true for NaN
+    if not available > 0:  # also raises for NaN
         raise UserError(f"{source.name}: none of its training files has arrived yet")
     needed = (cfg.steps + 1) * cfg.total_batch_size  # one extra batch, since some documents stay in the packing buffer
     return files[: math.ceil(1.1 * needed / available * len(files))]
@@ -121,8 +120,11 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
 
 
 def _measure(cfg: Settings, source: "Source", cache_dir: Path | None) -> dict:
-    """Makes one pass over the files. Returns the number of batches, the number of tokens with a target, the seconds,
-    the CPU seconds, and whether the text ended before --steps batches were counted."""
+    """Makes one pass over the files.
+
+    In the result, `tokens` is the number of tokens that have a target. `ended` says whether the text ended before
+    --steps batches.
+    """
     from nanochat_jax.data import dataloader
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -154,7 +156,7 @@ def _too_short(run: dict) -> str:
 
 
 def _row(kind: str, runs: Sequence[dict]) -> dict:
-    """Returns the results of all passes of one kind: from text, or from the token cache."""
+    """Summarizes all passes of one kind, which is "text" or "tokens"."""
     speed = statistics.median(run["tokens"] / run["seconds"] for run in runs)
     return {
         "from": kind,

@@ -1,12 +1,13 @@
-"""Times how our engine and, with --peer=hf, transformers' NanoChat with a KV cache generate text with random weights.
+"""Measures how fast our engine generates text, with a model that has random weights.
 
     python -m scripts.bench decode
     python -m scripts.bench decode --peer=hf --peer_python=ENVIRONMENT/bin/python
 
-The prompts of a batch differ but have the same length, and each is continued greedily by the same number of tokens.
-Every measurement runs in a new process (decode_job.py), which warms up first. A round measures every combination of
-batch size, tool and dtype, and the table shows medians over rounds. At each batch size, the tools are compared in their
-fastest dtypes.
+With --peer=hf, the benchmark also measures transformers' NanoChat with a KV cache. The prompts of a batch differ but
+have the same length. Greedy decoding generates the same number of tokens for each prompt. Every measurement runs in a
+new process (decode_job.py), which warms up first. A round measures every combination of batch size, tool (our engine or
+NanoChat) and dtype. The table shows the medians over all rounds. At each batch size, the table compares our engine in
+its fastest dtype with NanoChat in its fastest dtype.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("decode_job.py")
 DTYPES = ("float32", "bfloat16")
-AUTO = {  # the defaults of the settings below, for each platform
+AUTO = {  # the default settings for each platform
     "cpu": {"depth": 4, "vocab_size": 32768, "prompt": 256, "new": 256, "batches": "1,8,32",
             "dtypes": "float32,bfloat16"},
     "gpu": {"depth": 20, "vocab_size": 65536, "prompt": 1792, "new": 256, "batches": "1,8,32,128",
@@ -43,11 +44,11 @@ class Settings(config.Settings):
     new: int = setting(0, "tokens generated per prompt, at least 2 (auto: 256)", auto=True, low=2)
     batches: str = setting("", "batch sizes, separated by commas (default: 1,8,32,128 on a GPU, else 1,8,32)")
     dtypes: str = setting("", "dtypes to try at each batch size (default: bfloat16 on a GPU, else float32,bfloat16)")
-    chunk: int = setting(32, "tokens per row that our engine decodes between two checks by the host", low=1)
-    rounds: int = setting(3, "how many times each measurement is made; the median is reported", low=1)
+    chunk: int = setting(32, "number of tokens per row that our engine decodes in one step", low=1)
+    rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
     peer: str = setting("", "hf: compare with transformers' NanoChat, which uses its KV cache", choices=("hf",))
     peer_python: str = setting("", "path of a Python with torch and transformers (default: the current one)")
-    json: str = setting("", "file to which the results are appended as one line of JSON")
+    json: str = setting("", "file to append the results to, as one line of JSON")
 
 
 def main(cfg: Settings) -> None:
@@ -94,7 +95,7 @@ def main(cfg: Settings) -> None:
 
 
 def _check(cfg: Settings) -> None:
-    """Raises UserError if a setting is invalid, before any process is started."""
+    """Raises UserError if the settings are invalid."""
     if cfg.batches and not all(size.isascii() and size.isdigit() and int(size) for size in cfg.batches.split(",")):
         raise UserError(f"--batches={cfg.batches}: must be positive numbers joined by commas, like 1,8,32")
     if cfg.dtypes and not set(cfg.dtypes.split(",")) <= set(DTYPES):
@@ -105,7 +106,7 @@ def _check(cfg: Settings) -> None:
 
 
 def _complete(cfg: Settings, platform: str) -> Settings:
-    """Returns `cfg` with the defaults for `platform` in place of the settings that are not given."""
+    """Returns `cfg` with the default for `platform` in every setting that was not given."""
     auto = AUTO["gpu" if platform == "gpu" else "cpu"]
     return dataclasses.replace(cfg, **{name: value for name, value in auto.items() if not getattr(cfg, name)})
 
@@ -113,7 +114,7 @@ def _complete(cfg: Settings, platform: str) -> Settings:
 # -----------------------------------------------------------------------------
 # Measuring
 
-Kind = tuple[int, str, str]  # batch, tool, dtype
+Kind = tuple[int, str, str]  # batch size, tool, dtype
 
 
 def _measure(
@@ -137,8 +138,7 @@ def _measure(
 
 
 def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -> dict:
-    """Returns the results of one kind of measurement. In each run, `bytes` is the number of bytes that a decoding step
-    reads.
+    """Returns a row of the table.
 
     The prefill yields the first of `cfg.new` tokens, so decoding takes `cfg.new` - 1 steps.
     """
@@ -160,7 +160,10 @@ def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -
 
 
 def _compare(rows: list[dict]) -> None:
-    """Marks each tool's fastest dtype at each batch size, and computes our engine's speed relative to the peer's."""
+    """Marks the fastest dtype of each tool at each batch size.
+
+    In the row of the peer's fastest dtype, `ours_is` says how many times faster our engine is.
+    """
     best = {}
     for row in rows:
         key = row["batch"], row["tool"]

@@ -1,7 +1,8 @@
-"""Runs one measurement of text generation. `python -m scripts.bench decode` starts a process for each measurement.
+"""Runs one measurement of text generation for `python -m scripts.bench decode`.
 
-The benchmark sends this file to the standard input of its own Python or of the peer's Python. The only argument is the
-job, as JSON. The output is one line of JSON. Only the jobs "device" and "ours" import this project.
+The benchmark pipes this file into its own Python or into the peer's Python, which has transformers. The only argument
+is the job as JSON. The output is one line of JSON. Only the jobs "device" and "ours" import this project, because the
+peer's Python may lack it.
 """
 
 from __future__ import annotations  # the peer's Python may be an older version
@@ -13,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 Job = dict[str, Any]
-SCALE = 0.02  # standard deviation of the random weights; 0.02 gives varied text, and activations of the usual size
+SCALE = 0.02  # standard deviation of the random weights; gives varied text and activations of the usual size
 
 
 def probe(job: Job) -> dict:
@@ -22,7 +23,7 @@ def probe(job: Job) -> dict:
     try:
         import torch  # ty: ignore[import-not-found]  # only in the peer's environment
         from transformers import NanoChatForCausalLM  # noqa: F401  # ty: ignore[import-not-found]
-    except Exception as error:  # a broken package may raise anything
+    except Exception as error:  # importing a broken package may raise any exception
         return {"python": python, "missing": f"{type(error).__name__}: {error}".splitlines()[0]}
     version = f"transformers {metadata.version('transformers')}, torch {torch.__version__}"
     return {"python": python, "version": version}
@@ -40,7 +41,11 @@ def device(job: Job) -> dict:
 
 
 def ours(job: Job) -> dict:
-    """Measures our engine: seconds until every row has its first token, seconds until the end, bytes read per step."""
+    """Measures our engine.
+
+    `first` is the time in seconds until every row has its first token. `seconds` is the total time. `bytes` is the
+    number of bytes that a decoding step reads.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -54,7 +59,7 @@ def ours(job: Job) -> dict:
     from nanochat_jax.tokenizer import Tokenizer
 
     class NoTokenizer(Tokenizer):
-        """Stands in for a tokenizer: an engine without tools needs only the ids of special tokens."""
+        """Replaces the tokenizer. Without tools, the engine needs only the ids of special tokens."""
 
         def __init__(self):
             pass
@@ -68,14 +73,13 @@ def ours(job: Job) -> dict:
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # The embedding is not counted, since a step reads only one embedding row per token. All other weights are counted.
+    # Count all weights except the embedding, because a step reads only one embedding row per token.
     weights = sum(x.size for name, x in params.items() if name not in ("wte", "blocks"))
     weights += sum(x.size for x in jax.tree.leaves(params["blocks"]))
     engine = Engine(params, model_cfg, NoTokenizer(), slots=batch, dtype=dtype, chunk=job["chunk"])
     del params
 
     def generate(seed: int) -> tuple[float, float]:
-        """Returns the seconds until every row has its first token, and the seconds until the end."""
         ids = np.random.default_rng(seed).integers(0, model_cfg.vocab_size, (batch, job["prompt"])).tolist()
         requests = [Request(row, job["new"], temperature=0, stop_ids=(), tools=False) for row in ids]
         begun, first, start = set(), 0.0, time.perf_counter()
@@ -89,15 +93,15 @@ def ours(job: Job) -> dict:
         return first, time.perf_counter() - start
 
     generate(seed=0)  # the warm-up, which compiles everything
-    first, seconds = generate(seed=1)  # new prompts, since the cache holds the warm-up's prompts
-    positions = batch * (job["prompt"] + job["new"] / 2)  # filled positions of all rows together, averaged over steps
+    first, seconds = generate(seed=1)  # other prompts, since the prefix cache holds the warm-up's prompts
+    positions = batch * (job["prompt"] + job["new"] / 2)  # cached positions in the whole batch, averaged over the steps
     cached = 2 * model_cfg.n_layer * model_cfg.n_kv_head * model_cfg.head_dim * positions
     read = weights * jnp.dtype(dtype).itemsize + cached * cache.dtype_for(dtype).itemsize
     return {"first": first, "seconds": seconds, "bytes": read}
 
 
 def hf(job: Job) -> dict:
-    """Measures `generate` of transformers with a KV cache: seconds until the first token, seconds until the end."""
+    """Measures transformers' `generate` with a KV cache. `first` and `seconds` mean the same as in `ours`."""
     import torch  # ty: ignore[import-not-found]
     from transformers import (  # ty: ignore[import-not-found]
         NanoChatConfig,
@@ -115,7 +119,7 @@ def hf(job: Job) -> dict:
     )  # fmt: skip
     torch.manual_seed(0)
     model = NanoChatForCausalLM(config).to(where, getattr(torch, job["dtype"])).eval()
-    model.generation_config.eos_token_id = None  # so that no answer ends before it has `new` tokens
+    model.generation_config.eos_token_id = None  # so that no answer ends early
     model.generation_config.pad_token_id = 0
 
     def now() -> float:
@@ -143,7 +147,7 @@ def hf(job: Job) -> dict:
 
     with torch.inference_mode():
         ids = torch.randint(0, shape["vocab_size"], (batch, job["prompt"]), device=where)
-        generate(min(8, job["new"]))  # warm-up: nothing is compiled, but memory is allocated and kernels are chosen
+        generate(min(8, job["new"]))  # the warm-up, which allocates memory and chooses kernels
         first, seconds = generate(job["new"])
     return {"first": first, "seconds": seconds}
 

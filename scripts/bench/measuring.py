@@ -1,4 +1,4 @@
-"""Helpers for all benchmarks: running a measurement in its own process, and showing results as a table and as JSON."""
+"""Helpers for all benchmarks. They run a measurement in its own process, and print results as a table and as JSON."""
 
 import json
 import os
@@ -15,16 +15,15 @@ JOB_SECONDS = 3600
 
 
 class JobFailed(Exception):
-    """A measurement gave no result. The message is the last line of its stderr, or says that its time ran out."""
+    """A measurement gave no result. The message is the last line of stderr, or says that the time ran out."""
 
 
 def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
-    """Runs `script` for `job`, and returns the JSON object in the last line that the script prints.
+    """Runs `script` with the argument `job`, and returns the JSON object in the script's last line of output.
 
-    Raises JobFailed if the script prints no such line. `python` reads the script from standard input. The working
-    folder is outside the repository, because Python would mistake the repository's folder rustbpe/ for the package
-    rustbpe. With `ours`, PYTHONPATH lets the script import this project. If `python` is not the interpreter of this
-    process, PYTHONPATH is not set.
+    Raises JobFailed if the last line is not JSON or the time runs out. `python` reads the script from standard input.
+    The script runs outside the repository, because the folder rustbpe/ there would hide the package rustbpe. If `ours`
+    is true, the script can import this project. Any interpreter other than sys.executable runs without PYTHONPATH.
     """
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     if python != sys.executable:
@@ -47,7 +46,7 @@ def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
 
 
 def probe(python: str, script: Path) -> dict:
-    """Asks `python` which peer tools it can import. Raises UserError if `python` does not run."""
+    """Asks `python` which other tools it can import. Raises UserError if `python` does not run."""
     try:
         return run(python, script, {"job": "probe"})
     except (OSError, JobFailed) as error:
@@ -73,9 +72,9 @@ def about() -> dict:
 
 
 def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
-    """Returns a Markdown table, padded for reading as plain text.
+    """Returns a Markdown table, padded so that it is also readable as plain text.
 
-    The first row of `cells` is the header. `left` says of each column whether it is left-aligned.
+    The first row of `cells` is the header. `left` says which columns are left-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -87,13 +86,16 @@ def table(cells: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
 
 
 def check_json(path: str) -> None:
-    """Raises UserError if the folder of --json=PATH does not exist. Called before measuring, so no result is lost."""
+    """Raises UserError if the folder of --json=PATH does not exist.
+
+    The benchmarks call this before measuring, so that no result is lost.
+    """
     if path and not Path(path).absolute().parent.is_dir():
         raise UserError(f"--json={path}: its folder does not exist")
 
 
 def report(line: dict, path: str) -> None:
-    """Prints `line` as JSON. Appends the JSON to the file `path` unless `path` is ""."""
+    """Prints `line` as JSON. Also appends it to the file `path` if `path` is not empty."""
     text = json.dumps(line)
     print(f"\n{text}")
     if path:

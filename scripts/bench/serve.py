@@ -1,12 +1,12 @@
-"""Compares the server under load with the engine alone, on one device.
+"""Compares the throughput of the server with the throughput of the engine alone, on one device.
 
     python -m scripts.bench serve
 
-The server, scripts.chat_web, runs in a process of its own and listens on the loopback interface. The model has the
-shape of the preset and random weights. All clients run in this process, on the same cores as the server. Each client
-sends its requests to /v1/completions one after another, and reads each answer as a stream with one event per chunk.
-Then the engine alone serves the same requests, with the server's number of slots and chunk size. Before each
-measurement, one warm-up request per client is served, so that nothing compiles during the measurement.
+The server (scripts.chat_web) runs in its own process and listens on the loopback interface. The model has the shape of
+the preset, but random weights. All clients run in this process, on the same cores as the server. Each client sends its
+requests to /v1/completions one after another. It reads each answer as a stream with one event per chunk. Then the
+engine alone serves the same requests, with the same number of slots and the same chunk size. Before each measurement,
+one warm-up request per client is served, so that nothing compiles during the measurement.
 """
 
 import asyncio
@@ -37,15 +37,15 @@ GOAL = 0.8  # the server should reach this fraction of the engine's throughput
 
 @dataclass(frozen=True)
 class Settings(config.Settings):
-    """Compares a server that has many concurrent clients with the engine alone."""
+    """Compare the server under load with the engine alone."""
 
     prog: ClassVar[str] = "python -m scripts.bench serve"
-    preset: str = setting("cpu", "preset whose model shape is used; the weights are random")
-    clients: int = setting(64, "number of concurrent clients, and of slots in the server", low=1)
+    preset: str = setting("cpu", "preset that gives the shape of the model; the weights are random")
+    clients: int = setting(64, "number of concurrent clients; the server has as many slots", low=1)
     requests: int = setting(4, "number of requests that each client sends, one after another", low=1)
     prompt: int = setting(64, "tokens per prompt", low=1)
     new: int = setting(128, "tokens generated per prompt, at least 2", low=2)
-    rounds: int = setting(3, "number of measurements; their median is reported", low=1)
+    rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
     device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
     json: str = setting("", "file to append the results to, as one line of JSON")
 
@@ -96,7 +96,7 @@ def _model_cfg(cfg: Settings) -> config.GPTConfig:
 def _requests(cfg: Settings) -> list[dict]:
     """Returns all requests. Client i sends the requests i, i + clients, i + 2 * clients and so on.
 
-    The first request of each client is its warm-up. The prompts consist of random bytes and all differ, so prefix
+    The first request of each client is its warm-up. The prompts are different sequences of random bytes, so prefix
     caching saves nothing.
     """
     rng = random.Random(0)
@@ -132,7 +132,7 @@ def _job(cfg: Settings, job: dict) -> dict:
 
 
 def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
-    """Starts the server and runs the clients. Returns the result of `_clients` for the requests after the warm-up."""
+    """Starts the server, warms it up, and returns the result of `_clients` for the remaining requests."""
     command = [
         sys.executable, "-m", "scripts.chat_web", "--port=0", "-g", "bench", f"--slots={cfg.clients}",
         f"--max_waiting={cfg.clients}", f"--max_new_tokens={cfg.new}", "--timeout=0",
@@ -162,7 +162,6 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
 
 
 def _stats(address: str) -> dict:
-    """Returns the JSON object that the server sends for /stats."""
     with urllib.request.urlopen(f"{address}/stats", timeout=60) as response:
         return json.load(response)
 
@@ -215,8 +214,10 @@ async def _ask(port: int, request: dict) -> dict:
 
 
 def _result(served: list[dict], alone: list[dict]) -> dict:
-    """Returns the median throughputs of the server and the engine, their ratio, and percentiles of the time to first
-    token. The percentiles are over the requests of all rounds."""
+    """Returns the median throughputs of the server and of the engine, and their ratio.
+
+    Also returns percentiles of the time to first token, computed over the requests of all rounds.
+    """
     speed = statistics.median(run["tokens"] / run["seconds"] for run in served)
     engine_speed = statistics.median(run["tokens"] / run["seconds"] for run in alone)
     first = sorted(seconds for run in served for seconds in run["first"])

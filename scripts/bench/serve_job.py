@@ -1,7 +1,7 @@
-"""Runs one of the two jobs of `python -m scripts.bench serve` that need JAX.
+"""Runs one job for `python -m scripts.bench serve`.
 
-The job "make" makes the model. The job "engine" serves the clients' requests with the engine alone. Each job runs in a
-process of its own. The only argument is the job as JSON, and the output is one line of JSON.
+The job "make" creates the model. The job "engine" serves the clients' requests with the engine alone. The only argument
+is the job as JSON. The output is one line of JSON.
 """
 
 import json
@@ -36,7 +36,8 @@ def make(job: dict) -> dict:
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: gpt.init(model_cfg)))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     params = tree.unflatten([jax.random.normal(k, x.shape) * SCALE for k, x in zip(keys, leaves, strict=True)])
-    # With a logit of 0, special tokens are never among the top k: no answer ends early or calls the calculator.
+    # Give special tokens a logit of 0, which is never among the top k. So no answer ends early, and no answer calls the
+    # calculator.
     params["lm_head"] = params["lm_head"].at[tokenizer.vocab_size - len(SPECIAL_TOKENS) :].set(0)
     tokenizer.save(checkpoint.run_dir(STAGE, TAG).parent.parent / "tokenizer")
     saver = checkpoint.Saver(checkpoint.run_dir(STAGE, TAG), keep_last=1)
@@ -46,7 +47,7 @@ def make(job: dict) -> dict:
 
 
 def engine(job: dict) -> dict:
-    """Measures how long the engine alone takes for the requests, and how many tokens it generates.
+    """Measures how long the engine alone takes to serve the requests, and how many tokens it generates.
 
     The engine has one slot per client. Before timing, it serves one warm-up request per client.
     """

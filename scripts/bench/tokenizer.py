@@ -1,11 +1,11 @@
-"""Compares our tokenizer with others in training and encoding, on the same text and the same cores.
+"""Measures how fast our tokenizer and others train and encode, on the same text and the same cores.
 
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=ENVIRONMENT/bin/python
 
-Of every four documents, the first three train the vocabulary and warm up the encoders. The encoders are timed on the
-fourth document, which no encoder has seen before. All tools encode with the vocabulary that our tokenizer learned. Each
-measurement runs in its own process (tokenizer_job.py). A round runs every measurement once for every tool; the table
-shows medians over rounds.
+The first three of every four documents are for training the vocabulary and warming up the encoders. The fourth document
+is for timing the encoders. All tokenizers encode with the vocabulary that our tokenizer learned. Each measurement runs
+in its own process (tokenizer_job.py). A round runs every measurement once for every tokenizer. The table shows the
+medians over all rounds.
 """
 
 import json
@@ -22,8 +22,8 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError, setting
 from scripts.bench import measuring
 
-UNSEEN = 4  # of this many documents, one is for timing; the others train the vocabulary and warm up the encoders
-UNSEEN_CHARS = 300_000  # encode at least this many characters; single texts of three sizes are cut from them
+UNSEEN = 4  # one in this many documents is kept for timing the encoders
+UNSEEN_CHARS = 300_000  # the documents for timing must have at least this many characters in total
 JOB = Path(__file__).with_name("tokenizer_job.py")
 PEERS = ("rustbpe", "tokenizers", "tiktoken")
 JOBS = {
@@ -41,7 +41,7 @@ class Settings(config.Settings):
     """Compare our tokenizer with others in training and encoding."""
 
     prog: ClassVar[str] = "python -m scripts.bench tokenizer"
-    corpus: str = setting("", "text (required): a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of such files")
+    corpus: str = setting("", "text (required): a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of these files")
     peer_python: str = setting("", "path of a Python with PyPI's rustbpe, tokenizers or tiktoken (default: this one)")
     vocab_size: int = setting(32768, "number of tokens in the vocabulary, not counting special tokens", low=257)
     rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
@@ -98,7 +98,7 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
 
 
 def _tools(peer_python: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns ({tool: path of its Python}, {tool: version}); our tokenizer comes first."""
+    """Returns ({tool: path of its Python}, {tool: version}). Our tokenizer comes first."""
     own = measuring.run(sys.executable, JOB, {"job": "probe"})["tools"]
     if "ours" not in own:
         raise UserError("this version's Rust tokenizer is not built: run pip install ./rustbpe in the repository")
@@ -134,7 +134,7 @@ class Bench:
         self.failed: set[tuple[str, str]] = set()
 
     def measure(self, tool: str, name: str, job: dict, where: str) -> None:
-        """Runs a job with a tool, unless the same job has failed with the same tool before.
+        """Runs a job with a tool. Does nothing if this job has failed with this tool before.
 
         Raises UserError if the job fails with our tokenizer.
         """
@@ -158,7 +158,7 @@ class Bench:
                 raise UserError(f"--vocab_size={self.cfg.vocab_size}: {problem}; lower it or use more text")
 
     def rows(self) -> list[dict]:
-        """Returns the results: for each kind of measurement, one row per tool, starting with our tokenizer."""
+        """Returns the rows of the table, one per measurement and tool. Our tokenizer comes first."""
         train, unseen = self.bytes["train"], self.bytes["unseen"]
         rows = []
         for name, runs in self._by_name().items():
@@ -178,7 +178,7 @@ class Bench:
         return rows
 
     def _by_name(self) -> dict[str, dict[str, list[dict]]]:
-        """Returns {job: {tool: results}}, without the tools for which the job failed."""
+        """Returns {job: {tool: results}}, without failed jobs."""
         good = {key: runs for key, runs in self.results.items() if key not in self.failed}
         return {name: {tool: runs for (n, tool), runs in good.items() if n == name} for name in JOBS}
 
@@ -189,10 +189,10 @@ class Bench:
         figures: Callable[[dict], tuple[int, float, int | None]],
         compare: Callable[[str, list[dict], list[dict]], str] = lambda tool, runs, ours: "",
     ) -> Iterator[dict]:
-        """Yields a row per tool.
+        """Yields one row per tool.
 
-        `figures` returns the (bytes, seconds, peak memory in bytes) of one run. `compare` says in words whether a
-        tool's results are the same as those of our tokenizer.
+        `figures` returns (bytes, seconds, peak memory in bytes) for one run. `compare` returns a text that says whether
+        a tool and our tokenizer have the same results.
         """
         speed = {}
         for tool, runs in results.items():
@@ -209,7 +209,11 @@ class Bench:
             }
 
     def _merges(self, tool: str, runs: list[dict], ours: list[dict]) -> str:
-        """Returns "yes" if `tool` learned our tokens in our order, else the share of our tokens that it learned."""
+        """Compares the tokens that `tool` learned with the tokens that our tokenizer learned.
+
+        Returns "yes" if they are the same in the same order. Otherwise, returns the share of our tokens that `tool`
+        learned.
+        """
         theirs, ours_learned = self._tokens(tool), self._tokens("ours")
         shared = len({*theirs} & {*ours_learned}) / len(ours_learned)
         return "yes" if theirs == ours_learned else f"{shared:.2%} of tokens"
@@ -224,11 +228,11 @@ class Bench:
 
 
 def _store(path: Path, texts: list[str]) -> int:
-    """Writes each text as a record (length, UTF-8) that the jobs read. Returns the number of bytes of text."""
+    """Writes each text to a file as its length in bytes, followed by its UTF-8 bytes. Returns the total length."""
     total = 0
     with open(path, "wb") as file:
         for text in texts:
-            data = text.encode("utf-8")  # text_files.documents has removed lone surrogates
+            data = text.encode("utf-8")  # cannot fail, because text_files.documents removes lone surrogates
             file.write(len(data).to_bytes(8, "little") + data)
             total += len(data)
     return total

@@ -1,10 +1,11 @@
-"""Makes one measurement of one tokenizer. `python -m scripts.bench tokenizer` runs this file once per measurement.
+"""Runs one measurement of one tokenizer for `python -m scripts.bench tokenizer`.
 
-The benchmark pipes this file into a Python interpreter: its own, or the one in which the other tools are installed. The
-only argument is the job as JSON. The file imports nothing from this project and prints one line of JSON.
+The benchmark pipes this file into its own Python or into the peers' Python, which has the other tokenizers. The only
+argument is the job as JSON. The output is one line of JSON. This file imports nothing from this project, because the
+peers' Python may lack it.
 """
 
-from __future__ import annotations  # the Python that runs the other tools may be older than this project's
+from __future__ import annotations  # the peers' Python may be an older version
 
 import ctypes
 import gc
@@ -21,19 +22,20 @@ from typing import Any
 
 Job = dict[str, Any]
 Ids = list[int]
+# The job "single" encodes texts of these lengths, in characters.
 SIZES = {
     "100 B": 100,
     "1 KB": 1000,
     "100 KB": 100_000,
-}  # lengths in characters of the texts that the job "single" encodes
+}
 SINGLE_CHARS = 2_000_000  # at most this many characters are encoded for each size
 PACKAGES = ("rustbpe", "tokenizers", "tiktoken")
 
 
 def read(path: str) -> list[str]:
-    """Reads texts from a file. Each record is a length in bytes, as an 8-byte integer, followed by the text in UTF-8.
+    """Reads texts from a file. An 8-byte integer before each text gives the text's length in bytes.
 
-    The function reads one record at a time, so that it needs little memory besides the texts.
+    Reading one text at a time saves memory.
     """
     texts = []
     with open(path, "rb") as file:
@@ -43,10 +45,10 @@ def read(path: str) -> list[str]:
 
 
 class Memory:
-    """Measures the peak memory in bytes, minus the memory that was in use when this object was made.
+    """Measures the peak memory in bytes, minus the memory in use when this object was made.
 
-    ru_maxrss includes the memory for reading the texts, and the memory that the parent process held at the fork.
-    `reset` therefore clears the peak where Linux allows it.
+    The system's peak also includes the memory that reading the texts took, and the parent process's memory at the fork.
+    `reset` clears this peak where Linux allows it.
     """
 
     def __init__(self) -> None:
@@ -57,7 +59,6 @@ class Memory:
             self.before = self._rusage()
 
     def reset(self) -> None:
-        """Forgets the peak so far."""
         gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
@@ -67,8 +68,6 @@ class Memory:
             pass
 
     def peak(self) -> int:
-        """Returns the peak memory in bytes since `reset`, minus the memory that was in use when this object was
-        made."""
         try:
             return self._status("VmHWM") - self.before
         except OSError:
@@ -85,8 +84,8 @@ class Memory:
 
 
 # -----------------------------------------------------------------------------
-# The tokenizers. Each class can load a vocabulary, and all but Tiktoken can train one. `one` encodes a single text.
-# `lists` encodes many texts into one list of ids per text, `flat` into one array for all texts.
+# The tokenizers. All of them except tiktoken can train. `one` encodes a single text. `lists` encodes many texts, and
+# returns one list of ids per text. `flat` encodes many texts, and returns one array of ids.
 
 
 class Ours:
@@ -96,15 +95,15 @@ class Ours:
         import rustbpe
 
         self.job = job
-        self.tokenizer = rustbpe.Tokenizer()  # ty: ignore[missing-attribute]  # ty takes the folder rustbpe/ for it
+        self.tokenizer = rustbpe.Tokenizer()  # ty: ignore[missing-attribute]  # ty finds the folder rustbpe/ instead
 
     def train(self, texts: list[str]) -> None:
         self.tokenizer.train_from_iterator(iter(texts), self.job["vocab_size"], pattern=self.job["pattern"])
 
     def merges(self) -> list[tuple[int, int]] | None:
-        """Returns the merges as pairs of ids, in the order in which they were learned, or None if they are unknown.
+        """Returns the merges as pairs of ids, in the order in which they were learned.
 
-        `Tokenizers.load` needs the merges.
+        `Tokenizers.load` needs the merges of our tokenizer. The other classes return None.
         """
         return self.tokenizer.get_merges()
 
@@ -184,7 +183,7 @@ class Tokenizers:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def lists(self, texts: list[str]) -> list[Ids]:
-        fast = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)  # computes no offsets
+        fast = getattr(self.tokenizer, "encode_batch_fast", self.tokenizer.encode_batch)  # faster: computes no offsets
         return [encoding.ids for encoding in fast(texts, add_special_tokens=False)]
 
     def flat(self, texts: list[str]) -> tuple[Any, Any]:
@@ -192,7 +191,7 @@ class Tokenizers:
 
 
 class Tiktoken:
-    """tiktoken, which cannot train."""
+    """OpenAI's package tiktoken. It cannot train."""
 
     def __init__(self, job: Job) -> None:
         import tiktoken
@@ -222,7 +221,7 @@ TOOLS = {**TRAINERS, "tiktoken": Tiktoken}
 def flattened(lists: list[Ids]) -> tuple[Any, Any]:
     """Joins lists of ids into one array. Returns the array, and the offsets at which the lists begin.
 
-    This was the fastest of the methods tried.
+    This was the fastest of several methods.
     """
     import numpy as np
 
@@ -235,9 +234,9 @@ def flattened(lists: list[Ids]) -> tuple[Any, Any]:
 
 
 def probe(job: Job) -> dict:
-    """Returns the version of Python and of each tool that can be imported.
+    """Returns the versions of Python and of the packages that can be imported.
 
-    The module rustbpe may be this project's crate or PyPI's package; the crate is named "ours" in the result.
+    The module rustbpe is either this project's crate or PyPI's package. The result calls the crate "ours".
     """
     tools = {}
     for name in PACKAGES:
@@ -254,8 +253,8 @@ def probe(job: Job) -> dict:
 def train(job: Job) -> dict:
     """Trains once, and writes the learned tokens and merges to a file.
 
-    The benchmark compares the tokens that the tools learned. The jobs "encode" and "single" load our tokenizer's tokens
-    and merges.
+    The benchmark compares the tokens of all tokenizers. The jobs "encode" and "single" load the tokens and merges of
+    our tokenizer.
     """
     tool, texts = TRAINERS[job["tool"]](job), read(job["train"])
     memory = Memory()
@@ -270,8 +269,8 @@ def train(job: Job) -> dict:
 def encode(job: Job) -> dict:
     """Encodes the unseen texts into lists or into a flat array.
 
-    With a warm-up, the training texts are encoded first, and then the unseen texts once. Without a warm-up, the unseen
-    texts are encoded twice. The peak memory includes the vocabulary, the tokenizer's cache and the result.
+    With a warm-up, the training texts are encoded first. Without a warm-up, the unseen texts are encoded twice, and
+    both times are measured. The peak memory includes the vocabulary, the tokenizer's cache and the result.
     """
     if job["way"] == "flat":
         import numpy  # noqa: F401, imported here so that no tool's time includes it
@@ -290,8 +289,7 @@ def encode(job: Job) -> dict:
 
 
 def single(job: Job) -> dict:
-    """Encodes unseen texts of each size, one text per call, after a warm-up on the training texts. Returns the figures
-    for each size."""
+    """Encodes unseen texts of each size, one text per call. Encoding the training texts is the warm-up."""
     tool = TOOLS[job["tool"]](job)
     load(tool, job)
     for text in read(job["train"]):
@@ -314,15 +312,15 @@ def load(tool: Ours | Tokenizers | Tiktoken, job: Job) -> None:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the duration of a call in seconds, and the result of the call."""
+    """Returns the duration of `call` in seconds, and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 def digest(result: Any) -> str:
-    """Returns a hash of the ids and of the offsets at which the texts begin. Lists and flat arrays with the same
-    content have the same hash."""
+    """Returns a hash of the ids and of the offsets at which the texts begin. Lists and a flat array with the same ids
+    have the same hash."""
     if isinstance(result, tuple):
         tokens, offsets = array("I", result[0].astype("uint32").tobytes()), array("q", result[1].tobytes())
     else:

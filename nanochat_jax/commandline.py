@@ -1,4 +1,4 @@
-"""Parses the command line into one of the settings dataclasses of config.py.
+"""Parses the command line into one of the settings dataclasses of config/.
 
 Flags override the preset file (`--config NAME` or `--config PATH`), and the preset file overrides the defaults of the
 dataclass. A key at the top of a preset file applies to all commands that have this setting. A key in one of the tables

@@ -1,0 +1,43 @@
+"""The settings of every command: one frozen dataclass per command, filled in by commandline.py.
+
+In: nothing. Out: the settings, the shape of the model (GPTConfig) and UserError, all to be used as `config.NAME`. This
+room does not import JAX, because importing JAX would delay `--help`.
+"""
+
+from nanochat_jax.config.commands import (
+    BaseEval,
+    BaseLoss,
+    ChatCli,
+    ChatEval,
+    ChatWeb,
+    Dataset,
+    Load,
+    Report,
+    TokEval,
+    TokTrain,
+)
+from nanochat_jax.config.gpt import GPTConfig
+from nanochat_jax.config.setting import REPOSITORY, Settings, UserError, base_dir, first_line, setting
+from nanochat_jax.config.training import (
+    DATA_DIR,
+    DEVICE_TYPE,
+    DEVICES,
+    PACKING,
+    PACKINGS,
+    STAGES,
+    TRAINING,
+    Base,
+    Doctor,
+    Mid,
+    ModelFlags,
+    Rl,
+    Sft,
+    Train,
+)
+
+__all__ = [
+    "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "Base",
+    "BaseEval", "BaseLoss", "ChatCli", "ChatEval", "ChatWeb", "Dataset", "Doctor", "GPTConfig", "Load", "Mid",
+    "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError", "base_dir",
+    "first_line", "setting",
+]  # fmt: skip

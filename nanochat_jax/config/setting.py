@@ -1,0 +1,91 @@
+"""What a setting is: a dataclass field with a help text and a range. Also the error for values that are not allowed."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class UserError(ValueError):
+    """A mistake that the user can fix. Scripts print its message without a traceback, and exit with status 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of the error's message, or the name of the error's type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def base_dir() -> Path:
+    """Returns the base folder, which holds all downloads and results. Creates the folder if needed.
+
+    The base folder is $NANOCHAT_BASE_DIR if this variable is set, else ~/.cache/nanochat.
+    """
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{path} cannot be created ({error.strerror})"
+        raise UserError(f"{reason}: set NANOCHAT_BASE_DIR to a writable folder") from None
+    return path
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    auto: bool = False,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Sequence[str] = (),
+    positional: bool = False,
+) -> Any:
+    """Returns a dataclass field with a help text.
+
+    A number must be at least `low` and at most `high`. If `choices` is not empty, a string must be one of them. The
+    default is always accepted, because it may be a special value such as -1 or "".
+
+    If `auto` is true, an integer setting also accepts the word `auto`, and stores it as 0. If `positional` is true, the
+    setting is a positional argument of the command line instead of a flag.
+    """
+    factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
+    return dataclasses.field(**factory, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The base class of all settings. The constructor raises UserError if the value of a field is not allowed."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "help" in field.metadata:
+                _check(field, getattr(self, field.name))
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """Raises UserError if `field` does not allow `value`. No field allows infinity or NaN."""
+    low, high, choices, auto = (field.metadata[key] for key in ("low", "high", "choices", "auto"))
+    number = isinstance(value, int | float)
+    finite = number and -math.inf < value < math.inf  # also false for NaN
+    accepted = (finite and low <= value <= high) if number else (not choices or value in choices)
+    if accepted or value == field.default or (auto and value == 0):
+        return
+    if choices:
+        allowed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+    elif high < math.inf:
+        allowed = f"from {low} to {high}"
+    elif low > -math.inf:
+        allowed = f"at least {low}" if finite else f"at least {low} and finite"
+    else:
+        allowed = "finite"
+    if auto:
+        allowed += ", or auto"
+    elif number and not low <= field.default <= high:
+        allowed += f", or {field.default}"
+    given = value if field.metadata["positional"] else f"--{field.name}={value}"
+    raise UserError(f"{given}: must be {allowed}")

@@ -1,0 +1,218 @@
+"""The settings of the training stages: base, mid, sft and rl."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nanochat_jax.config.gpt import GPTConfig
+from nanochat_jax.config.setting import Settings, UserError, setting
+
+STAGES = ("base", "mid", "sft", "rl")
+DEVICES = ("cpu", "gpu", "cuda", "tpu")  # cuda is an alias of gpu
+DTYPES = ("bfloat16", "float32")
+PACKINGS = ("split", "crop", "stream")
+
+DEVICE_TYPE = "platform to run on (default: the best available)"
+COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if it is fast on the device, else float32)"
+MIXTURE = "rows of each task to train on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
+VAL_MIXTURE = "rows of each task to validate on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
+DATA_DIR = "folder of parquet, jsonl or txt files to read instead of the source named by --data"
+TASK_DATA_DIR = "folder with the data of the tasks (default: downloaded from the Hugging Face hub)"
+CORE_DIR = "folder with the data of CORE (default: eval_bundle in the base folder; downloaded if missing)"
+TOP_K = "sample from the k most likely tokens (0: from all tokens)"
+SAVE_EVERY = "steps between checkpoints (-1: only at the end, at a stop signal, and before evaluations that may fail)"
+EVAL_EVERY = "steps between evaluations of the validation loss (-1: only at the end)"
+EVAL_TOKENS = "tokens per evaluation of the validation loss"
+SHARD = (
+    "what is sharded over the data axis in addition to the batch; optimizer: the optimizer's state (ZeRO-1); "
+    "full: the optimizer's state and the weights (FSDP)"
+)
+REMAT = (
+    "activations that the backward pass recomputes to save memory; none: no activations; "
+    "matmuls: all except the results of matmuls; full: all"
+)
+PACKING = (
+    "how documents are packed into rows; split: best fit, and what does not fit goes into another row; "
+    "crop: best fit, and what does not fit is cut off; stream: documents are joined end to end"
+)
+COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
+AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
+INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_lr flags"
+MAX_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ModelFlags(Settings):
+    """The shape of a model that is trained from scratch."""
+
+    depth: int = setting(20, "number of layers; determines width, number of heads and training length", low=1)
+    aspect_ratio: int = setting(64, "width = depth * aspect_ratio, rounded up to a multiple of head_dim", low=1)
+    head_dim: int = setting(128, "size of an attention head; must be even", low=2)
+    n_kv_head: int = setting(
+        0, "number of key/value heads (auto: one per query head; fewer: grouped-query attention)", auto=True, low=1
+    )
+    max_seq_len: int = setting(2048, "context length in tokens", low=2)
+    window_pattern: str = setting(
+        "L", "attention windows, as a pattern that repeats over the layers; S: a quarter of the context; L: all of it"
+    )
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        """Returns the shape of the model. Raises UserError if the shape is not valid."""
+        if self.head_dim % 2:
+            raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
+        # With the defaults, an odd depth needs rounding: depth * 64 is then not a multiple of 128.
+        width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
+        heads = width // self.head_dim
+        kv_heads = self.n_kv_head or heads
+        if heads % kv_heads:
+            raise UserError(f"--n_kv_head={kv_heads} does not divide the {heads} query heads of depth {self.depth}")
+        return GPTConfig(
+            self.depth, heads, kv_heads, width, vocab_size, self.max_seq_len, window_pattern=self.window_pattern.upper()
+        )
+
+
+@dataclass(frozen=True)
+class Train(Settings):
+    """The settings that all training stages share."""
+
+    preset: str = ""  # the name of the preset that --config gives; not a flag
+    run: str = setting("", "name of the wandb run (default: $WANDB_RUN; empty or 'dummy': wandb is off)")
+    model_tag: str = setting(
+        "", "name of the run and its folder (default: the preset's, else d<depth> for base, else the parent's)"
+    )
+    resume: str = setting(
+        "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N"
+    )
+    seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
+    device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
+    compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
+    num_iterations: int = setting(-1, "number of optimizer steps (-1: derived from other settings)", low=1)
+    device_batch_size: int = setting(
+        0, "rows per device in a micro-batch; use fewer if memory runs out", auto=True, low=1
+    )
+    mesh: str = setting("", "number of devices on each mesh axis, such as node=2,data=8,model=1 (default: all on data)")
+    shard: str = setting("optimizer", SHARD, choices=("optimizer", "full"))
+    attention: str = setting("", "attention kernel (default: cudnn where it works, else xla)", choices=("cudnn", "xla"))
+    remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
+    coordinator: str = setting("", COORDINATOR)
+    num_processes: int = setting(0, "number of processes, if --coordinator is given")
+    process_id: int = setting(-1, "index of this process, counted from 0, if --coordinator is given")
+    scan_layers: bool = setting(False, "compile a single block for all layers; training starts sooner but runs slower")
+    embedding_lr: float = setting(0.2, "embedding's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
+    unembedding_lr: float = setting(0.004, "head's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
+    matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)", low=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the weights that AdamW updates", low=0)
+    grad_clip: float = setting(0.0, "maximum norm of the gradient; larger gradients are scaled down (0: off)", low=0)
+    save_every: int = setting(-1, SAVE_EVERY)
+    keep_last: int = setting(2, "number of most recent checkpoints to keep", low=1)
+    keep_every: int = setting(-1, "also keep each checkpoint whose step is a multiple of this number (-1: off)")
+
+    table: ClassVar[str]
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage: base, mid, sft or rl."""
+        return self.table
+
+
+@dataclass(frozen=True)
+class Base(ModelFlags, Train):
+    """Pretraining on documents."""
+
+    table: ClassVar[str] = "base"
+    data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
+    data_dir: str = setting("", DATA_DIR)
+    packing: str = setting("split", PACKING, choices=PACKINGS)
+    total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
+    target_flops: float = setting(-1.0, "total training FLOPs, from which the number of steps is computed (-1: off)")
+    target_param_data_ratio: float = setting(
+        20.0, "training tokens per parameter (ignored if --num_iterations or --target_flops is given)"
+    )
+    warmup_ratio: float = setting(0.0, "fraction of the steps during which the learning rate warms up", low=0, high=1)
+    warmdown_ratio: float = setting(0.2, "fraction of the steps during which the learning rate decays", low=0, high=1)
+    final_lr_frac: float = setting(0.0, "final learning rate, as a fraction of the peak learning rate", low=0)
+    eval_every: int = setting(250, EVAL_EVERY)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+    core_dir: str = setting("", CORE_DIR)
+    core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
+    core_metric_max_per_task: int = setting(500, "maximum number of examples per task in a CORE evaluation")
+    sample_every: int = setting(2000, "steps between printed samples of generated text (-1: never)")
+
+
+@dataclass(frozen=True)
+class Doctor(Base):
+    """Describe this machine, check whether pretraining can run on it, and estimate how long pretraining would take."""
+
+
+@dataclass(frozen=True)
+class Mid(Train):
+    """Midtraining on conversations and tasks in chat format, with loss on every token."""
+
+    table: ClassVar[str] = "mid"
+    source: str = setting("base", "stage of the model that training starts from", choices=STAGES)
+    task_data_dir: str = setting("", TASK_DATA_DIR)
+    mixture: dict[str, int] = setting(
+        {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
+        MIXTURE,
+    )
+    val_mixture: dict[str, int] = setting({"smoltalk": 0, "mmlu": 5200, "gsm8k": 420}, VAL_MIXTURE)
+    total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
+    init_lr_frac: float = setting(1.0, INIT_LR_FRAC, low=0)
+    eval_every: int = setting(150, EVAL_EVERY)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+
+
+@dataclass(frozen=True)
+class Sft(Train):
+    """Supervised finetuning on whole conversations, with loss only on the assistant's tokens."""
+
+    table: ClassVar[str] = "sft"
+    source: str = setting("mid", "stage of the model that training starts from", choices=STAGES)
+    task_data_dir: str = setting("", TASK_DATA_DIR)
+    mixture: dict[str, int] = setting(
+        {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
+         "spellingbee": 300},
+        MIXTURE,
+    )  # fmt: skip
+    val_mixture: dict[str, int] = setting({"smoltalk": 0}, VAL_MIXTURE)
+    total_batch_size: int = setting(0, AUTO_BATCH, auto=True, low=1)
+    target_examples_per_step: int = setting(
+        32, "average number of conversations per optimizer step, if --total_batch_size is auto", low=1
+    )
+    num_epochs: int = setting(1, "passes over the mixture", low=1)
+    init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
+    eval_every: int = setting(100, EVAL_EVERY)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+    eval_metrics_every: int = setting(200, "steps between evaluations on --eval_metrics_tasks (-1: never)")
+    eval_metrics_tasks: str = setting("mmlu|arc-easy", "names of the tasks to evaluate during training, joined by |")
+    eval_metrics_max_problems: int = setting(1024, "maximum number of problems per task in an evaluation")
+
+
+@dataclass(frozen=True)
+class Rl(Train):
+    """Reinforcement learning on tasks whose answers can be checked."""
+
+    table: ClassVar[str] = "rl"
+    source: str = setting("sft", "stage of the model that training starts from", choices=STAGES)
+    mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
+    task_data_dir: str = setting("", TASK_DATA_DIR)
+    device_batch_size: int = setting(8, "rows per device in a micro-batch; use fewer if memory runs out", low=1)
+    examples_per_step: int = setting(16, "number of problems to train on per step", low=1)
+    num_samples: int = setting(
+        16, "answers per problem; an answer's advantage is its reward minus the problem's mean reward", low=2
+    )
+    oversampling: int = setting(
+        1, "answer this many problems for each problem to train on; problems with unequal rewards are preferred", low=1
+    )
+    max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
+    temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
+    top_k: int = setting(50, TOP_K, low=0)
+    init_lr_frac: float = setting(0.05, INIT_LR_FRAC, low=0)
+    num_epochs: int = setting(1, "passes over the problems", low=1)
+    eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
+    eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
+    eval_samples: int = setting(8, "answers per problem in an evaluation; also the largest k of pass@k", low=1)
+    save_every: int = setting(60, SAVE_EVERY)
+
+
+TRAINING = {cls.table: cls for cls in (Base, Mid, Sft, Rl)}
+assert tuple(TRAINING) == STAGES, f"stages {STAGES}, settings for {tuple(TRAINING)}"

@@ -1,5 +1,5 @@
-"""Computes scores of a model: CORE, chat tasks, bits per byte.
+"""Evaluates a model: CORE, chat tasks and bits per byte.
 
-In: parameters, their GPTConfig, a tokenizer, and the data: a task, the CORE bundle or batches of text.
-Out: for a task or CORE, the score, its standard error and the number of problems; for text, bits per byte.
+In: parameters, their GPTConfig, a tokenizer, and the data (the CORE bundle, a chat task, or batches of text).
+Out: bits per byte for batches of text. Otherwise, a score, its standard error and the number of problems.
 """

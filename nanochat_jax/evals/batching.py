@@ -1,10 +1,9 @@
-"""Makes batches for evaluation: prompts are padded to one of a few lengths, and the rows are sharded over the devices.
+"""Makes batches for evaluation: pads prompts to one of a few lengths, and shards the rows over the devices.
 
 CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss) use this module.
 
-Because there are only a few lengths, an evaluation of thousands of prompts compiles only a handful of programs. A
-prompt's score does not depend on the other prompts in its batch: attention is causal, so the padding to the right of a
-prompt affects none of the prompt's tokens.
+JAX compiles one program for each length, so a few lengths need only a few programs. The other prompts in a batch do not
+affect a prompt's score. The padding is to the right of the prompt, and causal attention never looks to the right.
 """
 
 import json
@@ -26,15 +25,14 @@ SHORTEST = 32  # in tokens; shorter prompts are padded to this length
 def padded_length(length: int, limit: int) -> int:
     """Rounds `length` up to a power of two. The result is at least SHORTEST and at most `limit`.
 
-    Example: a length of 100 with a limit of 2048 -> 128.
+    Example: padded_length(100, 2048) -> 128.
     """
     assert 0 < length <= limit, f"{length} tokens in a context of {limit}"
     return bucket(length, limit, SHORTEST)
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:
-    """Puts the sequences into an array int32 [rows, padded length of the longest sequence]. The rest of the array is
-    `fill`."""
+    """Returns one sequence per row, int32 [rows, padded length of the longest sequence]. Unused entries are `fill`."""
     assert 0 < len(sequences) <= rows, f"{len(sequences)} sequences in {rows} rows"
     batch = np.full((rows, padded_length(max(map(len, sequences)), limit)), fill, np.int32)
     for row, ids in zip(batch, sequences, strict=False):
@@ -43,8 +41,7 @@ def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) ->
 
 
 def fixed_rows(values: ArrayLike, rows: int) -> np.ndarray:
-    """Returns `values` as int32 [rows, ...]. If there are fewer than `rows` values, copies of the first value are
-    appended.
+    """Returns `values` as int32 [rows, ...]. Missing rows are filled with copies of the first value.
 
     Example: [5, 7] with rows=4 -> [5, 7, 5, 5].
     """
@@ -53,13 +50,13 @@ def fixed_rows(values: ArrayLike, rows: int) -> np.ndarray:
 
 
 def num_rows(params: gpt.Params, batch_size: int) -> int:
-    """The number of rows in a batch that gives `batch_size` rows to each replica of the model."""
+    """Returns the number of rows in a batch that has `batch_size` rows for each replica of the model."""
     mesh = sharding.mesh_of(params)
     return batch_size * (1 if mesh is None else sharding.replicas(mesh))
 
 
 def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
-    """Puts rows on the devices as one array, sharded like a batch. Every process must pass all of the rows."""
+    """Puts rows on the devices as one array, split over the replicas. Every process must pass all rows."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None:
         return jnp.asarray(rows)
@@ -67,7 +64,7 @@ def put(params: gpt.Params, rows: np.ndarray) -> jax.Array:
 
 
 def put_local(params: gpt.Params, rows: np.ndarray | jax.Array) -> jax.Array:
-    """Puts rows on the devices as one array, sharded like a batch. Each process passes only its own rows."""
+    """Puts rows on the devices as one array, split over the replicas. Each process passes only its own rows."""
     place = sharding.batch_sharding(sharding.mesh_of(params))
     if place is None or isinstance(rows, jax.Array):
         return jnp.asarray(rows)
@@ -84,11 +81,10 @@ def fetch(rows: jax.Array) -> np.ndarray:
 
 
 def gather(values: list[Any]) -> list[Any]:
-    """Returns a list of the JSON values of all processes, on every process.
+    """Returns the values of all processes as one list on every process. The values must be JSON-serializable.
 
-    Of n values, process i of p processes passes the values at the indices range(i, n, p). The list has the values in
-    the order of these indices. Example: [a, c, e] on process 0 and [b, d] on process 1 -> [a, b, c, d, e] on both
-    processes.
+    With p processes, process i passes every p-th value, starting with value i. The result has the values in their
+    original order. Example: [a, c, e] on process 0 and [b, d] on process 1 -> [a, b, c, d, e] on both processes.
     """
     if jax.process_count() == 1:
         return values

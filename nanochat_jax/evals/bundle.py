@@ -6,8 +6,7 @@ Used by scripts.base_eval, and by training every --core_metric_every steps.
     eval_meta_data.csv    the random baseline of each task, in percent
     eval_data/            the items, as .jsonl or .jsonl.gz
 
-The bundle is read from --core_dir if that is given, otherwise from eval_bundle in the base folder, into which it is
-downloaded once.
+The bundle is read from --core_dir if that is given. Otherwise, it is downloaded once to eval_bundle in the base folder.
 """
 
 import contextlib
@@ -25,8 +24,8 @@ from nanochat_jax.config import UserError, base_dir, first_line
 from nanochat_jax.tasks.task_data import find, read_text
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-ATTEMPTS = 3  # at most this many attempts are made to download the bundle
-TIMEOUT = 15  # a download fails if no data arrives for this many seconds
+ATTEMPTS = 3  # a download is tried at most this many times
+TIMEOUT = 15  # an attempt fails if no data arrives for this many seconds
 KINDS = ("multiple_choice", "schema", "language_modeling")
 
 
@@ -42,8 +41,7 @@ class CoreTask:
     baseline: float
 
     def items(self) -> list[dict]:
-        """Returns all items, in the order of the file. Raises UserError if a line is not a valid item; the message
-        names the line."""
+        """Returns all items, in the order of the file. Raises UserError with the line number if a line is invalid."""
         items = []
         for number, line in enumerate(read_text(self.path).split("\n"), 1):
             if not line.strip():
@@ -60,7 +58,7 @@ class CoreTask:
 
 
 def _check_item(item: dict, kind: str) -> None:
-    """Raises KeyError, IndexError or TypeError if a field that the item's kind needs is missing or invalid."""
+    """Raises KeyError, IndexError or TypeError if a required field is missing or invalid."""
     if kind == "language_modeling":
         texts = [item["context"], item["continuation"]]
     else:
@@ -72,8 +70,7 @@ def _check_item(item: dict, kind: str) -> None:
 
 
 def find_bundle(core_dir: str | Path = "") -> Path:
-    """Returns the folder of the bundle. Raises UserError if the bundle is incomplete; the message says what is missing
-    and how to get it."""
+    """Returns the folder of the bundle, and downloads the bundle if necessary. Raises UserError if it is incomplete."""
     if core_dir:
         folder = Path(core_dir).expanduser()
         if not (folder / "core.yaml").is_file():
@@ -132,13 +129,13 @@ def _baselines(path: Path) -> dict[str, float]:
 
 
 def _download(folder: Path) -> None:
-    """Downloads and unpacks the bundle. `folder` does not exist until the bundle is complete."""
+    """Downloads and unpacks the bundle. `folder` is created only when the bundle is complete."""
     part = folder.with_name(f"eval_bundle.{os.getpid()}.part")
     unpacked = folder.with_name(f"eval_bundle.{os.getpid()}.unpacked")
     pin = folder.with_name("eval_bundle.sha256")
     try:
         digest = _fetch(part, folder)
-        # The hash of the first download that can be unpacked is stored; later downloads must have the same hash.
+        # The hash of the first valid download is stored. Later downloads must have the same hash.
         pinned = pin.read_text(encoding="utf-8").strip() if pin.exists() else digest
         if pinned != digest:
             raise UserError(f"{URL} has changed: SHA-256 was {pinned}, is now {digest}; delete {pin} to accept it")
@@ -148,7 +145,7 @@ def _download(folder: Path) -> None:
         if inside is None:
             raise UserError(f"{URL}: no core.yaml in the archive")
         pin.write_text(digest + "\n", encoding="utf-8")
-        with contextlib.suppress(OSError):  # another process may already have put a copy there
+        with contextlib.suppress(OSError):  # another process may have created `folder` first
             os.replace(inside.parent, folder)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{URL}: cannot be unpacked to {folder} ({error})") from None

@@ -1,10 +1,10 @@
-"""Evaluates a model's answers. In multiple choice, the letters' logits are compared; in other tasks, generated answers
-are checked.
+"""Evaluates a model on chat tasks.
 
-scripts.chat_eval uses this module, and training uses it every --eval_metrics_every steps.
+Used by scripts.chat_eval, and by training every --eval_metrics_every steps.
 
-ChatCORE is the mean of the centered scores of six tasks. The numbers published in October 2025 cannot be compared with
-ChatCORE: they are means over five tasks, without SpellingBee.
+In multiple-choice tasks, the logits of the answer letters are compared. In other tasks, answers are generated and
+checked. ChatCORE is the mean of the centered scores of six tasks (0 means guessing, 1 means perfect). The numbers that
+nanochat published in October 2025 are not comparable, because they are means over five tasks, without SpellingBee.
 """
 
 import functools
@@ -33,13 +33,13 @@ from nanochat_jax.tasks import Task
 from nanochat_jax.tokenizer import Tokenizer
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
-WINDOW = 1024  # the number of multiple-choice problems that are tokenized and sorted by length before batching
-MAX_SLOTS = 64  # at most this many answers are generated at once on a GPU
+WINDOW = 1024  # multiple-choice problems are tokenized and sorted by length in groups of this size
+MAX_SLOTS = 64  # at most this many answers are generated at once on each GPU
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are generated. The seed of problem i is `seed` + i."""
+    """Settings for generating answers. The seed of problem i is `seed` + i."""
 
     temperature: float = 0.0
     top_k: int = 50
@@ -55,7 +55,7 @@ GREEDY = Sampling()
 class ChatScore(Score):
     """The score of a task, and the answers that were scored."""
 
-    truncated: float | None  # the share of generated answers cut off by a length limit; None for multiple choice
+    truncated: float | None  # the share of answers cut off by a length limit; None for multiple choice
     answers: list[dict] = field(repr=False)  # one per problem, for inspection
 
 
@@ -68,11 +68,10 @@ def evaluate(
     max_problems: int = -1,
     slots: int = 0,
 ) -> ChatScore:
-    """Returns the model's score on the first `max_problems` problems of a task (-1: on all problems).
+    """Returns the model's score on the first `max_problems` problems of a task (-1: all problems).
 
-    batch_size: the number of multiple-choice prompts in a batch on each device. sampling: how answers are generated.
-    slots: the number of answers that each device generates at once (0: as many as fit in memory). Raises UserError if
-    the task is for training only.
+    `batch_size` is the number of multiple-choice prompts per batch on each device. `slots` is the number of answers
+    that each device generates at once (0: as many as fit in memory). Raises UserError if the task is only for training.
     """
     if task.eval_type not in ("categorical", "generative"):
         raise UserError(f"{task.name}: for training only, its answers cannot be evaluated")
@@ -91,7 +90,7 @@ def evaluate(
 
 
 def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
-    """Returns ChatCORE and its standard error. Returns None if `scores` lacks one of the six tasks."""
+    """Returns ChatCORE and its standard error, or None if one of the six tasks is missing from `scores`."""
     by_name = {score.task: score for score in scores}
     if not by_name.keys() >= set(CHATCORE_TASKS):
         return None
@@ -99,11 +98,11 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
 
 
 # -----------------------------------------------------------------------------
-# Multiple choice: the answer is the letter that is most likely to be the next token
+# Multiple choice: the model's answer is the letter most likely to come next
 
 
 def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]:
-    """Returns the letter chosen in each of the first `n` problems, and whether the letter is right."""
+    """Returns, for each of the first `n` problems, the chosen letter and whether it is right."""
     rows, answers = num_rows(model.params, batch_size), []
     with Progress(task.name, n) as progress:
         for first in range(0, n, WINDOW):
@@ -117,11 +116,11 @@ def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]
 
 
 def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
-    """Returns int [problems]: the index in problem["letters"] of the most likely letter, for each problem."""
+    """Returns the index of the most likely letter in each problem's list of letters, as int [problems]."""
     tokenizer, context = model.tokenizer, model.model_cfg.sequence_len
     prompts = [np.asarray(tokenizer.render_for_completion(p, max_tokens=context)) for p in problems]
     letters = [_letter_ids(tokenizer, tuple(p["letters"])) for p in problems]
-    width = max(8, *map(len, letters))  # at least 8, so that the usual tasks need only one compiled shape
+    width = max(8, *map(len, letters))  # tasks with up to 8 letters share one compiled shape
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
     results, choices = [], np.zeros(len(problems), int)
     for first in range(0, len(order), rows):
@@ -131,14 +130,14 @@ def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
         options = fixed_rows([letters[i] + [-1] * (width - len(letters[i])) for i in batch], rows)
         arrays = (put(model.params, array) for array in (ids, last, options))
         results.append((batch, _choose_letter(model.params, model.model_cfg, *arrays, model.dtype)))
-    for batch, result in results:  # the results are read last, so that the devices never wait for the host
+    for batch, result in results:  # read after all batches are dispatched: the devices never wait for the host
         choices[batch] = fetch(result)[: len(batch)]
     return choices
 
 
 @functools.lru_cache(maxsize=256)
 def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
-    """Returns one token for each letter. If a letter has several tokens, its first token is returned."""
+    """Returns the first token of each letter. Raises UserError if two letters have the same first token."""
     ids = [tokenizer.encode(letter)[0] for letter in letters]
     if len(set(ids)) < len(ids):
         raise UserError(f"the letters {', '.join(letters)} cannot be told apart by their first token")
@@ -149,7 +148,7 @@ def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
 def _choose_letter(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns int [b]: the index of the letter that is most likely to follow position `last` [b] of `ids` [b,t].
+    """Returns the index of the letter that is most likely to follow position `last` [b] of `ids` [b,t], as int [b].
 
     `letters` [b,c] holds each problem's letter tokens, padded with -1.
     """
@@ -166,9 +165,9 @@ def _choose_letter(
 def _generate(
     model: EvalModel, task: Task, problems: Sequence[int], sampling: Sampling, slots: int
 ) -> list[list[Sample]]:
-    """Returns the samples of each problem. They are generated with one engine per device."""
-    # Training may shard the parameters, so they are replicated here. Every process must take part in this, even a
-    # process without problems, so the function must not return earlier.
+    """Generates the samples of each problem, with one engine per device."""
+    # Training may shard the parameters, so they are replicated here. Every process must take part in this, even if it
+    # has no problems. So no process may return before this point.
     if mesh := sharding.mesh_of(model.params):
         params = jax.device_put(gpt.cast(model.params, model.dtype), sharding.replicated(mesh))
         model = replace(model, params=params)
@@ -190,8 +189,8 @@ def _generate(
     with Progress(task.name, len(requests) * sampling.num_samples) as progress:
         if len(devices) == 1:
             return _run(model, devices[0], requests, slots, progress)
-        # Each device has its own engine and thread; the threads mostly wait for their devices. The requests are dealt
-        # out to the engines round-robin.
+        # Each device has its own engine and its own thread. The threads mostly wait for their devices. The requests are
+        # assigned to the engines round-robin.
         share = len(devices)
         with ThreadPoolExecutor(share) as pool:
             parts = [
@@ -205,7 +204,7 @@ def _generate(
 def _run(
     model: EvalModel, device: jax.Device, requests: list[Request], slots: int, progress: Progress
 ) -> list[list[Sample]]:
-    """Returns the samples of each request. They are generated on `device`."""
+    """Generates the samples of each request on `device`."""
     done = 0
 
     def count(finished: int, _: int) -> None:
@@ -224,7 +223,7 @@ def _run(
 
 
 def _on(device: jax.Device, x: jax.Array) -> jax.Array:
-    """Returns the copy of the replicated array `x` that is on `device`."""
+    """Returns the copy of the replicated array `x` on `device`."""
     return next(s.data for s in x.addressable_shards if s.device == device)
 
 
@@ -236,10 +235,10 @@ def _devices(params: gpt.Params) -> list[jax.Device]:
 
 
 def _slots_that_fit(model: EvalModel) -> int:
-    """Returns how many full-context cache rows fit in a third of the free memory, rounded down to a power of two.
+    """Returns the number of cache rows of full context length that fit in a third of the free memory.
 
-    The other two thirds are left for copies of rows. The result is at most MAX_SLOTS. If the free memory is not known,
-    the result is 8.
+    The number is rounded down to a power of two, and is at most MAX_SLOTS. The other two thirds are left for copies of
+    rows. If the free memory is unknown, the number is 8.
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
@@ -254,9 +253,9 @@ def _slots_that_fit(model: EvalModel) -> int:
 def _check_answers(
     tokenizer: Tokenizer, task: Task, problems: Sequence[int], samples: list[list[Sample]]
 ) -> list[dict]:
-    """Returns, for each problem, its answers as text and whether any of them is right.
+    """Returns, for each problem, the answers as text and whether any of them is right.
 
-    Answers are checked in threads, since checking a generated program mostly means waiting until it ends.
+    The checks run in threads, because the check of a generated program mostly waits for the program to end.
     """
 
     def check(i: int, group: list[Sample]) -> dict:

@@ -2,16 +2,15 @@
 
 Used by scripts.base_eval, and by training every --core_metric_every steps.
 
-The metric is the mean over tasks of (accuracy - baseline) / (1 - baseline), where the baseline is the accuracy
-of random guessing. There are three kinds of task:
+CORE is the mean of (accuracy - baseline) / (1 - baseline) over the tasks. The baseline is the accuracy of random
+guessing. There are three kinds of task:
 
-    multiple_choice     one context, several continuations: the answer is the one with the lowest mean loss per token
+    multiple_choice     one context, several continuations: the answer is the continuation with the lowest mean loss
     schema              several contexts, one continuation: the answer is the context that gives the lowest mean loss
-    language_modeling   right if every token of the continuation is the most likely one, as in greedy decoding
+    language_modeling   the answer is right if greedy decoding would produce exactly the continuation
 
 The items of a task are shuffled with Random(1337), and the first `max_per_task` are used. The few-shot examples of item
-i are drawn from the other items with Random(1234 + i). An implementation that shuffles or draws differently reports
-different numbers for the same model.
+i are drawn from the other items with Random(1234 + i). Other random numbers would change the score of the same model.
 """
 
 import functools
@@ -39,20 +38,20 @@ from nanochat_jax.tokenizer import Tokenizer
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]
 
-WINDOW = 1024  # the number of items that are tokenized, sorted by length and batched together
-LOGITS_AT_ONCE = 1 << 26  # at most this many logits are in memory at once: 256 MB in float32
+WINDOW = 1024  # items are tokenized, sorted by length and batched in groups of this size
+LOGITS_AT_ONCE = 1 << 26  # at most this many logits are in memory at once: 256 MiB in float32
 
 
 @dataclass(frozen=True)
 class CoreScore(Score):
     """Accuracy on one task."""
 
-    truncated: int  # the number of prompts that were cut at the beginning to fit into the context
+    truncated: int  # the number of prompts whose beginning was cut off to fit in the context
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """The scores of all tasks, and CORE, the mean of the centered scores."""
+    """The scores of all tasks. CORE is the mean of their centered scores."""
 
     tasks: list[CoreScore]
 
@@ -78,10 +77,10 @@ def evaluate(
     max_per_task: int = -1,
     report: Callable[[CoreScore], object] = lambda score: None,
 ) -> CoreResult:
-    """Returns a model's scores on the bundle in the folder `bundle` (see `find_bundle`).
+    """Returns a model's scores on all tasks of the CORE bundle in the folder `bundle`.
 
     `batch_size` is the number of prompts per batch on each device. At most `max_per_task` items of each task are used
-    (-1: all). `report` is called with the score of each task.
+    (-1: all). `report` is called after each task, with its score.
     """
     tasks, scores = read_tasks(bundle), []
     for i, task in enumerate(tasks, 1):
@@ -109,8 +108,8 @@ def evaluate_task(
             spans = _spans(model.tokenizer, task, items, indices, model.model_cfg.sequence_len)
             truncated += sum(span.truncated for options in spans for span in options)
             pending.append(_Window(indices, spans, _dispatch(model, [s for options in spans for s in options], rows)))
-            # The results of a window are read after the next window is dispatched: the devices score the earlier
-            # window while the host tokenizes the later window.
+            # The results of a window are read only after the next window is dispatched. So the devices score one window
+            # while the host tokenizes the next.
             if len(pending) > 1:
                 right += _count_right(task, items, pending.pop(0), progress)
         right += _count_right(task, items, pending.pop(0), progress)
@@ -123,11 +122,11 @@ def evaluate_task(
 
 
 def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
-    """Returns the prompts of `items[index]`, one for each option. The caller has shuffled `items`.
+    """Returns the prompts of `items[index]`, one for each option. The caller must shuffle `items` first.
 
-    A language-modeling item has two prompts: one without and one with the continuation.
+    A language-modeling item has two prompts: one without the continuation, and one with it.
     """
-    # If max_per_task is so small that there are fewer than num_fewshot other items, all other items become examples.
+    # A small max_per_task may leave fewer than num_fewshot other items. Then all other items become examples.
     shots = min(task.num_fewshot, len(items) - 1)
     others = random.Random(1234 + index).sample(range(len(items) - 1), shots)
     examples = "".join(_solved(task, items[i + (i >= index)]) + "\n\n" for i in others)
@@ -152,7 +151,7 @@ def _solved(task: CoreTask, item: dict) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """The token ids of a prompt. The tokens from `start` to the end are scored; 0 < start < len(ids)."""
+    """The token ids of a prompt. The tokens from `start` to the end are scored, where 0 < start < len(ids)."""
 
     ids: np.ndarray
     start: int
@@ -160,7 +159,7 @@ class Span:
 
 
 def _spans(tokenizer: Tokenizer, task: CoreTask, items: Sequence[dict], indices: range, limit: int) -> list[list[Span]]:
-    """Returns, for each item in `indices`, a list of the spans to score: one span for each option."""
+    """Returns, for each item in `indices`, the spans to score: one span for each option."""
     texts = [prompts(task, items, i) for i in indices]
     encoded = iter(tokenizer.encode([text for options in texts for text in options], prepend=tokenizer.bos))
     return [_item_spans([next(encoded) for _ in options], task.kind, limit) for options in texts]
@@ -170,34 +169,32 @@ def _item_spans(options: list[list[int]], kind: str, limit: int) -> list[Span]:
     """Returns the spans of one item, given the ids of its prompts."""
     shortest = min(map(len, options))
     if kind == "schema":
-        # Score the tokens that all options have in common at the end, but at least one token. A prompt's first token is
-        # never scored: nothing predicts it.
+        # Score the longest common suffix of all options, but at least one token. The first token of a prompt is never
+        # scored, because nothing predicts it.
         length = min(max(1, _common_prefix([ids[::-1] for ids in options])), shortest - 1)
         starts = [len(ids) - length for ids in options]
     elif kind == "multiple_choice":
-        # Score each option from the first token at which the options differ. If all other options begin with
-        # the shortest option, that option would have no tokens to score, and its mean loss would be 0/0. In this case,
-        # all options are scored from the position of the shortest option's last token.
+        # Score each option from the first token at which the options differ. The shortest option may be a prefix of all
+        # others. Then scoring starts at its last token, because the mean loss of zero tokens would be 0/0.
         starts = [min(_common_prefix(options), shortest - 1)] * len(options)
     else:
-        # Score the continuation, from the first token at which the two prompts differ. This token may begin before the
-        # continuation, since the tokenizer may merge the end of the context with the beginning of the continuation.
+        # Score the continuation, from the first token at which the two prompts differ. The tokenizer may have
+        # merged the end of the context into this token.
         without, options = options[0], options[1:]
         starts = [min(_common_prefix([without, options[0]]), len(options[0]) - 1)]
     return [_fit(np.asarray(ids, np.int32), max(1, start), limit) for ids, start in zip(options, starts, strict=True)]
 
 
 def _common_prefix(options: list[list[int]]) -> int:
-    """Returns the length of the longest prefix that all options share.
-
-    For example, [1, 2, 3], [1, 2, 4] and [1, 2] share a prefix of length 2.
-    """
+    """Returns the length of the longest common prefix of the options. Example: [1, 2, 3], [1, 2, 4] -> 2."""
     return min(common_prefix_length(options[0], ids) for ids in options)
 
 
 def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
-    """Shortens a prompt to at most `limit` tokens by removing tokens that follow <|bos|>. <|bos|> itself stays, since
-    the model has seen no row without <|bos|>."""
+    """Shortens a prompt to at most `limit` tokens by removing the tokens right after <|bos|>.
+
+    The token <|bos|> itself stays, because every training document begins with it.
+    """
     excess = len(ids) - limit
     if excess <= 0:
         return Span(ids, start, False)
@@ -209,23 +206,23 @@ def _fit(ids: np.ndarray, start: int, limit: int) -> Span:
 
 
 class _Batch(NamedTuple):
-    """The scores of a batch, still on the devices."""
+    """The scores of a batch, as arrays on the devices."""
 
-    positions: list[int]  # for each row, the index of its span in the list of spans
-    loss: jax.Array  # float32 [b], the mean loss of the row's scored tokens, in nats
-    right: jax.Array  # bool [b], whether every scored token of the row is the most likely one
+    positions: list[int]  # each row's index in the list of spans
+    loss: jax.Array  # float32 [b]: the mean loss of each row's scored tokens, in nats
+    right: jax.Array  # bool [b]: whether all scored tokens of a row are the most likely tokens
 
 
 class _Window(NamedTuple):
-    """A group of items with their spans; their scores are still on the devices."""
+    """A group of items with their spans and scores."""
 
     indices: range
-    spans: list[list[Span]]  # for each item, a list with one span for each option
+    spans: list[list[Span]]  # for each item, one span for each option
     batches: list[_Batch]
 
 
 def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
-    """Starts to score the spans on the devices. Each batch holds spans of similar length."""
+    """Starts scoring the spans on the devices, in batches of spans of similar length."""
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
     batches = []
     for first in range(0, len(order), rows):
@@ -238,7 +235,7 @@ def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
 
 
 def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progress: Progress) -> int:
-    """Waits until the devices have scored the window, and returns the number of its right answers."""
+    """Waits for the scores of the window, and returns the number of right answers."""
     count = sum(map(len, window.spans))
     losses, rights = np.empty(count), np.empty(count, bool)
     for positions, loss, right in window.batches:
@@ -255,10 +252,10 @@ def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progres
 def _score(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores the tokens of each row of ids [b,t] at the positions i with bounds[row, 0] <= i < bounds[row, 1].
+    """In each row i of ids [b,t], scores the tokens ids[i, bounds[i, 0] : bounds[i, 1]].
 
-    Returns the mean loss of each row's scored tokens in nats (float32 [b]), and whether every scored token of the row
-    is the most likely token (bool [b]).
+    The first result, float32 [b], is the mean loss of each row's scored tokens in nats. The second result, bool [b], is
+    True where all scored tokens of a row are the most likely tokens.
     """
     loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
     position = jnp.arange(1, ids.shape[1] + 1)[None]  # position of the predicted token
@@ -272,9 +269,9 @@ def token_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Scores targets [b,t], where targets[i, j] is the token after ids[i, j].
 
-    Returns the targets' losses in nats (float32 [b,t]), and whether each target is the most likely token (bool [b,t]).
+    Returns the loss of each target in nats (float32 [b,t]), and whether it is the most likely token (bool [b,t]).
 
-    The head is applied to one slice of t at a time, so that only the logits of this slice are in memory.
+    The head is applied to one slice of the time axis at a time, so that only one slice of logits is in memory.
     """
     b, t = ids.shape
     x = gpt.hidden(params, model_cfg, ids, dtype)

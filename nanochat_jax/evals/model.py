@@ -1,4 +1,4 @@
-"""Defines `EvalModel`, the form in which training and the three evaluation commands hold a model to evaluate."""
+"""Defines `EvalModel`, which holds a model and its tokenizer for evaluation."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ class EvalModel:
     params: gpt.Params  # on one device, replicated on several devices, or sharded as in training
     model_cfg: GPTConfig
     tokenizer: Tokenizer
-    dtype: DTypeLike = jnp.float32  # dtype in which the model computes
+    dtype: DTypeLike = jnp.float32  # the dtype of matmul operands
 
 
 def on_all_devices(model: TrainedModel, compute_dtype: str) -> EvalModel:
-    """Replicates a loaded model over the devices of this host. `compute_dtype` is the value of --compute_dtype."""
+    """Replicates a loaded model over the devices of this host."""
     dtype = devices.choose_precision(compute_dtype, model_cfg=model.model_cfg)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     return EvalModel(params, model.model_cfg, model.tokenizer, dtype)

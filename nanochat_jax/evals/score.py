@@ -1,6 +1,6 @@
-"""Defines the result of an evaluation: a score, its standard error, and how far the score is above guessing.
+"""Defines the result of an evaluation: a score, its standard error, and the score of random guessing.
 
-Used in training and by scripts.base_eval, scripts.chat_eval and scripts.base_loss. These three commands log the score.
+Used by training, scripts.base_eval, scripts.chat_eval and scripts.base_loss. The three scripts also log the score.
 """
 
 import math
@@ -13,7 +13,10 @@ from nanochat_jax.checkpoint import TrainedModel
 
 @dataclass(frozen=True)
 class Score:
-    """The share (0 to 1) of a task's `n` problems that were answered correctly. Guessing would score `baseline`."""
+    """The result on a task's `n` problems.
+
+    `score` is the share of right answers (0 to 1), and `baseline` is the score of random guessing.
+    """
 
     task: str
     score: float
@@ -34,9 +37,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score other than a share of correct answers: a mean over tasks (CORE, ChatCORE), or bits per byte.
+    """A score that is not a share of right answers: a mean over tasks (CORE, ChatCORE) or bits per byte.
 
-    `n` counts problems or tokens. `stderr` and `baseline` are None where they have no meaning.
+    `n` counts problems, or tokens for bits per byte. For bits per byte, `stderr` and `baseline` are None.
     """
 
     task: str
@@ -50,7 +53,7 @@ class Metric:
 def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details: object) -> None:
     """Appends a score to the log of the run that `model` comes from.
 
-    suite: "core", "chat" or "bpb". details: further fields of the record, such as the split and the settings.
+    `suite` is "core", "chat" or "bpb". `details` are further fields of the record, such as the split and the settings.
     """
     run_log.append(
         model.run_dir,
@@ -69,10 +72,10 @@ def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details:
 
 
 def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
-    """Returns the mean of the centered scores, with equal weight for every task, and the standard error of this mean.
+    """Returns the mean of the tasks' centered scores, and the standard error of this mean.
 
-    The standard error covers only the random choice of problems. It does not cover the variation between training runs.
-    That variation is larger: about 0.01 in the CORE of a d20 model.
+    The standard error covers only the random choice of problems. The variation between training runs is larger: about
+    0.01 in the CORE of a d20 model.
     """
     variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
     return sum(score.centered for score in scores) / len(scores), math.sqrt(variance) / len(scores)

@@ -2,8 +2,8 @@
 
 Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim.
 
-A query sees its own key and the `window` keys before its own, as in FlashAttention. If `window` is 0, a query sees its
-own key and all earlier keys.
+A query sees its own key and the `window` previous keys, as in FlashAttention. If `window` is 0, a query sees its own
+key and all previous keys.
 """
 
 import functools
@@ -20,12 +20,12 @@ _chosen = "xla"  # the kernel that `causal_attention` uses; set by `choose_kerne
 
 
 def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
-    """Sets the kernel that `causal_attention` uses from now on. Returns the kernel and why it was chosen.
+    """Sets the kernel of `causal_attention`. Returns the kernel and the reason for the choice.
 
-    `requested` is the value of --attention. If `requested` is empty, cuDNN is chosen where it works, else XLA. Whether
-    cuDNN works depends on its version, the GPU, the driver, the heads and the windows. Therefore, cuDNN is tried on a
-    small input with the heads and windows of `model_cfg`. Without this trial, compiling the training step might fail
-    with an error that says little about the cause. Raises UserError if the requested kernel does not work.
+    `requested` is the value of --attention. An empty value means cuDNN if it works, and XLA otherwise. Whether cuDNN
+    works depends on its version, the GPU, the driver, the heads and the windows. Therefore this function tries cuDNN on
+    a small input with the heads and windows of `model_cfg`. Without the trial, compiling the training step could fail
+    with an obscure error. Raises UserError if the requested kernel does not work.
     """
     global _chosen
     assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
@@ -44,7 +44,7 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
 
 
 def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
-    """Tries cuDNN's forward and backward passes. Returns the first line of the error, or "" if there is none."""
+    """Runs cuDNN's forward and backward passes. Returns the first line of the error, or "" if both passes work."""
 
     @functools.partial(jax.jit, static_argnums=3)
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> tuple[jax.Array, ...]:
@@ -61,7 +61,7 @@ def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) -> jax.Array:
-    """Returns the causal attention [b,t,h,k] of q [b,t,h,k] to k and v [b,t,n,k].
+    """Computes causal attention of queries q [b,t,h,k] over keys k and values v [b,t,n,k]. Returns [b,t,h,k].
 
     Query head i uses key/value head i // (h/n). The scores are scaled by 1/sqrt(head dim), and the softmax is computed
     in float32.
@@ -70,7 +70,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) 
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """Flash attention. Causality and the window are passed as flags, since cuDNN is slower with a mask."""
+    """Uses flash attention. Causality and the window are passed as flags, because cuDNN is slower with a mask array."""
     # If q has 2^31 elements or more, cuDNN 9.27 returns wrong gradients without an error.
     assert q.size < 2**31, f"queries {q.shape} have {q.size} elements: cuDNN's gradients are correct only below 2^31"
     local = (window, 0) if window else None
@@ -78,9 +78,9 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    # The queries are split into four blocks. Each block is multiplied only by the keys that its queries can see.
-    # Without a window, this computes 5/8 of all scores; the other 3/8 would be masked anyway. On a CPU with t = 256,
-    # computing all scores would make the forward and backward passes take about 1.5 times as long.
+    # The queries are split into four blocks. Each block skips the keys that none of its queries sees. Without a window,
+    # this avoids computing 3/8 of the scores. On a CPU with t = 256, the forward and backward passes would take about
+    # 1.5 times as long without the blocks.
     b, t, h, d = q.shape
     n = k.shape[2]
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], with g query heads per key/value head
@@ -100,21 +100,20 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
-    """Returns bool [..., t, s]: whether the query at position queries[..., t] sees the key at position keys[s]."""
+    """Returns a mask [..., t, s] that is True where a query sees a key, given their positions [..., t] and [s]."""
     distance = queries[..., :, None] - jnp.expand_dims(keys, range(queries.ndim))
     return (distance >= 0) & (distance <= window) if window else distance >= 0
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
-    """Returns the attention [b,t,h,k] of q [b,t,h,k] to cached k and v [b,n,s,k].
+    """Computes causal attention of queries q [b,t,h,k] over cached keys k and values v [b,n,s,k]. Returns [b,t,h,k].
 
-    `start` [b] holds the position of each row's first query. Without a window, a query at position p sees positions 0
-    to p of the cache; with a window, it sees positions p - window to p. The softmax is computed in float32. The matmuls
-    use the cache's dtype, and the result has q's dtype.
+    `start` [b] holds the position of each row's first query. A query at position p sees cache positions 0 to p, or,
+    with a window, only p - window to p. The matmuls use the cache's dtype, and the result has q's dtype.
     """
     b, t, h, d = q.shape
     n, dtype = k.shape[1], q.dtype
-    # Axes [b,n,g,t,k], as in `_xla`: on some CPUs, bf16 products are not available for other axis orders.
+    # The axes are [b,n,g,t,k], as in `_xla`, because some CPUs have no bf16 matmul for other axis orders.
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
     scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accum_dtype(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]

@@ -1,18 +1,18 @@
-"""Defines, initialises and applies the model, a decoder-only transformer.
+"""A decoder-only transformer: its modules, its initialisation and its forward pass.
 
-The model has rotary embeddings, QK-norm, grouped-query attention, a ReLU^2 MLP, RMSNorm without gains, no biases, an
-untied head, and logits soft-capped at 15. The modules are defined with Flax NNX. Code outside this file sees only a
-plain nested dict of parameter arrays, and pure functions of this dict. So `jax.jit`, `jax.grad` and optax need not know
-about NNX.
+The model has rotary embeddings, QK-norm, grouped-query attention, a ReLU^2 MLP, RMSNorm without gains, and an untied
+head. It has no biases. The logits are soft-capped at 15. The modules are written in Flax NNX. Other files see only a
+nested dict of parameter arrays, and pure functions of this dict. `jax.jit`, `jax.grad` and optax work on the dict
+directly.
 
-Axis letters, here and everywhere: b batch, t query time, s key time, d model, h query head, n kv head, k head dim,
-f ffn, v vocab, l layer. For each kind of weight in a block, one array [l, in, out] holds all layers. So the optimizer
-can orthogonalise all layers as one batch, and the model has only eight parameter arrays. Shapes in examples are those
-of a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
+Axis letters in all files: b batch, t query time, s key time, d model, h query head, n kv head, k head dim, f ffn,
+v vocab, l layer. Each weight of a block, such as wq, is stacked over all layers into one array [l, in, out]. So the
+optimizer can orthogonalise all layers as one batch, and the model has only eight parameter arrays. Example shapes are
+for a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
 
-Precision: float32 master weights. Matmuls take operands in the compute dtype and accumulate in float32. Norm
-statistics, softmax and logits are float32. The rotary table and the rotation are float32, because the specification's
-bf16 tables cause errors of 1e-3 in the logits.
+Precision: The master weights are float32. Matmul operands have the compute dtype, and their products are summed in
+float32. Norm statistics, softmax and logits are float32. The rotary table and the rotation are float32. The original
+nanochat has bf16 tables, which cause errors of 1e-3 in the logits.
 """
 
 import functools
@@ -31,18 +31,18 @@ from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
 from nanochat_jax.model.precision import accum_dtype
 
-Params = dict[str, Any]  # a nested dict of arrays, such as `init` returns
+Params = dict[str, Any]  # a nested dict of arrays, as returned by `init`
 Weights = dict[str, jax.Array]  # name -> weight: [l, in, out] for all blocks, or [in, out] for one block
 Cache = dict[str, Any]  # {"k": list of l arrays [b,n,s,k], "v": like "k", "length": int32 [b]}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How whole sequences are computed. The settings affect speed and memory use, never the results."""
+    """Settings for the forward pass without a cache. They affect speed and memory use, but not the results."""
 
-    scan: bool = False  # compile a single block for all layers: faster to compile, slower to run
-    remat_policy: Callable | None = None  # jax.checkpoint policy: the results to keep for the backward pass (None: all)
-    gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight before its use
+    scan: bool = False  # loop over the layers with jax.lax.scan: faster to compile, slower to run
+    remat_policy: Callable | None = None  # a jax.checkpoint policy; None keeps all results for the backward pass
+    gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight just before use
 
 
 PLAIN = Execution()
@@ -56,16 +56,16 @@ MATMUL = "matmul"  # jax.checkpoint policies refer to the results of `dense` by 
 
 
 def dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns x [b,t,i] @ w [i,o] as [b,t,o] in `dtype`. Sums are accumulated in float32."""
+    """Returns x @ w in `dtype`: [b,t,i] @ [i,o] -> [b,t,o]."""
     return checkpoint_name(_dense(x, w, dtype), MATMUL)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`dense` with a custom VJP.
+    """Multiplies x by w with operands in `dtype`, in the backward pass as well.
 
-    With plain autodiff, the two matmuls of the backward pass would get float32 cotangents, and so they could not use
-    the fast bf16 kernels of GPUs and CPUs. The weight gradient is float32.
+    Plain autodiff would pass float32 cotangents to the two matmuls of the backward pass. Then these matmuls could not
+    use the fast bf16 kernels of GPUs and CPUs.
     """
     y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accum_dtype(dtype))
     return y.astype(dtype)
@@ -79,7 +79,7 @@ def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax
     x, w = saved
     g = g.astype(dtype)
     dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    # b and t are not flattened before they are contracted, because XLA:CPU would then miss its fast path.
+    # Flattening b and t before this contraction would make XLA:CPU miss its fast path.
     dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accum_dtype(dtype))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -88,13 +88,13 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def norm(x: jax.Array, eps: float) -> jax.Array:
-    """Applies RMSNorm without gain to the last axis. Statistics are float32; the result has the dtype of x."""
+    """Applies RMSNorm without a gain to the last axis. The statistics are float32."""
     y = x.astype(accum_dtype(x.dtype))
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of the rotary angles at integer positions [...], each float32 [..., 1, k/2]."""
+    """Returns the cosines and sines of the rotary angles, each float32 [..., 1, k/2], for integer positions [...]."""
     half = model_cfg.head_dim // 2
     frequency = model_cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
@@ -102,7 +102,7 @@ def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.A
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [b,t,h,k] in the planes (j, j + k/2) by *minus* the angle, as nanochat's checkpoints expect."""
+    """Rotates each pair (j, j + k/2) of x [b,t,h,k] by *minus* the angle, as nanochat's checkpoints expect."""
     x1, x2 = jnp.split(x.astype(accum_dtype(x.dtype)), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
 
@@ -112,7 +112,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Blocks(nnx.Module):
-    """The weights of all transformer blocks, stacked over layers; see the table in `init`."""
+    """The weights of all transformer blocks, stacked over layers. `init` lists them in a table."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         l, d, q, kv = model_cfg.n_layer, model_cfg.n_embd, model_cfg.n_embd, model_cfg.n_kv_head * model_cfg.head_dim
@@ -128,7 +128,7 @@ class Blocks(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Embedding, blocks and head; see the table of weights in `init`."""
+    """The embedding, the blocks and the head. `init` lists their weights in a table."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         self.model_cfg = model_cfg
@@ -139,17 +139,17 @@ class GPT(nnx.Module):
     def __call__(
         self, ids: jax.Array, dtype: DTypeLike, cache: Cache | None = None, execution: Execution = PLAIN
     ) -> tuple[jax.Array, Cache | None]:
-        """Returns the hidden states [b,t,d] of ids [b,t] after the final norm, and the cache with the ids appended.
+        """Returns the hidden states [b,t,d] after the final norm, and the cache extended by the new keys and values.
 
-        Without a cache, the second value is None. Raises UserError if a row has more tokens than the context holds.
+        Without a cache, the second value is None. Raises UserError if the rows of ids [b,t] do not fit in the context.
         """
         model_cfg, b, t = self.model_cfg, *ids.shape
         if t > model_cfg.sequence_len:
             raise UserError(f"a row has {t} tokens, but the context holds only {model_cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
-        # The cast follows the lookup, so that the gradients of an embedding are summed in float32: the embedding of a
-        # frequent token gets thousands of gradients.
+        # The cast comes after the lookup, so that the gradients of each embedding are summed in float32. The embedding
+        # of a frequent token gets thousands of gradients.
         x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
@@ -169,10 +169,10 @@ class GPT(nnx.Module):
 
 BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
 
-# For each axis of a weight, the mesh axis that shards it. "model" shards the attention heads, the MLP's hidden width,
-# the vocabulary of lm_head and the width of wte (tensor parallelism, Megatron, arXiv:1909.08053). "data" shards the
-# other axis of each matrix: always for gradients and optimizer state, but for weights only with --shard=full.
-# sharding.py leaves an axis whole if its length is not a multiple of the size of the mesh axis.
+# Maps each weight to the mesh axes that shard its axes. "model" shards the attention heads, the MLP's hidden width, the
+# vocabulary of lm_head and the width of wte. This is tensor parallelism as in Megatron (arXiv:1909.08053). "data"
+# shards the other axis of each matrix. Gradients and optimizer state are always sharded over "data", but weights only
+# with --shard=full. An axis is sharded only if its length is a multiple of the mesh axis's size (see sharding.py).
 SHARDING = {
     "wte": P("data", "model"),  # [vocabulary, width]
     "lm_head": P("model", "data"),  # [vocabulary, width]
@@ -186,7 +186,7 @@ SHARDING = {
 
 
 def _unstack(stacked: Weights) -> list[Weights]:
-    """Splits weights [l, in, out] into one dict of weights [in, out] per layer."""
+    """Splits stacked weights [l, in, out] into one dict of weights [in, out] for each layer."""
     layers = {name: jnp.unstack(w) for name, w in stacked.items()}
     return [dict(zip(layers, ws, strict=True)) for ws in zip(*layers.values(), strict=True)]
 
@@ -194,7 +194,7 @@ def _unstack(stacked: Weights) -> list[Weights]:
 def _qkv(
     x: jax.Array, w: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns q [b,t,h,k], k [b,t,n,k] and v [b,t,n,k] for x [b,t,d]; q and k are rotated, then normed."""
+    """Returns q [b,t,h,k], k [b,t,n,k] and v [b,t,n,k] for x [b,t,d]. q and k are rotated, and then normalised."""
     b, t, _ = x.shape
     with jax.named_scope("qkv"):
         y = norm(x, model_cfg.norm_eps)
@@ -206,8 +206,7 @@ def _qkv(
 
 
 def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig) -> jax.Array:
-    """Adds the projected output of attention, y [b,t,h,k], to the residual stream x [b,t,d], then adds the output of
-    the MLP."""
+    """Projects the attention output y [b,t,h,k], adds it to the residual stream x [b,t,d], and applies the MLP."""
     with jax.named_scope("attention"):
         x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
     with jax.named_scope("mlp"):
@@ -231,13 +230,14 @@ def _stack(
     if execution.remat_policy is not None:
         block = jax.checkpoint(compute, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
-        # This is a Python loop, because a scan would copy each layer's weights out of the stack and each layer's
-        # gradients into another stack.
+        # A Python loop runs faster than a scan. A scan would copy each layer's weights out of one stacked array, and
+        # each layer's gradients into another.
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
         return x
-    # The kernel needs windows as constants, so each scan iteration computes a whole period of the window pattern.
+    # The attention kernel needs its window as a compile-time constant. So each scan iteration applies the blocks of one
+    # whole period of the window pattern.
     l, windows = model_cfg.n_layer, model_cfg.windows
     period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
 
@@ -251,7 +251,7 @@ def _stack(
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes `new` [b,t,n,k] into `cache` [b,n,s,k]. In row i, the first entry goes to position start[i]."""
+    """Writes `new` [b,t,n,k] into `cache` [b,n,s,k]. In row i, the t new entries begin at position start[i]."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(put)(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), start)
 
@@ -272,7 +272,7 @@ def init(model_cfg: GPTConfig, seed: int = 42) -> Params:
     w_in     [l, d, f]            [20, 1280, 5120]      uniform, standard deviation 1/sqrt(d)
     w_out    [l, f, d]            [20, 5120, 1280]      zeros: every block starts as the identity
 
-    f = 4d; v is the vocabulary padded to a multiple of 64.
+    f is 4d, and v is the vocabulary size padded to a multiple of 64.
     """
     return nnx.to_pure_dict(nnx.state(GPT(model_cfg, nnx.Rngs(seed)), nnx.Param))
 
@@ -286,7 +286,7 @@ def _definition(model_cfg: GPTConfig) -> tuple[Any, ...]:
 def bind(params: Params, model_cfg: GPTConfig) -> GPT:
     """Returns the module with `params` as its weights."""
     graphdef, abstract, rest = _definition(model_cfg)
-    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the tree cached by `_definition` must stay abstract
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # copied, since the tree cached by `_definition` must not change
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state, rest)
 
@@ -298,7 +298,7 @@ def hidden(
     dtype: DTypeLike = jnp.float32,
     execution: Execution = PLAIN,
 ) -> jax.Array:
-    """Returns hidden states [b,t,d] of ids [b,t] after the final norm, in `dtype`. Example shape: [32, 2048, 1280]."""
+    """Returns the hidden states after the final norm: [b,t,d] in `dtype`, such as [32, 2048, 1280]."""
     return bind(params, model_cfg)(ids, dtype, execution=execution)[0]
 
 
@@ -309,11 +309,9 @@ def decode(
     cache: Cache,  # keys and values [b,n,s,k] of every layer, such as [64, 10, 2048, 128]
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
-    """Appends ids [b,t] to the rows of `cache`. Returns hidden states [b,t,d], such as [64, 1, 1280], and the
-    extended cache.
+    """Appends `ids` to the rows of `cache`. Returns hidden states [b,t,d], such as [64, 1, 1280], and the new cache.
 
-    cache = {"k": list of l arrays [b,n,s,k], "v": like "k", "length": int32 [b]}. The caller ensures that
-    length + t <= s.
+    The caller must ensure that cache["length"] + t <= s.
     """
     x, longer = bind(params, model_cfg)(ids, dtype, cache)
     assert longer is not None, "the model returns a cache whenever it gets one"
@@ -325,13 +323,13 @@ def head(
     model_cfg: GPTConfig,
     x: jax.Array,  # [..., d], e.g. [64, 1280]
 ) -> jax.Array:
-    """Returns the soft-capped float32 logits [..., vocab_size] of hidden states x. Example shape: [64, 65536]."""
+    """Returns the soft-capped float32 logits [..., vocab_size] of hidden states x, such as [64, 65536]."""
     w = params["lm_head"].astype(x.dtype)
     return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accum_dtype(x.dtype)), model_cfg)
 
 
 def soft_capped(z: jax.Array, model_cfg: GPTConfig) -> jax.Array:
-    """Drops the padding of the head's output z [..., v] and returns soft-capped logits [..., vocab_size]."""
+    """Removes the vocabulary padding from z [..., v] and soft-caps the logits. Returns [..., vocab_size]."""
     return model_cfg.softcap * jnp.tanh(z[..., : model_cfg.vocab_size] / model_cfg.softcap)
 
 
@@ -341,7 +339,7 @@ def forward(
     ids: jax.Array,  # int [b,t], e.g. [1, 2048]
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Returns the float32 logits [b,t,vocab_size] of ids [b,t]. Example shape: [1, 2048, 65536]."""
+    """Returns the float32 logits [b,t,vocab_size], such as [1, 2048, 65536]."""
     return head(params, model_cfg, hidden(params, model_cfg, ids, dtype))
 
 

@@ -1,4 +1,4 @@
-"""Starts JAX, chooses the precision, explains memory errors, and knows the devices' peak FLOP/s and bandwidth."""
+"""Starts JAX, chooses the precision, explains out-of-memory errors, and lists peak FLOP/s and memory bandwidths."""
 
 import contextlib
 import os
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
 
-if TYPE_CHECKING:  # for type checkers: importing JAX takes seconds, and `start` must configure JAX before any use
+if TYPE_CHECKING:  # importing JAX takes seconds, and `start` must configure JAX before its first use
     from jax.typing import DTypeLike
 
-# Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. Other devices have no reported MFU.
+# Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. MFU is reported only for these
+# devices.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "GB200": 2500e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
@@ -39,7 +40,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
-    # The user may have set this option through JAX_COMPILATION_CACHE_DIR. Type checkers do not know JAX's options.
+    # JAX_COMPILATION_CACHE_DIR takes precedence if it is set. Type checkers do not know JAX's options.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -55,9 +56,9 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
 @contextlib.contextmanager
 def out_of_memory_explained(what: str, advice: str) -> Generator[None]:
-    """Turns an out-of-memory error of JAX into a one-line UserError that says what needed the memory and what to try.
+    """Turns an out-of-memory error of JAX into a one-line UserError with advice.
 
-    Example: what="a step", advice="try --remat=full" give "out of memory for a step: try --remat=full".
+    Example: what="a step" and advice="try --remat=full" give "out of memory for a step: try --remat=full".
     """
     import jax
 
@@ -81,8 +82,8 @@ def describe() -> str:
 def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConfig | None = None) -> "DTypeLike":
     """Chooses the dtype of matmul operands and, if `model_cfg` is given, the kernel of `causal_attention`.
 
-    Prints each choice with its reason, and returns the dtype. For decoding, leave out `model_cfg`: decoding has its own
-    attention function.
+    Prints each choice with its reason, and returns the dtype. Leave out `model_cfg` for decoding, which does not use
+    `causal_attention`.
     """
     import jax
     import jax.numpy as jnp
@@ -107,7 +108,7 @@ def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConf
 
 
 def peak_flops() -> float | None:
-    """Returns the peak bf16 FLOP/s of all devices together, or None if unknown."""
+    """Returns the total peak bf16 FLOP/s of all devices, or None if it is unknown."""
     import jax
 
     one_device = _for_this_device(PEAK_FLOPS)
@@ -115,20 +116,20 @@ def peak_flops() -> float | None:
 
 
 def expected_seconds(flops: float) -> float | None:
-    """Returns the seconds that `flops` operations take at half of the peak FLOP/s, or None if the peak is unknown."""
+    """Returns how many seconds `flops` operations take at half the peak FLOP/s, or None if the peak is unknown."""
     peak = peak_flops()
     return None if peak is None else flops / (0.5 * peak)
 
 
 def peak_bandwidth() -> float | None:
-    """Returns the peak memory bandwidth of one device in bytes/s, or None if unknown."""
+    """Returns the peak memory bandwidth of one device in bytes/s, or None if it is unknown."""
     return _for_this_device(PEAK_BANDWIDTH)
 
 
 def _for_this_device(figures: dict[str, float]) -> float | None:
     """Returns the figure for the longest key that the device's name contains, or None if the name contains no key.
 
-    The name must contain the key as whole words, so that an L40 is not taken for an L4.
+    Only whole words match, so that an L40 is not taken for an L4.
     """
     import jax
 

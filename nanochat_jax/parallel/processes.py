@@ -1,18 +1,18 @@
-"""The processes of a run on several hosts: how they find each other, agree, and end together.
+"""Lets the processes of a run on several hosts find each other, exchange values, and end together.
 
-If one process fails, the others must end as well. Otherwise, they would wait for the failed process in their next
-collective operation, by JAX's defaults for five minutes. `fail_together` shortens this wait. If code in a
-`fail_together` block raises an error, the failed process writes its index and the error into the key-value store that
-JAX keeps for all processes. The failed process then tries to disconnect, which succeeds only if the other processes
-disconnect as well. After at most PATIENCE seconds, the failed process exits, disconnected or not.
+If one process fails, the other processes must end as well. Otherwise, their next collective operation would wait for
+the failed process, by default for five minutes. `fail_together` shortens this wait. If code in a `fail_together` block
+raises an error, the failed process writes its index and the error into JAX's key-value store. All processes share this
+store. The failed process then tries to disconnect. This succeeds only if the other processes disconnect as well. The
+failed process exits after at most PATIENCE seconds, even if it is still connected.
 
-Meanwhile, every process has a thread that reads the store once a second. When the thread finds another process's error,
-it waits GRACE seconds: some errors occur in all processes, so its own process may be about to end by itself. If its own
-process is still running after that, the thread prints which process failed and why, disconnects if it can, and ends its
-own process with exit code 2.
+In every process, a thread reads the store once a second. If it finds another process's error, it waits GRACE seconds.
+In this time, the thread's own process may end by itself, because some errors occur in all processes. If the process is
+still running after the wait, the thread prints which process failed and why. It then disconnects if it can, and ends
+the process with exit code 2.
 
-A process that is killed cannot write an error. After HEARTBEAT seconds without a heartbeat from the killed process, JAX
-ends the other processes with a message that is a page long.
+A killed process cannot write an error. If JAX gets no heartbeat from a process for HEARTBEAT seconds, JAX ends the
+other processes with a page-long message.
 """
 
 import atexit
@@ -31,18 +31,18 @@ import numpy as np
 from nanochat_jax.config import UserError, first_line
 
 T = TypeVar("T")
-HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as lost; a JAX thread sends the heartbeats
-PATIENCE = 10  # seconds that a failed process waits for the other processes to disconnect
-GRACE = 3  # seconds that a process gets to end by itself after another process has reported an error
-ENDED = "nanochat_jax/ended/"  # prefix of the keys under which processes report their errors
+HEARTBEAT = 30  # a process counts as lost after this many seconds without a heartbeat (JAX sends them from a thread)
+PATIENCE = 10  # a failed process waits this many seconds for the other processes to disconnect
+GRACE = 3  # a process has this many seconds to end by itself after another process reports an error
+ENDED = "nanochat_jax/ended/"  # error reports are stored under keys with this prefix
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes of a run on several hosts, if there are any.
 
-    The processes find each other through `coordinator` (host:port of process 0) or, without it, through the environment
-    variables that Slurm or Kubernetes sets for each task. Call this function before any code asks JAX for its devices.
-    Raises UserError if the arguments do not fit together or if joining fails.
+    The processes find each other through `coordinator`, the host:port of process 0. If `coordinator` is empty,
+    they use environment variables set by Slurm or Kubernetes. Call this function before any code asks JAX for devices.
+    Raises UserError if the arguments are inconsistent or if joining fails.
     """
     import jax
 
@@ -65,7 +65,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         pass  # JAX reads the addresses from Slurm's environment variables
     elif "JOB_COMPLETION_INDEX" in os.environ:
-        # JAX gets the addresses through the package kubernetes, which is not installed along with JAX.
+        # JAX gets the addresses through the package kubernetes, but installing JAX does not install this package.
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
                 "this pod belongs to an indexed Kubernetes job, and finding its other pods needs the package "
@@ -83,9 +83,9 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 def broadcast_from_0(decide: Callable[[], T]) -> T:
     """Calls `decide` on process 0 and returns its result on all processes. The result must be JSON-serializable.
 
-    All processes must call this function together. If `decide` raises an error, every process raises an error, so that
-    none waits forever. Process 0 raises the original error. The other processes raise a UserError if the original error
-    is a UserError, and a RuntimeError otherwise.
+    Every process must call this function. If `decide` raises an error, all processes raise an error, so that none
+    waits forever. Process 0 raises the original error. The other processes raise a UserError if the original error is
+    a UserError, and a RuntimeError otherwise.
     """
     import jax
 
@@ -110,8 +110,7 @@ def broadcast_from_0(decide: Callable[[], T]) -> T:
 def _broadcast_text(text: bytes) -> bytes:
     """Returns process 0's text on all processes.
 
-    The length of the text is broadcast first, because the arrays that the processes pass to a broadcast must all have
-    the same size.
+    The length is broadcast first, because a broadcast needs arrays of equal size from all processes.
     """
     from jax.experimental import multihost_utils
 
@@ -121,15 +120,14 @@ def _broadcast_text(text: bytes) -> bytes:
 
 
 def all_gather(number: int) -> list[int]:
-    """Returns the numbers of all processes, in the order of their indices. All processes must call this function
-    together."""
+    """Returns `number` of every process, in the order of the process indices. Every process must call this function."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def all_min(number: int) -> int:
-    """Returns the minimum of the numbers of all processes. All processes must call this function together."""
+    """Returns the minimum of `number` over all processes. Every process must call this function."""
     import jax
 
     return number if jax.process_count() == 1 else min(all_gather(number))
@@ -138,7 +136,7 @@ def all_min(number: int) -> int:
 def disconnect() -> None:
     """Waits until all processes have called this function, then disconnects them from each other.
 
-    A call to JAX that is still waiting for another process at that time raises an error.
+    JAX calls that are still waiting for another process then raise an error.
     """
     import jax
 
@@ -147,9 +145,9 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def fail_together() -> Generator[None]:
-    """If an error occurs in this block in one process, the other processes end as well.
+    """Ends all processes if this block raises an error in one of them.
 
-    Each of the other processes prints which process failed and why. The module docstring explains how this works.
+    The other processes print which process failed and why. The module docstring explains how this works.
     """
     import jax
 
@@ -172,9 +170,9 @@ def fail_together() -> Generator[None]:
 
 
 def _key_value_store() -> Any:
-    """Returns the key-value store of JAX, which all processes share, or None after `disconnect`.
+    """Returns JAX's key-value store, or None after `disconnect`. All processes share the store.
 
-    JAX has no public API for the store. Orbax takes the store from the same private module.
+    JAX has no public API for the store. Like Orbax, this function uses a private module of JAX.
     """
     from jax._src import distributed
 
@@ -182,7 +180,7 @@ def _key_value_store() -> Any:
 
 
 def _report(error: BaseException) -> None:
-    """Writes this process's error into the shared store, for the other processes to read."""
+    """Writes this process's error into the key-value store, so that the other processes can read it."""
     import jax
 
     reason = first_line(error)
@@ -194,10 +192,9 @@ def _report(error: BaseException) -> None:
 
 
 def _watch(ended: threading.Event) -> None:
-    """Waits until another process reports an error, then waits GRACE seconds more, and then ends this process.
+    """Ends this process GRACE seconds after another process reports an error.
 
-    If `ended` is set before that, returns without ending this process. `fail_together` sets `ended` when its block
-    ends.
+    Returns without ending this process if `ended` is set first. `fail_together` sets `ended` when its block ends.
     """
     while not ended.wait(1):
         store = _key_value_store()
@@ -205,7 +202,7 @@ def _watch(ended: threading.Event) -> None:
             return
         try:
             reports = store.key_value_dir_get(ENDED)
-        except Exception:  # either this process has just disconnected, or JAX reports that process 0 is lost
+        except Exception:  # this process has just disconnected, or process 0 is lost
             return
         if reports and not ended.wait(GRACE):
             print(f"error: {reports[0][1]}", file=sys.stderr)
@@ -214,11 +211,11 @@ def _watch(ended: threading.Event) -> None:
 
 
 def _disconnect_or_exit() -> None:
-    """Tries for PATIENCE seconds to disconnect, which works only if all other processes disconnect as well.
+    """Tries for PATIENCE seconds to disconnect. If this fails, the process will exit without JAX's orderly shutdown.
 
-    The other processes disconnect if they have the same error. If they do not disconnect in time, this process will
-    exit without JAX's orderly shutdown. The connections of this process then simply close, and any process that waits
-    for data from one of these connections gets an error.
+    Disconnecting works only if all other processes disconnect as well, for example because they have the same error.
+    An exit without shutdown closes the connections of this process. Other processes that wait for data on these
+    connections then get an error.
     """
 
     def try_to_disconnect() -> None:

@@ -1,12 +1,12 @@
-"""The mesh of devices, and where parameters, gradients and optimizer state lie on it.
+"""Defines the mesh of devices, and how parameters, gradients and optimizer state are sharded over it.
 
-The mesh has three axes. The axes `node` and `data` split a batch's rows. The axis `data` shards the optimizer state
-and, with --shard=full, the weights. The axis `model` shards the heads, the MLP's hidden width and the vocabulary. A
-replica is one device, or the devices along the model axis that compute with one copy of the model.
+The mesh has three axes. The axes `node` and `data` split a batch's rows. The axis `data` also shards the optimizer
+state and, with --shard=full, the weights. The axis `model` shards the heads, the MLP's hidden width and the vocabulary.
+A replica is a group of devices that computes with one copy of the model. Its size is the size of the model axis.
 
-The axes are in Auto mode: the train step says where gradients, updates and gathered weights lie, and XLA's partitioner
-(GSPMD) places all other arrays. In Explicit mode, every reshape and gather in the model would have to state its
-sharding.
+The axes are in JAX's Auto mode. The train step sets the sharding of gradients, updates and gathered weights, and XLA's
+partitioner (GSPMD) chooses all other shardings. In Explicit mode, every reshape and gather in the model would have to
+state its sharding.
 """
 
 import math
@@ -32,8 +32,9 @@ GATHERED = "gathered weight"  # jax.checkpoint policies refer to the result of `
 def make_mesh(spec: str = "") -> Mesh:
     """Arranges all devices of all processes in a mesh with the axes node, data and model.
 
-    `spec` is the value of --mesh, like "node=2,data=8". Omitted axes have size 1. If `spec` is empty, the data axis has
-    all devices. Raises UserError if `spec` is malformed, or if the product of the sizes is not the number of devices.
+    `spec` is the value of --mesh, like "node=2,data=8". Omitted axes have size 1. If `spec` is empty, all devices
+    are on the data axis. Raises UserError if `spec` is malformed, or if the product of the axis sizes differs from the
+    number of devices.
     """
     devices = jax.device_count()
     sizes, given = dict.fromkeys(AXES, 1), set()
@@ -68,14 +69,14 @@ def replicas(mesh: Mesh) -> int:
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
-    """Returns (index, count): a batch's rows form `count` equal parts, and this process reads part `index`.
+    """Returns (index, count): this process reads part `index` of the `count` equal parts of a batch's rows.
 
-    Processes whose devices belong to the same replica read the same rows. Example: with two processes of four devices
-    each, model=4 gives (0, 2) in one process and (1, 2) in the other; model=8 gives (0, 1) in each process.
+    If a replica spans several processes, they all read the same rows. Example: two processes have four devices each.
+    With model=4, one process gets (0, 2) and the other gets (1, 2). With model=8, both processes get (0, 1).
     """
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
     shares = list(dict.fromkeys(holders))
-    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # some process belongs to two different sets
+    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # a process is in more than one share
         size, own = mesh.shape["model"], len(mesh.local_devices)
         fits = math.gcd(size, own)
         raise UserError(
@@ -86,14 +87,14 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding with which every device holds the whole array."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def put_rows(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """Joins the rows [accum, rows, t] of every process into a global array [accum, all rows, t].
+    """Joins the rows [accum, rows, t] of all processes into one global array [accum, all rows, t].
 
-    The rows of the global array are split over the replicas.
+    The rows of this array are split over the replicas.
     """
     return jax.make_array_from_process_local_data(micro_batch_sharding(mesh), batch)
 
@@ -106,18 +107,18 @@ def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_flag(mesh: Mesh, flag: bool) -> jax.Array:
     """Makes a global int32 array [devices] in which every device holds the flag of its process.
 
-    The sum of the array is positive if any process has set its flag.
+    The sum of the array is positive if any process passes True.
     """
     mine = np.full(len(mesh.local_devices), int(flag), np.int32)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine)
 
 
 # -----------------------------------------------------------------------------
-# For decoding and evaluation, which accept any placement of the parameters
+# For decoding and evaluation: the parameters may have any sharding
 
 
 def mesh_of(params: gpt.Params) -> Mesh | None:
-    """Returns the mesh over which the parameters are placed, or None if they are on one device without a mesh."""
+    """Returns the mesh of the parameters, or None if they are on a single device without a mesh."""
     sharding = getattr(params["wte"], "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
@@ -127,7 +128,7 @@ def mesh_of(params: gpt.Params) -> Mesh | None:
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
     """Returns the sharding of arrays [rows, ...] whose rows are split over the replicas.
 
-    Without a mesh, returns None, which JAX takes to mean a single device.
+    Without a mesh, returns None. JAX then uses a single device.
     """
     return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
@@ -135,7 +136,7 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
 def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """Wraps `function(shared, *arrays) -> result` so that each device computes its own rows, without communication.
 
-    `shared` is replicated. The first axis of every array in `arrays` and in the result is the row axis. Without a mesh,
+    `shared` is replicated. The arrays in `arrays` and in the result have the rows on their first axis. Without a mesh,
     returns `function` itself.
     """
     if mesh is None:
@@ -150,7 +151,7 @@ def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callab
 
 
 def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
-    """Within jit, all-gathers the arrays so that every process can read them whole. Without a mesh, does nothing."""
+    """Within jit, all-gathers the arrays, so that every process holds them whole. Without a mesh, does nothing."""
     return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
@@ -160,15 +161,14 @@ def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where parameters, gradients and optimizer state lie on a mesh.
+    """How parameters, gradients and optimizer state are sharded over a mesh.
 
     `shard` has one of two values:
-    - "optimizer" (ZeRO stage 1, arXiv:1910.02054): every replica holds all weights, but only one shard of the summed
-      gradients and one shard of the optimizer state.
-    - "full" (FSDP): every replica holds only one shard of the weights, of the summed gradients and of the optimizer
-      state.
+    - "optimizer" (ZeRO stage 1, arXiv:1910.02054): every replica holds all weights, but only a shard of the summed
+      gradients and of the optimizer state.
+    - "full" (FSDP): every replica holds only a shard of the weights, the summed gradients and the optimizer state.
 
-    In the comments below, [in, out] is the shape of one layer's weight, and R is `replicas(mesh)`.
+    In the comments below, [in, out] is the shape of one layer's weight, and R is the number of replicas.
     """
 
     mesh: Mesh
@@ -182,9 +182,9 @@ class Layout:
         return self.shard == "full"
 
     def check(self, model_cfg: GPTConfig) -> None:
-        """Raises UserError unless the numbers of heads and key/value heads are multiples of the model axis's size.
+        """Raises UserError if the heads or the key/value heads cannot be split evenly over the model axis.
 
-        The other axes of weights may have any size: an axis that cannot be divided evenly stays whole.
+        The other axes of the weights may have any size. An axis that cannot be split evenly stays whole.
         """
         size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
         if heads % size or kv_heads % size:
@@ -194,15 +194,14 @@ class Layout:
             )
 
     def shard_specs(self, tree: PyTree, along: tuple[str, ...] = ("data", "model")) -> PyTree:
-        """Returns a spec for every leaf of parameters, gradients or optimizer state, sharded over the axes `along`.
+        """Returns the specs that shard parameters, gradients or optimizer state over the mesh axes `along`.
 
-        Example: if wq has the shape [20, 1280, 1280] and the mesh is node=1,data=8,model=1, the spec of wq is
-        P(None, "data", "model").
+        Example: the spec of wq [20, 1280, 1280] on the mesh node=1,data=8,model=1 is P(None, "data", "model").
         """
         return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, along), tree)
 
     def compute_specs(self, tree: PyTree) -> PyTree:
-        """Returns the specs of the weights while a replica computes with them: sharded over the model axis only."""
+        """Returns the specs of the weights during forward and backward passes. They are sharded only over model."""
         return self.shard_specs(tree, ("model",))
 
     def param_specs(self, params: PyTree) -> PyTree:
@@ -214,15 +213,15 @@ class Layout:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
 
     def constrain(self, tree: PyTree, specs: PyTree) -> PyTree:
-        """Within jit, places the arrays of `tree` according to `specs`. The values stay the same."""
+        """Within jit, shards the arrays of `tree` according to `specs`."""
         return jax.lax.with_sharding_constraint(tree, self.shardings(specs))
 
     def gather(self, name: str, w: jax.Array) -> jax.Array:
-        """All-gathers a weight [in, out] just before use, and shards the gradient as soon as that is computed."""
-        if not self.full:  # every replica already holds all of w
+        """All-gathers a weight [in, out] just before use. The backward pass shards the weight's gradient."""
+        if not self.full:  # every replica already holds the whole weight
             return w
-        # For example, wq [d, h*k] and the gradient of wq have axis d sharded over data, and axis h*k over model. In the
-        # gathered wq, axis d is whole.
+        # For example, wq [d, h*k] and its gradient are sharded over data along d, and over model along h*k. The
+        # gathered wq is sharded only over model.
         path = (jax.tree_util.DictKey(name),)
         sharded, gathered_spec = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
 
@@ -243,19 +242,19 @@ class Layout:
         return jax.tree.map(split, batch)
 
     def constrain_per_replica(self, tree: PyTree) -> PyTree:
-        """Lays out (losses [R], gradients [R, ...]) so that each replica holds its own loss and gradients."""
+        """Shards (losses [R], gradients [R, ...]) so that each replica holds its own loss and gradients."""
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), tree[1])
         return self.constrain(tree, (P(BATCH_AXES), self._per_replica_specs(single)))
 
     def _per_replica_specs(self, single: PyTree) -> PyTree:
-        """Returns the specs of all replicas' gradients [R, ...], given the shapes of one replica's gradients [...]."""
+        """Returns the specs of the gradients [R, ...], given the shapes [...] of one replica's gradients."""
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
     def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
         """Sums the gradients [R, ...] over the replicas. The sums [...] are sharded over data.
 
-        First, a reduce-scatter over data gives each replica one shard of the sum over its node. Then only these shards,
-        and not whole gradients, are all-reduced over the slow links between nodes.
+        First, a reduce-scatter over data gives each replica one shard of the sum over its node. Then these shards are
+        all-reduced between the nodes. So whole gradients never cross the slow links between nodes.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:
@@ -273,24 +272,23 @@ class Layout:
             mesh=self.mesh,
             in_specs=(self._per_replica_specs(single),),
             out_specs=specs,
-            check_vma=False,  # this check would demand a reduction even over a mesh axis of size 1
+            check_vma=False,  # the check demands a reduction even over a mesh axis of size 1
         )(grads)
 
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
-        """Reshards matrices [n, in, out] that are split over data along `in`: the result is split over data along n.
+        """Moves the sharding over data from axis `in` of x [n, in, out] to axis n. Each device then has whole matrices.
 
-        Each device then holds whole matrices. Zero matrices are appended until n is a multiple of the data axis's size.
-        Example: on 8 devices, 52 matrices are padded to 56, so that each device holds 7. The all-to-all is written out
-        because XLA's partitioner would use an all-to-all only on some meshes. On other meshes, the partitioner would
-        all-gather everything.
+        Zero matrices are appended until n is a multiple of the data axis's size. Example: on 8 devices, 52 matrices are
+        padded to 56, and each device holds 7. The all-to-all is explicit, because XLA's partitioner would use one only
+        on some meshes. On other meshes, the partitioner would all-gather everything.
         """
         size = self.mesh.shape["data"]
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
-        if x.shape[1] % size:  # `in` is whole on every device, so nothing has to be exchanged
+        if x.shape[1] % size:  # `in` is not sharded, so the devices need no exchange
             return self.constrain(x, P("data"))
 
         def exchange(x: jax.Array) -> jax.Array:  # [n, in/data, out] -> [n/data, in, out]
-            # The barrier makes x one array: on a CPU, XLA refuses to send slices of the arrays that x is built from.
+            # On a CPU, XLA refuses to send slices of the arrays from which x is built. The barrier makes x one array.
             x = jax.lax.optimization_barrier(x)
             return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
 
@@ -299,11 +297,11 @@ class Layout:
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
         """Returns the spec of one leaf, taken from the leaf's row in gpt.SHARDING.
 
-        The spec leaves out every mesh axis that is not in `axes` or whose size does not divide the leaf's axis.
+        The spec keeps a mesh axis only if it is in `axes` and its size divides the length of the leaf's axis.
         """
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         table_row = gpt.SHARDING.get(names[-1], P()) if names else P()
-        row = table_row[len(table_row) - len(shape) :]  # for [l, in, out] as in the table, or for one layer's [in, out]
+        row = table_row[len(table_row) - len(shape) :]  # drops l for a single layer's weight [in, out]
         if len(row) != len(shape):  # the optimizer's counters have the shape []
             return P()
         return P(*[a if a in axes and n % self.mesh.shape[a] == 0 else None for a, n in zip(row, shape, strict=True)])

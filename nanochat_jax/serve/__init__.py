@@ -1,5 +1,5 @@
 """The web server. It offers a chat page and an OpenAI-compatible API.
 
-In: HTTP requests. Out: answers, sent whole or streamed as server-sent events. Each engine has its own worker thread.
-The folder ui/ holds the page, as plain HTML, CSS and JavaScript modules that need no build step.
+In: HTTP requests. Out: answers, each as one JSON object or as a stream of server-sent events. Each GPU has its own
+engine, which runs in its own worker thread. The folder ui/ holds the page: plain HTML, CSS and JavaScript.
 """

@@ -1,4 +1,4 @@
-"""The web server: the page's event stream, health and statistics. OpenAI's API is in openai_api.py.
+"""The web server's endpoints for the page, health and statistics. OpenAI's API is in openai_api.py.
 
 The response to `POST /chat/completions` is a stream of server-sent events. Each event is one of these JSON objects:
 
@@ -10,8 +10,8 @@ The response to `POST /chat/completions` is a stream of server-sent events. Each
     {"error": text}                              the answer failed
     {"done": true}                               the last event of every stream
 
-If the last message of a conversation is the assistant's, the answer continues that message. The response to an invalid
-request has status 400 and the body {"detail": reason}. Conversations are logged only if --log_chats is set.
+If the last message of a conversation has the role "assistant", the answer continues that message. An invalid request
+gets status 400 and the body {"detail": reason}. Conversations are logged only if --log_chats is set.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -41,12 +41,12 @@ EVENT_NAMES = {"python": "python", "python_output": "output"}
 def create_app(
     engines: Sequence[Engine], cfg: ChatWeb, name: str, device: str = "cpu", warmups: Sequence[Iterator[int]] = ()
 ) -> FastAPI:
-    """Returns the application that serves `engines`, which are replicas of one model. From then on, nothing else may
-    use the engines.
+    """Returns the application that serves `engines`, which are replicas of one model. Nothing else may use the engines
+    after this call.
 
-    `name` is the model name that clients see. `device` is the kind of device that /stats shows. `warmups` holds the
-    iterator of `Engine.warmup` for each engine. An iterator may have been advanced already; the server advances it
-    further while the server is idle.
+    `name` is the model name that clients see. `device` is the kind of device that /stats shows. `warmups` holds one
+    `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server advances each iterator
+    while its engine is idle.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -64,14 +64,14 @@ def create_app(
         yield
         await run_in_threadpool(pool.stop)
 
-    # FastAPI's documentation pages are off, because they load scripts from other servers. /openapi.json remains.
+    # FastAPI's documentation pages are off, because they load scripts from other servers. /openapi.json stays on.
     app = FastAPI(
         title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=errors.handlers()
     )
     app.state.pool = pool
     app.add_middleware(Guard, api_key=cfg.api_key, metrics=metrics)
-    # The middleware that is added last runs first. CORS must run before the guard: preflight requests have no key, so
-    # the guard would refuse them.
+    # The middleware added last runs first. CORS must run before Guard: preflight requests carry no key, and Guard would
+    # refuse them.
     if cfg.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -118,7 +118,7 @@ def create_app(
 
     @app.post("/chat/completions")
     async def chat_completions(body: ChatBody):
-        # Tokenizing must not block the event loop.
+        # Tokenizing would block the event loop, so it runs in another thread.
         request, dropped = await run_in_threadpool(schema.chat_request, body, engine, cfg)
         answer = schema.submit(pool, request)
         return AnswerResponse(answer, events(answer, engine.tokenizer, dropped))

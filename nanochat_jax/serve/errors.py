@@ -1,7 +1,8 @@
-"""Turns errors into HTTP responses. Each has one line of text, which names the field at fault if there is one.
+"""Turns errors into HTTP responses. The error message is one line of text. If a field is invalid, the message names it.
 
-On the paths of the specification, the body of an error is {"detail": line}. On all other paths, the body has the format
-of OpenAI's API. If the path does not exist, the request probably comes from an OpenAI client with a wrong address.
+On the paths in DETAIL_PATHS, the body of the response is {"detail": message}. On all other paths, the body has the
+format of OpenAI's API. This includes unknown paths: they are probably requested by OpenAI clients with a wrong base
+URL.
 """
 
 import re
@@ -19,13 +20,14 @@ from nanochat_jax.serve.worker import EngineFailure, TimedOut
 DETAIL_PATHS = (*FILES, "/chat/completions", "/health", "/stats", "/metrics", "/openapi.json")
 NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"
 
-_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}  # rest: see openai_error
-_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")  # matches the types of a union in pydantic's `loc`
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+# If a field may have several types, pydantic adds the name of a type to `loc`. This pattern matches those names.
+_TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")
 _JSON_TYPE = re.compile(r"\s*application/([^;]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
 class ApiError(HTTPException):
-    """A refused request. `param` names the field at fault, and `code` is a machine-readable reason."""
+    """An error response. `param` is the field that caused the error, and `code` is a machine-readable reason."""
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class ApiError(HTTPException):
 
 
 def openai_error(error: HTTPException) -> dict[str, Any]:
-    """Returns `error` as an error object of OpenAI's API."""
+    """Converts `error` to an error object of OpenAI's API."""
     status = error.status_code
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     param, code = getattr(error, "param", None), getattr(error, "code", None)
@@ -48,26 +50,28 @@ def openai_error(error: HTTPException) -> dict[str, Any]:
 
 
 def error_response(path: str, error: HTTPException) -> JSONResponse:
-    """Returns the response to a request for `path` that failed with `error`."""
+    """Returns the response for `error`, in the format that clients of `path` expect."""
     own = path in DETAIL_PATHS
     body = {"detail": replace_surrogates(error.detail)} if own else {"error": openai_error(error)}
     return JSONResponse(body, error.status_code, error.headers)
 
 
 def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode: "\\ud83c" -> "?". Error messages may quote text with
-    surrogates."""
+    """Replaces lone surrogates, because UTF-8 cannot encode them: "\\ud83c" -> "?".
+
+    An error message contains surrogates if it quotes a request that contains them.
+    """
     return text.encode("utf-8", "replace").decode()
 
 
 def handlers() -> dict:
-    """Returns exception handlers for FastAPI that cover every way in which a request can fail."""
+    """Returns exception handlers for FastAPI. Together they handle every exception."""
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         path = request.url.path
-        if error.status_code == 404 and not isinstance(error, ApiError):  # from the router: no route has this path
+        if error.status_code == 404 and not isinstance(error, ApiError):  # raised by the router: no route has this path
             error = ApiError(404, f"there is no {path[:80]!r} here: the API is under /v1; /openapi.json describes it")
-        if error.status_code == 400 and not isinstance(error, ApiError):  # from FastAPI: the body is not text
+        if error.status_code == 400 and not isinstance(error, ApiError):  # raised by FastAPI: the body is not text
             error = ApiError(400, "the body is not JSON in UTF-8", code="invalid_json")
         return error_response(path, error)
 
@@ -85,12 +89,14 @@ def handlers() -> dict:
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """Turns FastAPI's validation error, a list of objects, into an ApiError 400 that names the field and what is wrong.
+    """Returns an ApiError 400 that names an invalid field and says what is wrong with it.
 
     Example: [{"loc": ["body", "messages", 0, "content"], "msg": "Field required"}] -> "messages[0].content: Field
-    required". If a field may have several types, pydantic reports one error per type. Only the most deeply nested error
-    is kept, because the client probably meant the type that this error is about. Among errors of equal depth, an error
-    that does not merely reject the type is preferred.
+    required".
+
+    If a field may have several types, pydantic reports one error per type. The client probably meant the type with the
+    most deeply nested error, so only this error is kept. If several errors are equally deep, an error about the value
+    is preferred to an error about the type.
     """
     worst = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     field = ""

@@ -7,7 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# Buckets in seconds. A first token may take milliseconds (small model, idle GPU) or minutes (full queue).
+# The histograms' buckets, in seconds. The first token may take milliseconds (small model, idle GPU) or minutes (full
+# queue).
 FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -20,7 +21,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._registry = registry
 
-        # How busy the server is. `Pool.publish` sets these gauges whenever Prometheus scrapes the metrics.
+        # How busy the server is. At each scrape by Prometheus, these gauges read the pool (see `Pool.publish`).
         self.slots = Gauge("nanochat_slots", "Samples that can be generated at once", registry=registry)
         self.running = Gauge("nanochat_requests_running", "Samples being generated", registry=registry)
         self.waiting = Gauge("nanochat_requests_waiting", "Samples waiting for a slot", registry=registry)
@@ -28,7 +29,7 @@ class Metrics:
             "nanochat_cache_use_ratio", "Share of the key/value cache that holds tokens", registry=registry
         )
 
-        # How much the server has done. The client library appends _total to the name of a counter.
+        # How much the server has done. The client library appends "_total" to the name of a counter.
         self.prompt_tokens = Counter("nanochat_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter(
             "nanochat_prompt_tokens_reused", "Prompt tokens that were already in the cache", registry=registry

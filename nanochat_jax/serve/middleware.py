@@ -1,5 +1,4 @@
-"""Checks each request before it reaches the application: its API key, the size of its body, and how long the body takes
-to arrive."""
+"""Checks each request before it reaches the application: the API key, the size of the body, and its upload time."""
 
 import asyncio
 import hmac
@@ -11,18 +10,19 @@ from nanochat_jax.serve.errors import ApiError
 from nanochat_jax.serve.metrics import Metrics
 from nanochat_jax.serve.page import FILES
 
-MAX_BODY = 1 << 20  # bytes; enough for 32,000 characters, even if every character is escaped
-# An oversized body of at most this many bytes is read and discarded before the reply, since a client that is still
-# sending would not read the 413.
+MAX_BODY = 1 << 20  # bytes; enough for schema.MAX_CHARS characters, even if JSON escapes every character
+
+# A client that is still sending its body may not read a 413 reply. So the server first reads an oversized body to its
+# end, but reads at most this many bytes.
 MAX_DRAINED = 16 << 20
-BODY_SECONDS = 30  # a body must arrive within this many seconds, so that a slow client cannot hold a connection
+BODY_SECONDS = 30  # the time limit for receiving a body, so that a slow client cannot hold a connection open
 CLOSE = {"Connection": "close"}
 PUBLIC = (*FILES, "/health")  # paths that need no key: the page must load before it can ask for the key
 
 
 class Guard:
-    """ASGI middleware that answers 401 if the key is missing or wrong, 413 if the body is too large, and 408 if the
-    body arrives too slowly. Counts refused requests."""
+    """ASGI middleware. It answers 401 if the key is missing or wrong, 413 if the body is too large, and 408 if the body
+    arrives too slowly. It also counts all error responses."""
 
     def __init__(self, app: ASGIApp, api_key: str, metrics: Metrics):
         self.app, self.api_key, self.metrics = app, api_key.encode(), metrics
@@ -49,14 +49,13 @@ class Guard:
     def _has_key(self, scope: Scope) -> bool:
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
-        # The comparison takes constant time: the duration of an ordinary comparison would reveal how much of the
-        # key was right.
+        # compare_digest takes constant time. The duration of == would reveal how much of the key was right.
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
 
     @staticmethod
     def _limited(receive: Receive) -> Receive:
-        """Wraps `receive` so that it raises ApiError if the body is too large or arrives too slowly. An oversized body
-        is never held in memory as a whole."""
+        """Wraps `receive` so that it raises ApiError if the body is too large or arrives too slowly. The wrapper
+        never holds a whole oversized body in memory."""
         size, more = 0, True
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 

@@ -1,6 +1,6 @@
 """OpenAI's API for this model: POST /v1/chat/completions and /v1/completions, GET /v1/models.
 
-Request bodies are defined in schema.py. If an answer reaches the end of the context, its finish_reason is "length". A
+schema.py defines the request bodies. If an answer reaches the end of the context, its finish_reason is "length". A
 prompt that leaves no room for an answer is refused.
 """
 
@@ -28,7 +28,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 @dataclass
 class Job:
-    """What a client has asked for: the requests for the engine, and what the response will look like."""
+    """The engine requests of one HTTP request, and the form of its response."""
 
     requests: list[Request]
     body: GenerationBody
@@ -36,8 +36,8 @@ class Job:
     model: str
     id: str
     logprobs: bool  # whether the client wants log-probabilities
-    echoes: list[str]  # for each prompt, the text at the start of its choices; "" if the client wants no echo
-    hidden: list[int]  # for each prompt, the number of leading tokens that the echo leaves out
+    echoes: list[str]  # for each prompt, its text if the client wants it echoed, otherwise ""
+    hidden: list[int]  # for each prompt, how many leading tokens the echo omits
     scored: bool = False  # whether each choice includes the log-probabilities of its prompt
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -77,7 +77,7 @@ def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
     async def respond(body: GenerationBody, make_job: Callable[[], Job]) -> AnswerResponse:
         check_model(body.model)
         schema.check_unsupported(body)
-        job = await run_in_threadpool(make_job)  # tokenizing must not block the event loop
+        job = await run_in_threadpool(make_job)  # tokenizing would block the event loop
         answer = schema.submit(pool, *job.requests)
         if body.stream:
             return AnswerResponse(answer, stream(answer, job, engine.tokenizer))
@@ -87,7 +87,7 @@ def routes(engine: Engine, pool: Pool, cfg: ChatWeb, name: str) -> APIRouter:
 
 
 def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """Returns the job of a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
+    """Returns the job of a chat completion. Raises ApiError 400 if the request is invalid or the prompt is too long."""
     return Job(
         requests=[schema.chat_completion_request(body, engine, cfg)],
         body=body,
@@ -101,9 +101,9 @@ def chat_job(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb, name: str) 
 
 
 def completion_job(body: CompletionBody, engine: Engine, cfg: ChatWeb, name: str) -> Job:
-    """Returns the job of a completion. Raises ApiError 400 if a prompt cannot be continued."""
+    """Returns the job of a completion. Raises ApiError 400 if the request is invalid or a prompt is too long."""
     requests = schema.completion_requests(body, engine, cfg)
-    # The server adds a <|bos|> to each prompt that is a string, and the echo leaves this token out.
+    # The server puts a <|bos|> before each text prompt. The echo omits this token.
     hidden = [int(isinstance(prompt, str)) for prompt in body.prompts]
     decode = engine.tokenizer.decode
     return Job(
@@ -120,11 +120,11 @@ def completion_job(body: CompletionBody, engine: Engine, cfg: ChatWeb, name: str
 
 
 # -----------------------------------------------------------------------------
-# Turning the engine's events into OpenAI's objects
+# Conversion of engine events to OpenAI's objects
 
 
 class Choices:
-    """All choices of a job, ordered by prompt, and for each prompt by sample."""
+    """The choices of a job, ordered by prompt and then by sample. "Choice" is OpenAI's name for a sample."""
 
     def __init__(self, answer: Answer, job: Job, tokenizer: Tokenizer):
         self._answer, self._job, self._tokenizer = answer, job, tokenizer
@@ -134,14 +134,14 @@ class Choices:
             for s in range(request.n)
         }
         self._begun: set[tuple[int, int]] = set()
-        self._cached_tokens = 0  # the number of prompt tokens that were found in the cache
+        self._cached_tokens = 0  # how many prompt tokens were already in the cache
 
     def read(self, event: Event) -> tuple[int, str, list[Token], str | None]:
-        """Returns (the index of the event's choice, its new text, its new tokens, its finish_reason). The finish_reason
-        is None unless the choice ends with this event.
+        """Returns the index of the event's choice, and the choice's new text, new tokens and finish_reason. The
+        finish_reason is None unless the choice ends with this event.
 
         If the client wants an echo, the first text of a choice begins with the prompt. If a choice reaches a stop
-        string, its sample is cancelled, so that its slot becomes free.
+        string, its sample is cancelled to free the slot.
         """
         self._cached_tokens += event.cached_tokens
         key = event.request, event.sample
@@ -207,7 +207,7 @@ async def whole(answer: Answer, job: Job, tokenizer: Tokenizer) -> JSONResponse:
         head = {"id": job.id, "object": job.kind, "created": job.created, "model": job.model}
         return JSONResponse(head | {"choices": objects, "usage": choices.usage})
 
-    return await run_in_threadpool(build)  # building is slow if there are many log-probabilities
+    return await run_in_threadpool(build)  # slow if there are many log-probabilities
 
 
 async def stream(answer: Answer, job: Job, tokenizer: Tokenizer) -> AsyncGenerator[str, None]:

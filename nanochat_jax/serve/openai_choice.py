@@ -1,4 +1,4 @@
-"""A choice of an OpenAI response: the text of a sample up to a stop string, and its tokens with log-probabilities."""
+"""A choice of an OpenAI response: the text of one sample, and its tokens with their log-probabilities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,33 +13,32 @@ class Token:
     """A token of a text, with its log-probability and the most likely tokens at its position."""
 
     id: int
-    start: int  # number of characters in the text before the token
-    logprob: float | None  # None for the first token of a prompt
+    start: int  # how many characters of the text precede the token
+    logprob: float | None  # None for the first token of a prompt, because no token precedes it
     top: TopLogprobs | None
 
 
 class Choice:
-    """Turns one sample's events into text and tokens. Calls to the calculator and their results are left out.
+    """Converts one sample's events to text and tokens. Omits calculator calls and their results.
 
-    Text that may begin a stop string is held back until the text after it shows whether it does.
+    Text that may be the beginning of a stop string is held back until more text arrives.
 
     Example: the stop string is "END", and the text arrives as "the ", "E", "N", "D.". Then `read` returns the texts
     "the ", "", "", "", and finish_reason becomes "stop".
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), offset: int = 0):
-        """`offset` is the number of characters before the answer: the length of the prompt if it is echoed, else 0."""
+        """`offset` is the length of the echoed prompt in characters, or 0 if there is no echo."""
         self.finish_reason: str | None = None
-        self.generated = 0  # number of tokens so far, including the calculator's and the token that ends the answer
+        self.generated = 0  # the number of tokens so far, including calculator tokens and the end token
         self._reader, self._stop_strings = PartReader(tokenizer), stop_strings
-        self._length = offset  # characters read so far
-        self._sent = offset  # characters handed out so far
-        self._pending = ""  # text that is held back, because it may begin a stop string
-        self._tokens: list[Token] = []  # tokens not handed out yet
+        self._length = offset  # the number of characters read so far, plus `offset`
+        self._sent = offset  # the number of characters returned so far, plus `offset`
+        self._pending = ""  # text not returned yet, because a stop string may begin in it
+        self._tokens: list[Token] = []  # tokens not returned yet
 
     def read(self, event: Event) -> tuple[str, list[Token]]:
-        """Returns the new text and its tokens. Once a stop string has been found, `finish_reason` is "stop", and no
-        more text is returned."""
+        """Returns the new text and its tokens. A stop string ends the text and sets `finish_reason` to "stop"."""
         if self.finish_reason:
             return "", []
         for i, id in enumerate(event.ids):
@@ -53,12 +52,12 @@ class Choice:
             return self._release(len(self._pending) - self._held_back())
         if not self._append(self._reader.read((), end=True)):
             self.finish_reason = event.finish_reason
-            self._length += 1  # so that `_release` includes tokens that start at the very end of the text
+            self._length += 1  # makes `_release` include tokens that start exactly at the end of the text
         return self._release(len(self._pending))
 
     def _append(self, parts: list[tuple[str, str]]) -> bool:
-        """Appends the text in `parts` to the pending text. If the pending text now contains a stop string, removes
-        everything from the stop string on, and returns True."""
+        """Appends the text in `parts` to the pending text. If this completes a stop string, removes the stop string and
+        the text after it, and returns True."""
         new = "".join(text for kind, text in parts if kind == "text")
         self._length += len(new)
         self._pending += new
@@ -70,7 +69,7 @@ class Choice:
         return bool(ends)
 
     def _held_back(self) -> int:
-        """Returns how many characters at the end of the pending text may begin a stop string."""
+        """Returns how many characters at the end of the pending text may be the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop_strings), default=0)
         for n in range(min(longest, len(self._pending)), 0, -1):
             if any(stop.startswith(self._pending[-n:]) for stop in self._stop_strings):
@@ -78,8 +77,7 @@ class Choice:
         return 0
 
     def _release(self, count: int) -> tuple[str, list[Token]]:
-        """Removes the first `count` characters from the pending text, and returns them with the tokens that begin in
-        them."""
+        """Removes the first `count` characters of the pending text. Returns them and the tokens that start in them."""
         text, self._pending = self._pending[:count], self._pending[count:]
         self._sent += count
         end = self._length if self.finish_reason else self._sent
@@ -89,8 +87,8 @@ class Choice:
 
 
 def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidden: int = 0) -> list[Token]:
-    """Returns the tokens of a prompt with their log-probabilities, except the first `hidden` tokens, which are not in
-    the prompt's text."""
+    """Returns the tokens of a prompt with their log-probabilities. Skips the first `hidden` tokens, which the echoed
+    text omits."""
     decoder, length, tokens = StreamDecoder(tokenizer), 0, []
     for id, logprob, top in list(zip(ids, scores.logprobs, scores.top, strict=True))[hidden:]:
         tokens.append(Token(id, length, logprob, top))
@@ -99,9 +97,9 @@ def prompt_tokens(tokenizer: Tokenizer, ids: Sequence[int], scores: Scores, hidd
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """Returns the text of a token, or its bytes if they are not valid UTF-8. Different tokens never look the same.
+    """Returns the text of a token. If its bytes are not valid UTF-8, returns them in OpenAI's notation.
 
-    Example: the token "the" gives "the"; the first byte of "é" gives "bytes:\\xc3", as in OpenAI's API.
+    Examples: the token "the" gives "the"; the first byte of "é" gives "bytes:\\xc3".
     """
     raw = tokenizer.decode_bytes([id])
     try:
@@ -121,8 +119,8 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict:
-    """Returns the field `logprobs` of a completion. As in OpenAI's API, top_logprobs always includes the token
-    itself."""
+    """Returns the field `logprobs` of a completion. As in OpenAI's API, the top_logprobs of a token always include
+    the token itself."""
 
     def top_logprobs(token: Token) -> dict[str, float] | None:
         if token.logprob is None:

@@ -1,4 +1,4 @@
-"""Puts several engines behind one interface. Each engine has its own weights and cache on its own GPU."""
+"""Distributes requests over several engines. Each engine has its own weights and cache on its own GPU."""
 
 import time
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ from nanochat_jax.serve.worker import Answer, EngineWorker
 class Pool:
     """Sends each request to the worker with the most free slots.
 
-    Of several such workers, it chooses the first. While there is only one chat, all turns of this chat therefore go to
-    the same worker, whose cache holds the earlier turns. A failed worker gets no more requests; the other workers go
-    on.
+    If there is a tie, it chooses the first of these workers. So as long as there is only one chat, all its turns go to
+    the same worker, whose cache holds the earlier turns. A failed worker gets no more requests, but the other workers
+    continue.
     """
 
     def __init__(self, workers: Sequence[EngineWorker]):
         self.workers = workers
 
     def start(self) -> None:
-        """Starts the workers. Call this in the event loop that will await the answers."""
+        """Starts the workers. Must be called in the event loop that awaits the answers."""
         for worker in self.workers:
             worker.start()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Stops each worker after its current step, and ends unfinished answers. Waits at most `timeout` seconds."""
+        """Stops each worker after its current step. Unfinished answers fail. Waits at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         for worker in self.workers:
             worker.ask_to_stop()
@@ -33,16 +33,19 @@ class Pool:
             worker.stop(max(0.0, deadline - time.monotonic()))
 
     def stop_after(self, seconds: float) -> None:
-        """Ends unfinished answers after `seconds`. Until then, the caller must accept no new requests."""
+        """Starts a timer that stops the workers after `seconds`. Answers that are still unfinished at that time fail.
+
+        The caller must accept no new requests from now on.
+        """
         for worker in self.workers:
             worker.stop_after(seconds)
 
     def submit(self, *requests: Request) -> Answer:
-        """Queues `requests` and returns an Answer without waiting. Raises the same errors as `EngineWorker.submit`."""
+        """Queues `requests` and returns their Answer at once. Raises the same errors as `EngineWorker.submit`."""
         return max(self.alive or self.workers, key=lambda worker: worker.free_slots).submit(*requests)
 
     def publish(self, metrics: Metrics) -> None:
-        """Makes `metrics` read the pool's load whenever Prometheus scrapes the metrics."""
+        """Makes the gauges of `metrics` read this pool at each scrape by Prometheus."""
         metrics.slots.set_function(lambda: self.slots)
         metrics.running.set_function(lambda: self.running)
         metrics.waiting.set_function(lambda: self.waiting)
@@ -54,7 +57,7 @@ class Pool:
 
     @property
     def failure(self) -> Exception | None:
-        """The failure of worker 0 if all workers have failed, otherwise None."""
+        """The first worker's failure if all workers have failed, otherwise None."""
         return None if self.alive else self.workers[0].failure
 
     @property
@@ -78,5 +81,5 @@ class Pool:
 
     @property
     def cache_use(self) -> float:
-        """The share of the workers' caches that is filled with tokens, from 0 to 1."""
+        """The filled share of the workers' caches, from 0 to 1."""
         return sum(worker.cache_use for worker in self.alive) / max(1, len(self.alive))

@@ -1,6 +1,6 @@
-"""The HTTP response to a request for text: a stream of server-sent events, or a single JSON object.
+"""The HTTP response that sends an answer: a stream of server-sent events, or a single JSON object.
 
-The slots of the answer are freed when the response completes, fails or times out, or when the client disconnects.
+The answer's slots become free when the response completes, fails or times out, or when the client disconnects.
 """
 
 import asyncio
@@ -13,16 +13,17 @@ from starlette.types import Receive, Scope, Send
 
 from nanochat_jax.serve.worker import Answer
 
-READ_GRACE = 15  # seconds after the answer's timeout in which the client may read the rest of the response
-HEARTBEAT_SECONDS = 15  # after this silence, a stream sends a heartbeat, so that proxies keep the connection open
+READ_GRACE = 15  # for how many seconds after the answer's timeout the client may still read the response
+HEARTBEAT_SECONDS = 15  # a stream that is silent for this long sends a heartbeat, so that proxies keep it open
 HEARTBEAT = ": still here\n\n"  # a comment, which clients of event streams ignore
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # tells proxies not to buffer the stream
 
 
 class AnswerResponse(Response):
-    """Sends `content` as long as the client is connected, then closes `answer`.
+    """Sends `content` until it is complete or the client disconnects. Then closes `answer`.
 
-    `content` is a generator of the events of a stream, or a function that waits for the answer and returns a response.
+    `content` is either a generator of server-sent events, or a function that waits for the answer and returns a
+    response.
     """
 
     def __init__(self, answer: Answer, content: AsyncGenerator[str, None] | Callable[[], Awaitable[Response]]):
@@ -42,7 +43,7 @@ class AnswerResponse(Response):
                 task.cancel()
             await asyncio.gather(sending, disconnect, return_exceptions=True)
         if finished and not disconnected:
-            sending.result()  # if sending failed, this raises the exception
+            sending.result()  # raises the exception if sending failed
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         if isinstance(self._content, AsyncGenerator):

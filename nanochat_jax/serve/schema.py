@@ -1,8 +1,8 @@
-"""Defines the bodies of HTTP requests to the page's endpoint and to OpenAI's API, and turns them into engine requests.
+"""Defines the request bodies of the page's endpoint and of OpenAI's API, and converts them to engine requests.
 
 If a field is omitted or null, the server's default applies. Unknown fields are ignored, as OpenAI's clients expect.
-However, OpenAI's API refuses a request with an unsupported field that would change the answer. If the last message of a
-conversation is the assistant's, the answer continues that message.
+However, OpenAI's API refuses an unsupported field if ignoring it would change the answer. If the last message of a
+conversation has the role "assistant", the answer continues that message.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from nanochat_jax.serve.pool import Pool
 from nanochat_jax.serve.worker import Answer, Busy, EngineFailure
 from nanochat_jax.tokenizer import Tokenizer
 
-# The page's endpoint.
+# For the page's endpoint.
 ROLES = ("user", "assistant", "system")
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000
 MAX_CHARS = 32_000
 
-# OpenAI's API.
+# For OpenAI's API.
 OPENAI_ROLES = ("system", "developer", "user", "assistant")
-MAX_CHOICES = 128  # the maximum number of samples in one request, over all its prompts
-COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens; a completion has no natural end
+MAX_CHOICES = 128  # the maximum number of samples in one request, for all its prompts together
+COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens
 
-# Unsupported fields, each with the values that leave the answer unchanged. All other values are refused, except null.
+# Unsupported fields. A request may set them only to null or to the values here, which do not change the answer.
 NEUTRAL = {
     "audio": [],
     "best_of": [1],
@@ -67,11 +67,11 @@ class Message(BaseModel):
 
 
 class ChatBody(BaseModel):
-    """The body of POST /chat/completions. The server's defaults replace omitted fields; unknown fields are ignored."""
+    """The body of POST /chat/completions. Omitted fields get the server's defaults. Unknown fields are ignored."""
 
     messages: list[Message]
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=0, le=200, description="0: all tokens")
+    top_k: int | None = Field(None, ge=0, le=200, description="0: no limit")
     max_tokens: int | None = Field(None, ge=1, le=4096)
     seed: int | None = Field(None, ge=0, lt=2**31)
 
@@ -84,14 +84,14 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class GenerationBody(BaseModel):
-    """The fields common to chat completions and completions. The server's defaults replace omitted and null fields."""
+    """The fields that chat completions and completions have in common."""
 
     model_config = ConfigDict(extra="allow")  # keeps unknown fields, for `check_unsupported`
 
-    model: str | None = Field(None, description="the id that /v1/models gives")
+    model: str | None = Field(None, description="the model id that /v1/models returns")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0: greedy")
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0: all tokens")
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0: no limit")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -121,7 +121,7 @@ TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
 
 
 class CompletionBody(GenerationBody):
-    """The body of POST /v1/completions. <|bos|> is put before a text prompt; token ids are used as they are."""
+    """The body of POST /v1/completions. The server puts <|bos|> before a text prompt, but not before token ids."""
 
     prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)] = ""
     max_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
@@ -138,11 +138,11 @@ class CompletionBody(GenerationBody):
 
 
 # -----------------------------------------------------------------------------
-# Functions that turn a body into engine requests. Call them outside the event loop, because tokenizing takes time.
+# Conversion of request bodies to engine requests. Call these functions outside the event loop, because they tokenize.
 
 
 def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request, int]:
-    """Returns the engine request, and the number of oldest messages that were dropped to make room in the context.
+    """Returns the engine request, and how many of the oldest messages were dropped to fit the context.
 
     Raises ApiError 400 if the conversation is invalid or cannot fit into the context.
     """
@@ -157,12 +157,12 @@ def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request,
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises ApiError 400 with the reason if the page's endpoint does not accept the messages."""
+    """Raises ApiError 400 if the page's endpoint does not accept the messages."""
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise ApiError(400, f"messages: got {len(messages)}, expected 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
         check_role(message, i, ROLES)
-        # The client sends the model's answers back, and they may be longer than the specification allows.
+        # The client sends the model's earlier answers back. An answer may be longer than MAX_MESSAGE_CHARS.
         longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
         if not 1 <= message.chars <= longest:
             raise ApiError(400, f"messages[{i}].content: has {message.chars} characters, expected 1 to {longest}")
@@ -190,7 +190,10 @@ def check_unsupported(body: GenerationBody) -> None:
 
 
 def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatWeb) -> Request:
-    """Returns the engine request for a chat completion. Raises ApiError 400 if the conversation cannot be answered."""
+    """Returns the engine request for a chat completion.
+
+    Raises ApiError 400 if the request is invalid or its prompt is too long.
+    """
     ids = chat_prompt(engine.tokenizer, body.messages)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: requires logprobs to be true", "top_logprobs")
@@ -199,8 +202,10 @@ def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatW
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Returns the tokens that the assistant's answer will continue. Raises ApiError 400 if the messages are malformed
-    or in the wrong order."""
+    """Returns the conversation as the token ids of a prompt.
+
+    Raises ApiError 400 if the messages are malformed or in the wrong order.
+    """
     rendered = []
     for i, message in enumerate(messages):
         check_role(message, i, OPENAI_ROLES)
@@ -222,7 +227,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def completion_requests(body: CompletionBody, engine: Engine, cfg: ChatWeb) -> list[Request]:
-    """Returns one engine request per prompt of a completion. Raises ApiError 400 if a prompt cannot be continued."""
+    """Returns one engine request per prompt. Raises ApiError 400 if the request is invalid or a prompt is too long."""
     prompts = body.prompts
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts x {body.n} choices, expected at most {MAX_CHOICES} in all", "n")
@@ -246,10 +251,10 @@ def openai_request(
     top_logprobs: int = 0,
     score: bool = False,
 ) -> Request:
-    """Returns the engine request to continue `ids` by at most `max_tokens` tokens.
+    """Returns the engine request that continues `ids` by at most `max_tokens` tokens.
 
-    If the prompt leaves no room for an answer, or if the engine refuses the request, raises ApiError 400 with `param`
-    as the field at fault.
+    Raises ApiError 400 if the prompt leaves no room for an answer, or if the engine refuses the request. `param` is the
+    field that the error names.
     """
     context = engine.model_cfg.sequence_len
     max_tokens = min(max_tokens, cfg.max_new_tokens)
@@ -258,7 +263,7 @@ def openai_request(
         raise ApiError(400, reason, param, "context_length_exceeded")
     request = dataclasses.replace(
         engine_request(body, ids, max_tokens, engine, cfg),
-        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # top_p=0: only the most likely token
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # top_p=0 keeps only one token
         n=body.n or 1,
         top_logprobs=top_logprobs,
         score=score,
@@ -273,10 +278,8 @@ def openai_request(
 def engine_request(
     body: ChatBody | GenerationBody, ids: Sequence[int], max_tokens: int, engine: Engine, cfg: ChatWeb
 ) -> Request:
-    """Returns a request to continue `ids` by at most `max_tokens` tokens, or by fewer if the context has less room.
-
-    For settings that the body omits, the server's defaults apply.
-    """
+    """Returns the engine request that continues `ids` by at most `max_tokens` tokens. The limit is lower if the context
+    has less room. Settings that the body omits get the server's defaults."""
     return Request(
         ids=ids,
         max_tokens=min(max_tokens, engine.model_cfg.sequence_len - len(ids)),
@@ -287,7 +290,7 @@ def engine_request(
 
 
 def submit(pool: Pool, *requests: Request) -> Answer:
-    """Queues `requests` and returns a single Answer for all of them.
+    """Queues `requests` and returns one Answer for all of them.
 
     Raises ApiError 400 if the engine refuses a request, 429 if the server is busy, and 503 if the engine has failed or
     is shutting down.

@@ -1,8 +1,8 @@
-"""The one thread that uses an engine, and the queues between this thread and the event loop.
+"""Runs an engine in its own thread, and connects this thread to the event loop with queues.
 
-A step of the engine takes milliseconds. The event loop talks to the clients and must not wait that long, so the HTTP
-handlers only put requests on a queue and await events. The thread adds requests to the engine between steps. After each
-step, it hands all events of the step to the event loop at once.
+A step of the engine takes milliseconds. The event loop serves all clients, so it must not wait for a step. The HTTP
+handlers therefore only put requests on a queue and await events. The thread adds requests to the engine between steps.
+After each step, it passes all events of the step to the event loop at once.
 """
 
 import asyncio
@@ -26,21 +26,21 @@ STOPPED_WORKING = "the model has stopped working; restart the server"
 
 
 class Busy(Exception):
-    """A request is refused because too many samples are waiting."""
+    """Raised to refuse a request because too many samples are waiting."""
 
 
 class EngineFailure(Exception):
-    """The request cannot be answered. The message gives the reason in words that a client may see."""
+    """Raised if a request cannot be answered. The message may be shown to the client."""
 
 
 class TimedOut(EngineFailure):
-    """The answer took longer than its timeout."""
+    """Raised if an answer takes longer than its timeout."""
 
 
 class Answer:
-    """The answer to one client's requests. `events` yields the engine's events.
+    """The answer to one client's requests. `close` frees its slots.
 
-    In these events, `request` is an index into `requests`. Closing the answer frees its slots.
+    `events` yields the engine's events. In these events, `request` is an index into `requests`.
     """
 
     def __init__(self, worker: "EngineWorker", requests: Sequence[Request], queue_position: int):
@@ -51,7 +51,7 @@ class Answer:
         self.gpu = worker.gpu
         self.submitted = time.monotonic()
         # The worker's thread changes the attributes from here to `logged_ids`.
-        self.indices: dict[int, int] = {}  # the engine's id of a request -> the request's index in `requests`
+        self.indices: dict[int, int] = {}  # the engine's request id -> index in `requests`
         self.unfinished = {(i, s) for i, request in enumerate(requests) for s in range(request.n)}
         self.first_token_at: float | None = None  # time.monotonic() at the first token
         self.generated = 0  # the number of tokens so far, over all samples
@@ -90,16 +90,16 @@ class Answer:
         self._worker.cancel(self)
 
     def put(self, event: Event | Exception | None) -> None:
-        """Queues an item for `events`, which yields an Event, raises an exception, and ends at None.
+        """Queues an item for `events`: an Event to yield, an exception to raise, or None to end.
 
-        Only call this in the event loop.
+        Must be called in the event loop.
         """
         self._events.put_nowait(event)
 
     def seconds_per_token(self) -> float | None:
-        """Returns the mean time between two successive tokens of a sample, in seconds. Returns None if `generated` is
-        not greater than `samples`."""
-        later = self.generated - self.samples  # the number of tokens, without the first token of each sample
+        """Returns the mean time between successive tokens of a sample, in seconds. Returns None if there are too few
+        tokens."""
+        later = self.generated - self.samples  # the number of tokens, not counting the first token of each sample
         if self.first_token_at is None or later <= 0:
             return None
         return (time.monotonic() - self.first_token_at) * self.samples / later
@@ -110,8 +110,8 @@ class EngineWorker:
 
     The engine generates at most one sample per slot at a time. New requests are refused while `max_waiting` or more
     samples wait for a slot. An answer may take at most `timeout` seconds (0: no limit). With `log_chats`, prompts and
-    answers are logged. `warmup` is an iterator that compiles a few programs whenever it is advanced. The worker
-    advances it while the engine is idle. `gpu` is the worker's number in its pool.
+    answers are logged. Each step of the iterator `warmup` compiles a few programs. The worker runs these steps while
+    the engine is idle. `gpu` is the worker's number in its pool.
     """
 
     def __init__(
@@ -133,36 +133,35 @@ class EngineWorker:
         self._lock = threading.Lock()
         # `_lock` guards `_open_answers`. Only the thread uses `_answers` and `_outbox`.
         self._open_answers: set[Answer] = set()  # the answers that have not ended
-        self._answers: dict[int, Answer] = {}  # the engine's id of a request -> the answer in progress
+        self._answers: dict[int, Answer] = {}  # the engine's request id -> the answer in progress
         self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._outbox: list[tuple[Answer, Event | Exception | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread. Call this in the event loop that will await the answers."""
+        """Starts the thread. Must be called in the event loop that awaits the answers."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Makes the thread end after its current step. Every unfinished answer then fails."""
+        """Makes the thread end after its current step. Unfinished answers then fail."""
         self._inbox.put(("stop",))
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Asks the thread to stop, and waits at most `timeout` seconds for the thread to end."""
+        """Asks the thread to stop, and waits at most `timeout` seconds for it to end."""
         self.ask_to_stop()
         self._thread.join(timeout)
 
     def stop_after(self, seconds: float) -> None:
-        """Makes a timer that asks the thread to stop after `seconds`. The caller must accept no new requests from now
-        on."""
+        """Starts a timer that stops the thread after `seconds`. The caller must accept no new requests from now on."""
         timer = threading.Timer(seconds, self.ask_to_stop)
         timer.daemon = True
         timer.start()
 
     @property
     def free_slots(self) -> int:
-        """The number of slots minus the number of unfinished samples. The result is negative if samples are waiting."""
+        """The number of slots minus the number of unfinished samples. This is negative if samples are waiting."""
         return self.slots - self._unfinished()
 
     @property
@@ -181,16 +180,16 @@ class EngineWorker:
         return self._engine.cached / (self.slots * self._engine.model_cfg.sequence_len)
 
     def _unfinished(self) -> int:
-        """Returns the number of samples that have been submitted and are not finished."""
+        """Returns the number of unfinished samples, running or waiting."""
         with self._lock:
             return sum(len(answer.unfinished) for answer in self._open_answers)
 
     def submit(self, *requests: Request) -> Answer:
-        """Queues `requests`, and returns their Answer without waiting for events.
+        """Queues `requests` and returns their Answer at once.
 
         Raises Busy if too many samples are waiting, EngineFailure if the engine has failed, and UserError if the engine
-        cannot serve a request. Requests are checked before the engine's thread gets them, because an error in that
-        thread would end the service for everybody.
+        cannot serve a request. Requests are checked here because an error in the engine's thread would stop the service
+        for all clients.
         """
         for request in requests:
             self._engine.check(request)
@@ -206,17 +205,17 @@ class EngineWorker:
         return answer
 
     def cancel(self, answer: Answer, *which: int) -> None:
-        """Ends `answer`. If `which` is (a request's index, a sample's number), ends only that sample."""
+        """Ends `answer`. If `which` is (request index, sample number), ends only this sample."""
         with self._lock:
             is_open = answer in self._open_answers
         if is_open:
             self._inbox.put(("cancel", answer, *which))
 
     # -----------------------------------------------------------------------------
-    # In the thread
+    # Methods that run in the thread
 
     def _run(self) -> None:
-        """Alternately handles messages and runs a step. If there is nothing to generate, waits for a message."""
+        """Handles messages between steps. Waits for a message if there is nothing to generate."""
         try:
             while self._read_inbox():
                 for event in self._engine.step() if self._answers else ():
@@ -228,10 +227,10 @@ class EngineWorker:
             self._end_all(EngineFailure(STOPPED_WORKING), failure=error)
 
     def _read_inbox(self) -> bool:
-        """Handles all messages. Returns False after the message "stop", otherwise True.
+        """Handles all messages in the inbox. Returns False after the message "stop", otherwise True.
 
-        If the engine is idle and there is no message, compiles programs of `warmup`. Once all are compiled, waits for a
-        message.
+        If the engine is idle and the inbox is empty, compiles programs of `warmup`. When no programs are left,
+        waits for a message.
         """
         while not self._answers or not self._inbox.empty():
             if self._inbox.empty() and self.warming:
@@ -250,7 +249,7 @@ class EngineWorker:
     def _warm_up(self) -> None:
         """Compiles the next few programs of `warmup`.
 
-        If compiling fails, for example for lack of memory, the warm-up ends but the server goes on. The error occurs
+        If compiling fails, for example for lack of memory, the warm-up ends but the server continues. The error occurs
         again only if a request needs the same program.
         """
         try:
@@ -276,7 +275,7 @@ class EngineWorker:
             self._end(answer, "cancelled" if request is None else "stop")
 
     def _handle(self, event: Event) -> None:
-        """Counts an event and puts it in the outbox. The last event of an answer ends the answer."""
+        """Counts an event in the metrics and adds it to the outbox. Ends the answer after its last event."""
         answer = self._answers[event.request]
         index = answer.indices[event.request]
         if (index, event.sample) not in answer.unfinished:
@@ -327,7 +326,7 @@ class EngineWorker:
         self._send_outbox()
 
     def _send_outbox(self) -> None:
-        """Hands the whole outbox to the event loop in one call, since one call per event would take longer."""
+        """Passes the whole outbox to the event loop in one call, because one call per event would take longer."""
         outbox, self._outbox = self._outbox, []
 
         def put_all() -> None:
@@ -338,5 +337,5 @@ class EngineWorker:
             assert self._loop is not None, "start() must set the event loop before the thread runs"
             try:
                 self._loop.call_soon_threadsafe(put_all)
-            except RuntimeError:  # the event loop is closed, since the server has shut down
+            except RuntimeError:  # the server has shut down and closed the event loop
                 log.debug("events came after the end of the event loop")

@@ -1,11 +1,11 @@
-//! Encodes many texts on all cores. In: texts. Out: one array of all their ids, and the offset of each text.
+//! Encodes many texts on all cores. In: texts. Out: one array with the ids of all texts, and the offset of each text.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::encode::Encoder;
 use crate::parallel::{Piece, Pieces, Plan, TextSink, parallel_fold};
 
-/// An integer type for token ids that is wide enough for the vocabulary.
+/// An integer type that stores token ids. It must be wide enough for the vocabulary.
 pub trait Id: Copy + Default + Send + Sync {
     fn narrow(id: u32) -> Self;
 }
@@ -25,25 +25,27 @@ impl Id for u32 {
 /// The ids of many texts, still in the buffers of the threads that encoded them.
 pub struct Encoded<I, T> {
     outputs: Vec<Output<I, T>>,
-    /// Text i has the ids from `offsets[i]` to `offsets[i + 1]`.
+    /// The ids of text i start at index `offsets[i]` and end before index `offsets[i + 1]`.
     pub offsets: Vec<i64>,
 }
 
 /// What one thread has encoded.
 struct Output<I, T> {
     ids: Vec<I>,
-    /// The pieces that the thread encoded, each with the end of its ids in `ids`. They are kept to the end, so that the
-    /// thread that made the texts also frees them.
+    /// The pieces that the thread has encoded, each with the index in `ids` where its ids end. The pieces are kept so
+    /// that the calling thread can free their texts, because it made them.
     pieces: Vec<(Piece<T>, usize)>,
-    /// For each text, or part of a text in one piece: the number of the text, and how many ids it has here.
+    /// One entry per text, or per part of a text: the number of the text, and how many ids it has in `ids`.
     counts: Vec<(usize, usize)>,
     error: Option<String>,
 }
 
 impl Encoder {
-    /// Encodes the texts that `produce` passes to its sink, on the threads of `plan`. `produce` runs while the other
-    /// threads encode. An error from `produce` ends the encoding and is returned; so is an error of the pattern, after
-    /// which the sink returns false.
+    /// Encodes the texts that `produce` passes to its sink. `produce` runs on the calling thread, while the other
+    /// threads of `plan` encode.
+    ///
+    /// If `produce` fails, its error is returned. If the pattern fails, the sink returns false, and the pattern's error
+    /// is returned.
     ///
     /// "aa", "", "b" -> ids [97, 97, 98], offsets [0, 2, 2, 3] (without merges)
     pub fn encode_batch<I: Id, T: AsRef<str> + Send + Sync, E: From<String>>(
@@ -115,7 +117,7 @@ impl<I: Id, T: AsRef<str> + Send + Sync> Encoded<I, T> {
         self.len() == 0
     }
 
-    /// Copies all ids in order to `out`, whose length must be `len()`.
+    /// Copies all ids to `out`, in the order of the texts. The length of `out` must be `len()`.
     pub fn write(&self, threads: usize, mut out: &mut [I]) {
         let mut spans = vec![];
         for output in &self.outputs {
@@ -183,7 +185,7 @@ mod tests {
         let encoder = Encoder::new(Splitter::new(r"a|\b").unwrap(), &[]);
         let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(["aaa", "b"]));
         assert!(result.err().unwrap().starts_with("text 1: "));
-        // The texts never end, so the producer must learn that the pattern has failed.
+        // The texts never end, so `produce` must stop when the sink returns false.
         let result = encoder.encode_batch::<u16, _, _>(Plan::new(Some(3)), feed_all(std::iter::repeat("b")));
         assert!(result.err().unwrap().starts_with("text "));
         let result = encoder.encode_batch::<u16, &str, String>(Plan::new(Some(3)), |_| Err("stop".to_string()));

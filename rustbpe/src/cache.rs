@@ -1,22 +1,23 @@
-//! Caches the ids of chunks that were encoded before. In: a chunk. Out: its ids, if it is cached. A chunk of up to 15
-//! bytes and three ids takes half a cache line; longer chunks, and chunks with more ids, go to an ordinary hash map.
-//! Only one thread uses a cache at a time, so it needs no lock.
+//! Caches the ids of chunks that were encoded before. In: a chunk. Out: its ids, if it is cached. A chunk with at most
+//! 15 bytes and at most three ids takes half a cache line. All other chunks go to an ordinary hash map. Only one thread
+//! uses a cache at a time, so it needs no lock.
 
 use rustc_hash::FxHashMap;
 
 use crate::chunk::Key;
 
-/// How many ids fit beside a key.
+/// The maximum number of ids in an entry.
 pub const INLINE_IDS: usize = 3;
 
-/// The buckets take 8 MB. With a vocabulary of 32,768, half as many make encoding prose a tenth slower, and twice as
-/// many gain little.
+/// The number of buckets, which take 8 MB in all. With a vocabulary of 32,768 tokens, half as many buckets make the
+/// encoding of prose 10% slower. Twice as many hardly make it faster.
 const BUCKETS: usize = 1 << 17;
 
-/// The map is emptied before its keys and ids take more memory than this.
+/// The maximum memory for the map's keys and ids, in bytes. The map is emptied before it exceeds this limit.
 const MAP_BYTES: usize = 4 << 20;
 
-/// Longer chunks are not cached: they hardly ever recur, and a text without chunk boundaries would fill the map.
+/// The maximum length in bytes of a chunk in the map. Longer chunks hardly ever recur, and a text that is one long
+/// chunk would fill the map.
 const MAX_MAP_CHUNK: usize = 128;
 
 /// A short chunk and its ids, `ids[..len]`. The key 0 marks a free entry.
@@ -35,7 +36,7 @@ impl Entry {
     }
 }
 
-/// Two entries in one cache line; the newer one comes first.
+/// Two entries in one cache line. `put` stores a new entry at the front.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Bucket([Entry; 2]);
@@ -55,7 +56,8 @@ impl Default for Cache {
 }
 
 impl Cache {
-    /// Returns the bucket of a key, and starts to load it from memory for the `get` that follows.
+    /// Returns the index of a key's bucket. Also starts to load the bucket from memory, so that a later `get` need not
+    /// wait for it.
     #[inline(always)]
     pub fn prefetch(&self, key: Key) -> usize {
         let bucket = key.hash() % BUCKETS;
@@ -68,7 +70,8 @@ impl Cache {
         bucket
     }
 
-    /// The entry of `key` in its `bucket`. Both ways are compared without a branch, which would be mispredicted.
+    /// The entry of `key` in its `bucket`. Chooses between the two entries without a branch, because the processor
+    /// would often mispredict it.
     #[inline(always)]
     pub fn get(&self, bucket: usize, key: Key) -> Option<&Entry> {
         let Bucket(ways) = &self.buckets[bucket % BUCKETS];
@@ -76,13 +79,14 @@ impl Cache {
         (entry.key == key).then_some(entry)
     }
 
-    /// Stores a short chunk of at most INLINE_IDS ids in place of the older entry of its bucket.
+    /// Stores a short chunk with at most INLINE_IDS ids as the first entry of its bucket. The first entry becomes the
+    /// second, and the second is dropped.
     pub fn put(&mut self, key: Key, ids: &[u32]) {
         let Bucket([first, second]) = &mut self.buckets[key.hash() % BUCKETS];
         *second = std::mem::replace(first, Entry::new(key, ids));
     }
 
-    /// Stores a short chunk if its bucket has a free entry.
+    /// Stores a short chunk with at most INLINE_IDS ids if its bucket has a free entry.
     pub fn put_if_free(&mut self, key: Key, ids: &[u32]) {
         let Bucket(ways) = &mut self.buckets[key.hash() % BUCKETS];
         if let Some(free) = ways.iter_mut().find(|entry| entry.key == Key::default()) {
@@ -98,7 +102,7 @@ impl Cache {
         if chunk.len() > MAX_MAP_CHUNK {
             return;
         }
-        let bytes = chunk.len() + 4 * ids.len() + 64; // 64: the map's entry and two allocations
+        let bytes = chunk.len() + 4 * ids.len() + 64; // 64 for the map's entry and two allocations
         if self.map_bytes + bytes > MAP_BYTES {
             self.map.clear();
             self.map_bytes = 0;

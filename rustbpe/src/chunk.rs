@@ -1,20 +1,21 @@
-//! A chunk of text and its key. In: the bytes of a chunk. Out: a 128-bit key that contains a short chunk completely, so
-//! that comparing keys compares chunks.
+//! A chunk of text and its key. In: the bytes of a chunk. Out: a 128-bit key. The key of a short chunk contains the
+//! whole chunk, so two short chunks are equal if their keys are equal.
 
 use std::ops::Range;
 
-/// The most bytes of a chunk that fit into a key together with its length.
+/// The maximum length of a short chunk in bytes. A key has 16 bytes, and one of them holds the length.
 pub const MAX_SHORT: usize = 15;
 
-/// Where a chunk starts in its text, and its key.
+/// A chunk, given by its start in the text and its key.
 #[derive(Clone, Copy, Default, Debug, PartialEq)]
 pub struct Chunk {
     pub start: usize,
     pub key: Key,
 }
 
-/// For a short chunk: its bytes, and its length in the highest byte, so that chunks that end in zero bytes differ. For
-/// a longer chunk: a mark in the highest byte, and its length. No chunk has the key 0, so 0 can mark an empty slot.
+/// The key of a short chunk holds its bytes, and its length in the highest byte. The length distinguishes chunks that
+/// end in zero bytes. The key of a longer chunk holds 0xff in the highest byte, and the chunk's length in the others.
+/// No chunk has the key 0, so 0 can mark an empty slot.
 ///
 /// b"ab" -> 0x02000000000000000000000000006261
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
@@ -60,12 +61,12 @@ impl Key {
         if self.is_short() { (self.0 >> 120) as usize } else { self.0 as usize }
     }
 
-    /// The bytes of the key. If the chunk is short, the first `chunk_len()` of them are its bytes.
+    /// The bytes of the key. If the chunk is short, the first `chunk_len()` bytes are the chunk.
     pub fn bytes(self) -> [u8; 16] {
         self.0.to_le_bytes()
     }
 
-    /// Multiplies the halves of the key and folds the product: one multiplication mixes all bits.
+    /// Multiplies the two halves of the key, and XORs the two halves of the product. One multiplication mixes all bits.
     #[inline(always)]
     pub fn hash(self) -> usize {
         let low = self.0 as u64 ^ 0x9e37_79b9_7f4a_7c15;

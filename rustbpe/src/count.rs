@@ -1,4 +1,4 @@
-//! Counts how often each distinct chunk of a corpus occurs, which is all that training needs. In: the texts of the
+//! Counts how often each distinct chunk occurs in a corpus. Training needs only these counts. In: the texts of the
 //! corpus. Out: its distinct chunks with their counts.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -12,17 +12,19 @@ use crate::split::Splitter;
 /// Distinct chunks with their counts. Short chunks are stored as keys (see `chunk`), longer ones as bytes.
 #[derive(Default)]
 pub struct ChunkCounts {
-    /// A hash table with open addressing, at most three quarters full. Its size is a power of two; key 0 marks a free
-    /// slot.
+    /// A hash table with open addressing, at most three quarters full. Its size is a power of two. The key 0 marks a
+    /// free slot.
     short: Vec<(Key, i64)>,
     num_short: usize,
     long: FxHashMap<Box<[u8]>, i64>,
 }
 
 impl ChunkCounts {
-    /// Counts the chunks of the texts that `produce` passes to its sink, on the threads of `plan`. `produce` runs while
-    /// the other threads count. An error from `produce` ends the counting and is returned; so is an error of the
-    /// pattern, after which the sink returns false.
+    /// Counts the chunks of the texts that `produce` passes to its sink. `produce` runs on the calling thread, while
+    /// the other threads of `plan` count.
+    ///
+    /// If `produce` fails, its error is returned. If the pattern fails, the sink returns false, and the pattern's error
+    /// is returned.
     ///
     /// "a cat", "a cat" -> {"a": 2, " cat": 2}
     pub fn of_texts<T: AsRef<str> + Send + Sync, E: From<String>>(
@@ -123,7 +125,7 @@ impl ChunkCounts {
         }
     }
 
-    /// The sum of two counts. Adds the smaller table to the larger, because that is less work.
+    /// Returns the sum of two tables. Adds the smaller table to the larger one, because that is less work.
     fn plus(self, other: Self) -> Self {
         let (mut large, small) = if self.len() >= other.len() { (self, other) } else { (other, self) };
         for (key, count) in small.short.into_iter().filter(|&(key, _)| key != Key::default()) {

@@ -1,5 +1,5 @@
-//! Encodes and decodes with learned merges. In: a text, or token ids. Out: its token ids, or their bytes. Decoding an
-//! encoded text returns its bytes, unless the pattern leaves out some of the text.
+//! Encodes text to token ids with the learned merges, and decodes ids to bytes. Decoding an encoded text restores it,
+//! except for parts that the pattern does not match.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -8,17 +8,17 @@ use crate::chunk::{Chunk, Key, MAX_SHORT};
 use crate::merge::{MergeTable, Pair};
 use crate::split::Splitter;
 
-/// How many chunks are split before the first of them is looked up.
+/// The number of chunks that are split before the first of them is looked up in the cache.
 const AHEAD: usize = 32;
 
 pub struct Encoder {
     splitter: Splitter,
     merges: Vec<Pair>,
     table: MergeTable,
-    /// The bytes of all tokens, end to end: those of token i are `bytes[starts[i]..starts[i + 1]]`.
+    /// The bytes of all tokens, one token after another. Token i is `bytes[starts[i]..starts[i + 1]]`.
     bytes: Vec<u8>,
     starts: Vec<usize>,
-    /// The caches that no thread is using. There are as many caches as threads have ever encoded at once.
+    /// The caches that no thread is using. If this list is empty, `with_cache` makes a new cache.
     caches: Mutex<Vec<Cache>>,
 }
 
@@ -30,8 +30,9 @@ impl Encoder {
         encoder
     }
 
-    /// Makes an encoder from the bytes of all tokens in the order of their ids. The merges learned before a token turn
-    /// its bytes into two tokens: the pair that it was merged from. Fails, naming the token, if there are not two.
+    /// Makes an encoder from the bytes of all tokens, in the order of their ids. The merges are recovered one by one:
+    /// the earlier merges encode the bytes of each token as two ids, and this pair is the token's own merge. An error
+    /// names the first token that is not encoded as two ids.
     ///
     /// [.., "ab", "abc"] -> merges (97, 98), (256, 99)
     pub fn from_tokens(splitter: Splitter, tokens: &[Vec<u8>]) -> Result<Self, String> {
@@ -96,7 +97,7 @@ impl Encoder {
         self.starts.windows(2).map(|w| &self.bytes[w[0]..w[1]])
     }
 
-    /// The ids of a text. Fails only if the pattern does (see `Splitter::chunks`).
+    /// The ids of a text. Fails only if the pattern fails (see `Splitter::chunks`).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
         let mut ids = vec![0; Self::room_for(text)];
         let len = self.with_cache(|cache| self.encode_with(cache, text, &mut ids))?;
@@ -104,8 +105,8 @@ impl Encoder {
         Ok(ids)
     }
 
-    /// Calls `use_it` with a cache that no other thread uses in the meantime. Caches live as long as the encoder, so
-    /// that one call speeds up the next.
+    /// Calls `use_it` with a cache that no other thread is using. The encoder keeps its caches, so each call speeds up
+    /// later calls.
     pub fn with_cache<R>(&self, use_it: impl FnOnce(&mut Cache) -> R) -> R {
         let free = || self.caches.lock().unwrap_or_else(PoisonError::into_inner);
         let cache = free().pop();
@@ -115,8 +116,8 @@ impl Encoder {
         result
     }
 
-    /// A cache filled from the vocabulary. A chunk equal to a token's bytes is encoded as that token, because the
-    /// merges that made the token apply to the chunk too.
+    /// A new cache that contains the short tokens of the vocabulary. A chunk with the same bytes as a token is encoded
+    /// as this token, because the same merges apply.
     fn new_cache(&self) -> Cache {
         let mut cache = Cache::default();
         for (id, token) in self.tokens().enumerate().filter(|(_, token)| token.len() <= MAX_SHORT) {
@@ -125,17 +126,17 @@ impl Encoder {
         cache
     }
 
-    /// The length that `out` must have in `encode_with`: at most one id per byte, and a few more because INLINE_IDS ids
-    /// are written at a time.
+    /// The length that `out` must have in `encode_with`. A text has at most one id per byte. The extra room is needed
+    /// because INLINE_IDS ids are always copied at once.
     pub fn room_for(text: &str) -> usize {
         text.len() + cache::INLINE_IDS
     }
 
-    /// Writes the ids of `text` to the beginning of `out`, and returns how many there are.
+    /// Writes the ids of `text` to the beginning of `out`, and returns their number.
     pub fn encode_with(&self, cache: &mut Cache, text: &str, out: &mut [u32]) -> Result<usize, String> {
         let (bytes, mut at) = (text.as_bytes(), 0);
         let mut chunks = self.splitter.chunks(text);
-        // While the last of these chunks are split, the cache lines of the first arrive from memory.
+        // While the later chunks of a group are split, the cache lines of the earlier chunks arrive from memory.
         let mut ahead = [Chunk::default(); AHEAD];
         let mut buckets = [0; AHEAD];
         loop {
@@ -160,7 +161,7 @@ impl Encoder {
         }
     }
 
-    /// Writes the ids of a chunk that `Cache::get` does not find, and caches them.
+    /// Handles a chunk that `Cache::get` has not found. Writes its ids to `out`, caches them, and returns their number.
     #[cold]
     fn encode_miss(&self, cache: &mut Cache, key: Key, chunk: &[u8], out: &mut [u32]) -> usize {
         if let Some(ids) = cache.get_long(chunk) {
@@ -176,7 +177,7 @@ impl Encoder {
         len
     }
 
-    /// The bytes of ids. Fails, naming the id, if one is outside the vocabulary.
+    /// Decodes ids to bytes. If an id is outside the vocabulary, the error names this id.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, String> {
         let mut bytes = Vec::with_capacity(5 * ids.len());
         for &id in ids {
@@ -236,8 +237,8 @@ mod tests {
 
     #[test]
     fn the_cache_does_not_change_the_ids() {
-        // Chunks both shorter and longer than a key holds, many with more ids than an entry holds, some that end in
-        // zero bytes; the first 5,000 words come again, from the cache.
+        // Some of these chunks are too long for a key, many have too many ids for an entry, and some end in zero bytes.
+        // The first 5,000 words are encoded a second time, from the cache.
         let encoder = encoder();
         let mut state = 5u64;
         let mut draw = |n: usize| {

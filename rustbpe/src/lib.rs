@@ -1,23 +1,26 @@
-//! Byte-level BPE: `split` cuts text into chunks, `train` learns merges from counted chunks, and `encode` applies them.
-//! `python` makes the Python module. Without that feature the crate does not use Python, so its tests run without it.
+//! Byte-level BPE. `split` cuts text into chunks, `train` learns merges from the counts of the chunks, and `encode`
+//! applies the merges. `python` makes the Python module. This is an optional feature, so the crate's tests run without
+//! Python.
 //!
-//! What makes it fast, file by file:
+//! What makes each file fast:
 //!
-//! - `scan`: about nine chunks in ten are measured 16 bytes at a time, with table look-ups and masks instead of
-//!   branches that the processor would mispredict. The rest is read by character, with a flat table of classes.
-//! - `chunk`: a chunk of up to 15 bytes is its own key, a 128-bit integer: cheap to compare, and hashed by one
-//!   multiplication.
-//! - `cache`: words recur in text, and looking up the ids of a chunk is much cheaper than merging it again. A hit
-//!   costs one hash, one cache line and two comparisons.
-//! - `encode`: chunks are split 32 ahead, so that their cache lines arrive from memory before they are looked up.
-//! - `merge`: the best pair of a chunk is found by looking at all its pairs, or with a heap if the chunk is long.
-//! - `count`: each thread counts into a hash table of its own; the tables are added at the end.
-//! - `train`: a merge costs time only for the occurrences of its pair, however long the chunks are. Nothing is hashed:
-//!   each position stores the index of its pair.
-//! - `parallel`: texts go to the threads in pieces that fit a core's cache, and large texts are cut, so no core idles.
-//!   The calling thread prepares the next pieces meanwhile, and takes work when the others fall behind.
-//! - `batch`: each thread writes into a buffer of its own, and the buffers are copied in parallel into one array.
-//! - `python`: texts are borrowed from Python, not copied, and long work releases the GIL.
+//! - `scan`: about nine in ten chunks are measured 16 bytes at a time, with masks and table look-ups. This avoids
+//!   branches that the processor would mispredict. All other chunks are read one character at a time, with a table that
+//!   maps each code point to its class.
+//! - `chunk`: the key of a chunk of up to 15 bytes is a 128-bit integer that contains the chunk. Keys are cheap to
+//!   compare, and hashing a key takes one multiplication.
+//! - `cache`: words recur in text, and looking up the ids of a chunk is much cheaper than merging it again. A hit costs
+//!   one hash, one cache line and two comparisons.
+//! - `encode`: 32 chunks are split before the first is looked up, so that their cache lines arrive from memory in time.
+//! - `merge`: a linear search finds the best pair of a short chunk, and a heap finds the best pair of a long chunk.
+//! - `count`: each thread counts in its own hash table. The tables are added at the end.
+//! - `train`: the cost of a merge depends on how often its pair occurs, but not on the length of the chunks. Nothing is
+//!   hashed, because each position stores the index of its pair.
+//! - `parallel`: texts go to the threads in pieces that fit into a core's cache. Large texts are cut so that all cores
+//!   have work. The calling thread prepares the next pieces, and works on some of them itself if the other threads fall
+//!   behind.
+//! - `batch`: each thread writes to its own buffer. The buffers are then copied in parallel into one array.
+//! - `python`: texts are borrowed from Python, not copied. Long computations release the GIL.
 
 pub mod batch;
 pub mod cache;

@@ -1,24 +1,26 @@
-//! Applies the learned merges to one chunk, the earliest learned first. In: the bytes of a chunk. Out: its token ids.
+//! Applies the learned merges to one chunk, in the order of learning. In: the bytes of a chunk. Out: its token ids.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Two neighbouring token ids.
+/// The ids of two neighbouring tokens.
 pub type Pair = (u32, u32);
 
-/// Stands for "no token".
+/// Means "no token".
 const NONE: u32 = u32::MAX;
 
-/// Longer chunks are merged with a heap, in O(n log n) time; searching all pairs before each merge is quadratic.
+/// Chunks of more bytes are merged with a heap, in O(n log n) time. Searching all pairs before each merge would take
+/// quadratic time.
 const HEAP_ABOVE: usize = 96;
 
-/// Maps a pair of tokens to the token they merge into. That id is also the merge's rank, because ids are assigned in
-/// the order of learning.
+/// Maps a pair of tokens to the id of the merged token. This id is also the rank of the merge, because ids are assigned
+/// in the order of learning.
 pub struct MergeTable {
     /// A hash table with open addressing, at most half full. An empty slot has the id NONE.
     slots: Vec<(Pair, u32)>,
     shift: u32,
-    /// The ids for pairs of bytes, at `left * 256 + right`. Every chunk begins as bytes, and this look-up is one load.
+    /// The ids of merged pairs of bytes, at `left * 256 + right`. Every chunk starts as single bytes, so these look-ups
+    /// are frequent. With this table, each takes one load.
     bytes: Vec<u32>,
 }
 
@@ -29,7 +31,7 @@ impl MergeTable {
         Self { slots: vec![((0, 0), NONE); slots], shift: 64 - slots.ilog2(), bytes: vec![NONE; 1 << 16] }
     }
 
-    /// Adds the merge of `pair` into `id`. May be called `capacity` times, each time with a different pair.
+    /// Adds the merge of `pair` into `id`. May be called at most `capacity` times, each time with a different pair.
     pub fn insert(&mut self, pair: Pair, id: u32) {
         if pair.0 < 256 && pair.1 < 256 {
             self.bytes[(pair.0 << 8 | pair.1) as usize] = id;
@@ -47,7 +49,7 @@ impl MergeTable {
         ((u64::from(left) << 32 | u64::from(right)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize
     }
 
-    /// The token that two tokens merge into; NONE if they do not merge.
+    /// The id that `left` and `right` merge into, or NONE if they do not merge.
     #[inline]
     fn get(&self, left: u32, right: u32) -> u32 {
         let mut at = self.home((left, right));
@@ -65,8 +67,10 @@ impl MergeTable {
         self.bytes[usize::from(left) << 8 | usize::from(right)]
     }
 
-    /// Writes the ids of one chunk to the beginning of `out`, which must have room for one id per byte. Returns how
-    /// many there are: b"aaa" -> [256, 97], 2 (if "aa" is token 256)
+    /// Writes the ids of one chunk to the beginning of `out`, and returns their number. `out` must have room for one id
+    /// per byte.
+    ///
+    /// b"aaa" -> [256, 97], 2 (if "aa" is token 256)
     pub fn merge(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         match chunk.len() {
             0..=16 => self.merge_short::<16>(chunk, out),
@@ -75,7 +79,8 @@ impl MergeTable {
         }
     }
 
-    /// Merges the pair with the lowest rank first, the leftmost among equals. Searches all pairs; for up to `N` bytes.
+    /// Merges a chunk of up to `N` bytes. Before each merge, searches all pairs for the lowest rank. If several pairs
+    /// have this rank, the leftmost is merged first.
     fn merge_short<const N: usize>(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         // ranks[i] is the id that parts i and i + 1 would merge into.
         let mut ranks = [NONE; N];
@@ -87,7 +92,7 @@ impl MergeTable {
             *rank = self.get_bytes(pair[0], pair[1]);
         }
         while len > 1 {
-            // The index is in the low bits, so that one minimum finds both rank and index.
+            // The low bits hold the index, so that one minimum gives both the lowest rank and its index.
             let lowest = |best: u64, (i, &rank): (usize, &u32)| best.min(u64::from(rank) << 8 | i as u64);
             let best = ranks[..len - 1].iter().enumerate().fold(u64::MAX, lowest);
             let (at, id) = ((best & 0xff) as usize, (best >> 8) as u32);
@@ -112,7 +117,7 @@ impl MergeTable {
         len
     }
 
-    /// Merges in the same order as `merge_short`, with a heap over a linked list of parts.
+    /// Merges in the same order as `merge_short`. The parts form a linked list, and a heap finds the best pair.
     fn merge_long(&self, chunk: &[u8], out: &mut [u32]) -> usize {
         let len = chunk.len();
         let mut parts: Vec<u32> = chunk.iter().map(|&b| u32::from(b)).collect();
@@ -123,8 +128,8 @@ impl MergeTable {
             .filter(|entry| entry.0.0 != NONE)
             .collect();
         while let Some(Reverse((id, at))) = heap.pop() {
-            // An entry is stale if either part has been merged since. A part that is gone holds NONE, which never
-            // merges.
+            // Skip the entry if one of its parts has been merged since the entry was added. A part that no longer
+            // exists holds NONE, which never merges.
             let right = next[at];
             if right >= len || self.get(parts[at], parts[right]) != id {
                 continue;
@@ -156,7 +161,7 @@ impl MergeTable {
 mod tests {
     use super::*;
 
-    /// "aa", "aaaa", "ab", "abab", "bb", "ll", "el", "ell", "é" and two that overlap with them.
+    /// "aa", "aaaa", "ab", "abab", "bb", "ll", "el", "ell", "é" and two merges that overlap with these.
     fn table() -> MergeTable {
         let merges =
             [(97, 97), (256, 256), (97, 98), (258, 258), (98, 98), (108, 108), (101, 108), (262, 108), (0xc3, 0xa9)];

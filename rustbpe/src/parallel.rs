@@ -1,5 +1,5 @@
 //! Distributes texts over threads. In: texts, one by one. Out: the state that each thread has built from its share.
-//! The threads end with each call, because a pool of threads would not survive a fork, and data loaders fork.
+//! Each call starts new threads, because a pool of threads would not survive a fork, and data loaders fork.
 
 use std::ops::Range;
 use std::sync::mpsc::{TrySendError, sync_channel};
@@ -11,24 +11,25 @@ use crate::split::Splitter;
 /// The number of cores that this process may use.
 static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
 
-/// The most threads that are used, whatever the caller asks for. More would never help.
+/// The maximum number of threads, even if the caller asks for more. More threads would never help.
 const MAX_THREADS: usize = 1024;
 
-/// What a text counts in the size of its piece besides its bytes, so that a piece of empty texts fills up too.
+/// In the size of a piece, each text counts as its bytes plus this number. Otherwise a piece of empty texts would never
+/// be full.
 pub const TEXT_OVERHEAD: usize = 64;
 
 /// How work is distributed over threads.
 #[derive(Clone, Copy)]
 pub struct Plan {
-    /// The most threads that run at once, including the calling thread.
+    /// The maximum number of threads, including the calling thread.
     pub threads: usize,
     /// The approximate size of a piece, in bytes of text.
     pub piece_bytes: usize,
 }
 
 impl Plan {
-    /// Uses one thread per core if `threads` is None. A piece is work for a fraction of a millisecond, and small enough
-    /// to fit into a core's cache together with its ids.
+    /// Uses one thread per core if `threads` is None. The work on a piece takes a fraction of a millisecond. The piece
+    /// fits into a core's cache together with its ids.
     pub fn new(threads: Option<usize>) -> Self {
         Self { threads: threads.unwrap_or(*CORES).min(MAX_THREADS), piece_bytes: 1 << 17 }
     }
@@ -37,7 +38,7 @@ impl Plan {
 /// Takes items one by one and passes them to the threads.
 pub type Sender<'s, Item> = dyn FnMut(Item) + Send + 's;
 
-/// Takes texts one by one. It returns false if something has failed and no more texts are wanted.
+/// Takes texts one by one. Returns false after a failure, when no more texts are wanted.
 pub type TextSink<'s, T> = dyn FnMut(T) -> bool + Send + 's;
 
 /// Passes every text of an iterator to the sink, until the sink returns false.
@@ -48,12 +49,11 @@ pub fn feed_all<T>(texts: impl IntoIterator<Item = T>) -> impl FnOnce(&mut TextS
     }
 }
 
-/// Folds the items that `produce` sends. Up to `threads` threads work, including this one. Each has its own state, made
-/// by `init`, and folds items into it with `step`. Returns the result of `produce`, and the states in no particular
-/// order.
+/// Folds the items that `produce` sends, on up to `threads` threads. Each thread makes its own state with `init` and
+/// folds items into this state with `step`. Returns the result of `produce`, and the states in no particular order.
 ///
-/// This thread runs `step` too when the others fall behind, and after the last item. A single item starts no thread.
-/// The queue holds four items per thread at most.
+/// The calling thread is one of them. It runs `produce`, but also runs `step` when the queue is full and after the last
+/// item. A single item starts no other thread. The queue holds up to four items per thread.
 pub fn parallel_fold<Item: Send, State: Send, R>(
     threads: usize,
     init: impl Fn() -> State + Sync,
@@ -76,7 +76,7 @@ pub fn parallel_fold<Item: Send, State: Send, R>(
         let mut first = true;
         let result = produce(&mut |item| {
             if !std::mem::take(&mut first) && helpers.len() + 1 < threads {
-                // If the system cannot start a thread, this one does the work.
+                // If the system cannot start a thread, the calling thread does the work.
                 helpers.extend(thread::Builder::new().spawn_scoped(scope, work));
             }
             if let Err(TrySendError::Full(item) | TrySendError::Disconnected(item)) = sender.try_send(item) {
@@ -94,7 +94,7 @@ pub fn parallel_fold<Item: Send, State: Send, R>(
     })
 }
 
-/// Work for one thread: several consecutive texts, or a part of a large one. Texts are numbered from 0.
+/// Work for one thread: several consecutive texts, or a part of a large text. Texts are numbered from 0.
 pub enum Piece<T> {
     Texts { first: usize, texts: Vec<T> },
     Part { number: usize, text: Arc<T>, bytes: Range<usize> },
@@ -109,7 +109,7 @@ impl<T: AsRef<str>> Piece<T> {
         }
     }
 
-    /// The texts of the piece, or its part of a text, each with the number of the text.
+    /// The texts in the piece, each with its number. If the piece is a part of a text, yields only this part.
     pub fn texts(&self) -> impl Iterator<Item = (usize, &str)> {
         let (first, texts, part) = match self {
             Piece::Texts { first, texts } => (*first, &texts[..], None),
@@ -119,7 +119,7 @@ impl<T: AsRef<str>> Piece<T> {
     }
 }
 
-/// Groups small texts into pieces and cuts large texts into several.
+/// Groups small texts into pieces, and cuts a large text into several pieces.
 pub struct Pieces<'s, T> {
     splitter: &'s Splitter,
     piece_bytes: usize,

@@ -1,6 +1,6 @@
 //! The Python module `rustbpe`: a class `Tokenizer` around the trainer and the encoder. In: Python str, ids and
-//! iterables of them. Out: lists, bytes, str and numpy arrays. This file converts between the two sides and holds no
-//! algorithm.
+//! iterables of them. Out: lists, bytes, str and numpy arrays. This file only converts between Python and Rust. It
+//! contains no algorithm.
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -19,26 +19,27 @@ use crate::parallel::{Plan, TEXT_OVERHEAD, TextSink};
 use crate::split::{GPT4_PATTERN, Splitter};
 use crate::train::learn_merges;
 
-/// How much text is read from Python before the GIL is released and the text goes to the threads.
+/// The amount of text that is read from Python before the GIL is released and the threads get the text.
 const BUFFER_BYTES: usize = 1 << 18;
 
-/// Encoding a shorter text takes microseconds, so releasing the GIL would cost more than other threads gain from it.
+/// A text of fewer bytes is encoded without releasing the GIL. The encoding takes microseconds, so releasing the GIL
+/// would cost more than it gains.
 const KEEP_GIL_BELOW: usize = 4096;
 
 /// How often training checks for Ctrl-C and reports progress while it merges.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Byte-level BPE tokenizer. Ids 0 to 255 are the bytes, and id 256 + i is the i-th merge. An untrained tokenizer has
-/// the bytes only. Any number of threads may use it at once; training replaces the merges when it is done.
+/// only the bytes. Any number of threads may use a tokenizer at once. Training replaces the merges only at its end.
 ///
-/// Text is str without lone surrogates, which UTF-8 cannot represent. A text with one raises UnicodeEncodeError (a
-/// ValueError), which names the text if there are several.
+/// A text is a str without lone surrogates, because UTF-8 cannot represent them. A lone surrogate raises
+/// UnicodeEncodeError, a subclass of ValueError. If there are several texts, the error says which one is invalid.
 #[pyclass(module = "rustbpe", frozen)]
 struct Tokenizer {
     encoder: RwLock<Arc<Encoder>>,
 }
 
-/// An error message of the crate, as ValueError, or an exception from Python.
+/// An exception from Python, or an error message of this crate as a ValueError.
 struct Failure(PyErr);
 
 impl From<String> for Failure {
@@ -78,8 +79,8 @@ impl Tokenizer {
         Ok(Self::of(Encoder::new(Splitter::new(GPT4_PATTERN)?, &[])))
     }
 
-    /// Make a tokenizer from its split pattern and its (token bytes, rank) pairs in any order: the inverse of
-    /// get_mergeable_ranks(). Raises ValueError if the pairs are not those of a byte-level BPE.
+    /// Make a tokenizer from a split pattern and (token bytes, rank) pairs in any order. This is the inverse of
+    /// get_mergeable_ranks(). Raises ValueError if the pairs are not the tokens of a byte-level BPE.
     #[staticmethod]
     fn from_mergeable_ranks(py: Python<'_>, pattern: &str, ranks: &Bound<'_, PyAny>) -> Fallible<Self> {
         let ranks: Vec<(Vec<u8>, usize)> = ranks.extract().map_err(|error| match out_of_range(py, &error) {
@@ -107,9 +108,9 @@ impl Tokenizer {
         })
     }
 
-    /// Learn the merges of a corpus, an iterable of str, until the vocabulary has vocab_size tokens, including the 256
-    /// bytes. It has fewer if the corpus runs out of pairs. The texts are read up to buffer_size at a time, and counted
-    /// on all cores, without the GIL, while the next ones are read. Only their distinct chunks stay in memory. The
+    /// Learn merges from an iterable of str until the vocabulary has vocab_size tokens, including the 256 bytes. If the
+    /// texts have too few pairs, the vocabulary is smaller. Texts are read in groups of up to buffer_size. While one
+    /// group is read, all cores count the previous ones, without the GIL. Only the distinct chunks stay in memory. The
     /// default pattern is GPT-4's. progress(merges done, merges wanted) is called about ten times a second during
     /// merging.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
@@ -165,24 +166,24 @@ impl Tokenizer {
         self.encoder().splitter().pattern().to_string()
     }
 
-    /// (token bytes, id) of every token, in the order of the ids.
+    /// The pair (token bytes, id) of every token, in the order of the ids.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, usize)> {
         self.encoder().tokens().enumerate().map(|(id, bytes)| (PyBytes::new(py, bytes), id)).collect()
     }
 
-    /// (left id, right id) of every merge, in the order learned.
+    /// The pair (left id, right id) of every merge, in the order of learning.
     fn get_merges(&self) -> Vec<Pair> {
         self.encoder().merges().to_vec()
     }
 
-    /// The chunks of a text. Merges never cross their boundaries.
+    /// Split a text into chunks. Merges never cross the boundaries of chunks.
     fn split(&self, text: PyBackedStr) -> Fallible<Vec<String>> {
         let encoder = self.encoder();
         let chunks = encoder.splitter().chunks(&text).map(|chunk| chunk.map(|chunk| text[chunk.range()].to_string()));
         Ok(chunks.collect::<Result<_, String>>()?)
     }
 
-    /// The ids of a text, encoded on this thread. Text that the pattern does not match is left out; GPT-4's pattern
+    /// Encode a text to ids, on the calling thread. Text that the pattern does not match is skipped. GPT-4's pattern
     /// matches everything.
     fn encode(&self, py: Python<'_>, text: PyBackedStr) -> Fallible<Vec<u32>> {
         let encoder = self.encoder();
@@ -190,7 +191,7 @@ impl Tokenizer {
         Ok(ids?)
     }
 
-    /// The ids of each text of an iterable of str, as a list per text, encoded on all cores.
+    /// Encode an iterable of str on all cores. Returns one list of ids per text.
     fn batch_encode<'py>(&self, py: Python<'py>, texts: Py<PyAny>) -> Fallible<Vec<Bound<'py, PyList>>> {
         let encoder = self.encoder();
         let plan = Plan::new(None);
@@ -201,9 +202,11 @@ impl Tokenizer {
         Ok(lists.collect::<PyResult<_>>()?)
     }
 
-    /// The ids of all texts of an iterable of str, as two numpy arrays (tokens, offsets): text i has the ids
-    /// tokens[offsets[i]:offsets[i + 1]]. tokens is uint16 if the vocabulary has up to 65,536 tokens, otherwise uint32;
-    /// offsets is int64. num_threads is the most threads to use, by default one per core.
+    /// Encode an iterable of str to two numpy arrays (tokens, offsets).
+    ///
+    /// Text i has the ids tokens[offsets[i]:offsets[i + 1]]. tokens is uint16 if the vocabulary has up to 65,536
+    /// tokens, otherwise uint32. offsets is int64. num_threads is the maximum number of threads. The default is one
+    /// thread per core.
     #[pyo3(signature = (texts, num_threads=None))]
     fn encode_batch<'py>(
         &self,
@@ -221,18 +224,19 @@ impl Tokenizer {
         }
     }
 
-    /// The text of ids. Bytes that are not valid UTF-8 become U+FFFD.
+    /// Decode ids to text. Bytes that are not valid UTF-8 become U+FFFD.
     fn decode(&self, ids: &Bound<'_, PyAny>) -> Fallible<String> {
         Ok(String::from_utf8_lossy(&decode(&self.encoder(), ids)?).into_owned())
     }
 
-    /// The bytes of ids.
+    /// Decode ids to bytes.
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'_, PyAny>) -> Fallible<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(py, &decode(&self.encoder(), ids)?))
     }
 }
 
-/// A Python int, clamped to the range of i64. Callers accept or reject a larger int just as they would the limit.
+/// A Python int, clamped to the range of i64. To the callers, an int outside this range means the same as the nearest
+/// limit.
 ///
 /// 2**70 -> i64::MAX
 fn saturating_i64(value: &Bound<'_, PyAny>) -> PyResult<i64> {
@@ -264,8 +268,8 @@ fn encode_flat<'py, I: Id + Element>(
     Ok((tokens, offsets))
 }
 
-/// A new numpy array, which `fill` writes through the buffer protocol. The stable ABI includes that protocol, so the
-/// crate needs no numpy bindings.
+/// A new numpy array, filled by `fill` through the buffer protocol. This protocol is part of Python's stable ABI, so
+/// the crate needs no numpy bindings.
 fn new_array<'py, T: Element>(
     py: Python<'py>,
     len: usize,
@@ -275,8 +279,8 @@ fn new_array<'py, T: Element>(
     let array = py.import("numpy")?.call_method1("empty", (len, dtype))?;
     let buffer = PyBuffer::<T>::get(&array)?;
     let mut values = buffer.as_slice_ptr().expect("a new array should be contiguous");
-    // SAFETY: the array is new, so nothing else refers to it, and `buffer` keeps it in place. T is a plain number, for
-    // which every bit pattern is a valid value.
+    // SAFETY: the array is new, so nothing else refers to it, and `buffer` keeps it in place. T is a number type, so
+    // every bit pattern is a valid value.
     fill(unsafe { values.as_mut() });
     Ok(array)
 }
@@ -285,7 +289,7 @@ fn feed_batch(texts: &Py<PyAny>, sink: &mut TextSink<PyBackedStr>) -> Fallible<(
     Python::attach(|py| feed(texts.bind(py), "the batch", usize::MAX, sink))
 }
 
-/// Passes the texts of an iterable to the sink, up to `buffer_size` at a time. They are borrowed from Python, not
+/// Passes the texts of an iterable to the sink, up to `buffer_size` at a time. The texts are borrowed from Python, not
 /// copied.
 fn feed(iterable: &Bound<'_, PyAny>, what: &str, buffer_size: usize, sink: &mut TextSink<PyBackedStr>) -> Fallible<()> {
     if iterable.is_instance_of::<PyString>() {

@@ -1,17 +1,18 @@
-//! Splits text by the GPT-4 pattern with hand-written code. It is many times faster than a backtracking regex engine,
-//! and it needs no stack, which a long run of characters could overflow.
+//! Splits text by the GPT-4 pattern with hand-written code. This is many times faster than a backtracking regex engine.
+//! A long run of characters cannot overflow the stack, because the code does not recurse.
 //!
-//! In: a text and the pattern's n, the most digits in one chunk. Out: the chunks, which together cover the text.
-//! The pattern is
+//! In: a text, and the maximum number n of digits in one chunk. Out: the chunks, which together cover the text. The
+//! pattern is
 //!
 //! ```text
 //! '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}+ | \p{N}{1,n} |  ?[^\s\p{L}\p{N}]++[\r\n]* | \s*[\r\n] |
 //! \s+(?!\S) | \s+
 //! ```
 //!
-//! `scan_short` takes the chunks that its table of guesses covers, about nine in ten: an ASCII word with at most one
-//! other ASCII character before it. `chunk_end` takes the rest, one character at a time. Its table of character classes
-//! is built from the regex engine's own tables, so the two cannot disagree about Unicode.
+//! `scan_short` handles about nine in ten chunks: ASCII words with at most one other ASCII character before the
+//! letters, and other ASCII chunks of one or two bytes. `chunk_end` handles all other chunks, one character at a time.
+//! Its table of character classes is built from the regex engine's own tables, so both classify all of Unicode in the
+//! same way.
 
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -20,11 +21,11 @@ use regex_syntax::hir::{Class, HirKind};
 
 use crate::chunk::{Chunk, Key, MAX_SHORT};
 
-/// The classes of characters that the pattern tells apart.
+/// The classes of characters that the pattern distinguishes.
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[repr(u8)]
 enum CharClass {
-    /// Whatever the classes below do not cover: punctuation, symbols, marks, control characters.
+    /// All characters that are in no other class: punctuation, symbols, marks, control characters.
     Symbol,
     Letter,
     Number,
@@ -35,7 +36,7 @@ enum CharClass {
     End,
 }
 
-/// The class of every code point. One byte for each takes about a megabyte, and one load is faster than a search.
+/// The class of every code point. This table takes about a megabyte, but one load is faster than a search.
 static CHAR_CLASSES: LazyLock<Vec<CharClass>> = LazyLock::new(|| {
     let mut classes = vec![CharClass::Symbol; char::MAX as usize + 1];
     let sets = [(r"\s", CharClass::Space), (r"\p{L}", CharClass::Letter), (r"\p{N}", CharClass::Number)];
@@ -56,7 +57,7 @@ fn code_points(set: &str) -> Vec<Range<usize>> {
     set.ranges().iter().map(|r| r.start() as usize..r.end() as usize + 1).collect()
 }
 
-/// Iterates over the chunks of a text in order. Together they cover it.
+/// Iterates over the chunks of a text in order.
 pub struct Scanner<'t> {
     text: &'t [u8],
     at: usize,
@@ -65,7 +66,7 @@ pub struct Scanner<'t> {
 }
 
 impl<'t> Scanner<'t> {
-    /// `digits` is the pattern's n: 1, 2 or 3.
+    /// `digits` is the maximum number of digits in a chunk: 1, 2 or 3.
     pub fn new(text: &'t str, digits: usize) -> Self {
         Self { text: text.as_bytes(), at: 0, digits, guesses: &GUESSES[digits - 1] }
     }
@@ -94,16 +95,18 @@ impl Iterator for Scanner<'_> {
     }
 }
 
-/// The first position at or after `from` where `text` can be cut so that both parts, split separately, give the chunks
-/// of the whole; the end of `text` if there is none.
+/// Returns the first position, at or after `from`, where `text` can be cut without changing its chunks. Returns the end
+/// of `text` if there is none.
 ///
 /// "don't stop", 1 -> 3 (before the apostrophe)
 ///
-/// There are two kinds of cut. One lies after an ASCII letter and before a character that is not a letter: a chunk that
-/// contains a letter ends there at the latest, and no other chunk reaches across. The other lies after a newline and
-/// before a character that is not white space: `[\r\n]*` and `\s*[\r\n]` take all newlines up to there, and no
-/// alternative takes anything else after a newline. No alternative looks back, so the text after the cut splits as if
-/// it stood alone.
+/// There are two kinds of cut. In both, a chunk must end at the cut:
+///
+/// - After an ASCII letter and before a character that is not a letter. Only letters can follow a letter in a chunk.
+/// - After a newline and before a character that is not white space. Only white space can follow a newline in a chunk.
+///   The newline is matched by `[\r\n]*` or `\s*[\r\n]`, so the lookahead in `\s+(?!\S)` is never tried.
+///
+/// No alternative looks back, so the chunks after the cut do not depend on the text before it.
 pub fn cut_from(text: &str, from: usize) -> usize {
     let text = text.as_bytes();
     let classes = CHAR_CLASSES.as_slice();
@@ -115,8 +118,8 @@ pub fn cut_from(text: &str, from: usize) -> usize {
     (from.max(1)..text.len()).find(is_cut).unwrap_or(text.len())
 }
 
-/// The index of the first byte at or after `from` that is not an ASCII letter; 16 if all are. Compares 16 bytes at
-/// once.
+/// Returns the index of the first byte, at or after `from`, that is not an ASCII letter. Returns 16 if there is none.
+/// Compares all 16 bytes at once.
 ///
 /// b" the end of the ", 1 -> 4
 #[cfg(target_arch = "x86_64")]
@@ -128,7 +131,7 @@ fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
     // SAFETY: the load reads exactly the 16 bytes of `bytes`, and every x86-64 processor has SSE2.
     let letters = unsafe {
         let lower = _mm_or_si128(_mm_loadu_si128(bytes.as_ptr().cast()), _mm_set1_epi8(0x20));
-        // Shifts a to z to the 26 smallest signed bytes, since SSE2 compares bytes as signed only.
+        // Maps the letters a to z to the 26 smallest signed bytes, because SSE2 can only compare signed bytes.
         let shifted = _mm_add_epi8(lower, _mm_set1_epi8(i8::MIN.wrapping_sub(b'a' as i8)));
         _mm_movemask_epi8(_mm_cmplt_epi8(shifted, _mm_set1_epi8(i8::MIN + 26)))
     };
@@ -138,7 +141,7 @@ fn end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
 #[cfg(not(target_arch = "x86_64"))]
 use portable_end_of_letters as end_of_letters;
 
-/// The same without SIMD instructions: eight bytes in one integer, where no sum carries into the next byte.
+/// Does the same without SIMD instructions. Handles eight bytes in one integer. No addition carries into the next byte.
 #[cfg(any(test, not(target_arch = "x86_64")))]
 #[inline(always)]
 fn portable_end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
@@ -156,7 +159,7 @@ fn portable_end_of_letters(bytes: &[u8; 16], from: usize) -> usize {
     (others >> (8 * from) << (8 * from)).trailing_zeros() as usize / 8
 }
 
-/// The classes of bytes that `scan_short` tells apart.
+/// The classes of bytes that `scan_short` distinguishes.
 #[derive(Clone, Copy)]
 #[repr(u8)]
 enum ByteClass {
@@ -168,9 +171,9 @@ enum ByteClass {
     Tab,
     Newline,
     Symbol,
-    /// A symbol, but letters after it may make it a contraction.
+    /// Like a symbol, but it may begin a contraction.
     Apostrophe,
-    /// Control characters, which are rare, and the bytes of characters beyond ASCII.
+    /// Control characters, which are rare, and all bytes of non-ASCII characters.
     Rest,
 }
 
@@ -193,31 +196,33 @@ const BYTE_CLASSES: [ByteClass; 256] = {
     classes
 };
 
-/// What the first two bytes of a chunk suggest about its length, packed into 32 bits to keep the table at 256 bytes:
+/// What the first two bytes of a chunk suggest about its length. A guess is packed into 32 bits, so that a table of 64
+/// guesses takes only 256 bytes:
 ///
-/// - bits 0 to 7: the length; 0 for a word, whose length is measured;
-/// - bits 8 to 15: all ones for a word, otherwise 0;
-/// - bits 16 to 23: a set of `ByteClass`es, bit 16 + c for class c. If the byte after the chunk is in one of them, the
-///   guess is right.
+/// - Bits 0 to 7: the length of the chunk, or 0 for a word. The length of a word is measured instead.
+/// - Bits 8 to 15: all ones for a word, otherwise 0.
+/// - Bits 16 to 23: a set of `ByteClass`es, with bit 16 + c for class c. The guess is right if the byte after the chunk
+///   is in one of these classes.
 #[derive(Clone, Copy)]
 struct Guess(u32);
 
 impl Guess {
-    /// Never right: the bytes suggest nothing.
+    /// A guess that is never right, for bytes that suggest nothing.
     const NONE: Self = Self(0);
 
-    /// A word, if a byte of one of the classes `followers` comes after it.
+    /// Guesses a word. This is right if the byte after the word is in one of the classes `followers`.
     const fn word(followers: u8) -> Self {
         Self(0xff << 8 | (followers as u32) << 16)
     }
 
-    /// A chunk of `len` bytes (1 or 2), if a byte of one of the classes `followers` comes after it.
+    /// Guesses a chunk of `len` bytes (1 or 2). This is right if the byte after the chunk is in one of the classes
+    /// `followers`.
     const fn of_len(len: u32, followers: u8) -> Self {
         Self(len | (followers as u32) << 16)
     }
 
-    /// The length of the chunk: `word_len` if it is a word. Bit masks select it, because a branch would be
-    /// mispredicted.
+    /// The length of the chunk, which is `word_len` for a word. Uses bit masks, because the processor would often
+    /// mispredict a branch.
     #[inline(always)]
     fn len(self, word_len: usize) -> usize {
         (self.0 & 3) as usize | word_len & (self.0 >> 8 & 31) as usize
@@ -230,8 +235,8 @@ impl Guess {
     }
 }
 
-/// The guesses, indexed by the class of the first byte, then of the second. A table instead of branches, because the
-/// processor cannot predict branches that depend on the text.
+/// The guesses, indexed by the classes of the first and the second byte. The table replaces branches, which the
+/// processor could not predict because they would depend on the text.
 type Guesses = [[Guess; 8]; 8];
 
 static GUESSES: [Guesses; 3] = [guesses(1), guesses(2), guesses(3)];
@@ -267,11 +272,11 @@ const fn guess(first: ByteClass, second: ByteClass, digits: usize) -> Guess {
         (Digit, Digit) if digits == 2 => Guess::of_len(2, ANY),
         (Digit, Digit) => Guess::of_len(2, ANY & !(DIGIT | REST)),
         (Digit, Rest) => Guess::NONE,
-        // The second byte cannot continue a chunk that the first begins.
+        // The second byte cannot continue the chunk that the first byte begins.
         (Digit, _) | (_, Digit) => Guess::of_len(1, ANY),
         (Newline, Letter | Symbol | Apostrophe) | (Tab, Symbol | Apostrophe) => Guess::of_len(1, ANY),
         (Symbol | Apostrophe, Space | Tab) => Guess::of_len(1, ANY),
-        // These runs take all they can, so the byte after them must not extend them.
+        // These chunks are as long as possible, so the guess is wrong if the next byte could extend the chunk.
         (Space | Symbol | Apostrophe, Symbol | Apostrophe) => Guess::of_len(2, ANY & !(SYMBOL | NEWLINE | REST)),
         (Symbol | Apostrophe, Newline) => Guess::of_len(2, ANY & !NEWLINE),
         (Newline, Newline) => Guess::of_len(2, ANY & !(NEWLINE | BLANK | REST)),
@@ -279,22 +284,22 @@ const fn guess(first: ByteClass, second: ByteClass, digits: usize) -> Guess {
     }
 }
 
-/// Length and key of the chunk at the start of `bytes`, if its guess is right: an ASCII word of up to 15 bytes,
-/// including the character that opens it, or another chunk of one or two bytes. None for all other chunks.
+/// The length and the key of the chunk at the start of `bytes`, or None if the guess is wrong. The guess can be an
+/// ASCII word of up to 15 bytes, including the character before the letters, or another chunk of one or two bytes.
 ///
 /// b" the end of the " -> (4, the key of " the")
 #[inline(always)]
 fn scan_short(bytes: &[u8; 16], guesses: &Guesses) -> Option<(usize, Key)> {
     let class = |at: usize| BYTE_CLASSES[usize::from(bytes[at])];
     let guess = guesses[class(0) as usize][class(1) as usize];
-    // Only the first byte of a word may be something other than a letter.
+    // Starts at index 1, because the first byte of a word need not be a letter.
     let len = guess.len(end_of_letters(bytes, 1));
     let is_right = guess.is_right_before(class(len & 15));
     (is_right && len <= MAX_SHORT).then(|| (len, Key::of_block(u128::from_le_bytes(*bytes), len)))
 }
 
-/// Class and byte length of the character at `at`; (End, 0) past the end. `text` must be valid UTF-8, and `at` must lie
-/// on a character boundary.
+/// The class and the byte length of the character at `at`, or (End, 0) past the end. `text` must be valid UTF-8, and
+/// `at` must be a character boundary.
 ///
 /// "é!", 0 -> (Letter, 2)
 #[inline(always)]
@@ -311,7 +316,7 @@ fn class_at(classes: &[CharClass], text: &[u8], at: usize) -> (CharClass, usize)
     }
 }
 
-/// The end of the run of characters of class `wanted` that begins at `at`. The run may be empty.
+/// The end of the run that begins at `at` and has only characters of the class `wanted`. The run may be empty.
 #[inline(always)]
 fn run_end(classes: &[CharClass], text: &[u8], mut at: usize, wanted: CharClass) -> usize {
     loop {
@@ -338,8 +343,8 @@ fn letters_end(classes: &[CharClass], text: &[u8], mut at: usize) -> usize {
     }
 }
 
-/// The end of the chunk that begins at `start`. Every character is taken by some alternative of the pattern, so the
-/// chunks cover the text. The alternatives are tried in the pattern's order.
+/// The end of the chunk that begins at `start`. Tries the alternatives in the order of the pattern. There is an
+/// alternative for every character, so the chunks cover the text.
 fn chunk_end(classes: &[CharClass], text: &[u8], start: usize, digits: usize) -> usize {
     if text[start] == b'\'' {
         if let Some(len) = contraction(&text[start + 1..]) {
@@ -353,7 +358,7 @@ fn chunk_end(classes: &[CharClass], text: &[u8], start: usize, digits: usize) ->
         CharClass::Number => number_end(classes, text, next, digits),
         CharClass::Newline => whitespace_end(classes, text, start),
         _ => match (class, class_at(classes, text, next).0) {
-            // One character that is not a letter, number or newline may open a word: " word", "-word".
+            // A word may begin with one character that is not a letter, number or newline: " word", "-word".
             (_, CharClass::Letter) => letters_end(classes, text, next),
             (CharClass::Symbol, _) => symbols_end(classes, text, next),
             (_, CharClass::Symbol) if text[start] == b' ' => symbols_end(classes, text, next),
@@ -362,8 +367,8 @@ fn chunk_end(classes: &[CharClass], text: &[u8], start: usize, digits: usize) ->
     }
 }
 
-/// How many bytes `(?i:[sdmt]|ll|ve|re)` matches at the start of `text`. Case folding matches the long s (U+017F) to
-/// the letter s.
+/// The number of bytes that `(?i:[sdmt]|ll|ve|re)` matches at the start of `text`. The long s (U+017F) counts as an s,
+/// because the pattern ignores case.
 fn contraction(text: &[u8]) -> Option<usize> {
     let second = text.get(1).map(u8::to_ascii_lowercase);
     match (text.first()?.to_ascii_lowercase(), second) {
@@ -390,9 +395,12 @@ fn symbols_end(classes: &[CharClass], text: &[u8], at: usize) -> usize {
     run_end(classes, text, at, CharClass::Newline)
 }
 
-/// `\s*[\r\n]|\s+(?!\S)|\s+` takes the run of white space up to its last newline. Without a newline, it takes the
-/// whole run at the end of the text; elsewhere all but the last character, which is left to open the next word, unless
-/// the run has only that character.
+/// The end of the match of `\s*[\r\n]|\s+(?!\S)|\s+` in the run of white space that begins at `start`:
+///
+/// - If the run contains a newline, the match ends after the last newline.
+/// - If the run has no newline and ends the text, the match is the whole run.
+/// - Otherwise, the match omits the last character of the run, which may begin the next word. But a run of only one
+///   character is matched completely.
 fn whitespace_end(classes: &[CharClass], text: &[u8], start: usize) -> usize {
     let (mut at, mut last, mut after_newline) = (start, start, start);
     loop {

@@ -1,6 +1,6 @@
-//! Splits text into chunks, whose boundaries merges never cross. In: a pattern and a text. Out: the chunks in order.
-//! GPT-4's pattern, with numbers of up to one, two or three digits, has a hand-written scanner (`scan`). Every other
-//! pattern runs on a regex engine.
+//! Splits text into chunks. Merges never cross the boundaries of chunks. In: a pattern and a text. Out: the chunks in
+//! order. GPT-4's pattern has a hand-written scanner (`scan`), which also supports a limit of one or two digits instead
+//! of three. All other patterns use a regex engine.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use crate::scan::{self, Scanner};
 pub const GPT4_PATTERN: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
-/// The end of error messages about matches of the empty string, with which the splitter would never advance.
+/// The end of error messages about empty matches. The splitter would never advance after an empty match.
 const NON_EMPTY: &str = "expected at least one character in every match";
 
 pub struct Splitter {
@@ -22,7 +22,7 @@ pub struct Splitter {
 }
 
 enum Engine {
-    /// The GPT-4 pattern with numbers of at most this many digits.
+    /// GPT-4's pattern, with at most this many digits in a chunk.
     Scanner(usize),
     Regex(Box<Regex>),
 }
@@ -56,9 +56,9 @@ impl Splitter {
 
     /// The chunks of `text` in order: "a cat" -> "a", " cat"
     ///
-    /// Text that the pattern does not match is left out, as in tiktoken; GPT-4's pattern matches everything. The
-    /// iterator yields an error if a regex matches the empty string, if its matches overlap (`\K` in a lookbehind can
-    /// cause that), or if it reaches the engine's backtracking limit.
+    /// Text that the pattern does not match is skipped, as in tiktoken. GPT-4's pattern matches everything. The
+    /// iterator yields an error if a match is empty, if two matches overlap, or if the regex engine reaches its
+    /// backtracking limit. A lookbehind that contains `\K` can make matches overlap.
     #[inline]
     pub fn chunks<'t>(&'t self, text: &'t str) -> Chunks<'t> {
         match &self.engine {
@@ -67,8 +67,8 @@ impl Splitter {
         }
     }
 
-    /// Cuts `text` into parts of about `size` bytes whose chunks, taken together, are the chunks of the whole. With a
-    /// regex there is a single part, because nothing is known about where its text can be cut.
+    /// Cuts `text` into parts of about `size` bytes, without changing its chunks. With a regex engine, there is only
+    /// one part, because it is unknown where the text can be cut.
     pub fn parts(&self, text: &str, size: usize) -> Vec<Range<usize>> {
         let mut parts = vec![];
         let mut start = 0;
@@ -112,7 +112,7 @@ fn next_match(text: &str, matches: &mut Matches<str>, end: &mut usize) -> Option
         Ok(found) if found.range().is_empty() => {
             Err(format!("the pattern matches the empty string at byte {}, {NON_EMPTY}", found.start()))
         }
-        // The caller's buffer has room for one id per byte, so no byte may come twice.
+        // The caller's buffer has room for one id per byte, so no byte may occur in two chunks.
         Ok(found) if found.start() < *end => {
             let (start, fix) = (found.start(), r"remove \K from its lookbehinds");
             Err(format!(

@@ -1,7 +1,8 @@
-//! BPE training: merges the most frequent pair of neighbouring tokens in the chunks of a corpus, again and again.
+//! BPE training: repeatedly merges the most frequent pair of neighbouring tokens in the chunks of a corpus.
 //!
-//! In: the distinct chunks of the corpus with their counts. Out: the merges in the order learned. Ties go to the
-//! smallest (left id, right id), so the merges depend neither on the order of the chunks nor on the threads.
+//! In: the distinct chunks of the corpus with their counts. Out: the merges in the order of learning. If several pairs
+//! are equally frequent, the smallest (left id, right id) is merged first. So the merges do not depend on the order of
+//! the chunks or the number of threads.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -12,13 +13,13 @@ use crate::merge::Pair;
 
 const NONE: u32 = u32::MAX;
 
-/// One byte of a distinct chunk. A token's id is stored at its first and its last byte, so that a token's length is
-/// enough to find its neighbours on both sides. Nothing reads the bytes between.
+/// One byte of a distinct chunk. The first and the last byte of each token store its id, so that it can be read from
+/// both sides. The bytes between are not used.
 struct Position {
-    /// NONE between chunks, and where the right part of a merge began.
+    /// NONE between chunks, and also where the right token of a merged pair began.
     token: u32,
     chunk: u32,
-    /// The pair of the token that begins here and the next one, as an index into `stats`.
+    /// The index in `stats` of the pair that begins here: the token here and the next token.
     pair_index: u32,
 }
 
@@ -26,34 +27,37 @@ struct PairStats {
     pair: Pair,
     /// How often the pair occurs in the corpus.
     count: i64,
-    /// The positions where the pair begins, in order. Stale positions stay in the list until the pair is merged.
+    /// The positions where the pair begins, in order. A position where the pair no longer exists stays in the list
+    /// until the pair is merged.
     positions: Vec<u32>,
 }
 
-/// Count, pair and index into `stats`. The heap gives the highest count first, then the smallest pair.
+/// The count of a pair, the pair, and its index in `stats`. In the heap, the highest count comes first. If counts are
+/// equal, the smallest pair comes first.
 type Candidate = (i64, Reverse<Pair>, u32);
 
 struct Trainer {
-    /// All distinct chunks, one after another, with a position holding NONE before, between and after them.
+    /// All distinct chunks, one after another. A position with the token NONE precedes and follows each chunk.
     positions: Vec<Position>,
     /// How often each chunk occurs.
     chunk_counts: Vec<i64>,
     /// The length in bytes of each token.
     token_lens: Vec<u32>,
     stats: Vec<PairStats>,
-    /// Indices into `stats` of pairs that no longer occur, for reuse.
+    /// Indices in `stats` that can be reused, because their pairs no longer occur.
     free_stats: Vec<u32>,
     queue: BinaryHeap<Candidate>,
-    /// Indices of the pairs (other, new token), by the other token: an array, so that nothing is hashed. Reset to NONE
-    /// after each merge.
+    /// During a merge, maps each token to the index of the pair (token, new token). This is an array, because hashing
+    /// would be slower. All entries are NONE between merges.
     new_by_left: Vec<u32>,
-    /// The same for the pairs (new token, other).
+    /// The same for the pair (new token, token).
     new_by_right: Vec<u32>,
 }
 
-/// Learns up to `num_merges` merges; fewer if every chunk becomes a single token. The i-th merge makes id 256 + i.
+/// Learns `num_merges` merges, or fewer if every chunk becomes a single token. The i-th merge makes id 256 + i.
 ///
-/// `after_merge(merges so far)` is called after each merge. Its error stops the training and is returned.
+/// `after_merge(number of merges so far)` is called after each merge. If it fails, training stops and returns its
+/// error.
 ///
 /// {"abab": 1}, 5 -> [(97, 98), (256, 256)]
 pub fn learn_merges<E>(
@@ -110,7 +114,7 @@ impl Trainer {
         trainer
     }
 
-    /// Starts the statistics of a pair and returns their index.
+    /// Adds empty statistics for a pair and returns their index.
     fn new_stats(&mut self, pair: Pair) -> u32 {
         let stats = PairStats { pair, count: 0, positions: vec![] };
         match self.free_stats.pop() {
@@ -130,9 +134,9 @@ impl Trainer {
         self.queue.push((stats.count, Reverse(stats.pair), pair_index));
     }
 
-    /// Removes the most frequent pair from the queue and returns its index. After the merge that creates a pair, the
-    /// pair's count only falls. So the count in a stale candidate is too high, never too low: once the top of the
-    /// queue is up to date, it is the maximum.
+    /// Removes the most frequent pair from the queue and returns its index. Once the merge that creates a pair is
+    /// complete, the count of the pair can only fall. So an outdated count in the queue is always too high. When the
+    /// count at the top is up to date, it is the maximum.
     fn most_frequent(&mut self) -> Option<u32> {
         loop {
             let mut top = self.queue.peek_mut()?;
@@ -161,10 +165,11 @@ impl Trainer {
         self.new_by_left.push(NONE);
         self.new_by_right.push(NONE);
 
-        // Write the new token from left to right, and remove the pairs that it breaks up.
+        // Write the new token from left to right, and subtract the pairs that this breaks up.
         positions.retain(|&at| {
             let (at, middle) = (at as usize, at as usize + left_len);
-            // A part may be gone: merged with another neighbour earlier, or in this very pass ("aaa").
+            // The pair may no longer be here, because one of its tokens has been merged with another neighbour. In
+            // "aaa", this loop itself has done that.
             if self.positions[at].token != left || self.positions[middle].token != right {
                 return false;
             }
@@ -213,13 +218,14 @@ impl Trainer {
         self.token_lens[token as usize] as usize
     }
 
-    /// Subtracts the pair that begins at `at`, in a chunk that occurs `count` times.
+    /// Subtracts the pair that begins at `at`. Its chunk occurs `count` times in the corpus.
     fn remove_pair(&mut self, at: usize, count: i64) {
         self.stats[self.positions[at].pair_index as usize].count -= count;
     }
 
-    /// Records that `pair`, which contains the new token, begins at `at`. `known` is its index, or NONE if this merge
-    /// has not met it before; then its new index goes to `new_pairs`.
+    /// Records that `pair`, which contains the new token, begins at `at`. `known` is the pair's index in `stats`, or
+    /// NONE if this merge has not added the pair yet. In that case, the pair gets an index, which is added to
+    /// `new_pairs`.
     fn add_pair(&mut self, at: usize, known: u32, pair: Pair, new_pairs: &mut Vec<u32>) {
         let mut pair_index = known;
         if known == NONE {
@@ -257,7 +263,7 @@ mod tests {
         learn_merges(count(texts, Plan::new(None)), num_merges, |_| Ok::<_, Infallible>(())).unwrap()
     }
 
-    /// Trains as BPE is defined: counts every pair again before each merge.
+    /// Follows the definition of BPE: counts every pair again before each merge.
     fn learn_naively(texts: &[String], num_merges: usize) -> Vec<Pair> {
         let splitter = Splitter::new(GPT4_PATTERN).unwrap();
         let mut words: Vec<Vec<u32>> = vec![];
@@ -285,7 +291,8 @@ mod tests {
         merges
     }
 
-    /// Texts over a few letters: many ties, many runs of one letter, chunks both shorter and longer than a key holds.
+    /// Texts with only a few different letters. They have many ties and many runs of one letter. Some chunks are too
+    /// long for a key.
     fn random_texts(mut state: u64) -> Vec<String> {
         let mut draw = move |n: u64| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -318,8 +325,8 @@ mod tests {
 
     #[test]
     fn a_merge_costs_the_same_in_a_long_chunk() {
-        // Every merge changes this one chunk, so the test would not end in time if the cost of a merge grew with the
-        // chunk's length.
+        // The text is a single chunk, and every merge changes it. If the cost of a merge grew with the length of the
+        // chunk, this test would take far too long.
         let mut state = 1u64;
         let draw = |_| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

@@ -1,4 +1,4 @@
-// The sidebar: the list of saved conversations, to open, delete, export and import.
+// The sidebar. It lists the saved conversations and can open, delete, export and import them.
 
 import { input, touch } from "./composer.js";
 import { chat, running, turnTo } from "./conversation.js";
@@ -45,7 +45,7 @@ function removeChat(id) {
   forget(id);
 }
 
-// Saves one conversation per line, as a list of messages. Training and importChats read this format.
+// Downloads a file with one conversation per line, as a list of messages. Training and importChats read this format.
 function download(chats, name) {
   const lines = chats.map(({ system, messages }) => JSON.stringify([
     ...(system ? [{ role: "system", content: system }] : []), ...messages.map(({ role, content }) => ({ role, content })),

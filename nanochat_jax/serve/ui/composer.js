@@ -1,4 +1,4 @@
-// The message box: it grows with its text and keeps the draft over a reload.
+// The message box. It grows with its text, and a reload of the page keeps the draft.
 
 import { $ } from "./dom.js";
 
@@ -23,8 +23,8 @@ export function resize() {
   try { sessionStorage.setItem("nanochat.draft", input.value); } catch { /* without storage, a reload loses the draft */ }
 }
 
-// Whether a key press sends the message. A phone has no Shift+Enter, so Enter starts a new line there. In an input
-// method, Enter selects a word.
+// Whether a key press sends the message. On a phone, Enter starts a new line, because there is no Shift+Enter. While
+// the user composes a word with an input method, Enter selects the word.
 export const sends = event => event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch.matches;
 
 input.addEventListener("input", resize);

@@ -1,4 +1,4 @@
-// The open conversation: its messages in the log, and sending, answering and editing them.
+// The open conversation. This file shows, sends and edits its messages, and receives the answers.
 
 import { fill, grow, input, resize, send, sends } from "./composer.js";
 import { button, copy, element, sentence } from "./dom.js";
@@ -15,7 +15,7 @@ export function saveChat() {
   if (!chat.messages.length) return;
   chat.updated = Date.now();
   keep("chat." + chat.id, chat);
-  history.replaceState(null, "", "#" + chat.id);  // a reload opens it again
+  history.replaceState(null, "", "#" + chat.id);  // a reload opens this conversation again
   changed();
 }
 
@@ -27,7 +27,7 @@ export function turnTo(next) {
   render();
 }
 
-// Aborts the running answer and keeps what has been received.
+// Stops the running answer and keeps the text received so far.
 export function leave() {
   if (!running) return;
   const { message, controller } = running;
@@ -100,10 +100,11 @@ export function edit(message) {
   area.setSelectionRange(area.value.length, area.value.length);
 }
 
-// The server's limits on a request. Turns beyond them would not fit the model's context anyway.
+// The server's limits on a request. A longer conversation would not fit the model's context anyway.
 const MAX_CHARS = 32000, MAX_MESSAGES = 500;
 
-// Index of the first message to send, always a user's: the oldest turns are left out if the request would be too large.
+// Returns the index of the first message to send, which is a user's message. If the request would be too large, the
+// oldest turns are omitted.
 function firstToSend() {
   const messages = chat.messages, size = message => parts(message).reduce((n, part) => n + part.text.length, 0);
   let first = 0, total = messages.reduce((n, message) => n + size(message), chat.system.length);
@@ -114,7 +115,7 @@ function firstToSend() {
   return first;
 }
 
-// Marks where the model's context begins: the first `count` messages no longer fit.
+// Draws a line below the first `count` messages, which no longer fit the model's context.
 function markForgotten(count) {
   log.querySelector(".forgotten")?.remove();
   const view = count && views.get(chat.messages[count]);
@@ -126,7 +127,7 @@ function markForgotten(count) {
 
 export function ask(text) {
   const last = chat.messages[chat.messages.length - 1];
-  if (last?.role === "user") {  // not answered yet: merge both into one message
+  if (last?.role === "user") {  // the last message has no answer yet: merge it with the new one
     text = last.content + "\n\n" + text;
     truncate(last);
   }
@@ -137,13 +138,14 @@ export function ask(text) {
   answer();
 }
 
-// Answers the last message, replacing its answer if it has one; or continues `cut`, an incomplete answer.
+// Requests an answer to the user's last message, and replaces an existing answer. If `cut` is given, continues this
+// incomplete answer instead.
 async function answer(cut) {
   if (running) return;
   clearTrouble();
   const last = chat.messages[chat.messages.length - 1], replaced = !cut && last.role === "assistant" ? last : null;
   if (replaced) truncate(replaced);
-  if (cut && parts(cut).at(-1)?.type === "python") parts(cut).pop();  // a tool call without a result is generated again
+  if (cut && parts(cut).at(-1)?.type === "python") parts(cut).pop();  // removes a tool call without a result, to generate it again
   const asked = structuredClone(chat.messages.map(({ role, content }) => ({ role, content })));
   const message = cut ?? { role: "assistant", content: "" };
   const view = cut ? views.get(cut) : addAnswer(message);
@@ -179,7 +181,7 @@ async function answer(cut) {
 
 const came = ({ message, before }) => JSON.stringify(message.content) !== before;
 
-// Ends the running answer. If it is empty, restores the answer that it was to replace.
+// Ends the running answer. If this answer is empty, removes it and restores the answer that it replaced.
 function settle() {
   const { message, view, replaced } = running;
   if (plain(message) || parts(message).length > 1) view.finish();
@@ -209,7 +211,7 @@ function refuse(failure, replaced) {
   }
 }
 
-// Makes one request and appends what arrives to `message`. Throws if the answer is not complete.
+// Sends one request and appends the answer to `message`. Throws if the answer is incomplete.
 async function receive(asked, message, view, signal) {
   const first = firstToSend(), system = chat.system ? [{ role: "system", content: chat.system }] : [];
   markForgotten(first);
@@ -237,8 +239,8 @@ async function receive(asked, message, view, signal) {
   if (!done) throw new Unreachable("the connection was lost", 0);
 }
 
-// Counts down to the next attempt; resolves to false if the user stops it. "Try now" or the return of the network ends
-// the wait early.
+// Counts down to the next attempt. Resolves to false if the user stops the answer. The wait ends early if the user
+// clicks "Try now" or the network comes back.
 function pause(error, attempt, view, signal) {
   let left = Math.round(Math.max(error.seconds || 1, Math.min(15, 1.6 ** attempt)));
   return new Promise(resolve => {

@@ -1,4 +1,4 @@
-// Helpers to create elements. All text is inserted as text nodes, so the model's output can never become HTML.
+// Helpers that create elements. All text is inserted as text nodes, so the model's output can never become HTML.
 
 export const $ = id => document.getElementById(id);
 

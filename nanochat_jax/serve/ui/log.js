@@ -1,11 +1,11 @@
-// The log: its rows, the page's own notes and errors, and scrolling with the text as it grows.
+// The log. It shows messages, notes and errors, and scrolls down as the text grows.
 
 import { $, element, sentence } from "./dom.js";
 
 export const log = $("log"), welcome = $("welcome");
 const scroller = $("scroller");
 
-let pinned = true;  // the log is scrolled to its end, so it follows new text
+let pinned = true;  // whether the log is scrolled to its end; if so, it follows new text
 
 export function addRow(kind, ...children) {
   welcome.hidden = true;
@@ -24,7 +24,7 @@ export function trouble(text, ...buttons) {
 
 export function clearTrouble() { for (const row of log.querySelectorAll(".trouble")) row.remove(); }
 
-// Announces a text to screen readers, which hear of an answer only when it is complete.
+// Announces a text to screen readers. An answer is announced only when it is complete.
 export function say(text) { $("status").textContent = text; }
 
 export function follow(always) {
@@ -37,4 +37,4 @@ scroller.addEventListener("scroll", () => {
   pinned = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
   document.querySelector("header").classList.toggle("scrolled", scroller.scrollTop > 4);
 });
-new ResizeObserver(() => follow()).observe(scroller);  // when a phone's keyboard opens or the message box grows
+new ResizeObserver(() => follow()).observe(scroller);  // the size changes when a phone's keyboard opens or the message box grows

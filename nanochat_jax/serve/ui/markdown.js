@@ -1,5 +1,5 @@
-// Renders the subset of Markdown that models write. Elements are created one by one and strings inserted as text nodes;
-// no string is ever parsed as HTML. In the text, one character of Unicode's private use area stands for a tool call.
+// Renders the subset of Markdown that models write. Strings are inserted as text nodes and never parsed as HTML. In the
+// text, each tool call is represented by one character from Unicode's private use area.
 
 import { button, copy, element } from "./dom.js";
 
@@ -51,7 +51,8 @@ function codeBlock(language, code, tools) {
   return element("div", "code", element("div", "", element("span", "", language || "text"), button_), pre);
 }
 
-// Renders the list that begins at line i; an item of another kind begins a new list. Returns the line after the list.
+// Renders the list that begins at line i. The list ends before an item of the other kind (numbered or bulleted).
+// Returns the index of the line after the list.
 function list(lines, i, out, tools, depth) {
   const first = ITEM.exec(lines[i]), ordered = /\d/.test(first[2]), indent = first[1].length;
   const node = element(ordered ? "ol" : "ul");
@@ -87,7 +88,7 @@ function table(lines, i, out, tools) {
   return i;
 }
 
-// Sums are full of asterisks, so emphasis neither begins nor ends inside a word or next to a space.
+// Formulas contain asterisks too, so neither 2*3*4 nor 2 * 3 * 4 is treated as emphasis.
 const INLINE = new RegExp([
   "\\\\([\\\\`*_{}\\[\\]()#+.!~|>-])",                                            // 1 an escaped character
   "(`{1,20})([^`](?:.{0,999}?[^`])?)\\2(?!`)",                                         // 2, 3 code
@@ -117,7 +118,7 @@ function inline(node, text, tools, depth = 0) {
   return withTools(node, text.slice(end), tools);
 }
 
-// Links only to web pages and email addresses; shows any other target, such as javascript:, as plain text.
+// Links only to web pages and email addresses. Any other target, such as javascript:, is shown as plain text.
 function link(label, target, tools, depth) {
   let url = null;
   try { url = new URL(target); } catch { /* not a URL */ }

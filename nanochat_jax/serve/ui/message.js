@@ -1,7 +1,7 @@
 // Messages, and the view of an answer in the log.
 //
-// A message is {role, content, remark}. The content of an answer with tool calls is a list of {type, text}; the remark
-// says why an answer is incomplete.
+// A message is {role, content, remark}. The content is a string, or a list of {type, text} if an answer contains tool
+// calls. The remark says why an answer is incomplete.
 
 import { button, copy, element } from "./dom.js";
 import { addRow, follow } from "./log.js";
@@ -17,15 +17,15 @@ export function append(message, type, text) {
   message.content = all.every(part => part.type === "text") ? all.map(part => part.text).join("") : all;
 }
 
-// The view of an answer. begin() shows that it is coming, update() draws what has arrived, and finish() adds the
-// buttons, which call answer() to regenerate the answer and answer(message) to continue it.
+// The view of an answer. begin() shows that an answer is on its way, update() draws the text so far, and finish() adds
+// the buttons. The buttons call answer() to regenerate the answer, or answer(message) to continue it.
 export function answerView(message, answer) {
   const typing = element("span", "typing", element("i"), element("i"), element("i"));
   typing.setAttribute("role", "img");
   typing.setAttribute("aria-label", "nanochat is thinking");
   const body = element("div", "body"), waiting = element("div", "waiting"), actions = element("div", "actions");
   const row = addRow("assistant", element("span", "unseen", "nanochat:"), body, waiting, actions);
-  const tools = [];    // one element per tool call, kept while the text around it is redrawn
+  const tools = [];    // one element per tool call; redrawing the text keeps these elements
   let due = 0, took = 0;
 
   function source() {
@@ -52,7 +52,7 @@ export function answerView(message, answer) {
     cancelAnimationFrame(due);
     due = 0;
     const start = performance.now(), fresh = [...markdown(source(), tools).childNodes];
-    // Replace only what has changed, so that text can be selected while more arrives.
+    // Replace only the nodes that have changed, so that the user can select text while more arrives.
     fresh.forEach((child, i) => {
       const old = body.childNodes[i];
       if (!old) body.append(child);
@@ -68,7 +68,7 @@ export function answerView(message, answer) {
     begin() { tools.length = 0; actions.replaceChildren(); view.wait(typing); },
     wait(...children) { waiting.replaceChildren(...children); follow(); },
     typing() { view.wait(typing); },
-    // Redraws at most once per frame, and less often when drawing is slow, so that it never takes most of the time.
+    // Redraws at most once per frame. If drawing is slow, waits longer, so that drawing takes about a quarter of the time.
     update() {
       if (!due) due = requestAnimationFrame(() => took > 8 ? setTimeout(draw, 3 * took) : draw());
     },

@@ -85,8 +85,8 @@ addEventListener("keydown", event => {
     show(newChat());
   }
 });
-addEventListener("pagehide", leave);  // keeps a partial answer over a reload
-addEventListener("storage", event => {  // changed in another window of this page
+addEventListener("pagehide", leave);  // a reload keeps the partial answer
+addEventListener("storage", event => {  // another window of this page has changed the storage
   if (!event.key?.startsWith("nanochat.")) return;
   applyTheme();
   if (event.key === "nanochat.chat." + chat.id && !running && event.newValue) openChat(chat.id);

@@ -5,12 +5,12 @@ import { settings } from "./storage.js";
 
 export let server = {};  // the response of /health: the model, its context, the defaults
 
-export class Refused extends Error {}      // the server rejects the request; retrying is no use
+export class Refused extends Error {}      // the server rejects the request; retrying would not help
 export class Unreachable extends Error {   // the server is busy, gone or restarting; retrying may help
   constructor(message, seconds) { super(message); this.seconds = seconds; }
 }
 
-// Sends the messages and returns the events of the answer; throws an error if the request fails.
+// Sends the messages and returns the events of the answer. Throws an error if the request fails.
 export async function request(messages, signal) {
   const { temperature, top_k, max_tokens, key } = settings();
   const headers = { "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) };
@@ -33,7 +33,7 @@ async function refusal(response) {
   return new Refused(text);
 }
 
-// Parses server-sent events as JSON. Events, and even characters, may arrive in pieces.
+// Parses server-sent events as JSON. An event may arrive in several pieces, and so may a single character.
 export async function* events(stream) {
   const reader = stream.getReader(), decoder = new TextDecoder();
   let buffer = "";

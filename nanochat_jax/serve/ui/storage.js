@@ -1,8 +1,9 @@
-// Storage in the browser. Without it (a private window, a full disk), the page works but keeps nothing over a reload.
+// Storage in the browser. If the browser cannot store data (private window, full disk), the page still works, but a
+// reload loses everything.
 
 import { note } from "./log.js";
 
-let crowded = false;  // saving has failed, and the user has been told
+let crowded = false;  // whether the user has been told that saving failed
 
 export function recall(key, otherwise) {
   try { return JSON.parse(localStorage.getItem("nanochat." + key)) ?? otherwise; } catch { return otherwise; }
@@ -31,7 +32,7 @@ export function savedChats() {
     .sort((a, b) => b.updated - a.updated);
 }
 
-// Whether messages from outside (a file, another version of this page) can be shown and sent.
+// Whether messages can be shown and sent. They may come from a file or from another version of this page.
 export function isConversation(messages) {
   const part = p => ["text", "python", "python_output"].includes(p?.type) && typeof p.text === "string";
   return Array.isArray(messages) && messages.length > 0 && messages.every((message, i) =>

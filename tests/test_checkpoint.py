@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint
+from nanochat_jax import checkpoint, trained_model
 from nanochat_jax.config import UserError
 
 DATA = {"packing": "split", "rows": 3}
@@ -235,12 +235,12 @@ def test_a_model_to_talk_to_does_not_need_the_optimizer(two_steps, own_base_dir,
             continue
         spoil(path, "truncated", random.Random(0))
         needed = name.parts[0] != "optimizer" and name.name != "data.json"
-        assert checkpoint.find("base", "tag") == (folder, 1 if needed else 2), name
+        assert trained_model.find("base", "tag") == (folder, 1 if needed else 2), name
         if not needed:
             assert equal(checkpoint.restore_params(folder, 2, abstract), state(2)[0])
         elif name.name != checkpoint.MANIFEST:
             with pytest.raises(UserError, match="is damaged"):
-                checkpoint.find("base", "tag", 2)
+                trained_model.find("base", "tag", 2)
         path.write_bytes(before)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from nanochat_jax import checkpoint, config, environment, files, run_log
+from nanochat_jax import checkpoint, config, environment, files, run_log, trained_model
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
@@ -246,8 +246,8 @@ def _find_parent(cfg: Train) -> Parent | None:
     if not isinstance(cfg, LaterStage):
         return None
     if cfg.model_tag and checkpoint.steps(checkpoint.run_dir(cfg.source, cfg.model_tag)):
-        return checkpoint.find(cfg.source, cfg.model_tag)
-    return checkpoint.find(cfg.source, cfg.preset)
+        return trained_model.find(cfg.source, cfg.model_tag)
+    return trained_model.find(cfg.source, cfg.preset)
 
 
 def _identify(cfg: Train, parent: Parent | None) -> str:
@@ -280,7 +280,7 @@ def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple
     meta = checkpoint.read_meta(run_dir, step)
     if cfg.stage == "base" and Tokenizer.load(tokenizer_dir).hash != meta["tokenizer"]:
         raise UserError(f"{folder} was trained with a different tokenizer from the one in {tokenizer_dir}: {INSTEAD}")
-    return GPTConfig(**meta["model"]), checkpoint.load_tokenizer(meta, run_dir)
+    return GPTConfig(**meta["model"]), trained_model.load_tokenizer(meta, run_dir)
 
 
 def _step_to_resume(cfg: Train, folder: Path) -> int | None:

@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, run_log
+from nanochat_jax import checkpoint, commandline, config, run_log, trained_model
 from nanochat_jax.config import REPOSITORY, GPTConfig, ModelFlags, UserError
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
@@ -274,7 +274,7 @@ def test_mid_sft_and_rl_follow_each_other(world):
         assert result.returncode == 0, result.stderr
         records = run_log.read(checkpoint.run_dir(stage, "road"))
         assert all(np.isfinite(r["loss"]) for r in records if r["kind"] == "train")
-        model = checkpoint.load_model(stage, "road")
+        model = trained_model.load(stage, "road")
         assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
     evaluated = [r for r in records if r["kind"] == "val"]
     assert [r["step"] for r in evaluated] == [0, 2, 4] and all(0 <= r["pass@1"] <= r["pass@2"] <= 1 for r in evaluated)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, run_log
+from nanochat_jax import checkpoint, commandline, config, run_log, trained_model
 from nanochat_jax.config import UserError
 from nanochat_jax.data import dataloader, sources
 from nanochat_jax.evals.bpb import bits_per_byte
@@ -285,7 +285,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
         return re.search(r"val bits per byte: ([\d.]+) .* tokens of (\w+)", out), out
 
     match, out = measured()
-    source, model = sources.open(), checkpoint.load_model("base", run.name)
+    source, model = sources.open(), trained_model.load("base", run.name)
     batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
     expected = bits_per_byte(EvalModel(model.params, model.model_cfg, model.tokenizer), batches)
     batches.close()

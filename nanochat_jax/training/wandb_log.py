@@ -29,7 +29,7 @@ class Wandb:
         project = "nanochat" if stage == "base" else f"nanochat-{stage}"
         id_file = run_dir / WANDB_ID
         run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
-        # allow_val_change is set because a resumed run may have new values for the settings in `run.FREE`.
+        # allow_val_change is set because a resumed run may have new values for the settings in `start_plan.FREE`.
         self.run = wandb.init(
             project=project, name=name, id=run_id, resume="allow", config=config, allow_val_change=True
         )

@@ -27,7 +27,7 @@ def main(cfg: config.BaseEval) -> None:
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
 
-    model = trained_model.load(cfg.source, cfg.model_tag, cfg.step)
+    model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     bundle = core.find_bundle(cfg.core_dir)
     start = time.monotonic()

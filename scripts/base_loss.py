@@ -34,7 +34,7 @@ def main(cfg: config.BaseLoss) -> None:
     from nanochat_jax.progress import Progress
     from nanochat_jax.training.validation import complete
 
-    model = trained_model.load(cfg.source, cfg.model_tag, cfg.step)
+    model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     source = choose_source(model.meta, cfg)
     packing = model.meta["config"].get("packing", "split")

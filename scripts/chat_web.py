@@ -54,7 +54,7 @@ def main(cfg: config.ChatWeb) -> None:
         if len(chosen) < cfg.num_gpus:
             count = len(chosen)
             raise config.UserError(f"--num_gpus={cfg.num_gpus}: only {count} device(s) here; use --num_gpus={count}")
-        model = trained_model.load(cfg.source, cfg.model_tag, cfg.step)
+        model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
         dtype = devices.choose_precision(cfg.compute_dtype)
         engines = [
             Engine(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -97,9 +98,9 @@ class Run:
     def save(self, step: int, data: dict) -> None:
         """Starts saving a checkpoint in the background. `data` is the position in the data."""
         meta = checkpoint.model_meta(self.model_cfg) | {
-            "stage": self.cfg.stage, "step": step, "tokenizer": self.tokenizer.hash, "totals": self.totals,
-            "metrics": self.metrics, "config": dataclasses.asdict(self.cfg), "versions": environment.versions(),
-            **self.identity,
+            "stage": self.cfg.stage, "step": step, "time": round(time.time(), 3), "tokenizer": self.tokenizer.hash,
+            "totals": self.totals, "metrics": self.metrics, "config": dataclasses.asdict(self.cfg),
+            "versions": environment.versions(), **self.identity,
         }  # fmt: skip
         timer = Timer()
         self.saver.save(step, self.state.params, self.state.opt_state, data, meta)

@@ -6,18 +6,19 @@ The first of these four cases that applies decides how a run starts:
 2. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if the data
    (`stages.pin_text`, `stages.pin_tasks`), the parent's weights or a setting outside `FREE` has changed. Resuming is
    allowed if the parent no longer exists.
-3. A new mid, sft or rl run starts from the weights of its parent, a run of another stage.
+3. A new mid, sft or rl run starts from the weights of its parent, a run that is usually of the stage before.
 4. A new base run starts from random weights.
 """
 
 import dataclasses
 import hashlib
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax import checkpoint, config, run_log, trained_model
-from nanochat_jax.config import Train, UserError
+from nanochat_jax.config import GPTConfig, LaterStage, Train, UserError
 
 # Settings that may change when a run resumes, because they do not affect what the model learns.
 FREE = {
@@ -25,6 +26,7 @@ FREE = {
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
     "sample_every", "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples",
     "eval_samples",
+    "source_tag", "source_step",  # they name the parent, whose weights are compared instead
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
@@ -32,8 +34,8 @@ FREE = {
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
 
+PARENT_ID = re.compile(r"(?P<stage>\w+) (?P<tag>.+) step (?P<step>[0-9]+) [0-9a-f]+")  # see `_identify`
 Parent = tuple[Path, int]  # (the parent's folder, the step of the parent's checkpoint)
-LaterStage = config.Mid | config.Sft | config.Rl  # the stages that start from a parent
 
 
 @dataclass(frozen=True)
@@ -55,54 +57,60 @@ class StartPlan:
 
 def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
     """Decides how the run starts, and locks its folder."""
-    tag = cfg.model_tag or cfg.preset or _default_tag(cfg)
+    parent, refusal = None, None
+    if isinstance(cfg, LaterStage):
+        try:
+            parent = _find_parent(cfg)
+        except UserError as error:
+            refusal = error  # a run can resume without its parent
+    if not (tag := cfg.model_tag or cfg.preset):
+        tag = f"d{cfg.depth}" if isinstance(cfg, config.Base) else parent[0].name if parent else ""
+    if refusal and not tag:
+        raise refusal
     folder = checkpoint.run_dir(cfg.stage, tag)
+    if parent and parent[0] == folder:
+        raise UserError(f"the run {folder} cannot start from itself: choose another --model_tag")
     lock.enter_context(checkpoint.exclusive(folder))
     checkpoint.clear_unfinished(folder)
     step = _step_to_resume(cfg, folder)
     if step is not None:
         meta = checkpoint.read_meta(folder, step)
-        _check_same_run(cfg, folder, meta)
+        _check_same_run(cfg, folder, meta, parent)
         return StartPlan(tag, step, finished=_is_finished(folder, step), parent_id=meta["parent"])
-    parent = _find_parent(cfg)
-    if parent is None:
+    if refusal:
+        raise refusal
+    if not isinstance(cfg, LaterStage):
         return StartPlan(tag, None, finished=False, parent_id="")
+    assert parent is not None, f"stage {cfg.stage} has neither a parent nor a refusal"
     parent_dir, parent_step = parent
+    cfg.check_shape(GPTConfig(**checkpoint.read_meta(parent_dir, parent_step)["model"]))
     return StartPlan(tag, None, False, _identify(cfg, parent), str(parent_dir), parent_step)
 
 
-def _default_tag(cfg: Train) -> str:
-    """Returns the tag of a run without --model_tag and without a preset.
+def _find_parent(cfg: LaterStage) -> Parent:
+    """Returns the folder and step of the parent, a run of the stage `cfg.source`.
 
-    A base run of depth 20 gets the tag "d20". A run of a later stage gets its parent's tag.
+    Its name is --source_tag, else --model_tag, else the preset's. If none of them is given, the parent is the run that
+    was saved last. Raises UserError if there is no run of this name, instead of choosing another run.
     """
-    if isinstance(cfg, config.Base):
-        return f"d{cfg.depth}"
-    parent = _find_parent(cfg)
-    assert parent is not None, f"stage {cfg.stage} has no parent"
-    return parent[0].name
+    tag = cfg.source_tag or cfg.model_tag or cfg.preset
+    existing = trained_model.tags(cfg.source)
+    if tag and existing and tag not in existing:
+        checkpoint.run_dir(cfg.source, tag)  # raises UserError if this is not a name
+        name = "source_tag" if cfg.source_tag else "model_tag" if cfg.model_tag else "config"
+        there = ", ".join(existing)
+        raise UserError(
+            f"--{name}={tag}: stage {cfg.source} has no run of this name to start from: choose one with --source_tag "
+            f"({there}), or run python -m scripts.train --stage={cfg.source} first"
+        )
+    return trained_model.find(cfg.source, tag, cfg.source_step)
 
 
-def _find_parent(cfg: Train) -> Parent | None:
-    """Returns the folder and step of the parent, or None for base.
-
-    If --model_tag names a run of the stage `cfg.source`, that run is the parent. Otherwise, the parent is the run that
-    the preset names. Without a preset, the parent is the stage's latest run.
-    """
-    if not isinstance(cfg, LaterStage):
-        return None
-    if cfg.model_tag and checkpoint.steps(checkpoint.run_dir(cfg.source, cfg.model_tag)):
-        return trained_model.find(cfg.source, cfg.model_tag)
-    return trained_model.find(cfg.source, cfg.preset)
-
-
-def _identify(cfg: Train, parent: Parent | None) -> str:
-    """Returns a string that identifies the parent's weights, or "" without a parent.
+def _identify(cfg: LaterStage, parent: Parent) -> str:
+    """Returns a string that identifies the parent's weights.
 
     Example: "base d20 step 21400 0123456789abcdef", which ends with a hash of the checkpoint's manifest.
     """
-    if parent is None or not isinstance(cfg, LaterStage):
-        return ""
     parent_dir, step = parent
     manifest = (checkpoint.step_dir(parent_dir, step) / checkpoint.MANIFEST).read_bytes()
     return f"{cfg.source} {parent_dir.name} step {step} {hashlib.sha256(manifest).hexdigest()[:16]}"
@@ -125,24 +133,34 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     return step
 
 
-def _check_same_run(cfg: Train, folder: Path, meta: dict) -> None:
+def _check_same_run(cfg: Train, folder: Path, meta: dict, parent: Parent | None) -> None:
     """Raises UserError if the run in `folder` does not match `cfg`."""
-    difference = "from different weights" if _parent_differs(cfg, meta["parent"]) else ""
+    if isinstance(cfg, LaterStage):
+        cfg.check_shape(GPTConfig(**meta["model"]))
+    difference = ""
+    if isinstance(cfg, LaterStage) and (other := _other_parent(cfg, parent, meta["parent"])):
+        began = meta["parent"].rpartition(" ")[0]
+        difference = f"from different weights ({began}, not {other})"
     if changed := _changed_settings(cfg, meta["config"]):
         difference = f"with different settings ({', '.join(changed[:4])})"
     if difference:
         raise UserError(f"{folder} holds a run started {difference}: {INSTEAD}")
 
 
-def _parent_differs(cfg: Train, parent_id: str) -> bool:
-    """Whether the parent's weights differ from those that `parent_id` identifies.
+def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str:
+    """Describes the parent that `cfg` asks for, if its weights differ from those that `parent_id` identifies.
 
-    If the parent no longer exists, returns False, so that the run can still resume.
+    If the parent no longer exists, the run can still resume. Only the name and the step that `cfg` gives are compared.
     """
-    try:
-        return _identify(cfg, _find_parent(cfg)) != parent_id
-    except UserError:
-        return False
+    if parent is not None:
+        now = _identify(cfg, parent)
+        return "" if now == parent_id else now.rpartition(" ")[0]
+    match = PARENT_ID.fullmatch(parent_id)
+    if match is None:
+        return ""
+    asked = cfg.source_tag or match["tag"], cfg.source_step if cfg.source_step >= 0 else int(match["step"])
+    same = (match["stage"], match["tag"], int(match["step"])) == (cfg.source, *asked)
+    return "" if same else f"{cfg.source} {asked[0]} step {asked[1]}"
 
 
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:
@@ -154,7 +172,10 @@ def _changed_settings(cfg: Train, saved: dict) -> list[str]:
     now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
     if gone := sorted(saved.keys() - now.keys()):
         print(f"settings of this run that no longer exist are ignored: {', '.join(gone)}")
-    names = [k for k in now if k not in FREE and now[k] != saved.get(k, default[k])]
+    free = FREE
+    if isinstance(cfg, LaterStage):  # `LaterStage.check_shape` compares these settings
+        free = FREE | {field.name for field in dataclasses.fields(config.ModelFlags)}
+    names = [k for k in now if k not in free and now[k] != saved.get(k, default[k])]
     return [f"{k}: {saved.get(k, default[k])!r}, now {now[k]!r}" for k in names]
 
 

@@ -90,7 +90,7 @@ def test_a_run_of_other_conversations_changes_nothing(world):
     ours = world / "ours.jsonl"
     ours.write_text("".join(chat(f"Question {i}") for i in range(9)))
     mixture = f"sums=20,customjson:{ours}=9"
-    flags = {"model_tag": "talk", "source": "base", "num_iterations": 4}
+    flags = {"model_tag": "talk", "source": "base", "source_tag": "made", "num_iterations": 4}
     first = tiny.run("mid", world, mixture=mixture, **flags)
     assert first.returncode == 0, first.stderr
     run = checkpoint.run_dir("mid", "talk")
@@ -124,7 +124,7 @@ def test_tasks_are_looked_at_before_the_first_step(world, stage, changes, words)
     (world / "chats.jsonl").write_text(json.dumps(messages) + "\n")
     if stage == "sft":
         changes = {"eval_metrics_every": 200, "eval_metrics_tasks": changes["eval_metrics_tasks"].format(base=world)}
-    result = tiny.run(stage, world, model_tag="early", source="base", **changes)
+    result = tiny.run(stage, world, model_tag="early", source="base", source_tag="made", **changes)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert not (checkpoint.run_dir(stage, "early") / run_log.LOG).exists()
 

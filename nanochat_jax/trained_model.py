@@ -1,10 +1,13 @@
 """Finds the checkpoint of a trained model, and loads the model for evaluation and chat."""
 
+import hashlib
 import math
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanochat_jax import files, run_log
 from nanochat_jax.checkpoint import MANIFEST, damage, latest, read_meta, restore_params, run_dir, step_dir, steps
@@ -44,14 +47,14 @@ def find(stage: str, tag: str = "", step: int = -1, preset: str = "") -> tuple[P
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
     tag = tag or preset
-    run = run_dir(stage, tag) if tag else most_recent(stage)
-    if run is None or not steps(run):
+    if not (existing := tags(stage)) or (tag and tag not in existing):
         raise _nothing_saved(stage, tag, preset)
+    run = run_dir(stage, tag) if tag else last_saved([run_dir(stage, name) for name in existing])
     only_for_training = ("optimizer/", "data.json")
     if step >= 0:
         if step not in steps(run):
-            existing = ", ".join(map(str, steps(run)))
-            raise UserError(f"no checkpoint of step {step} in {run}; available: {existing}")
+            there = ", ".join(map(str, steps(run)))
+            raise UserError(f"no checkpoint of step {step} in {run}; available: {there}")
         if problem := damage(step_dir(run, step), only_for_training):
             raise UserError(f"{step_dir(run, step)}: {problem}")
         return run, step
@@ -71,16 +74,16 @@ def tags(stage: str) -> list[str]:
     return [name for name in names if steps(folder / name)]
 
 
-def most_recent(stage: str) -> Path | None:
-    """Returns the folder of the stage's most recently saved run, or None if there is no run. Prints the choice.
+def last_saved(runs: Sequence[Path]) -> Path:
+    """Returns the run of one stage that was saved last, and prints the choice. `runs` must not be empty.
 
     Of a run and its copies, chooses the run whose name is recorded in its config.json. Raises UserError if several runs
     were saved at the same time and none of them, or more than one, is the original.
     """
-    runs = [run_dir(stage, tag) for tag in tags(stage)]
-    if len(runs) < 2:
-        return runs[0] if runs else None
-    times = {run: saved_time(run, steps(run)[-1]) for run in runs}
+    if len(runs) == 1:
+        return runs[0]
+    stage = runs[0].parent.name.removesuffix("_checkpoints")
+    times = {run: saved_time(run) for run in runs}
     last = [run for run in runs if times[run] == max(times.values())]
     if len(last) > 1:  # copies, because no two checkpoints are saved in the same millisecond
         names = " and ".join(run.name for run in last)
@@ -89,24 +92,33 @@ def most_recent(stage: str) -> Path | None:
             raise UserError(f"the {stage} runs {names} were saved at the same time: name one of them")
         print(f"{stage}: {names} are copies of one run; {last[0].name} is the original")
     others = ", ".join(run.name for run in runs if run != last[0])
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(times[last[0]]))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(times[last[0]][1]))
     print(f"{stage}: {last[0].name} is the run that was saved last ({when}); there are also {others}")
     return last[0]
 
 
-def saved_time(run: Path, step: int) -> float:
-    """Returns the Unix time at which a checkpoint was saved, from its metadata or from the run's log.
+def saved_time(run: Path) -> tuple[bool, float]:
+    """Returns when a run was last saved, as (True, Unix time). A run without a checkpoint gives (False, last logged).
 
-    File times are not used, because copying a folder changes them. They are the last resort, which is printed.
+    The time comes from the checkpoint's metadata or from the run's log. File times are not used, because copying a
+    folder changes them. They are the last resort, which is printed.
     """
-    folder = step_dir(run, step)
-    records = [r for r in run_log.read(run) if (r["kind"], r["step"]) == ("checkpoint", step)]
-    for source in (files.read_json(folder / "meta.json"), *reversed(records)):
-        saved = source.get("time")
-        if isinstance(saved, int | float) and math.isfinite(saved):
-            return saved
+    records, saved = run_log.read(run), steps(run)
+    if not saved:
+        return False, max(map(_time, records), default=0.0)
+    folder = step_dir(run, saved[-1])
+    logged = [r for r in records if (r["kind"], r["step"]) == ("checkpoint", saved[-1])]
+    for source in (files.read_json(folder / "meta.json"), *reversed(logged)):
+        if when := _time(source):
+            return True, when
     print(f"{folder}: neither its metadata nor the log says when it was saved; using the time of its files")
-    return (folder / MANIFEST).stat().st_mtime
+    return True, (folder / MANIFEST).stat().st_mtime
+
+
+def _time(record: dict) -> float:
+    """Returns the time in a log record or in meta.json, or 0.0 if there is none."""
+    value = record.get("time")
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 def _nothing_saved(stage: str, tag: str, preset: str) -> UserError:
@@ -138,6 +150,36 @@ def load(stage: str, tag: str = "", step: int = -1, preset: str = "") -> Trained
     params = restore_params(run, step, abstract)
     print(f"model: {run.relative_to(base_dir())}, step {step} ({model_cfg.num_params / 1e6:,.1f}M parameters)")
     return TrainedModel(params, model_cfg, tokenizer, stage, run.name, step, run, meta)
+
+
+class Identity(NamedTuple):
+    """What identifies the weights of a checkpoint. A run records its parent's identity as a string."""
+
+    stage: str
+    tag: str
+    step: int
+    digest: str  # the first 16 hexadecimal digits of the SHA-256 of the checkpoint's manifest
+
+    def __str__(self) -> str:
+        """Example: "base d20 step 21400 0123456789abcdef"."""
+        return f"{self.where} {self.digest}"
+
+    @property
+    def where(self) -> str:
+        """The checkpoint without its hash, such as "base d20 step 21400"."""
+        return f"{self.stage} {self.tag} step {self.step}"
+
+
+def identify(stage: str, run: Path, step: int) -> Identity:
+    """Returns the identity of a checkpoint."""
+    manifest = (step_dir(run, step) / MANIFEST).read_bytes()
+    return Identity(stage, run.name, step, hashlib.sha256(manifest).hexdigest()[:16])
+
+
+def parse_identity(text: object) -> Identity | None:
+    """Reads a string that `Identity` made. Returns None for anything else."""
+    match = re.fullmatch(r"(\w+) (.+) step ([0-9]+) ([0-9a-f]+)", text) if isinstance(text, str) else None
+    return Identity(match[1], match[2], int(match[3]), match[4]) if match else None
 
 
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":

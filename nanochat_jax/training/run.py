@@ -64,7 +64,8 @@ class Run:
 
     def _prepare(self, plain: dict) -> None:
         self._make_room()
-        files.write_text(self.dir / "config.json", json.dumps(plain | {"tag": self.dir.name}, indent=1))
+        about = {"tag": self.dir.name, "parent": self.identity["parent"]}
+        files.write_text(self.dir / "config.json", json.dumps(plain | about, indent=1))
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _make_room(self) -> None:

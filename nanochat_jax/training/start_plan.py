@@ -11,8 +11,6 @@ The first of these four cases that applies decides how a run starts:
 """
 
 import dataclasses
-import hashlib
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,6 @@ FREE = {
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
 
-PARENT_ID = re.compile(r"(?P<stage>\w+) (?P<tag>.+) step (?P<step>[0-9]+) [0-9a-f]+")  # see `_identify`
 Parent = tuple[Path, int]  # (the parent's folder, the step of the parent's checkpoint)
 
 
@@ -45,7 +42,7 @@ class StartPlan:
     tag: str  # name of the run's folder
     step: int | None  # the step of the checkpoint to resume from; None for a fresh start
     finished: bool  # whether `step` is the last step of a finished run
-    parent_id: str  # identifies the parent's weights (see `_identify`); "" for base
+    parent_id: str  # identifies the parent's weights (see `trained_model.Identity`); "" for base
     parent_dir: str | None = None  # the parent's folder; None for base or if the run resumes
     parent_step: int | None = None  # the step of the parent's checkpoint
 
@@ -84,7 +81,8 @@ def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
     assert parent is not None, f"stage {cfg.stage} has neither a parent nor a refusal"
     parent_dir, parent_step = parent
     cfg.check_shape(GPTConfig(**checkpoint.read_meta(parent_dir, parent_step)["model"]))
-    return StartPlan(tag, None, False, _identify(cfg, parent), str(parent_dir), parent_step)
+    identity = trained_model.identify(cfg.source, parent_dir, parent_step)
+    return StartPlan(tag, None, False, str(identity), str(parent_dir), parent_step)
 
 
 def _find_parent(cfg: LaterStage) -> Parent:
@@ -106,16 +104,6 @@ def _find_parent(cfg: LaterStage) -> Parent:
     return trained_model.find(cfg.source, tag, cfg.source_step)
 
 
-def _identify(cfg: LaterStage, parent: Parent) -> str:
-    """Returns a string that identifies the parent's weights.
-
-    Example: "base d20 step 21400 0123456789abcdef", which ends with a hash of the checkpoint's manifest.
-    """
-    parent_dir, step = parent
-    manifest = (checkpoint.step_dir(parent_dir, step) / checkpoint.MANIFEST).read_bytes()
-    return f"{cfg.source} {parent_dir.name} step {step} {hashlib.sha256(manifest).hexdigest()[:16]}"
-
-
 def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     """Returns the step to resume from, or None for a fresh start."""
     if cfg.resume == "never":
@@ -135,12 +123,10 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
 
 def _check_same_run(cfg: Train, folder: Path, meta: dict, parent: Parent | None) -> None:
     """Raises UserError if the run in `folder` does not match `cfg`."""
+    difference = ""
     if isinstance(cfg, LaterStage):
         cfg.check_shape(GPTConfig(**meta["model"]))
-    difference = ""
-    if isinstance(cfg, LaterStage) and (other := _other_parent(cfg, parent, meta["parent"])):
-        began = meta["parent"].rpartition(" ")[0]
-        difference = f"from different weights ({began}, not {other})"
+        difference = _other_parent(cfg, parent, meta["parent"])
     if changed := _changed_settings(cfg, meta["config"]):
         difference = f"with different settings ({', '.join(changed[:4])})"
     if difference:
@@ -148,19 +134,23 @@ def _check_same_run(cfg: Train, folder: Path, meta: dict, parent: Parent | None)
 
 
 def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str:
-    """Describes the parent that `cfg` asks for, if its weights differ from those that `parent_id` identifies.
+    """Says which parent `cfg` asks for, if its weights differ from those that `parent_id` identifies.
 
     If the parent no longer exists, the run can still resume. Only the name and the step that `cfg` gives are compared.
     """
+    began = trained_model.parse_identity(parent_id)
     if parent is not None:
-        now = _identify(cfg, parent)
-        return "" if now == parent_id else now.rpartition(" ")[0]
-    match = PARENT_ID.fullmatch(parent_id)
-    if match is None:
+        now = trained_model.identify(cfg.source, *parent)
+        if str(now) == parent_id:
+            return ""
+    elif began is None:
         return ""
-    asked = cfg.source_tag or match["tag"], cfg.source_step if cfg.source_step >= 0 else int(match["step"])
-    same = (match["stage"], match["tag"], int(match["step"])) == (cfg.source, *asked)
-    return "" if same else f"{cfg.source} {asked[0]} step {asked[1]}"
+    else:
+        step = cfg.source_step if cfg.source_step >= 0 else began.step
+        now = began._replace(stage=cfg.source, tag=cfg.source_tag or began.tag, step=step)
+        if now == began:
+            return ""
+    return "from different weights" + (f" ({began.where}, now {now.where})" if began else "")
 
 
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:

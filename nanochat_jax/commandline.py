@@ -50,6 +50,8 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
     values = _preset_values(cls, preset)
     if preset and "preset" in cls.__dataclass_fields__:
         values["preset"] = find_preset(preset).stem
+    if preset and "preset_path" in cls.__dataclass_fields__:
+        values["preset_path"] = str(find_preset(preset))
     return cls(**values | {name: value for name, value in given.items() if value is not None})
 
 

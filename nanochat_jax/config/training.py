@@ -145,6 +145,8 @@ class Base(ModelFlags, Train):
 class Doctor(Base):
     """Describe this machine, check whether pretraining can run on it, and estimate how long pretraining would take."""
 
+    preset_path: str = ""  # the file of the preset, which also has the settings of the tokenizer; not a flag
+
 
 @dataclass(frozen=True)
 class LaterStage(Train):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -63,10 +64,21 @@ class Run:
         self.log("config", self.step, config=plain, versions=environment.versions(), devices=devices.describe())
 
     def _prepare(self, plain: dict) -> None:
+        self._check_disk()
         self._make_room()
         about = {"tag": self.dir.name, "parent": self.identity["parent"]}
         files.write_text(self.dir / "config.json", json.dumps(plain | about, indent=1))
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
+
+    def _check_disk(self) -> None:
+        """Raises UserError if the disk has no room for a single checkpoint."""
+        arrays = jax.tree.leaves((self.state.params, self.state.opt_state))
+        needed, disk = sum(x.nbytes for x in arrays), shutil.disk_usage(self.dir)
+        if disk.free < needed and disk.total:  # some network file systems report a size of 0
+            raise UserError(
+                f"{self.dir}: the disk has {disk.free / 1e6:,.0f} MB free, and a checkpoint takes about "
+                f"{needed / 1e6:,.0f} MB: make room, or set NANOCHAT_BASE_DIR to a folder on another disk"
+            )
 
     def _make_room(self) -> None:
         """Moves old files out of the way.

@@ -75,8 +75,8 @@ def remove_parts(path: Path) -> None:
 def exclusive(folder: Path, refusal: str) -> Generator[None]:
     """Locks the folder until the `with` block ends. Creates the folder if needed.
 
-    If nothing but the lock file is in the folder at the end, removes the lock file, and the folders that were created
-    here. Where the file system has no locks (NFS without lockd, some Lustre mounts), says so and goes on without one.
+    If nothing but the lock file is in the folder at the end, removes the folder and those of its parents that were
+    created here. Where the file system has no locks (NFS without lockd, some Lustre mounts), says so and goes on without.
 
     Raises UserError(refusal) if another process holds the lock, and UserError if the folder cannot be written to.
     """
@@ -132,14 +132,13 @@ def _lock(lock: BinaryIO, folder: Path) -> None:
 
 
 def _remove_unused(lock: BinaryIO, created: list[Path]) -> None:
-    """Removes the lock file and the folders `created`, if the lock file is all that they hold."""
+    """Removes the lock's folder if the lock file is all that it holds, and then its empty parents in `created`."""
     path = Path(lock.name)
-    # Without these checks, this could remove what another process has put here since.
-    if created and _is_at(lock, path) and os.listdir(path.parent) == [LOCK]:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if _is_at(lock, path) and os.listdir(path.parent) == [LOCK]:
             path.unlink()
-            for folder in created:
-                folder.rmdir()  # fails if the folder is not empty
+            for folder in (path.parent, *created[1:]):
+                folder.rmdir()  # fails if another process has put something here since
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from nanochat_jax.config import UserError
 
 LOG = "log.jsonl"
-LONGEST = 1 << 24  # bytes; a longer line is not a record
+LONGEST = 1 << 22  # bytes; a longer line is not a record
 NEEDED = {"kind": str, "stage": str, "step": int}  # fields that every record has, and their types
 # Two scores both count if they differ in the number of problems ("n"), in "temperature" or in "num_samples".
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
@@ -72,12 +72,12 @@ def read(run_dir: Path) -> list[dict]:
 
 
 def _lines(log: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a log. Of a line longer than LONGEST bytes, yields only the beginning."""
+    """Yields the lines of a log. In place of a line of LONGEST bytes or more, yields b"too long"."""
     while line := log.readline(LONGEST):
         rest = line
         while len(rest) == LONGEST and not rest.endswith(b"\n"):
             rest = log.readline(LONGEST)
-        yield line
+        yield b"too long" if len(line) == LONGEST else line
 
 
 def _parse(line: bytes) -> dict | None:

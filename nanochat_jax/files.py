@@ -76,7 +76,7 @@ def exclusive(folder: Path, refusal: str) -> Generator[None]:
     """Locks the folder until the `with` block ends. Creates the folder if needed.
 
     If nothing but the lock file is in the folder at the end, removes the folder and those of its parents that were
-    created here. Where the file system has no locks (NFS without lockd, some Lustre mounts), says so and goes on without.
+    created here. Where the file system has no locks (some NFS and Lustre mounts), says so and goes on without one.
 
     Raises UserError(refusal) if another process holds the lock, and UserError if the folder cannot be written to.
     """

@@ -51,7 +51,8 @@ FOREIGN = [
     b'{"kind": "note", "stage": "base", "step": 9, "text": "\xe4\xb8', b"7", b"[1, 2]", b"null", b'"text"', b'{"a": 1}',
     b'{"kind": "note", "stage": "base"}', b'{"kind": "note", "stage": "base", "step": "9"}', b"\xff\xfe",
     b'{"kind": "note", "stage": "base", "step": true}', b'{"kind": ["note"], "stage": "base", "step": 9}',
-    b'{"kind": "note", "stage": "base", "step": 9, "task": {"a": 1}}', b"[" * 100_000, b"{" * 9, b"\0" * 4096, b"9" * 10_000,
+    b'{"kind": "note", "stage": "base", "step": 9, "task": {"a": 1}}', b"[" * 100_000, b"{" * 9, b"\0" * 99,
+    b"9" * 9999,
     b'{"kind": "note", "stage": "base", "step": 9, "time": "noon"}', b'{"kind": "config", "stage": 1, "step": 0}',
 ]  # fmt: skip
 

@@ -110,7 +110,7 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
         return None
     if cfg.resume == "auto":
         return checkpoint.latest(folder)
-    if not cfg.resume.isdigit():
+    if not (cfg.resume.isascii() and cfg.resume.isdigit()):
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
     step = int(cfg.resume)
     if step not in (saved := checkpoint.steps(folder)):

@@ -1,4 +1,4 @@
-"""Saves, restores and finds checkpoints. No other module uses Orbax.
+"""Saves, verifies and restores checkpoints. No other module uses Orbax.
 
 The folder of a run is <base>/<stage>_checkpoints/<tag>. It contains one folder per saved step:
 
@@ -10,6 +10,9 @@ The folder of a run is <base>/<stage>_checkpoints/<tag>. It contains one folder 
 The state of random generators is not saved. All random numbers are derived from the seed, which is a setting, and from
 the step or the epoch.
 
+Only a folder with exactly such a name is read, moved or removed: `step_` and at least six ASCII digits. Users keep
+other things beside it, such as step_000250-hf or step_000250.bak.
+
 A checkpoint is complete once it has a manifest. A folder without a manifest is half-written: the process ended during
 the save. A checkpoint is damaged if its files do not match its manifest. The hashes are needed because Orbax does not
 notice a flipped bit in a file. `latest` skips half-written and damaged checkpoints, and prints a line for each.
@@ -20,25 +23,25 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat_jax import files
-from nanochat_jax.config import REPOSITORY, STAGES, GPTConfig, UserError, base_dir, first_line
+from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
 
 if TYPE_CHECKING:
     from orbax.checkpoint import v1 as ocp
 
-    from nanochat_jax.model import gpt
-    from nanochat_jax.tokenizer import Tokenizer
-
 MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")  # the name that `step_dir` gives, and no other
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax writes to a folder with this suffix, and then renames it
 PyTree = Any  # nested containers of arrays, or of ShapeDtypeStructs with shardings
 
 
@@ -63,6 +66,19 @@ def run_dir(stage: str, tag: str) -> Path:
 def step_dir(run: Path, step: int) -> Path:
     """The folder of a step, such as <run>/step_000250 for step 250."""
     return run / f"step_{step:06d}"
+
+
+def step_folders(run: Path) -> dict[int, Path]:
+    """The folders of steps, complete or not, in ascending order of their steps.
+
+    Raises UserError if the run's folder cannot be read.
+    """
+    try:
+        names = [entry.name for entry in run.iterdir() if entry.is_dir()] if run.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{run} cannot be read ({error.strerror}): make it readable") from None
+    found = {int(match[1]): run / match[0] for match in map(STEP_NAME.fullmatch, names) if match}
+    return dict(sorted(found.items()))
 
 
 # -----------------------------------------------------------------------------
@@ -98,8 +114,7 @@ class Saver:
 
         self.wait_all()
         target = self._target = step_dir(self.run, step)
-        # An existing folder of this step is half-written, damaged, or left over from before the run was resumed.
-        processes.broadcast_from_0(lambda: shutil.rmtree(target) if target.exists() else None)
+        processes.broadcast_from_0(lambda: _make_way(target))
         meta_text = json.dumps(meta, indent=1)  # encoded now, because the caller may change `meta` during the save
         try:
             writing = ocp.save_checkpointables_async(str(target.resolve()), {"params": params, "optimizer": opt_state})
@@ -126,7 +141,8 @@ class Saver:
 
     def _remove_old(self, saved: int) -> None:
         """Removes checkpoints before step `saved`, except those that `keep_last` and `keep_every` protect."""
-        earlier = [step for step in steps(self.run) if step < saved]
+        # A link leads to a folder that someone has moved to another place, so it is not ours to remove.
+        earlier = [step for step in steps(self.run) if step < saved and not step_dir(self.run, step).is_symlink()]
         for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
                 # The manifest is removed first. If the process is killed after that, the folder counts as half-written.
@@ -146,7 +162,7 @@ class Saver:
     def _remove_unfinished(self) -> None:
         """Removes the half-written folders of the failed checkpoint."""
         assert self._target is not None, "no save was started"
-        for folder in self.run.glob(f"{self._target.name}*"):  # this includes Orbax's temporary folder
+        for folder in (self._target, _temporary(self._target)):
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -223,6 +239,19 @@ class Saver:
         return f"the disk is full: {free}" + (f", the last checkpoint takes {size / 1e6:,.0f} MB" if size else "")
 
 
+def _make_way(target: Path) -> None:
+    """Removes a half-written folder of the step that will be saved. Sets a complete one aside."""
+    if (target / MANIFEST).exists() or target.is_symlink():
+        print(f"moved {target.name} to {_set_aside(target, f'abandoned_{target.name}')}")
+    elif target.exists():
+        shutil.rmtree(target)
+
+
+def _temporary(folder: Path) -> Path:
+    """The folder that Orbax writes to before it renames it to `folder`."""
+    return folder.with_name(folder.name + ORBAX_TEMPORARY)
+
+
 def _write_manifest(folder: Path) -> None:
     hashes = {str(p.relative_to(folder)): files.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     files.write_text(folder / MANIFEST, json.dumps(hashes, indent=1))
@@ -234,7 +263,7 @@ def _write_manifest(folder: Path) -> None:
 
 def steps(run: Path) -> list[int]:
     """The steps that have a complete checkpoint, in ascending order."""
-    return sorted(int(p.parent.name.removeprefix("step_")) for p in run.glob(f"step_*/{MANIFEST}"))
+    return [step for step, folder in step_folders(run).items() if (folder / MANIFEST).exists()]
 
 
 def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
@@ -246,7 +275,11 @@ def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "half-written"
-    except ValueError:
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    if not isinstance(manifest, dict):
         return f"{MANIFEST} is damaged"
     for name, digest in manifest.items():
         if name.startswith(without):
@@ -254,8 +287,11 @@ def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if files.sha256(path) != digest:
-            return f"{name} is damaged"
+        try:
+            if files.sha256(path) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -264,7 +300,7 @@ def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
 
     `without` has the same meaning as in `damage`.
     """
-    for folder in run.glob("step_*"):
+    for folder in step_folders(run).values():
         if not (folder / MANIFEST).exists():
             print(f"ignoring {folder}: half-written")
     for step in reversed(steps(run)):
@@ -278,6 +314,11 @@ def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
 def read_meta(run: Path, step: int) -> dict:
     """The contents of a step's meta.json."""
     return json.loads((step_dir(run, step) / "meta.json").read_text(encoding="utf-8"))
+
+
+def model_meta(model_cfg: GPTConfig) -> dict:
+    """Returns the part of meta.json that describes the model. `trained_model.load` reads it."""
+    return {"model": asdict(model_cfg)}
 
 
 def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, dict, dict]:
@@ -344,18 +385,20 @@ def clear_unfinished(run: Path) -> None:
 
     The caller must hold the run's lock. The lock ensures that no other process is saving.
     """
-    for folder in run.glob("step_*"):  # this includes Orbax's temporary folders
-        if not (folder / MANIFEST).exists():
+    half_written = [folder for folder in step_folders(run).values() if not (folder / MANIFEST).exists()]
+    temporary = [path for path in run.glob(f"*{ORBAX_TEMPORARY}") if STEP_NAME.fullmatch(path.stem)]
+    for folder in half_written + temporary:
+        if not folder.is_symlink():
             shutil.rmtree(folder)
             print(f"removed {folder}: half-written")
-    for part in run.glob("*.part"):
-        part.unlink()
+    for name in ("config.json", "wandb_id"):
+        files.remove_parts(run / name)
 
 
 def abandon_after(run: Path, step: int) -> None:
     """Renames all checkpoints after `step`, because a run that resumes from `step` will save these steps again."""
-    for folder in run.glob("step_*"):
-        if int(folder.name.removeprefix("step_")) > step:
+    for later, folder in step_folders(run).items():
+        if later > step:
             print(f"moved {folder.name} to {_set_aside(folder, f'abandoned_{folder.name}')}")
 
 
@@ -375,107 +418,3 @@ def _set_aside(folder: Path, name: str) -> Path:
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
     os.replace(folder, aside)
     return aside
-
-
-# -----------------------------------------------------------------------------
-# Models
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model from a checkpoint, with float32 parameters on one device."""
-
-    params: "gpt.Params"
-    model_cfg: GPTConfig
-    tokenizer: "Tokenizer"
-    stage: str
-    tag: str
-    step: int
-    run_dir: Path
-    meta: dict
-
-    @property
-    def name(self) -> str:
-        """The model's id in the API, such as nanochat-d20-sft."""
-        return f"nanochat-{self.tag}-{self.stage}"
-
-
-def find(stage: str, tag: str = "", step: int = -1) -> tuple[Path, int]:
-    """Finds a checkpoint, and returns (the folder of its run, its step).
-
-    Without a tag, chooses the stage's most recently saved run. Without a step, chooses the run's latest undamaged
-    checkpoint. Raises UserError if no checkpoint is found, or if the checkpoint of the given step is damaged.
-    """
-    if stage not in STAGES:
-        raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
-    run = run_dir(stage, tag)
-    if not tag:
-        if not (saved := _saved(stage)):
-            raise _nothing_saved(stage, tag)
-        run = max(saved, key=lambda p: p.stat().st_mtime).parents[1]
-    only_for_training = ("optimizer/", "data.json")
-    if step >= 0:
-        if step not in steps(run):
-            existing = ", ".join(map(str, steps(run))) or "none"
-            raise UserError(f"no checkpoint of step {step} in {run}; available: {existing}")
-        if problem := damage(step_dir(run, step), only_for_training):
-            raise UserError(f"{step_dir(run, step)}: {problem}")
-        return run, step
-    newest = latest(run, only_for_training)
-    if newest is None:
-        raise _nothing_saved(stage, tag)
-    return run, newest
-
-
-def _saved(stage: str) -> list[Path]:
-    """The manifests of a stage's checkpoints, except those in runs that were moved aside."""
-    return [p for p in run_dir(stage, "").glob(f"*/step_*/{MANIFEST}") if not p.parents[1].name.startswith(".")]
-
-
-def _nothing_saved(stage: str, tag: str) -> UserError:
-    """Returns an error that lists the existing runs and the command to train the missing run."""
-    others = sorted({p.parents[1].name for p in _saved(stage)} - {tag})
-    existing = f"choose one that exists ({', '.join(others)}), or " if others else ""
-    preset = f" --config={tag}" if (REPOSITORY / "configs" / f"{tag}.toml").is_file() else ""
-    command = f"run python -m scripts.train --stage={stage}{preset}"
-    return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {existing}{command}")
-
-
-def load_model(stage: str, tag: str = "", step: int = -1) -> TrainedModel:
-    """Finds and verifies a checkpoint, and loads its parameters onto the first device."""
-    import jax
-
-    from nanochat_jax.model import gpt
-
-    if jax.process_count() > 1:
-        raise UserError("evaluation and chat run in one process, on all devices of one host: start a single process")
-    run, step = find(stage, tag, step)
-    meta = read_meta(run, step)
-    model_cfg = GPTConfig(**meta["model"])
-    tokenizer = load_tokenizer(meta, run)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.eval_shape(lambda: gpt.init(model_cfg))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    params = restore_params(run, step, abstract)
-    print(f"model: {run.relative_to(base_dir())}, step {step} ({model_cfg.num_params / 1e6:,.1f}M parameters)")
-    return TrainedModel(params, model_cfg, tokenizer, stage, run.name, step, run, meta)
-
-
-def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
-    """Returns the tokenizer that the run was trained with.
-
-    This is either the current tokenizer or an older one that tok_train has moved aside. Raises UserError if neither of
-    them has the hash in `meta`.
-    """
-    from nanochat_jax.tokenizer import Tokenizer
-
-    wanted = meta["tokenizer"]
-    for folder in (base_dir() / "tokenizer", base_dir() / f"tokenizer-{wanted[:8]}"):
-        if folder.is_dir() and (tokenizer := Tokenizer.load(folder)).hash == wanted:
-            return tokenizer
-    raise UserError(f"{run} was trained with a tokenizer ({wanted[:8]}) that is not under {base_dir()}")
-
-
-def model_meta(model_cfg: GPTConfig) -> dict:
-    """Returns the part of meta.json that describes the model. `load_model` reads it."""
-    return {"model": asdict(model_cfg)}

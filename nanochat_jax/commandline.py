@@ -2,8 +2,8 @@
 
 Flags override the preset file (`--config NAME` or `--config PATH`), and the preset file overrides the defaults of the
 dataclass. A key at the top of a preset file applies to all commands that have this setting. A key in one of the tables
-[tok] [dataset] [base] [mid] [sft] [rl] [eval] [chat] applies only to the commands of that table. A key that no command
-knows is an error.
+[tok] [dataset] [base] [mid] [sft] [rl] [eval] [chat] [report] applies only to the commands of that table. A key that no
+command knows is an error.
 
 Flags may be written with dashes or underscores. If a flag is repeated, its last value wins. A lone `--` is ignored.
 This module does not import JAX, so `--help` and errors in flags appear without delay.
@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import re
 import sys
 import tomllib
 import typing
@@ -27,6 +28,7 @@ from nanochat_jax.config import REPOSITORY, UserError
 COMMANDS = (
     config.TokTrain, config.TokEval, config.Dataset, config.Base, config.Doctor, config.Mid,
     config.Sft, config.Rl, config.BaseLoss, config.BaseEval, config.ChatEval, config.ChatCli, config.ChatWeb,
+    config.Report,
 )  # fmt: skip
 SHORT = {
     "source": "i", "task_name": "a", "temperature": "t", "max_new_tokens": "m", "num_samples": "n", "top_k": "k",
@@ -48,6 +50,8 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
     values = _preset_values(cls, preset)
     if preset and "preset" in cls.__dataclass_fields__:
         values["preset"] = find_preset(preset).stem
+    if preset and "preset_path" in cls.__dataclass_fields__:
+        values["preset_path"] = str(find_preset(preset))
     return cls(**values | {name: value for name, value in given.items() if value is not None})
 
 
@@ -60,7 +64,7 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
     try:
         main(parse(cls))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_with_preset(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -70,6 +74,20 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _with_preset(message: str) -> str:
+    """Adds the --config of this command to the commands that an error message suggests."""
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    given.add_argument("--config")
+    try:
+        preset = given.parse_known_args(sys.argv[1:])[0].config
+    except argparse.ArgumentError:  # --config without a value
+        preset = None
+    if not preset:
+        return message
+    message = re.sub(r"( -m (?:scripts|nanochat_jax)\.\w+[^:;,()]*?) --config=\S+", r"\1", message)
+    return re.sub(r" -m (?:scripts|nanochat_jax)\.(?!bench)\w+", lambda hint: f"{hint[0]} --config={preset}", message)
 
 
 # -----------------------------------------------------------------------------
@@ -95,7 +113,7 @@ def _parser(cls: type[config.Settings]) -> _Parser:
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name}" if module else None
     parser = _Parser(prog=getattr(cls, "prog", prog), description=cls.__doc__, allow_abbrev=False)
-    if cls in COMMANDS:  # benchmarks and the report take no presets
+    if cls in COMMANDS:  # benchmarks take no presets
         parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
     kinds, defaults = typing.get_type_hints(cls), cls()
     for field in dataclasses.fields(cls):
@@ -114,7 +132,7 @@ def _parser(cls: type[config.Settings]) -> _Parser:
             continue
         if kind is bool:  # a flag without a value means true
             options |= {"nargs": "?", "const": True}
-        flags = [f"--{field.name}"]
+        flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
         if field.name in SHORT and not (field.name == "num_samples" and cls is config.Rl):
             flags.insert(0, f"-{SHORT[field.name]}")
         parser.add_argument(*flags, default=None, dest=field.name, **options)

@@ -1,15 +1,21 @@
 """Writes files atomically, reads JSON files that may be missing, hashes files, and locks folders."""
 
 import contextlib
-import fcntl
+import errno
+import functools
+import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
 from nanochat_jax.config import UserError
+
+LOCK = "lock"  # the name of a folder's lock file
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # the file system has no locks
 
 
 @contextlib.contextmanager
@@ -40,7 +46,7 @@ def read_json(path: Path) -> dict:
     """Returns the object in a JSON file, or {} if the file is missing or holds no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -51,16 +57,98 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remove_parts(path: Path) -> None:
+    """Removes the temporary files that killed processes left when they wrote `path` with `atomic_write`.
+
+    The caller must ensure that no other process is writing `path`.
+    """
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        if re.fullmatch(r"[0-9]+", part.name.removeprefix(f"{path.name}.").removesuffix(".part")):
+            part.unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
+# Locks
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, refusal: str) -> Generator[None]:
     """Locks the folder until the `with` block ends. Creates the folder if needed.
 
-    Raises UserError(refusal) if another process holds the lock.
+    If nothing but the lock file is in the folder at the end, removes the folder and those of its parents that were
+    created here. Where the file system has no locks (some NFS and Lustre mounts), says so and goes on without one.
+
+    Raises UserError(refusal) if another process holds the lock, and UserError if the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
+    try:
+        lock, created = _take(folder, refusal)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): set NANOCHAT_BASE_DIR") from None
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            _remove_unused(lock, created)
+
+
+def _take(folder: Path, refusal: str) -> tuple[BinaryIO, list[Path]]:
+    """Returns the locked lock file, and the folders that were created for it, innermost first."""
+    path = folder / LOCK
+    while True:
+        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(path, "ab")  # noqa: SIM115  # the caller closes it
+        except FileNotFoundError:  # another process has just removed the folder, since nothing was in it
+            continue
+        try:
+            _lock(lock, folder)
+            if _is_at(lock, path):
+                return lock, created
         except BlockingIOError:
+            lock.close()
             raise UserError(refusal) from None
-        yield
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()  # another process has removed this lock file: lock the new one
+
+
+def _lock(lock: BinaryIO, folder: Path) -> None:
+    """Locks an open file. Raises BlockingIOError if another process has locked it."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return _warn_once(f"this system has no file locks: start only one process that writes to {folder}")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        reason = os.strerror(error.errno or 0)
+        _warn_once(f"{folder} cannot be locked ({reason}): start only one process that writes to it")
+
+
+def _remove_unused(lock: BinaryIO, created: list[Path]) -> None:
+    """Removes the lock's folder if the lock file is all that it holds, and then its empty parents in `created`."""
+    path = Path(lock.name)
+    with contextlib.suppress(OSError):
+        if _is_at(lock, path) and os.listdir(path.parent) == [LOCK]:
+            path.unlink()
+            for folder in (path.parent, *created[1:]):
+                folder.rmdir()  # fails if another process has put something here since
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    print(text, flush=True)

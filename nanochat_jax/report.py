@@ -5,9 +5,10 @@ The report says what was run, on what machine, how long it took, and how good th
     python -m nanochat_jax.report reset       record the start time and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
-The report covers the most recently saved run of each stage. A stage without a run gets no section. With
---model_tag=TAG, the report covers the runs called TAG. `reset` and `generate` then use the folder report/TAG, so each
-tag has its own start time. Plots are PNG files next to report/report.md. Without matplotlib, no plots are drawn.
+The report covers the run that was saved last, the runs that it started from, and the runs that started from it (see
+lineage.py). A stage without a run gets no section. With --model_tag=TAG, the report covers the runs called TAG. `reset`
+and `generate` then use the folder report/TAG, so each tag has its own start time. Plots are PNG files next to
+report/report.md. Without matplotlib, no plots are drawn.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import checkpoint, commandline, config, environment, run_log
+from nanochat_jax import checkpoint, commandline, config, environment, lineage, run_log
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 from nanochat_jax.files import read_json, write_text
 from nanochat_jax.progress import clock
@@ -106,27 +107,14 @@ class Run:
 # Reading
 
 
-def find_run(stage: str, tag: str = "") -> Run | None:
-    """Returns the stage's run called `tag`. If `tag` is empty, returns the stage's most recently saved run.
-
-    Returns None if no run is found.
-    """
-    root = base_dir() / f"{stage}_checkpoints"
-    folders = [p.parent for p in root.glob(f"*/{run_log.LOG}") if not p.parent.name.startswith(".")]
-    folders = [p for p in folders if not tag or p.name == tag]
-    if not folders:
-        return None
-
-    def saved(folder: Path) -> tuple[float, float]:
-        manifests = [p.stat().st_mtime for p in folder.glob(f"step_*/{checkpoint.MANIFEST}")]
-        return max(manifests, default=0.0), (folder / run_log.LOG).stat().st_mtime
-
-    folder = max(folders, key=saved)
-    records = [r for r in run_log.read(folder) if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]
+def read_run(stage: str, folder: Path) -> Run:
+    """Reads a run from its folder. Prints a line if the metadata of its last checkpoint is damaged."""
     steps = checkpoint.steps(folder)
     step = steps[-1] if steps else None
-    meta = {} if step is None else checkpoint.read_meta(folder, step)
-    return Run(stage, folder.name, folder, records, read_json(folder / "config.json"), step, meta)
+    meta = {} if step is None else read_json(checkpoint.step_dir(folder, step) / "meta.json")
+    if step is not None and not meta:
+        print(f"{checkpoint.step_dir(folder, step) / 'meta.json'} is damaged: no model and no parent are reported")
+    return Run(stage, folder.name, folder, run_log.read(folder), read_json(folder / "config.json"), step, meta)
 
 
 # -----------------------------------------------------------------------------
@@ -145,7 +133,7 @@ def _start(folder: Path, runs: dict[str, Run]) -> dict:
     """Returns what `reset` recorded in `folder`. Returns {} if there was no reset before `runs` began."""
     start = read_json(folder / "start.json")
     first = min((run.began for run in runs.values() if run.began), default=math.inf)
-    return start if start.get("time", 0.0) <= first else {}
+    return start if isinstance(start.get("time"), int | float) and start["time"] <= first else {}
 
 
 def _folder(tag: str) -> Path:
@@ -162,7 +150,8 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
 
     Raises UserError if there is nothing to report on.
     """
-    runs = {stage: run for stage in STAGES if (run := find_run(stage, tag))}
+    chosen = lineage.find(tag)
+    runs = {stage: read_run(stage, folder) for stage, folder in chosen.runs.items()}
     tokenizer = run_log.read(base_dir() / "tokenizer")
     if not runs and (tag or not tokenizer):
         missing = f"a run called {tag!r}" if tag else "a tokenizer or a run"
@@ -173,6 +162,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     plots, remark = _plots(runs, folder)
 
     parts = ["# nanochat report\n", _header(start), "## Summary\n", _summary(runs, start), remark]
+    parts += [f"{text}\n" for text in chosen.remarks]
     parts += [_tokenizer(tokenizer)] if tokenizer else []
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
@@ -182,6 +172,8 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
         relative = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
         text = text.replace(f"]({plot})", f"]({relative})")
     write_text(output, text)
+    for text in chosen.remarks:
+        print(text)
     return folder / "report.md"
 
 
@@ -350,9 +342,11 @@ def _facts(run: Run) -> list[str]:
 
 def _settings(run: Run) -> dict:
     defaults = dataclasses.asdict(config.TRAINING[run.stage]())
+    shape = {field.name for field in dataclasses.fields(config.ModelFlags)}
     return {
         name: value
         for name, value in run.settings.items()
+        if value or name not in shape  # later stages leave the shape to their parent
         if name not in NEVER_SHOWN and (name in ALWAYS_SHOWN or (name in defaults and value != defaults[name]))
     }
 
@@ -440,9 +434,9 @@ def _plot(run: Run, path: Path) -> None:
 
 def main(cfg: config.Report) -> None:
     if cfg.command == "reset":
-        print(f"start recorded in {reset(cfg.model_tag)}")
+        print(f"start recorded in {reset(cfg.model_tag or cfg.preset)}")
     else:
-        print(f"written to {generate(cfg.model_tag, Path(cfg.output))} and {cfg.output}")
+        print(f"written to {generate(cfg.model_tag or cfg.preset, Path(cfg.output))} and {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,20 @@ Whenever a run starts or resumes, it logs a record of kind "config" with its cur
 earlier records in the log that have the same stage and a greater step, even scores and the note "finished".
 """
 
+import functools
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanochat_jax.config import UserError
+
 LOG = "log.jsonl"
+LONGEST = 1 << 22  # bytes; a longer line is not a record
+NEEDED = {"kind": str, "stage": str, "step": int}  # fields that every record has, and their types
 # Two scores both count if they differ in the number of problems ("n"), in "temperature" or in "num_samples".
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
 
@@ -37,21 +43,56 @@ def _last_byte(file: BinaryIO) -> bytes:
 def read(run_dir: Path) -> list[dict]:
     """Returns the records that count, in the order of the log. Returns [] if there is no log.
 
-    Incomplete lines are skipped.
+    Skips lines that are not records, and prints how many. Such lines come from a process that died while writing, from
+    a file system that crashed, or from other programs. Raises UserError if the log cannot be read.
     """
     path = run_dir / LOG
-    if not path.exists():
-        return []
     records: dict[tuple, dict] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would also split at U+2028 inside a record
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a process died while writing this line
-        key = tuple(map(record.get, KEY))
-        if record.get("kind") == "config":
-            stage, step = record["stage"], record["step"]
-            records = {k: r for k, r in records.items() if r.get("stage") != stage or r["step"] <= step}
-        records.pop(key, None)
-        records[key] = record
+    skipped = 0
+    try:
+        with open(path, "rb") as log:
+            for line in _lines(log):
+                record = _parse(line)
+                if record is None:
+                    skipped += bool(line.strip())
+                    continue
+                key = tuple(map(record.get, KEY))
+                if record["kind"] == "config":
+                    stage, step = record["stage"], record["step"]
+                    records = {k: r for k, r in records.items() if r["stage"] != stage or r["step"] <= step}
+                records.pop(key, None)
+                records[key] = record
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or move it away") from None
+    if skipped:
+        _say_once(f"{path}: {skipped:,} {'line is' if skipped == 1 else 'lines are'} not a record: skipped")
     return list(records.values())
+
+
+def _lines(log: BinaryIO) -> Iterator[bytes]:
+    """Yields the lines of a log. In place of a line of LONGEST bytes or more, yields b"too long"."""
+    while line := log.readline(LONGEST):
+        rest = line
+        while len(rest) == LONGEST and not rest.endswith(b"\n"):
+            rest = log.readline(LONGEST)
+        yield b"too long" if len(line) == LONGEST else line
+
+
+def _parse(line: bytes) -> dict | None:
+    """Returns the record in a line, or None if the line holds no record."""
+    try:
+        record = json.loads(line.decode("utf-8-sig").strip("\0"))  # some file systems fill a torn file with zeros
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(type(record.get(k)) is kind for k, kind in NEEDED.items()):
+        return None
+    if not all(isinstance(record.get(k), str | int | float | None) for k in (*KEY, "time")):
+        return None
+    return None if isinstance(record.get("time"), str) else record
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, flush=True)

@@ -41,7 +41,7 @@ def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[s
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):
         if not path.exists():
-            fix = "train a tokenizer with python -m scripts.tok_train (and this command's --config, if it has one)"
+            fix = "train a tokenizer with python -m scripts.tok_train"
             raise UserError(f"{path} does not exist: {fix}")
     about = _parse(_read(ours), ours)
     if about.get("format") != FORMAT:

@@ -22,12 +22,12 @@ def main(cfg: config.BaseEval) -> None:
     devices.start(cfg.device_type)
     import time
 
-    from nanochat_jax import checkpoint
+    from nanochat_jax import trained_model
     from nanochat_jax.evals import core
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
 
-    model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     bundle = core.find_bundle(cfg.core_dir)
     start = time.monotonic()

@@ -25,7 +25,7 @@ def main(cfg: config.BaseLoss) -> None:
     devices.start(cfg.device_type)
     import time
 
-    from nanochat_jax import checkpoint, run_log
+    from nanochat_jax import run_log, trained_model
     from nanochat_jax.data import dataloader
     from nanochat_jax.evals.batching import num_rows
     from nanochat_jax.evals.bpb import bits_per_byte
@@ -34,7 +34,7 @@ def main(cfg: config.BaseLoss) -> None:
     from nanochat_jax.progress import Progress
     from nanochat_jax.training.validation import complete
 
-    model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     source = choose_source(model.meta, cfg)
     packing = model.meta["config"].get("packing", "split")

@@ -42,7 +42,7 @@ def main(cfg: config.ChatCli) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # print ? for a character that stdout cannot show
 
-    from nanochat_jax import checkpoint
+    from nanochat_jax import trained_model
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
     from nanochat_jax.parallel import devices
@@ -50,7 +50,7 @@ def main(cfg: config.ChatCli) -> None:
     # Loading prints messages. Send them to stderr, so that stdout holds only answers.
     devices.start(cfg.device_type)
     with contextlib.redirect_stdout(sys.stderr):
-        model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+        model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
         dtype = devices.choose_precision(cfg.compute_dtype)
     engine = Engine(model.params, model.model_cfg, model.tokenizer, slots=1, dtype=dtype, chunk=CHUNK)
     chat = Chat(engine, cfg)

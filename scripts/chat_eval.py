@@ -22,7 +22,7 @@ def main(cfg: config.ChatEval) -> None:
     from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)
-    from nanochat_jax import checkpoint, tasks
+    from nanochat_jax import tasks, trained_model
     from nanochat_jax.evals import chat
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
@@ -33,9 +33,10 @@ def main(cfg: config.ChatEval) -> None:
         if tasks.task_class(name).eval_type is None:
             scored = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
-    checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # a missing checkpoint should fail before any download
+    # A missing checkpoint should fail before any download.
+    run, step = trained_model.find(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
-    model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+    model = trained_model.load(cfg.source, run.name, step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     sampling = chat.Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens, cfg.num_samples, cfg.seed)
     settings = {"num_samples": cfg.num_samples, "temperature": cfg.temperature}

@@ -46,7 +46,7 @@ def main(cfg: config.ChatWeb) -> None:
             raise config.UserError(f"{error.name} is missing: run pip install '.[serve]' in the repository") from None
         import jax
 
-        from nanochat_jax import checkpoint
+        from nanochat_jax import trained_model
         from nanochat_jax.engine.engine import Engine
 
         # There is one engine per device. Each engine has its own copy of the weights, cast to the compute dtype.
@@ -54,7 +54,7 @@ def main(cfg: config.ChatWeb) -> None:
         if len(chosen) < cfg.num_gpus:
             count = len(chosen)
             raise config.UserError(f"--num_gpus={cfg.num_gpus}: only {count} device(s) here; use --num_gpus={count}")
-        model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
+        model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
         dtype = devices.choose_precision(cfg.compute_dtype)
         engines = [
             Engine(

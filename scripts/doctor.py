@@ -34,12 +34,13 @@ def main(cfg: config.Doctor) -> None:
     from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    from nanochat_jax import files
     from nanochat_jax.parallel import sharding
 
     line("Device memory", device_memory())
-    tokenizer = files.read_json(config.base_dir() / "tokenizer" / "nanochat.json")
-    model_cfg = cfg.gpt_config(tokenizer.get("vocab_size", config.TokTrain.vocab_size))
+    wanted = commandline.parse(config.TokTrain, [f"--config={cfg.preset_path}"] if cfg.preset_path else [])
+    vocab_size, tokenizer = tokenizer_here(wanted.vocab_size)
+    line("Tokenizer", tokenizer)
+    model_cfg = cfg.gpt_config(vocab_size)
     dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
     plan(cfg, model_cfg, sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard), dtype)
 
@@ -64,6 +65,28 @@ def rust_tokenizer() -> str:
     except UserError as error:
         return str(error)
     return "built"
+
+
+def tokenizer_here(wanted: int) -> tuple[int, str]:
+    """Returns the vocabulary size of the tokenizer that pretraining will use, and a description of this tokenizer.
+
+    `wanted` is the vocabulary size of the tokenizer that tok_train would train with the same preset. It is returned if
+    there is no tokenizer yet.
+    """
+    from nanochat_jax.files import read_json
+
+    folder = config.base_dir() / "tokenizer"
+    train = f"python -m scripts.tok_train trains one of {wanted:,} tokens"
+    if not folder.exists():
+        return wanted, f"none yet in {folder}: {train}"
+    about, source = read_json(folder / "nanochat.json"), read_json(folder / "source.json")
+    size = about.get("vocab_size")
+    if not isinstance(size, int):
+        return wanted, f"damaged, in {folder}: {train}"
+    text = f"{size:,} tokens, trained on {source.get('source') or 'an unknown text'}, in {folder}"
+    # If the text ran out of pairs to merge, the tokenizer has fewer tokens than it was meant to have.
+    asked = source.get("vocab_size", size)
+    return size, text if asked == wanted else f"{text}; NOT what these settings would train: {train}"
 
 
 def hub() -> str:

@@ -7,8 +7,10 @@ source.json names the text that the tokenizer was trained on. Later stages read 
 with the same settings finds the tokenizer and trains nothing.
 """
 
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -41,7 +43,7 @@ def main(cfg: config.TokTrain) -> None:
     if not cfg.fresh and _recorded(folder, recipe):
         print(f"{folder} was already trained with these settings; --fresh trains it again")
         return
-    for aside in [] if cfg.fresh else sorted(folder.parent.glob(f"{folder.name}-*")):
+    for aside in [] if cfg.fresh else sorted(folder.parent.glob(f"{folder.name}-{'[0-9a-f]' * 8}")):
         if _recorded(aside, recipe):
             print(f"{aside} was trained with these settings: moving it back; --fresh trains it again")
             _swap(aside, folder)
@@ -130,12 +132,17 @@ def _swap(new: Path, folder: Path) -> None:
     If `folder` holds a different tokenizer, first moves the old tokenizer to a folder named after its hash. Models that
     were trained with the old tokenizer still need it.
     """
-    old_hash = read_json(folder / "source.json").get("hash", "damaged")
+    old_hash = read_json(folder / "source.json").get("hash")
     if old_hash == read_json(new / "source.json")["hash"]:
-        shutil.rmtree(folder)
-    elif folder.exists():
-        aside = folder.with_name(f"tokenizer-{old_hash[:8]}")
-        shutil.rmtree(aside, ignore_errors=True)  # the same tokenizer may have been moved aside before
+        for path in new.iterdir():  # the user's own files in `folder` stay
+            os.replace(path, folder / path.name)
+        new.rmdir()
+        return
+    if folder.exists():
+        name = old_hash[:8] if isinstance(old_hash, str) and re.fullmatch("[0-9a-f]{64}", old_hash) else "damaged"
+        numbers = itertools.chain([""], (f".{i}" for i in itertools.count(2)))
+        asides = (f"tokenizer-{name}{number}" for number in numbers)
+        aside = next(path for path in map(folder.with_name, asides) if not path.exists())
         os.replace(folder, aside)
         print(f"the previous tokenizer is now in {aside}; models trained with it still need it")
     os.replace(new, folder)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint
+from nanochat_jax import checkpoint, trained_model
 from nanochat_jax.config import UserError
 
 DATA = {"packing": "split", "rows": 3}
@@ -215,6 +215,50 @@ def test_half_written_is_ignored(copy, capsys):
     assert sorted(p.name for p in copy.glob("step_*")) == ["step_000001", "step_000002"]
 
 
+BESIDE = ["step_000020-hf", "step_5", "step_000020 (copy)", "step_٠٠٠٠٢٠", "step_0000020", "step_", "step_000002.bak",
+          "abandoned_step_000002.2026", "step_000003.orbax-checkpoint-tmp-hf", "mine.orbax-checkpoint-tmp"]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_what_is_not_ours_is_neither_read_nor_removed(copy, with_manifest, monkeypatch):
+    """Such as a converted model beside the checkpoint that it was made from."""
+    for name in BESIDE:
+        (copy / name).mkdir()
+        (copy / name / "model.safetensors").write_text(name)
+        if with_manifest:
+            (copy / name / checkpoint.MANIFEST).write_text("{}")
+    for name in ("step_000004", "notes.part", "lock.12.part"):
+        (copy / name).write_text("a file")
+    before = sorted(p for p in copy.rglob("*") if "step_000002/" not in str(p) and "step_000001" not in str(p))
+    assert checkpoint.steps(copy) == [1, 2] and checkpoint.latest(copy) == 2
+    checkpoint.clear_unfinished(copy)
+    checkpoint.abandon_after(copy, 2)
+    saver = checkpoint.Saver(copy, keep_last=1)
+    save(saver, 3, 5)
+    monkeypatch.setattr(checkpoint, "_write_manifest", lambda folder: 1 / 0)
+    with pytest.raises(UserError, match="last good checkpoint is step 5"):
+        save(saver, 6)
+    assert checkpoint.steps(copy) == [5] and not (copy / "step_000006").exists()
+    assert [p for p in before if p.exists()] == [p for p in before if p.name not in ("step_000002",)]
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_read_but_not_removed(copy, tmp_path):
+    elsewhere = (copy / "step_000001").rename(tmp_path / "other disk")
+    (copy / "step_000001").symlink_to(elsewhere)
+    assert checkpoint.steps(copy) == [1, 2]
+    save(checkpoint.Saver(copy, keep_last=1), 3)
+    assert checkpoint.steps(copy) == [1, 3] and (elsewhere / checkpoint.MANIFEST).exists()
+    (elsewhere / checkpoint.MANIFEST).unlink()
+    checkpoint.clear_unfinished(copy)
+    assert elsewhere.exists()
+
+
+@pytest.mark.parametrize("manifest", ["[1]", "3", "{", "[" * 100_000])
+def test_a_manifest_that_is_no_object_is_damage(copy, manifest):
+    (copy / "step_000002" / checkpoint.MANIFEST).write_text(manifest)
+    assert checkpoint.damage(copy / "step_000002") == "manifest.json is damaged" and checkpoint.latest(copy) == 1
+
+
 def test_nothing_good_is_none(copy, capsys):
     for step in (1, 2):
         spoil(checkpoint.step_dir(copy, step) / "meta.json", "flipped", random.Random(step))
@@ -235,12 +279,12 @@ def test_a_model_to_talk_to_does_not_need_the_optimizer(two_steps, own_base_dir,
             continue
         spoil(path, "truncated", random.Random(0))
         needed = name.parts[0] != "optimizer" and name.name != "data.json"
-        assert checkpoint.find("base", "tag") == (folder, 1 if needed else 2), name
+        assert trained_model.find("base", "tag") == (folder, 1 if needed else 2), name
         if not needed:
             assert equal(checkpoint.restore_params(folder, 2, abstract), state(2)[0])
         elif name.name != checkpoint.MANIFEST:
             with pytest.raises(UserError, match="is damaged"):
-                checkpoint.find("base", "tag", 2)
+                trained_model.find("base", "tag", 2)
         path.write_bytes(before)
 
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from nanochat_jax import commandline, config, environment, report, run_log
+from nanochat_jax import checkpoint, commandline, config, environment, lineage, report, run_log, trained_model
 from nanochat_jax.config import UserError, base_dir
 
 
-def train_log(stage, tag="d4", steps=40, finished=True):
+def train_log(stage, tag="d4", steps=40, finished=True, parent=""):
     """A run's folder with a log and a checkpoint."""
     run = base_dir() / f"{stage}_checkpoints" / tag
     run_log.append(run, "config", stage, 0, config={})
@@ -29,9 +29,13 @@ def train_log(stage, tag="d4", steps=40, finished=True):
         step_dir = run / f"step_{steps:06d}"
         step_dir.mkdir(parents=True)
         model = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "n_embd": 256, "vocab_size": 4096, "sequence_len": 256}
-        (step_dir / "meta.json").write_text(json.dumps({"model": model, "parent": "nanochat-d4-mid step 40"}))
+        (step_dir / "meta.json").write_text(json.dumps({"model": model, "parent": parent, "time": time.time()}))
         (step_dir / "manifest.json").write_text("{}")
     return run
+
+
+def read(stage, tag=""):
+    return report.read_run(stage, lineage.find(tag).runs[stage])
 
 
 def score(run, stage, task, value, suite="chat", step=40, **fields):
@@ -152,18 +156,77 @@ def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):
 
 def test_the_run_saved_last_or_the_one_named(quick, tmp_path):
     train_log("base", "old")
-    time.sleep(0.05)
     train_log("base", "new")
     run_log.append(base_dir() / "base_checkpoints" / "old", "note", "base", 40, text="touched later")
-    assert report.find_run("base").tag == "new"
-    assert report.find_run("base", "old").tag == "old"
-    assert report.find_run("base", "none") is None
+    assert read("base").tag == "new" and read("base", "old").tag == "old" and not lineage.find("none").runs
     with pytest.raises(UserError, match="a run called 'none'"):
         report.generate("none", tmp_path / "report.md")
 
 
+@pytest.fixture
+def two_roads(quick):
+    """The runs d12 and d20 in each stage but rl; the base run of d12 was trained last."""
+    for tag in ("d20", "d12"):
+        parent = ""
+        for stage in ("base", "mid", "sft") if tag == "d20" else ("mid", "sft"):
+            run = train_log(stage, tag, parent=parent or "base d12 step 40 0123456789abcdef")
+            parent = str(trained_model.identify(stage, run, 40))
+    train_log("base", "d12")
+
+
+def test_runs_of_different_lineages_are_not_mixed(two_roads, tmp_path, capsys):
+    text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \w[\w ]+ \((\w+)\)", text, re.MULTILINE) == ["d12"] * 3
+    left_out = "Runs of other lineages are left out (base d20, mid d20, sft d20): --model_tag reports them."
+    again = "mid d12 started from base d12 step 40, but base d12 was trained again after that."
+    out = capsys.readouterr().out
+    assert all(line in text and line in out for line in (left_out, again))
+
+
+def test_the_lineage_follows_recorded_parents_and_not_names(two_roads, tmp_path):
+    """An experiment on d20 is reported with the runs of d20, whatever its name."""
+    parent = trained_model.identify("sft", checkpoint.run_dir("sft", "d20"), 40)
+    train_log("rl", "d12", parent=str(parent))
+    assert {stage: run.name for stage, run in lineage.find().runs.items()} == {
+        "base": "d20", "mid": "d20", "sft": "d20", "rl": "d12"
+    }  # fmt: skip
+    named = lineage.find("d12")
+    assert [run.name for run in named.runs.values()] == ["d12"] * 4
+    assert "rl d12 started from sft d20 step 40, which is not in this report." in named.remarks
+
+
+def test_a_parent_that_is_gone_is_said(quick):
+    train_log("sft", parent="mid gone step 7 0123456789abcdef")
+    chosen = lineage.find()
+    assert list(chosen.runs) == ["sft"]
+    assert chosen.remarks == ["sft d4 started from mid gone step 7, which is not in this report."]
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff\xfe", b"", b'{"model": {"n_layer": 4}, "time": "noon"}'])
+def test_damaged_and_foreign_files_of_a_run_end_no_report(road, tmp_path, text, capsys):
+    """Neither do other things that lie beside checkpoints."""
+    run = checkpoint.run_dir("sft", "d4")
+    for path in (run / "config.json", run / "step_000040" / "meta.json", base_dir() / "report" / "start.json"):
+        path.write_bytes(text)
+    for name in ("step_000020-hf", "step_5", "step_٠٠٠٠٢٠", "step_000020 (copy)", "abandoned_step_000040.2026"):
+        (run / name).mkdir()
+    with open(run / run_log.LOG, "ab") as log:
+        log.write(b'7\n[1]\n{"a": 1}\n{"kind": "eval", "stage": "sft", "step": 40, "task": "X"}\n\xe4\xb8\n')
+    written = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## Supervised finetuning (d4)" in written
+    assert text[:8] == b'{"model"' or "meta.json is damaged" in capsys.readouterr().out
+
+
+def test_a_presets_runs_are_reported(quick, tmp_path, capsys):
+    train_log("base", "cpu")
+    train_log("base", "later")
+    run("generate", "--config=cpu", f"--output={tmp_path}/r.md")
+    assert "Pretraining (cpu)" in (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert (base_dir() / "report" / "cpu" / "report.md").exists()
+
+
 def test_wall_time_without_and_with_rl(road):
-    runs = {stage: report.find_run(stage) for stage in ("base", "sft", "rl")}
+    runs = {stage: read(stage) for stage in ("base", "sft", "rl")}
     for run, end in zip(runs.values(), (1000.0, 2000.0, 5000.0), strict=True):
         for record in run.records:
             record |= {"time": end, "seconds": 0}
@@ -173,7 +236,7 @@ def test_wall_time_without_and_with_rl(road):
 
 def test_an_evaluation_a_week_later_adds_its_own_time_alone(road):
     """Every task adds its time; ChatCORE is the mean of the tasks and adds none."""
-    runs = {"sft": report.find_run("sft")}
+    runs = {"sft": read("sft")}
     for record in runs["sft"].records:
         record["time"] = 1000.0 + record["step"] + (7 * 86_400 if record["kind"] == "eval" else 0)
     runs["sft"].records.append({"kind": "note", "stage": "sft", "step": 40, "text": "finished", "time": 1050.0})

@@ -28,6 +28,7 @@ from nanochat_jax.config.training import (
     TRAINING,
     Base,
     Doctor,
+    LaterStage,
     Mid,
     ModelFlags,
     Rl,
@@ -37,7 +38,7 @@ from nanochat_jax.config.training import (
 
 __all__ = [
     "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "Base",
-    "BaseEval", "BaseLoss", "ChatCli", "ChatEval", "ChatWeb", "Dataset", "Doctor", "GPTConfig", "Load", "Mid",
-    "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError", "base_dir",
+    "BaseEval", "BaseLoss", "ChatCli", "ChatEval", "ChatWeb", "Dataset", "Doctor", "GPTConfig", "LaterStage", "Load",
+    "Mid", "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError", "base_dir",
     "first_line", "setting",
 ]  # fmt: skip

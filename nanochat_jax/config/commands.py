@@ -63,8 +63,9 @@ class Dataset(Settings):
 class Load(Settings):
     """The settings of commands that load a trained model."""
 
+    preset: str = ""  # the name of the preset that --config gives; not a flag
     source: str = setting("sft", "stage of the model to load", choices=STAGES)
-    model_tag: str = setting("", "name of the run to load (default: the most recently saved run of the stage)")
+    model_tag: str = setting("", "name of the run to load (default: the preset's, else the stage's run saved last)")
     step: int = setting(-1, "step of the checkpoint to load (-1: the latest)")
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
@@ -149,6 +150,8 @@ class ChatWeb(Load):
 class Report(Settings):
     """Write report.md, which says what was run, how long it took, and how good the result is."""
 
+    table: ClassVar[str] = "report"
+    preset: str = ""  # the name of the preset that --config gives; not a flag
     command: str = setting("", REPORT, choices=("reset", "generate"), positional=True)
-    model_tag: str = setting("", "name of the runs to report (default: the most recently saved run of each stage)")
+    model_tag: str = setting("", "name of the runs to report (default: the preset's, else the run saved last)")
     output: str = setting("report.md", "where to write a copy of the report")

@@ -43,6 +43,7 @@ def setting(
     high: float = math.inf,
     choices: Sequence[str] = (),
     positional: bool = False,
+    aliases: Sequence[str] = (),
 ) -> Any:
     """Returns a dataclass field with a help text.
 
@@ -50,10 +51,13 @@ def setting(
     default is always accepted, because it may be a special value such as -1 or "".
 
     If `auto` is true, an integer setting also accepts the word `auto`, and stores it as 0. If `positional` is true, the
-    setting is a positional argument of the command line instead of a flag.
+    setting is a positional argument of the command line instead of a flag. `aliases` are further names of the flag.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    metadata = {"help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional}
+    metadata = {
+        "help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional,
+        "aliases": aliases,
+    }  # fmt: skip
     return dataclasses.field(**factory, metadata=metadata)
 
 

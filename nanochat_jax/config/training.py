@@ -37,6 +37,8 @@ PACKING = (
 COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
 AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
 INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_lr flags"
+SOURCE = "stage of the model that training starts from"
+AS_PARENT = "; must be that of the model that training starts from"
 MAX_SEED = 2**31 - 1
 
 
@@ -80,8 +82,9 @@ class Train(Settings):
         "", "name of the run and its folder (default: the preset's, else d<depth> for base, else the parent's)"
     )
     resume: str = setting(
-        "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N"
-    )
+        "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N",
+        aliases=("resume_from_step",),
+    )  # fmt: skip
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
@@ -142,13 +145,53 @@ class Base(ModelFlags, Train):
 class Doctor(Base):
     """Describe this machine, check whether pretraining can run on it, and estimate how long pretraining would take."""
 
+    preset_path: str = ""  # the file of the preset, which also has the settings of the tokenizer; not a flag
+
 
 @dataclass(frozen=True)
-class Mid(Train):
+class LaterStage(Train):
+    """The settings of the stages that start from a trained model, their parent.
+
+    The parent determines the shape of the model. Flags for the shape are accepted if they agree with the parent.
+    """
+
+    source: str = setting("", SOURCE, choices=STAGES)
+    source_tag: str = setting(
+        "",
+        "name of the run that training starts from (default: --model_tag, else the preset's, else the run saved last)",
+    )
+    source_step: int = setting(-1, "step of the checkpoint that training starts from (-1: the latest)", low=0)
+    depth: int = setting(0, f"number of layers{AS_PARENT}", auto=True, low=1)
+    aspect_ratio: int = setting(0, f"width per layer, as in --stage=base{AS_PARENT}", auto=True, low=1)
+    head_dim: int = setting(0, f"size of an attention head{AS_PARENT}", auto=True, low=2)
+    n_kv_head: int = setting(0, f"number of key/value heads{AS_PARENT}", auto=True, low=1)
+    max_seq_len: int = setting(0, f"context length in tokens{AS_PARENT}", auto=True, low=2)
+    window_pattern: str = setting("", f"attention windows, as in --stage=base{AS_PARENT}")
+
+    def check_shape(self, model_cfg: GPTConfig) -> None:
+        """Raises UserError if a flag for the shape does not agree with the parent's model."""
+        # `ModelFlags.gpt_config` computes the width in the same way.
+        width = -(-model_cfg.n_layer * self.aspect_ratio // model_cfg.head_dim) * model_cfg.head_dim
+        actual = {
+            "depth": model_cfg.n_layer,
+            "aspect_ratio": self.aspect_ratio if width == model_cfg.n_embd else f"width {model_cfg.n_embd}",
+            "head_dim": model_cfg.head_dim,
+            "n_kv_head": model_cfg.n_kv_head,
+            "max_seq_len": model_cfg.sequence_len,
+            "window_pattern": model_cfg.window_pattern,
+        }
+        for name, value in actual.items():
+            given = getattr(self, name)
+            if given and str(given).upper() != str(value).upper():
+                raise UserError(f"--{name}={given}: the model to start from has {value}: leave out --{name}")
+
+
+@dataclass(frozen=True)
+class Mid(LaterStage):
     """Midtraining on conversations and tasks in chat format, with loss on every token."""
 
     table: ClassVar[str] = "mid"
-    source: str = setting("base", "stage of the model that training starts from", choices=STAGES)
+    source: str = setting("base", SOURCE, choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
@@ -162,11 +205,11 @@ class Mid(Train):
 
 
 @dataclass(frozen=True)
-class Sft(Train):
+class Sft(LaterStage):
     """Supervised finetuning on whole conversations, with loss only on the assistant's tokens."""
 
     table: ClassVar[str] = "sft"
-    source: str = setting("mid", "stage of the model that training starts from", choices=STAGES)
+    source: str = setting("mid", SOURCE, choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     mixture: dict[str, int] = setting(
         {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
@@ -188,11 +231,11 @@ class Sft(Train):
 
 
 @dataclass(frozen=True)
-class Rl(Train):
+class Rl(LaterStage):
     """Reinforcement learning on tasks whose answers can be checked."""
 
     table: ClassVar[str] = "rl"
-    source: str = setting("sft", "stage of the model that training starts from", choices=STAGES)
+    source: str = setting("sft", SOURCE, choices=STAGES)
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     device_batch_size: int = setting(8, "rows per device in a micro-batch; use fewer if memory runs out", low=1)

@@ -272,7 +272,7 @@ def _transfer(job: Job, name: str) -> None:
     version = hashlib.sha256((about.etag or "").encode()).hexdigest()[:16]
     part = path.with_name(f"{name}.{version}.part")
     for other in path.parent.glob(f"{name}.*.part"):
-        if other != part:
+        if other != part and re.fullmatch(r"[0-9a-f]{16}", other.name[len(name) + 1 : -len(".part")]):
             other.unlink()
     _complete(job, name, url, part, about.size)
     expected = digest or (f"{recorded} as first recorded ({_hash_file(path).name})" if recorded else "")

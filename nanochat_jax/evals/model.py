@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from nanochat_jax.checkpoint import TrainedModel
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)

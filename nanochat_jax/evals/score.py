@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat_jax import run_log
-from nanochat_jax.checkpoint import TrainedModel
+from nanochat_jax.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)

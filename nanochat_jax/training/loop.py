@@ -38,6 +38,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         if run.data is not None:
             stage.loader.restore(run.data)
         evaluations = evaluations_of(run, stage, cfg)
+        check_validation(stage)
         step_fn = step_of(run)
         run.begin()
         announce(run, stage)
@@ -82,6 +83,13 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             stage.loader.close()
             run.finish(control.step)
             print(f"{cfg.stage}: done, {control.step} steps in {clock(run.totals['seconds'])} (excluding compilation)")
+
+
+def check_validation(stage: Stage) -> None:
+    """Reads a batch of held-out data, so that an error appears before the run's folder is changed."""
+    batches = stage.validation()
+    next(batches, None)
+    batches.close()
 
 
 class NoBatch(enum.Enum):

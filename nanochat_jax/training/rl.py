@@ -55,12 +55,12 @@ def train(cfg: config.Rl) -> None:
             return
         stage = rl_stage(run, cfg)
         step_fn = step_of(run)
-        run.begin()
-        announce(run, cfg, stage)
 
         with devices.out_of_memory_explained("the answers", FEWER_ANSWERS):
             slots = min(stage.drawn * cfg.num_samples, SLOTS * jax.device_count())  # a multiple of the device count
             engine = Engine(run.state.params, run.model_cfg, run.tokenizer, slots=slots, dtype=run.dtype)
+            run.begin()
+            announce(run, cfg, stage)
 
             def evaluate_answers(step: int) -> None:
                 engine.set_params(run.state.params)

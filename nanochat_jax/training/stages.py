@@ -20,7 +20,8 @@ from nanochat_jax.training.batch_shape import (
     shape_for_rows,
     shape_for_tokens,
 )
-from nanochat_jax.training.run import INSTEAD, Run, compiled_memory
+from nanochat_jax.training.run import Run, compiled_memory
+from nanochat_jax.training.start_plan import INSTEAD
 
 
 @dataclass

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from nanochat_jax import config, tasks
 from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.evals.bundle import find_bundle
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes
 from nanochat_jax.tokenizer import Tokenizer
@@ -42,6 +43,9 @@ def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | confi
 
     evaluations = [evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
     if isinstance(cfg, config.Base):
+        if cfg.core_dir and cfg.core_metric_every > 0:
+            # A wrong folder should fail before the first step.
+            processes.broadcast_from_0(lambda: str(find_bundle(cfg.core_dir)))
         evaluations.append(evaluation(functools.partial(core_metric, cfg=cfg), cfg.core_metric_every))
         evaluations.append(evaluation(sample, cfg.sample_every))
     if isinstance(cfg, config.Sft) and cfg.eval_metrics_every > 0:

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint
+from nanochat_jax import checkpoint, trained_model
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
@@ -51,7 +51,7 @@ def engine(job: dict) -> dict:
 
     The engine has one slot per client. Before timing, it serves one warm-up request per client.
     """
-    model = checkpoint.load_model(STAGE, TAG)
+    model = trained_model.load(STAGE, TAG)
     dtype = devices.choose_precision("")
     engine = Engine(model.params, model.model_cfg, model.tokenizer, slots=job["clients"], dtype=dtype, chunk=CHUNK)
     requests = [

@@ -88,6 +88,26 @@ def test_whether_the_hub_answers_is_printed(monkeypatch):
             assert re.fullmatch(rf"{wrong} does not answer \(.+\): use local text and tasks", script.hub())
 
 
+def test_the_tokenizer_is_the_one_that_training_will_use(own_base_dir, capsys):
+    folder = own_base_dir / "tokenizer"
+    train = "python -m scripts.tok_train trains one of 4,096 tokens"
+    assert script.tokenizer_here(4096) == (4096, f"none yet in {folder}: {train}")
+    folder.mkdir(parents=True)
+    assert script.tokenizer_here(4096) == (4096, f"damaged, in {folder}: {train}")
+    (folder / "nanochat.json").write_text('{"vocab_size": 4000}')
+    (folder / "source.json").write_text('{"vocab_size": 4096, "source": "local"}')  # the text ran out of pairs
+    assert script.tokenizer_here(4096) == (4000, f"4,000 tokens, trained on local, in {folder}")
+    size, text = script.tokenizer_here(65536)
+    assert size == 4000 and text.endswith("NOT what these settings would train: " + train.replace("4,096", "65,536"))
+
+
+def test_a_preset_without_a_tokenizer_is_planned_with_the_presets_vocabulary(own_base_dir):
+    done = doctor(own_base_dir, 1, "--config=configs/cpu.toml")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^Tokenizer: +none yet in .* trains one of 4,096 tokens$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Model: .* 5,242,880 parameters$", done.stdout, re.MULTILINE), done.stdout
+
+
 @pytest.mark.parametrize(
     ("devices", "flags", "words"),
     [(6, ["--config=d20"], "--total_batch_size=524288 is not a multiple of 2048 tokens x 6 devices"),

@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, run_log
+from nanochat_jax import checkpoint, commandline, config, run_log, trained_model
 from nanochat_jax.config import REPOSITORY, GPTConfig, ModelFlags, UserError
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
@@ -124,7 +124,7 @@ def test_data_that_end_skip_no_last_evaluation(world, ancestors):
     ancestors("sft")
     flags = {"num_iterations": -1, "eval_every": 1, "eval_metrics_every": 1000, "eval_metrics_tasks": "sums"}
     flags |= {"mixture": "sums=40", "eval_metrics_max_problems": 2, "save_every": -1}
-    result = tiny.run("sft", world, model_tag="ends", source="mid", **flags)
+    result = tiny.run("sft", world, model_tag="ends", source_tag="parent", **flags)
     assert result.returncode == 0, result.stderr
     records = run_log.read(checkpoint.run_dir("sft", "ends"))
     last = max(r["step"] for r in records if r["kind"] == "train")
@@ -136,7 +136,8 @@ def test_the_same_seed_is_the_same_run_in_another_process(world, ancestors):
     """Item 24 of upstream's bugs. In another process, strings hash differently, so sets have another order."""
     ancestors("sft")
     for stage, kind in (("base", config.Base), ("mid", config.Mid)):
-        train(commandline.parse(kind, tiny.command(stage, model_tag="again")[4:]))
+        parent = {"source_tag": "parent"} if stage == "mid" else {}
+        train(commandline.parse(kind, tiny.command(stage, model_tag="again", **parent)[4:]))
         one, other = (losses(checkpoint.run_dir(stage, tag)) for tag in ("parent", "again"))
         assert one == other and len(one) == 8, "bit for bit"
     train(tiny.base_config(model_tag="another", num_iterations=2, seed=43))
@@ -183,7 +184,8 @@ def test_eight_devices_sample_what_one_does(world, ancestors):
     """The same answers, rewards and first policy-gradient step; each device decodes its share of the answers."""
     ancestors("rl")
     for number in (1, 8):
-        result = tiny.run("rl", world, number, model_tag=f"on{number}", device_batch_size=1, num_iterations=2)
+        changes = {"source_tag": "parent", "device_batch_size": 1, "num_iterations": 2}
+        result = tiny.run("rl", world, number, model_tag=f"on{number}", **changes)
         assert result.returncode == 0, result.stderr
     one, eight = ([r for r in run_log.read(checkpoint.run_dir("rl", f"on{d}")) if r["kind"] == "train"] for d in (1, 8))
     for name in ("reward", "sequence_length", "truncated", "zero_advantage"):
@@ -274,7 +276,7 @@ def test_mid_sft_and_rl_follow_each_other(world):
         assert result.returncode == 0, result.stderr
         records = run_log.read(checkpoint.run_dir(stage, "road"))
         assert all(np.isfinite(r["loss"]) for r in records if r["kind"] == "train")
-        model = checkpoint.load_model(stage, "road")
+        model = trained_model.load(stage, "road")
         assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
     evaluated = [r for r in records if r["kind"] == "val"]
     assert [r["step"] for r in evaluated] == [0, 2, 4] and all(0 <= r["pass@1"] <= r["pass@2"] <= 1 for r in evaluated)
@@ -439,7 +441,7 @@ def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
     ancestors("sft")
     for number in (1, 8):
         changes = {"total_batch_size": 0, "target_examples_per_step": 6, "num_epochs": 1, "num_iterations": -1}
-        result = tiny.run("sft", world, number, model_tag=f"on{number}", **changes)
+        result = tiny.run("sft", world, number, model_tag=f"on{number}", source_tag="parent", **changes)
         assert result.returncode == 0, result.stderr
     one, eight = (
         [r for r in run_log.read(checkpoint.run_dir("sft", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)

@@ -32,7 +32,7 @@ def world(tmp_path_factory):
     """A base folder with a corpus and a tokenizer. Runs with the tag `whole` are never interrupted."""
     base = tmp_path_factory.mktemp("world")
     tiny.make_world(base)
-    (base / "whole.toml").write_text("seed = 7\n")  # a preset, since a stage starts from the run of its preset
+    (base / "whole.toml").write_text("seed = 7\n")  # a preset, after which the uninterrupted runs are named
     return base
 
 
@@ -42,7 +42,8 @@ def in_world(own_base_dir, world, monkeypatch):
 
 
 def flags(world, stage, **changes):
-    return {"config": world / "whole.toml", "num_iterations": STEPS[stage], "save_every": 2} | changes
+    parent = {} if stage == "base" else {"source_tag": "whole"}
+    return {"config": world / "whole.toml", "num_iterations": STEPS[stage], "save_every": 2} | parent | changes
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 import time
 
 import jax
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from nanochat_jax import checkpoint, commandline, config, run_log
+from nanochat_jax import checkpoint, commandline, config, run_log, trained_model
 from nanochat_jax.config import UserError
 from nanochat_jax.data import dataloader, sources
 from nanochat_jax.evals.bpb import bits_per_byte
@@ -90,7 +89,7 @@ def test_a_run_of_other_conversations_changes_nothing(world):
     ours = world / "ours.jsonl"
     ours.write_text("".join(chat(f"Question {i}") for i in range(9)))
     mixture = f"sums=20,customjson:{ours}=9"
-    flags = {"model_tag": "talk", "source": "base", "num_iterations": 4}
+    flags = {"model_tag": "talk", "source": "base", "source_tag": "made", "num_iterations": 4}
     first = tiny.run("mid", world, mixture=mixture, **flags)
     assert first.returncode == 0, first.stderr
     run = checkpoint.run_dir("mid", "talk")
@@ -124,7 +123,7 @@ def test_tasks_are_looked_at_before_the_first_step(world, stage, changes, words)
     (world / "chats.jsonl").write_text(json.dumps(messages) + "\n")
     if stage == "sft":
         changes = {"eval_metrics_every": 200, "eval_metrics_tasks": changes["eval_metrics_tasks"].format(base=world)}
-    result = tiny.run(stage, world, model_tag="early", source="base", **changes)
+    result = tiny.run(stage, world, model_tag="early", source="base", source_tag="made", **changes)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert not (checkpoint.run_dir(stage, "early") / run_log.LOG).exists()
 
@@ -134,6 +133,75 @@ def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
     (aside,) = run.parent.glob(f".{run.name}.*")
     assert checkpoint.steps(aside) == [2, 4, 6, 8] and checkpoint.steps(run) == [2]
     assert [r["step"] for r in run_log.read(run) if r["kind"] == "train"] == [1, 2]
+
+
+def test_nothing_moves_before_held_out_data_and_the_disk_are_looked_at(run, monkeypatch):
+    before = contents(run)
+    never = settings(run.name, resume="never")
+    full = shutil.disk_usage(run)._replace(free=100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: full)
+        with pytest.raises(UserError, match=r"the disk has 0 MB free, and a checkpoint takes about \d MB: make room"):
+            train(never)
+    source = sources.open()
+    torn = dataclasses.replace(source, val_files=(run.parent / "torn.parquet",))
+    torn.val_files[0].write_bytes(source.val_files[0].read_bytes()[:900])
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "open", lambda *args: torn)
+        patch.setattr(type(torn), "val_hash", lambda self: "0" * 64)
+        with pytest.raises(UserError, match=r"torn\.parquet"):
+            train(never)
+    with pytest.raises(UserError, match=r"--core_dir=/nowhere: no core\.yaml"):
+        train(settings(run.name, resume="never", core_dir="/nowhere", core_metric_every=2))
+    assert contents(run) == before
+
+
+def test_a_refused_command_leaves_no_folder_behind(world):
+    before = sorted(p for p in world.rglob("*"))
+    for stage, flags in (
+        ("base", {"model_tag": "new", "mesh": "data=3"}), ("sft", {"model_tag": "d26x"}),
+        ("mid", {"model_tag": "new", "source_tag": "made", "mixture": "mmul=0"}),
+        ("mid", {"model_tag": "new", "source_tag": "made", "max_seq_len": 128}),
+    ):  # fmt: skip
+        done = tiny.run(stage, world, **flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert sorted(p for p in world.rglob("*")) == before, flags
+
+
+def test_a_parent_is_never_replaced_by_another(world):
+    done = tiny.run("mid", world, model_tag="d26x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--model_tag=d26x: stage base has no run of this name" in done.stderr and "made" in done.stderr
+    done = tiny.run("mid", world, model_tag="d26x", source_tag="made", source_step=4, max_seq_len=64, num_iterations=1)
+    assert done.returncode == 0, done.stderr
+    meta = checkpoint.read_meta(checkpoint.run_dir("mid", "d26x"), 1)
+    assert meta["parent"].startswith("base made step 4 ") and meta["time"] == pytest.approx(time.time(), abs=600)
+
+
+NO_LOCKS = """
+import errno, fcntl
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+
+
+def test_a_file_system_without_locks_stops_no_run(world, tmp_path, monkeypatch):
+    """In a process of its own, in which flock fails as on NFS without a lock daemon."""
+    (tmp_path / "sitecustomize.py").write_text(NO_LOCKS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = tiny.run("base", world, model_tag="nfs", num_iterations=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be locked (No locks available): start only one process") == 1
+    assert checkpoint.steps(checkpoint.run_dir("base", "nfs")) == [1]
+
+
+def test_a_log_torn_inside_a_character_is_continued(run, capsys):
+    with open(run / run_log.LOG, "ab") as log:
+        log.write('{"kind": "note", "stage": "base", "step": 8, "text": "ü'.encode()[:-1])
+    train(settings(run.name, resume="6"))
+    assert "1 line is not a record: skipped" in capsys.readouterr().out
+    assert [r["step"] for r in run_log.read(run) if r["kind"] == "train"] == list(range(1, 9))
 
 
 # -----------------------------------------------------------------------------
@@ -285,48 +353,13 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
         return re.search(r"val bits per byte: ([\d.]+) .* tokens of (\w+)", out), out
 
     match, out = measured()
-    source, model = sources.open(), checkpoint.load_model("base", run.name)
+    source, model = sources.open(), trained_model.load("base", run.name)
     batches = dataloader.val_batches(source.val_files, model.tokenizer, 4, 64, 64 * 40, packing="crop")
     expected = bits_per_byte(EvalModel(model.params, model.model_cfg, model.tokenizer), batches)
     batches.close()
     assert float(match[1]) == pytest.approx(expected, abs=1e-6) and "compare with care" not in out
     match, out = measured(data_dir=str(tmp_path))
     assert "(different source, hash, validation)" in out and match[2] in tmp_path.name
-
-
-# -----------------------------------------------------------------------------
-# wandb
-
-
-class FakeWandb:
-    """The part of wandb that a run uses; `runs` lists those that were started or resumed."""
-
-    def __init__(self):
-        self.runs, self.finished = [], 0
-
-    def init(self, *, id, **kwargs):
-        self.id = id or f"made-up-{len(self.runs)}"
-        self.runs.append({"id": self.id, "logged": []} | kwargs)
-        return self
-
-    def log(self, fields):
-        self.runs[-1]["logged"].append(fields)
-
-    def finish(self):
-        self.finished += 1
-
-
-def test_a_run_that_goes_on_is_one_run_on_wandb(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
-    for _ in range(2):
-        train(settings(run.name, resume="6", run="shown"))
-    train(settings(run.name, resume="6", run="dummy"))
-    first, second = fake.runs
-    assert first["id"] == second["id"] and fake.finished == 2
-    assert first["resume"] == "allow" and first["name"] == "shown" and first["project"] == "nanochat"
-    assert [r["step"] for r in first["logged"] if "train/loss" in r] == [7, 8]
-    train(settings(run.name, resume="never", run="shown", num_iterations=1))
-    assert fake.runs[-1]["id"] != first["id"], "a new run"
 
 
 # -----------------------------------------------------------------------------

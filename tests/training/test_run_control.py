@@ -11,8 +11,8 @@ import pytest
 from nanochat_jax.progress import Timer
 from nanochat_jax.training.interruption import Interruption
 from nanochat_jax.training.loop import NoBatch, next_batch
-from nanochat_jax.training.run import StartPlan
 from nanochat_jax.training.run_control import Evaluation, RunControl
+from nanochat_jax.training.start_plan import StartPlan
 
 
 class FakeRun:

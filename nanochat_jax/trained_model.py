@@ -1,0 +1,197 @@
+"""Finds the checkpoint of a trained model, and loads the model for evaluation and chat."""
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from nanochat_jax import files, run_log
+from nanochat_jax.checkpoint import MANIFEST, damage, latest, read_meta, restore_params, run_dir, step_dir, steps
+from nanochat_jax.config import REPOSITORY, STAGES, GPTConfig, UserError, base_dir
+
+if TYPE_CHECKING:  # importing these at run time would slow down --help
+    from nanochat_jax.model import gpt
+    from nanochat_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model from a checkpoint, with float32 parameters on one device."""
+
+    params: "gpt.Params"
+    model_cfg: GPTConfig
+    tokenizer: "Tokenizer"
+    stage: str
+    tag: str
+    step: int
+    run_dir: Path
+    meta: dict
+
+    @property
+    def name(self) -> str:
+        """The model's id in the API, such as nanochat-d20-sft."""
+        return f"nanochat-{self.tag}-{self.stage}"
+
+
+def find(stage: str, tag: str = "", step: int = -1, preset: str = "") -> tuple[Path, int]:
+    """Finds a checkpoint, and returns (the folder of its run, its step).
+
+    Without a tag, chooses the run that the preset names. Without a preset, chooses the stage's most recently saved run.
+    Without a step, chooses the run's latest undamaged checkpoint. Raises UserError if no checkpoint is found, or if the
+    checkpoint of the given step is damaged.
+    """
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
+    tag = tag or preset
+    if not (existing := tags(stage)) or (tag and tag not in existing):
+        raise _nothing_saved(stage, tag, preset)
+    run = run_dir(stage, tag) if tag else last_saved([run_dir(stage, name) for name in existing])
+    only_for_training = ("optimizer/", "data.json")
+    if step >= 0:
+        if step not in steps(run):
+            there = ", ".join(map(str, steps(run)))
+            raise UserError(f"no checkpoint of step {step} in {run}; available: {there}")
+        if problem := damage(step_dir(run, step), only_for_training):
+            raise UserError(f"{step_dir(run, step)}: {problem}")
+        return run, step
+    newest = latest(run, only_for_training)
+    if newest is None:
+        raise _nothing_saved(stage, tag, preset)
+    return run, newest
+
+
+def tags(stage: str) -> list[str]:
+    """The names of the stage's runs that have a complete checkpoint. Runs that were moved aside do not count."""
+    folder = run_dir(stage, "")
+    try:
+        names = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): make it readable") from None
+    return [name for name in names if steps(folder / name)]
+
+
+def last_saved(runs: Sequence[Path]) -> Path:
+    """Returns the run of one stage that was saved last, and prints the choice. `runs` must not be empty.
+
+    Of a run and its copies, chooses the run whose name is recorded in its config.json. Raises UserError if several runs
+    were saved at the same time and none of them, or more than one, is the original.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    stage = runs[0].parent.name.removesuffix("_checkpoints")
+    times = {run: saved_time(run) for run in runs}
+    last = [run for run in runs if times[run] == max(times.values())]
+    if len(last) > 1:  # copies, because no two checkpoints are saved in the same millisecond
+        names = " and ".join(run.name for run in last)
+        last = [run for run in last if files.read_json(run / "config.json").get("tag") == run.name]
+        if len(last) != 1:
+            raise UserError(f"the {stage} runs {names} were saved at the same time: name one of them")
+        print(f"{stage}: {names} are copies of one run; {last[0].name} is the original")
+    others = ", ".join(run.name for run in runs if run != last[0])
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(times[last[0]][1]))
+    print(f"{stage}: {last[0].name} is the run that was saved last ({when}); there are also {others}")
+    return last[0]
+
+
+def saved_time(run: Path) -> tuple[bool, float]:
+    """Returns when a run was last saved, as (True, Unix time). A run without a checkpoint gives (False, last logged).
+
+    The time comes from the checkpoint's metadata or from the run's log. File times are not used, because copying a
+    folder changes them. They are the last resort, which is printed.
+    """
+    records, saved = run_log.read(run), steps(run)
+    if not saved:
+        return False, max(map(_time, records), default=0.0)
+    folder = step_dir(run, saved[-1])
+    logged = [r for r in records if (r["kind"], r["step"]) == ("checkpoint", saved[-1])]
+    for source in (files.read_json(folder / "meta.json"), *reversed(logged)):
+        if when := _time(source):
+            return True, when
+    print(f"{folder}: neither its metadata nor the log says when it was saved; using the time of its files")
+    return True, (folder / MANIFEST).stat().st_mtime
+
+
+def _time(record: dict) -> float:
+    """Returns the time in a log record or in meta.json, or 0.0 if there is none."""
+    value = record.get("time")
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _nothing_saved(stage: str, tag: str, preset: str) -> UserError:
+    """Returns an error that lists the existing runs and the command to train the missing run."""
+    others = [other for other in tags(stage) if other != tag]
+    existing = f"choose one that exists with --model_tag ({', '.join(others)}), or " if others else ""
+    name = f" --model_tag={tag}" if tag != preset else ""  # the command line adds the --config that the user gave
+    if (REPOSITORY / "configs" / f"{tag}.toml").is_file():
+        name = f" --config={tag}"
+    command = f"run python -m scripts.train --stage={stage}{name}"
+    return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {existing}{command}")
+
+
+def load(stage: str, tag: str = "", step: int = -1, preset: str = "") -> TrainedModel:
+    """Finds and verifies a checkpoint (see `find`), and loads its parameters onto the first device."""
+    import jax
+
+    from nanochat_jax.model import gpt
+
+    if jax.process_count() > 1:
+        raise UserError("evaluation and chat run in one process, on all devices of one host: start a single process")
+    run, step = find(stage, tag, step, preset)
+    meta = read_meta(run, step)
+    model_cfg = GPTConfig(**meta["model"])
+    tokenizer = load_tokenizer(meta, run)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(lambda: gpt.init(model_cfg))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    params = restore_params(run, step, abstract)
+    print(f"model: {run.relative_to(base_dir())}, step {step} ({model_cfg.num_params / 1e6:,.1f}M parameters)")
+    return TrainedModel(params, model_cfg, tokenizer, stage, run.name, step, run, meta)
+
+
+class Identity(NamedTuple):
+    """What identifies the weights of a checkpoint. A run records its parent's identity as a string."""
+
+    stage: str
+    tag: str
+    step: int
+    digest: str  # the first 16 hexadecimal digits of the SHA-256 of the checkpoint's manifest
+
+    def __str__(self) -> str:
+        """Example: "base d20 step 21400 0123456789abcdef"."""
+        return f"{self.where} {self.digest}"
+
+    @property
+    def where(self) -> str:
+        """The checkpoint without its hash, such as "base d20 step 21400"."""
+        return f"{self.stage} {self.tag} step {self.step}"
+
+
+def identify(stage: str, run: Path, step: int) -> Identity:
+    """Returns the identity of a checkpoint."""
+    manifest = (step_dir(run, step) / MANIFEST).read_bytes()
+    return Identity(stage, run.name, step, hashlib.sha256(manifest).hexdigest()[:16])
+
+
+def parse_identity(text: object) -> Identity | None:
+    """Reads a string that `Identity` made. Returns None for anything else."""
+    match = re.fullmatch(r"(\w+) (.+) step ([0-9]+) ([0-9a-f]+)", text) if isinstance(text, str) else None
+    return Identity(match[1], match[2], int(match[3]), match[4]) if match else None
+
+
+def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
+    """Returns the tokenizer that the run was trained with.
+
+    This is either the current tokenizer or an older one that tok_train has moved aside. Raises UserError if neither of
+    them has the hash in `meta`.
+    """
+    from nanochat_jax.tokenizer import Tokenizer
+
+    wanted = meta["tokenizer"]
+    for folder in (base_dir() / "tokenizer", base_dir() / f"tokenizer-{wanted[:8]}"):
+        if folder.is_dir() and (tokenizer := Tokenizer.load(folder)).hash == wanted:
+            return tokenizer
+    raise UserError(f"{run} was trained with a tokenizer ({wanted[:8]}) that is not under {base_dir()}")

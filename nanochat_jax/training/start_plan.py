@@ -1,0 +1,174 @@
+"""Decides how a training run starts: where it is stored, what it starts from, and whether it resumes.
+
+The first of these four cases that applies decides how a run starts:
+
+1. If the run is finished, only a message is printed.
+2. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if the data
+   (`stages.pin_text`, `stages.pin_tasks`), the parent's weights or a setting outside `FREE` has changed. Resuming is
+   allowed if the parent no longer exists.
+3. A new mid, sft or rl run starts from the weights of its parent, a run that is usually of the stage before.
+4. A new base run starts from random weights.
+"""
+
+import dataclasses
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_jax import checkpoint, config, run_log, trained_model
+from nanochat_jax.config import GPTConfig, LaterStage, Train, UserError
+
+# Settings that may change when a run resumes, because they do not affect what the model learns.
+FREE = {
+    "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
+    "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
+    "sample_every", "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples",
+    "eval_samples",
+    "source_tag", "source_step",  # they name the parent, whose weights are compared instead
+    "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
+}  # fmt: skip
+
+# Advice to a user whose settings do not match the run in the folder.
+INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
+
+
+Parent = tuple[Path, int]  # (the parent's folder, the step of the parent's checkpoint)
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """How a run starts. Process 0 makes the plan and broadcasts it to the other processes."""
+
+    tag: str  # name of the run's folder
+    step: int | None  # the step of the checkpoint to resume from; None for a fresh start
+    finished: bool  # whether `step` is the last step of a finished run
+    parent_id: str  # identifies the parent's weights (see `trained_model.Identity`); "" for base
+    parent_dir: str | None = None  # the parent's folder; None for base or if the run resumes
+    parent_step: int | None = None  # the step of the parent's checkpoint
+
+    @property
+    def parent(self) -> Parent | None:
+        """The parent's folder and step, or None for base or if the run resumes."""
+        return (Path(self.parent_dir), self.parent_step) if self.parent_dir and self.parent_step is not None else None
+
+
+def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
+    """Decides how the run starts, and locks its folder."""
+    parent, refusal = None, None
+    if isinstance(cfg, LaterStage):
+        try:
+            parent = _find_parent(cfg)
+        except UserError as error:
+            refusal = error  # a run can resume without its parent
+    if not (tag := cfg.model_tag or cfg.preset):
+        tag = f"d{cfg.depth}" if isinstance(cfg, config.Base) else parent[0].name if parent else ""
+    if refusal and not tag:
+        raise refusal
+    folder = checkpoint.run_dir(cfg.stage, tag)
+    if parent and parent[0] == folder:
+        raise UserError(f"the run {folder} cannot start from itself: choose another --model_tag")
+    lock.enter_context(checkpoint.exclusive(folder))
+    checkpoint.clear_unfinished(folder)
+    step = _step_to_resume(cfg, folder)
+    if step is not None:
+        meta = checkpoint.read_meta(folder, step)
+        _check_same_run(cfg, folder, meta, parent)
+        return StartPlan(tag, step, finished=_is_finished(folder, step), parent_id=meta["parent"])
+    if refusal:
+        raise refusal
+    if not isinstance(cfg, LaterStage):
+        return StartPlan(tag, None, finished=False, parent_id="")
+    assert parent is not None, f"stage {cfg.stage} has neither a parent nor a refusal"
+    parent_dir, parent_step = parent
+    cfg.check_shape(GPTConfig(**checkpoint.read_meta(parent_dir, parent_step)["model"]))
+    identity = trained_model.identify(cfg.source, parent_dir, parent_step)
+    return StartPlan(tag, None, False, str(identity), str(parent_dir), parent_step)
+
+
+def _find_parent(cfg: LaterStage) -> Parent:
+    """Returns the folder and step of the parent, a run of the stage `cfg.source`.
+
+    Its name is --source_tag, else --model_tag, else the preset's. If none of them is given, the parent is the run that
+    was saved last. Raises UserError if there is no run of this name, instead of choosing another run.
+    """
+    tag = cfg.source_tag or cfg.model_tag or cfg.preset
+    existing = trained_model.tags(cfg.source)
+    if tag and existing and tag not in existing:
+        checkpoint.run_dir(cfg.source, tag)  # raises UserError if this is not a name
+        name = "source_tag" if cfg.source_tag else "model_tag" if cfg.model_tag else "config"
+        there = ", ".join(existing)
+        raise UserError(
+            f"--{name}={tag}: stage {cfg.source} has no run of this name to start from: choose one with --source_tag "
+            f"({there}), or run python -m scripts.train --stage={cfg.source} first"
+        )
+    return trained_model.find(cfg.source, tag, cfg.source_step)
+
+
+def _step_to_resume(cfg: Train, folder: Path) -> int | None:
+    """Returns the step to resume from, or None for a fresh start."""
+    if cfg.resume == "never":
+        return None
+    if cfg.resume == "auto":
+        return checkpoint.latest(folder)
+    if not (cfg.resume.isascii() and cfg.resume.isdigit()):
+        raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")
+    step = int(cfg.resume)
+    if step not in (saved := checkpoint.steps(folder)):
+        steps = ", ".join(map(str, saved)) or "none"
+        raise UserError(f"--resume={step}: no checkpoint of this step in {folder}; available: {steps}")
+    if damage := checkpoint.damage(checkpoint.step_dir(folder, step)):
+        raise UserError(f"--resume={step}: {checkpoint.step_dir(folder, step)}: {damage}")
+    return step
+
+
+def _check_same_run(cfg: Train, folder: Path, meta: dict, parent: Parent | None) -> None:
+    """Raises UserError if the run in `folder` does not match `cfg`."""
+    difference = ""
+    if isinstance(cfg, LaterStage):
+        cfg.check_shape(GPTConfig(**meta["model"]))
+        difference = _other_parent(cfg, parent, meta["parent"])
+    if changed := _changed_settings(cfg, meta["config"]):
+        difference = f"with different settings ({', '.join(changed[:4])})"
+    if difference:
+        raise UserError(f"{folder} holds a run started {difference}: {INSTEAD}")
+
+
+def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str:
+    """Says which parent `cfg` asks for, if its weights differ from those that `parent_id` identifies.
+
+    If the parent no longer exists, the run can still resume. Only the name and the step that `cfg` gives are compared.
+    """
+    began = trained_model.parse_identity(parent_id)
+    if parent is not None:
+        now = trained_model.identify(cfg.source, *parent)
+        if str(now) == parent_id:
+            return ""
+    elif began is None:
+        return ""
+    else:
+        step = cfg.source_step if cfg.source_step >= 0 else began.step
+        now = began._replace(stage=cfg.source, tag=cfg.source_tag or began.tag, step=step)
+        if now == began:
+            return ""
+    return "from different weights" + (f" ({began.where}, now {now.where})" if began else "")
+
+
+def _changed_settings(cfg: Train, saved: dict) -> list[str]:
+    """Returns the settings outside `FREE` that have changed, such as "matrix_lr: 0.02, now 0.03".
+
+    If a setting did not exist when the run was saved, its default counts as the saved value. Saved settings that no
+    longer exist are printed and ignored.
+    """
+    now, default = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
+    if gone := sorted(saved.keys() - now.keys()):
+        print(f"settings of this run that no longer exist are ignored: {', '.join(gone)}")
+    free = FREE
+    if isinstance(cfg, LaterStage):  # `LaterStage.check_shape` compares these settings
+        free = FREE | {field.name for field in dataclasses.fields(config.ModelFlags)}
+    names = [k for k in now if k not in free and now[k] != saved.get(k, default[k])]
+    return [f"{k}: {saved.get(k, default[k])!r}, now {now[k]!r}" for k in names]
+
+
+def _is_finished(folder: Path, step: int) -> bool:
+    notes = [r for r in run_log.read(folder) if r["kind"] == "note" and r.get("text") == "finished"]
+    return any(r["step"] == step for r in notes)

@@ -217,8 +217,8 @@ class Amount:
         fewer = int(max_epochs * self.tokens) // tokens_per_step
         shorter = f"train fewer steps (--num_iterations={fewer}), " if fewer else ""
         raise UserError(
-            f"{tokens:,} tokens are {epochs:,.1f} passes over the {progress.short(self.tokens)} tokens of {name}, more than"
-            f" --max_epochs={max_epochs:g}: {more}, {shorter}or allow it (--max_epochs={math.ceil(epochs)})"
+            f"{epochs:,.1f} passes over the {progress.short(self.tokens)} tokens of {name} are more than "
+            f"--max_epochs={max_epochs:g}: {more}, {shorter}or allow it (--max_epochs={math.ceil(epochs)})"
         )
 
 

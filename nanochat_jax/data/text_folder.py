@@ -75,9 +75,8 @@ def roles(folder: Path) -> Roles:
     for path in files:
         by_role["val" if path == pinned else role_of(path.relative_to(folder))].append(path)
     chosen = next((name for name in HELD_OUT if by_role[name]), None)
-    for name in HELD_OUT:
-        if by_role[name] and name != chosen:
-            unread[f"held out; the files named {chosen} are the validation set"] = by_role[name]
+    others = sorted(path for name in HELD_OUT if name != chosen for path in by_role[name])
+    unread[f"held out; the files named {chosen} are the validation set"] = others
     by_reason = tuple((why, tuple(paths)) for why, paths in unread.items() if paths)
     result = Roles(folder, tuple(by_role["train"]), tuple(by_role[chosen]) if chosen else (), by_reason)
     if not result.train:

@@ -293,10 +293,10 @@ def test_the_tokenizer_is_trained_on_its_own_number_of_shards(server, monkeypatc
 
     for path in data_folder().iterdir():
         os.utime(path, (0, 0))
-    with pytest.raises(UserError, match=r"shard_00003.parquet: missing, .*--num_files=4"):
+    with pytest.raises(UserError, match=r"shard_00003.parquet: missing, .*--num_files=3"):
         tok_train.main(dataclasses.replace(cfg, num_files=4))
-    with pytest.raises(UserError, match="--num_files=0: expected 1 to 1822"):
-        tok_train.main(dataclasses.replace(cfg, num_files=0))
+    with pytest.raises(UserError, match="--num_files=-2: expected 1 to 1822"):
+        tok_train.main(dataclasses.replace(cfg, num_files=-2))
 
 
 # -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nanochat_jax.data import parquet
 SHUFFLE_CHARS = 1_000_000_000  # documents are shuffled in groups of about this many characters, to limit memory use
 FORMATS = (".parquet", ".jsonl", ".ndjson", ".json", ".txt")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # pyarrow's names
-SUFFIXES = ".parquet, .jsonl, .ndjson, .json or .txt (all but .parquet also with .gz, .bz2 or .zst)"
+READABLE = ".parquet, .jsonl, .ndjson, .json or .txt (all but .parquet also with .gz, .bz2 or .zst)"
 HEAD = 1_000_000  # bytes of a .json file that `holds_text` looks at
 UNREADABLE = (OSError, UnicodeDecodeError, NotImplementedError)  # the last: pyarrow was built without the codec
 

@@ -84,7 +84,7 @@ def roles(folder: Path) -> Roles:
         if chosen:
             held_out = result._names(tuple(path for name in HELD_OUT for path in by_role[name]))
             raise UserError(f"--data_dir={folder}: no training files, since a held-out file is never one: {held_out}")
-        raise UserError(f"--data_dir={folder}: no files ending in {text_files.SUFFIXES}; {met}")
+        raise UserError(f"--data_dir={folder}: no files ending in {text_files.READABLE}; {met}")
     return result
 
 

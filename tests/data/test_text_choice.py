@@ -96,8 +96,8 @@ def test_download_then_tokenizer_then_base_without_a_flag(own_base_dir, tmp_path
     error = one_line(run(own_base_dir, *train, "--num_iterations=20000"))
     asked = re.search(
         r"error: ([\d.]+) passes over the [\d.]+K tokens of fineweb-edu are more than --max_epochs=8: download "
-        r"more \(python -m nanochat_jax.dataset --data=fineweb-edu -n (\d+)\), train fewer steps \(--num_iterations=(\d+)\)"
-        r", or allow it \(--max_epochs=(\d+)\)",
+        r"more \(python -m nanochat_jax.dataset --data=fineweb-edu -n (\d+)\), train fewer steps "
+        r"\(--num_iterations=(\d+)\), or allow it \(--max_epochs=(\d+)\)",
         error,
     )
     assert asked, error

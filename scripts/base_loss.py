@@ -68,10 +68,12 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
     trained, settings = meta.get("text", {}), meta["config"]
     if cfg.data or cfg.data_dir:
         source = sources.open(cfg.data, cfg.data_dir)
-    elif trained.get("source") in ("local", *hub.SOURCES) and not settings.get("data_dir"):
-        source = sources.open(trained["source"])
-    else:  # the text that the run's settings name; by default, the text that the tokenizer was trained on
-        source = sources.open(settings.get("data"), settings.get("data_dir"))
+    else:
+        # Runs of earlier versions do not record their folder. If their settings do not name it either, it is the folder
+        # that the tokenizer was trained on.
+        data_dir = trained.get("data_dir") or settings.get("data_dir")
+        known = not data_dir and trained.get("source") in ("local", *hub.SOURCES)
+        source = sources.open(trained["source"] if known else settings.get("data"), data_dir)
     present = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     changed = [key for key in present if present[key] != trained.get(key, present[key])]
     if changed:

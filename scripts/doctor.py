@@ -168,9 +168,38 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; plus gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
     line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
+    text(cfg, steps, shape.tokens)
     unknown = "unknown, since this device's peak FLOP/s is unknown; training shows an estimate after a few steps"
     seconds = devices.expected_seconds(flops)
     line("Expected time", f"{clock(seconds)} at an MFU of 50%" if seconds else unknown)
+
+
+def text(cfg: config.Doctor, steps: int, tokens_per_step: int) -> None:
+    """Prints which text pretraining would read, and how often. Downloads, builds and converts nothing.
+
+    A text that is missing or too small is only named, since the rest may still be downloaded before training starts.
+    """
+    from nanochat_jax.data import sources, token_cache
+    from nanochat_jax.tokenizer import Tokenizer
+    from nanochat_jax.training.stages import Amount
+
+    try:
+        source = sources.open(cfg.data, cfg.data_dir, build=False)
+    except UserError as error:
+        line("Text", f"not ready: {error}")
+        return
+    line("Text", source.about.removeprefix("text: ").replace("\n", "\n" + " " * 16))
+    try:
+        tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
+    except UserError as error:
+        line("Passes", f"unknown: {error}")
+        return
+    amount = Amount.of(source, tokenizer, token_cache.folder_of(source, tokenizer))
+    line("Passes", amount.describe(steps * tokens_per_step))
+    try:
+        amount.check(cfg.max_epochs, steps, tokens_per_step)
+    except UserError as error:
+        line("Passes", f"training will refuse this: {error}")
 
 
 if __name__ == "__main__":

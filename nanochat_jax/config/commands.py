@@ -25,11 +25,11 @@ class TokTrain(Settings):
 
     table: ClassVar[str] = "tok"
     data: str = setting(
-        "", "text source: fineweb-edu, climbmix or local (default: the current tokenizer's source, else local)"
+        "", "text source: fineweb-edu, climbmix or local (default: the text that was downloaded, else local)"
     )
     data_dir: str = setting("", DATA_DIR)
     num_files: int = setting(
-        8, "training shards to read from a downloaded source (-1: all that nanochat_jax.dataset was told to download)"
+        0, "training shards to read from a downloaded source (auto: as many as --max_chars needs; -1: all)", auto=True
     )
     max_chars: int = setting(10_000_000_000, "maximum characters to train on", low=1)
     doc_cap: int = setting(10_000, "maximum characters per document; longer documents are truncated", low=1)
@@ -52,7 +52,7 @@ class Dataset(Settings):
 
     table: ClassVar[str] = "dataset"
     data: str = setting("fineweb-edu", "text source: fineweb-edu, climbmix or local")
-    data_dir: str = setting("", "folder of parquet, jsonl or txt files to convert instead of downloading --data")
+    data_dir: str = setting("", "folder of parquet, jsonl, json or txt files to convert instead of downloading --data")
     num_files: int = setting(-1, "training shards to download, not counting the validation shard (-1: all)")
     num_workers: int = setting(4, "number of parallel downloads")
     verify: bool = setting(False, "check the hash of every shard, and download damaged shards again")

@@ -15,7 +15,7 @@ DEVICE_TYPE = "platform to run on (default: the best available)"
 COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if it is fast on the device, else float32)"
 MIXTURE = "rows of each task to train on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
 VAL_MIXTURE = "rows of each task to validate on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
-DATA_DIR = "folder of parquet, jsonl or txt files to read instead of the source named by --data"
+DATA_DIR = "folder of parquet, jsonl, json or txt files to read instead of the source named by --data"
 TASK_DATA_DIR = "folder with the data of the tasks (default: downloaded from the Hugging Face hub)"
 CORE_DIR = "folder with the data of CORE (default: eval_bundle in the base folder; downloaded if missing)"
 TOP_K = "sample from the k most likely tokens (0: from all tokens)"
@@ -34,6 +34,7 @@ PACKING = (
     "how documents are packed into rows; split: best fit, and what does not fit goes into another row; "
     "crop: best fit, and what does not fit is cut off; stream: documents are joined end to end"
 )
+MAX_EPOCHS = "refuse a run that reads its text more often than this; repeated text teaches less and less"
 COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
 AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
 INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_lr flags"
@@ -124,6 +125,7 @@ class Base(ModelFlags, Train):
     table: ClassVar[str] = "base"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
     data_dir: str = setting("", DATA_DIR)
+    max_epochs: float = setting(8.0, MAX_EPOCHS, low=0.01)
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     target_flops: float = setting(-1.0, "total training FLOPs, from which the number of steps is computed (-1: off)")

@@ -3,7 +3,8 @@
 In: the name of a text source, a folder, or a task's conversations. Out: parquet files with one column `text`, and an
 iterator over batches (inputs and targets, int32 [b, t]). Every checkpoint saves the iterator's position.
 
-    sources.py        finds the training and validation files of a text source
+    sources.py        chooses a text source, and finds its training and validation files
+    text_folder.py    decides which files of a user's folder are for training, and which for validation
     hub.py            downloads parquet files from the Hugging Face hub
     local_corpus.py   collects the documentation installed with Python
     text_files.py     reads and shuffles a user's documents

@@ -57,6 +57,28 @@ def folder_of(source: str) -> Path:
     return config.base_dir() / "data" / source
 
 
+def has_begun(source: str) -> bool:
+    """Returns whether a download of the source was begun, or whether any of its shards was copied here by hand."""
+    names = ("manifest.json", "shard_*.parquet", "shard_*.parquet.*.part")
+    return any(path for name in names for path in folder_of(source).glob(name))
+
+
+def state(source: str, num_files: int = -1) -> str:
+    """Describes what is here of a source: "fineweb-edu, 240 training shards requested, 12 of them here".
+
+    `num_files` is as in `shards_of`.
+    """
+    folder, last = folder_of(source), shard_name(SOURCES[source][1])
+    requested = read_json(folder / "manifest.json").get("shards")
+    here = [path.name for path in folder.glob("shard_*.parquet") if path.name != last]
+    if num_files > 0:
+        here = [name for name in here if name < shard_name(num_files)]
+        return f"{source}, the first {num_files} training shards, {len(here)} of them here"
+    if requested is None:
+        return f"{source}, {len(here)} training shards here"
+    return f"{source}, {requested} training shards requested, {len(here)} of them here"
+
+
 def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     """Returns the paths of the training shards and the path of the validation shard.
 

@@ -51,6 +51,11 @@ def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
     A document longer than MAX_CHARS is split into several documents. A document that is null or not UTF-8 is returned
     as "". The number of documents that are not UTF-8 is printed to stderr.
     """
+    return [piece for text in _whole_documents(file, path, index) for piece in split_long(text)]
+
+
+def _whole_documents(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
+    """Does the work of `read_row_group`, except that long documents are not split."""
     import pyarrow as pa
 
     try:
@@ -63,7 +68,7 @@ def read_row_group(file: "pq.ParquetFile", path: Path, index: int) -> list[str]:
             print(f"{path}: row group {index}: {bad} of {len(texts)} documents are not UTF-8, skipped", file=sys.stderr)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: row group {index} cannot be read ({first_line(error)}); {HOW_TO_FIX}") from error
-    return [piece for text in texts for piece in split_long(text or "")]
+    return [text or "" for text in texts]
 
 
 def text_bytes(path: Path) -> list[int]:
@@ -86,6 +91,13 @@ def texts_of(path: Path) -> Iterator[str]:
     """Yields the documents of a parquet file. A document that is null or not UTF-8 is yielded as ""."""
     for texts in row_groups(path):
         yield from texts
+
+
+def documents_of(path: Path) -> Iterator[str]:
+    """Yields the documents of a parquet file as `texts_of` does, except that long documents are not split."""
+    with open(path) as file:
+        for i in range(file.num_row_groups):
+            yield from _whole_documents(file, path, i)
 
 
 def _decode(data: bytes | None) -> str | None:

@@ -2,26 +2,30 @@
 
     python -m nanochat_jax.dataset -n 240    downloads 240 training shards from the Hugging Face hub (hub.py)
     --data=local                             selects a small corpus, built from the installed documentation
-    --data_dir=FOLDER                        selects a folder of parquet, jsonl or txt files
+    --data_dir=FOLDER                        selects a folder of text in several formats (text_folder.py)
 
-All files are parquet files with a string column `text`. The validation files are never used for training.
+All files are parquet files with a string column `text`. The validation files are never used for training. `open` prints
+which text it chose, and why.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError
-from nanochat_jax.data import hub, local_corpus, parquet
-from nanochat_jax.data.text_files import SUFFIXES, documents, shuffled
-from nanochat_jax.files import sha256
+from nanochat_jax.data import hub, local_corpus, parquet, text_folder
+from nanochat_jax.data.text_files import documents, shuffled
+from nanochat_jax.files import read_json, sha256
+
+SPLIT = "roles by name, else 1% by hash"  # part of a conversion's name; change it when `text_folder` divides otherwise
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Source:
     train_files: tuple[Path, ...]
     val_files: tuple[Path, ...]
     hash: str
+    folder: Path | None = None  # the user's folder that the text comes from
+    about: str = field(default="", compare=False)  # what `open` prints: the text, why it was chosen, what is not read
 
     def texts(self, split: str) -> Iterator[str]:
         """Yields the documents of the split "train" or "val", in file order. Waits for shards that are still
@@ -52,31 +58,127 @@ class Source:
         return digest.hexdigest()
 
 
-def open(source: str | None = None, data_dir: str | Path | None = None, num_files: int = -1) -> Source:
-    """Returns the corpus named `source`, or the corpus in the folder `data_dir`. Raises UserError if the corpus is
-    missing or unusable.
+class Choice(NamedTuple):
+    """Which text to read: a source's name or a user's folder. `why` is printed."""
 
-    If neither `source` nor `data_dir` is given, returns the corpus that the tokenizer was trained on, so that all
-    stages read the same text. If there is no tokenizer yet, returns the local corpus.
+    source: str
+    data_dir: str
+    why: str
+
+
+def open(
+    source: str | None = None,
+    data_dir: str | Path | None = None,
+    num_files: int = -1,
+    default: Callable[[], Choice] | None = None,
+    build: bool = True,
+) -> Source:
+    """Returns the corpus named `source`, or the corpus in the folder `data_dir`, and prints which one it is and why.
+    Raises UserError if the corpus is missing or unusable.
+
+    If neither `source` nor `data_dir` is given, `default` chooses. By default, this is `recorded`, so that all stages
+    read the text that the tokenizer was trained on.
 
     A hub corpus has the first `num_files` training shards (-1: all shards that `download` was asked for). Some of these
-    shards may still be downloading. Callers write sources.open(cfg.data), like gzip.open(path).
+    shards may still be downloading. Without `build`, nothing is printed, and a corpus that has to be built or converted
+    first is an error. Callers write sources.open(cfg.data), like gzip.open(path).
     """
-    recorded = config.base_dir() / "tokenizer" / "source.json"
-    if not source and not data_dir and recorded.exists():
-        record = json.loads(recorded.read_text(encoding="utf-8"))
-        source, data_dir = record.get("source"), record.get("data_dir")
     if data_dir:
-        return _open_folder(Path(data_dir).expanduser().resolve())
-    source = source or "local"
-    if source == "local":
-        return _open_local()
-    if source not in hub.SOURCES:
+        flag = "--data_dir" + (f", which replaces --data={source}" if source else "")
+        choice = Choice("", str(data_dir), _beside_recorded(flag, "", str(data_dir)))
+    elif source:
+        choice = Choice(source, "", _beside_recorded("--data", source, ""))
+    else:
+        choice = (default or recorded)()
+    if choice.data_dir:
+        folder = Path(choice.data_dir).expanduser().resolve()
+        roles = text_folder.roles(folder)
+        about = "\n".join([f"text: {folder.name}, {folder} ({choice.why})", *(f"  {line}" for line in roles.lines())])
+    elif choice.source == "local":
+        roles, about = None, f"text: local, the documentation of this Python installation ({choice.why})"
+    elif choice.source in hub.SOURCES:
+        roles, about = None, f"text: {hub.state(choice.source, num_files)} ({choice.why})"
+    else:
         known = ", ".join(hub.SOURCES)
-        raise UserError(f"--data={source}: unknown source, expected {known} or local (or give --data_dir)")
-    train, val = hub.shards_of(source, num_files)
-    # Only the validation shard is hashed, so that the hash does not depend on `num_files`.
-    return Source(source, tuple(train), (val,), _fingerprint([val]))
+        raise UserError(f"--data={choice.source}: unknown source, expected {known} or local (or give --data_dir)")
+    if build:
+        print(about, flush=True)
+    if roles:
+        opened = _open_folder(roles, build)
+    elif choice.source == "local":
+        opened = _open_local(build)
+    else:
+        train, val = hub.shards_of(choice.source, num_files)
+        # Only the validation shard is hashed, so that the hash does not depend on `num_files`.
+        opened = Source(choice.source, tuple(train), (val,), _fingerprint([val], val.parent))
+    return replace(opened, about=about)
+
+
+# -----------------------------------------------------------------------------
+# Which text is read if no flag says so
+
+
+def recorded() -> Choice:
+    """Returns the text that the tokenizer was trained on. Without a tokenizer, returns what it would be trained on.
+
+    Raises UserError if the tokenizer does not say what it was trained on.
+    """
+    folder = config.base_dir() / "tokenizer"
+    if not folder.exists():
+        return downloaded()
+    record = read_json(folder / "source.json")
+    source, data_dir = record.get("source") or "", record.get("data_dir") or ""
+    if not source and not data_dir:
+        raise UserError(
+            f"{folder} does not say which text it was trained on (source.json is missing or damaged): choose the text "
+            f"with --data={_hub_or_local()} or --data_dir=FOLDER"
+        )
+    return Choice(source, data_dir, "the tokenizer was trained on it")
+
+
+def downloaded() -> Choice:
+    """Returns the text that `scripts.tok_train` reads without a flag.
+
+    This is the source that was downloaded. If nothing was downloaded, it is the folder that was converted, or the
+    folder that the current tokenizer was trained on. If there is none either, it is the local corpus. Raises UserError
+    if there are several downloads, or several folders.
+    """
+    record = read_json(config.base_dir() / "tokenizer" / "source.json")
+    names = [name for name in hub.SOURCES if hub.has_begun(name)]
+    if len(names) > 1:
+        flags = " or ".join(f"--data={name}" for name in names)
+        raise UserError(f"{len(names)} texts were downloaded ({', '.join(names)}): choose one with {flags}")
+    if names:
+        why = f"the text that was downloaded; --data=local reads the local corpus{_other_than(record, names[0], '')}"
+        return Choice(names[0], "", why)
+    manifests = [read_json(path) for path in sorted((config.base_dir() / "data").glob("*/manifest.json"))]
+    folders = {folder for manifest in manifests if (folder := manifest.get("folder")) and Path(folder).is_dir()}
+    folders |= {folder} if (folder := record.get("data_dir")) else set()
+    if len(folders) > 1:
+        flags = " or ".join(f"--data_dir={folder}" for folder in sorted(folders))
+        raise UserError(f"{len(folders)} folders of text were converted or used before: choose one with {flags}")
+    if folders:
+        [folder] = folders
+        why = f"the text used before; --data=local reads the local corpus{_other_than(record, '', folder)}"
+        return Choice("", folder, why)
+    return Choice("local", "", "nothing was downloaded; python -m nanochat_jax.dataset -n 240 downloads FineWeb-Edu")
+
+
+def _hub_or_local() -> str:
+    begun = [name for name in hub.SOURCES if hub.has_begun(name)]
+    return begun[0] if len(begun) == 1 else "local"
+
+
+def _beside_recorded(why: str, source: str, data_dir: str) -> str:
+    """Adds to `why` what the tokenizer was trained on, if that is another text."""
+    folder = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
+    return why + _other_than(read_json(config.base_dir() / "tokenizer" / "source.json"), source, folder)
+
+
+def _other_than(record: dict, source: str, data_dir: str) -> str:
+    """Says what the current tokenizer was trained on, or "" if there is none or it was trained on the given text."""
+    before = record.get("data_dir") or record.get("source")
+    return f"; the current tokenizer was trained on {before}" if before and before != (data_dir or source) else ""
 
 
 # -----------------------------------------------------------------------------
@@ -115,12 +217,14 @@ def _open_built(folder: Path) -> Source:
     return Source(manifest["source"], train, val, manifest["hash"])
 
 
-def _open_local() -> Source:
+def _open_local(build: bool) -> Source:
     """Returns the corpus of installed documentation. The first call builds it. Later calls reuse it, even if other
     packages are installed by then."""
     folder = config.base_dir() / "data" / "local"
     if (folder / "manifest.json").exists():
         return _open_built(folder)
+    if not build:
+        raise UserError("local: not built yet; training the tokenizer builds it")
     print("building the local corpus from installed documentation (once, under a minute)", flush=True)
     train, val, versions = local_corpus.build(local_corpus.PACKAGES)
     source = _build(folder, "local", train, val, row_group=256, versions=versions)
@@ -129,58 +233,74 @@ def _open_local() -> Source:
     return source
 
 
-def _open_folder(folder: Path) -> Source:
-    """Returns the corpus in a user's folder. The last file is the validation set. If there is only one file, the last
-    1% of its documents are the validation set.
+def _open_folder(roles: text_folder.Roles, build: bool) -> Source:
+    """Returns the corpus in a user's folder.
 
-    A folder of two or more parquet files is read in place. In all other cases, the first call converts the files to
-    parquet and shuffles the training documents.
+    If all files are parquet files, and names tell training from validation, the files are read in place. In all other
+    cases, the first call converts the files to parquet and shuffles the training documents. Files that differ only in
+    their subfolder are also converted, because the token cache needs a name of its own for each file.
     """
-    if not folder.is_dir():
-        reason = "this is a file; give the folder it is in" if folder.exists() else "no such folder"
-        raise UserError(f"--data_dir={folder}: {reason}")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
-    if not files:
-        raise UserError(f"--data_dir={folder}: no files ending in {', '.join(SUFFIXES)}")
-    if len(files) > 1 and all(p.suffix == ".parquet" for p in files):
+    folder, files = roles.folder, roles.files
+    one_name_each = len({path.stem for path in files}) == len(files)
+    if roles.val and one_name_each and all(path.suffix.lower() == ".parquet" for path in files):
         for path in files:
             with parquet.open(path) as file:
                 if not file.metadata.num_rows:
                     raise UserError(f"{path}: no documents")
-        return Source(folder.name, tuple(files[:-1]), tuple(files[-1:]), _fingerprint(files))
-    stamps = [f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
-    key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:8]
+        return Source(folder.name, roles.train, roles.val, _fingerprint(files, folder), folder)
+    stats = [(path.relative_to(folder), path.stat()) for path in files]
+    stamps = [f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats]
+    key = hashlib.sha256("\n".join([str(folder), SPLIT, *stamps]).encode()).hexdigest()[:8]
     target = config.base_dir() / "data" / f"{folder.name}-{key}"
     if (target / "manifest.json").exists():
-        return _open_built(target)
+        return replace(_open_built(target), folder=folder)
+    if not build:
+        raise UserError(f"{folder}: not converted yet; training the tokenizer converts it")
     print(f"converting {len(files)} files in {folder} to parquet (once)", flush=True)
     counts = Counter()
-    train, val = _split_files(files, counts)
-    notes = {"files": [p.name for p in files], "met": counts}
-    source = _build(target, folder.name, shuffled(train), val, parquet.ROW_GROUP, **notes)
+    train, val = _divide(roles, counts)
+    notes = {"folder": str(folder), "files": [str(path) for path, _ in stats], "met": counts}
+    source = _build(target, folder.name, shuffled(_pieces(train)), _pieces(val), parquet.ROW_GROUP, **notes)
     summary = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
     print(f"{folder.name}: {summary}; {target}", flush=True)
-    return source
+    return replace(source, folder=folder)
 
 
-def _split_files(files: list[Path], counts: Counter[str]) -> tuple[Iterator[str], Iterator[str]]:
+def _divide(roles: text_folder.Roles, counts: Counter[str]) -> tuple[Iterator[str], Iterator[str]]:
     """Returns the training documents and the validation documents. Updates `counts` as `text_files.documents` does."""
-    lengths = {}
-    for path in files:
-        lengths[path] = sum(1 for _ in documents(path, counts))
-        if not lengths[path]:
+    lowest, highest = 1.0, 0.0
+    for path in roles.files:
+        empty = True
+        for text in documents(path, counts):
+            empty = False
+            if not roles.val:
+                place = text_folder.hash_of(text)
+                lowest, highest = min(lowest, place), max(highest, place)
+        if empty:
             raise UserError(f"{path}: no documents")
-    if len(files) > 1:
-        return (text for path in files[:-1] for text in documents(path)), documents(files[-1])
-    [(path, length)] = lengths.items()
-    if length < 2:
-        raise UserError(f"{path}: one document cannot be both the training and the validation set; add a file")
-    first_val = length - max(1, length // 100)
-    train = (text for i, text in enumerate(documents(path)) if i < first_val)
-    return train, (text for i, text in enumerate(documents(path)) if i >= first_val)
+
+    def texts(files: Iterable[Path]) -> Iterator[str]:
+        return (text for path in files for text in documents(path))
+
+    if roles.val:
+        return texts(roles.train), texts(roles.val)
+    if lowest >= highest:
+        raise UserError(
+            f"{roles.folder}: one document cannot be both the training and the validation set; add more text"
+        )
+    # A small corpus may have no document in the lowest 1% of hashes. Then the document with the lowest hash is held
+    # out. If all hashes are that low, the document with the highest hash is trained on.
+    limit = min(max(1 / text_folder.ONE_IN, math.nextafter(lowest, 2)), highest)
+    train = (text for text in texts(roles.train) if text_folder.hash_of(text) >= limit)
+    return train, (text for text in texts(roles.train) if text_folder.hash_of(text) < limit)
 
 
-def _fingerprint(files: list[Path]) -> str:
-    """Returns the SHA-256 (hex) of the files' names and sizes."""
-    lines = [f"{p.name}:{p.stat().st_size}" for p in files]
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Splits long documents."""
+    return (piece for text in texts for piece in parquet.split_long(text))
+
+
+def _fingerprint(files: list[Path], folder: Path) -> str:
+    """Returns the SHA-256 (hex) of the files' sizes and names. The names are relative to `folder`."""
+    lines = [f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

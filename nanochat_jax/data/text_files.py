@@ -1,31 +1,49 @@
 """Reads the documents of a file, and shuffles documents.
 
-In: a .parquet, .jsonl, .jsonl.gz or .txt file. Out: documents, each a str.
+In: a .parquet, .jsonl, .ndjson, .json or .txt file; all but parquet may be compressed. Out: documents, each a str.
 """
 
-import gzip
+import contextlib
+import io
 import json
 import random
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.data import parquet
 
 SHUFFLE_CHARS = 1_000_000_000  # documents are shuffled in groups of about this many characters, to limit memory use
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+FORMATS = (".parquet", ".jsonl", ".ndjson", ".json", ".txt")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # pyarrow's names
+READABLE = ".parquet, .jsonl, .ndjson, .json or .txt (all but .parquet also with .gz, .bz2 or .zst)"
+HEAD = 1_000_000  # bytes of a .json file that `holds_text` looks at
+UNREADABLE = (OSError, UnicodeDecodeError, NotImplementedError)  # the last: pyarrow was built without the codec
+
+
+def form(path: Path) -> tuple[str, str] | None:
+    """Returns the format and the compression of a file, by its name. Returns None if the file cannot be read as text.
+
+    Examples: a.jsonl.gz -> (".jsonl", ".gz"), A.PARQUET -> (".parquet", ""), a.csv -> None.
+    """
+    name, packed = path.name.lower(), ""
+    for suffix in COMPRESSIONS:
+        if name.endswith(suffix):
+            name, packed = name.removesuffix(suffix), suffix
+    kind = Path(name).suffix
+    return (kind, packed) if kind in FORMATS and not (kind == ".parquet" and packed) else None
 
 
 def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
-    """Yields the documents of a file. Empty documents are skipped, and long documents are split.
+    """Yields the documents of a file as a whole, however long they are. Empty documents are skipped.
 
     Raises UserError if any part of the file cannot be read. `counts` is updated with the number of documents.
     Separate entries count the documents that are empty, longer than MAX_CHARS, or not valid Unicode.
     """
     counts = Counter() if counts is None else counts
-    for text in parquet.texts_of(path) if path.suffix == ".parquet" else _read_documents(path):
+    for text in parquet.documents_of(path) if form(path) == (".parquet", "") else _read_documents(path):
         counts["documents"] += 1
         if not text.strip():
             counts["empty, skipped"] += 1
@@ -35,41 +53,93 @@ def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
             text = clean
         if len(text) > parquet.MAX_CHARS:
             counts[f"longer than {parquet.MAX_CHARS:,} characters, cut"] += 1
-        yield from parquet.split_long(text)
+        yield text
+
+
+def holds_text(path: Path) -> bool:
+    """Returns whether the first value in a .json file is a document. A file of metadata holds none.
+
+    If the first value cannot be read here, returns True, so that reading the whole file reports the error.
+    """
+    try:
+        with _open(path) as file:
+            head = file.read(HEAD).decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
+        value, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())
+    except (*UNREADABLE, ValueError, RecursionError):
+        return True
+    return isinstance(value, dict) and isinstance(value.get("text"), str)
+
+
+def _open(path: Path) -> BinaryIO:
+    """Opens a file for reading, and decompresses it."""
+    kind = form(path)
+    assert kind is not None, f"{path}: not a text file"
+    if not kind[1]:
+        return open(path, "rb")
+    import pyarrow as pa
+
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression=COMPRESSIONS[kind[1]])))
 
 
 def _read_documents(path: Path) -> Iterator[str]:
-    """Yields the documents of a .jsonl, .jsonl.gz or .txt file, including empty documents."""
+    """Yields the documents of a file that is not parquet, including empty documents."""
+    kind = form(path)
     try:
-        if path.suffix == ".txt":
-            yield from _paragraphs(path.read_text(encoding="utf-8"))
-            return
-        opener = gzip.open if path.suffix == ".gz" else Path.open
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}, line {number}"
-                try:
-                    line = line.decode("utf-8").lstrip("\ufeff")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not UTF-8 ({error})") from error
-                if line.strip():
-                    yield _json_text(line, where)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with _open(path) as file:
+            if kind and kind[0] == ".txt":
+                with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+                    yield from _paragraphs(text.read())
+            elif kind and kind[0] == ".json" and not _has_lines(path):
+                yield from _json_array(path, file)
+            else:
+                yield from _json_lines(path, file)
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
-def _json_text(line: str, where: str) -> str:
-    """Returns the text in a line of JSON: '{"text": "Hello", "id": 7}' -> "Hello".
+def _json_lines(path: Path, lines: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            line = line.decode("utf-8").lstrip("\ufeff")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 ({error})") from error
+        if line.strip():
+            yield _text_of(_parse(line, where), where)
 
-    Raises UserError if the line has no text. The error message begins with `where`.
-    """
+
+def _has_lines(path: Path) -> bool:
+    """Returns whether the first line of a .json file is a JSON object. Such a file has one document per line, and may
+    be too large to be read as a whole."""
+    with _open(path) as file:
+        first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    return False
+
+
+def _json_array(path: Path, file: BinaryIO) -> Iterator[str]:
+    """Yields the documents of a JSON array of objects. The whole array is read into memory."""
+    value = _parse(file.read().decode("utf-8-sig"), str(path))
+    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+        yield _text_of(item, f"{path}, element {number}")
+
+
+def _parse(text: str, where: str) -> object:
     try:
-        value = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from error
+
+
+def _text_of(value: object, where: str) -> str:
+    """Returns the text in a JSON object: {"text": "Hello", "id": 7} -> "Hello".
+
+    Raises UserError if there is no text. The error message begins with `where`.
+    """
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
-        raise UserError(f'{where}: expected {{"text": "..."}}, got {line.strip()[:60]}')
+        raise UserError(f'{where}: expected {{"text": "..."}}, got {json.dumps(value, ensure_ascii=False)[:60]}')
     return text
 
 

@@ -6,8 +6,8 @@ The words are read from the first of these files that exists:
 - task_data/words_alpha.txt in the base folder
 - task_data/words.txt in the base folder
 
-If none of them exists, the frequent words of the pretraining text are written to task_data/words.txt and used from
-then on. So the words stay the same when pretraining text is added later.
+If none of them exists, the frequent words of the text that the tokenizer was trained on are written to
+task_data/words.txt and used from then on. So the words stay the same when pretraining text is added later.
 """
 
 import collections
@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 
 from nanochat_jax.config import UserError, base_dir
-from nanochat_jax.data import parquet
+from nanochat_jax.data import parquet, sources
 from nanochat_jax.files import write_text
 from nanochat_jax.tasks import task_data
 
@@ -56,18 +56,24 @@ def _all_words(data_dir: str, base: Path) -> list[str]:
     path = next(filter(None, map(task_data.find, places)), None)
     if path is None:
         path = places[-1]
-        write_text(path, "\n".join(_corpus_words(base / "data")) + "\n")
+        write_text(path, "\n".join(_corpus_words()) + "\n")
     words = [word for line in task_data.read_text(path).split("\n") if (word := line.strip())]
     if not words:
         raise UserError(f"{path}: empty")
     return words
 
 
-def _corpus_words(data: Path) -> list[str]:
-    """Returns the frequent words of the pretraining text, the most frequent first."""
-    shards = sorted(data.glob("*/*.parquet"), key=lambda path: (path.parent.name != "local", path))
+def _corpus_words() -> list[str]:
+    """Returns the frequent words of the text that the tokenizer was trained on, the most frequent first."""
+    try:
+        source = sources.open(build=False)
+    except UserError as error:
+        raise UserError(
+            f"no words to spell: no words/words_alpha.txt in a --task_data_dir, and no text to take them from: {error}"
+        ) from None
+    files = [path for path in (*source.train_files, *source.val_files) if path.exists()]
     counts, chars = collections.Counter(), 0
-    for text in itertools.chain.from_iterable(map(parquet.texts_of, shards)):
+    for text in itertools.chain.from_iterable(map(parquet.texts_of, files)):
         counts.update(_WORD.findall(text))
         chars += len(text)
         if chars > CORPUS_CHARS:
@@ -75,7 +81,8 @@ def _corpus_words(data: Path) -> list[str]:
     frequent = [word for word, count in counts.items() if count >= MIN_COUNT]
     if not frequent:
         raise UserError(
-            f"no words to spell: no text in {data} yet (get it with python -m nanochat_jax.dataset), and no"
-            " words/words_alpha.txt in a --task_data_dir"
+            f"no words to spell: {source.name} has no frequent words, and no --task_data_dir has words/words_alpha.txt"
         )
-    return sorted(frequent, key=lambda word: (-counts[word], word))[:CORPUS_WORDS]
+    words = sorted(frequent, key=lambda word: (-counts[word], word))[:CORPUS_WORDS]
+    print(f"words for the spelling tasks: the {len(words):,} most frequent words of {source.name}", flush=True)
+    return words

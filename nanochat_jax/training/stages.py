@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanochat_jax import checkpoint, config, progress, tasks
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.data import dataloader, sources, token_cache
+from nanochat_jax.data import dataloader, hub, sources, token_cache
 from nanochat_jax.parallel import sharding
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
@@ -58,6 +58,8 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
     steps = horizon(cfg, model_cfg, shape.tokens)
     source = pin_text(run, sources.open(cfg.data, cfg.data_dir))
     cache_dir = token_cache.folder_of(source, tokenizer)
+    text = Amount.of(source, tokenizer, cache_dir)
+    text.check(cfg.max_epochs, steps, shape.tokens)
     process_index, process_count = sharding.process_rows(run.layout.mesh)
 
     loader = dataloader.base_loader(
@@ -75,7 +77,7 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
         return optim.trapezoid(step, steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
 
     facts = {
-        "text": describe_data(source, steps * shape.tokens, tokenizer, cache_dir),
+        "text": text.describe(steps * shape.tokens),
         "tokens per parameter": f"{steps * shape.tokens / model_cfg.num_params:.2f}",
     }
     return Stage(shape, steps, 1, loader, validation, lr_mult, facts)
@@ -148,7 +150,7 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
                 f"{folder} was trained on {count} files of {source.name}, but only {len(source.train_files)} are here: "
                 f"get all of them with python -m nanochat_jax.dataset --data={source.name} -n {count}"
             )
-    run.identity["text"] = text | {"files": count}
+    run.identity["text"] = text | {"files": count, "data_dir": str(source.folder or "")}
     return dataclasses.replace(source, train_files=source.train_files[:count])
 
 
@@ -171,24 +173,54 @@ def pin_tasks(run: Run, task: tasks.Mixture) -> None:
     run.identity["tasks"] = conversations
 
 
-def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cache_dir: Path) -> str:
-    """Describes `source`, and how much of it a run of `tokens` tokens will read.
+@dataclass(frozen=True)
+class Amount:
+    """How much training text a source has, including the shards that were requested but are not here yet."""
 
-    Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
-    """
-    files = source.train_files
-    available = dataloader.epoch_tokens(files, tokenizer, cache_dir)
-    if none_here := math.isnan(available):  # assume that training files are as large as validation files
-        available = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
-    epochs = tokens / max(1.0, available)
-    shards = min(len(files), math.ceil(epochs * len(files)))
-    text = f"{source.name}, {len(files)} files of about {progress.short(available / len(files))} tokens"
-    text += ", none of them here yet" if none_here else ""
-    if made := token_cache.num_cached(files, cache_dir):
-        text += f", {made} of them already tokenized"
-    text += f"; this run needs {shards}, {epochs:.2f} epochs"
-    # Up to 4 epochs of the same text are about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
-    return text + (" (more than 4: new text would teach more)" if epochs > 4 else "")
+    source: sources.Source
+    tokens: float  # in all training files, estimated
+    none_here: bool  # whether all training files are still downloading
+    num_cached: int  # files whose tokens are in the token cache
+
+    @classmethod
+    def of(cls, source: sources.Source, tokenizer: Tokenizer, cache_dir: Path) -> "Amount":
+        files = source.train_files
+        tokens = dataloader.epoch_tokens(files, tokenizer, cache_dir)
+        if none_here := math.isnan(tokens):  # assume that training files are as large as validation files
+            of_val = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir)
+            tokens = of_val / len(source.val_files) * len(files)
+        return cls(source, max(1.0, tokens), none_here, token_cache.num_cached(files, cache_dir))
+
+    def describe(self, tokens: int) -> str:
+        """Describes the text, and how much of it a run of `tokens` tokens will read.
+
+        Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
+        """
+        count, epochs = len(self.source.train_files), tokens / self.tokens
+        text = f"{self.source.name}, {count} files of about {progress.short(self.tokens / count)} tokens"
+        text += ", none of them here yet" if self.none_here else ""
+        text += f", {self.num_cached} of them already tokenized" if self.num_cached else ""
+        text += f"; this run needs {min(count, math.ceil(epochs * count))}, {epochs:.2f} epochs"
+        # Up to 4 epochs of the same text are about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
+        return text + (" (more than 4: new text would teach more)" if epochs > 4 else "")
+
+    def check(self, max_epochs: float, steps: int, tokens_per_step: int) -> None:
+        """Raises UserError if `steps` steps would read the text more than `max_epochs` times."""
+        tokens = steps * tokens_per_step
+        epochs = tokens / self.tokens
+        if epochs <= max_epochs:
+            return
+        name, count = self.source.name, len(self.source.train_files)
+        more = "get more text (python -m nanochat_jax.dataset -n 240, then scripts.tok_train --data=fineweb-edu)"
+        if name in hub.SOURCES and self.source.folder is None:
+            wanted = min(hub.SOURCES[name][1], math.ceil(epochs * count))
+            more = f"download more (python -m nanochat_jax.dataset --data={name} -n {wanted})"
+        fewer = int(max_epochs * self.tokens) // tokens_per_step
+        shorter = f"train fewer steps (--num_iterations={fewer}), " if fewer else ""
+        raise UserError(
+            f"{epochs:,.1f} passes over the {progress.short(self.tokens)} tokens of {name} are more than "
+            f"--max_epochs={max_epochs:g}: {more}, {shorter}or allow it (--max_epochs={math.ceil(epochs)})"
+        )
 
 
 def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:

@@ -41,7 +41,7 @@ class Settings(config.Settings):
     """Compare our tokenizer with others in training and encoding."""
 
     prog: ClassVar[str] = "python -m scripts.bench tokenizer"
-    corpus: str = setting("", "text (required): a .txt, .jsonl, .jsonl.gz or .parquet file, or a folder of these files")
+    corpus: str = setting("", "text (required): a .txt, .json, .jsonl or .parquet file, or a folder of these files")
     peer_python: str = setting("", "path of a Python with PyPI's rustbpe, tokenizers or tiktoken (default: this one)")
     vocab_size: int = setting(32768, "number of tokens in the vocabulary, not counting special tokens", low=257)
     rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
@@ -74,7 +74,7 @@ def main(cfg: Settings) -> None:
 
 def _split(corpus: str) -> tuple[list[str], list[str]]:
     """Returns (documents to train on, documents to encode). Raises UserError if there is too little text."""
-    from nanochat_jax.data import text_files
+    from nanochat_jax.data import parquet, text_files
 
     path = Path(corpus).expanduser()
     if not corpus:
@@ -82,10 +82,10 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
     if not path.exists():
         raise UserError(f"--corpus={corpus}: no such file or folder")
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else [path]
-    files = [p for p in files if p.name.endswith(text_files.SUFFIXES)]
+    files = [p for p in files if text_files.form(p)]
     if not files:
-        raise UserError(f"--corpus={corpus}: no files ending in {', '.join(text_files.SUFFIXES)}")
-    documents = [text for file in files for text in text_files.documents(file)]
+        raise UserError(f"--corpus={corpus}: no files ending in {text_files.READABLE}")
+    documents = [text for file in files for whole in text_files.documents(file) for text in parquet.split_long(whole)]
     unseen = documents[UNSEEN - 1 :: UNSEEN]
     if sum(map(len, unseen)) < UNSEEN_CHARS:
         chars, least = sum(map(len, documents)), UNSEEN_CHARS * UNSEEN

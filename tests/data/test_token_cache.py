@@ -30,7 +30,7 @@ def source(tmp_path):
     """Three files of three row groups each. The documents are numbers; some are empty, one is null."""
     rng, folder = np.random.default_rng(0), tmp_path / "texts"
     folder.mkdir()
-    for name in "abc":
+    for name in ("a", "b", "val"):
         texts = [" ".join(map(str, rng.integers(10, 40_000, rng.integers(0, 40)))) for _ in range(30)]
         texts[7], texts[8] = "", None
         pq.write_table(pa.table({"text": texts}), folder / f"{name}.parquet", row_group_size=10)

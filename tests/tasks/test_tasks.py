@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -166,11 +167,13 @@ def test_words_come_from_the_corpus_and_stay(own_base_dir):
     corpus.mkdir(parents=True)
     rare = "unlikely_name othername.attribute foo_bar x1y Capital http://example.org/path ab verylongwordindeed"
     text = " ".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26)) + " the the " + rare
-    pq.write_table(pa.table({"text": [text, None, text, text]}), corpus / "shard_00000.parquet")
+    pq.write_table(pa.table({"text": [text, None, text]}), corpus / "train_00000.parquet")
+    pq.write_table(pa.table({"text": [text]}), corpus / "val_00000.parquet")
+    (corpus / "manifest.json").write_text('{"source": "local", "hash": "0"}')
     found = words.load("train") + words.load("test")
     assert len(found) == 677 and found[0] == "the" and "wordaa" in found and "name" not in found
     words._all_words.cache_clear()
-    (corpus / "shard_00000.parquet").unlink()
+    shutil.rmtree(corpus)
     assert words.load("train") + words.load("test") == found
     assert len(tasks.load("spellingbee", "test")) == 256
 

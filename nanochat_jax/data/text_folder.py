@@ -1,0 +1,173 @@
+"""Decides which files of a user's folder are for training, and which for validation. In: a folder. Out: its Roles.
+
+Names are believed. A name is divided into words: my_val.txt has the words "my" and "val", latest.jsonl only "latest".
+The words of a file's own name count first, then those of the nearest subfolder, and so on:
+
+    test, testing               held out; validation if there is no better file; never trained on
+    val, valid, validation, dev validation
+    eval, evaluation            validation if no file is named val
+    train, training             training
+    none of these words         training
+
+If no file is held out, about 1% of the documents are the validation set. A hash of a document's text decides, so the 1%
+are spread evenly over all files, and all copies of a document are on one side.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_jax import config
+from nanochat_jax.config import UserError
+from nanochat_jax.data import hub, text_files
+
+# In this order: a file named train_test is held out.
+WORDS = {
+    "test": {"test", "testing"},
+    "val": {"val", "valid", "validation", "dev"},
+    "eval": {"eval", "evaluation"},
+    "train": {"train", "training"},
+}
+HELD_OUT = ("val", "eval", "test")  # the first of these roles that has files is the validation set
+ONE_IN = 100  # about one in 100 documents is held out if no file is
+SHOWN = 5  # maximum number of file names in a printed list
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each file of a folder is for."""
+
+    folder: Path
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]  # empty: a hash of the text decides which documents are for validation
+    unread: tuple[tuple[str, tuple[Path, ...]], ...]  # (reason, files that are not read)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read, sorted by path."""
+        return sorted([*self.train, *self.val])
+
+    def lines(self) -> list[str]:
+        """Returns one line for training, one for validation, and one for what is not read."""
+        by_hash = f"1 in {ONE_IN} documents, by a hash of their text (no file is named val, dev, eval or test)"
+        lines = [f"training: {self._names(self.train)}"]
+        lines.append(f"validation: {self._names(self.val) if self.val else by_hash}")
+        if self.unread:
+            lines.append("not read: " + "; ".join(f"{self._names(files)} ({why})" for why, files in self.unread))
+        return lines
+
+    def _names(self, files: tuple[Path, ...]) -> str:
+        names = [str(path.relative_to(self.folder)) for path in files]
+        more = len(names) - SHOWN
+        return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def roles(folder: Path) -> Roles:
+    """Returns what each file in a folder and its subfolders is for. Raises UserError if nothing is left to train on."""
+    if not folder.is_dir():
+        reason = "this is a file; give the folder it is in" if folder.exists() else "no such folder"
+        raise UserError(f"--data_dir={folder}: {reason}")
+    files, unread = _readable(folder)
+    by_role: dict[str, list[Path]] = {name: [] for name in WORDS}
+    pinned = _pinned(files)
+    for path in files:
+        by_role["val" if path == pinned else role_of(path.relative_to(folder))].append(path)
+    chosen = next((name for name in HELD_OUT if by_role[name]), None)
+    others = sorted(path for name in HELD_OUT if name != chosen for path in by_role[name])
+    unread[f"held out; the files named {chosen} are the validation set"] = others
+    by_reason = tuple((why, tuple(paths)) for why, paths in unread.items() if paths)
+    result = Roles(folder, tuple(by_role["train"]), tuple(by_role[chosen]) if chosen else (), by_reason)
+    if not result.train:
+        met = "; ".join(result.lines()[2:]) or "the folder has none"
+        if chosen:
+            held_out = result._names(tuple(path for name in HELD_OUT for path in by_role[name]))
+            raise UserError(f"--data_dir={folder}: no training files, since a held-out file is never one: {held_out}")
+        raise UserError(f"--data_dir={folder}: no files ending in {text_files.READABLE}; {met}")
+    return result
+
+
+def role_of(path: Path) -> str:
+    """Returns the role that a relative path names: data/validation/x.parquet -> "val". The default is "train"."""
+    for part in reversed(path.parts):
+        words = set()
+        for word in re.findall(r"[^\W\d_]+", part):
+            words.update(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", word).lower().split())  # trainData -> train, data
+        for role, names in WORDS.items():
+            if words & names:
+                return role
+    return "train"
+
+
+def _pinned(files: list[Path]) -> Path | None:
+    """Returns the validation shard of a hub source, if all files are shards of one: shard_01822.parquet."""
+    shards = {path.name: path for path in files}
+    if not all(re.fullmatch(r"shard_\d{5}\.parquet", name) for name in shards) or len(shards) < len(files):
+        return None
+    last = max(files, key=lambda path: path.name, default=None)
+    return last if last and last.name in {hub.shard_name(index) for _, index in hub.SOURCES.values()} else None
+
+
+def _readable(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """Returns (the files that hold text, reason -> files that are passed over), both sorted by path.
+
+    Hidden files, temporary files and markers are passed over without a reason.
+    """
+    files, seen = [], {}
+    unread: dict[str, list[Path]] = {
+        "no known text format": [], "no text in it": [], "another name of a file that is read": [],
+        "a compressed copy of a file that is read": [], "a readme or licence": [], "a broken link": [],
+    }  # fmt: skip
+    for path in sorted(_walk(folder)):
+        kind, name = text_files.form(path), path.name.lower()
+        if name[0] == "." or ".tmp-" in name or name.endswith((".part", ".sha256")) or name == "lock":
+            continue
+        if name.startswith(("readme", "license", "licence")) or (kind is None and name[0] == "_"):  # such as _SUCCESS
+            if kind:
+                unread["a readme or licence"].append(path)
+        elif not path.is_file():
+            unread["a broken link"] += [path] if path.is_symlink() else []
+        elif kind is None:
+            unread["no known text format"].append(path)
+        elif (inode := (path.stat().st_dev, path.stat().st_ino)) in seen:
+            unread["another name of a file that is read"].append(path)
+        elif kind[0] == ".json" and not text_files.holds_text(path):
+            unread["no text in it"].append(path)
+        else:
+            seen[inode] = path
+            files.append(path)
+    plain = set(files)
+    copies = {
+        path for path in files if path.suffix.lower() in text_files.COMPRESSIONS and path.with_suffix("") in plain
+    }
+    unread["a compressed copy of a file that is read"] += sorted(copies)
+    return [path for path in files if path not in copies], unread
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Returns the files in a folder and its subfolders. Links to folders are followed, but each folder is read once.
+    Hidden folders are skipped, and so is the base folder, which holds the converted text.
+
+    Raises UserError if a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"--data_dir={folder}: {error.filename} cannot be read ({error.strerror})") from error
+
+    base, seen, files = config.base_dir().resolve(), set(), []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        here = Path(root).resolve()
+        if here in seen or (here == base and Path(root) != folder):
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        files += [Path(root, name) for name in names]
+    return files
+
+
+def hash_of(text: str) -> float:
+    """Returns a number from 0 to 1 that depends only on the text. White space at the ends does not count."""
+    digest = hashlib.sha256(text.strip().encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -34,7 +34,7 @@ def main(cfg: config.ChatEval) -> None:
             scored = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
     checkpoint.find(cfg.source, cfg.model_tag, cfg.step)  # a missing checkpoint should fail before any download
-    loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
+    loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir, task_files=cfg.task_files) for name in names]
     model = checkpoint.load_model(cfg.source, cfg.model_tag, cfg.step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     sampling = chat.Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens, cfg.num_samples, cfg.seed)

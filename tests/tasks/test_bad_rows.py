@@ -1,4 +1,4 @@
-"""Rows of scored tasks that cannot be judged, such as hidden labels: refused at the start, in one line with the place."""
+"""Rows of scored tasks that cannot be judged, such as hidden labels, are refused at the start, with their place."""
 
 import json
 

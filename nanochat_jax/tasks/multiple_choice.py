@@ -26,7 +26,7 @@ def conversation(question: str, choices: Sequence[str], letters: Sequence[str], 
     """
     if len(choices) < 2 or len(choices) != len(letters) or len(set(letters)) < len(letters):
         raise BadRow(f"expected 2 or more choices with different letters, got {len(choices)} and {list(letters)}")
-    if not all(isinstance(text, str) for text in (question, *choices)) or not question.strip():
+    if not all(isinstance(text, str) for text in (question, *choices)):
         raise BadRow(f"question and choices must be text, got {question!r:.40} and {list(choices)!r:.80}")
     if answer not in letters:
         raise BadRow(f"the answer {answer!r} is not one of the letters {', '.join(map(str, letters))}")

@@ -37,7 +37,7 @@ def load(folder, name: str, file: str, rows: list[dict]) -> tasks.Task:
         ("mmlu", "mmlu/test", MMLU, {"choices": []}, "one of the 0 choices"),
         ("mmlu", "mmlu/test", MMLU, {"choices": ["a"] * 5}, "one of the 5 choices"),
         ("mmlu", "mmlu/test", MMLU, {"choices": ["a", 2, "b", "c"]}, "must be text"),
-        ("mmlu", "mmlu/test", MMLU, {"question": " "}, "must be text"),
+        ("mmlu", "mmlu/test", MMLU, {"question": None}, "must be text"),
         ("arc-easy", "arc/ARC-Easy/test", ARC, {"answerKey": ""}, "the answer '' is not one of the letters A, B"),
         ("arc-easy", "arc/ARC-Easy/test", ARC, {"answerKey": "AB"}, "the answer 'AB' is not one of the letters"),
         ("arc-easy", "arc/ARC-Easy/test", ARC, {"answerKey": "C"}, "the answer 'C' is not one of the letters A, B"),

@@ -39,7 +39,8 @@ def world(tmp_path_factory) -> Path:
 def sft(world: Path, tag: str, **changes) -> tuple[list[str], list[dict]]:
     """Finetunes on the conversations of your own. Returns what is printed, and the log."""
     flags = {
-        "source": "base", "model_tag": tag, "num_iterations": -1, "eval_examples": 12, "save_every": -1,
+        "source": "base", "model_tag": tag, "num_iterations": -1, "eval_examples": 12, "eval_every": 100,
+        "save_every": -1,
         "mixture": f"customjson:{world}/own.jsonl=0", "val_mixture": f"customjson:{world}/val.jsonl=0",
     }  # fmt: skip
     done = tiny.run("sft", world, **(flags | changes))

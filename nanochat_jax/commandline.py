@@ -205,8 +205,8 @@ def _to_mixture(value: object) -> dict[str, int]:
         return {str(name): _to_int(rows) for name, rows in value.items()}
     mixture = {}
     for part in filter(None, _to_str(value).split(",")):
-        name, equals, rows = part.partition("=")
-        if not equals or name in mixture:
+        name, equals, rows = part.rpartition("=")  # the path of customjson:PATH may contain "="
+        if not equals or name in mixture or "=" in name.partition(":")[0]:
             raise ValueError(value)
         mixture[name] = _to_int(rows)
     return mixture

@@ -35,7 +35,7 @@ def main(cfg: config.ChatEval) -> None:
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
     # A missing checkpoint should fail before any download.
     run, step = trained_model.find(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
-    loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir or None) for name in names]
+    loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir, task_files=cfg.task_files) for name in names]
     model = trained_model.load(cfg.source, run.name, step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     sampling = chat.Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens, cfg.num_samples, cfg.seed)

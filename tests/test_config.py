@@ -75,6 +75,8 @@ def test_the_word_auto_is_for_settings_that_say_so_whatever_their_help_is(capsys
 
 def test_mixtures_on_the_command_line():
     assert parse(config.Sft, ["--mixture=gsm8k=0,identity=30"]).mixture == {"gsm8k": 0, "identity": 30}
+    own = parse(config.Sft, ["--mixture=customjson:runs/lr=3/mine.jsonl=7"]).mixture
+    assert own == {"customjson:runs/lr=3/mine.jsonl": 7}
     for wrong in ("gsm8k", "gsm8k=x", "gsm8k=1=2"):
         problem = f"--mixture: '{wrong}' is not a list of name=rows, each name once, like gsm8k=0,"
         with pytest.raises(UserError, match=problem):
@@ -145,6 +147,7 @@ RANGES = [
     (config.Sft, "target_examples_per_step", 0, 1), (config.Sft, "num_epochs", 0, 1),
     (config.Rl, "device_batch_size", 0, 1), (config.Rl, "examples_per_step", 0, 1), (config.Rl, "num_samples", 1, 2),
     (config.Rl, "oversampling", 0, 1), (config.Rl, "max_new_tokens", 0, 1), (config.Rl, "temperature", -0.1, 0.0),
+    (config.Sft, "eval_examples", 0, 1),
     (config.Rl, "top_k", -1, 0), (config.Rl, "init_lr_frac", -0.1, 0.0), (config.Rl, "num_epochs", 0, 1),
     (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
     (config.TokTrain, "max_chars", 0, 1), (config.TokTrain, "doc_cap", 0, 1), (config.TokTrain, "vocab_size", 264, 265),

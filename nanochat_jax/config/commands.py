@@ -13,6 +13,8 @@ from nanochat_jax.config.training import (
     DTYPES,
     STAGES,
     TASK_DATA_DIR,
+    TASK_FILES,
+    TASK_FILES_CHOICES,
     TOP_K,
 )
 
@@ -111,6 +113,7 @@ class ChatEval(Load):
     max_problems: int = setting(-1, "maximum number of problems per task (-1: all)")
     seed: int = setting(42, "random seed for sampling")
     task_data_dir: str = setting("", TASK_DATA_DIR)
+    task_files: str = setting("generated", TASK_FILES, choices=TASK_FILES_CHOICES)
 
 
 @dataclass(frozen=True)

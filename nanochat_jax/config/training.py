@@ -13,14 +13,24 @@ PACKINGS = ("split", "crop", "stream")
 
 DEVICE_TYPE = "platform to run on (default: the best available)"
 COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if it is fast on the device, else float32)"
-MIXTURE = "rows of each task to train on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
+MIXTURE = (
+    "rows of each task to train on, as name=rows,name=rows (0: all rows; a task with too few repeats them); "
+    "customjson:FILE=rows reads your own conversations"
+)
 VAL_MIXTURE = "rows of each task to validate on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
 DATA_DIR = "folder of parquet, jsonl, json or txt files to read instead of the source named by --data"
 TASK_DATA_DIR = "folder with the data of the tasks (default: downloaded from the Hugging Face hub)"
+TASK_FILES = (
+    "words to spell and conversations about identity; published: those of the original nanochat, which are downloaded; "
+    "generated: frequent words of the text, and generated conversations"
+)
+TASK_ORDER = "order of the conversations; shuffled: all tasks mixed; sequence: one task after the other"
 CORE_DIR = "folder with the data of CORE (default: eval_bundle in the base folder; downloaded if missing)"
 TOP_K = "sample from the k most likely tokens (0: from all tokens)"
 SAVE_EVERY = "steps between checkpoints (-1: only at the end, at a stop signal, and before evaluations that may fail)"
 EVAL_EVERY = "steps between evaluations of the validation loss (-1: only at the end)"
+TASK_FILES_CHOICES = ("generated", "published")
+TASK_ORDERS = ("shuffled", "sequence")
 EVAL_TOKENS = "tokens per evaluation of the validation loss"
 SHARD = (
     "what is sharded over the data axis in addition to the batch; optimizer: the optimizer's state (ZeRO-1); "
@@ -195,11 +205,13 @@ class Mid(LaterStage):
     table: ClassVar[str] = "mid"
     source: str = setting("base", SOURCE, choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
+    task_files: str = setting("generated", TASK_FILES, choices=TASK_FILES_CHOICES)
     mixture: dict[str, int] = setting(
         {"smoltalk": 0, "mmlu": 0, "gsm8k": 0, "identity": 2000, "simplespelling": 200000, "spellingbee": 80000},
         MIXTURE,
     )
     val_mixture: dict[str, int] = setting({"smoltalk": 0, "mmlu": 5200, "gsm8k": 420}, VAL_MIXTURE)
+    task_order: str = setting("shuffled", TASK_ORDER, choices=TASK_ORDERS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     init_lr_frac: float = setting(1.0, INIT_LR_FRAC, low=0)
     eval_every: int = setting(150, EVAL_EVERY)
@@ -213,12 +225,14 @@ class Sft(LaterStage):
     table: ClassVar[str] = "sft"
     source: str = setting("mid", SOURCE, choices=STAGES)
     task_data_dir: str = setting("", TASK_DATA_DIR)
+    task_files: str = setting("generated", TASK_FILES, choices=TASK_FILES_CHOICES)
     mixture: dict[str, int] = setting(
         {"arc-easy": 0, "arc-challenge": 0, "gsm8k": 0, "smoltalk": 10000, "identity": 1000, "simplespelling": 300,
          "spellingbee": 300},
         MIXTURE,
     )  # fmt: skip
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, VAL_MIXTURE)
+    task_order: str = setting("shuffled", TASK_ORDER, choices=TASK_ORDERS)
     total_batch_size: int = setting(0, AUTO_BATCH, auto=True, low=1)
     target_examples_per_step: int = setting(
         32, "average number of conversations per optimizer step, if --total_batch_size is auto", low=1
@@ -226,7 +240,7 @@ class Sft(LaterStage):
     num_epochs: int = setting(1, "passes over the mixture", low=1)
     init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
     eval_every: int = setting(100, EVAL_EVERY)
-    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+    eval_examples: int = setting(3200, "conversations per evaluation of the validation loss", low=1)
     eval_metrics_every: int = setting(200, "steps between evaluations on --eval_metrics_tasks (-1: never)")
     eval_metrics_tasks: str = setting("mmlu|arc-easy", "names of the tasks to evaluate during training, joined by |")
     eval_metrics_max_problems: int = setting(1024, "maximum number of problems per task in an evaluation")
@@ -240,6 +254,7 @@ class Rl(LaterStage):
     source: str = setting("sft", SOURCE, choices=STAGES)
     mixture: dict[str, int] = setting({"gsm8k": 0}, MIXTURE)
     task_data_dir: str = setting("", TASK_DATA_DIR)
+    task_files: str = setting("generated", TASK_FILES, choices=TASK_FILES_CHOICES)
     device_batch_size: int = setting(8, "rows per device in a micro-batch; use fewer if memory runs out", low=1)
     examples_per_step: int = setting(16, "number of problems to train on per step", low=1)
     num_samples: int = setting(

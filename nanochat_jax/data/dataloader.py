@@ -149,20 +149,22 @@ def chat_loader(
     *,
     supervise: str = "all",
     epochs: int | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     max_rows: int | None = None,
     padding: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Returns a loader of batches made from a task's conversations. The conversations are reshuffled in each epoch.
-    Raises UserError if the task has no conversations.
+    """Returns a loader of batches made from a task's conversations. The conversations are reshuffled in each epoch. If
+    `seed` is None, they stay in order, except that packing moves some of them a little. Raises UserError if the task
+    has no conversations.
 
-    With supervise="all" (midtraining), every token is a target, and packing may split conversations.
+    With supervise="all" (midtraining), every token is a target, and packing may split conversations. Nothing is lost.
 
     With supervise="mask" (finetuning), only the assistant's tokens are targets, and conversations are not split. A
-    conversation that is longer than a row is truncated. A conversation without any target is skipped. `info` counts the
-    truncated and the skipped conversations.
+    conversation that is longer than a row is truncated after its last complete answer, because half an answer teaches
+    the model to stop too early. A conversation without a complete answer is skipped. `info` counts the truncated and
+    the skipped conversations.
 
     The loader stops after `epochs` epochs or after `max_rows` rows (None: no limit). Each batch of `rows` rows gets
     `padding` additional empty rows, so that it divides evenly among the devices.
@@ -177,12 +179,12 @@ def chat_loader(
 # Estimates of the number of tokens
 
 
-def mean_tokens(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> float:
-    """Estimates the mean number of tokens in a task's conversations, from `sample` evenly spaced conversations."""
+def token_counts(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> np.ndarray:
+    """Returns the numbers of tokens in `sample` evenly spaced conversations of a task, as int[sample]."""
     if not len(task):
         raise UserError("the task has no conversations")
     indices = np.unique(np.linspace(0, len(task) - 1, min(sample, len(task))).astype(int))
-    return float(np.mean([len(tokenizer.render_conversation(task[int(i)], max_tokens=NO_LIMIT)[0]) for i in indices]))
+    return np.array([len(tokenizer.render_conversation(task[int(i)], max_tokens=NO_LIMIT)[0]) for i in indices])
 
 
 def epoch_tokens(
@@ -340,19 +342,22 @@ class Documents:
 
 
 class Conversations:
-    """The conversations of a task as tokens, reshuffled in every epoch.
+    """The conversations of a task as tokens, reshuffled in every epoch, or in order if `seed` is None.
 
-    If `max_tokens` is given, each conversation is truncated to `max_tokens` tokens, and only its supervised tokens are
-    targets. If `max_tokens` is None, conversations are not truncated, and every token is a target.
+    If `max_tokens` is given, a conversation with more tokens is truncated after its last complete answer, and only
+    supervised tokens are targets. If `max_tokens` is None, conversations are not truncated, and every token is a
+    target.
     """
 
     start: ClassVar[Cursor] = {"epoch": 0, "position": 0, "truncated": 0, "skipped": 0}
 
-    def __init__(self, task: ChatTask, tokenizer: Tokenizer, max_tokens: int | None, seed: int, epochs: int | None):
+    def __init__(
+        self, task: ChatTask, tokenizer: Tokenizer, max_tokens: int | None, seed: int | None, epochs: int | None
+    ):
         if not len(task):
             raise UserError("the task has no conversations")
         self.task, self.tokenizer, self.max_tokens, self.seed, self.epochs = task, tokenizer, max_tokens, seed, epochs
-        self.bos = tokenizer.bos
+        self.bos, self.end = tokenizer.bos, tokenizer.special("<|assistant_end|>")
         self.stop = threading.Event()
         self._epoch, self._order = -1, np.arange(0)
 
@@ -362,7 +367,9 @@ class Conversations:
         if epoch == self.epochs:
             return None
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
+            self._epoch, self._order = epoch, np.arange(len(self.task))
+            if self.seed is not None:
+                self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
         docs, truncated, skipped = [], cursor["truncated"], cursor["skipped"]
         for i in self._order[begin : begin + RENDER_AT_ONCE]:
             # Ask for one token more than `max_tokens`. If the extra token is returned, the conversation is too long.
@@ -371,8 +378,10 @@ class Conversations:
             if self.max_tokens is None:
                 docs.append(packing.document(ids))
                 continue
-            truncated += len(ids) > self.max_tokens
-            ids, mask = ids[: self.max_tokens], mask[: self.max_tokens]
+            if len(ids) > self.max_tokens:
+                truncated += 1
+                whole = self._whole_answers(ids[: self.max_tokens])
+                ids, mask = ids[:whole], mask[:whole]
             if any(mask):
                 docs.append(packing.document(ids, mask))
             else:
@@ -380,6 +389,10 @@ class Conversations:
         end = begin + RENDER_AT_ONCE
         epoch, position = (epoch + 1, 0) if end >= len(self.task) else (epoch, end)
         return docs, {"epoch": epoch, "position": position, "truncated": truncated, "skipped": skipped}
+
+    def _whole_answers(self, ids: list[int]) -> int:
+        """Returns the number of tokens up to the end of the last complete answer, or 0 if there is none."""
+        return len(ids) - ids[::-1].index(self.end) if self.end in ids else 0
 
     def info(self, cursor: Cursor, waiting: int) -> dict[str, Any]:
         """Returns what `Loader.info` reports about a cursor.
@@ -471,7 +484,10 @@ class BatchIterator(grain.DatasetIterator):
                 break  # a whole epoch had no usable document, so other epochs will have none either
         if not len(self._packer):
             if not self._rows:
-                raise UserError("nothing to train on: every document is empty, or has no token to learn from")
+                raise UserError(
+                    "nothing to train on: every document is empty, or has no token to learn from, or no answer in it "
+                    f"ends within the {self._batches.width - 1} tokens of a row"
+                )
             return None
         self._rows += 1
         return self._packer.row()

@@ -25,7 +25,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,7 +224,7 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
     job.received, job.expected = dict.fromkeys(missing, 0), {}
     failures = []
     with job.threads(workers) as pool, Progress(label, None) as progress:
-        pending = {pool.submit(_fetch, job, name) for name in missing}
+        pending = {pool.submit(fetch, job, name, _transfer) for name in missing}
         while pending and len(failures) < 2 * workers:  # so many failures suggest a common cause
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             job.touch_lock()
@@ -242,13 +242,16 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
 # One shard
 
 
-def _fetch(job: Job, name: str) -> str:
-    """Fetches one shard, with retries. Returns "" on success, or one line with the reason for the failure."""
+def fetch(job: Job, name: str, transfer: Callable[[Job, str], None]) -> str:
+    """Fetches one file, with retries. `transfer` tries once.
+
+    Returns "" on success, or one line with the reason for the failure.
+    """
     tries = 0
     while True:
         before = job.received[name]
         try:
-            _transfer(job, name)
+            transfer(job, name)
             return ""
         except Stopped:
             return f"{name}: stopped"
@@ -283,6 +286,7 @@ def _transfer(job: Job, name: str) -> None:
     """Tries once to fetch a shard. Asks the hub for the shard's size and hash, downloads the missing bytes, and
     verifies the file."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
     # huggingface_hub reads HF_ENDPOINT only once, at import. Read it again here, in case it has changed.
     url = hf_hub_url(job.repo, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
@@ -296,22 +300,21 @@ def _transfer(job: Job, name: str) -> None:
     for other in path.parent.glob(f"{name}.*.part"):
         if other != part and re.fullmatch(r"[0-9a-f]{16}", other.name[len(name) + 1 : -len(".part")]):
             other.unlink()
-    _complete(job, name, url, part, about.size)
+    complete(job, name, url, part, about.size, build_hf_headers())
     expected = digest or (f"{recorded} as first recorded ({_hash_file(path).name})" if recorded else "")
-    _accept(part, path, expected, about.size)
+    accept(part, path, expected, about.size, _problem)
 
 
-def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> None:
+def complete(job: Job, name: str, url: str, part: Path, size: int | None, headers: dict[str, str]) -> None:
     """Downloads the rest of a partial file, or the whole file if the server does not support HTTP ranges."""
     from huggingface_hub import get_session, hf_raise_for_status
-    from huggingface_hub.utils import build_hf_headers
 
     start = part.stat().st_size if part.exists() else 0
     if size is not None and start == size:
         return
     if size is not None and start > size:
         start = 0
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    headers = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     timeout = _seconds("HF_HUB_DOWNLOAD_TIMEOUT", 10.0)
     before = job.received[name]
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
@@ -330,11 +333,14 @@ def _complete(job: Job, name: str, url: str, part: Path, size: int | None) -> No
             os.fsync(file.fileno())
 
 
-def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
+def accept(
+    part: Path, path: Path, expected: str, size: int | None, problem_of: Callable[[Path], str] = lambda _: ""
+) -> None:
     """Verifies the downloaded file `part` and renames it to `path`.
 
     If the content is wrong, deletes `part` and raises BadContent. If `part` is too short, raises ConnectionError.
-    `expected` begins with the required SHA-256, or is "" if none is known.
+    `expected` begins with the required SHA-256, or is "" if none is known. `problem_of` returns "" if the format is
+    right, or else the reason.
     """
     length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:
@@ -344,7 +350,7 @@ def _accept(part: Path, path: Path, expected: str, size: int | None) -> None:
     elif expected and not expected.startswith(digest):
         problem = f"got bytes with SHA-256 {digest}, expected {expected}"
     else:
-        problem = _problem(part)
+        problem = problem_of(part)
     if problem:
         part.unlink()
         raise BadContent(problem)

@@ -17,6 +17,7 @@ For the same split, index and data, `example` must always return the same conver
 the run's conversations, and the run resumes only if this hash is unchanged.
 """
 
+import difflib
 from pathlib import Path
 
 from nanochat_jax.config import UserError
@@ -24,21 +25,23 @@ from nanochat_jax.tasks.arc import ARCChallenge, ARCEasy
 from nanochat_jax.tasks.arithmetic import Sums, TwoStep
 from nanochat_jax.tasks.customjson import CustomJSON
 from nanochat_jax.tasks.generated_choice import GeneratedChoice
-from nanochat_jax.tasks.gsm8k import GSM8K
+from nanochat_jax.tasks.gsm8k import GSM8K, Socratic
 from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.identity import Identity
 from nanochat_jax.tasks.mmlu import MMLU
 from nanochat_jax.tasks.smoltalk import SmolTalk
 from nanochat_jax.tasks.spellingbee import SimpleSpelling, SpellingBee
 from nanochat_jax.tasks.task import Mixture, Task, View, first_rows
+from nanochat_jax.tasks.task_data import RowTask
 
-__all__ = ["TASKS", "Mixture", "Task", "View", "first_rows", "load", "mixture", "task_class"]
+__all__ = ["TASKS", "CustomJSON", "Mixture", "Task", "View", "first_rows", "load", "mixture", "task_class"]
 
 _CLASSES: tuple[type[Task], ...] = (
     MMLU,
     ARCEasy,
     ARCChallenge,
     GSM8K,
+    Socratic,
     HumanEval,
     SmolTalk,
     SpellingBee,
@@ -59,17 +62,22 @@ def task_class(name: str) -> type[Task]:
     """
     cls = TASKS.get(name.partition(":")[0].strip().lower())
     if cls is None:
-        raise UserError(f"unknown task {name!r}: must be one of {', '.join(c.name for c in TASKS.values())}")
+        similar = difflib.get_close_matches(name.strip().lower(), TASKS, 1)
+        hint = f"did you mean {TASKS[similar[0]].name}? " if similar else ""
+        raise UserError(f"unknown task {name!r}: {hint}must be one of {', '.join(c.name for c in TASKS.values())}")
     return cls
 
 
-def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0) -> Task:
+def load(
+    name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0, task_files: str = "generated"
+) -> Task:
     """Returns one split of a task: "train", "val" or "test". If the task has no val split, "val" means "test".
 
     data_dir: a local folder with task data, used instead of the Hugging Face hub.
-    rows: how many rows to take, or 0 for all rows. If the task has fewer rows, they are repeated.
+    rows: how many rows to take, or 0 for all rows. If the task has fewer rows, they are repeated, and a line says so.
+    task_files: "published" downloads the word list and the identity conversations of the original nanochat.
 
-    Raises UserError if the data is missing or empty.
+    Raises UserError if the data is missing or empty, or if a row is malformed.
     """
     if split not in ("train", "val", "test"):
         raise UserError(f"split {split!r} of {name}: must be train, val or test")
@@ -83,14 +91,37 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None, rows: int
         if not path:
             raise UserError("customjson needs a file: customjson:PATH")
         task = CustomJSON(path)
+    elif cls in (Identity, SpellingBee, SimpleSpelling):
+        task = cls(split, data_dir or None, download=task_files == "published")
     else:
         task = cls(split, data_dir or None)
     task.split = split
+    if isinstance(task, RowTask):
+        task.check()
+    if rows > len(task):
+        print(f"{task.name}: {rows:,} rows asked for, {len(task):,} here: rows are repeated", flush=True)
     return first_rows(task, rows)
 
 
-def mixture(counts: dict[str, int], split: str, data_dir: str | Path | None = None, seed: int = 42) -> Mixture:
-    """Returns a shuffled mixture of the tasks in `counts`: {name: number of rows, or 0 for all rows}."""
+def mixture(
+    counts: dict[str, int],
+    split: str,
+    data_dir: str | Path | None = None,
+    seed: int | None = 42,
+    *,
+    task_files: str = "generated",
+) -> Mixture:
+    """Returns a mixture of the tasks in `counts`: {name: number of rows, or 0 for all rows}.
+
+    The conversations are shuffled with `seed`. If `seed` is None, the tasks stay in order, one after the other.
+    """
     if not counts:
         raise UserError("an empty mixture: name at least one task, as name=rows")
-    return Mixture([load(name, split, data_dir=data_dir, rows=n) for name, n in counts.items()], seed)
+    seen: dict[str, str] = {}
+    for name in counts:
+        task, colon, path = name.partition(":")
+        if other := seen.get(key := task.strip().lower() + colon + path):
+            raise UserError(f"{other} and {name} are the same task: name it once, as {name}=rows")
+        seen[key] = name
+    loaded = [load(name, split, data_dir=data_dir, rows=n, task_files=task_files) for name, n in counts.items()]
+    return Mixture(loaded, seed)

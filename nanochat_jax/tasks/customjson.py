@@ -1,35 +1,71 @@
 """Your own conversations, for training only. On the command line, the task is called customjson:PATH.
 
-Each line of the file is a JSON array of messages {"role": ..., "content": ...}.
+Each line of the file holds one conversation in one of these formats:
+
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
+
+messages.py says which conversations are valid. The content of an assistant's message may be a list of parts, as in
+task.py. Empty lines are ignored.
 """
 
 import json
 from pathlib import Path
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import task_data
-from nanochat_jax.tasks.smoltalk import check_messages
+from nanochat_jax.tasks import messages, task_data
+from nanochat_jax.tasks.task import Task
 
 
-class CustomJSON(task_data.RowTask):
+class CustomJSON(Task):
     name = "CustomJSON"
+    has_val = True  # each file is for one purpose, so there is no test split to use instead
 
     def __init__(self, path: str | Path):
-        """Checks all lines now, because an error found during training could waste hours."""
+        """Reads and checks all lines.
+
+        Raises UserError with the number of the first bad line. Prints how many last questions are left out, because
+        they have no answer.
+        """
         path = Path(path).expanduser()
         if not path.is_file():
-            raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, each an array of messages")
-        self.rows = []
-        for number, line in enumerate(task_data.read_text(path).split("\n"), start=1):
+            raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, one conversation each")
+        text = task_data.read_text(path)
+        self.conversations: list[dict] = []
+        bad: list[str] = []
+        shortened: list[int] = []  # line numbers
+        for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
-                self.rows.append(check_messages(json.loads(line), f"{path}:{number}"))
+                self.conversations.append(messages.conversation(json.loads(line)))
+                if self.conversations[-1].pop("shortened", False):
+                    shortened.append(number)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from None
-        if not self.rows:
+                bad.append(f"{path}:{number}: not JSON: {error}")
+            except messages.BadRow as error:
+                bad.append(f"{path}:{number}: {error}")
+        if bad:
+            more = f" (and {len(bad) - 1:,} more bad lines)" if len(bad) > 1 else ""
+            raise UserError(_array_hint(text, path) or bad[0] + more)
+        if not self.conversations:
             raise UserError(f"{path}: empty")
+        if shortened:
+            print(f"{self.name}: {messages.describe_shortened(len(shortened), f'{path}:{shortened[0]}')}")
 
-    @staticmethod
-    def conversation(row: list) -> dict:
-        return {"messages": row}
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def example(self, index: int) -> dict:
+        return self.conversations[index]
+
+
+def _array_hint(text: str, path: Path) -> str:
+    """Returns advice if the whole file is one JSON array of conversations, else ""."""
+    try:
+        value = json.loads(text)
+        messages.read(value[0])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return ""
+    return f"{path}:1: one JSON array, expected one conversation per line: try jq -c '.[]' {path} > {path.stem}.jsonl"

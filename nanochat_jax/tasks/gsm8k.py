@@ -3,12 +3,16 @@
 In the data, the steps of an answer contain <<expression=result>>. The expression becomes a calculator call, and the
 result becomes the call's output. An answer ends with "#### number". It is right only if this number is written exactly
 as in the reference answer. Commas are ignored, but 10.0 does not match 10.
+
+GSM8K-Socratic is the subset `socratic` of the same data set. Local files are gsm8k/train.jsonl, gsm8k/test.jsonl,
+gsm8k/train_socratic.jsonl and gsm8k/test_socratic.jsonl.
 """
 
 import re
 from pathlib import Path
 
 from nanochat_jax.tasks import task_data
+from nanochat_jax.tasks.messages import BadRow
 
 REPO = "openai/gsm8k"
 
@@ -36,12 +40,14 @@ def is_right(conversation: dict, completion: str) -> bool:
 class GSM8K(task_data.RowTask):
     name = "GSM8K"
     eval_type = "generative"
+    subset = "main"  # on the hub
+    suffix = ""  # of the names of local files
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if data_dir:
-            self.rows = task_data.local(data_dir, f"gsm8k/{split}")
+            self.rows = task_data.local(data_dir, f"gsm8k/{split}{self.suffix}")
         else:
-            self.rows = task_data.hub(REPO, "main", split)
+            self.rows = task_data.hub(REPO, self.subset, split)
 
     @staticmethod
     def conversation(row: dict) -> dict:
@@ -50,7 +56,9 @@ class GSM8K(task_data.RowTask):
         Example: the answer "It is <<2*5=10>>10\\n#### 10" becomes a message with four parts: text "It is ", python
         "2*5", python_output "10", text "10\\n#### 10".
         """
-        parts = []
+        question, parts = row["question"], []
+        if not isinstance(question, str) or not question.strip():
+            raise BadRow(f"the question must be text, got {question!r:.40}")
         for i, piece in enumerate(_CALL.split(row["answer"])):  # even i: text, odd i: calculator call
             if i % 2 == 0:
                 parts.append({"type": "text", "text": piece})
@@ -58,12 +66,22 @@ class GSM8K(task_data.RowTask):
             expression, equals, result = piece.rpartition("=")
             parts.append({"type": "python", "text": expression if equals else piece})
             parts.append({"type": "python_output", "text": result if equals else ""})
+        if extract_answer(parts[-1]["text"]) is None:
+            raise BadRow(f'the answer must end with "#### number", got ...{row["answer"][-40:]!r}')
         return {
             "messages": [
-                {"role": "user", "content": row["question"]},
+                {"role": "user", "content": question},
                 {"role": "assistant", "content": parts},
             ]
         }
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return is_right(conversation, completion)
+
+
+class Socratic(GSM8K):
+    """The same problems, but every step of an answer begins with a question, such as "How many are left? **"."""
+
+    name = "GSM8K-Socratic"
+    subset = "socratic"
+    suffix = "_socratic"

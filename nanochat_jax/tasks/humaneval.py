@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nanochat_jax.config import UserError
 from nanochat_jax.tasks import sandbox, task_data
+from nanochat_jax.tasks.messages import BadRow
 
 REPO = "openai/openai_humaneval"
 
@@ -53,6 +54,8 @@ class HumanEval(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict) -> dict:
+        if not row["prompt"].strip() or not row["entry_point"].strip() or "def check(" not in row["test"]:
+            raise BadRow("expected a prompt, an entry_point and a test that defines check(candidate)")
         solution = row["prompt"] + "\n" + row["canonical_solution"]
         return {
             "messages": [

@@ -1,8 +1,13 @@
-"""Teaches the model who it is, with a thousand short generated conversations in many phrasings.
+"""Teaches the model who it is, with about a thousand short conversations.
 
-The training conversations are read from identity_conversations.jsonl in the task data folder. If that file does not
-exist, they are read from identity_conversations.jsonl in the base folder. The file in the base folder is generated on
-first use. To give the model another identity, edit or replace the file.
+The training conversations are the first of these that exist. A line says which.
+
+- identity_conversations.jsonl in the task data folder
+- identity_conversations.jsonl in the base folder, if it is your own: edit or replace this file to give the model
+  another identity
+- with --task_files=published, the conversations of the original nanochat, which are downloaded (published.py)
+- otherwise, a thousand generated conversations in many phrasings, which are written to identity_conversations.jsonl in
+  the base folder
 
 The splits have no question in common. The test questions were written before any model was evaluated on them. They use
 only words that occur in training questions. An answer is right if it contains the expected word or phrase.
@@ -15,7 +20,7 @@ from pathlib import Path
 
 from nanochat_jax.config import base_dir
 from nanochat_jax.files import write_text
-from nanochat_jax.tasks import task_data
+from nanochat_jax.tasks import published, task_data
 from nanochat_jax.tasks.customjson import CustomJSON
 from nanochat_jax.tasks.task import Task
 
@@ -151,8 +156,9 @@ class Identity(Task):
     eval_type = "generative"
     has_val = True
 
-    def __init__(self, split: str, data_dir: str | Path | None = None):
-        self.conversations: Task | list[dict] = _training_data(data_dir) if split == "train" else _questions(split)
+    def __init__(self, split: str, data_dir: str | Path | None = None, download: bool = False):
+        training = split == "train"
+        self.conversations: Task | list[dict] = _training_data(data_dir, download) if training else _questions(split)
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -165,13 +171,29 @@ class Identity(Task):
         return conversation["expected"].lower() in completion.lower()
 
 
-def _training_data(data_dir: str | Path | None) -> CustomJSON:
-    path = base_dir() / FILE
+def _training_data(data_dir: str | Path | None, download: bool) -> CustomJSON:
+    path, described = _training_file(data_dir, download)
+    conversations = CustomJSON(path)
+    print(f"identity: {len(conversations):,} conversations of {path}{described}", flush=True)
+    return conversations
+
+
+def _training_file(data_dir: str | Path | None, download: bool) -> tuple[Path, str]:
+    """Returns the file of the training conversations and, if they are generated, why."""
     if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
-        path = given
-    elif not path.is_file():
-        write_text(path, "".join(json.dumps(generate(i)) + "\n" for i in range(CONVERSATIONS)))
-    return CustomJSON(path)
+        return given, ""
+    own = base_dir() / FILE
+    generated = "".join(json.dumps(generate(i)) + "\n" for i in range(CONVERSATIONS))
+    if own.is_file() and task_data.read_text(own) != generated:
+        return own, ""
+    why = "--task_files=generated"
+    if download:
+        path, why = published.find(published.IDENTITY)
+        if path is not None:
+            return path, ", as published for the original nanochat"
+    if not own.is_file():
+        write_text(own, generated)
+    return own, f", generated ({why})"
 
 
 def generate(index: int) -> list[dict]:

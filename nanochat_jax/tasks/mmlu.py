@@ -6,8 +6,10 @@ The train split is MMLU's auxiliary_train.
 from pathlib import Path
 
 from nanochat_jax.tasks import multiple_choice, task_data
+from nanochat_jax.tasks.messages import BadRow
 
 REPO = "cais/mmlu"
+LETTERS = "ABCD"
 
 
 class MMLU(task_data.RowTask):
@@ -31,8 +33,11 @@ class MMLU(task_data.RowTask):
         if "answerKey" in row:  # rows of mc_train/ have ARC's format
             choices, letters = row["choices"]["text"], row["choices"]["label"]
             return multiple_choice.conversation(row["question"], choices, letters, row["answerKey"])
-        letters = "ABCD"[: len(row["choices"])]
-        return multiple_choice.conversation(row["question"], row["choices"], letters, letters[row["answer"]])
+        choices, answer = row["choices"], row["answer"]
+        if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices) <= len(LETTERS):
+            hidden = ", which hides the right answer" if answer == -1 else ""
+            raise BadRow(f"the answer is {answer!r}{hidden}, expected the index of one of the {len(choices)} choices")
+        return multiple_choice.conversation(row["question"], choices, LETTERS[: len(choices)], LETTERS[answer])
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return multiple_choice.evaluate(conversation, completion)

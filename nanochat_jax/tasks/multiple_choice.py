@@ -6,6 +6,8 @@ before the letter, so that the letter is the same token in the question and in t
 
 from collections.abc import Sequence
 
+from nanochat_jax.tasks.messages import BadRow
+
 
 def conversation(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
     """Returns a conversation. The user asks the question, and the assistant answers with only the right letter.
@@ -19,8 +21,15 @@ def conversation(question: str, choices: Sequence[str], letters: Sequence[str], 
         Respond only with the letter of the correct answer.
 
     and the assistant answers "B".
+
+    Raises BadRow if the arguments are not such a question, for example because the right answer is not published.
     """
-    assert answer in letters and len(choices) == len(letters), f"{len(choices)} choices, {letters=}, {answer=}"
+    if len(choices) < 2 or len(choices) != len(letters) or len(set(letters)) < len(letters):
+        raise BadRow(f"expected 2 or more choices with different letters, got {len(choices)} and {list(letters)}")
+    if not all(isinstance(text, str) for text in (question, *choices)):
+        raise BadRow(f"question and choices must be text, got {question!r:.40} and {list(choices)!r:.80}")
+    if answer not in letters:
+        raise BadRow(f"the answer {answer!r} is not one of the letters {', '.join(map(str, letters))}")
     listed = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     user = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
     return {

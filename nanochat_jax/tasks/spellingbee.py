@@ -80,9 +80,9 @@ class SpellingBee(Task):
     name = "SpellingBee"
     eval_type = "generative"
 
-    def __init__(self, split: str, data_dir: str | Path | None = None):
+    def __init__(self, split: str, data_dir: str | Path | None = None, download: bool = False):
         self.split = split
-        self.words = words.load(split, data_dir)
+        self.words = words.load(split, data_dir, download)
 
     def __len__(self) -> int:
         return TRAIN_ROWS if self.split == "train" else TEST_ROWS
@@ -128,8 +128,8 @@ class SimpleSpelling(Task):
     name = "SimpleSpelling"
     eval_type = "generative"
 
-    def __init__(self, split: str, data_dir: str | Path | None = None):
-        self.words = list(words.load(split, data_dir))
+    def __init__(self, split: str, data_dir: str | Path | None = None, download: bool = False):
+        self.words = list(words.load(split, data_dir, download))
         random.Random(42).shuffle(self.words)
 
     def __len__(self) -> int:

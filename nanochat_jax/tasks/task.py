@@ -98,21 +98,33 @@ def first_rows(task: Task, count: int) -> Task:
 class Mixture(Task):
     """The rows of several tasks in one random order. If a task is listed twice, its rows occur twice.
 
+    If `seed` is None, the rows are not shuffled: the tasks stay in order, one after the other.
+
     Each conversation gets a key "task", the index of its task in `tasks`. `evaluate` and `reward` call the methods of
     that task. For example, task 0 has the rows [s0, s1, s2], and task 1 has the rows [i0, i1]. Their mixture may be
     [i0, s1, s2, i1, s0], with the "task" values 1, 0, 0, 1, 0.
     """
 
-    def __init__(self, tasks: Sequence[Task], seed: int = 42):
+    def __init__(self, tasks: Sequence[Task], seed: int | None = 42):
         self.tasks = list(tasks)
         self.name = "+".join(task.name for task in self.tasks)
         self.eval_type = "generative" if all(t.eval_type == "generative" for t in self.tasks) else None
         self.starts = np.cumsum([0] + [len(task) for task in self.tasks])
         self.order = list(range(self.starts[-1]))
-        random.Random(seed).shuffle(self.order)
+        if seed is not None:
+            random.Random(seed).shuffle(self.order)
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def describe(self) -> str:
+        """Returns the tasks and their numbers of rows. Says so where the test split replaces a missing val split.
+
+        Example: "SmolTalk 24,229 (test split), Sums 200".
+        """
+        return ", ".join(
+            f"{task.name} {len(task):,}" + (" (test split)" if task.split == "test" else "") for task in self.tasks
+        )
 
     def hash(self) -> str:
         """Returns a hash that detects changed data.

@@ -11,7 +11,7 @@ specification.
 import gzip
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,35 +19,88 @@ import numpy as np
 
 from nanochat_jax.config import UserError, base_dir, first_line
 from nanochat_jax.files import write_text
+from nanochat_jax.tasks import messages
+from nanochat_jax.tasks.messages import BadRow, EmptyMessage
 from nanochat_jax.tasks.task import Task
 
 REVISION = "refs/convert/parquet"  # the branch of a data set that holds its parquet export
 TIMEOUT = 10  # seconds to wait for a response from the hub
 ATTEMPTS = 2  # maximum number of attempts to get a response from the hub
+BAD_ROW = (BadRow, KeyError, TypeError, IndexError, AttributeError)  # errors that a malformed row can cause
 
 Result = TypeVar("Result")
 
 
 class Rows(Protocol):
-    """A sequence of stored rows. An index that is too large must raise IndexError, so that a `for` loop ends."""
+    """A sequence of stored rows."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
 
+    def __iter__(self) -> Iterator[Any]:
+        """Yields all rows in order. This is faster than asking for one row at a time."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Returns the place of a row, such as "train.jsonl:17"."""
+        ...
+
 
 class RowTask(Task):
-    """A task that converts stored rows to conversations. Subclasses set `rows` and implement `conversation`."""
+    """A task that converts stored rows to conversations. Subclasses set `rows` and implement `conversation`.
 
-    rows: Rows
+    skips_empty: whether conversations with an empty message are skipped. Otherwise, they are refused.
+    """
+
+    rows: "Shuffled"
+    skips_empty: bool = False
 
     @staticmethod
     def conversation(row: Any) -> dict:
-        """Turns a row into a conversation.
-
-        Raises UserError, KeyError, TypeError or IndexError if the row lacks a field.
-        """
+        """Turns a row into a conversation. Raises BadRow, KeyError, TypeError or IndexError if the row is malformed."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Converts every row once, because an error found during training could waste hours.
+
+        Raises UserError with the place of the first malformed row. Skips conversations with an empty message if
+        `skips_empty` is set, and prints how many.
+        """
+        empty: dict[int, EmptyMessage] = {}
+        shortened: list[int] = []
+        for index, row in self.suspects():
+            if index in self.rows.dropped:
+                continue
+            try:
+                if self.conversation(row).get("shortened"):
+                    shortened.append(index)
+            except EmptyMessage as error:
+                if not self.skips_empty:
+                    raise self._refusal(self.rows.stored.where(index), error) from None
+                empty[index] = error
+            except BAD_ROW as error:
+                raise self._refusal(self.rows.stored.where(index), error) from None
+        if shortened:
+            where = self.rows.stored.where(shortened[0])
+            print(f"{self.name}: {messages.describe_shortened(len(shortened), where)}")
+        if not empty:
+            return
+        index, error = next(iter(empty.items()))
+        example = f"{self.rows.stored.where(index)} ({error})"
+        of = f"{len(empty):,} of {len(self.rows):,} conversations"
+        print(f"{self.name}: skipped {of} because of an empty message, the first is {example}")
+        self.rows.drop(empty)
+        if not len(self.rows):
+            raise UserError(f"{self.name}: every conversation has an empty message, the first is {example}")
+
+    def suspects(self) -> Iterable[tuple[int, Any]]:
+        """Yields (index, row) of the stored rows that `check` converts: all rows, unless a subclass knows better."""
+        return enumerate(self.rows.stored)
+
+    def _refusal(self, where: str, error: Exception) -> UserError:
+        reason = str(error) if isinstance(error, BadRow) else f"does not have the fields of this task ({error!r})"
+        return UserError(f"{self.name}: {where}: {reason}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,25 +108,36 @@ class RowTask(Task):
     def example(self, index: int) -> dict:
         try:
             return self.conversation(self.rows[index])
-        except (KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{self.name}: row {index} does not have the fields of this task ({error!r})") from None
+        except BAD_ROW as error:
+            raise self._refusal(self.rows.where(index), error) from None
 
 
 class JsonRows:
     """The rows of files with JSON lines. A row is decoded only when it is accessed."""
 
     def __init__(self, paths: Sequence[Path]):
-        self.lines = [line for path in paths for line in read_text(path).split("\n") if line.strip()]
-        self.origin = ", ".join(str(path) for path in paths)
+        self.lines = [
+            (line, path, number)
+            for path in paths
+            for number, line in enumerate(read_text(path).split("\n"), start=1)
+            if line.strip()
+        ]
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return json.loads(self.lines[index])
+            return json.loads(self.lines[index][0])
         except json.JSONDecodeError as error:
-            raise UserError(f"{self.origin}: non-empty line {index + 1} is not JSON: {error}") from None
+            raise UserError(f"{self.where(index)}: not JSON: {error}") from None
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
+
+    def where(self, index: int) -> str:
+        _, path, number = self.lines[index]
+        return f"{path}:{number}"
 
 
 class ParquetRows:
@@ -87,10 +151,12 @@ class ParquetRows:
         import pyarrow.parquet as pq
 
         try:
-            self.table = pa.concat_tables([pq.read_table(path) for path in paths])
+            tables = [pq.read_table(path) for path in paths]
+            self.table = pa.concat_tables(tables)
         except (pa.ArrowInvalid, OSError) as error:
             names = ", ".join(map(str, paths))
             raise UserError(f"{names}: cannot be read; delete it to download it again ({first_line(error)})") from None
+        self.paths, self.starts = list(paths), np.cumsum([0] + [table.num_rows for table in tables])
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -98,19 +164,37 @@ class ParquetRows:
     def __getitem__(self, index: int) -> dict:
         return self.table.slice(index, 1).to_pylist()[0]
 
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self.table.to_batches(max_chunksize=1024):
+            yield from batch.to_pylist()
+
+    def where(self, index: int) -> str:
+        file = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return f"{self.paths[file]}, row {index - int(self.starts[file])}"
+
 
 class Shuffled:
-    """Rows in random order: numpy's permutation with `seed`."""
+    """Stored rows in random order: numpy's permutation with `seed`."""
 
-    def __init__(self, rows: Rows, seed: int = 42):
-        self.rows = rows
-        self.order = np.random.default_rng(seed).permutation(len(rows))
+    def __init__(self, stored: Rows, seed: int = 42):
+        self.stored = stored
+        self.order = np.random.default_rng(seed).permutation(len(stored))
+        self.dropped: set[int] = set()  # indices into `stored`
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> Any:
-        return self.rows[int(self.order[index])]
+        return self.stored[int(self.order[index])]
+
+    def where(self, index: int) -> str:
+        """Returns the place of a row, such as "train.jsonl:17"."""
+        return self.stored.where(int(self.order[index]))
+
+    def drop(self, indices: Collection[int]) -> None:
+        """Leaves out the stored rows with these indices. The order of the other rows stays the same."""
+        self.dropped.update(indices)
+        self.order = self.order[~np.isin(self.order, list(indices))]
 
 
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
@@ -185,12 +269,13 @@ def find(path: Path) -> Path | None:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file. A file whose name ends in .gz is decompressed.
+    """Returns the text of a UTF-8 file, without a byte order mark. A file whose name ends in .gz is decompressed.
 
     Raises UserError if the file cannot be read.
     """
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as f:
-            return f.read()
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None

@@ -3,11 +3,12 @@
 The words are read from the first of these files that exists:
 
 - words/words_alpha.txt in the task data folder
-- task_data/words_alpha.txt in the base folder
+- task_data/words_alpha.txt in the base folder; with --task_files=published, this file is downloaded
 - task_data/words.txt in the base folder
 
 If none of them exists, the frequent words of the text that the tokenizer was trained on are written to
-task_data/words.txt and used from then on. So the words stay the same when pretraining text is added later.
+task_data/words.txt and used from then on. So the words stay the same when pretraining text is added later. A line says
+which words are used.
 """
 
 import collections
@@ -20,7 +21,7 @@ from pathlib import Path
 from nanochat_jax.config import UserError, base_dir
 from nanochat_jax.data import parquet, sources
 from nanochat_jax.files import write_text
-from nanochat_jax.tasks import task_data
+from nanochat_jax.tasks import published, task_data
 
 HOLD_OUT = 10  # about one in HOLD_OUT words is only for the test; a hash of the word decides
 CORPUS_CHARS = 50_000_000  # count words in this many characters of text; this is enough to find all frequent words
@@ -31,12 +32,12 @@ MIN_COUNT = 3  # a word must occur at least this many times; rarer words are mos
 _WORD = re.compile(r"(?<![\w./\\-])[a-z]{3,12}(?![\w/\\-]|\.\w|:/)", re.ASCII)
 
 
-def load(split: str, data_dir: str | Path | None = None) -> tuple[str, ...]:
+def load(split: str, data_dir: str | Path | None = None, download: bool = False) -> tuple[str, ...]:
     """Returns the words of `split`, "train" or "test". No word is in both splits.
 
     Raises UserError if the split has no words.
     """
-    words = _all_words(str(data_dir or ""), base_dir())
+    words = _all_words(str(data_dir or ""), base_dir(), download)
     chosen = tuple(word for word in words if held_out(word) == (split == "test"))
     if not chosen:
         raise UserError(f"only {len(words)} words found, none of them for {split}: the spelling tasks need more words")
@@ -49,17 +50,24 @@ def held_out(word: str) -> bool:
 
 
 @functools.cache  # both spelling tasks call this, each for train and for test
-def _all_words(data_dir: str, base: Path) -> list[str]:
-    places = [base / "task_data" / "words_alpha.txt", base / "task_data" / "words.txt"]
+def _all_words(data_dir: str, base: Path, download: bool) -> list[str]:
+    path, why = None, "--task_files=generated"
     if data_dir:
-        places.insert(0, Path(data_dir) / "words" / "words_alpha.txt")
-    path = next(filter(None, map(task_data.find, places)), None)
+        path = task_data.find(Path(data_dir) / "words" / "words_alpha.txt")
     if path is None:
-        path = places[-1]
-        write_text(path, "\n".join(_corpus_words()) + "\n")
+        path = task_data.find(base / "task_data" / "words_alpha.txt")
+    if path is None and download:
+        path, why = published.find(published.WORDS)
+    described = ""
+    if path is None:
+        path = base / "task_data" / "words.txt"
+        if not path.is_file():
+            write_text(path, "\n".join(_corpus_words()) + "\n")
+        described = f", the frequent words of the pretraining text ({why})"
     words = [word for line in task_data.read_text(path).split("\n") if (word := line.strip())]
     if not words:
         raise UserError(f"{path}: empty")
+    print(f"words to spell: {len(words):,} of {path}{described}", flush=True)
     return words
 
 

@@ -80,8 +80,11 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
 
                 run.saver.raise_if_failed()
                 log.push(control.step, results, lr_mult, waited, progress)  # logs the previous step
+            truncated = stage.describe_truncated()
             stage.loader.close()
             run.finish(control.step)
+            if truncated:
+                print(f"{cfg.stage}: {truncated}")
             print(f"{cfg.stage}: done, {control.step} steps in {clock(run.totals['seconds'])} (excluding compilation)")
 
 
@@ -234,6 +237,7 @@ class StepLog:
             f"{short(self.run.totals['tokens'])} tokens",
             _place(info),
             f"waste {info['waste']:.1%}",
+            f"truncated {info['truncated']:,}" if info.get("truncated") else "",
             f"skipped {info['skipped']:,}" if info.get("skipped") else "",
             f"wait {1000 * done.waited:.0f} ms",
             f"eta {self._eta(step, done.progress)}",

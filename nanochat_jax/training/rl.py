@@ -132,8 +132,8 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
     for name in cfg.mixture:
         if tasks.task_class(name).eval_type != "generative":
             raise UserError(f"--mixture: {name} has no answers that can be generated and checked: try gsm8k=0")
-    task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
-    held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir)
+    task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir, task_files=cfg.task_files)
+    held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir, task_files=cfg.task_files)
     drawn = cfg.examples_per_step * cfg.oversampling
     if drawn > len(task):  # a problem drawn twice in one step would get the same answers twice
         raise UserError(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from nanochat_jax import checkpoint, config, progress, tasks
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.data import dataloader, hub, sources, token_cache
@@ -35,6 +37,14 @@ class Stage:
     validation: Callable[[], dataloader.Loader]  # opens the held-out data
     lr_mult: Callable[[int, float], float]  # (step, progress from 0 to 1) -> factor for all learning rates
     facts: dict[str, str] = field(default_factory=dict)  # printed before the first step
+
+    def describe_truncated(self) -> str:
+        """Describes the conversations read so far that were longer than a row. Returns "" if there were none."""
+        info = self.loader.info
+        if not info.get("truncated"):
+            return ""
+        text = f"{info['truncated']:,} conversations were longer than a row, and ended after their last whole answer"
+        return text + (f"; {info['skipped']:,} without a whole answer were skipped" if info["skipped"] else "")
 
     def progress(self, step: int) -> float:
         """Returns the fraction of the stage that is done, from 0 to 1.
@@ -86,9 +96,9 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
 def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     """Sets up midtraining or finetuning.
 
-    Midtraining may split a conversation over several rows, and every token is a target. Finetuning keeps conversations
-    whole, and only the assistant's tokens are targets. If --num_iterations is given, training ends after that many
-    steps. Otherwise, training ends with the data.
+    Midtraining may split a conversation over several rows, and every token is a target. Finetuning does not split
+    conversations, and only the assistant's tokens are targets. If --num_iterations is given, training ends after that
+    many steps. Otherwise, training ends with the data.
     """
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
     if isinstance(cfg, config.Mid):
@@ -96,10 +106,15 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     else:
         supervise, epochs, decay = "mask", cfg.num_epochs, optim.linear_decay
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
-    task = tasks.mixture(cfg.mixture, "train", cfg.task_data_dir)
+    check_held_out(cfg)
+    in_order = cfg.task_order == "sequence"
+    task = tasks.mixture(
+        cfg.mixture, "train", cfg.task_data_dir, seed=None if in_order else 42, task_files=cfg.task_files
+    )
     pin_tasks(run, task)
-    held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir)
-    mean_length = dataloader.mean_tokens(task, tokenizer)
+    held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir, task_files=cfg.task_files)
+    lengths = dataloader.token_counts(task, tokenizer)
+    mean_length = float(np.mean(lengths))
     if isinstance(cfg, config.Mid) or cfg.total_batch_size:
         shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run))
     else:
@@ -109,25 +124,42 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
     loader = dataloader.chat_loader(
         task, tokenizer, shape.total_rows, model_cfg.sequence_len, supervise=supervise,
-        epochs=None if steps else epochs, seed=cfg.seed, padding=shape.padding, process_index=process_index,
-        process_count=process_count,
+        epochs=None if steps else epochs, seed=None if in_order else cfg.seed, padding=shape.padding,
+        process_index=process_index, process_count=process_count,
     )  # fmt: skip
+
+    # The same conversations are read every time, on any number of devices. Midtraining packs as much of them into rows
+    # as --eval_tokens allows, and finetuning reads --eval_examples of them.
+    is_mid = isinstance(cfg, config.Mid)
+    asked = held_out if is_mid else held_out[: cfg.eval_examples]
+    max_rows = max(1, cfg.eval_tokens // model_cfg.sequence_len) if is_mid else None
 
     def validation() -> dataloader.Loader:
         return dataloader.chat_loader(
-            held_out, tokenizer, shape.rows * shape.replicas, model_cfg.sequence_len, supervise=supervise, epochs=1,
-            max_rows=max(1, cfg.eval_tokens // model_cfg.sequence_len), process_index=process_index,
-            process_count=process_count,
+            asked, tokenizer, shape.rows * shape.replicas, model_cfg.sequence_len, supervise=supervise, epochs=1,
+            max_rows=max_rows, process_index=process_index, process_count=process_count,
         )  # fmt: skip
 
     def lr_mult(_: int, progress: float) -> float:
         return cfg.init_lr_frac * decay(progress)
 
+    amount = f"at most {cfg.eval_tokens:,} tokens" if is_mid else f"{len(asked):,} conversations"
+    order = "one task after the other" if in_order else "shuffled"
     facts = {
-        "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average ({', '.join(cfg.mixture)})",
+        "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average, {order}: {task.describe()}",
         "steps per epoch, about": f"{len(task) * mean_length / shape.tokens:,.0f}",
+        "validation": f"{amount} of {held_out.describe()}",
     }
+    if not is_mid and (too_long := float(np.mean(lengths > model_cfg.sequence_len + 1))):
+        facts["longer than a row"] = f"about {too_long:.1%} of the conversations; each ends after its last whole answer"
     return Stage(shape, steps, epochs, loader, validation, lr_mult, facts)
+
+
+def check_held_out(cfg: config.Mid | config.Sft) -> None:
+    """Raises UserError if a file of your own is in --mixture and in --val_mixture."""
+    for name in cfg.val_mixture:
+        if name in cfg.mixture and tasks.task_class(name) is tasks.CustomJSON:
+            raise UserError(f"--val_mixture: {name} is also in --mixture: hold out some conversations in another file")
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:

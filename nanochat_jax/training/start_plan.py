@@ -23,7 +23,7 @@ FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
     "sample_every", "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples",
-    "eval_samples", "max_epochs",
+    "eval_samples", "max_epochs", "task_files",
     "source_tag", "source_step",  # they name the parent, whose weights are compared instead
     "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip

@@ -62,7 +62,10 @@ def _evaluate(evaluate: Callable[[Run, Stage, int], None], run: Run, stage: Stag
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
     """Loads the tasks of --eval_metrics_tasks. This happens before the first step, so that errors appear early."""
-    loaded = [tasks.load(name, "val", data_dir=cfg.task_data_dir) for name in cfg.eval_metrics_tasks.split("|")]
+    loaded = [
+        tasks.load(name, "val", data_dir=cfg.task_data_dir, task_files=cfg.task_files)
+        for name in cfg.eval_metrics_tasks.split("|")
+    ]
     for task in loaded:
         if task.eval_type is None:
             raise UserError(f"--eval_metrics_tasks: {task.name} is for training only, its answers cannot be evaluated")

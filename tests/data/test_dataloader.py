@@ -336,18 +336,72 @@ def test_mid_supervises_every_token_and_cuts_nothing():
     assert sorted(targets[targets > 0].tolist()) == sorted(expected)
 
 
-def test_overlong_conversations_are_truncated_and_counted_or_skipped_and_counted():
-    # 0: fits exactly; 1: the answer is truncated; 2: nothing of the answer is left.
-    question, answer = [3, 3, 40], [T + 1 - 8, 60, 5]
-    task = Task(3, answer=lambda i: answer[i], question=lambda i: question[i])
-    loader = dataloader.chat_loader(task, TOKENIZER, 1, T, supervise="mask", epochs=1)
-    batches = [next(loader), next(loader)]
-    with pytest.raises(StopIteration):
-        next(loader)
-    assert (loader.info["truncated"], loader.info["skipped"], loader.info["progress"]) == (2, 1, 1.0)
+def talk(*lengths: int) -> dict:
+    """A conversation whose messages have these numbers of words, without the two special tokens of each message. The
+    words of message i are the number 1000 + i."""
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": " ".join([str(1000 + i)] * n)} for i, n in enumerate(lengths)
+    ]
+    return {"messages": messages}
+
+
+OVERLONG = [
+    talk(3, T + 1 - 8),  # 0: exactly as long as a row
+    talk(3, T + 2 - 8),  # 1: one token too long, so nothing of its only answer is kept
+    talk(40, 5),  # 2: the question alone is too long
+    talk(2, 2, 2, 20),  # 3: the second answer is too long
+    talk(2, 2, 20),  # 4: the second question is too long
+    talk(2, 2, 2, T + 1 - 15),  # 5: exactly as long as a row
+]
+
+
+def test_overlong_conversations_end_after_a_whole_answer():
+    loader = dataloader.chat_loader(OVERLONG, TOKENIZER, 1, T, supervise="mask", epochs=1)
+    batches = take(loader)
+    assert (loader.info["truncated"], loader.info["skipped"], loader.info["progress"]) == (4, 2, 1.0)
     targets = flat(batches, "targets")
-    assert {1000, 1001} <= set(targets.ravel().tolist()) and 1002 not in targets
+    # Messages 1 and 3 are answers. 0: T+1-8 words; 3 and 4: the first answer; 5: both answers.
+    assert (targets == 1001).sum() == T + 1 - 8 + 2 + 2 + 2 and (targets == 1003).sum() == T + 1 - 15
+    assert (targets == TOKENIZER.assistant_end).sum() == 5, "every answer that is trained on ends"
+    inputs = flat(batches, "inputs")
+    assert (inputs == TOKENIZER.user_start).sum() == 5 and 1002 in inputs
     assert all((b["targets"] != -1).any() for b in batches)
+
+
+def test_every_supervised_answer_is_whole_however_long_a_row_is():
+    rng = np.random.default_rng(0)
+    task = [talk(*rng.integers(1, 9, 2 * rng.integers(1, 6))) for _ in range(60)]
+    for width in (12, 20, 33, 80):
+        loader = dataloader.chat_loader(task, TOKENIZER, 3, width, supervise="mask", epochs=1)
+        for batch in take(loader):
+            for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
+                assert (inputs == TOKENIZER.assistant_start).sum() == (targets == TOKENIZER.assistant_end).sum()
+        long = sum(len(TOKENIZER.render_conversation(c)[0]) > width + 1 for c in task)
+        assert loader.info["truncated"] == long and loader.info["skipped"] <= long
+
+
+def test_counts_of_truncated_conversations_survive_a_resume():
+    def fresh():
+        return dataloader.chat_loader(OVERLONG * 20, TOKENIZER, 2, T, supervise="mask", epochs=2, seed=1)
+
+    whole, first = fresh(), fresh()
+    expected = take(whole)
+    begun = [next(first) for _ in range(9)]
+    resumed = fresh()
+    resumed.restore(json.loads(json.dumps(first.state())))
+    np.testing.assert_equal([*begun, *take(resumed)], expected)
+    assert whole.info == resumed.info and whole.info["truncated"] == 160
+    first.close()
+
+
+def test_without_a_seed_conversations_stay_in_order():
+    task = [talk(2, 3 + i % 3) for i in range(300)]
+    for i, conversation in enumerate(task):
+        conversation["messages"][0]["content"] = f"{2000 + i} 5"
+    loader = dataloader.chat_loader(task, TOKENIZER, 4, 32, supervise="mask", epochs=1, seed=None)
+    seen = [int(i) - 2000 for i in flat(take(loader), "inputs").ravel() if i >= 2000]
+    assert sorted(seen) == list(range(300))
+    assert max(abs(place - i) for place, i in enumerate(seen)) < 120  # the packer's buffer holds 100 conversations
 
 
 def test_conversations_without_an_answer_are_refused_if_there_is_nothing_else():
@@ -439,8 +493,9 @@ def test_with_the_real_tokenizer():
     rendered = [tokenizer.render_conversation(c) for c in task]
     expected = [i for ids, mask in rendered for i, m in zip(ids, mask, strict=True) if m]
     assert sorted(targets[targets >= 0].tolist()) == sorted(expected)
-    assert dataloader.mean_tokens(task, tokenizer) == np.mean([len(ids) for ids, _ in rendered])
+    assert dataloader.token_counts(task, tokenizer).tolist() == [len(ids) for ids, _ in rendered]
 
 
-def test_mean_tokens():
-    assert dataloader.mean_tokens(Task(10, answer=lambda i: 4, question=lambda i: 2), TOKENIZER) == 11
+def test_token_counts():
+    counts = dataloader.token_counts(Task(10, answer=lambda i: 4, question=lambda i: 2), TOKENIZER)
+    assert counts.tolist() == [11] * 10

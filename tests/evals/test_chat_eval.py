@@ -152,6 +152,18 @@ def test_a_task_for_training_is_refused(model, tokenizer):
         chat.evaluate(model, Training())
 
 
+def test_hidden_labels_are_refused_before_anything_is_evaluated(own_base_dir, model, tokenizer, tmp_path):
+    rows = [{"question": "?", "choices": ["a", "b", "c", "d"], "answer": answer} for answer in (0, 1, -1)]
+    (tmp_path / "mmlu").mkdir()
+    (tmp_path / "mmlu" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_model(own_base_dir, model.params, model.model_cfg, tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="Sums|MMLU", task_data_dir=str(tmp_path), device_type="cpu")
+    with pytest.raises(UserError, match=r"MMLU: .*mmlu/test\.jsonl:3: the answer is -1, which hides the right answer"):
+        chat_eval.main(cfg)
+    assert not (own_base_dir / "chat_eval").exists()
+    assert not [r for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
+
+
 def test_chatcore_needs_all_six_tasks():
     def score(task, value, baseline, n=100):
         return chat.ChatScore(task, value, n, baseline, 1.0, None, [])

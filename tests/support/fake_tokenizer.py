@@ -11,6 +11,9 @@ class FakeTokenizer:
     user_start, user_end, assistant_start, assistant_end = 1, 2, 3, 4
     vocab_size = 100_000
 
+    def special(self, name):
+        return getattr(self, name.strip("<|>"))
+
     def encode(self, text, prepend=None, append=None, num_threads=8):
         if isinstance(text, list):
             return [self.encode(t, prepend, append) for t in text]

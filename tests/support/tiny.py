@@ -54,7 +54,8 @@ def command(stage: str, **changes) -> list[str]:
     if stage in ("mid", "sft"):
         flags |= {"mixture": "sums=200,identity=50", "val_mixture": "sums=20"}
     if stage == "sft":
-        flags["eval_metrics_every"] = -1
+        del flags["eval_tokens"]
+        flags |= {"eval_metrics_every": -1, "eval_examples": 8}
     if stage == "rl":
         del flags["total_batch_size"], flags["eval_tokens"]
         flags |= {"mixture": "sums=0", "examples_per_step": 2, "num_samples": 4, "max_new_tokens": 8}

@@ -1,0 +1,98 @@
+"""What midtraining and finetuning read, what they leave out, and what they validate on, in real runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from nanochat_jax import config, run_log
+from nanochat_jax.config import UserError
+from nanochat_jax.training import run as training_run
+from nanochat_jax.training import stages
+
+LONG = "the small red cat sees a large dog under the tree " * 20  # longer than a row of 64 tokens
+
+
+def conversation(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("world")
+    tiny.make_world(base)
+    done = tiny.run("base", base, model_tag="t", num_iterations=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    own = [conversation(f"cat {i}?", "dog.") for i in range(40)]
+    own += [conversation("cat?", "dog.", "and?", LONG)] * 5  # the second answer is too long
+    own += [conversation(LONG, "dog."), conversation("cat?", LONG)]  # no answer fits
+    (base / "own.jsonl").write_text("".join(json.dumps(c) + "\n" for c in own), encoding="utf-8")
+    for tag in ("one", "two"):
+        (base / "base_checkpoints" / tag).symlink_to(base / "base_checkpoints" / "t")
+    held_out = [conversation(f"tree {i}?", "dog.") for i in range(30)]
+    (base / "val.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in held_out), encoding="utf-8")
+    return base
+
+
+def sft(world: Path, tag: str, **changes) -> tuple[list[str], list[dict]]:
+    """Finetunes on the conversations of your own. Returns what is printed, and the log."""
+    flags = {
+        "source": "base", "model_tag": tag, "num_iterations": -1, "eval_examples": 12, "eval_every": 100,
+        "save_every": -1,
+        "mixture": f"customjson:{world}/own.jsonl=0", "val_mixture": f"customjson:{world}/val.jsonl=0",
+    }  # fmt: skip
+    done = tiny.run("sft", world, **(flags | changes))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines(), run_log.read(world / "sft_checkpoints" / tag)
+
+
+@pytest.fixture(scope="module")
+def finetuned(world) -> tuple[list[str], list[dict]]:
+    return sft(world, "one", task_order="sequence")
+
+
+def test_finetuning_says_what_it_reads_and_what_it_leaves_out(finetuned):
+    lines, log = finetuned
+    assert any(line.startswith("  conversations: 47 of ") for line in lines)
+    assert any(line.endswith("tokens on average, one task after the other: CustomJSON 47") for line in lines)
+    assert "  validation: 12 conversations of CustomJSON 30" in lines
+    assert "  longer than a row: about 14.9% of the conversations; each ends after its last whole answer" in lines
+    assert lines[-2] == (
+        "sft: 7 conversations were longer than a row, and ended after their last whole answer; "
+        "2 without a whole answer were skipped"
+    )
+    last = [record for record in log if record["kind"] == "train"][-1]
+    assert (last["truncated"], last["skipped"], last["epoch"]) == (7, 2, 1)
+
+
+def test_the_same_conversations_are_validated_on_whatever_the_number_of_devices(world, finetuned):
+    def at_start(log: list[dict]) -> list[float]:
+        return [r["bpb"] for r in log if r["kind"] == "val" and r["step"] == 0]
+
+    _, log = sft(world, "two", devices=2, device_batch_size=1)
+    assert at_start(log) == pytest.approx(at_start(finetuned[1]), rel=1e-5) and len(at_start(log)) == 1
+
+
+def test_a_run_of_an_earlier_version_may_have_other_validation_settings(capsys):
+    cfg = config.Sft()
+    saved = dataclasses.asdict(cfg) | {"eval_tokens": 20 * 524288}
+    del saved["eval_examples"], saved["task_order"], saved["task_files"]
+    assert training_run._changed_settings(cfg, saved) == []
+    assert "no longer exist are ignored: eval_tokens\n" in capsys.readouterr().out
+    assert (
+        training_run._changed_settings(dataclasses.replace(cfg, eval_examples=7, task_files="published"), saved) == []
+    )
+    assert training_run._changed_settings(dataclasses.replace(cfg, task_order="sequence"), saved) != []
+
+
+def test_finetuning_validates_on_as_many_conversations_as_specified():
+    assert config.Sft().eval_examples == 100 * 4 * 8  # eval_steps x device_batch_size x ranks
+
+
+def test_a_file_cannot_be_trained_and_validated_on():
+    same = {"customjson:a.jsonl": 0}
+    with pytest.raises(UserError, match=r"--val_mixture: customjson:a\.jsonl is also in --mixture"):
+        stages.check_held_out(config.Sft(mixture=same | {"sums": 5}, val_mixture=same))
+    stages.check_held_out(config.Mid(mixture={"sums": 5} | same, val_mixture={"sums": 5, "customjson:b.jsonl": 0}))

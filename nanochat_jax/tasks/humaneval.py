@@ -3,7 +3,9 @@
 An answer is right if the function passes the unit tests.
 """
 
+import functools
 import re
+import textwrap
 from pathlib import Path
 
 from nanochat_jax.config import UserError
@@ -11,32 +13,60 @@ from nanochat_jax.tasks import sandbox, task_data
 
 REPO = "openai/openai_humaneval"
 
-_FENCED = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
+# The first line of a fenced block: "```python", also in a list ("1. ```python") or after text ("Answer: ```python").
+_FENCE = re.compile(r"(?P<before>[^`~]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
+_PYTHON = re.compile(r"[{.]*i?py(thon)?[\d.]*\b|\s*$", re.IGNORECASE)  # the info strings: python, py3, {.python}, none
 
 
-def extract_code(completion: str) -> str:
-    """Returns the first fenced code block of an answer, or the whole answer if it has no code block."""
-    match = _FENCED.search(completion)
-    return (match[1] if match else completion).strip()
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Returns the fenced code blocks of a Markdown text, as pairs (info string, code).
+
+    Fences are three or more backticks or tildes. An indented block loses its indentation, and a block without a closing
+    fence reaches to the end. The closing fence may follow the last line of code instead of having a line of its own.
+    """
+    blocks = []
+    lines = iter(text.splitlines())
+    for line in lines:
+        opening = _FENCE.fullmatch(line)
+        if not opening:
+            continue
+        fence, code = opening["fence"], []
+        for line in lines:
+            rest = line.rstrip()
+            if rest.endswith(fence) and not rest.strip(fence[0] + " \t"):
+                break
+            if rest.endswith(fence) and rest.count(fence) == 1:
+                code.append(rest.removesuffix(fence))
+                break
+            code.append(line)
+        # In a list, the code is indented as far as the fence. A docstring may be indented less.
+        indented = re.compile(rf"[ \t]{{0,{len(opening['before'])}}}")
+        blocks.append((opening["info"], textwrap.dedent("\n".join(indented.sub("", row, count=1) for row in code))))
+    return blocks
 
 
-def extract_imports(prompt: str) -> str:
-    """Returns the import lines at the start of a prompt. An answer may rely on these imports without repeating them."""
-    imports = []
-    for line in prompt.split("\n"):
-        line = line.strip()
-        if line.startswith(("import ", "from ")):
-            imports.append(line)
-        elif line and not line.startswith("#"):
-            break
-    return "\n".join(imports)
+def extract_code(completion: str, function: str = "") -> str:
+    """Returns the code of an answer: one of its fenced blocks, or the whole answer if it has no block.
+
+    Takes the first Python block that defines `function`, else the first block that defines it, else the first Python
+    block, else the first block. A block without a language counts as Python. (The specification takes the first block
+    that is marked "python" or not marked, in exactly this spelling.)
+    """
+    if not (blocks := fenced_blocks(completion)):
+        return completion.strip()
+    defines = re.compile(rf"^(async\s+def|def|class)\s+{re.escape(function)}\b|^{re.escape(function)}\s*=", re.MULTILINE)
+    _, code = max(blocks, key=lambda block: (bool(defines.search(block[1])), bool(_PYTHON.match(block[0]))))
+    return code.strip()
 
 
-def program(conversation: dict, completion: str) -> str:
-    """Returns a program that runs the unit tests on `completion`. The program raises an exception if a test fails."""
-    imports = extract_imports(conversation["messages"][0]["content"])
-    call = f"check({conversation['entry_point']})"
-    return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"
+def preamble(prompt: str, function: str) -> str:
+    """Returns what stands before `function` in a prompt: imports, constants and helpers.
+
+    An answer may rely on these without repeating them, and so may the tests. (The specification keeps only the imports,
+    and fails such answers if they use a helper.)
+    """
+    match = re.search(rf"^(async\s+)?def\s+{re.escape(function)}\b", prompt, re.MULTILINE)
+    return prompt[: match.start()].strip() if match else ""
 
 
 class HumanEval(task_data.RowTask):
@@ -50,6 +80,7 @@ class HumanEval(task_data.RowTask):
             self.rows = task_data.local(data_dir, "humaneval/HumanEval")
         else:
             self.rows = task_data.hub(REPO, "openai_humaneval", "test")
+        announce()
 
     @staticmethod
     def conversation(row: dict) -> dict:
@@ -64,4 +95,19 @@ class HumanEval(task_data.RowTask):
         }
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return sandbox.execute(program(conversation, completion)).success
+        """Whether the function passes the tests.
+
+        The prompt's helpers stand before the answer, so an answer that defines a helper itself uses its own. The tests
+        always use the prompt's: with the answer's, `encode` and `decode` that both do nothing would be right.
+        """
+        function = conversation["entry_point"]
+        given = preamble(conversation["messages"][0]["content"], function)
+        program = f"{given}\n\n{extract_code(completion, function)}\n"
+        tests = f"{given}\n\n{conversation['test']}\n\ncheck({function})\n"
+        return sandbox.execute(program, tests, function).success
+
+
+@functools.cache
+def announce() -> None:
+    """Prints, once, how the sandbox runs programs on this system."""
+    print(f"HumanEval: programs run {sandbox.describe()}", flush=True)

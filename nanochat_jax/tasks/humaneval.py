@@ -13,48 +13,57 @@ from nanochat_jax.tasks import sandbox, task_data
 
 REPO = "openai/openai_humaneval"
 
-# The first line of a fenced block: "```python", also in a list ("1. ```python") or after text ("Answer: ```python").
-_FENCE = re.compile(r"(?P<before>[^`~]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
-_PYTHON = re.compile(r"[{.]*i?py(thon)?[\d.]*\b|\s*$", re.IGNORECASE)  # the info strings: python, py3, {.python}, none
+# The first line of a fenced block, alone or in a list ("1. ```python"), or behind text ("Answer: ```python").
+_FENCE = re.compile(
+    r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`\r\n]*)\r?$"
+    r"|^(?:(?!```)[^\r\n])+(?P<fence_behind_text>`{3,})[ \t]*(?P<python>(?:python3?|py)?)[ \t]*\r?$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PYTHON = re.compile(r"[{.]*i?py(thon)?[\d.]*\b|\s*$", re.IGNORECASE)  # python, Python3, py, {.python}, or nothing
+_MARKDOWN = re.compile(r"(markdown|md)\b", re.IGNORECASE)
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """Returns the fenced code blocks of a Markdown text, as pairs (info string, code).
 
-    Fences are three or more backticks or tildes. An indented block loses its indentation, and a block without a closing
-    fence reaches to the end. The closing fence may follow the last line of code instead of having a line of its own.
+    Fences are three or more backticks or tildes, as in CommonMark. Beyond CommonMark, a block may be indented by any
+    amount, and the closing fence may stand right behind the code. A block without a closing fence reaches to the end.
     """
     blocks = []
-    lines = iter(text.splitlines())
+    lines = iter(re.split(r"\r\n|\r|\n", text))
     for line in lines:
-        opening = _FENCE.fullmatch(line)
-        if not opening:
+        if not (opening := _FENCE.fullmatch(line)):
             continue
-        fence, code = opening["fence"], []
+        indent, fence = len(opening["indent"] or ""), opening["fence"] or opening["fence_behind_text"]
+        info, code = opening["info"] or opening["python"] or "", []
         for line in lines:
-            rest = line.rstrip()
-            if rest.endswith(fence) and not rest.strip(fence[0] + " \t"):
+            rest = line.strip()
+            deeper = len(line) - len(line.lstrip()) - indent
+            if rest.startswith(fence) and not rest.strip(fence[0]) and deeper < 4:  # deeper: part of a docstring
                 break
-            if rest.endswith(fence) and rest.count(fence) == 1:
-                code.append(rest.removesuffix(fence))
+            if fence[0] == "`" and rest.endswith(fence) and rest.count(fence) == 1 and rest != fence:
+                code.append(line.rstrip().removesuffix(fence))
                 break
-            code.append(line)
-        # In a list, the code is indented as far as the fence. A docstring may be indented less.
-        indented = re.compile(rf"[ \t]{{0,{len(opening['before'])}}}")
-        blocks.append((opening["info"], textwrap.dedent("\n".join(indented.sub("", row, count=1) for row in code))))
+            code.append(re.sub(rf"^[ \t]{{0,{indent}}}", "", line))
+        blocks.append((info, textwrap.dedent("\n".join(code))))
+        if _MARKDOWN.match(info):
+            blocks += fenced_blocks(blocks[-1][1])
     return blocks
 
 
-def extract_code(completion: str, function: str = "") -> str:
-    """Returns the code of an answer: one of its fenced blocks, or the whole answer if it has no block.
+def extract_code(completion: str, function: str) -> str:
+    """Returns the code of an answer: one of its fenced blocks, or the whole answer if the code is not in a block.
 
     Takes the first Python block that defines `function`, else the first block that defines it, else the first Python
     block, else the first block. A block without a language counts as Python. (The specification takes the first block
     that is marked "python" or not marked, in exactly this spelling.)
     """
-    if not (blocks := fenced_blocks(completion)):
+    name = re.escape(function)
+    defines = re.compile(rf"^(async\s+)?(def|class)\s+{name}\b|^{name}\s*(:[^=\n]*)?=(?!=)", re.MULTILINE)
+    fence = _FENCE.search(completion)
+    if not fence or defines.search(completion[: fence.start()]):  # a docstring may have a block
         return completion.strip()
-    defines = re.compile(rf"^(async\s+def|def|class)\s+{re.escape(function)}\b|^{re.escape(function)}\s*=", re.MULTILINE)
+    blocks = fenced_blocks(completion)
     _, code = max(blocks, key=lambda block: (bool(defines.search(block[1])), bool(_PYTHON.match(block[0]))))
     return code.strip()
 

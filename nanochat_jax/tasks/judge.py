@@ -1,10 +1,10 @@
 """Judges one program. `sandbox.execute` runs this file in an interpreter of its own.
 
 A program can change everything in its own process: `assert`, `==`, the tests, and the code that reports the verdict. So
-this process, the judge, never runs the program. It forks another process for it, and calls the program's functions over
+this process, the judge, never runs the program. It forks another process for it, and calls the program's function over
 a pipe. The answers come back as JSON, and the judge rebuilds plain data from them. The tests, the expected values and
-the comparison stay in the judge, and only the judge can write the report. A program that forges a message has only given
-an answer, and that answer is compared like any other.
+the comparison stay in the judge, and only the judge can write the report. A program that forges a message has only
+given an answer, and that answer is compared like any other.
 
     sandbox.execute ── starts ──> judge ── forks ──> (keeper ── forks ──>) program
 
@@ -13,7 +13,7 @@ processes of the namespace. At the level "subreaper", the judge becomes the pare
 leaves behind, and kills these. At the level "group", sandbox.execute kills the judge's process group, which a process
 can leave.
 
-This file imports only the standard library, and ctypes and resource only if the system has them.
+This file imports only the standard library. It does without ctypes, resource, prctl and /proc if the system lacks them.
 """
 
 import builtins
@@ -25,16 +25,12 @@ import numbers
 import os
 import select
 import signal
+import struct
 import sys
 import time
-from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
-try:
-    import ctypes
-except ImportError:
-    ctypes = None
 try:
     import resource
 except ImportError:
@@ -183,34 +179,37 @@ class Program:
                 data = data[os.write(self.calls, data) :]
         except BrokenPipeError:
             self.fail()
-        return decode(self.answer()["value"])
+        return decode(self.answer("value"))
 
-    def answer(self) -> dict:
-        """Returns the next message of the program. If it describes an exception, raises the exception."""
+    def answer(self, key: str) -> Any:
+        """Returns what the program's next message has under `key`. Raises the exception that the message describes."""
         message = json.loads(self._line())
-        if "error" not in message:
-            return message
-        name, text = str(message["error"]), str(message["text"])
+        if not isinstance(message, dict) or not message.keys() & {key, "error"}:
+            raise ProgramError("ValueError: the program sent a message of its own")
+        if key in message:
+            return message[key]
+        name, text = str(message["error"]), str(message.get("text"))
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
             raise kind(text)
         raise ProgramError(f"{name}: {text}")
 
     def _line(self) -> bytes:
+        line = bytearray(self.buffer)
         while b"\n" not in self.buffer:
             # The program may have ended although the pipe is open, since a child of it may hold the pipe.
             ended = self._has_ended()
             if select.select([self.replies], [], [], 0 if ended else 0.05)[0]:
-                data = os.read(self.replies, 1 << 20)
-                if not data:
+                self.buffer = os.read(self.replies, 1 << 20)
+                if not self.buffer:
                     self.fail()
-                self.buffer += data
-                if len(self.buffer) > MAX_REPLY:
+                line += self.buffer
+                if len(line) > MAX_REPLY:
                     raise ProgramError(f"ValueError: an answer of more than {MAX_REPLY >> 20} MiB")
             elif ended:
                 self.fail()
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return line
+        self.buffer = self.buffer.partition(b"\n")[2]
+        return bytes(line.partition(b"\n")[0])
 
     def _has_ended(self, flags: int = os.WNOHANG) -> bool:
         if self.exit_code is None:
@@ -247,7 +246,7 @@ def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoR
         # The tests are read after the fork, so that they are not in the memory of the program's process.
         tests = sys.stdin.buffer.read().decode()
         set_limits({name: limits[name] for name in ("RLIMIT_AS", "RLIMIT_CPU") if name in limits})
-        verdict["unlimited"] = program.answer()["unlimited"]  # comes after the program's last line
+        verdict["unlimited"] = program.answer("unlimited")  # comes after the program's last line
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return program.call(function, *args, **kwargs)
@@ -267,8 +266,9 @@ def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoR
 def clean_up(level: str, program: Program) -> None:
     """Kills the program and every process that it started, as far as the level can. Returns when they are gone."""
     if program.exit_code is None:
-        os.kill(program.child, signal.SIGKILL)
-        os.waitpid(program.child, 0)  # a keeper ends after all processes of its namespace
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # a signal may interrupt a clean-up
+            os.kill(program.child, signal.SIGKILL)
+            os.waitpid(program.child, 0)  # a keeper ends after all processes of its namespace
         program.exit_code = -signal.SIGKILL
     end = time.monotonic() + CLEANUP
     while level == "subreaper" and time.monotonic() < end:
@@ -292,9 +292,9 @@ def descendants_of(ancestor: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):  # has ended meanwhile
-                stat = Path("/proc", entry, "stat").read_text(errors="replace")
-                parent = int(stat.rpartition(")")[2].split()[1])  # after the name, which may hold spaces: state, parent
-                children.setdefault(parent, []).append(int(entry))
+                with open(f"/proc/{entry}/stat", errors="replace") as file:
+                    fields = file.read().rpartition(")")[2].split()  # after the name, which may contain spaces
+                children.setdefault(int(fields[1]), []).append(int(entry))
     found = [ancestor]
     for pid in found:
         found += children.get(pid, [])
@@ -341,7 +341,8 @@ def enter_namespaces() -> None:
     uid, gid = os.geteuid(), os.getegid()
     call_libc("unshare", CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        Path("/proc/self", name).write_text(text)
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
 
 
 def keep(status: int, calls: int, replies: int, limits: dict[str, int]) -> NoReturn:
@@ -418,8 +419,7 @@ def run_program(calls: int, replies: int, level: str, limits: dict[str, int]) ->
 def drop_privileges() -> None:
     """Gives up root's privileges for good, so that this process cannot look into processes that have them."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    header = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0)
-    call_libc("capset", header, (ctypes.c_uint32 * 6)())
+    call_libc("capset", struct.pack("II", LINUX_CAPABILITY_VERSION_3, 0), bytes(24))  # 24 zero bytes: no capabilities
     prctl(PR_SET_DUMPABLE, 1)  # was 0 in the judge; a program may open its own /dev/stdout
 
 
@@ -445,9 +445,12 @@ def prctl(option: int, value: int) -> None:
 
 def call_libc(name: str, *args: Any) -> None:
     """Calls a function of the C library. Raises OSError if it fails or does not exist."""
-    function = getattr(ctypes and ctypes.CDLL(None, use_errno=True), name, None)
-    if function is None:
-        raise OSError(f"this system has no {name}")
+    try:
+        import ctypes
+
+        function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (ImportError, AttributeError) as error:
+        raise OSError(f"this system has no {name}") from error
     if function(*(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args)) != 0:
         raise OSError(ctypes.get_errno(), f"{name} failed")
 

@@ -3,7 +3,9 @@
 An answer is right if the function passes the unit tests.
 """
 
+import functools
 import re
+import textwrap
 from pathlib import Path
 
 from nanochat_jax.config import UserError
@@ -12,32 +14,69 @@ from nanochat_jax.tasks.messages import BadRow
 
 REPO = "openai/openai_humaneval"
 
-_FENCED = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
+# The first line of a fenced block, alone or in a list ("1. ```python"), or behind text ("Answer: ```python").
+_FENCE = re.compile(
+    r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`\r\n]*)\r?$"
+    r"|^(?:(?!```)[^\r\n])+(?P<fence_behind_text>`{3,})[ \t]*(?P<python>(?:python3?|py)?)[ \t]*\r?$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PYTHON = re.compile(r"[{.]*i?py(thon)?[\d.]*\b|\s*$", re.IGNORECASE)  # python, Python3, py, {.python}, or nothing
+_MARKDOWN = re.compile(r"(markdown|md)\b", re.IGNORECASE)
 
 
-def extract_code(completion: str) -> str:
-    """Returns the first fenced code block of an answer, or the whole answer if it has no code block."""
-    match = _FENCED.search(completion)
-    return (match[1] if match else completion).strip()
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Returns the fenced code blocks of a Markdown text, as pairs (info string, code).
+
+    Fences are three or more backticks or tildes, as in CommonMark. Beyond CommonMark, a block may be indented by any
+    amount, and the closing fence may stand right behind the code. A block without a closing fence reaches to the end.
+    """
+    blocks = []
+    lines = iter(re.split(r"\r\n|\r|\n", text))
+    for line in lines:
+        if not (opening := _FENCE.fullmatch(line)):
+            continue
+        indent, fence = len(opening["indent"] or ""), opening["fence"] or opening["fence_behind_text"]
+        info, code = opening["info"] or opening["python"] or "", []
+        for line in lines:
+            rest = line.strip()
+            deeper = len(line) - len(line.lstrip()) - indent
+            if rest.startswith(fence) and not rest.strip(fence[0]) and deeper < 4:  # deeper: part of a docstring
+                break
+            if fence[0] == "`" and rest.endswith(fence) and rest.count(fence) == 1 and rest != fence:
+                code.append(line.rstrip().removesuffix(fence))
+                break
+            code.append(re.sub(rf"^[ \t]{{0,{indent}}}", "", line))
+        blocks.append((info, textwrap.dedent("\n".join(code))))
+        if _MARKDOWN.match(info):
+            blocks += fenced_blocks(blocks[-1][1])
+    return blocks
 
 
-def extract_imports(prompt: str) -> str:
-    """Returns the import lines at the start of a prompt. An answer may rely on these imports without repeating them."""
-    imports = []
-    for line in prompt.split("\n"):
-        line = line.strip()
-        if line.startswith(("import ", "from ")):
-            imports.append(line)
-        elif line and not line.startswith("#"):
-            break
-    return "\n".join(imports)
+def extract_code(completion: str, function: str) -> str:
+    """Returns the code of an answer: one of its fenced blocks, or the whole answer if the code is not in a block.
+
+    Takes the first Python block that defines `function`, else the first block that defines it, else the first Python
+    block, else the first block. A block without a language counts as Python. (The specification takes the first block
+    that is marked "python" or not marked, in exactly this spelling.)
+    """
+    name = re.escape(function)
+    defines = re.compile(rf"^(async\s+)?(def|class)\s+{name}\b|^{name}\s*(:[^=\n]*)?=(?!=)", re.MULTILINE)
+    fence = _FENCE.search(completion)
+    if not fence or defines.search(completion[: fence.start()]):  # a docstring may have a block
+        return completion.strip()
+    blocks = fenced_blocks(completion)
+    _, code = max(blocks, key=lambda block: (bool(defines.search(block[1])), bool(_PYTHON.match(block[0]))))
+    return code.strip()
 
 
-def program(conversation: dict, completion: str) -> str:
-    """Returns a program that runs the unit tests on `completion`. The program raises an exception if a test fails."""
-    imports = extract_imports(conversation["messages"][0]["content"])
-    call = f"check({conversation['entry_point']})"
-    return f"{imports}\n\n{extract_code(completion)}\n\n{conversation['test']}\n{call}\n"
+def preamble(prompt: str, function: str) -> str:
+    """Returns what stands before `function` in a prompt: imports, constants and helpers.
+
+    An answer may rely on these without repeating them, and so may the tests. (The specification keeps only the imports,
+    and fails such answers if they use a helper.)
+    """
+    match = re.search(rf"^(async\s+)?def\s+{re.escape(function)}\b", prompt, re.MULTILINE)
+    return prompt[: match.start()].strip() if match else ""
 
 
 class HumanEval(task_data.RowTask):
@@ -51,6 +90,7 @@ class HumanEval(task_data.RowTask):
             self.rows = task_data.local(data_dir, "humaneval/HumanEval")
         else:
             self.rows = task_data.hub(REPO, "openai_humaneval", "test")
+        announce()
 
     @staticmethod
     def conversation(row: dict) -> dict:
@@ -67,4 +107,19 @@ class HumanEval(task_data.RowTask):
         }
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return sandbox.execute(program(conversation, completion)).success
+        """Whether the function passes the tests.
+
+        The prompt's helpers stand before the answer, so an answer that defines a helper itself uses its own. The tests
+        always use the prompt's: with the answer's, `encode` and `decode` that both do nothing would be right.
+        """
+        function = conversation["entry_point"]
+        given = preamble(conversation["messages"][0]["content"], function)
+        program = f"{given}\n\n{extract_code(completion, function)}\n"
+        tests = f"{given}\n\n{conversation['test']}\n\ncheck({function})\n"
+        return sandbox.execute(program, tests, function).success
+
+
+@functools.cache
+def announce() -> None:
+    """Prints, once, how the sandbox runs programs on this system."""
+    print(f"HumanEval: programs run {sandbox.describe()}", flush=True)

@@ -1,31 +1,56 @@
-"""Runs a model's Python code in a new interpreter, with limits on time, memory, files and output.
+"""Runs a model's Python code in processes of its own, with limits on time, memory, files and output.
 
 The sandbox stops accidents: endless loops, excessive memory use, fork bombs, stray files and leaked environment
-variables. It also stops simple tricks that pass a test without solving the problem. But it is not a security
-boundary. Malicious code can still use the network and read every file that the user can read. To be safe from malicious
-code, use a container or a virtual machine.
+variables. Its verdict comes from a process that the program cannot write to, so a program cannot declare itself right
+(judge.py explains how). But it is not a security boundary. Malicious code can still use the network, read every file
+that the user can read, and write where the user can write. To be safe from malicious code, use a container or a virtual
+machine.
+
+How much ends together with the program depends on the system:
+
+    namespace  all that it started: it runs in a PID namespace
+    subreaper  all that it started, unless it kills the judge
+    group      what it started and what stayed in its process group
+
+The first time, `level` tries which of these work here.
 """
 
 import contextlib
+import functools
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 MAX_OUTPUT = 64 * 1024  # maximum number of bytes to keep from each of stdout and stderr
 MAX_FILE = 16 * 1024 * 1024  # maximum size in bytes of a file that the program writes; stdout and stderr are files too
+MAX_OPEN = 64  # maximum number of open files
+GRACE = 5.0  # seconds that the judge has to clean up after a timeout
+JUDGE = Path(__file__).with_name("judge.py")
+
+LEVELS = {
+    "namespace": "in PID namespaces; processes that they start end with them",
+    "subreaper": "without PID namespaces, which this system refuses; processes that they start are searched and killed",
+    "group": "in process groups, since this is not Linux or /proc is missing; a process that leaves its group survives",
+}
+LIMITS = {
+    "RLIMIT_AS": "memory",
+    "RLIMIT_CPU": "CPU time",
+    "RLIMIT_FSIZE": "file size",
+    "RLIMIT_NOFILE": "open files",
+    "RLIMIT_NPROC": "processes",
+    "RLIMIT_CORE": "core dumps",
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended. `success` means that the program ran to its last line without an exception."""
+    """How a program ended. `success` means that it ran to its last line without an exception and passed the tests."""
 
     success: bool
     stdout: str
@@ -33,79 +58,58 @@ class Result:
     error: str | None
     timeout: bool
     memory_exceeded: bool
+    unlimited: tuple[str, ...] = ()  # limits that the system refused, such as "memory"
 
 
-# The child process runs the code below, called the runner. The runner sets the limits and then runs the program. The
-# parent process could set the limits in a preexec_fn, but a preexec_fn is unsafe if the parent process has threads.
-#
-# An exit code of 0 does not prove success, because the program can stop early with sys.exit(0) or os._exit(0). So the
-# parent process puts a random number, the nonce, into a pipe. After the program's last line, the runner reads the nonce
-# and reports it. If the report lacks the nonce, the program has failed.
-#
-# The program may replace functions in the modules that the runner uses. So before the program starts, the runner saves
-# the functions that it will need later.
-_RUNNER = """
-import json, os, resource, sys
-read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
+def execute(
+    code: str,
+    tests: str = "",
+    function: str = "candidate",
+    *,
+    timeout: float = 5.0,
+    memory_bytes: int | None = 256 * 1024 * 1024,
+    level: str | None = None,
+) -> Result:
+    """Runs the program `code` and then `tests`, and reports how that ended.
 
-def limit(kind, value):
-    try:
-        resource.setrlimit(kind, (value, value))
-    except (ValueError, OSError):
-        pass  # macOS refuses RLIMIT_AS; a hard limit may already be lower
-
-def run(nonce_fd, report_fd, memory, seconds, max_file):
-    if memory:
-        limit(resource.RLIMIT_AS, memory)
-    limit(resource.RLIMIT_CPU, seconds)
-    limit(resource.RLIMIT_FSIZE, max_file)
-    limit(resource.RLIMIT_NOFILE, 64)
-    limit(resource.RLIMIT_CORE, 0)
-    if os.getuid():
-        limit(resource.RLIMIT_NPROC, 0)  # no new processes or threads; the kernel ignores this limit for root
-    report = {}
-    try:
-        with open("program.py", encoding="utf-8") as f:
-            code = compile(f.read(), "program.py", "exec")
-        exec(code, {"__name__": "__main__"})
-        sys.stdout.flush()
-    except BaseException as error:
-        report["memory"] = isinstance(error, MemoryError)
-        report["error"] = f"{type(error).__name__}: {error}"[:1000]
-    else:
-        report["nonce"] = read(nonce_fd, 64).decode()
-    write(report_fd, dumps(report).encode())
-    leave(0)  # without waiting for threads and exit handlers that the program left behind
-
-run(*map(int, sys.argv[1:]))
-"""
-
-
-def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 1024 * 1024) -> Result:
-    """Runs `code` in a separate process and reports how it ended.
+    The program and the tests run in two processes. The tests call the program's `function`, by its name or as
+    `candidate`; other names of the program do not exist in them. Arguments and results are copied, as plain data.
+    Without tests, success is what the program says of itself, which it can forge.
 
     `timeout` is in wall-clock seconds and includes the start of the interpreter. `memory_bytes` limits the address
-    space (None: no limit). The program gets no input, an empty environment, and a temporary working directory.
+    space (None: no limit). The program gets no input, an empty environment, and a temporary working directory. `level`
+    is a key of LEVELS, by default the strongest that works here.
     """
-    nonce = secrets.token_hex(16)
+    level = level or strongest_level()
+    limits = {
+        "RLIMIT_CPU": int(timeout) + 1,
+        "RLIMIT_FSIZE": MAX_FILE,
+        "RLIMIT_NOFILE": MAX_OPEN,
+        "RLIMIT_CORE": 0,
+    }
+    if memory_bytes:
+        limits["RLIMIT_AS"] = memory_bytes
+    if os.getuid():
+        limits["RLIMIT_NPROC"] = 0  # no new processes or threads; the kernel ignores this limit for root
     with (
         tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as stdin,
         tempfile.TemporaryFile() as stdout,
         tempfile.TemporaryFile() as stderr,
-        _pipe() as (nonce_read, nonce_write),
-        _pipe() as (report_read, report_write),
+        tempfile.TemporaryFile() as report_file,
     ):
         Path(folder, "program.py").write_text(code, encoding="utf-8", errors="replace")
-        os.write(nonce_write, nonce.encode())
-        arguments = (nonce_read, report_write, memory_bytes or 0, int(timeout) + 1, MAX_FILE)
+        stdin.write(tests.encode(errors="replace"))
+        stdin.seek(0)
+        settings = {"report": report_file.fileno(), "level": level, "function": function, "limits": limits}
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", _RUNNER, *map(str, arguments)],
+            [sys.executable, "-I", "-B", JUDGE, json.dumps(settings)],
             cwd=folder,
             env={},
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            pass_fds=(nonce_read, report_write),
+            pass_fds=(report_file.fileno(),),
             start_new_session=True,
         )
         timed_out = False
@@ -113,13 +117,15 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             timed_out = True
+            process.terminate()  # the judge kills what the program started, and then itself
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
         finally:
-            # Kill the whole process group. Even after a success, child processes of the program may still be running.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        report = _read_report(report_read)
-        success = not timed_out and report.get("nonce") == nonce
+        report = _read_report(report_file)
+        success = not timed_out and report.get("success") is True
         return Result(
             success,
             stdout=_head(stdout),
@@ -127,7 +133,25 @@ def execute(code: str, timeout: float = 5.0, memory_bytes: int | None = 256 * 10
             error=None if success else _failure(timed_out, report, process.returncode, timeout),
             timeout=timed_out,
             memory_exceeded=bool(report.get("memory")),
+            unlimited=tuple(words for name, words in LIMITS.items() if name in (report.get("unlimited") or ())),
         )
+
+
+@functools.cache
+def strongest_level() -> str:
+    """Returns the strongest level that works here. Tries them when first called."""
+    # In a PID namespace, the program is process 2. The import shows that it can read the standard library.
+    if execute("import os, statistics\nassert os.getpid() == 2", level="namespace").success:
+        return "namespace"
+    return "subreaper" if execute("import statistics", level="subreaper").success else "group"
+
+
+@functools.cache
+def describe() -> str:
+    """Describes, in one line, the level in force and the limits that this system refuses."""
+    level = strongest_level()
+    unlimited = execute("", level=level).unlimited
+    return LEVELS[level] + (f"; not limited on this system: {', '.join(unlimited)}" if unlimited else "")
 
 
 def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
@@ -135,28 +159,16 @@ def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:
         return f"not finished after {timeout:g} s"
     if "error" in report:
         return str(report["error"])
-    return f"killed by signal {-code}" if code < 0 else f"exited early with code {code}"
+    return f"the judge was killed by signal {-code}" if code < 0 else f"the judge exited early with code {code}"
 
 
-@contextlib.contextmanager
-def _pipe() -> Generator[tuple[int, int], None, None]:
-    """Yields the file descriptors (read end, write end) of a new pipe, and closes them afterwards."""
-    ends = os.pipe()
+def _read_report(file: IO[bytes]) -> dict:
+    """Returns the judge's report, or {} if the judge ended without one."""
+    file.seek(0)
     try:
-        yield ends
-    finally:
-        for end in ends:
-            os.close(end)
-
-
-def _read_report(fd: int) -> dict:
-    """Returns the runner's report, or {} if there is no report. Does not wait for a report."""
-    os.set_blocking(fd, False)
-    try:
-        report = json.loads(os.read(fd, 65536))
-    except (BlockingIOError, ValueError):
+        return json.loads(file.read())
+    except ValueError:
         return {}
-    return report if isinstance(report, dict) else {}
 
 
 def _head(file: IO[bytes]) -> str:

@@ -1,14 +1,17 @@
-"""Right programs succeed, every other one fails, and no cheap way of avoiding failure counts as success."""
+"""Right programs succeed, every other one fails, limits hold, and nothing that a program starts outlives it.
 
-import gzip
-import json
+test_judge.py has the programs that try to forge the verdict."""
+
+import fcntl
+import functools
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 
 from nanochat_jax.tasks import sandbox
-from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.sandbox import execute
 
 
@@ -39,19 +42,6 @@ def test_a_program_that_does_not_run_to_its_end_fails(code, error):
     assert not result.success and error in result.error
 
 
-def test_writing_to_every_descriptor_is_no_success():
-    code = """
-import os
-for fd in range(3, 64):
-    try:
-        os.write(fd, b'{"nonce": "' + b"0" * 32 + b'"}')
-    except OSError:
-        pass
-os._exit(0)
-"""
-    assert not execute(code).success
-
-
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(60)"])
 def test_the_wall_clock_ends_it(code):
     start = time.monotonic()
@@ -65,23 +55,6 @@ def test_memory_is_limited():
     result = execute(hog)
     assert result.memory_exceeded and not result.success and "MemoryError" in result.error
     assert execute(hog, memory_bytes=None).success
-
-
-def test_children_do_not_outlive_it(tmp_path):
-    mark = tmp_path / "alive"
-    code = f"""
-import os, time
-try:
-    child = os.fork()
-except OSError:
-    raise SystemExit  # not allowed here, which is just as good
-if child == 0:
-    time.sleep(1.5)
-    open({str(mark)!r}, "w").close()
-"""
-    execute(code, timeout=5)
-    time.sleep(2)
-    assert not mark.exists()
 
 
 def test_output_is_bounded():
@@ -113,34 +86,158 @@ def test_two_at_once_do_not_meet():
     assert first.success and second.success
 
 
-def test_humaneval_knows_right_from_wrong(data_dir):
-    task = HumanEval("test", data_dir)
-    for conversation in task[:5]:
-        prompt, solution = (message["content"] for message in conversation["messages"])
-        assert task.evaluate(conversation, solution)
-        assert task.evaluate(conversation, f"Here it is:\n```python\n{solution}\n```\nI hope it helps.")
-        assert not task.evaluate(conversation, prompt + "\n    return None\n")
-        assert not task.evaluate(conversation, "import sys\nsys.exit(0)")
-        assert not task.evaluate(conversation, "")
-    assert task.reward(conversation, solution) == 1.0
+# Starts a child that leaves its process group and its parent (a daemon). The child locks the file `mark` until it ends,
+# and would write to it later. The program goes on when the file is locked.
+DAEMON = """
+import fcntl, os, time
+read, write = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        file = open({mark!r}, "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.write(write, b"x")
+        time.sleep(10)
+        file.write("still here")
+        file.close()
+    os._exit(0)
+os.read(read, 1)
+"""
+ENDS = {"success": "", "timeout": "time.sleep(60)", "exit": "os._exit(0)", "kill": "os.kill(os.getpid(), 9)"}
+only_root = pytest.mark.skipif(os.getuid() != 0, reason="only root's programs can start processes")
+strong_levels = pytest.mark.parametrize("level", ["namespace", "subreaper"])
 
 
-def test_humaneval_gives_back_the_imports_of_the_prompt():
-    row = {
-        "prompt": "# typing\nfrom typing import List\nimport math\n\n\ndef f(x: List[int]) -> float:\n    import os\n",
-        "canonical_solution": "    return math.sqrt(x[0])\n",
-        "entry_point": "f",
-        "test": "def check(candidate):\n    assert candidate([4]) == 2\n",
-    }
-    with_code_only = "```\ndef f(x: List[int]) -> float:\n    return math.sqrt(x[0])\n```"
-    task = HumanEval.__new__(HumanEval)
-    assert task.evaluate(HumanEval.conversation(row), with_code_only)
+def is_gone(mark):
+    with open(mark) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
-@pytest.mark.slow
-def test_every_canonical_solution_of_humaneval_passes(data_dir):
-    with gzip.open(data_dir / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as rows:
-        assert sum(1 for row in rows if json.loads(row)) == 164
-    task = HumanEval("test", data_dir)
-    failed = [c["entry_point"] for c in task if not task.evaluate(c, c["messages"][1]["content"])]
-    assert not failed
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def skip_without(level):
+    if level == "namespace" and sandbox.strongest_level() != level:
+        pytest.skip("no PID namespaces here")
+
+
+@only_root
+@strong_levels
+@pytest.mark.parametrize("end", ENDS)
+def test_a_daemon_does_not_outlive_the_program(level, end, tmp_path):
+    skip_without(level)
+    result = execute(
+        DAEMON.format(mark=str(tmp_path / "mark")) + ENDS[end], level=level, timeout=4 if end == "timeout" else 30
+    )
+    assert is_gone(tmp_path / "mark") and not (tmp_path / "mark").read_text()
+    assert (result.success, result.timeout) == (end == "success", end == "timeout"), result
+
+
+@only_root
+@strong_levels
+def test_the_program_ends_when_the_command_is_killed(level, tmp_path):
+    skip_without(level)
+    mark = tmp_path / "mark"
+    program = DAEMON.format(mark=str(mark)).replace("sleep(10)", "sleep(60)") + "time.sleep(60)"
+    command = f"from nanochat_jax.tasks import sandbox; sandbox.execute({program!r}, timeout=60, level={level!r})"
+    process = subprocess.Popen([sys.executable, "-c", command])
+    until(lambda: mark.exists() and not is_gone(mark))
+    process.kill()
+    process.wait()
+    until(lambda: is_gone(mark))
+
+
+@only_root
+def test_at_the_weakest_level_a_child_ends_but_a_daemon_does_not(tmp_path):
+    child = DAEMON.replace("os.setsid()", "pass").format(mark=str(tmp_path / "child"))
+    assert execute(child, level="group").success
+    until(lambda: is_gone(tmp_path / "child"))
+    assert execute(DAEMON.format(mark=str(tmp_path / "daemon")), level="group").success
+    assert not is_gone(tmp_path / "daemon")
+
+
+@only_root
+@strong_levels
+def test_a_program_that_forks_all_the_time_is_gone_after_its_time(level, tmp_path):
+    skip_without(level)
+    # Each process writes a file, forks, and ends: there are never many at once, and the process ids change soon.
+    relay = f"""
+import os
+os.setsid() if os.fork() == 0 else os._exit(0)
+while True:
+    open({str(tmp_path / "mark")!r}, "w").close()
+    if os.fork():
+        os._exit(0)
+"""
+    execute(relay, level=level, timeout=2)
+    (tmp_path / "mark").unlink(missing_ok=True)
+    time.sleep(0.3)
+    assert not (tmp_path / "mark").exists()
+
+
+def missing(monkeypatch, tmp_path, code):
+    """Runs the judge on a system that lacks something: `code` takes it away first."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(f"import sys\n{code}\n" + sandbox.JUDGE.read_text())
+    monkeypatch.setattr(sandbox, "JUDGE", judge)
+    for function in (sandbox.strongest_level, sandbox.describe):
+        monkeypatch.setattr(sandbox, function.__name__, functools.cache(function.__wrapped__))
+
+
+NO_PROC = """
+import builtins, os
+def refuse(function):
+    def refusing(path, *args, **kwargs):
+        if str(path).startswith("/proc"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return function(path, *args, **kwargs)
+    return refusing
+builtins.open, os.listdir = refuse(builtins.open), refuse(os.listdir)
+"""
+NO_NAMESPACE = """
+import ctypes
+class Lib(ctypes.CDLL):
+    def __getattr__(self, name):
+        if name == "unshare":
+            return lambda *args: -1
+        return super().__getattr__(name)
+ctypes.CDLL = Lib
+"""
+NO_MEMORY_LIMIT = """
+import resource
+set_limit = resource.setrlimit
+def setrlimit(kind, value):
+    if kind == resource.RLIMIT_AS:
+        raise ValueError("current limit exceeds maximum limit")
+    set_limit(kind, value)
+resource.setrlimit = setrlimit
+"""
+UNLIMITED = "not limited on this system: "
+
+
+@pytest.mark.parametrize(
+    ("code", "level", "words"),
+    [
+        (NO_NAMESPACE, "subreaper", "without PID namespaces"),
+        (NO_PROC, "group", "process that leaves its group survives"),
+        ("sys.modules['ctypes'] = None", "group", "process that leaves its group survives"),
+        ("sys.modules['resource'] = None", None, UNLIMITED + "memory, CPU time, file size, open files"),
+        (NO_MEMORY_LIMIT, None, UNLIMITED + "memory"),
+        ("sys.modules['resource'] = sys.modules['ctypes'] = None" + NO_PROC, "group", UNLIMITED + "memory, CPU time"),
+    ],
+)
+def test_without_linux_it_falls_back_and_says_so(code, level, words, monkeypatch, tmp_path):
+    missing(monkeypatch, tmp_path, code)
+    assert level in (None, sandbox.strongest_level())
+    assert words in sandbox.describe()
+    assert execute("def f(x):\n    return x + 1", "assert f(1) == 2", "f").success
+    assert not execute("def f(x):\n    return x", "assert f(1) == 2", "f").success
+    assert execute("import time; time.sleep(60)", timeout=1).timeout

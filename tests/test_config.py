@@ -140,16 +140,29 @@ RANGES = [
     (config.Base, "total_batch_size", 0, 1), (config.Base, "final_lr_frac", -0.1, 0.0),
     (config.Base, "warmup_ratio", -0.1, 0.0), (config.Base, "warmup_ratio", 1.1, 1.0),
     (config.Base, "warmdown_ratio", -0.1, 0.0), (config.Base, "warmdown_ratio", 1.1, 1.0),
+    (config.Base, "num_processes", -1, 1), (config.Base, "process_id", -2, 0), (config.Base, "save_every", 0, 1),
+    (config.Base, "keep_every", 0, 1), (config.Base, "target_flops", 0, 1),
+    (config.Base, "target_param_data_ratio", -1, 0), (config.Base, "eval_every", 0, 1),
+    (config.Base, "eval_every", -2, -1), (config.Base, "eval_tokens", 0, 1), (config.Base, "core_metric_every", 0, -1),
+    (config.Base, "core_metric_max_per_task", 0, 1), (config.Base, "core_metric_max_per_task", -2, -1),
+    (config.Base, "sample_every", 0, -1), (config.Mid, "eval_every", 0, -1), (config.Mid, "eval_tokens", 0, 1),
     (config.Mid, "total_batch_size", 0, 1), (config.Mid, "init_lr_frac", -0.1, 0.0),
+    (config.Sft, "eval_every", 0, -1), (config.Sft, "eval_tokens", 0, 1), (config.Sft, "eval_metrics_every", 0, -1),
+    (config.Sft, "eval_metrics_max_problems", 0, 1), (config.Sft, "eval_metrics_max_problems", -2, -1),
     (config.Sft, "total_batch_size", -1, 1), (config.Sft, "init_lr_frac", -0.1, 0.0),
     (config.Sft, "target_examples_per_step", 0, 1), (config.Sft, "num_epochs", 0, 1),
     (config.Rl, "device_batch_size", 0, 1), (config.Rl, "examples_per_step", 0, 1), (config.Rl, "num_samples", 1, 2),
     (config.Rl, "oversampling", 0, 1), (config.Rl, "max_new_tokens", 0, 1), (config.Rl, "temperature", -0.1, 0.0),
     (config.Rl, "top_k", -1, 0), (config.Rl, "init_lr_frac", -0.1, 0.0), (config.Rl, "num_epochs", 0, 1),
-    (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
+    (config.Rl, "eval_every", 0, -1), (config.Rl, "save_every", 0, -1), (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
     (config.TokTrain, "max_chars", 0, 1), (config.TokTrain, "doc_cap", 0, 1), (config.TokTrain, "vocab_size", 264, 265),
     (config.BaseLoss, "device_batch_size", 0, 1), (config.BaseLoss, "split_tokens", 0, 1),
-    (config.BaseEval, "device_batch_size", 0, 1),
+    (config.BaseEval, "device_batch_size", 0, 1), (config.BaseEval, "max_per_task", 0, -1),
+    (config.BaseLoss, "step", -2, 0), (config.BaseEval, "step", -2, 0), (config.ChatEval, "step", -2, 0),
+    (config.ChatCli, "step", -2, 0), (config.ChatWeb, "step", -2, 0),
+    (config.ChatEval, "max_problems", 0, 1), (config.ChatEval, "max_problems", -2, -1),
+    (config.ChatEval, "seed", -1, 0), (config.ChatEval, "seed", 2**31, 2**31 - 1),
+    (config.ChatCli, "seed", -1, 0), (config.ChatCli, "seed", 2**31, 2**31 - 1),
     (config.ChatEval, "temperature", -0.1, 0.0), (config.ChatEval, "max_new_tokens", 0, 1),
     (config.ChatEval, "num_samples", 0, 1), (config.ChatEval, "top_k", -1, 0), (config.ChatEval, "batch_size", 0, 1),
     (config.ChatEval, "slots", -1, 1),
@@ -275,7 +288,7 @@ def test_scripts_complain_in_one_line_with_exit_code_2(arguments):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(monkeypatch, capsys):
+def test_errors_with_a_cause_outside_are_one_line_and_others_are_not_hidden(monkeypatch, capsys, own_handlers):
     def fails(code):
         def main(cfg):
             raise OSError(code, os.strerror(code), "somewhere/file")
@@ -283,11 +296,13 @@ def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(monkeypatch, ca
         return main
 
     monkeypatch.setattr(sys, "argv", ["command"])
-    for code in (errno.ENOSPC, errno.EDQUOT):
+    wanted = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EACCES: "give this user access",
+              errno.EROFS: "set NANOCHAT_BASE_DIR", errno.EIO: "check the disk", errno.ENOENT: "put it back"}  # fmt: skip
+    for code, advice in wanted.items():
         with pytest.raises(SystemExit, match="2"):
             commandline.run(fails(code), config.BaseLoss)
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "make room" in error
+        assert error.count("\n") == 1 and advice in error
         assert os.strerror(code) in error and "somewhere/file" in error
-    with pytest.raises(PermissionError):
-        commandline.run(fails(errno.EACCES), config.BaseLoss)
+    with pytest.raises(OSError, match="Invalid argument"):
+        commandline.run(fails(errno.EINVAL), config.BaseLoss)

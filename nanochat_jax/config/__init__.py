@@ -17,7 +17,16 @@ from nanochat_jax.config.commands import (
     TokTrain,
 )
 from nanochat_jax.config.gpt import GPTConfig
-from nanochat_jax.config.setting import REPOSITORY, Settings, UserError, base_dir, first_line, setting
+from nanochat_jax.config.setting import (
+    REPOSITORY,
+    Settings,
+    UserError,
+    advice_for,
+    base_dir,
+    did_you_mean,
+    first_line,
+    setting,
+)
 from nanochat_jax.config.training import (
     DATA_DIR,
     DEVICE_TYPE,
@@ -38,6 +47,6 @@ from nanochat_jax.config.training import (
 __all__ = [
     "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "Base",
     "BaseEval", "BaseLoss", "ChatCli", "ChatEval", "ChatWeb", "Dataset", "Doctor", "GPTConfig", "Load", "Mid",
-    "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError", "base_dir",
-    "first_line", "setting",
+    "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError",
+    "advice_for", "base_dir", "did_you_mean", "first_line", "setting",
 ]  # fmt: skip

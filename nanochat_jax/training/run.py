@@ -30,9 +30,9 @@ from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes, sharding
 from nanochat_jax.parallel.sharding import Layout
-from nanochat_jax.progress import Timer
+from nanochat_jax.progress import Timer, clock, count_of
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.training import optim
+from nanochat_jax.training import optim, wandb_log
 from nanochat_jax.training.step import TrainState, execution, make_step
 from nanochat_jax.training.wandb_log import Wandb
 
@@ -42,9 +42,10 @@ FREE = {
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
     "sample_every", "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples",
     "eval_samples",
-    "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
+    "dry_run", "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
+WARM_UP = 10  # the first steps, which do not count toward the training time, as in the original nanochat
 MEASURED = ("train", "val", "core")  # kinds of log records; a checkpoint contains the last record of each kind
 
 # Advice to a user whose settings do not match the run in the folder.
@@ -125,6 +126,16 @@ class Run:
         """Returns `value` as a float32 scalar on every device of the mesh."""
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
+    def count_time(self, step: int, seconds: float) -> None:
+        """Adds the time of a step to the training time, which leaves out the first WARM_UP steps of a run."""
+        if step > WARM_UP:
+            self.totals["seconds"] += seconds
+
+    def describe_time(self, steps: int) -> str:
+        """Returns "340 steps in 2m10s (without the first 10)". The time includes earlier processes of the run."""
+        time = f" in {clock(self.totals['seconds'])} (without the first {WARM_UP})" if steps > WARM_UP else ""
+        return f"{count_of(steps, 'step')}{time}"
+
     def log(self, kind: str, step: int, **fields) -> None:
         """Adds a record to log.jsonl, and the numbers in the record to wandb. Only process 0 logs."""
         if jax.process_index() > 0:
@@ -134,8 +145,7 @@ class Run:
         if kind in MEASURED:
             self.metrics[kind] = {"step": step} | fields
         if self.wandb:
-            numbers = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
-            self.wandb.log(step, **numbers)
+            self.wandb.log(step, **wandb_log.numbers(self.cfg.stage, kind, fields, self.totals))
 
     def save(self, step: int, data: dict) -> None:
         """Starts saving a checkpoint in the background. `data` is the position in the data."""
@@ -211,8 +221,9 @@ def _plan_start(cfg: Train, lock: ExitStack) -> StartPlan:
     """Decides how the run starts, and locks its folder."""
     tag = cfg.model_tag or cfg.preset or _default_tag(cfg)
     folder = checkpoint.run_dir(cfg.stage, tag)
-    lock.enter_context(checkpoint.exclusive(folder))
-    checkpoint.clear_unfinished(folder)
+    if not cfg.dry_run:
+        lock.enter_context(checkpoint.exclusive(folder))
+        checkpoint.clear_unfinished(folder)
     step = _step_to_resume(cfg, folder)
     if step is not None:
         meta = checkpoint.read_meta(folder, step)
@@ -357,21 +368,25 @@ def _initial_state(
     shardings = layout.shardings(specs)
     totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
 
-    if plan.step is None and plan.parent is None:
-        print(f"starting from scratch, seed {cfg.seed}")
-        return jax.jit(fresh, out_shardings=shardings)(), None, totals
-
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    if plan.parent is not None:
+    if plan.step is not None:
+        print(f"resuming at step {plan.step}")
+    elif plan.parent is not None:
         parent_dir, parent_step = plan.parent
         print(f"starting from {parent_dir.relative_to(config.base_dir())}, step {parent_step}")
-        params = checkpoint.restore_params(parent_dir, parent_step, target.params)
-        return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)), None, totals
+    else:
+        print(f"starting from scratch, seed {cfg.seed}")
 
-    assert plan.step is not None
-    params, opt_state, data, meta = checkpoint.restore(folder, plan.step, target.params, target.opt_state)
-    print(f"resuming at step {plan.step}")
-    return TrainState(params, opt_state), data, meta["totals"]
+    if cfg.dry_run:  # the shapes are enough to plan the run
+        data = None if plan.step is None else files.read_json(checkpoint.step_dir(folder, plan.step) / "data.json")
+        return target, data, totals
+    if plan.step is not None:
+        params, opt_state, data, meta = checkpoint.restore(folder, plan.step, target.params, target.opt_state)
+        return TrainState(params, opt_state), data, meta["totals"]
+    if plan.parent is not None:
+        params = checkpoint.restore_params(*plan.parent, target.params)
+        return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)), None, totals
+    return jax.jit(fresh, out_shardings=shardings)(), None, totals
 
 
 def step_of(run: Run) -> jax.stages.Wrapped:

@@ -33,6 +33,7 @@ class Stage:
     loader: dataloader.Loader
     validation: Callable[[], dataloader.Loader]  # opens the held-out data
     lr_mult: Callable[[int, float], float]  # (step, progress from 0 to 1) -> factor for all learning rates
+    expected_steps: float  # `steps`, or an estimate if `steps` is None
     facts: dict[str, str] = field(default_factory=dict)  # printed before the first step
 
     def progress(self, step: int) -> float:
@@ -77,7 +78,7 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
         "text": describe_data(source, steps * shape.tokens, tokenizer, cache_dir),
         "tokens per parameter": f"{steps * shape.tokens / model_cfg.num_params:.2f}",
     }
-    return Stage(shape, steps, 1, loader, validation, lr_mult, facts)
+    return Stage(shape, steps, 1, loader, validation, lr_mult, steps, facts)
 
 
 def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
@@ -120,11 +121,12 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     def lr_mult(_: int, progress: float) -> float:
         return cfg.init_lr_frac * decay(progress)
 
+    steps_per_epoch = len(task) * mean_length / shape.tokens
     facts = {
         "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average ({', '.join(cfg.mixture)})",
-        "steps per epoch, about": f"{len(task) * mean_length / shape.tokens:,.0f}",
+        "steps per epoch, about": f"{steps_per_epoch:,.0f}",
     }
-    return Stage(shape, steps, epochs, loader, validation, lr_mult, facts)
+    return Stage(shape, steps, epochs, loader, validation, lr_mult, steps or epochs * steps_per_epoch, facts)
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:

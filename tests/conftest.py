@@ -63,8 +63,8 @@ def own_base_dir(tmp_path, monkeypatch) -> Path:
     return path
 
 
-@pytest.fixture
-def own_handlers():
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
     """Restores the signal handlers, because a command that runs in the process of a test keeps its own to the end."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(s) for s in signals]

@@ -141,8 +141,8 @@ RANGES = [
     (config.Base, "warmup_ratio", -0.1, 0.0), (config.Base, "warmup_ratio", 1.1, 1.0),
     (config.Base, "warmdown_ratio", -0.1, 0.0), (config.Base, "warmdown_ratio", 1.1, 1.0),
     (config.Base, "num_processes", -1, 1), (config.Base, "process_id", -2, 0), (config.Base, "save_every", 0, 1),
-    (config.Base, "keep_every", 0, 1), (config.Base, "target_flops", 0, 1),
-    (config.Base, "target_param_data_ratio", -1, 0), (config.Base, "eval_every", 0, 1),
+    (config.Base, "keep_every", 0, 1), (config.Base, "target_flops", 0.0, 1.0),
+    (config.Base, "target_param_data_ratio", -1.0, 0.0), (config.Base, "eval_every", 0, 1),
     (config.Base, "eval_every", -2, -1), (config.Base, "eval_tokens", 0, 1), (config.Base, "core_metric_every", 0, -1),
     (config.Base, "core_metric_max_per_task", 0, 1), (config.Base, "core_metric_max_per_task", -2, -1),
     (config.Base, "sample_every", 0, -1), (config.Mid, "eval_every", 0, -1), (config.Mid, "eval_tokens", 0, 1),
@@ -154,7 +154,8 @@ RANGES = [
     (config.Rl, "device_batch_size", 0, 1), (config.Rl, "examples_per_step", 0, 1), (config.Rl, "num_samples", 1, 2),
     (config.Rl, "oversampling", 0, 1), (config.Rl, "max_new_tokens", 0, 1), (config.Rl, "temperature", -0.1, 0.0),
     (config.Rl, "top_k", -1, 0), (config.Rl, "init_lr_frac", -0.1, 0.0), (config.Rl, "num_epochs", 0, 1),
-    (config.Rl, "eval_every", 0, -1), (config.Rl, "save_every", 0, -1), (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
+    (config.Rl, "eval_every", 0, -1),
+    (config.Rl, "save_every", 0, -1), (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
     (config.TokTrain, "max_chars", 0, 1), (config.TokTrain, "doc_cap", 0, 1), (config.TokTrain, "vocab_size", 264, 265),
     (config.BaseLoss, "device_batch_size", 0, 1), (config.BaseLoss, "split_tokens", 0, 1),
     (config.BaseEval, "device_batch_size", 0, 1), (config.BaseEval, "max_per_task", 0, -1),
@@ -253,7 +254,7 @@ def test_no_number_may_be_nan_or_infinite(value):
     for cls in ALL:
         for field in dataclasses.fields(cls):
             if field.type is float:
-                bound = "(at least 0 and finite|from 0 to [12]|finite)"
+                bound = "(at least [01] and finite|from 0 to [12]|finite)"
                 with pytest.raises(UserError, match=f"^--{field.name}={value}: must be {bound}"):
                     parse(cls, [f"--{field.name}={value}"])
 
@@ -288,7 +289,7 @@ def test_scripts_complain_in_one_line_with_exit_code_2(arguments):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_errors_with_a_cause_outside_are_one_line_and_others_are_not_hidden(monkeypatch, capsys, own_handlers):
+def test_errors_with_a_cause_outside_are_one_line_and_others_are_not_hidden(monkeypatch, capsys):
     def fails(code):
         def main(cfg):
             raise OSError(code, os.strerror(code), "somewhere/file")
@@ -297,7 +298,8 @@ def test_errors_with_a_cause_outside_are_one_line_and_others_are_not_hidden(monk
 
     monkeypatch.setattr(sys, "argv", ["command"])
     wanted = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EACCES: "give this user access",
-              errno.EROFS: "set NANOCHAT_BASE_DIR", errno.EIO: "check the disk", errno.ENOENT: "put it back"}  # fmt: skip
+              errno.EROFS: "set NANOCHAT_BASE_DIR", errno.EIO: "check the disk",
+              errno.ENOENT: "put it back"}  # fmt: skip
     for code, advice in wanted.items():
         with pytest.raises(SystemExit, match="2"):
             commandline.run(fails(code), config.BaseLoss)

@@ -31,7 +31,7 @@ ADVICE = {
     errno.EIO: f"check the disk {AGAIN}", errno.ESTALE: f"check the network file system {AGAIN}",
     errno.EMFILE: f"raise the limit with ulimit -n {AGAIN}", errno.ENFILE: f"close other programs {AGAIN}",
     errno.ENOENT: f"put it back {AGAIN}", errno.ENOTDIR: f"put the folder back {AGAIN}",
-    errno.ELOOP: f"put it back {AGAIN}",
+    errno.ELOOP: f"put it back {AGAIN}", errno.EFBIG: f"raise the limit with ulimit -f {AGAIN}",
 }  # fmt: skip
 
 

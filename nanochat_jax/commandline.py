@@ -187,11 +187,10 @@ def _unknown(cls: type[config.Settings], args: list[str]) -> str:
             return f"{flag}: not a flag here; use --{ours} (see --help)"
     if name in ABSENT:
         return f"{flag}: not a flag here: {ABSENT[name]}"
-    if similar := did_you_mean(f"--{name}", [f"--{known}" for known in names]):
-        return f"{flag}: unknown flag{similar} (see --help)"
     if owners := _owners(name):
         return f"{flag}: not a flag of this command, but of {owners} (see --help)"
-    return f"{flag}: unknown flag (see --help)"
+    similar = did_you_mean(name, names).replace("mean ", "mean --")
+    return f"{flag}: unknown flag{similar} (see --help)"
 
 
 def _owners(name: str) -> str:
@@ -394,9 +393,8 @@ def _has_quotes(value: object) -> bool:
 
 def _similar_setting(owners: Iterable[type[config.Settings]], key: str, value: object) -> str:
     """Returns "; did you mean NAME?", or where the setting `key` belongs, or ""."""
+    if places := list(dict.fromkeys(f"[{command.table}]" for command in COMMANDS if key in _flags_of(command))):
+        return f"; it belongs in {' or '.join(places)}"
     tables = {command.table for command in COMMANDS} if isinstance(value, dict) else set()
     names = {name for command in owners for name in _flags_of(command)} - {"config"}
-    if similar := did_you_mean(key, sorted(names | tables)):
-        return similar
-    places = list(dict.fromkeys(f"[{command.table}]" for command in COMMANDS if key in _flags_of(command)))
-    return f"; it belongs into {' or '.join(places)}" if places else ""
+    return did_you_mean(key, sorted(names | tables))

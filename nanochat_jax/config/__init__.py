@@ -35,6 +35,7 @@ from nanochat_jax.config.training import (
     PACKINGS,
     STAGES,
     TRAINING,
+    WARM_UP,
     Base,
     Doctor,
     Mid,
@@ -45,7 +46,7 @@ from nanochat_jax.config.training import (
 )
 
 __all__ = [
-    "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "Base",
+    "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "WARM_UP", "Base",
     "BaseEval", "BaseLoss", "ChatCli", "ChatEval", "ChatWeb", "Dataset", "Doctor", "GPTConfig", "Load", "Mid",
     "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError",
     "advice_for", "base_dir", "did_you_mean", "first_line", "setting",

@@ -38,6 +38,7 @@ COORDINATOR = "host:port of process 0 in a multi-host run (detected automaticall
 AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
 INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_lr flags"
 MAX_SEED = 2**31 - 1
+WARM_UP = 10  # the first steps of a run, which do not count toward the training time, as in the original nanochat
 
 
 @dataclass(frozen=True)

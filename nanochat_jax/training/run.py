@@ -45,7 +45,6 @@ FREE = {
     "dry_run", "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
-WARM_UP = 10  # the first steps, which do not count toward the training time, as in the original nanochat
 MEASURED = ("train", "val", "core")  # kinds of log records; a checkpoint contains the last record of each kind
 
 # Advice to a user whose settings do not match the run in the folder.
@@ -127,13 +126,14 @@ class Run:
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
     def count_time(self, step: int, seconds: float) -> None:
-        """Adds the time of a step to the training time, which leaves out the first WARM_UP steps of a run."""
-        if step > WARM_UP:
+        """Adds the time of a step to the training time, which leaves out the first config.WARM_UP steps of a run."""
+        if step > config.WARM_UP:
             self.totals["seconds"] += seconds
 
     def describe_time(self, steps: int) -> str:
         """Returns "340 steps in 2m10s (without the first 10)". The time includes earlier processes of the run."""
-        time = f" in {clock(self.totals['seconds'])} (without the first {WARM_UP})" if steps > WARM_UP else ""
+        warm_up = config.WARM_UP
+        time = f" in {clock(self.totals['seconds'])} (without the first {warm_up})" if steps > warm_up else ""
         return f"{count_of(steps, 'step')}{time}"
 
     def log(self, kind: str, step: int, **fields) -> None:

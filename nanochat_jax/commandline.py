@@ -172,16 +172,15 @@ def _refuse_single_dash(args: list[str], names: list[str]) -> None:
 
 def _unknown(cls: type[config.Settings], args: list[str]) -> str:
     """Says what is wrong with the first of the arguments that `cls` does not know."""
-    flag = next((arg.partition("=")[0] for arg in args if arg.startswith("-") and len(arg) > 1), None)
+    flag = next((arg for arg in args if arg.startswith("-") and len(arg) > 1), None)
     if flag is None:
         hint = f"--config={args[0]}" if args[0].endswith((".toml", ".py")) else "--NAME=VALUE"
         return f"{args[0]}: not a flag; write {hint} (see --help)"
     names = _flags_of(cls)
-    name = flag.lstrip("-")
     if not flag.startswith("--"):
-        letters = {SHORT[field]: field for field in names if field in SHORT}
-        known = ", ".join(f"-{letter} (--{field})" for letter, field in letters.items()) or "none"
+        known = ", ".join(f"-{SHORT[name]} (--{name})" for name in names if name in SHORT) or "none"
         return f"{flag}: unknown flag; the short flags here are {known} (see --help)"
+    name = flag[2:].partition("=")[0]
     for ours in INSTEAD.get(name, ()):
         if ours in names:
             return f"{flag}: not a flag here; use --{ours} (see --help)"

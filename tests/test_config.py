@@ -379,18 +379,19 @@ def test_every_short_flag_of_the_original(cls, argv, expected):
 
 @pytest.mark.parametrize(
     ("cls", "argument", "words"),
-    [(config.Base, "--dept=3", "--dept: unknown flag; did you mean --depth?"),
-     (config.ChatEval, "--max-problem=3", "--max_problem: unknown flag; did you mean --max_problems?"),
-     (config.Sft, "--packing=crop", "--packing: not a flag of this command, but of --stage=base, scripts.doctor"),
-     (config.Base, "--examples_per_step=8", "--examples_per_step: not a flag of this command, but of --stage=rl"),
+    [(config.Base, "--dept=3", "--dept=3: unknown flag; did you mean --depth?"),
+     (config.ChatEval, "--max-problem=3", "--max_problem=3: unknown flag; did you mean --max_problems?"),
+     (config.Sft, "--packing=crop", "--packing=crop: not a flag of this command, but of --stage=base, scripts.doctor"),
+     (config.Base, "--examples_per_step=8", "--examples_per_step=8: not a flag of this command, but of --stage=rl"),
      (config.ChatCli, "-x", "-x: unknown flag; the short flags here are .*-t (--temperature)"),
-     (config.Base, "-depth=20", "-depth=20: write --depth=20"), (config.Base, "-max-seq-len", "-max-seq-len: write --max_seq_len"),
+     (config.Base, "-depth=20", "-depth=20: write --depth=20"),
+     (config.Base, "-max-seq-len", "-max-seq-len: write --max_seq_len"),
      (config.Base, "config/mine.py", "config/mine.py: not a flag; write --config=config/mine.py"),
      (config.Base, "depth=20", "depth=20: not a flag; write --NAME=VALUE"),
      (config.Base, "--xyzzy", "--xyzzy: unknown flag (see --help)"),
-     (config.Mid, "--eval_steps=100", "--eval_steps: not a flag here; use --eval_tokens"),
-     (config.Base, "--warmup-steps=40", "--warmup_steps: not a flag here; use --warmup_ratio"),
-     (config.BaseEval, "--hf-path=gpt2", "--hf_path: not a flag here: only checkpoints of this project"),
+     (config.Mid, "--eval_steps=100", "--eval_steps=100: not a flag here; use --eval_tokens"),
+     (config.Base, "--warmup-steps=40", "--warmup_steps=40: not a flag here; use --warmup_ratio"),
+     (config.BaseEval, "--hf-path=gpt2", "--hf_path=gpt2: not a flag here: only checkpoints of this project"),
      (config.Base, "--fp8", "--fp8: not a flag here: matmuls are in bfloat16 or float32")],
 )  # fmt: skip
 def test_an_unknown_flag_gets_the_nearest_or_its_owner(cls, argument, words):
@@ -430,7 +431,7 @@ def test_numbers_of_a_preset_keep_their_meaning(preset):
     ("arguments", "words"),
     [(["--stage=sfft"], "--stage=sfft: must be one of base, mid, sft, rl; did you mean sft?"),
      (["--stage=base", "--stage", "bas"], "--stage=bas: must be one of"),
-     (["--stage=base", "--stage=sft", "--depth=4"], "--depth: not a flag of this command, but of --stage=base"),
+     (["--stage=base", "--stage=sft", "--depth=4"], "--depth=4: not a flag of this command, but of --stage=base"),
      (["--stage"], "--stage=: must be one of")],
 )  # fmt: skip
 def test_a_wrong_stage_gets_the_nearest_and_the_last_wins(arguments, words):

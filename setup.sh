@@ -21,7 +21,8 @@ find_python() {
 # runs on older drivers.
 gpu_extra() {
     local driver
-    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1) || return 0
+    driver=$(nvidia-smi --id=0 --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || return 0
+    driver=${driver%%.*}
     [[ "$driver" =~ ^[0-9]+$ ]] || return 0
     if [ "$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi
 }

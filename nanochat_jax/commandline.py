@@ -10,31 +10,61 @@ This module does not import JAX, so `--help` and errors in flags appear without 
 """
 
 import argparse
+import atexit
 import dataclasses
-import difflib
-import errno
 import functools
+import os
 import re
+import signal
 import sys
+import time
 import tomllib
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from nanochat_jax import config
-from nanochat_jax.config import REPOSITORY, UserError
+from nanochat_jax.config import REPOSITORY, UserError, did_you_mean
 
 COMMANDS = (
     config.TokTrain, config.TokEval, config.Dataset, config.Base, config.Doctor, config.Mid,
     config.Sft, config.Rl, config.BaseLoss, config.BaseEval, config.ChatEval, config.ChatCli, config.ChatWeb,
     config.Report,
 )  # fmt: skip
+MODULES: dict[type[config.Settings], str] = {
+    config.TokTrain: "scripts.tok_train", config.TokEval: "scripts.tok_eval", config.Dataset: "nanochat_jax.dataset",
+    config.Doctor: "scripts.doctor", config.BaseLoss: "scripts.base_loss", config.BaseEval: "scripts.base_eval",
+    config.ChatEval: "scripts.chat_eval", config.ChatCli: "scripts.chat_cli", config.ChatWeb: "scripts.chat_web",
+    config.Report: "nanochat_jax.report",
+}  # fmt: skip
 SHORT = {
     "source": "i", "task_name": "a", "temperature": "t", "max_new_tokens": "m", "num_samples": "n", "top_k": "k",
     "batch_size": "b", "model_tag": "g", "step": "s", "max_problems": "x", "prompt": "p", "compute_dtype": "d",
     "num_files": "n", "num_workers": "w", "num_gpus": "n", "port": "p",
 }  # fmt: skip
+
+# Other names of our settings, as flags and in presets: {a name in the original nanochat: our name}.
+SYNONYMS = {"dtype": "compute_dtype", "max_tokens": "max_new_tokens"}
+# Flags of the original nanochat that are refused, and our flags for the same purpose.
+INSTEAD = {
+    "eval_steps": ("eval_examples", "eval_tokens"), "step": ("source_step",), "warmup_steps": ("warmup_ratio",),
+    "chatcore_every": ("eval_metrics_every",), "chatcore_max_cat": ("eval_metrics_max_problems",),
+    "chatcore_max_sample": ("eval_metrics_max_problems",), "resume_from_step": ("resume",),
+}  # fmt: skip
+# Flags of the original nanochat that have no counterpart here, and why.
+ABSENT = {
+    "hf_path": "only checkpoints of this project can be evaluated",
+    "eval": "scripts.base_eval evaluates CORE, and scripts.base_loss bits per byte and samples",
+    "fp8": "matmuls are in bfloat16 or float32",
+    "fp8_recipe": "matmuls are in bfloat16 or float32",
+    "scalar_lr": "this model has no scalar weights",
+    "load_optimizer": "every stage starts with a new optimizer state",
+}
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SAME_SIGNAL_SECONDS = 1.0  # signals that follow each other within this time count as one
 
 C = TypeVar("C", bound=config.Settings)
 
@@ -45,7 +75,12 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
     Raises UserError if a flag, a value or the preset is invalid.
     """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv) if arg != "--"]
-    given = vars(_parser(cls).parse_args(args))
+    parser = _parser(cls)
+    _refuse_single_dash(args, _flags_of(cls))
+    parsed, unknown = parser.parse_known_args(args)
+    if unknown:
+        raise UserError(_unknown(cls, unknown))
+    given = vars(parsed)
     preset = given.pop("config", None)
     values = _preset_values(cls, preset)
     if preset and "preset" in cls.__dataclass_fields__:
@@ -58,22 +93,58 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
 def run(main: Callable[[C], object], cls: type[C]) -> None:
     """Parses the command line into `cls`, and passes the settings to `main`.
 
-    On a UserError or a full disk, prints one line and exits with status 2. On Ctrl-C, exits with status 130. Any other
-    error is a bug, so its traceback is shown.
+    On a UserError, or if the disk is full or a file cannot be reached, prints one line and exits with status 2. On
+    Ctrl-C, SIGTERM or SIGHUP, exits with status 128 + the signal's number. Any other error is a bug, so its traceback
+    is shown.
     """
+    received = _catch_stop_signals()
     try:
         main(parse(cls))
     except UserError as error:
         print(f"error: {_with_preset(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the program that read our output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not fail when it flushes stdout at exit
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not (advice := config.advice_for(error)):
             raise
-        print(f"error: {error}: make room and run the same command again", file=sys.stderr)
+        print(f"error: {error}: {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        with suppress(OSError):
+            os.write(2, b"stopped\n")
+        sys.exit(128 + (received[0] if received else signal.SIGINT))
+
+
+def _catch_stop_signals() -> list[int]:
+    """Makes a stop signal raise KeyboardInterrupt. Returns a list to which the signal will be added.
+
+    A later signal ends the process at once, in case it hangs while it cleans up. Training replaces these handlers
+    while it has a state to save.
+    """
+    received: list[int] = []
+    first = 0.0
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not received:
+            received.append(signum)
+            first = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            os._exit(128 + received[0])
+
+    def ignore_all() -> None:
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, for example, makes programs ignore SIGHUP
+            signal.signal(signum, stop)
+    # Runs after all other exit handlers. Otherwise, a signal while Python ends would change the exit status.
+    atexit.register(ignore_all)
+    return received
 
 
 def _with_preset(message: str) -> str:
@@ -100,6 +171,55 @@ def _with_underscores(arg: str) -> str:
         return arg
     flag, equals, value = arg.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _flags_of(cls: type[config.Settings]) -> list[str]:
+    """Returns the names of the flags of a command: ["depth", "seed", ...]."""
+    fields = [field for field in dataclasses.fields(cls) if "help" in field.metadata]
+    names = [field.name for field in fields if not field.metadata["positional"]]
+    return [*names, "config"] if cls in COMMANDS else names
+
+
+def _refuse_single_dash(args: list[str], names: list[str]) -> None:
+    """Raises UserError for -depth=20, which argparse would read as -d with the value epth=20."""
+    for arg in args:
+        name, equals, value = arg[1:].replace("-", "_").partition("=")
+        if re.match(r"-\w\w", arg) and name in names:
+            raise UserError(f"{arg}: write --{name}{equals}{value}")
+
+
+def _unknown(cls: type[config.Settings], args: list[str]) -> str:
+    """Says what is wrong with the first of the arguments that `cls` does not know."""
+    flag = next((arg for arg in args if arg.startswith("-") and len(arg) > 1), None)
+    if flag is None:
+        hint = f"--config={args[0]}" if args[0].endswith((".toml", ".py")) else "--NAME=VALUE"
+        return f"{args[0]}: not a flag; write {hint} (see --help)"
+    names = _flags_of(cls)
+    if not flag.startswith("--"):
+        known = ", ".join(f"-{SHORT[name]} (--{name})" for name in names if name in SHORT) or "none"
+        return f"{flag}: unknown flag; the short flags here are {known} (see --help)"
+    name = flag[2:].partition("=")[0]
+    for ours in INSTEAD.get(name, ()):
+        if ours in names:
+            return f"{flag}: not a flag here; use --{ours} (see --help)"
+    if name in ABSENT:
+        return f"{flag}: not a flag here: {ABSENT[name]}"
+    if owners := _owners(name):
+        return f"{flag}: not a flag of this command, but of {owners} (see --help)"
+    similar = did_you_mean(name, names).replace("mean ", "mean --")
+    return f"{flag}: unknown flag{similar} (see --help)"
+
+
+def _owners(name: str) -> str:
+    """Returns the commands that have the setting `name`: "train --stage=base, scripts.doctor"."""
+    return ", ".join(command_of(cls) for cls in COMMANDS if name in _flags_of(cls))
+
+
+def command_of(cls: type[config.Settings]) -> str:
+    """Returns what starts the command with the settings `cls`: "--stage=base", "scripts.tok_train"."""
+    if issubclass(cls, config.Train) and cls is not config.Doctor:
+        return f"--stage={cls.table}"
+    return MODULES[cls]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,6 +255,7 @@ def _parser(cls: type[config.Settings]) -> _Parser:
         flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
         if field.name in SHORT and not (field.name == "num_samples" and cls is config.Rl):
             flags.insert(0, f"-{SHORT[field.name]}")
+        flags += [f"--{synonym}" for synonym, ours in SYNONYMS.items() if ours == field.name]
         parser.add_argument(*flags, default=None, dest=field.name, **options)
     return parser
 
@@ -260,6 +381,7 @@ def _value_for(
     `owners` are the commands of the table that holds the key, or all commands if the key is at the top of the file.
     Raises UserError if none of these commands has the setting `key`, or if the value has the wrong type.
     """
+    key = SYNONYMS.get(key, key)
     fields = {
         command: field
         for command in owners
@@ -267,12 +389,29 @@ def _value_for(
         if field.name == key and "help" in field.metadata
     }
     if not fields:
-        names = {field.name for c in owners for field in dataclasses.fields(c) if "help" in field.metadata}
-        similar = difflib.get_close_matches(key, names, 1)
-        raise UserError(f"{where}: unknown setting" + (f"; did you mean {similar[0]}?" if similar else ""))
+        raise UserError(f"{where}: unknown setting{_similar_setting(owners, key, value)}")
     if cls not in fields:
         return {}
+    kind = typing.get_type_hints(cls)[key]
     try:
-        return {key: _convert_for(value, fields[cls], typing.get_type_hints(cls)[key])}
+        if kind is not str and _has_quotes(value) and not (fields[cls].metadata["auto"] and value == "auto"):
+            raise argparse.ArgumentTypeError(f"{value!r}: write it without quotes")
+        return {key: _convert_for(value, fields[cls], kind)}
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{where} = {error}") from None
+
+
+def _has_quotes(value: object) -> bool:
+    """Whether a TOML value that should hold numbers or a switch has one of them in quotes, like depth = "20"."""
+    if isinstance(value, dict):
+        return any(_has_quotes(inner) for inner in value.values())
+    return isinstance(value, str) and re.fullmatch(r"[-+.\de]*\d[-+.\de]*|true|false", value.strip(), re.I) is not None
+
+
+def _similar_setting(owners: Iterable[type[config.Settings]], key: str, value: object) -> str:
+    """Returns "; did you mean NAME?", or where the setting `key` belongs, or ""."""
+    if places := list(dict.fromkeys(f"[{command.table}]" for command in COMMANDS if key in _flags_of(command))):
+        return f"; it belongs in {' or '.join(places)}"
+    tables = {command.table for command in COMMANDS} if isinstance(value, dict) else set()
+    names = {name for command in owners for name in _flags_of(command)} - {"config"}
+    return did_you_mean(key, sorted(names | tables))

@@ -105,3 +105,8 @@ def clock(seconds: float) -> str:
     hours, rest = divmod(seconds, 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Returns "1 file" or "2,000 files". The plural of `noun` must end in s."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

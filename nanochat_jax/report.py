@@ -318,8 +318,9 @@ def _facts(run: Run) -> list[str]:
         facts["steps"] = f"{last['step']:,}"
         facts["tokens"] = _show(last.get("tokens"))
         facts["FLOPs"] = f"{last['flops']:.3e}" if last.get("flops") else ""
-        seconds = sum(r["dt"] for r in train if r.get("dt"))
-        facts["time"] = f"{clock(seconds)} in steps, {clock(run.ended - run.began)} from start to end"
+        seconds = sum(r["dt"] for r in train if r.get("dt") and r["step"] > config.WARM_UP)
+        in_steps = f"{clock(seconds)} in steps (without the first {config.WARM_UP})"
+        facts["time"] = f"{in_steps}, {clock(run.ended - run.began)} from start to end"
         _, losses = run.series("train", "loss")
         facts["final training loss"] = f"{smooth(losses)[-1]:.4f} (moving average)" if losses else ""
         _, speeds = run.series("train", "tok_per_s")

@@ -26,20 +26,23 @@ def main(cfg: config.Train) -> None:
 
 
 def chosen_stage() -> type[config.Train]:
-    """Removes --stage from sys.argv, and returns the settings class of the stage."""
-    for i, arg in enumerate(sys.argv[1:], start=1):
-        name, eq, value = arg.partition("=")
-        if name == "--stage":
-            value = value if eq else "".join(sys.argv[i + 1 : i + 2])
-            del sys.argv[i : i + (1 if eq else 2)]
-            if value in config.TRAINING:
-                return config.TRAINING[value]
-            print(f"error: --stage={value}: must be one of {', '.join(config.STAGES)}", file=sys.stderr)
-            sys.exit(2)
-    if {"-h", "--help"} & set(sys.argv):
+    """Removes --stage from sys.argv, and returns the settings class of the stage. If it is repeated, the last wins."""
+    stages = ", ".join(config.STAGES)
+    value = None
+    while (i := next((i for i, arg in enumerate(sys.argv) if arg.partition("=")[0] == "--stage"), None)) is not None:
+        _, equals, value = sys.argv[i].partition("=")
+        value = value if equals else "".join(sys.argv[i + 1 : i + 2])
+        del sys.argv[i : i + (1 if equals else 2)]
+    if value in config.TRAINING:
+        return config.TRAINING[value]
+    if value is not None:
+        problem = f"--stage={value}: must be one of {stages}{config.did_you_mean(value, config.STAGES)}"
+    elif {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         sys.exit(0)
-    print(f"error: --stage is missing: must be one of {', '.join(config.STAGES)}", file=sys.stderr)
+    else:
+        problem = f"--stage is missing: must be one of {stages}"
+    print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -61,3 +61,13 @@ def own_base_dir(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "base"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """Restores the signal handlers, because a command that runs in the process of a test keeps its own to the end."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(s) for s in signals]
+    yield
+    for s, handler in zip(signals, before, strict=True):
+        signal.signal(s, handler)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -142,17 +143,31 @@ RANGES = [
     (config.Base, "total_batch_size", 0, 1), (config.Base, "final_lr_frac", -0.1, 0.0),
     (config.Base, "warmup_ratio", -0.1, 0.0), (config.Base, "warmup_ratio", 1.1, 1.0),
     (config.Base, "warmdown_ratio", -0.1, 0.0), (config.Base, "warmdown_ratio", 1.1, 1.0),
+    (config.Base, "num_processes", -1, 1), (config.Base, "process_id", -2, 0), (config.Base, "save_every", 0, 1),
+    (config.Base, "keep_every", 0, 1), (config.Base, "target_flops", 0.0, 1.0),
+    (config.Base, "target_param_data_ratio", -1.0, 0.0), (config.Base, "eval_every", 0, 1),
+    (config.Base, "eval_every", -2, -1), (config.Base, "eval_tokens", 0, 1), (config.Base, "core_metric_every", 0, -1),
+    (config.Base, "core_metric_max_per_task", 0, 1), (config.Base, "core_metric_max_per_task", -2, -1),
+    (config.Base, "sample_every", 0, -1), (config.Mid, "eval_every", 0, -1), (config.Mid, "eval_tokens", 0, 1),
     (config.Mid, "total_batch_size", 0, 1), (config.Mid, "init_lr_frac", -0.1, 0.0),
+    (config.Sft, "eval_every", 0, -1), (config.Sft, "eval_tokens", 0, 1), (config.Sft, "eval_metrics_every", 0, -1),
+    (config.Sft, "eval_metrics_max_problems", 0, 1), (config.Sft, "eval_metrics_max_problems", -2, -1),
     (config.Sft, "total_batch_size", -1, 1), (config.Sft, "init_lr_frac", -0.1, 0.0),
     (config.Sft, "target_examples_per_step", 0, 1), (config.Sft, "num_epochs", 0, 1),
     (config.Rl, "device_batch_size", 0, 1), (config.Rl, "examples_per_step", 0, 1), (config.Rl, "num_samples", 1, 2),
     (config.Rl, "oversampling", 0, 1), (config.Rl, "max_new_tokens", 0, 1), (config.Rl, "temperature", -0.1, 0.0),
     (config.Sft, "eval_examples", 0, 1),
     (config.Rl, "top_k", -1, 0), (config.Rl, "init_lr_frac", -0.1, 0.0), (config.Rl, "num_epochs", 0, 1),
-    (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
+    (config.Rl, "eval_every", 0, -1),
+    (config.Rl, "save_every", 0, -1), (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
     (config.TokTrain, "max_chars", 0, 1), (config.TokTrain, "doc_cap", 0, 1), (config.TokTrain, "vocab_size", 264, 265),
     (config.BaseLoss, "device_batch_size", 0, 1), (config.BaseLoss, "split_tokens", 0, 1),
-    (config.BaseEval, "device_batch_size", 0, 1),
+    (config.BaseEval, "device_batch_size", 0, 1), (config.BaseEval, "max_per_task", 0, -1),
+    (config.BaseLoss, "step", -2, 0), (config.BaseEval, "step", -2, 0), (config.ChatEval, "step", -2, 0),
+    (config.ChatCli, "step", -2, 0), (config.ChatWeb, "step", -2, 0),
+    (config.ChatEval, "max_problems", 0, 1), (config.ChatEval, "max_problems", -2, -1),
+    (config.ChatEval, "seed", -1, 0), (config.ChatEval, "seed", 2**31, 2**31 - 1),
+    (config.ChatCli, "seed", -1, 0), (config.ChatCli, "seed", 2**31, 2**31 - 1),
     (config.ChatEval, "temperature", -0.1, 0.0), (config.ChatEval, "max_new_tokens", 0, 1),
     (config.ChatEval, "num_samples", 0, 1), (config.ChatEval, "top_k", -1, 0), (config.ChatEval, "batch_size", 0, 1),
     (config.ChatEval, "slots", -1, 1),
@@ -243,7 +258,7 @@ def test_no_number_may_be_nan_or_infinite(value):
     for cls in ALL:
         for field in dataclasses.fields(cls):
             if field.type is float:
-                bound = "(at least 0 and finite|from 0 to [12]|finite)"
+                bound = "(at least [01] and finite|from 0 to [12]|finite)"
                 with pytest.raises(UserError, match=f"^--{field.name}={value}: must be {bound}"):
                     parse(cls, [f"--{field.name}={value}"])
 
@@ -278,7 +293,7 @@ def test_scripts_complain_in_one_line_with_exit_code_2(arguments):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(monkeypatch, capsys):
+def test_errors_with_a_cause_outside_are_one_line_and_others_are_not_hidden(monkeypatch, capsys):
     def fails(code):
         def main(cfg):
             raise OSError(code, os.strerror(code), "somewhere/file")
@@ -286,11 +301,143 @@ def test_a_full_disk_is_one_line_and_other_errors_are_not_hidden(monkeypatch, ca
         return main
 
     monkeypatch.setattr(sys, "argv", ["command"])
-    for code in (errno.ENOSPC, errno.EDQUOT):
+    wanted = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EACCES: "give this user access",
+              errno.EROFS: "set NANOCHAT_BASE_DIR", errno.EIO: "check the disk",
+              errno.ENOENT: "put it back"}  # fmt: skip
+    for code, advice in wanted.items():
         with pytest.raises(SystemExit, match="2"):
             commandline.run(fails(code), config.BaseLoss)
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "make room" in error
+        assert error.count("\n") == 1 and advice in error
         assert os.strerror(code) in error and "somewhere/file" in error
-    with pytest.raises(PermissionError):
-        commandline.run(fails(errno.EACCES), config.BaseLoss)
+    with pytest.raises(OSError, match="Invalid argument"):
+        commandline.run(fails(errno.EINVAL), config.BaseLoss)
+
+
+# -----------------------------------------------------------------------------
+# Other names, unknown names, special values
+
+# Every flag of the original nanochat, by the command that has it here. A value that differs from its default.
+BASE = {
+    "run": "x", "device_type": "cpu", "depth": 4, "max_seq_len": 512, "num_iterations": 7, "target_flops": 1e9,
+    "target_param_data_ratio": 8, "device_batch_size": 4, "total_batch_size": 1024, "embedding_lr": 0.1,
+    "unembedding_lr": 0.001, "weight_decay": 0.1, "matrix_lr": 0.01, "grad_clip": 1.0, "warmup_ratio": 0.1,
+    "warmdown_ratio": 0.4, "final_lr_frac": 0.1, "eval_every": 100, "eval_tokens": 1024, "core_metric_every": 100,
+    "core_metric_max_per_task": -1, "sample_every": 100, "save_every": 100, "model_tag": "x",
+    "aspect_ratio": 128, "head_dim": 64, "window_pattern": "SSSL",
+}  # fmt: skip
+CHAT = {
+    "run": "x", "device_type": "cpu", "dtype": "float32", "num_iterations": 7, "embedding_lr": 0.1,
+    "unembedding_lr": 0.001, "matrix_lr": 0.01, "init_lr_frac": 0.5, "weight_decay": 0.1, "eval_every": 70,
+    "dry_run": 1, "model_tag": "x", "source": "rl", "device_batch_size": 2,
+}  # fmt: skip
+LOADED = {"model_tag": "x", "step": 7, "device_type": "cpu"}
+ORIGINAL = [
+    (config.TokTrain, {"max_chars": 1e9, "doc_cap": 100, "vocab_size": 4096}),
+    (config.Dataset, {"num_files": 240, "num_workers": 8}), (config.Base, BASE),
+    (config.Mid, CHAT | {"total_batch_size": 1024, "eval_tokens": 1024}),
+    (config.Sft, CHAT | {"target_examples_per_step": 16, "num_epochs": 2, "eval_metrics_every": 50,
+                         "eval_metrics_max_problems": 10}),
+    (config.Rl, CHAT | {"examples_per_step": 8, "num_samples": 8, "max_new_tokens": 64, "temperature": 0.7, "top_k": 5,
+                        "num_epochs": 2, "save_every": 5, "eval_examples": 100}),
+    (config.BaseEval, LOADED | {"max_per_task": 100, "device_batch_size": 16}),
+    (config.BaseLoss, LOADED | {"device_batch_size": 16, "split_tokens": 1024}),
+    (config.ChatEval, LOADED | {"source": "rl", "task_name": "GSM8K", "dtype": "float32", "temperature": 0.5,
+                                "max_new_tokens": 64, "num_samples": 2, "top_k": 5, "batch_size": 4,
+                                "max_problems": 9}),
+    (config.ChatCli, LOADED | {"source": "rl", "prompt": "hi", "temperature": 0.1, "top_k": 5, "dtype": "float32"}),
+    (config.ChatWeb, LOADED | {"num_gpus": 2, "source": "rl", "temperature": 0.1, "top_k": 5, "max_tokens": 64,
+                               "port": 80, "dtype": "float32", "host": "0.0.0.0"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "flags"), ORIGINAL, ids=lambda value: getattr(value, "__name__", ""))
+def test_every_flag_of_the_original_is_accepted_and_means_the_same(cls, flags):
+    """Written with underscores as its configurator does, and with dashes as its argparse does."""
+    default = cls()
+    for dash in (False, True):
+        cfg = parse(cls, [f"--{name.replace('_', '-') if dash else name}={value}" for name, value in flags.items()])
+        for name, value in flags.items():
+            ours = commandline.SYNONYMS.get(name, name)
+            assert getattr(cfg, ours) == value != getattr(default, ours), name
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "expected"),
+    [(config.ChatEval, "-i sft -a GSM8K -d float32 -t 1 -m 9 -n 2 -k 3 -b 4 -g x -s 5 -x 6",
+      {"source": "sft", "task_name": "GSM8K", "compute_dtype": "float32", "temperature": 1, "max_new_tokens": 9,
+       "num_samples": 2, "top_k": 3, "batch_size": 4, "model_tag": "x", "step": 5, "max_problems": 6}),
+     (config.ChatCli, "-i mid -g x -s 5 -p hi -t 1 -k 3 -d float32",
+      {"source": "mid", "model_tag": "x", "step": 5, "prompt": "hi", "temperature": 1, "top_k": 3,
+       "compute_dtype": "float32"}),
+     (config.ChatWeb, "-n 2 -i mid -t 1 -k 3 -m 9 -g x -s 5 -p 80 -d float32",
+      {"num_gpus": 2, "source": "mid", "temperature": 1, "top_k": 3, "max_new_tokens": 9, "model_tag": "x", "step": 5,
+       "port": 80, "compute_dtype": "float32"}),
+     (config.Dataset, "-n 240 -w 8", {"num_files": 240, "num_workers": 8})],
+)  # fmt: skip
+def test_every_short_flag_of_the_original(cls, argv, expected):
+    cfg = parse(cls, argv.split())
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("cls", "argument", "words"),
+    [(config.Base, "--dept=3", "--dept=3: unknown flag; did you mean --depth?"),
+     (config.ChatEval, "--max-problem=3", "--max_problem=3: unknown flag; did you mean --max_problems?"),
+     (config.Sft, "--packing=crop", "--packing=crop: not a flag of this command, but of --stage=base, scripts.doctor"),
+     (config.Base, "--examples_per_step=8", "--examples_per_step=8: not a flag of this command, but of --stage=rl"),
+     (config.ChatCli, "-x", "-x: unknown flag; the short flags here are .*-t (--temperature)"),
+     (config.Base, "-depth=20", "-depth=20: write --depth=20"),
+     (config.Base, "-max-seq-len", "-max-seq-len: write --max_seq_len"),
+     (config.Base, "config/mine.py", "config/mine.py: not a flag; write --config=config/mine.py"),
+     (config.Base, "depth=20", "depth=20: not a flag; write --NAME=VALUE"),
+     (config.Base, "--xyzzy", "--xyzzy: unknown flag (see --help)"),
+     (config.Mid, "--eval_steps=100", "--eval_steps=100: not a flag here; use --eval_tokens"),
+     (config.Base, "--warmup-steps=40", "--warmup_steps=40: not a flag here; use --warmup_ratio"),
+     (config.BaseEval, "--hf-path=gpt2", "--hf_path=gpt2: not a flag here: only checkpoints of this project"),
+     (config.Base, "--fp8", "--fp8: not a flag here: matmuls are in bfloat16 or float32")],
+)  # fmt: skip
+def test_an_unknown_flag_gets_the_nearest_or_its_owner(cls, argument, words):
+    with pytest.raises(UserError) as error:
+        parse(cls, [argument])
+    pattern = words.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")
+    assert re.match(pattern, str(error.value)) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("depht = 3", "depht: unknown setting; did you mean depth?"),
+     ("[bsae]\ndepth = 3", "bsae: unknown setting; did you mean base?"),
+     ("[mid]\npacking = 'crop'", "[mid] packing: unknown setting; it belongs in [base]"),
+     ("depth = '20'", "depth = '20': write it without quotes"), ("tok.fresh = 'true'", "fresh = 'true': write it with"),
+     ("matrix_lr = '1e-3'", "matrix_lr = '1e-3': write it without quotes"),
+     ("mixture = {gsm8k = '0'}", "mixture = {'gsm8k': '0'}: write it without quotes"),
+     ("depth = [20]", "depth = [20] is not an integer"), ("depth = 1979-05-27", "is not an integer"),
+     ("[sft]\nsource = 'sfft'", "--source=sfft: must be base, mid, sft or rl; did you mean sft?"),
+     ("dtype = 'float23'", "--compute_dtype=float23: must be bfloat16 or float32; did you mean float32?")],
+)  # fmt: skip
+def test_a_wrong_key_or_value_of_a_preset_is_one_line(preset, text, words):
+    with pytest.raises(UserError) as error:
+        for cls in (config.Base, config.Mid, config.Sft, config.TokTrain):
+            parse(cls, [preset(text)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_numbers_of_a_preset_keep_their_meaning(preset):
+    text = "depth = 4.0\ntotal_batch_size = 1e6\ndevice_batch_size = 'auto'\ndtype = 'float32'\nmodel_tag = '20'\n"
+    cfg = parse(config.Base, [preset(text)])
+    assert (cfg.depth, cfg.total_batch_size, cfg.device_batch_size) == (4, 1_000_000, 0)
+    assert (cfg.compute_dtype, cfg.model_tag) == ("float32", "20")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--stage=sfft"], "--stage=sfft: must be one of base, mid, sft, rl; did you mean sft?"),
+     (["--stage=base", "--stage", "bas"], "--stage=bas: must be one of"),
+     (["--stage=base", "--stage=sft", "--depth=4"], "--depth=4: not a flag of this command, but of --stage=base"),
+     (["--stage"], "--stage=: must be one of")],
+)  # fmt: skip
+def test_a_wrong_stage_gets_the_nearest_and_the_last_wins(arguments, words):
+    command = [sys.executable, "-m", "scripts.train", *arguments]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr

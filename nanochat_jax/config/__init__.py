@@ -17,7 +17,16 @@ from nanochat_jax.config.commands import (
     TokTrain,
 )
 from nanochat_jax.config.gpt import GPTConfig
-from nanochat_jax.config.setting import REPOSITORY, Settings, UserError, base_dir, first_line, setting
+from nanochat_jax.config.setting import (
+    REPOSITORY,
+    Settings,
+    UserError,
+    advice_for,
+    base_dir,
+    did_you_mean,
+    first_line,
+    setting,
+)
 from nanochat_jax.config.training import (
     DATA_DIR,
     DEVICE_TYPE,
@@ -26,6 +35,7 @@ from nanochat_jax.config.training import (
     PACKINGS,
     STAGES,
     TRAINING,
+    WARM_UP,
     Base,
     Doctor,
     LaterStage,
@@ -37,8 +47,8 @@ from nanochat_jax.config.training import (
 )
 
 __all__ = [
-    "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "Base",
+    "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "WARM_UP", "Base",
     "BaseEval", "BaseLoss", "ChatCli", "ChatEval", "ChatWeb", "Dataset", "Doctor", "GPTConfig", "LaterStage", "Load",
-    "Mid", "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError", "base_dir",
-    "first_line", "setting",
+    "Mid", "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError", "advice_for",
+    "base_dir", "did_you_mean", "first_line", "setting",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from nanochat_jax.config.training import (
     DEVICE_TYPE,
     DEVICES,
     DTYPES,
+    MAX_SEED,
     STAGES,
     TASK_DATA_DIR,
     TASK_FILES,
@@ -68,7 +69,7 @@ class Load(Settings):
     preset: str = ""  # the name of the preset that --config gives; not a flag
     source: str = setting("sft", "stage of the model to load", choices=STAGES)
     model_tag: str = setting("", "name of the run to load (default: the preset's, else the stage's run saved last)")
-    step: int = setting(-1, "step of the checkpoint to load (-1: the latest)")
+    step: int = setting(-1, "step of the checkpoint to load (-1: the latest)", low=0)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
 
@@ -91,7 +92,7 @@ class BaseEval(Load):
 
     table: ClassVar[str] = "eval"
     source: str = setting("base", "stage of the model to load", choices=STAGES)
-    max_per_task: int = setting(-1, "maximum number of examples per task (-1: all)")
+    max_per_task: int = setting(-1, "maximum number of examples per task (-1: all)", low=1)
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
     core_dir: str = setting("", CORE_DIR)
 
@@ -110,8 +111,8 @@ class ChatEval(Load):
     top_k: int = setting(50, TOP_K, low=0)
     batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
     slots: int = setting(0, "answers generated at once on a device (auto: as many as fit in memory)", auto=True, low=1)
-    max_problems: int = setting(-1, "maximum number of problems per task (-1: all)")
-    seed: int = setting(42, "random seed for sampling")
+    max_problems: int = setting(-1, "maximum number of problems per task (-1: all)", low=1)
+    seed: int = setting(42, "random seed for sampling", low=0, high=MAX_SEED)
     task_data_dir: str = setting("", TASK_DATA_DIR)
     task_files: str = setting("generated", TASK_FILES, choices=TASK_FILES_CHOICES)
 
@@ -125,7 +126,7 @@ class ChatCli(Load):
     temperature: float = setting(0.6, "sampling temperature (0: greedy)", low=0)
     top_k: int = setting(50, TOP_K, low=0)
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
-    seed: int = setting(42, "random seed for sampling")
+    seed: int = setting(42, "random seed for sampling", low=0, high=MAX_SEED)
 
 
 @dataclass(frozen=True)

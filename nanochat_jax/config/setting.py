@@ -1,9 +1,11 @@
 """What a setting is: a dataclass field with a help text and a range. Also the error for values that are not allowed."""
 
 import dataclasses
+import difflib
+import errno
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,24 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """Returns the first line of the error's message, or the name of the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+AGAIN = "and run the same command again"
+# What to do about an error of the operating system that has a cause outside this program.
+ADVICE = {
+    errno.ENOSPC: f"make room {AGAIN}", errno.EDQUOT: f"make room {AGAIN}",
+    errno.EACCES: f"give this user access {AGAIN}", errno.EPERM: f"give this user access {AGAIN}",
+    errno.EROFS: "this file system is read-only: set NANOCHAT_BASE_DIR to a writable folder",
+    errno.EIO: f"check the disk {AGAIN}", errno.ESTALE: f"check the network file system {AGAIN}",
+    errno.EMFILE: f"raise the limit with ulimit -n {AGAIN}", errno.ENFILE: f"close other programs {AGAIN}",
+    errno.ENOENT: f"put it back {AGAIN}", errno.ENOTDIR: f"put the folder back {AGAIN}",
+    errno.ELOOP: f"put it back {AGAIN}", errno.EFBIG: f"raise the limit with ulimit -f {AGAIN}",
+}  # fmt: skip
+
+
+def advice_for(error: OSError) -> str:
+    """Returns what to do about `error`, or "" if it may be a bug of this program."""
+    return ADVICE.get(error.errno or 0, "")
 
 
 def base_dir() -> Path:
@@ -41,6 +61,7 @@ def setting(
     auto: bool = False,
     low: float = -math.inf,
     high: float = math.inf,
+    special: float | None = None,
     choices: Sequence[str] = (),
     positional: bool = False,
     aliases: Sequence[str] = (),
@@ -48,15 +69,16 @@ def setting(
     """Returns a dataclass field with a help text.
 
     A number must be at least `low` and at most `high`. If `choices` is not empty, a string must be one of them. The
-    default is always accepted, because it may be a special value such as -1 or "".
+    default is always accepted, because it may be a special value such as -1 or "". `special` names such a value if it
+    is not the default.
 
     If `auto` is true, an integer setting also accepts the word `auto`, and stores it as 0. If `positional` is true, the
     setting is a positional argument of the command line instead of a flag. `aliases` are further names of the flag.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     metadata = {
-        "help": help, "auto": auto, "low": low, "high": high, "choices": choices, "positional": positional,
-        "aliases": aliases,
+        "help": help, "auto": auto, "low": low, "high": high, "special": special, "choices": choices,
+        "positional": positional, "aliases": aliases,
     }  # fmt: skip
     return dataclasses.field(**factory, metadata=metadata)
 
@@ -73,14 +95,14 @@ class Settings:
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     """Raises UserError if `field` does not allow `value`. No field allows infinity or NaN."""
-    low, high, choices, auto = (field.metadata[key] for key in ("low", "high", "choices", "auto"))
+    low, high, special, choices, auto = (field.metadata[key] for key in ("low", "high", "special", "choices", "auto"))
     number = isinstance(value, int | float)
     finite = number and -math.inf < value < math.inf  # also false for NaN
     accepted = (finite and low <= value <= high) if number else (not choices or value in choices)
-    if accepted or value == field.default or (auto and value == 0):
+    if accepted or value == field.default or (auto and value == 0) or (special is not None and value == special):
         return
     if choices:
-        allowed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+        allowed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]])) + did_you_mean(value, choices)
     elif high < math.inf:
         allowed = f"from {low} to {high}"
     elif low > -math.inf:
@@ -89,7 +111,15 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         allowed = "finite"
     if auto:
         allowed += ", or auto"
+    elif special is not None:
+        allowed += f", or {special}"
     elif number and not low <= field.default <= high:
         allowed += f", or {field.default}"
     given = value if field.metadata["positional"] else f"--{field.name}={value}"
     raise UserError(f"{given}: must be {allowed}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean NAME?" with the most similar name in `known`, or "" if none is similar."""
+    similar = difflib.get_close_matches(word.lower(), list(known), 1)
+    return f"; did you mean {similar[0]}?" if similar else ""

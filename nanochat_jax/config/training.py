@@ -51,6 +51,7 @@ INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_l
 SOURCE = "stage of the model that training starts from"
 AS_PARENT = "; must be that of the model that training starts from"
 MAX_SEED = 2**31 - 1
+WARM_UP = 10  # the first steps of a run, which do not count toward the training time, as in the original nanochat
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Train(Settings):
         "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N",
         aliases=("resume_from_step",),
     )  # fmt: skip
+    dry_run: bool = setting(False, "print what the run would do and end; trains nothing and writes no run")
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
@@ -108,17 +110,17 @@ class Train(Settings):
     attention: str = setting("", "attention kernel (default: cudnn where it works, else xla)", choices=("cudnn", "xla"))
     remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
     coordinator: str = setting("", COORDINATOR)
-    num_processes: int = setting(0, "number of processes, if --coordinator is given")
-    process_id: int = setting(-1, "index of this process, counted from 0, if --coordinator is given")
+    num_processes: int = setting(0, "number of processes, if --coordinator is given", low=1)
+    process_id: int = setting(-1, "index of this process, counted from 0, if --coordinator is given", low=0)
     scan_layers: bool = setting(False, "compile a single block for all layers; training starts sooner but runs slower")
     embedding_lr: float = setting(0.2, "embedding's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
     unembedding_lr: float = setting(0.004, "head's learning rate (AdamW) at width 768; scales as width^-0.5", low=0)
     matrix_lr: float = setting(0.02, "learning rate of the transformer's matrices (Muon)", low=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the weights that AdamW updates", low=0)
     grad_clip: float = setting(0.0, "maximum norm of the gradient; larger gradients are scaled down (0: off)", low=0)
-    save_every: int = setting(-1, SAVE_EVERY)
+    save_every: int = setting(-1, SAVE_EVERY, low=1)
     keep_last: int = setting(2, "number of most recent checkpoints to keep", low=1)
-    keep_every: int = setting(-1, "also keep each checkpoint whose step is a multiple of this number (-1: off)")
+    keep_every: int = setting(-1, "also keep each checkpoint whose step is a multiple of this number (-1: off)", low=1)
 
     table: ClassVar[str]
 
@@ -138,19 +140,25 @@ class Base(ModelFlags, Train):
     max_epochs: float = setting(8.0, MAX_EPOCHS, low=0.01)
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
-    target_flops: float = setting(-1.0, "total training FLOPs, from which the number of steps is computed (-1: off)")
+    target_flops: float = setting(
+        -1.0, "total training FLOPs, from which the number of steps is computed (-1: off)", low=1
+    )
     target_param_data_ratio: float = setting(
-        20.0, "training tokens per parameter (ignored if --num_iterations or --target_flops is given)"
+        20.0,
+        "training tokens per parameter (ignored if --num_iterations or --target_flops is given)",
+        low=0,
     )
     warmup_ratio: float = setting(0.0, "fraction of the steps during which the learning rate warms up", low=0, high=1)
     warmdown_ratio: float = setting(0.2, "fraction of the steps during which the learning rate decays", low=0, high=1)
     final_lr_frac: float = setting(0.0, "final learning rate, as a fraction of the peak learning rate", low=0)
-    eval_every: int = setting(250, EVAL_EVERY)
-    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+    eval_every: int = setting(250, EVAL_EVERY, low=1, special=-1)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS, low=1)
     core_dir: str = setting("", CORE_DIR)
-    core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)")
-    core_metric_max_per_task: int = setting(500, "maximum number of examples per task in a CORE evaluation")
-    sample_every: int = setting(2000, "steps between printed samples of generated text (-1: never)")
+    core_metric_every: int = setting(2000, "steps between CORE evaluations (-1: never)", low=1, special=-1)
+    core_metric_max_per_task: int = setting(
+        500, "maximum number of examples per task in a CORE evaluation (-1: all)", low=1, special=-1
+    )
+    sample_every: int = setting(2000, "steps between printed samples of generated text (-1: never)", low=1, special=-1)
 
 
 @dataclass(frozen=True)
@@ -214,8 +222,8 @@ class Mid(LaterStage):
     task_order: str = setting("shuffled", TASK_ORDER, choices=TASK_ORDERS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     init_lr_frac: float = setting(1.0, INIT_LR_FRAC, low=0)
-    eval_every: int = setting(150, EVAL_EVERY)
-    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS)
+    eval_every: int = setting(150, EVAL_EVERY, low=1, special=-1)
+    eval_tokens: int = setting(20 * 524288, EVAL_TOKENS, low=1)
 
 
 @dataclass(frozen=True)
@@ -239,11 +247,15 @@ class Sft(LaterStage):
     )
     num_epochs: int = setting(1, "passes over the mixture", low=1)
     init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
-    eval_every: int = setting(100, EVAL_EVERY)
+    eval_every: int = setting(100, EVAL_EVERY, low=1, special=-1)
     eval_examples: int = setting(3200, "conversations per evaluation of the validation loss", low=1)
-    eval_metrics_every: int = setting(200, "steps between evaluations on --eval_metrics_tasks (-1: never)")
+    eval_metrics_every: int = setting(
+        200, "steps between evaluations on --eval_metrics_tasks (-1: never)", low=1, special=-1
+    )
     eval_metrics_tasks: str = setting("mmlu|arc-easy", "names of the tasks to evaluate during training, joined by |")
-    eval_metrics_max_problems: int = setting(1024, "maximum number of problems per task in an evaluation")
+    eval_metrics_max_problems: int = setting(
+        1024, "maximum number of problems per task in an evaluation (-1: all)", low=1, special=-1
+    )
 
 
 @dataclass(frozen=True)
@@ -268,10 +280,10 @@ class Rl(LaterStage):
     top_k: int = setting(50, TOP_K, low=0)
     init_lr_frac: float = setting(0.05, INIT_LR_FRAC, low=0)
     num_epochs: int = setting(1, "passes over the problems", low=1)
-    eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)")
+    eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)", low=1, special=-1)
     eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
     eval_samples: int = setting(8, "answers per problem in an evaluation; also the largest k of pass@k", low=1)
-    save_every: int = setting(60, SAVE_EVERY)
+    save_every: int = setting(60, SAVE_EVERY, low=1, special=-1)
 
 
 TRAINING = {cls.table: cls for cls in (Base, Mid, Sft, Rl)}

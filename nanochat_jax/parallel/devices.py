@@ -3,16 +3,20 @@
 import contextlib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
+from nanochat_jax.progress import count_of
 
 if TYPE_CHECKING:  # importing JAX takes seconds, and `start` must configure JAX before its first use
     from jax.typing import DTypeLike
 
+INSTALL = "run 'source setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
 # Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. MFU is reported only for these
 # devices.
 PEAK_FLOPS = {
@@ -32,7 +36,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     """Chooses the platform, turns on the compilation cache, and joins the other processes of a run (`processes.join`).
 
     Afterwards, only process 0 prints. Call this before anything else uses JAX. Raises UserError if there is no device
-    of type `device_type`.
+    of type `device_type`, or if no type is given and JAX would use the CPU of a machine that has a GPU.
     """
     platforms = {"": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
     assert device_type in platforms, f"device type {device_type!r}, expected one of {', '.join(platforms)}"
@@ -49,9 +53,30 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an AssertionError means that this build of JAX lacks the platform
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"
-        raise UserError(f"--device_type={device_type}: {reason}") from None
+        raise UserError(f"--device_type={device_type}: {reason}: leave the flag out, or {INSTALL}") from None
+    # JAX_PLATFORMS=cpu says as clearly as --device_type=cpu that the CPU is meant.
+    if not jax.config.jax_platforms and jax.default_backend() == "cpu" and (gpus := unused_gpus()):  # ty: ignore[missing-attribute]
+        raise UserError(
+            f"this machine has {count_of(gpus, 'NVIDIA GPU')}, but JAX sees none: {INSTALL}; or use the CPU with "
+            "--device_type=cpu"
+        )
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+
+
+def unused_gpus() -> int:
+    """Returns how many NVIDIA GPUs the driver lists, or 0 if CUDA_VISIBLE_DEVICES hides all of them.
+
+    Without nvidia-smi, counts the device files. /proc/driver/nvidia does not count, since a container sees it even if
+    it may not use the GPUs.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
+        return 0
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 @contextlib.contextmanager

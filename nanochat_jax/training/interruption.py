@@ -1,10 +1,12 @@
-"""Handles Ctrl-C and SIGTERM during training: the run saves its state before it stops.
+"""Handles Ctrl-C, SIGTERM and SIGHUP during training: the run saves its state before it stops.
 
 A stop signal is handled as follows:
 
-1. `Interruption` stores the signal as `received` and prints a message. A second Ctrl-C ends the process at once.
+1. `Interruption` stores the first signal as `received` and writes a message. A second Ctrl-C ends the process at once.
+   Further signals change nothing.
 2. With one process, `stop_signal` is `received`. The training loop reads `stop_signal` before every step. If the loop
-   is waiting for a batch, `raise_while_waiting` ends the wait, since a shard may take an hour to arrive.
+   is waiting for a batch, `raise_at_signal` ends the wait, since a shard may take an hour to arrive. It also ends an
+   evaluation, since CORE may take longer than a scheduler waits between SIGTERM and SIGKILL.
 3. With several processes, all must stop after the same step. A process that stopped alone would leave the others
    waiting in a collective operation. So a process requests a stop by setting the flag batch["stop"]. The step sums the
    flags of all devices into its metric `stop`. `StepLog.flush` reads this metric one step late, but after the same step
@@ -12,24 +14,38 @@ A stop signal is handled as follows:
    `agreed`. A process that fails to write its part of a checkpoint sets the same flag.
 4. `RunControl` saves the state, waits until the checkpoint is complete, and exits with status 128 + the signal's
    number. To resume the run, start the same command again.
+
+Before the loop starts, there is nothing to save, and signals end the process at once (`commandline.run`).
 """
 
+import os
 import signal
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import jax
 
+from nanochat_jax.commandline import SAME_SIGNAL_SECONDS, STOP_SIGNALS
+
+MESSAGE = b"\nstopping after this step; the state will be saved (Ctrl-C again: stop at once)\n"
+
+
+class StopRequested(BaseException):
+    """Ends a wait or an evaluation. It is no Exception, so that code that retries after errors does not catch it."""
+
 
 class Interruption:
-    """Catches Ctrl-C and SIGTERM, so that the training loop can save the state before the run stops."""
+    """Catches stop signals, so that the training loop can save the state before the run stops."""
 
     def __init__(self):
-        self.received: int | None = None  # the signal that this process has received
+        self.received: int | None = None  # the first stop signal that this process has received
         self.agreed: int | None = None  # SIGTERM once any process requests a stop; always None with one process
         self._old_handlers: dict = {}
-        self._waiting = False
+        self._may_raise = False
+        self._first_interrupt: float | None = None  # when the first Ctrl-C came
+        self._left = False
 
     @property
     def stop_signal(self) -> int | None:
@@ -37,29 +53,74 @@ class Interruption:
         return self.received if jax.process_count() == 1 else self.agreed
 
     @contextmanager
-    def raise_while_waiting(self) -> Generator[None]:
-        """Within this context, a stop signal raises InterruptedError at once."""
-        self._waiting = True
+    def raise_at_signal(self) -> Generator[None]:
+        """Within this context, a stop signal raises StopRequested at once, unless there are several processes."""
+        if jax.process_count() > 1:
+            yield
+            return
+        self._may_raise = True
         try:
             if self.received:
-                raise InterruptedError
+                raise StopRequested
             yield
         finally:
-            self._waiting = False
+            self._may_raise = False
 
     def __enter__(self) -> "Interruption":
-        self._old_handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        # A signal that is ignored, as nohup ignores SIGHUP, stays ignored.
+        caught = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._old_handlers = {s: signal.signal(s, self._receive) for s in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for s, handler in self._old_handlers.items():
-            signal.signal(s, handler)
+        self._left = True
+        if self.received is None:
+            for s, handler in self._old_handlers.items():
+                signal.signal(s, handler)
+        # Otherwise the process is about to exit, and more signals must not change its exit status.
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == signum:
+        # A handler may run in the middle of `print`, whose buffer must not be entered twice. So it only calls os.write.
+        again = self._is_second_interrupt(signum)
+        if self._left:
+            if again:
+                os._exit(128 + (self.received or signum))
+            return
+        if again:
+            handler = self._old_handlers[signum]
+            signal.signal(signum, handler)
+            if callable(handler):
+                handler(signum, frame)
             raise KeyboardInterrupt
+        if self.received is not None:
+            return
         self.received = signum
-        print("\nstopping after this step; the state will be saved (Ctrl-C again: stop at once)", flush=True)
-        if self._waiting:
-            self._waiting = False
-            raise InterruptedError
+        if signum == signal.SIGHUP:
+            _leave_terminal()
+        with suppress(OSError):
+            os.write(2, MESSAGE)
+        if self._may_raise:
+            self._may_raise = False
+            raise StopRequested
+
+    def _is_second_interrupt(self, signum: int) -> bool:
+        """Whether the user has pressed Ctrl-C a second time.
+
+        Programs such as `uv run` pass on a Ctrl-C that the terminal has sent to this process as well. So signals within
+        a second count as one.
+        """
+        if signum != signal.SIGINT:
+            return False
+        now = time.monotonic()
+        if self._first_interrupt is None:
+            self._first_interrupt = now
+        return now - self._first_interrupt > SAME_SIGNAL_SECONDS
+
+
+def _leave_terminal() -> None:
+    """Sends all further output to /dev/null if the terminal is gone, because printing to it would raise an error."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            if os.isatty(stream):
+                os.dup2(null, stream)

@@ -9,7 +9,6 @@ run. A run with a single process saves its state first.
 import enum
 import math
 import signal
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,9 @@ from nanochat_jax.data import dataloader
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.progress import Timer, clock, short
 from nanochat_jax.training import optim
-from nanochat_jax.training.interruption import Interruption
+from nanochat_jax.training.garbage import HeldOffGarbage
+from nanochat_jax.training.interruption import Interruption, StopRequested
+from nanochat_jax.training.plan import announce, cost
 from nanochat_jax.training.run import Run, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.run_control import RunControl
 from nanochat_jax.training.stages import Stage, base_stage, chat_stage
@@ -31,7 +32,7 @@ from nanochat_jax.training.validation import evaluations_of
 def train(cfg: config.Base | config.Mid | config.Sft) -> None:
     """Trains one stage to its end, from the start or from a checkpoint."""
     momentum = 0.95 if cfg.stage == "sft" else optim.momentum_warmup
-    with open_run(cfg, momentum) as run, Interruption() as interruption:
+    with open_run(cfg, momentum) as run:
         if run is None:  # the run is already finished
             return
         stage = base_stage(run, cfg) if isinstance(cfg, config.Base) else chat_stage(run, cfg)
@@ -40,19 +41,24 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         evaluations = evaluations_of(run, stage, cfg)
         check_validation(stage)
         step_fn = step_of(run)
+        announce(run, stage.batch_shape, describe_steps(stage), stage.facts | cost_of(run, stage))
+        if cfg.dry_run:
+            stage.loader.close()
+            return
         run.begin()
-        announce(run, stage)
-        log = StepLog(run, stage, interruption)
-        control = RunControl(run, evaluations, stage.loader.state(), log.timer, log.flush)
 
         # An error in a step is raised one step late, when the metrics are read. So this block contains the whole loop.
-        with out_of_memory_in_step(stage.batch_shape.rows):
+        # Only from here on is there a state that a stop signal must not destroy.
+        with Interruption() as interruption, HeldOffGarbage() as garbage, out_of_memory_in_step(stage.batch_shape.rows):
+            log = StepLog(run, stage, interruption)
+            control = RunControl(run, evaluations, stage.loader.state(), interruption, log.timer, log.flush)
             data_ended = False
             while True:
                 last = data_ended or control.step == stage.steps
 
                 # Save, stop and evaluate, if due.
-                control.between_steps(last, interruption.stop_signal)
+                control.between_steps(last)
+                garbage.between_steps()
                 if last:
                     break
 
@@ -85,7 +91,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             run.finish(control.step)
             if truncated:
                 print(f"{cfg.stage}: {truncated}")
-            print(f"{cfg.stage}: done, {control.step} steps in {clock(run.totals['seconds'])} (excluding compilation)")
+            print(f"{cfg.stage}: done, {run.describe_time(control.step)}")
 
 
 def check_validation(stage: Stage) -> None:
@@ -111,15 +117,12 @@ def next_batch(
     """
     # A stop signal ends the wait for a batch, since a shard may take an hour to arrive. With several processes, the
     # wait goes on, since no process may stop alone.
-    waiting = interruption.raise_while_waiting() if jax.process_count() == 1 else nullcontext()
     try:
-        with waiting:
+        with interruption.raise_at_signal():
             batch, place = next(loader), loader.state()
     except StopIteration:
         return NoBatch.END
-    except InterruptedError:
-        if interruption.received is None:
-            raise
+    except StopRequested:
         return NoBatch.STOP
     except Exception:
         control.rescue()
@@ -128,30 +131,18 @@ def next_batch(
     return batch
 
 
-def announce(run: Run, stage: Stage) -> None:
-    """Prints facts about the run, such as the number of parameters."""
-    batch_shape, model_cfg = stage.batch_shape, run.model_cfg
-    padding = f", less {batch_shape.padding} empty rows" if batch_shape.padding else ""
-    passes = "one pass over the data" if stage.epochs == 1 else f"{stage.epochs} passes over the data"
-    facts = {
-        "model": f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.n_head} heads "
-        f"({model_cfg.n_kv_head} kv), vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
-        "parameters": f"{model_cfg.num_params:,}",
-        "FLOPs per token": f"{model_cfg.flops_per_token:.3e}",
-        "batch": f"{batch_shape.tokens:,} tokens = {batch_shape} x {batch_shape.seq_len}{padding}",
-        "mesh": sharding.describe(run.layout.mesh),
-        "steps": f"{stage.steps} ({stage.steps * batch_shape.tokens:,} tokens)" if stage.steps else passes,
-        **stage.facts,
-    }
+def describe_steps(stage: Stage) -> str:
+    """Returns the number of steps and tokens, or an estimate if the run ends with its data."""
     if stage.steps:
-        flops = stage.steps * batch_shape.tokens * model_cfg.flops_per_token
-        seconds = devices.expected_seconds(flops)
-        unknown = "n/a: the peak FLOP/s of this device are not known; see the eta below"
-        facts["total FLOPs"] = f"{flops:.3e}"
-        facts["expected time"] = f"{clock(seconds)} at an MFU of 50%" if seconds else unknown
-    for name, value in facts.items():
-        print(f"  {name}: {value}")
-    print("compiling the first step ...", flush=True)
+        return f"{stage.steps:,} ({stage.steps * stage.batch_shape.tokens:,} tokens)"
+    passes = "one pass" if stage.epochs == 1 else f"{stage.epochs} passes"
+    return f"about {stage.expected_steps:,.0f} ({passes} over the data)"
+
+
+def cost_of(run: Run, stage: Stage) -> dict[str, str]:
+    """Returns the total FLOPs and the expected time of a stage."""
+    tokens = stage.expected_steps * stage.batch_shape.tokens
+    return cost(run.model_cfg, tokens, about="" if stage.steps else "about ")
 
 
 class DispatchedStep(NamedTuple):
@@ -206,7 +197,7 @@ class StepLog:
         totals["tokens"] += tokens
         totals["flops"] += flops
         if dt is not None:
-            totals["seconds"] += dt
+            self.run.count_time(step, dt)
             self._steps_timed += 1
             self._seconds_timed += dt
         self._smooth_loss, self._weight = 0.9 * self._smooth_loss + 0.1 * loss, 0.9 * self._weight + 0.1
@@ -235,6 +226,7 @@ class StepLog:
             f"{short(speed)} tok/s" if speed else "",
             f"mfu {mfu:.1%}" if mfu else "mfu n/a",
             f"{short(self.run.totals['tokens'])} tokens",
+            f"total {self.run.totals['seconds'] / 60:.2f}m",
             _place(info),
             f"waste {info['waste']:.1%}",
             f"truncated {info['truncated']:,}" if info.get("truncated") else "",

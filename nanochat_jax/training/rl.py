@@ -23,11 +23,13 @@ from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.parallel import devices, sharding
-from nanochat_jax.progress import Timer, clock
+from nanochat_jax.progress import Timer, clock, count_of
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import BatchShape
-from nanochat_jax.training.interruption import Interruption
+from nanochat_jax.training.garbage import HeldOffGarbage
+from nanochat_jax.training.interruption import Interruption, StopRequested
+from nanochat_jax.training.plan import announce, cost
 from nanochat_jax.training.rollouts import (
     Rollout,
     answer,
@@ -45,22 +47,30 @@ from nanochat_jax.training.step import StepMetrics
 
 SLOTS = 64  # the maximum number of answers that a device generates at once
 SHORTEST = 64  # the minimum length of a row in tokens; shorter rows are padded
+PROBLEMS_TO_MEASURE = 100  # how many problems tell the mean length of a prompt
 FEWER_ANSWERS = "lower --num_samples, --examples_per_step or --max_new_tokens"
 
 
 def train(cfg: config.Rl) -> None:
     """Trains the rl stage to its end, from the start or from a checkpoint."""
-    with open_run(cfg, momentum=0.95) as run, Interruption() as interruption:
+    with open_run(cfg, momentum=0.95) as run:
         if run is None:  # the run is already finished
             return
         stage = rl_stage(run, cfg)
         step_fn = step_of(run)
+        announce(run, stage.batch_shape, f"{stage.steps:,}", facts_of(run, cfg, stage))
+        if cfg.dry_run:
+            return
 
-        with devices.out_of_memory_explained("the answers", FEWER_ANSWERS):
+        # Only from here on is there a state that a stop signal must not destroy.
+        with (
+            Interruption() as interruption,
+            HeldOffGarbage() as garbage,
+            devices.out_of_memory_explained("the answers", FEWER_ANSWERS),
+        ):
             slots = min(stage.drawn * cfg.num_samples, SLOTS * jax.device_count())  # a multiple of the device count
             engine = Engine(run.state.params, run.model_cfg, run.tokenizer, slots=slots, dtype=run.dtype)
             run.begin()
-            announce(run, cfg, stage)
 
             def evaluate_answers(step: int) -> None:
                 engine.set_params(run.state.params)
@@ -68,12 +78,14 @@ def train(cfg: config.Rl) -> None:
 
             log = RolloutLog(run, cfg, stage.steps)
             evaluations = [Evaluation(evaluate_answers, cfg.eval_every, at_start=True)]
-            control = RunControl(run, evaluations, {"step": run.step}, log.timer, flush=lambda: None)
+            place = {"step": run.step}
+            control = RunControl(run, evaluations, place, interruption, log.timer, flush=lambda: None)
             while True:
                 last = control.step >= stage.steps
 
                 # Save, stop and evaluate, if due.
-                control.between_steps(last, interruption.stop_signal)
+                control.between_steps(last)
+                garbage.between_steps()
                 if last:
                     break
 
@@ -82,7 +94,11 @@ def train(cfg: config.Rl) -> None:
                 engine.set_params(run.state.params)
                 indices = problems_of(control.step, len(stage.task), stage.drawn, cfg.seed)
                 seed = derive_seed(cfg.seed, control.step)
-                sampled = sample_rollouts(engine, run.tokenizer, stage.task, indices, cfg, seed)
+                try:
+                    with interruption.raise_at_signal():
+                        sampled = sample_rollouts(engine, run.tokenizer, stage.task, indices, cfg, seed)
+                except StopRequested:  # sampling may take minutes
+                    continue
                 chosen = select_informative(sampled, cfg.examples_per_step, cfg.num_samples)
                 sampling_seconds = log.timer.lap()
 
@@ -99,7 +115,7 @@ def train(cfg: config.Rl) -> None:
                 log.push(control.step, sampled, results, lr_mult, sampling_seconds)
             engine.close()
             run.finish(control.step)
-            print(f"rl: done, {control.step} steps in {clock(run.totals['seconds'])}")
+            print(f"rl: done, {run.describe_time(control.step)}")
 
 
 # -----------------------------------------------------------------------------
@@ -164,16 +180,21 @@ def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -
     return BatchShape(share // rows, rows, replicas, seq_len)
 
 
-def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
-    """Prints facts about the run, such as the number of parameters."""
-    print(f"  parameters: {run.model_cfg.num_params:,}, FLOPs per token: {run.model_cfg.flops_per_token:.3e}")
-    print(
-        f"  task: {', '.join(cfg.mixture)}, {len(stage.task):,} problems; {stage.drawn} per step, "
-        f"{cfg.num_samples} answers each, {cfg.examples_per_step} to train on"
-    )
-    print(f"  batch: {stage.batch_shape} (mesh {sharding.describe(run.layout.mesh)})")
-    print(f"  steps: {stage.steps}")
-    print("compiling ...", flush=True)
+def facts_of(run: Run, cfg: config.Rl, stage: RlStage) -> dict[str, str]:
+    """Returns facts about a run, for `plan.announce`.
+
+    The FLOPs are an upper limit, since they assume that each answer has --max_new_tokens tokens. The expected time does
+    not include sampling, whose speed does not follow from the peak FLOP/s.
+    """
+    some = [stage.task[i] for i in range(min(PROBLEMS_TO_MEASURE, len(stage.task)))]
+    prompt = sum(len(run.tokenizer.render_for_completion(problem)) for problem in some) / len(some)
+    length = min(prompt + cfg.max_new_tokens, run.model_cfg.sequence_len)
+    tokens = stage.steps * cfg.examples_per_step * cfg.num_samples * length
+    return {
+        "task": f"{', '.join(cfg.mixture)}, {count_of(len(stage.task), 'problem')}; {stage.drawn} per step, "
+        f"{count_of(cfg.num_samples, 'answer')} each, {cfg.examples_per_step} to train on",
+        **cost(run.model_cfg, tokens, about="at most ", more="; sampling the answers takes longer than training"),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -226,7 +247,7 @@ class RolloutLog:
         if step > self.run.step + 1:
             dt = sampling_seconds + training_seconds
             self._seconds.append(dt)
-            self.run.totals["seconds"] += dt
+            self.run.count_time(step, dt)
         eta = clock((self.steps - step) * float(np.mean(self._seconds))) if self._seconds else "n/a"
 
         groups = split_groups(sampled, self.cfg.num_samples)
@@ -243,7 +264,8 @@ class RolloutLog:
             f"step {step}/{self.steps} ({100 * step / self.steps:.1f}%) | reward {reward:.3f} | "
             f"{zero_advantage:.0%} of problems without advantage | length {length:.0f} | "
             f"truncated {truncated:.1%} | lr x{lr_mult:.4f} | "
-            f"sampling {sampling_seconds:.1f} s, training {training_seconds:.1f} s | eta {eta}",
+            f"sampling {sampling_seconds:.1f} s, training {training_seconds:.1f} s | "
+            f"total {self.run.totals['seconds'] / 60:.2f}m | eta {eta}",
             flush=True,
         )
 

@@ -21,9 +21,9 @@ from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes, sharding
 from nanochat_jax.parallel.sharding import Layout
-from nanochat_jax.progress import Timer
+from nanochat_jax.progress import Timer, clock, count_of
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.training import optim
+from nanochat_jax.training import optim, wandb_log
 from nanochat_jax.training.start_plan import INSTEAD, StartPlan, make_plan
 from nanochat_jax.training.step import TrainState, execution, make_step
 from nanochat_jax.training.wandb_log import Wandb
@@ -96,6 +96,17 @@ class Run:
         """Returns `value` as a float32 scalar on every device of the mesh."""
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
+    def count_time(self, step: int, seconds: float) -> None:
+        """Adds the time of a step to the training time, which leaves out the first config.WARM_UP steps of a run."""
+        if step > config.WARM_UP:
+            self.totals["seconds"] += seconds
+
+    def describe_time(self, steps: int) -> str:
+        """Returns "340 steps in 2m10s (without the first 10)". The time includes earlier processes of the run."""
+        warm_up = config.WARM_UP
+        time = f" in {clock(self.totals['seconds'])} (without the first {warm_up})" if steps > warm_up else ""
+        return f"{count_of(steps, 'step')}{time}"
+
     def log(self, kind: str, step: int, **fields) -> None:
         """Adds a record to log.jsonl, and the numbers in the record to wandb. Only process 0 logs."""
         if jax.process_index() > 0:
@@ -105,8 +116,7 @@ class Run:
         if kind in MEASURED:
             self.metrics[kind] = {"step": step} | fields
         if self.wandb:
-            numbers = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
-            self.wandb.log(step, **numbers)
+            self.wandb.log(step, **wandb_log.numbers(self.cfg.stage, kind, fields, self.totals))
 
     def save(self, step: int, data: dict) -> None:
         """Starts saving a checkpoint in the background. `data` is the position in the data."""
@@ -218,21 +228,25 @@ def _initial_state(
     shardings = layout.shardings(specs)
     totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
 
-    if plan.step is None and plan.parent is None:
-        print(f"starting from scratch, seed {cfg.seed}")
-        return jax.jit(fresh, out_shardings=shardings)(), None, totals
-
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    if plan.parent is not None:
+    if plan.step is not None:
+        print(f"resuming at step {plan.step}")
+    elif plan.parent is not None:
         parent_dir, parent_step = plan.parent
         print(f"starting from {parent_dir.relative_to(config.base_dir())}, step {parent_step}")
-        params = checkpoint.restore_params(parent_dir, parent_step, target.params)
-        return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)), None, totals
+    else:
+        print(f"starting from scratch, seed {cfg.seed}")
 
-    assert plan.step is not None
-    params, opt_state, data, meta = checkpoint.restore(folder, plan.step, target.params, target.opt_state)
-    print(f"resuming at step {plan.step}")
-    return TrainState(params, opt_state), data, meta["totals"]
+    if cfg.dry_run:  # the shapes are enough to plan the run
+        data = None if plan.step is None else files.read_json(checkpoint.step_dir(folder, plan.step) / "data.json")
+        return target, data, totals
+    if plan.step is not None:
+        params, opt_state, data, meta = checkpoint.restore(folder, plan.step, target.params, target.opt_state)
+        return TrainState(params, opt_state), data, meta["totals"]
+    if plan.parent is not None:
+        params = checkpoint.restore_params(*plan.parent, target.params)
+        return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)), None, totals
+    return jax.jit(fresh, out_shardings=shardings)(), None, totals
 
 
 def step_of(run: Run) -> jax.stages.Wrapped:

@@ -6,8 +6,9 @@ from typing import NoReturn
 
 import jax
 
-from nanochat_jax.config import first_line
+from nanochat_jax.config import UserError, advice_for, first_line
 from nanochat_jax.progress import Timer
+from nanochat_jax.training.interruption import Interruption, StopRequested
 from nanochat_jax.training.run import Run
 
 
@@ -42,9 +43,10 @@ class RunControl:
     """
 
     def __init__(
-        self, run: Run, evaluations: Sequence[Evaluation], place: dict, timer: Timer, flush: Callable[[], None]
+        self, run: Run, evaluations: Sequence[Evaluation], place: dict, interruption: Interruption, timer: Timer,
+        flush: Callable[[], None],
     ):  # fmt: skip
-        self.run, self.evaluations = run, evaluations
+        self.run, self.evaluations, self.interruption = run, evaluations, interruption
         self.timer = timer  # measures the time of steps, without saving and evaluating
         self.flush = flush  # logs the pending step, if any; called before saving and evaluating
         self.step = run.step  # the number of optimizer steps taken
@@ -52,12 +54,13 @@ class RunControl:
         self.saved_at = run.step if run.data is not None else -1
         self.evaluated_at: dict[Evaluation, int] = {}  # the step at which each evaluation last ran in this process
 
-    def between_steps(self, last: bool, stop: int | None) -> None:
+    def between_steps(self, last: bool) -> None:
         """Saves if due, ends the process on a stop signal, and then evaluates if due.
 
         The checkpoint is saved before the evaluation, so that no weights are lost if the evaluation fails. `last` is
         true after the last step.
         """
+        stop = self.interruption.stop_signal
         self.save_if_due(last, stop)
         if stop:
             self.exit(stop)
@@ -74,7 +77,11 @@ class RunControl:
             self._save()
 
     def evaluate_due(self, last: bool) -> None:
-        """Runs the evaluations that are due. If one fails, calls `rescue` and raises the error again."""
+        """Runs the evaluations that are due.
+
+        If one fails, calls `rescue` and raises the error again. If a stop signal ends an evaluation, saves and exits.
+        The resumed run then repeats this evaluation.
+        """
         due = self._due(last)
         if not due:
             return
@@ -83,7 +90,18 @@ class RunControl:
             self.run.saver.wait_all()
         for evaluation in due:
             try:
-                evaluation.evaluate(self.step)
+                with self.interruption.raise_at_signal():
+                    evaluation.evaluate(self.step)
+            except StopRequested:
+                stop = self.interruption.received
+                assert stop is not None, "only a stop signal raises StopRequested"
+                self.save_if_due(last, stop)
+                self.exit(stop)
+            except OSError as error:
+                self.rescue()
+                if not (advice := advice_for(error)):
+                    raise
+                raise UserError(f"an evaluation at step {self.step} failed: {error}: {advice}") from error
             except Exception:
                 self.rescue()
                 raise

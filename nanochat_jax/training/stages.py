@@ -36,6 +36,7 @@ class Stage:
     loader: dataloader.Loader
     validation: Callable[[], dataloader.Loader]  # opens the held-out data
     lr_mult: Callable[[int, float], float]  # (step, progress from 0 to 1) -> factor for all learning rates
+    expected_steps: float  # `steps`, or an estimate if `steps` is None
     facts: dict[str, str] = field(default_factory=dict)  # printed before the first step
 
     def describe_truncated(self) -> str:
@@ -90,7 +91,7 @@ def base_stage(run: Run, cfg: config.Base) -> Stage:
         "text": text.describe(steps * shape.tokens),
         "tokens per parameter": f"{steps * shape.tokens / model_cfg.num_params:.2f}",
     }
-    return Stage(shape, steps, 1, loader, validation, lr_mult, facts)
+    return Stage(shape, steps, 1, loader, validation, lr_mult, steps, facts)
 
 
 def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
@@ -145,14 +146,15 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
     amount = f"at most {cfg.eval_tokens:,} tokens" if is_mid else f"{len(asked):,} conversations"
     order = "one task after the other" if in_order else "shuffled"
+    steps_per_epoch = len(task) * mean_length / shape.tokens
     facts = {
         "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average, {order}: {task.describe()}",
-        "steps per epoch, about": f"{len(task) * mean_length / shape.tokens:,.0f}",
+        "steps per epoch, about": f"{steps_per_epoch:,.0f}",
         "validation": f"{amount} of {held_out.describe()}",
     }
     if not is_mid and (too_long := float(np.mean(lengths > model_cfg.sequence_len + 1))):
         facts["longer than a row"] = f"about {too_long:.1%} of the conversations; each ends after its last whole answer"
-    return Stage(shape, steps, epochs, loader, validation, lr_mult, facts)
+    return Stage(shape, steps, epochs, loader, validation, lr_mult, steps or epochs * steps_per_epoch, facts)
 
 
 def check_held_out(cfg: config.Mid | config.Sft) -> None:

@@ -25,7 +25,7 @@ FREE = {
     "sample_every", "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples",
     "eval_samples", "max_epochs", "task_files",
     "source_tag", "source_step",  # they name the parent, whose weights are compared instead
-    "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
+    "dry_run", "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
 # Advice to a user whose settings do not match the run in the folder.
@@ -53,7 +53,7 @@ class StartPlan:
 
 
 def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
-    """Decides how the run starts, and locks its folder."""
+    """Decides how the run starts, and locks its folder unless it is a dry run."""
     parent, refusal = None, None
     if isinstance(cfg, LaterStage):
         try:
@@ -67,8 +67,9 @@ def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
     folder = checkpoint.run_dir(cfg.stage, tag)
     if parent and parent[0] == folder:
         raise UserError(f"the run {folder} cannot start from itself: choose another --model_tag")
-    lock.enter_context(checkpoint.exclusive(folder))
-    checkpoint.clear_unfinished(folder)
+    if not cfg.dry_run:
+        lock.enter_context(checkpoint.exclusive(folder))
+        checkpoint.clear_unfinished(folder)
     step = _step_to_resume(cfg, folder)
     if step is not None:
         meta = checkpoint.read_meta(folder, step)

@@ -66,3 +66,33 @@ class Wandb:
     def _give_up(self, reason: str) -> None:
         self.run = None
         print(f"wandb: {reason}: run {self.name!r} goes on, logged to {LOG} only", flush=True)
+
+
+# The names that the original nanochat gives to the same numbers: {stage: {our name: its name}}. Both are logged, so
+# that dashboards made for either show the run.
+_LOOP = {"train/lr_mult": "train/lrm", "train/tok_per_s": "train/tok_per_sec", "core/core": "core_metric"}
+ORIGINAL_NAMES = {
+    "base": _LOOP,
+    "mid": _LOOP,
+    "sft": {"train/loss": "train_loss", "train/lr_mult": "lrm", "train/counted": "num_tokens"},
+    "rl": {"train/reward": "reward", "train/sequence_length": "sequence_length", "train/lr_mult": "lrm"},
+}
+
+
+def numbers(stage: str, kind: str, fields: dict[str, Any], totals: dict[str, float]) -> dict[str, float]:
+    """Returns the numbers of a log record under our names and under those of the original nanochat.
+
+    `totals` holds the seconds, tokens and FLOPs that the run has spent so far.
+    """
+    ours = {f"{kind}/{name}": value for name, value in fields.items() if isinstance(value, int | float)}
+    if kind == "eval" and "score" in fields:  # several tasks are evaluated at the same step
+        task = str(fields["task"])
+        ours = {f"eval/{task}/{name.removeprefix('eval/')}": value for name, value in ours.items()}
+        ours[task.lower().replace("-", "_") + "_acc"] = fields["score"]
+    names = ORIGINAL_NAMES[stage]
+    theirs = {names[name]: value for name, value in ours.items() if name in names}
+    if stage == "rl" and kind == "val":
+        theirs |= {name: value for name, value in fields.items() if name.startswith("pass@")}
+    if kind in ("train", "val", "core"):
+        theirs |= {"total_training_flops": totals["flops"], "total_training_time": totals["seconds"]}
+    return ours | theirs

@@ -20,10 +20,13 @@ _context.set_forkserver_preload(
 )
 
 
-def start(stage: str, base: Path, output: Path, devices: int = 1, **flags) -> multiprocessing.Process:
-    """Starts a process that trains `stage` of the tiny model in the base folder `base`; `output` is a file."""
+def start(stage: str, base: Path, output: Path, devices: int = 1, before=None, **flags) -> multiprocessing.Process:
+    """Starts a process that trains `stage` of the tiny model in the base folder `base`; `output` is a file.
+
+    The process first calls `before`, a function that can be pickled.
+    """
     argv, env = tiny.command(stage, **flags)[2:], tiny.environment(base, devices)
-    process = _context.Process(target=_live, args=(argv, env, str(output)))
+    process = _context.Process(target=_live, args=(argv, env, str(output), before))
     process.start()
     return process
 
@@ -55,8 +58,10 @@ def until(condition, process: multiprocessing.Process, seconds: float = 120.0) -
     return True
 
 
-def _live(argv: list[str], env: dict[str, str], output: str) -> None:
+def _live(argv: list[str], env: dict[str, str], output: str, before) -> None:
     os.environ.update(env)
+    if before is not None:
+        before()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -452,7 +452,7 @@ def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
 
 
 def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
-    run, stage = SimpleNamespace(totals={"tokens": 6_291_456_000}), SimpleNamespace(steps=21400)
+    run, stage = SimpleNamespace(totals={"tokens": 6_291_456_000, "seconds": 14_880.6}), SimpleNamespace(steps=21400)
     log = StepLog(run, stage, Interruption())
     log._smooth_loss, log._weight = 3.1234, 1.0
     log._steps_timed, log._seconds_timed = 100, 124.0
@@ -462,6 +462,7 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     quiet = capsys.readouterr().out.rstrip("\n")
     assert quiet == (
         "step 12000/21400 (56.1%) | loss 3.1234 | grad 0.123 | 1240 ms | 423K tok/s | mfu 41.2% | 6.29B tokens | "
+        "total 248.01m | "
         "epoch 0 shard 112 group 45 | waste 0.0% | wait 0 ms | eta 3h14m"
     )
     assert len(quiet) <= 170
@@ -471,4 +472,7 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     assert "lr x0.500" in line and "waste 1.2% | skipped 1,234 | wait 34 ms | eta" in line and "mfu n/a" in line
     first = done._replace(waited=0.0, info={"shard": None, "progress": 0.25, "waste": 0.0004})
     log._print(first, grad_norm=0.123, dt=None, speed=None, mfu=None)
-    assert "compiled | mfu n/a | 6.29B tokens | epoch 0.25 | waste 0.0% | wait 0 ms | eta" in capsys.readouterr().out
+    assert (
+        "compiled | mfu n/a | 6.29B tokens | total 248.01m | epoch 0.25 | waste 0.0% | wait 0 ms | eta"
+        in capsys.readouterr().out
+    )

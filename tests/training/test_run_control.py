@@ -32,14 +32,14 @@ class FakeRun:
 
 
 def control_of(run: FakeRun, *evaluations: Evaluation) -> RunControl:
-    return RunControl(run, evaluations, {"row": 0}, Timer(), flush=lambda: run.events.append("flush"))
+    return RunControl(run, evaluations, {"row": 0}, Interruption(), Timer(), flush=lambda: run.events.append("flush"))
 
 
 def passes(control: RunControl, steps: int) -> list[str]:
     """What happens while `steps` steps are trained, with a mark for each."""
     while True:
         last = control.step == steps
-        control.between_steps(last, stop=None)
+        control.between_steps(last)
         if last:
             return control.run.events
         control.step += 1
@@ -113,8 +113,9 @@ def test_a_stop_saves_and_exits_with_the_signals_number():
     run = FakeRun()
     control = control_of(run)
     control.step = 1
+    control.interruption.received = signal.SIGINT
     with pytest.raises(SystemExit) as exit:
-        control.between_steps(last=False, stop=2)
+        control.between_steps(last=False)
     assert exit.value.code == 130 and run.events == ["flush", "save 1 at 0", "wait"]
 
 

@@ -1,0 +1,43 @@
+"""Prints what a run will do, before its first step: the model, the batch, the number of steps, FLOPs and time."""
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.parallel import devices, sharding
+from nanochat_jax.progress import clock
+from nanochat_jax.training.batch_shape import BatchShape
+from nanochat_jax.training.run import Run
+
+
+def announce(run: Run, batch_shape: BatchShape, steps: str, facts: dict[str, str]) -> None:
+    """Prints the facts about a run, one per line.
+
+    `steps` says how many steps the run takes. `facts` says what is peculiar to the stage.
+    """
+    model_cfg = run.model_cfg
+    padding = f", less {batch_shape.padding} empty rows" if batch_shape.padding else ""
+    every = {
+        "model": f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.n_head} heads "
+        f"({model_cfg.n_kv_head} kv), vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
+        "parameters": f"{model_cfg.num_params:,}",
+        "FLOPs per token": f"{model_cfg.flops_per_token:.3e}",
+        "batch": f"{batch_shape.tokens:,} tokens = {batch_shape} x {batch_shape.seq_len}{padding}",
+        "mesh": sharding.describe(run.layout.mesh),
+        "steps": steps,
+    }
+    for name, value in (every | facts).items():
+        print(f"  {name}: {value}")
+    if run.cfg.dry_run:
+        print("dry run: nothing was trained, and no run was written", flush=True)
+    else:
+        print("compiling the first step ...", flush=True)
+
+
+def cost(model_cfg: GPTConfig, tokens: float, about: str = "", more: str = "") -> dict[str, str]:
+    """Returns the total FLOPs of training on `tokens` tokens, and the expected time.
+
+    `about` is put before both figures if they are estimates, such as "about ". `more` is put after the time.
+    """
+    flops = tokens * model_cfg.flops_per_token
+    seconds = devices.expected_seconds(flops)
+    time = f"{about}{clock(seconds)} at an MFU of 50%" if seconds else ""
+    unknown = "n/a: the peak FLOP/s of this device are not known; see the eta below"
+    return {"total FLOPs": f"{about}{flops:.3e}", "expected time": (time or unknown) + more}

@@ -1,0 +1,223 @@
+"""Stop signals in a storm of output, and what goes wrong during an evaluation: training saves first, in one line."""
+
+import functools
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import disturbed
+import killable
+import pytest
+import tiny
+
+from nanochat_jax import checkpoint, run_log
+from nanochat_jax.config import REPOSITORY, STAGES
+
+STORM = {"num_iterations": 100_000, "save_every": -1, "keep_last": 1}
+BPB, ENGINE = "nanochat_jax.evals.bpb:_sums", "nanochat_jax.engine.engine:Engine:step"
+METRICS = {"eval_metrics_every": 4, "eval_metrics_tasks": "sums", "eval_metrics_max_problems": 4}
+# An evaluation: its stage, the function in which a test stops it, and the flags with which it runs.
+BASE_VAL, BASE_SAMPLE = ("base", BPB, {"eval_every": 4}), ("base", ENGINE, {"sample_every": 4})
+MID_VAL, SFT_METRICS = ("mid", BPB, {"eval_every": 4}), ("sft", ENGINE, METRICS)
+RL = ("rl", "nanochat_jax.training.rl:evaluate", {"eval_every": 2, "eval_examples": 2, "eval_samples": 2})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    base = tmp_path_factory.mktemp("world")
+    tiny.make_world(base)
+    return base
+
+
+@pytest.fixture(autouse=True)
+def in_world(own_base_dir, world, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+
+
+@pytest.fixture(scope="module")
+def parent(world):
+    """parent(stage, tag) makes the run of the stage before, with this tag, for a run of the same tag to start from."""
+
+    def make(stage, tag):
+        before = STAGES[: STAGES.index(stage)]
+        for each in before:
+            output = world / f"{each}.txt"
+            assert killable.run(each, world, output, model_tag="parent", num_iterations=2) == 0, output.read_text()
+        if before:
+            folder = checkpoint.run_dir(before[-1], tag)
+            shutil.copytree(folder.with_name("parent"), folder, dirs_exist_ok=True)
+
+    return make
+
+
+def steps_logged(folder) -> int:
+    return max((r["step"] for r in run_log.read(folder) if r["kind"] == "train"), default=0)
+
+
+def evaluated(folder) -> set[int]:
+    return {r["step"] for r in run_log.read(folder) if r["kind"] == "val"}
+
+
+def storm(pid: int, alive, signals, pause: float, seconds: float = 120.0) -> None:
+    """Sends signals in turn until the process has ended."""
+    deadline = time.monotonic() + seconds
+    for signum in itertools.cycle(signals):
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            return
+        if not alive():
+            return
+        time.sleep(pause)
+        assert time.monotonic() < deadline, "the process does not end"
+
+
+def text_of(output) -> str:
+    return re.sub(r"x{200}\n?", "", output.read_text())
+
+
+def assert_saved_and_resumable(folder, code, codes, text):
+    assert code in codes, text
+    assert "Traceback" not in text and "reentrant" not in text, text
+    assert text.count("stopping after this step") == 1
+    (saved,) = checkpoint.steps(folder)
+    assert f"saved at step {saved}: run the same command again to resume" in text
+    assert saved == steps_logged(folder) > 0, "not a step is lost"
+
+
+# -----------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize(
+    ("stage", "signals"),
+    [("base", [signal.SIGHUP, signal.SIGTERM]), ("rl", [signal.SIGTERM]), ("mid", [signal.SIGTERM]),
+     pytest.param("sft", [signal.SIGTERM, signal.SIGHUP], marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_storm_of_signals_in_a_storm_of_output_saves_once(stage, signals, world, parent):
+    tag, output = f"{stage}storm", world / f"{stage}storm.txt"
+    parent(stage, tag)
+    folder = checkpoint.run_dir(stage, tag)
+    process = killable.start(stage, world, output, before=disturbed.print_a_lot, model_tag=tag, **STORM)
+    assert killable.until(lambda: steps_logged(folder) >= 3, process), output.read_text()
+    storm(process.pid, process.is_alive, signals, 0.001)
+    process.join()
+    assert_saved_and_resumable(folder, process.exitcode, {128 + s for s in signals}, text_of(output))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("moment", range(5))
+def test_a_storm_at_any_moment_crashes_nothing(stage, moment, world, parent):
+    """From the import of JAX to the end. Before the first step there is nothing to save."""
+    tag, output = f"{stage}{moment}", world / f"{stage}{moment}.txt"
+    parent(stage, tag)
+    process = killable.start(stage, world, output, before=disturbed.print_a_lot, model_tag=tag, **STORM)
+    time.sleep(0.7 * moment)
+    storm(process.pid, process.is_alive, [signal.SIGTERM], 0.001)
+    process.join()
+    text = text_of(output) if output.exists() else ""
+    assert process.exitcode in (143, -15) and "Traceback" not in text, text  # -15: before the command has begun
+    folder = checkpoint.run_dir(stage, tag)
+    assert "stopping after" not in text or checkpoint.steps(folder) == [steps_logged(folder)]
+
+
+def test_to_the_very_end_of_the_process(world):
+    """Python ends slowly, with JAX's exit handlers, and a signal may still come. A Ctrl-C that comes twice is one."""
+    folder, output = checkpoint.run_dir("base", "end"), world / "end.txt"
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            tiny.command("base", model_tag="end", **STORM), cwd=REPOSITORY, env=tiny.environment(world), stdout=file,
+            stderr=file,
+        )  # fmt: skip
+    while steps_logged(folder) < 3:
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.01)
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    storm(process.pid, lambda: process.poll() is None, [signal.SIGTERM], 0.001)
+    assert_saved_and_resumable(folder, process.returncode, {130}, text_of(output))
+
+
+# -----------------------------------------------------------------------------
+# In the middle of an evaluation
+
+
+@pytest.fixture
+def evaluating(world, parent):
+    """Starts a run, and waits until it is in the middle of an evaluation after at least one step."""
+    block = world / "block"
+
+    def start(case, tag):
+        stage, function, flags = case
+        parent(stage, tag)
+        folder, output = checkpoint.run_dir(stage, tag), world / f"{tag}.txt"
+        before = functools.partial(disturbed.both, function, block)
+        process = killable.start(stage, world, output, before=before, model_tag=tag, **STORM | flags)
+        assert killable.until(lambda: steps_logged(folder) >= 1, process), output.read_text()
+        block.touch()
+        assert killable.until(block.with_name("blocked").exists, process), output.read_text()
+        return process, folder, output
+
+    yield start
+    block.unlink(missing_ok=True)
+    block.with_name("blocked").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [BASE_VAL, RL, *(pytest.param(case, marks=pytest.mark.slow) for case in (BASE_SAMPLE, MID_VAL, SFT_METRICS))],
+    ids=lambda case: f"{case[0]}-{case[1].split(':')[-1]}",
+)
+def test_a_signal_ends_an_evaluation_and_the_run_is_saved(case, evaluating, world):
+    """A scheduler sends SIGKILL soon after SIGTERM, and CORE takes longer than that."""
+    process, folder, output = evaluating(case, f"{case[0]}signal{len(case[2])}")
+    storm(process.pid, process.is_alive, [signal.SIGTERM], 0.01, seconds=60)
+    process.join()
+    assert_saved_and_resumable(folder, process.exitcode, {143}, text_of(output))
+    if case != BASE_VAL:
+        return
+    (saved,) = checkpoint.steps(folder)
+    assert saved not in evaluated(folder), "the evaluation was cut short"
+    again = killable.start("base", world, output, model_tag=folder.name, **STORM | case[2])
+    assert killable.until(lambda: saved in evaluated(folder), again), output.read_text()
+    killable.kill(again)
+
+
+def test_validation_text_that_vanishes_costs_nothing(evaluating, world):
+    process, folder, output = evaluating(BASE_VAL, "vanishes")
+    (val,) = world.glob("data/*/val_*.parquet")
+    hidden = val.rename(val.with_suffix(".hidden"))
+    try:
+        (world / "block").unlink()
+        process.join(60)
+    finally:
+        hidden.rename(val)
+    text = text_of(output)
+    assert process.exitcode == 2 and "Traceback" not in text, text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: ") and str(val) in last, text
+    assert checkpoint.steps(folder) == [steps_logged(folder)]
+
+
+def test_a_disk_that_is_full_during_an_evaluation_is_one_line(evaluating, world):
+    process, folder, output = evaluating(BASE_SAMPLE, "full")
+    log = folder / run_log.LOG
+    kept = log.rename(log.with_suffix(".kept"))
+    log.symlink_to("/dev/full")  # every write fails with ENOSPC
+    (world / "block").unlink()
+    process.join(60)
+    log.unlink()
+    kept.rename(log)
+    text = text_of(output)
+    assert process.exitcode == 2 and "Traceback" not in text, text
+    last = text.strip().splitlines()[-1]
+    assert re.match(r"error: an evaluation at step \d+ failed: .*No space left on device.*: make room and run", last), (
+        last
+    )
+    assert checkpoint.steps(folder) == [steps_logged(folder)], "sampling is preceded by a checkpoint"

@@ -13,10 +13,14 @@ To add a task, write a subclass of `Task` in a new file in this folder. The clas
 Add the class to `_CLASSES` below. After that, every --mixture accepts the task's name, in any letter case. To give the
 task a score, also set `eval_type` and `baseline`, and define `evaluate`. Then chat_eval -a accepts the task too.
 
+To have chat_cli and the web page suggest questions from the task, also set `suggestions`.
+
 For the same split, index and data, `example` must always return the same conversation. A checkpoint records a hash of
 the run's conversations, and the run resumes only if this hash is unchanged.
 """
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanochat_jax.config import UserError
@@ -32,7 +36,7 @@ from nanochat_jax.tasks.smoltalk import SmolTalk
 from nanochat_jax.tasks.spellingbee import SimpleSpelling, SpellingBee
 from nanochat_jax.tasks.task import Mixture, Task, View, first_rows
 
-__all__ = ["TASKS", "Mixture", "Task", "View", "first_rows", "load", "mixture", "task_class"]
+__all__ = ["TASKS", "Mixture", "Task", "View", "first_rows", "load", "mixture", "suggestions", "task_class"]
 
 _CLASSES: tuple[type[Task], ...] = (
     MMLU,
@@ -94,3 +98,14 @@ def mixture(counts: dict[str, int], split: str, data_dir: str | Path | None = No
     if not counts:
         raise UserError("an empty mixture: name at least one task, as name=rows")
     return Mixture([load(name, split, data_dir=data_dir, rows=n) for name, n in counts.items()], seed)
+
+
+def suggestions(names: Iterable[str]) -> list[str]:
+    """Returns questions that a model trained on the tasks `names` has learned to answer.
+
+    Each task gives its first question, then each gives its second question, and so on. A task that this version does
+    not know gives none, because an old checkpoint must still load.
+    """
+    classes = [TASKS[key] for name in names if (key := name.partition(":")[0].strip().lower()) in TASKS]
+    rounds = itertools.zip_longest(*(cls.suggestions for cls in classes))
+    return list(dict.fromkeys(question for questions in rounds for question in questions if question))

@@ -150,6 +150,7 @@ class Identity(Task):
     name = "Identity"
     eval_type = "generative"
     has_val = True
+    suggestions = ("Who are you?", "What can you do?")
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         self.conversations: Task | list[dict] = _training_data(data_dir) if split == "train" else _questions(split)

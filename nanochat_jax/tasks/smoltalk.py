@@ -37,6 +37,7 @@ def check_messages(messages: list, where: str) -> list:
 
 class SmolTalk(task_data.RowTask):
     name = "SmolTalk"
+    suggestions = ("Why is the sky blue?", "Write a short poem about the sea.")
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if not data_dir:

@@ -24,6 +24,8 @@ TEXT = [
     "The sea is calm tonight, the tide is full, the moon lies fair upon the straits. Grüße, 你好, 🌍!",
 ] * 20
 
+SUGGESTIONS = ["Why is the sky blue?", "What is 37 times 12?"]
+
 
 class ScriptedEngine:
     """The engine's interface for servers, with scripted answers.
@@ -120,7 +122,7 @@ def serving(engine, cfg: ChatWeb | None = None, send_buffer: int = 0, port: int 
     read; the default is megabytes. `warmups`: see `create_app`.
     """
     engines = engine if isinstance(engine, list) else [engine]
-    app = create_app(engines, cfg or ChatWeb(), "nanochat-test-sft", warmups=warmups)
+    app = create_app(engines, cfg or ChatWeb(), "nanochat-test-sft", warmups=warmups, suggestions=SUGGESTIONS)
     listener = socket.create_server(("127.0.0.1", port))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

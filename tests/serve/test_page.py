@@ -64,22 +64,24 @@ def test_what_a_model_writes_stays_text(chat):
     assert blocked[0] >= 2 and blocked[1] == "nanochat" and len(chat.texts(".assistant .body")) == 3
 
 
+AUTO = ' dir="auto"'
 MARKDOWN = [
     ("plain\ntext", "<p>plain\ntext</p>"),
     ("one\n\ntwo", "<p>one</p><p>two</p>"),
     ("37*12*3 = 1332, 2 * 3 * 4, a_b_c, 2**3**2", "<p>37*12*3 = 1332, 2 * 3 * 4, a_b_c, 2**3**2</p>"),
-    ("**a** *b* ~~e~~ `f*g*`", "<p><strong>a</strong> <em>b</em> <del>e</del> <code>f*g*</code></p>"),
+    ("**a** *b* ~~e~~ `f*g*`", '<p><strong>a</strong> <em>b</em> <del>e</del> <code dir="ltr">f*g*</code></p>'),
     ("__a__ _b_", "<p><strong>a</strong> <em>b</em></p>"),
     ("**a *b* c**", "<p><strong>a <em>b</em> c</strong></p>"),
-    (r"\*not\* ``a`b``", "<p>*not* <code>a`b</code></p>"),
+    (r"\*not\* ``a`b``", '<p>*not* <code dir="ltr">a`b</code></p>'),
     ("# A #\n#### 444", "<h2>A</h2><h5>444</h5>"),
     ("#no heading", "<p>#no heading</p>"),
-    ("- a\n- b\n  - c\n\n  d", "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul><p>d</p></li></ul>"),
-    ("3. x\n4. y", '<ol start="3"><li><p>x</p></li><li><p>y</p></li></ol>'),
-    ("- a\n1. b", "<ul><li><p>a</p></li></ul><ol><li><p>b</p></li></ol>"),
-    ("> a\n> > b\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
+    ("- a\n- b\n  - c\n\n  d", f"<ul{AUTO}><li><p>a</p></li><li><p>b</p><ul{AUTO}><li><p>c</p></li></ul><p>d</p></li>"
+     "</ul>"),
+    ("3. x\n4. y", f'<ol{AUTO} start="3"><li><p>x</p></li><li><p>y</p></li></ol>'),
+    ("- a\n1. b", f"<ul{AUTO}><li><p>a</p></li></ul><ol{AUTO}><li><p>b</p></li></ol>"),
+    ("> a\n> > b\nc", f"<blockquote{AUTO}><p>a</p><blockquote{AUTO}><p>b</p></blockquote></blockquote><p>c</p>"),
     ("a\n***\nb", "<p>a</p><hr><p>b</p>"),
-    ("| a |\n|---|\n| *1* |\n\nc", '<div class="wide"><table><thead><tr><th>a</th></tr></thead><tbody><tr><td>'
+    ("| a |\n|---|\n| *1* |\n\nc", f'<div class="wide"{AUTO}><table><thead><tr><th>a</th></tr></thead><tbody><tr><td>'
      "<em>1</em></td></tr></tbody></table></div><p>c</p>"),
     ("a | b\n\nc", "<p>a | b</p><p>c</p>"),
     ("at https://a.org/b.", '<p>at <a href="https://a.org/b" target="_blank" rel="noopener noreferrer" '

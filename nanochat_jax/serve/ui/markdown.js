@@ -94,7 +94,7 @@ function table(lines, i, out, tools) {
   const row = (tag, line) => element("tr", "", ...cells(line).map(cell => inline(element(tag), cell.trim(), tools)));
   const body = element("tbody"), head = element("thead", "", row("th", lines[i]));
   for (i += 2; i < lines.length && lines[i].includes("|"); i++) body.append(row("td", lines[i]));
-  out.append(element("div", "wide", directed("auto", element("table", "", head, body))));
+  out.append(directed("auto", element("div", "wide", element("table", "", head, body))));
   return i;
 }
 

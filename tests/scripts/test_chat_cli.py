@@ -340,10 +340,11 @@ class Terminal:
 
 
 def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer):
-    save_model(own_base_dir, params, model_cfg, tokenizer)
+    save_model(own_base_dir, params, model_cfg, tokenizer, mixture={"sums": 20, "identity": 0})
     terminal = Terminal("-t", "0", "--max_new_tokens=40", base_dir=own_base_dir)
     try:
-        terminal.wait_for("User: ")
+        suggestions = ("What is 28 times 13?", "Who are you?", "What is 120 + 72?")
+        assert "".join(f"Try: {question}\r\n" for question in suggestions) in terminal.wait_for("User: ")
         terminal.type("q\n")
         assert "a\x1b[2m[37*12 = 444]\x1b[0mé!" in terminal.wait_for("tokens/s]")
         terminal.wait_for("User: ")
@@ -355,8 +356,10 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer
         terminal.wait_for("temperature is 0.5")
         terminal.type("/temperature 0\n/nonsense\n")
         terminal.wait_for("there is no command /nonsense; /help lists the commands")
+        terminal.type("/quit now\n")
+        terminal.wait_for("error: /quit now: it takes no value; write /quit")
         terminal.wait_for("User: ")
-        terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: q
+        terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\x1b[A\n")  # five up: q
         terminal.wait_for("é!")
         terminal.wait_for("User: ")
         # Ctrl-C discards the typed text and keeps the program running; a second one ends it.
@@ -381,7 +384,8 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer
         terminal.process.kill()
     kept = own_base_dir / "chat_history"
     assert kept.stat().st_mode & 0o777 == 0o600 and "half" not in kept.read_text()
-    assert kept.read_text().splitlines()[-7:-2] == ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "q"]
+    typed = ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "/quit now", "q"]
+    assert kept.read_text().splitlines()[-8:-2] == typed
 
 
 def test_program_answers_a_saved_model(own_base_dir, params, model_cfg, tokenizer):
@@ -395,7 +399,10 @@ def test_program_answers_a_saved_model(own_base_dir, params, model_cfg, tokenize
     assert "sft_checkpoints/tiny, step 7" in once.stderr
     piped = run_program("-t", "0", base_dir=own_base_dir, input="q\n/topk 3\n" + "z" * 200 + "\nq\n")
     assert (piped.returncode, piped.stdout) == (0, ANSWER * 2), piped.stderr
-    assert "top_k is 3\nerror: the message is too long" in piped.stderr
+    assert "top_k is 3\nerror: the message is too long" in piped.stderr and "Try: " not in piped.stdout
+    save_model(own_base_dir, params, model_cfg, tokenizer, stage="base")
+    base = run_program("-i", "base", "-p", "q", "-t", "0", base_dir=own_base_dir)
+    assert base.stdout == ANSWER and "[this model has not learned to chat: it only continues text]" in base.stderr
 
 
 def test_input_that_is_not_clean_utf8(own_base_dir, params, model_cfg, tokenizer):

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import httpx
-from page import NEEDS, SCRIPT, SHOWS, SKY, SUM
-from serving import until
+from page import NEEDS, SCRIPT, SHOWS, SKY, SUM, Chat
+from serving import SUGGESTIONS, serving, until
 
 pytest_plugins = ["page"]
 pytestmark = NEEDS
@@ -33,6 +33,17 @@ def test_a_conversation_with_a_tool_call(chat):
     assert "is <|python_start|>37*12<|python_end|><|output_start|>444<|output_end|> in all." in chat.last_prompt()
     assert chat.page.locator("#log").get_attribute("aria-busy") == "false"
     assert chat.texts("#status") == ["The answer is complete."]
+
+
+def test_the_page_suggests_what_the_server_names(chat, chromium, engine):
+    assert chat.texts("#ideas button") == SUGGESTIONS
+    chat.button(SUGGESTIONS[1]).click()
+    chat.until("!running && chat.messages.length == 2")
+    assert chat.contents()[0] == SUGGESTIONS[1] and not chat.page.locator("#welcome").is_visible()
+    with serving(engine, suggestions=[]) as server:  # a base model, or one trained only on the user's own conversations
+        other = Chat(chromium, server, engine)
+        assert other.page.locator("#welcome").is_visible() and other.page.locator("#ideas button").count() == 0
+        other.context.close()
 
 
 def test_what_a_model_writes_stays_text(chat):

@@ -156,6 +156,7 @@ def check_right_to_left(chat) -> None:
     assert styles(chat, ".assistant:last-child :is(blockquote, table)", "direction") == ["rtl", "rtl"]
     assert styles(chat, ".assistant:last-child blockquote", "borderRightWidth") == ["3px"]
     assert sides(chat, ".assistant:last-child .wide") == ["right"]
+    assert styles(chat, ".assistant:last-child td", "textAlign") == ["right"] * 2
     first, second = chat.page.locator(".assistant:last-child th").evaluate_all(
         "all => all.map(n => n.getBoundingClientRect().x)"
     )

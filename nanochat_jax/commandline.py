@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import signal
 import sys
 import tomllib
 import types
@@ -69,6 +70,8 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
         print(f"error: {error}: make room and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        # Python needs a while to end JAX. Another Ctrl-C then ends the program at once, without a traceback or a crash.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         print("stopped", file=sys.stderr)
         sys.exit(130)
 

@@ -388,6 +388,25 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer
     assert kept.read_text().splitlines()[-8:-2] == typed
 
 
+def test_ctrl_c_again_while_the_program_ends():
+    """Python's own shutdown takes a moment. Another Ctrl-C then leaves no traceback, and no crash in JAX."""
+    program = """
+import atexit, signal, sys, time
+from nanochat_jax import commandline, config
+atexit.register(lambda: (print("ending", flush=True), time.sleep(60)))
+def main(cfg):
+    signal.raise_signal(signal.SIGINT)
+sys.argv = ["chat"]
+commandline.run(main, config.ChatCli)
+"""
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (-signal.SIGINT, "stopped\n")
+
+
 def test_program_answers_a_saved_model(own_base_dir, params, model_cfg, tokenizer):
     """-p prints only the answer to stdout; piped input gets an answer per line; a missing model is a one-line error."""
     missing = run_program("-p", "q", base_dir=own_base_dir)

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import tomllib
+import types
 import typing
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -235,13 +236,13 @@ def _parser(cls: type[config.Settings]) -> _Parser:
     parser = _Parser(prog=getattr(cls, "prog", prog), description=cls.__doc__, allow_abbrev=False)
     if cls in COMMANDS:  # benchmarks take no presets
         parser.add_argument("--config", metavar="PRESET", help="preset: a name in configs/ or a path to a TOML file")
-    kinds, defaults = typing.get_type_hints(cls), cls()
+    kinds, defaults = _kinds(cls), cls()
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
         kind, default, choices = kinds[field.name], getattr(defaults, field.name), field.metadata["choices"]
         auto = field.metadata["auto"] and not default
-        shown = " [auto]" if auto else "" if default in ("", {}) else f" [{_show(default)}]"
+        shown = " [auto]" if auto else "" if default in (None, "", {}) else f" [{_show(default)}]"
         options: dict[str, Any] = {
             "type": functools.partial(_convert_for, field=field, kind=kind),
             "metavar": f"{{{','.join(choices)}}}" if choices else kind.__name__.upper(),
@@ -258,6 +259,12 @@ def _parser(cls: type[config.Settings]) -> _Parser:
         flags += [f"--{synonym}" for synonym, ours in SYNONYMS.items() if ours == field.name]
         parser.add_argument(*flags, default=None, dest=field.name, **options)
     return parser
+
+
+def _kinds(cls: type[config.Settings]) -> dict[str, type]:
+    """Returns the type of each setting. For `str | None`, where None means that the flag is absent, this is str."""
+    hints = typing.get_type_hints(cls)
+    return {name: kind.__args__[0] if isinstance(kind, types.UnionType) else kind for name, kind in hints.items()}
 
 
 def _show(default: object) -> str:
@@ -392,7 +399,7 @@ def _value_for(
         raise UserError(f"{where}: unknown setting{_similar_setting(owners, key, value)}")
     if cls not in fields:
         return {}
-    kind = typing.get_type_hints(cls)[key]
+    kind = _kinds(cls)[key]
     try:
         if kind is not str and _has_quotes(value) and not (fields[cls].metadata["auto"] and value == "auto"):
             raise argparse.ArgumentTypeError(f"{value!r}: write it without quotes")

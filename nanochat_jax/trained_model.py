@@ -36,6 +36,11 @@ class TrainedModel:
         """The model's id in the API, such as nanochat-d20-sft."""
         return f"nanochat-{self.tag}-{self.stage}"
 
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks that the last stage trained on, as in --mixture. A base model has none."""
+        return list(self.meta.get("config", {}).get("mixture", {}))
+
 
 def find(stage: str, tag: str = "", step: int = -1, preset: str = "") -> tuple[Path, int]:
     """Finds a checkpoint, and returns (the folder of its run, its step).

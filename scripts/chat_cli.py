@@ -7,13 +7,18 @@ python -m scripts.chat_cli -p "Why is it blue?"   Prints one answer.
 python -m scripts.chat_cli -i mid -t 0            Uses the model of stage mid, with greedy decoding.
 
 python -m scripts.chat_cli < questions.txt        Answers one question per line. Only answers go to stdout.
+
+python -m scripts.chat_cli -p - < question.txt    Answers one question, which may have several lines.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,17 +27,16 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 
 if TYPE_CHECKING:  # importing this at run time would slow down --help
     from nanochat_jax.engine.engine import Engine
 
-Number = TypeVar("Number", int, float)
-
 CHUNK = 8  # tokens decoded per step; with a small number, text appears smoothly
 HISTORY = 1000  # number of typed lines that are kept for later conversations
+SUGGESTIONS = 3  # number of questions that are suggested at the start
 QUIT = ("quit", "exit", "/quit", "/exit")
 # These characters are removed from the model's text, since they could move the cursor or recolour the terminal.
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -41,8 +45,11 @@ CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) no
 def main(cfg: config.ChatCli) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # print ? for a character that stdout cannot show
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `readable` replaces what cannot be decoded
+    prompt = read_prompt(cfg.prompt)
 
-    from nanochat_jax import trained_model
+    from nanochat_jax import tasks, trained_model
     from nanochat_jax.engine.engine import Engine
     from nanochat_jax.engine.request import Request
     from nanochat_jax.parallel import devices
@@ -56,15 +63,17 @@ def main(cfg: config.ChatCli) -> None:
     chat = Chat(engine, cfg)
 
     try:
-        if cfg.prompt:
-            say(chat, cfg.prompt)
+        if model.stage == "base":
+            note("[this model has not learned to chat: it only continues text]")
+        if prompt is not None:
+            say(chat, prompt)
             return
         if interactive():
             # Generate two tokens and discard them. This compiles everything before the user asks a question.
             for _ in engine.stream(Request([model.tokenizer.bos], 2, cfg.temperature, cfg.top_k)):
                 pass
         with line_editing():
-            converse(chat)
+            converse(chat, tasks.suggestions(model.task_names)[:SUGGESTIONS])
     except BrokenPipeError:  # the program that reads the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -90,7 +99,6 @@ class Chat:
         """
         from nanochat_jax.conversation import prompt
 
-        text = text.encode("utf-8", "replace").decode()  # the input may not be valid UTF-8
         question = {"role": "user", "content": text}
         context, longest = self.engine.model_cfg.sequence_len, self.cfg.max_new_tokens
         ids, dropped = prompt(self.engine.tokenizer, self.conversation([question]), context, longest)
@@ -132,15 +140,19 @@ class Chat:
 # The conversation
 
 
-def converse(chat: Chat) -> None:
-    """Reads messages and prints answers until the input ends or the user quits."""
+def converse(chat: Chat, suggestions: Sequence[str] = ()) -> None:
+    """Reads messages and prints answers until the input ends or the user quits. Before the first message, shows the
+    questions in `suggestions`."""
     typed = interactive()
     if typed:
         print("Talk to the model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits.")
+        print("".join(f"Try: {question}\n" for question in suggestions), end="")
+    else:
+        detect_utf16()
     interrupted = False
     while True:
         try:
-            text = input("\nUser: " if typed else "").strip()
+            text = readable(input("\nUser: " if typed else ""), "the input").strip()
         except KeyboardInterrupt:
             if interrupted or not typed:
                 print(end="\n" if typed else "")
@@ -172,14 +184,21 @@ def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
         turns = "turn was" if dropped == 2 else f"{dropped // 2} turns were"  # a turn is a message and its answer
         note(f"[the context is full: the oldest {turns} dropped]")
     display, start = Display(colored()), time.perf_counter()
+    empty = True
     with contextlib.closing(parts):
         for kind, piece in parts:
             display.show(kind, piece)
+            empty = empty and not piece.strip()
     display.finish()
+    stopped = stop is not None and stop.is_set()
+    if empty and not stopped:
+        note("[the model gave an empty answer]")
     if sys.stdout.isatty():
         seconds = time.perf_counter() - start
-        end = ", stopped" if stop and stop.is_set() else ", cut off" if chat.cut else ""
+        end = ", stopped" if stopped else ", cut off" if chat.cut else ""
         note(f"[{chat.tokens} tokens{end}, {chat.tokens / seconds:.1f} tokens/s]")
+    elif chat.cut:
+        note(f"[the answer was cut off after {chat.tokens} tokens; --max_new_tokens sets its maximum length]")
 
 
 @contextlib.contextmanager
@@ -219,35 +238,44 @@ def run_command(chat: Chat, text: str) -> bool:
     if name in COMMANDS:
         COMMANDS[name].run(chat, value)
         return True
-    if interactive() and name.startswith("/") and name not in QUIT:
+    if interactive() and name in QUIT[2:]:
+        raise config.UserError(f"{text}: it takes no value; write {name}")
+    if interactive() and name.startswith("/"):
         raise config.UserError(f"there is no command {name}; /help lists the commands")
     return False
 
 
 def clear(chat: Chat, value: str) -> None:
+    if value:
+        raise config.UserError(f"/clear {value}: it takes no value; write /clear")
     chat.messages.clear()
     note("Conversation cleared.")
 
 
 def set_temperature(chat: Chat, value: str) -> None:
     if value:
-        temperature = number(float, "/temperature", value, chat.cfg.temperature)
-        chat.cfg = dataclasses.replace(chat.cfg, temperature=temperature)
+        chat.cfg = dataclasses.replace(chat.cfg, temperature=number(chat.cfg, "temperature", "/temperature", value))
     note(f"temperature is {chat.cfg.temperature}")
 
 
 def set_top_k(chat: Chat, value: str) -> None:
     if value:
-        chat.cfg = dataclasses.replace(chat.cfg, top_k=number(int, "/topk", value, chat.cfg.top_k))
+        chat.cfg = dataclasses.replace(chat.cfg, top_k=number(chat.cfg, "top_k", "/topk", value))
     note(f"top_k is {chat.cfg.top_k}")
 
 
-def number(kind: type[Number], command: str, value: str, example: Number) -> Number:
-    """Converts `value` to type `kind`. Raises UserError if `value` is not a number. The message shows `example`."""
+def number(cfg: config.ChatCli, name: str, command: str, value: str) -> float:
+    """Converts the `value` of a command to a number that the setting `name` allows. Raises UserError if it is not."""
+    current, field = getattr(cfg, name), cfg.__dataclass_fields__[name]
+    low, high = field.metadata["low"], field.metadata["high"]
     try:
-        return kind(value)
+        result = type(current)(value)
     except ValueError:
-        raise config.UserError(f"{command} {value}: expected a number, like {command} {example}") from None
+        result = math.nan
+    if not low <= result <= high:
+        kind = "a whole number" if isinstance(current, int) else "a number"
+        raise config.UserError(f"{command} {value}: expected {kind} from {low} to {high}, like {command} {current}")
+    return result
 
 
 def set_system(chat: Chat, value: str) -> None:
@@ -311,6 +339,48 @@ COMMANDS = {
 
 
 # -----------------------------------------------------------------------------
+# The input
+
+
+def read_prompt(prompt: str | None) -> str | None:
+    """Returns the text of --prompt, or None without this flag. Raises UserError if the text is empty."""
+    if prompt is None:
+        if sys.stdin is None:
+            raise config.UserError("stdin is closed: ask with -p, like -p 'Who are you?'")
+        return None
+    source = "stdin" if prompt == "-" else "--prompt"
+    if prompt == "-":
+        detect_utf16()
+        prompt = sys.stdin.read() if sys.stdin else ""
+    prompt = readable(prompt, source)
+    if not prompt.strip():
+        where = "--prompt=-: stdin is empty" if source == "stdin" else f"--prompt={prompt!r}: the prompt is empty"
+        raise config.UserError(f"{where}; ask something, like -p 'Who are you?', or leave out -p to chat")
+    return prompt
+
+
+def detect_utf16() -> None:
+    """Makes stdin read UTF-16 if it begins with UTF-16's byte order mark. Windows PowerShell writes such files. Waits
+    until stdin has data."""
+    stdin = sys.stdin
+    if not isinstance(stdin, io.TextIOWrapper) or not isinstance(stdin.buffer, io.BufferedReader) or stdin.isatty():
+        return
+    if stdin.buffer.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        stdin.reconfigure(encoding="utf-16", errors="replace")
+
+
+def readable(text: str, source: str) -> str:
+    """Returns `text` without a byte order mark, and with U+FFFD for each byte that could not be decoded. Prints a line
+    if there are such bytes. Python has decoded each of them to a lone surrogate."""
+    text = text.removeprefix("\ufeff")
+    valid, count = re.subn("[\ud800-\udfff]", "\ufffd", text)
+    if count:
+        bytes_are = "1 byte is" if count == 1 else f"{count} bytes are"
+        note(f"[{source}: {bytes_are} not valid UTF-8 and read as \ufffd; convert old text with iconv]")
+    return valid
+
+
+# -----------------------------------------------------------------------------
 # The terminal
 
 
@@ -370,7 +440,7 @@ def colored() -> bool:
 
 def interactive() -> bool:
     """Returns whether a person types the input and reads the output."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 @contextlib.contextmanager

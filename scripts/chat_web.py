@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # importing these at run time would slow down --help and requ
 
 # Tokens decoded per step. With a small number, text appears smoothly, and the slot of a client that left is soon free.
 CHUNK = 8
+SUGGESTIONS = 5  # number of questions that the empty page suggests
 DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # signal -> seconds that running answers get to finish
 UNREAD_SECONDS = 60  # a client that reads nothing for this long is disconnected
 
@@ -46,7 +47,7 @@ def main(cfg: config.ChatWeb) -> None:
             raise config.UserError(f"{error.name} is missing: run pip install '.[serve]' in the repository") from None
         import jax
 
-        from nanochat_jax import trained_model
+        from nanochat_jax import tasks, trained_model
         from nanochat_jax.engine.engine import Engine
 
         # There is one engine per device. Each engine has its own copy of the weights, cast to the compute dtype.
@@ -74,9 +75,12 @@ def main(cfg: config.ChatWeb) -> None:
         for warmup in warmups:
             next(warmup)
 
-        app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups)
+        suggestions = tasks.suggestions(model.task_names)[:SUGGESTIONS]
+        app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups, suggestions)
         listener.listen()  # clients can connect from now on, so the address can be printed
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
+        if model.stage == "base":
+            print("this model has not learned to chat: it only continues text", flush=True)
         if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
             print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
         # Log only warnings. An access log would record private data: who uses the server.

@@ -122,9 +122,9 @@ class ChatCli(Load):
     """Talk to the model in the terminal."""
 
     table: ClassVar[str] = "chat"
-    prompt: str = setting("", "answer this prompt and exit (default: chat interactively)")
-    temperature: float = setting(0.6, "sampling temperature (0: greedy)", low=0)
-    top_k: int = setting(50, TOP_K, low=0)
+    prompt: str | None = setting(None, "answer this prompt and exit; -: read it from stdin (default: chat)")
+    temperature: float = setting(0.6, "sampling temperature (0: greedy)", low=0, high=2)
+    top_k: int = setting(50, TOP_K, low=0, high=65536)
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     seed: int = setting(42, "random seed for sampling", low=0, high=MAX_SEED)
 

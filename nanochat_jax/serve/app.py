@@ -39,14 +39,19 @@ EVENT_NAMES = {"python": "python", "python_output": "output"}
 
 
 def create_app(
-    engines: Sequence[Engine], cfg: ChatWeb, name: str, device: str = "cpu", warmups: Sequence[Iterator[int]] = ()
+    engines: Sequence[Engine],
+    cfg: ChatWeb,
+    name: str,
+    device: str = "cpu",
+    warmups: Sequence[Iterator[int]] = (),
+    suggestions: Sequence[str] = (),
 ) -> FastAPI:
     """Returns the application that serves `engines`, which are replicas of one model. Nothing else may use the engines
     after this call.
 
     `name` is the model name that clients see. `device` is the kind of device that /stats shows. `warmups` holds one
     `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server advances each iterator
-    while its engine is idle.
+    while its engine is idle. `suggestions` are questions that the page suggests.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -98,6 +103,7 @@ def create_app(
                 "top_k": cfg.top_k,
                 "max_tokens": min(cfg.max_new_tokens, engine.model_cfg.sequence_len),
             },
+            "suggestions": list(suggestions),
         }
         return JSONResponse(body, status_code=200 if ready else 503)
 

@@ -13,11 +13,15 @@ To add a task, write a subclass of `Task` in a new file in this folder. The clas
 Add the class to `_CLASSES` below. After that, every --mixture accepts the task's name, in any letter case. To give the
 task a score, also set `eval_type` and `baseline`, and define `evaluate`. Then chat_eval -a accepts the task too.
 
+To have chat_cli and the web page suggest questions from the task, also set `suggestions`.
+
 For the same split, index and data, `example` must always return the same conversation. A checkpoint records a hash of
 the run's conversations, and the run resumes only if this hash is unchanged.
 """
 
 import difflib
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanochat_jax.config import UserError
@@ -34,7 +38,9 @@ from nanochat_jax.tasks.spellingbee import SimpleSpelling, SpellingBee
 from nanochat_jax.tasks.task import Mixture, Task, View, first_rows
 from nanochat_jax.tasks.task_data import RowTask
 
-__all__ = ["TASKS", "CustomJSON", "Mixture", "Task", "View", "first_rows", "load", "mixture", "task_class"]
+__all__ = [
+    "TASKS", "CustomJSON", "Mixture", "Task", "View", "first_rows", "load", "mixture", "suggestions", "task_class",
+]  # fmt: skip
 
 _CLASSES: tuple[type[Task], ...] = (
     MMLU,
@@ -125,3 +131,14 @@ def mixture(
         seen[key] = name
     loaded = [load(name, split, data_dir=data_dir, rows=n, task_files=task_files) for name, n in counts.items()]
     return Mixture(loaded, seed)
+
+
+def suggestions(names: Iterable[str]) -> list[str]:
+    """Returns questions that a model trained on the tasks `names` has learned to answer.
+
+    Each task gives its first question, then each gives its second question, and so on. A task that this version does
+    not know gives none, because an old checkpoint must still load.
+    """
+    classes = [TASKS[key] for name in names if (key := name.partition(":")[0].strip().lower()) in TASKS]
+    rounds = itertools.zip_longest(*(cls.suggestions for cls in classes))
+    return list(dict.fromkeys(question for questions in rounds for question in questions if question))

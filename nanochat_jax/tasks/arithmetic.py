@@ -111,6 +111,7 @@ class Sums(_Arithmetic):
     """
 
     name = "Sums"
+    suggestions = ("What is 28 times 13?", "What is 120 + 72?")
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
         plain = rng.random() < 0.5
@@ -135,6 +136,10 @@ class TwoStep(_Arithmetic):
     """Word problems with two steps. The second step uses the result of the first."""
 
     name = "TwoStep"
+    suggestions = (
+        "How many eggs remain if a farmer has 44, eats 15 and gives away 5?",
+        "If a farm has 12 cows, 20 pigs and 41 hens, how many animals are there?",
+    )
 
     def problem(self, rng: random.Random) -> tuple[str, Story, list[int]]:
         story = rng.choice(self.two_step)

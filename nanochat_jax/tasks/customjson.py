@@ -18,7 +18,7 @@ from nanochat_jax.tasks import messages, task_data
 from nanochat_jax.tasks.task import Task
 
 
-class CustomJSON(Task):
+class CustomJSON(Task):  # it has no suggestions: your conversations may be private
     name = "CustomJSON"
     has_val = True  # each file is for one purpose, so there is no test split to use instead
 

@@ -42,6 +42,10 @@ class GSM8K(task_data.RowTask):
     eval_type = "generative"
     subset = "main"  # on the hub
     suffix = ""  # of the names of local files
+    suggestions = (
+        "A baker fills 12 trays with 8 rolls each and sells 70 rolls. How many rolls are left?",
+        "A train ride takes 45 minutes. How many hours do 8 rides take?",
+    )
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if data_dir:

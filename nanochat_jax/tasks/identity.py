@@ -155,6 +155,7 @@ class Identity(Task):
     name = "Identity"
     eval_type = "generative"
     has_val = True
+    suggestions = ("Who are you?", "What can you do?")
 
     def __init__(self, split: str, data_dir: str | Path | None = None, download: bool = False):
         training = split == "train"

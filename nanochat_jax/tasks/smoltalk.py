@@ -25,6 +25,7 @@ HOLD_OUT = 20  # about one in HOLD_OUT conversations in chat/ is for the test
 class SmolTalk(task_data.RowTask):
     name = "SmolTalk"
     skips_empty = True
+    suggestions = ("Why is the sky blue?", "Write a short poem about the sea.")
 
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if not data_dir:

@@ -79,6 +79,7 @@ def spell(word: str) -> str:
 class SpellingBee(Task):
     name = "SpellingBee"
     eval_type = "generative"
+    suggestions = ("How many e are in element?", "How many r are in character?")
 
     def __init__(self, split: str, data_dir: str | Path | None = None, download: bool = False):
         self.split = split
@@ -127,6 +128,7 @@ def _count_by_hand(word: str, letter: str) -> str:
 class SimpleSpelling(Task):
     name = "SimpleSpelling"
     eval_type = "generative"
+    suggestions = ("Spell the word: library", "Spell the word: different")
 
     def __init__(self, split: str, data_dir: str | Path | None = None, download: bool = False):
         self.words = list(words.load(split, data_dir, download))

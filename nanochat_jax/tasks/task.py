@@ -23,6 +23,8 @@ class Task:
     baseline: the score of guessing.
     has_val: whether the task has a val split, for evaluations during training and for choosing settings. For a
         task without one, "val" means the test split.
+    suggestions: questions to suggest to a person who talks to a model that has learned this task. They are worded like
+        the training questions. A task has none if nobody would type its questions, such as multiple choice.
     split: the split of these conversations. `tasks.load` sets it. Without `tasks.load`, it may be "".
     """
 
@@ -30,6 +32,7 @@ class Task:
     eval_type: str | None = None
     baseline: float = 0.0
     has_val: bool = False
+    suggestions: tuple[str, ...] = ()
     split: str = ""
 
     def __init__(self, split: str = "", data_dir: str | Path | None = None):

@@ -16,6 +16,7 @@ from serving import save_model
 from nanochat_jax.config import REPOSITORY, ChatCli, GPTConfig, UserError
 from nanochat_jax.conversation import PartReader
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Event
 from nanochat_jax.model import gpt
 from nanochat_jax.tasks.customjson import CustomJSON
 from nanochat_jax.tokenizer import Tokenizer
@@ -96,10 +97,19 @@ def test_text_that_names_special_tokens_stays_text(chat, tokenizer):
     assert ids.count(tokenizer.special("<|assistant_end|>")) == 1
 
 
-def test_an_answer_cut_short_is_completed(chat, engine, tokenizer):
+def test_an_answer_cut_short_is_completed(chat, capsys):
     chat.cfg = ChatCli(temperature=0.0, max_new_tokens=2)
     chat_cli.say(chat, "q")
     assert chat.messages[1] == assistant(("text", "a"))
+    printed = capsys.readouterr()
+    assert printed.out == "a\n" and "cut off after 2 tokens; --max_new_tokens sets" in printed.err
+
+
+def test_an_empty_answer_is_said(chat, engine, monkeypatch, capsys, tokenizer):
+    end = Event(0, 0, [tokenizer.special("<|assistant_end|>")], [1], [0.0], "stop")
+    monkeypatch.setattr(engine, "stream", lambda request: (event for event in [end]))
+    chat_cli.say(chat, "q")
+    assert capsys.readouterr() == ("\n", "[the model gave an empty answer]\n")
 
 
 def test_conversation(chat, monkeypatch, capsys):
@@ -114,7 +124,9 @@ def test_commands(chat, monkeypatch, capsys, tmp_path):
     type_in(
         monkeypatch, "/temperature 0.5", "/temperature 0", "/topk", "/TOPK 7", "/system Be brief.", "/system", "/save",
         "/save x", "q", f"/save {tmp_path}/chat.jsonl", "/clear", "/system off", "q", f"/save {tmp_path}/chat.jsonl",
-        "/save /nowhere/x", "/topk x", "/topk -1", "/temperature nan", "/usr/bin is a folder", "clear as mud", "/help",
+        "/save /nowhere/x", "/topk x", "/topk -1", "/topk 99999999999999999999", "/topk 5.5", "/temperature nan",
+        "/temperature 9", "/temperature 0,5", "/temperature 1 2", "/temperature inf", "/clear all",
+        "/usr/bin is a folder", "clear as mud", "/help",
     )  # fmt: skip
     chat_cli.converse(chat)
     printed = capsys.readouterr()
@@ -132,9 +144,15 @@ def test_commands(chat, monkeypatch, capsys, tmp_path):
         "there is no system prompt",
         f"saved in {tmp_path}/chat.jsonl",
         "error: /save /nowhere/x: No such file or directory",
-        "error: /topk x: expected a number, like /topk 7",
-        "error: --top_k=-1: must be at least 0",
-        "error: --temperature=nan: must be at least 0 and finite",
+        *(
+            f"error: /topk {value}: expected a whole number from 0 to 65536, like /topk 7"
+            for value in ("x", "-1", "99999999999999999999", "5.5")
+        ),
+        *(
+            f"error: /temperature {value}: expected a number from 0 to 2, like /temperature 0.0"
+            for value in ("nan", "9", "0,5", "1 2", "inf")
+        ),
+        "error: /clear all: it takes no value; write /clear",
     ]
     assert (chat.cfg.temperature, chat.cfg.top_k) == (0, 7) and "/save FILE" in printed.out
     # In a file of questions, lines that only look like commands are questions.
@@ -243,7 +261,10 @@ def test_calls_are_dimmed_in_color(tokenizer, capsys):
     assert capsys.readouterr().out == "a\033[2m[37*12 = 444]\033[0m\n"
 
 
-@pytest.mark.parametrize(("flag", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1)])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", 9.0), ("top_k", -1), ("seed", -1), ("seed", 2**31)],
+)
 def test_wrong_settings_name_the_flag(flag, value):
     with pytest.raises(UserError, match=f"--{flag}={value}"):
         chat_cli.main(ChatCli(**{flag: value}))
@@ -253,22 +274,18 @@ def test_wrong_settings_name_the_flag(flag, value):
 # The program in its own process
 
 
-def run_program(*args, base_dir, **kwargs):
+def run_program(*args, base_dir, env=None, **kwargs):
+    """Runs the program with `args`, which may be bytes. Its output is text, or bytes if `input` is bytes."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "NANOCHAT_BASE_DIR": str(base_dir),
         "PYTHONPATH": str(REPOSITORY),
     }
     command = [sys.executable, "-m", "scripts.chat_cli", *args]
+    if not isinstance(kwargs.get("input"), bytes):
+        kwargs |= {"text": True, "encoding": "utf-8"}
     return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-        **kwargs,
+        command, cwd=REPOSITORY, env=environment | (env or {}), capture_output=True, timeout=300, **kwargs
     )
 
 
@@ -323,10 +340,11 @@ class Terminal:
 
 
 def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer):
-    save_model(own_base_dir, params, model_cfg, tokenizer)
+    save_model(own_base_dir, params, model_cfg, tokenizer, mixture={"sums": 20, "identity": 0})
     terminal = Terminal("-t", "0", "--max_new_tokens=40", base_dir=own_base_dir)
     try:
-        terminal.wait_for("User: ")
+        suggestions = ("What is 28 times 13?", "Who are you?", "What is 120 + 72?")
+        assert "".join(f"Try: {question}\r\n" for question in suggestions) in terminal.wait_for("User: ")
         terminal.type("q\n")
         assert "a\x1b[2m[37*12 = 444]\x1b[0mé!" in terminal.wait_for("tokens/s]")
         terminal.wait_for("User: ")
@@ -338,8 +356,10 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer
         terminal.wait_for("temperature is 0.5")
         terminal.type("/temperature 0\n/nonsense\n")
         terminal.wait_for("there is no command /nonsense; /help lists the commands")
+        terminal.type("/quit now\n")
+        terminal.wait_for("error: /quit now: it takes no value; write /quit")
         terminal.wait_for("User: ")
-        terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: q
+        terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\x1b[A\n")  # five up: q
         terminal.wait_for("é!")
         terminal.wait_for("User: ")
         # Ctrl-C discards the typed text and keeps the program running; a second one ends it.
@@ -364,7 +384,27 @@ def test_a_conversation_at_a_terminal(own_base_dir, params, model_cfg, tokenizer
         terminal.process.kill()
     kept = own_base_dir / "chat_history"
     assert kept.stat().st_mode & 0o777 == 0o600 and "half" not in kept.read_text()
-    assert kept.read_text().splitlines()[-7:-2] == ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "q"]
+    typed = ["q", "/temperature 0.5", "/temperature 0", "/nonsense", "/quit now", "q"]
+    assert kept.read_text().splitlines()[-8:-2] == typed
+
+
+def test_ctrl_c_again_while_the_program_ends():
+    """Python's own shutdown takes a moment. Another Ctrl-C then leaves no traceback, and no crash in JAX."""
+    program = """
+import atexit, signal, sys, time
+from nanochat_jax import commandline, config
+atexit.register(lambda: (print("ending", flush=True), time.sleep(60)))
+def main(cfg):
+    signal.raise_signal(signal.SIGINT)
+sys.argv = ["chat"]
+commandline.run(main, config.ChatCli)
+"""
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (-signal.SIGINT, "stopped\n")
 
 
 def test_program_answers_a_saved_model(own_base_dir, params, model_cfg, tokenizer):
@@ -378,4 +418,55 @@ def test_program_answers_a_saved_model(own_base_dir, params, model_cfg, tokenize
     assert "sft_checkpoints/tiny, step 7" in once.stderr
     piped = run_program("-t", "0", base_dir=own_base_dir, input="q\n/topk 3\n" + "z" * 200 + "\nq\n")
     assert (piped.returncode, piped.stdout) == (0, ANSWER * 2), piped.stderr
-    assert "top_k is 3\nerror: the message is too long" in piped.stderr
+    assert "top_k is 3\nerror: the message is too long" in piped.stderr and "Try: " not in piped.stdout
+    save_model(own_base_dir, params, model_cfg, tokenizer, stage="base")
+    base = run_program("-i", "base", "-p", "q", "-t", "0", base_dir=own_base_dir)
+    assert base.stdout == ANSWER and "[this model has not learned to chat: it only continues text]" in base.stderr
+
+
+def test_input_that_is_not_clean_utf8(own_base_dir, params, model_cfg, tokenizer):
+    """Marks, foreign bytes and odd line ends neither end the program nor reach the model in silence."""
+    save_model(own_base_dir, params, model_cfg, tokenizer)
+    lines = b"\xef\xbb\xbfq\r\nq\n\xef\xbb\xbf/topk 7\nGr\xfc\xdfe q\nq\x00q\n\xed\xa0\xbdq\n" + b"z" * 100_000 + b"\nq"
+    saved = own_base_dir / "chat.jsonl"
+    lines += f"\n/save {saved}".encode()
+    piped = run_program("-t", "0", base_dir=own_base_dir, input=lines)
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout.decode() == ANSWER * 6
+    errors = [
+        line for line in piped.stderr.decode().splitlines() if line.startswith(("[", "error")) and "full" not in line
+    ]
+    assert errors == [
+        "[the input: 2 bytes are not valid UTF-8 and read as \ufffd; convert old text with iconv]",
+        "[the input: 3 bytes are not valid UTF-8 and read as \ufffd; convert old text with iconv]",
+        errors[-1],
+    ]
+    assert errors[-1].startswith("error: the message is too long") and b"top_k is 7" in piped.stderr
+    asked = [m["content"] for m in json.loads(saved.read_text(encoding="utf-8")) if m["role"] == "user"]
+    assert (
+        asked == ["q", "q", "Gr\ufffd\ufffde q", "q\x00q", "\ufffd\ufffd\ufffdq", "q"][-len(asked) :] and len(asked) > 1
+    )
+    utf16 = run_program("-t", "0", base_dir=own_base_dir, input="q\r\nq\r\n".encode("utf-16"))
+    assert (utf16.returncode, utf16.stdout.decode()) == (0, ANSWER * 2), utf16.stderr
+
+
+def test_a_prompt_that_is_not_clean_utf8_and_output_in_another_encoding(own_base_dir, params, model_cfg, tokenizer):
+    save_model(own_base_dir, params, model_cfg, tokenizer)
+    bad = run_program("-t", "0", "-p", b"\xfcq", base_dir=own_base_dir)
+    assert (bad.returncode, bad.stdout) == (0, ANSWER) and "[--prompt: 1 byte is not valid UTF-8" in bad.stderr
+    for encoding, shown in (("latin-1", "é"), ("ascii", "?")):
+        settings = {"LC_ALL": "C", "PYTHONIOENCODING": encoding}
+        other = run_program("-t", "0", "-p", "-", base_dir=own_base_dir, env=settings, input=b"\xef\xbb\xbfq\n")
+        assert (other.returncode, other.stdout.decode(encoding)) == (0, ANSWER.replace("é", shown)), other.stderr
+
+
+def test_an_empty_prompt_is_refused_in_a_line(tmp_path):
+    for prompt, stdin in (("", ""), (" \n\t", ""), ("-", ""), ("-", " \n"), ("-", "\ufeff")):
+        done = run_program("-p", prompt, base_dir=tmp_path / "base", input=stdin)
+        assert (done.returncode, done.stdout) == (2, ""), prompt
+        assert done.stderr.startswith("error: --prompt=") and "is empty; ask something, like -p" in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "base").exists()
+    closed = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m scripts.chat_cli <&-"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (closed.returncode, closed.stderr) == (2, "error: stdin is closed: ask with -p, like -p 'Who are you?'\n")

@@ -49,12 +49,17 @@ def test_a_missing_model_and_wrong_flags_are_one_line():
 
 
 def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, own_base_dir):
-    tiny_model(tokenizer, own_base_dir, sequence_len=128)
+    tiny_model(tokenizer, own_base_dir, sequence_len=128, mixture={"spellingbee": 0, "identity": 9, "customjson:x": 0})
     with command(own_base_dir, "--slots=1") as server:
         body = {"messages": [{"role": "user", "content": "a private remark"}], "max_tokens": 5}
         response = httpx.post(f"{server.url}/chat/completions", json=body, timeout=30)
         assert response.status_code == 200 and response.text.endswith('data: {"done": true}\n\n')
-        assert httpx.get(f"{server.url}/health").json()["model"] == "nanochat-tiny-sft"
+        health = httpx.get(f"{server.url}/health").json()
+        assert health["model"] == "nanochat-tiny-sft"
+        # The page suggests only what the tasks of the model's mixture ask.
+        assert health["suggestions"] == [
+            "How many e are in element?", "Who are you?", "How many r are in character?", "What can you do?",
+        ]  # fmt: skip
         start = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         rest, errors = server.process.communicate(timeout=20)
@@ -94,8 +99,10 @@ def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, own_base_di
         assert answers == ["data: [DONE]"] * 2
 
 
-def tiny_model(tokenizer, base, sequence_len: int) -> None:
+def tiny_model(tokenizer, base, sequence_len: int, mixture: dict | None = None) -> None:
     model_cfg = GPTConfig(1, 1, 1, 16, tokenizer.vocab_size, sequence_len)
     params = gpt.init(model_cfg)
     never = [tokenizer.special("<|assistant_end|>"), tokenizer.bos]  # the tokens that would end an answer
-    save_model(base, params | {"lm_head": params["lm_head"].at[np.array(never)].set(0)}, model_cfg, tokenizer)
+    save_model(
+        base, params | {"lm_head": params["lm_head"].at[np.array(never)].set(0)}, model_cfg, tokenizer, mixture=mixture
+    )

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import httpx
-from page import NEEDS, SCRIPT, SHOWS, SKY, SUM
-from serving import until
+from page import NEEDS, SCRIPT, SHOWS, SKY, SUM, Chat
+from serving import SUGGESTIONS, serving, until
 
 pytest_plugins = ["page"]
 pytestmark = NEEDS
@@ -33,6 +33,17 @@ def test_a_conversation_with_a_tool_call(chat):
     assert "is <|python_start|>37*12<|python_end|><|output_start|>444<|output_end|> in all." in chat.last_prompt()
     assert chat.page.locator("#log").get_attribute("aria-busy") == "false"
     assert chat.texts("#status") == ["The answer is complete."]
+
+
+def test_the_page_suggests_what_the_server_names(chat, chromium, engine):
+    assert chat.texts("#ideas button") == SUGGESTIONS
+    chat.button(SUGGESTIONS[1]).click()
+    chat.until("!running && chat.messages.length == 2")
+    assert chat.contents()[0] == SUGGESTIONS[1] and not chat.page.locator("#welcome").is_visible()
+    with serving(engine, suggestions=[]) as server:  # a base model, or one trained only on the user's own conversations
+        other = Chat(chromium, server, engine)
+        assert other.page.locator("#welcome").is_visible() and other.page.locator("#ideas button").count() == 0
+        other.context.close()
 
 
 def test_what_a_model_writes_stays_text(chat):
@@ -64,22 +75,24 @@ def test_what_a_model_writes_stays_text(chat):
     assert blocked[0] >= 2 and blocked[1] == "nanochat" and len(chat.texts(".assistant .body")) == 3
 
 
+AUTO = ' dir="auto"'
 MARKDOWN = [
     ("plain\ntext", "<p>plain\ntext</p>"),
     ("one\n\ntwo", "<p>one</p><p>two</p>"),
     ("37*12*3 = 1332, 2 * 3 * 4, a_b_c, 2**3**2", "<p>37*12*3 = 1332, 2 * 3 * 4, a_b_c, 2**3**2</p>"),
-    ("**a** *b* ~~e~~ `f*g*`", "<p><strong>a</strong> <em>b</em> <del>e</del> <code>f*g*</code></p>"),
+    ("**a** *b* ~~e~~ `f*g*`", '<p><strong>a</strong> <em>b</em> <del>e</del> <code dir="ltr">f*g*</code></p>'),
     ("__a__ _b_", "<p><strong>a</strong> <em>b</em></p>"),
     ("**a *b* c**", "<p><strong>a <em>b</em> c</strong></p>"),
-    (r"\*not\* ``a`b``", "<p>*not* <code>a`b</code></p>"),
+    (r"\*not\* ``a`b``", '<p>*not* <code dir="ltr">a`b</code></p>'),
     ("# A #\n#### 444", "<h2>A</h2><h5>444</h5>"),
     ("#no heading", "<p>#no heading</p>"),
-    ("- a\n- b\n  - c\n\n  d", "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul><p>d</p></li></ul>"),
-    ("3. x\n4. y", '<ol start="3"><li><p>x</p></li><li><p>y</p></li></ol>'),
-    ("- a\n1. b", "<ul><li><p>a</p></li></ul><ol><li><p>b</p></li></ol>"),
-    ("> a\n> > b\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
+    ("- a\n- b\n  - c\n\n  d", f"<ul{AUTO}><li><p>a</p></li><li><p>b</p><ul{AUTO}><li><p>c</p></li></ul><p>d</p></li>"
+     "</ul>"),
+    ("3. x\n4. y", f'<ol{AUTO} start="3"><li><p>x</p></li><li><p>y</p></li></ol>'),
+    ("- a\n1. b", f"<ul{AUTO}><li><p>a</p></li></ul><ol{AUTO}><li><p>b</p></li></ol>"),
+    ("> a\n> > b\nc", f"<blockquote{AUTO}><p>a</p><blockquote{AUTO}><p>b</p></blockquote></blockquote><p>c</p>"),
     ("a\n***\nb", "<p>a</p><hr><p>b</p>"),
-    ("| a |\n|---|\n| *1* |\n\nc", '<div class="wide"><table><thead><tr><th>a</th></tr></thead><tbody><tr><td>'
+    ("| a |\n|---|\n| *1* |\n\nc", f'<div class="wide"{AUTO}><table><thead><tr><th>a</th></tr></thead><tbody><tr><td>'
      "<em>1</em></td></tr></tbody></table></div><p>c</p>"),
     ("a | b\n\nc", "<p>a | b</p><p>c</p>"),
     ("at https://a.org/b.", '<p>at <a href="https://a.org/b" target="_blank" rel="noopener noreferrer" '

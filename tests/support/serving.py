@@ -24,6 +24,8 @@ TEXT = [
     "The sea is calm tonight, the tide is full, the moon lies fair upon the straits. Grüße, 你好, 🌍!",
 ] * 20
 
+SUGGESTIONS = ["Why is the sky blue?", "What is 37 times 12?"]
+
 
 class ScriptedEngine:
     """The engine's interface for servers, with scripted answers.
@@ -89,11 +91,14 @@ def until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def save_model(base: Path, params, model_cfg: GPTConfig, tokenizer) -> None:
-    """Saves a checkpoint of stage sft, tag tiny. `base` must be $NANOCHAT_BASE_DIR."""
+def save_model(base: Path, params, model_cfg: GPTConfig, tokenizer, stage: str = "sft", mixture: dict | None = None):
+    """Saves a checkpoint with the tag tiny, trained on the tasks in `mixture`. `base` must be $NANOCHAT_BASE_DIR."""
     tokenizer.save(base / "tokenizer")
-    saver = checkpoint.Saver(checkpoint.run_dir("sft", "tiny"), keep_last=1)
-    saver.save(7, params, {"count": np.zeros(1)}, {}, checkpoint.model_meta(model_cfg) | {"tokenizer": tokenizer.hash})
+    saver = checkpoint.Saver(checkpoint.run_dir(stage, "tiny"), keep_last=1)
+    meta = checkpoint.model_meta(model_cfg) | {"tokenizer": tokenizer.hash}
+    if mixture:
+        meta["config"] = {"mixture": mixture}
+    saver.save(7, params, {"count": np.zeros(1)}, {}, meta)
     saver.wait_all()
 
 
@@ -113,14 +118,16 @@ def command(base: Path, *flags: str, run: tuple[str, str] = ("-m", "scripts.chat
 
 
 @contextlib.contextmanager
-def serving(engine, cfg: ChatWeb | None = None, send_buffer: int = 0, port: int = 0, warmups=()):
+def serving(
+    engine, cfg: ChatWeb | None = None, send_buffer: int = 0, port: int = 0, warmups=(), suggestions=SUGGESTIONS
+):
     """A real server on a free port of the loopback interface; yields its `url`, its `port` and a function `stop`.
 
     `engine` is one engine or a list. `send_buffer` limits the bytes that the system buffers for a client that does not
-    read; the default is megabytes. `warmups`: see `create_app`.
+    read; the default is megabytes. `warmups` and `suggestions`: see `create_app`.
     """
     engines = engine if isinstance(engine, list) else [engine]
-    app = create_app(engines, cfg or ChatWeb(), "nanochat-test-sft", warmups=warmups)
+    app = create_app(engines, cfg or ChatWeb(), "nanochat-test-sft", warmups=warmups, suggestions=suggestions)
     listener = socket.create_server(("127.0.0.1", port))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

@@ -8,12 +8,14 @@ import { forget, isConversation, keep, newChat, recall, savedChats, setting, set
 
 export const narrow = matchMedia("(max-width: 52rem)");
 
-const title = saved => (saved.messages[0].content.trim().split("\n")[0] || "untitled").slice(0, 80);
+// The first line of a conversation, cut between characters: an emoji takes two places in a string.
+const title = saved => [...(saved.messages[0].content.trim().split("\n")[0] || "untitled")].slice(0, 80).join("");
 
 function listChats() {
   const focused = document.activeElement?.closest?.(".item")?.dataset.id;
   $("chats").replaceChildren(...savedChats().map(saved => {
     const open = button(title(saved), "open", () => openChat(saved.id));
+    open.dir = "auto";
     open.title = new Date(saved.updated).toLocaleString();
     const item = element("li", "item", open,
       icon("Export: " + title(saved), "M12 4v11M7 10.500l5 5 5-5M5 20h14", () => download([recall("chat." + saved.id)], title(saved))),

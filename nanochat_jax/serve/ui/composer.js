@@ -23,8 +23,11 @@ export function resize() {
   try { sessionStorage.setItem("nanochat.draft", input.value); } catch { /* without storage, a reload loses the draft */ }
 }
 
-// Whether a key press sends the message. On a phone, Enter starts a new line, because there is no Shift+Enter. While
-// the user composes a word with an input method, Enter selects the word.
-export const sends = event => event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch.matches;
+// Whether a key press belongs to an input method, with which the user composes a word, for example in Japanese. Safari
+// ends the composition before it reports the key that ended it. That key then has the code 229, but isComposing is false.
+export const composing = event => event.isComposing || event.keyCode === 229;
+
+// Whether a key press sends the message. On a phone, Enter starts a new line, because there is no Shift+Enter.
+export const sends = event => event.key === "Enter" && !event.shiftKey && !composing(event) && !touch.matches;
 
 input.addEventListener("input", resize);

@@ -1,6 +1,6 @@
 // The open conversation. This file shows, sends and edits its messages, and receives the answers.
 
-import { fill, grow, input, resize, send, sends } from "./composer.js";
+import { composing, fill, grow, input, resize, send, sends } from "./composer.js";
 import { button, copy, element, sentence } from "./dom.js";
 import { addRow, clearTrouble, follow, log, pin, say, trouble, welcome } from "./log.js";
 import { answerView, append, parts, plain } from "./message.js";
@@ -87,13 +87,14 @@ export function edit(message) {
     ask(text);
   };
   area.value = message.content;
+  area.dir = "auto";
   area.setAttribute("aria-label", "Edit the message");
   row.replaceChildren(element("div", "edit", area, element("div", "", later ? "What follows is replaced. " : "",
     button("Cancel", "pill", close), button("Send", "pill main", submit))));
   grow(area);
   area.addEventListener("input", () => grow(area));
   area.addEventListener("keydown", event => {
-    if (event.key === "Escape") { event.stopPropagation(); close(); }
+    if (event.key === "Escape" && !composing(event)) { event.stopPropagation(); close(); }
     else if (sends(event)) { event.preventDefault(); submit(); }
   });
   area.focus();

@@ -1,5 +1,9 @@
 // Renders the subset of Markdown that models write. Strings are inserted as text nodes and never parsed as HTML. In the
 // text, each tool call is represented by one character from Unicode's private use area.
+//
+// Arabic and Hebrew are written from right to left. page.css gives each paragraph the direction of its first letter. A
+// list, quotation or table gets the attribute dir, because its direction also decides the side of its bullets, its bar
+// or its first column. Code always runs from left to right.
 
 import { button, copy, element } from "./dom.js";
 
@@ -30,7 +34,7 @@ export function markdown(text, tools = [], depth = 0) {
     } else if (depth < DEEPEST && QUOTE.test(lines[i])) {
       const quoted = [];
       for (; i < lines.length && QUOTE.test(lines[i]); i++) quoted.push(lines[i].replace(QUOTE, ""));
-      out.append(element("blockquote", "", markdown(quoted.join("\n"), tools, depth + 1)));
+      out.append(directed("auto", element("blockquote", "", markdown(quoted.join("\n"), tools, depth + 1))));
     } else if (depth < DEEPEST && ITEM.test(lines[i])) {
       i = list(lines, i, out, tools, depth);
     } else if (isTable(lines, i)) {
@@ -44,18 +48,24 @@ export function markdown(text, tools = [], depth = 0) {
   return out;
 }
 
+// With "auto", the first letter in the node decides. Parts that have a direction of their own, such as code, do not count.
+function directed(direction, node) {
+  node.dir = direction;
+  return node;
+}
+
 function codeBlock(language, code, tools) {
   const text = withTools(element("code"), code, tools), pre = element("pre", "", text);
   pre.tabIndex = 0;
   const button_ = button("Copy", "", () => copy(text.textContent, button_));
-  return element("div", "code", element("div", "", element("span", "", language || "text"), button_), pre);
+  return directed("ltr", element("div", "code", element("div", "", element("span", "", language || "text"), button_), pre));
 }
 
 // Renders the list that begins at line i. The list ends before an item of the other kind (numbered or bulleted).
 // Returns the index of the line after the list.
 function list(lines, i, out, tools, depth) {
   const first = ITEM.exec(lines[i]), ordered = /\d/.test(first[2]), indent = first[1].length;
-  const node = element(ordered ? "ol" : "ul");
+  const node = directed("auto", element(ordered ? "ol" : "ul"));
   if (ordered && parseInt(first[2]) !== 1) node.start = parseInt(first[2]);
   while (i < lines.length) {
     const match = ITEM.exec(lines[i]);
@@ -84,7 +94,7 @@ function table(lines, i, out, tools) {
   const row = (tag, line) => element("tr", "", ...cells(line).map(cell => inline(element(tag), cell.trim(), tools)));
   const body = element("tbody"), head = element("thead", "", row("th", lines[i]));
   for (i += 2; i < lines.length && lines[i].includes("|"); i++) body.append(row("td", lines[i]));
-  out.append(element("div", "wide", element("table", "", head, body)));
+  out.append(directed("auto", element("div", "wide", element("table", "", head, body))));
   return i;
 }
 
@@ -108,7 +118,7 @@ function inline(node, text, tools, depth = 0) {
     end = match.index + match[0].length;
     const [, escaped, , code, label, target, address, strong, strong_, em, em_, struck] = match;
     if (escaped) node.append(escaped);
-    else if (code) node.append(withTools(element("code"), code, tools));
+    else if (code) node.append(directed("ltr", withTools(element("code"), code, tools)));
     else if (target) node.append(link(label || target, target, tools, depth));
     else if (address) node.append(link(address, address, tools, DEEPEST));
     else if (strong || strong_) node.append(inline(element("strong"), strong || strong_, tools, depth + 1));

@@ -39,6 +39,7 @@ export function answerView(message, answer) {
       if (type === "python" || !open) {
         text += String.fromCharCode(TOOL + count);
         tools[count] ??= element("details", "tool", element("summary", "", "calculator"), element("div"));
+        tools[count].dir = "ltr";
         count++;
       }
       const box = tools[count - 1].lastChild, wanted = type === "python" ? "code" : "output";

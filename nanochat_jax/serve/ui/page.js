@@ -1,9 +1,9 @@
 // The entry point: commands, keyboard shortcuts and startup.
 
 import { narrow, openChat, show, sideFits, toggleSide } from "./chats.js";
-import { fill, input, sends } from "./composer.js";
+import { composing, fill, input, sends } from "./composer.js";
 import { ask, chat, edit, leave, running, saveChat } from "./conversation.js";
-import { $, element } from "./dom.js";
+import { $, button, element } from "./dom.js";
 import { addRow, note } from "./log.js";
 import { meet, server } from "./server.js";
 import { applyTheme, options } from "./settings.js";
@@ -62,7 +62,7 @@ input.addEventListener("keydown", event => {
   if (sends(event)) {
     event.preventDefault();
     submit();
-  } else if (event.key === "ArrowUp" && !input.value && !running) {
+  } else if (event.key === "ArrowUp" && !composing(event) && !input.value && !running) {
     const last = chat.messages.findLast(message => message.role === "user");
     if (last) { event.preventDefault(); edit(last); }
   }
@@ -72,15 +72,21 @@ $("composer").addEventListener("submit", event => {
   if (running) running.controller.abort();
   else submit();
 });
-$("ideas").addEventListener("click", event => {
-  if (event.target.tagName === "BUTTON" && !running) ask(event.target.textContent);
-});
+// Suggests what the model was trained to answer.
+addEventListener("met", () => $("ideas").replaceChildren(...(server.suggestions ?? []).map(text => {
+  const idea = button(text, "pill", () => { if (!running) ask(text); });
+  idea.dir = "auto";
+  return idea;
+})));
 addEventListener("keydown", event => {
+  if (composing(event)) return;
   if (event.key === "Escape" && !options.open) {
     if (!$("side").hidden && narrow.matches) { toggleSide(false); $("show").focus(); }
     else running?.controller.abort();
   }
-  if ((event.ctrlKey || event.metaKey) && event.shiftKey && /^[no]$/i.test(event.key)) {
+  // A keyboard with another alphabet has no key "o", but a key at the same place.
+  const letter = /^[a-z]$/i.test(event.key) ? event.key : event.code.replace("Key", "");
+  if ((event.ctrlKey || event.metaKey) && event.shiftKey && /^[no]$/i.test(letter)) {
     event.preventDefault();
     show(newChat());
   }

@@ -3,7 +3,7 @@
 import { $, sentence } from "./dom.js";
 import { settings } from "./storage.js";
 
-export let server = {};  // the response of /health: the model, its context, the defaults
+export let server = {};  // the response of /health: the model, its context, the defaults, suggestions
 
 export class Refused extends Error {}      // the server rejects the request; retrying would not help
 export class Unreachable extends Error {   // the server is busy, gone or restarting; retrying may help
@@ -56,5 +56,6 @@ export async function meet(attempt = 0) {
   }
   const well = Boolean(server.ready) && $("model").textContent === server.model;
   $("model").classList.toggle("gone", !well);
+  dispatchEvent(new Event("met"));
   if (!well) setTimeout(meet, Math.min(15, 2 ** attempt) * 1000, attempt + 1);
 }

@@ -93,10 +93,8 @@ class Connection(H11Protocol):
         self.waits_for, self.waits_since, self._timer = what, self.loop.time(), None
         if what:
             # GRACE_SECONDS give Guard the time to answer 408 before the connection is closed.
-            seconds = {"head": HEAD_SECONDS, "body": BODY_SECONDS + GRACE_SECONDS, "idle": self.timeout_keep_alive}[
-                what
-            ]
-            self._timer = self.loop.call_later(seconds, self._too_slow)
+            seconds = {"head": HEAD_SECONDS, "body": BODY_SECONDS + GRACE_SECONDS, "idle": self.timeout_keep_alive}
+            self._timer = self.loop.call_later(seconds[what], self._too_slow)
 
     def _too_slow(self) -> None:
         if self.waits_for == "head" and self.conn.trailing_data[0]:

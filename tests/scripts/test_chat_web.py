@@ -51,7 +51,7 @@ def test_two_servers_started_at_once_on_one_port(tokenizer, own_base_dir):
         until(lambda: sum(process.poll() is not None for process in starting) == 2, seconds=60)
         for process in starting:
             if process.poll() is None:
-                assert f"chat at http://127.0.0.1:{port}" in process.stdout.readline()
+                assert any(f"chat at http://127.0.0.1:{port} " in line for line in process.stdout)
                 assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).json()["ready"]
                 continue
             out, errors = process.communicate()
@@ -84,7 +84,7 @@ def test_a_port_that_only_root_may_use_is_one_line():
     first = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
     if first.exists() and int(first.read_text()) <= 80:
         pytest.skip("every user may use all ports here")
-    code = "import os; from scripts import chat_web; os.setuid(65534); chat_web.bind('127.0.0.1', 80)"
+    code = "import encodings.idna, os; from scripts import chat_web; os.setuid(65534); chat_web.bind('127.0.0.1', 80)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert "UserError: --port=80: only root may use the ports below 1024; use --port=8000" in done.stderr
 
@@ -172,14 +172,15 @@ def test_signals_in_a_storm_of_output(tokenizer, own_base_dir, signals):
                 while not stop.is_set():
                     client.post(f"{server.url}/v1/completions", json={"prompt": "go", "max_tokens": 1})
 
-        threads = [
-            threading.Thread(target=target) for target in [lambda: printed.extend(server.process.stderr), ask, ask]
-        ]
-        threads += [threading.Thread(target=send_junk) for _ in range(4)]
+        def read():
+            for line in server.process.stderr:
+                printed.append(line)  # noqa: PERF402 - extend would add the lines only at the end
+
+        threads = [threading.Thread(target=target) for target in [read, ask, ask, *[send_junk] * 4]]
         for thread in threads:
             thread.start()
         warnings = lambda: sum("Invalid HTTP" in line for line in printed)  # noqa: E731
-        until(lambda: warnings() > 50 and any(line.startswith('{"prompt"') for line in printed), seconds=60)
+        until(lambda: warnings() > 50 and any('"prompt"' in line for line in printed), seconds=100)
         before = warnings()
         for i in range(2000):
             if server.process.poll() is not None:
@@ -192,8 +193,7 @@ def test_signals_in_a_storm_of_output(tokenizer, own_base_dir, signals):
             thread.join(30)
         assert i > 5 and warnings() > before
         assert code in (0, 130) and (code == 0 or signal.SIGINT in signals)
-        unexpected = [line for line in printed if not line.startswith(("WARNING", '{"prompt"', "stopped"))]
-        assert not [line for line in unexpected if "Traceback" in line or "Error" in line], unexpected
+        assert not [line for line in printed if "Traceback" in line or "Error" in line]
 
 
 def tiny_model(tokenizer, base, sequence_len: int) -> None:

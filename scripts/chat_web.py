@@ -12,7 +12,6 @@ import errno
 import os
 import signal
 import socket
-import sys
 from contextlib import closing
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -28,21 +27,22 @@ if TYPE_CHECKING:  # importing these at run time would slow down --help and requ
 CHUNK = 8
 SUGGESTIONS = 5  # number of questions that the empty page suggests
 DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # signal -> seconds that running answers get to finish
+BACKLOG = 2048  # connections that wait to be accepted
 UNREAD_SECONDS = 60  # a client that reads nothing for this long is disconnected
 
 
 def main(cfg: config.ChatWeb) -> None:
     cfg = dataclasses.replace(cfg, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
 
-    # Bind the port before loading the model, so that a taken port is reported at once.
+    # Take the port before loading the model, so that a taken port is reported at once.
     with closing(bind(cfg.host, cfg.port)) as listener:
         from nanochat_jax.parallel import devices
 
         devices.start(cfg.device_type)
         try:
-            import uvicorn
-
             from nanochat_jax.serve.app import create_app
+            from nanochat_jax.serve.connection import server_config
+            from nanochat_jax.serve.middleware import is_loopback_address
         except ModuleNotFoundError as error:
             raise config.UserError(f"{error.name} is missing: run pip install '.[serve]' in the repository") from None
         import jax
@@ -77,14 +77,13 @@ def main(cfg: config.ChatWeb) -> None:
 
         suggestions = tasks.suggestions(model.task_names)[:SUGGESTIONS]
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups, suggestions)
-        listener.listen()  # clients can connect from now on, so the address can be printed
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if model.stage == "base":
             print("this model has not learned to chat: it only continues text", flush=True)
-        if cfg.host not in ("127.0.0.1", "localhost", "::1") and not cfg.api_key:
+        if not is_loopback_address(listener.getsockname()[0]) and not cfg.api_key:
             print("anyone who can reach this address can use the model; --api_key=KEY requires a key", flush=True)
-        # Log only warnings. An access log would record private data: who uses the server.
-        serve(uvicorn.Config(app, log_level="warning"), app.state.pool, listener)
+        answers = cfg.num_gpus * cfg.slots + cfg.max_waiting
+        serve(server_config(app, cfg.keep_alive, answers), app.state.pool, listener)
 
 
 def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -> None:
@@ -94,11 +93,19 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
     class Server(uvicorn.Server):
         """Accepts no new requests after a signal. After DRAIN[signal] more seconds, ends all unfinished answers."""
 
+        drain = 0
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # A signal may come in the middle of any line, for example while a log message is being written or a thread
+            # is being started. So the handler neither prints nor takes a lock. `shutdown` does the rest.
             if not self.should_exit:
-                self.config.timeout_graceful_shutdown = DRAIN[sig] + 2
-                pool.stop_after(DRAIN[sig])
+                self.drain = DRAIN[sig]
             super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            self.config.timeout_graceful_shutdown = self.drain + 2
+            pool.stop_after(self.drain)
+            await super().shutdown(sockets)
 
     for sig in DRAIN:  # after its shutdown, uvicorn raises the signal again, and `leave` ends the program
         signal.signal(sig, leave)
@@ -108,34 +115,54 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
 def leave(sig: int, frame: FrameType | None) -> None:
     """Ends the program. After SIGTERM, the exit code is 0, because this signal does not mean a failure.
 
-    os._exit skips Python's own shutdown. That shutdown is slow, and it aborts if an engine's thread is compiling.
+    os._exit skips Python's own shutdown. That shutdown is slow, and it aborts if an engine's thread is compiling. The
+    message does not go through sys.stderr, which cannot be used in a handler while the program itself writes to it.
     """
     if sig == signal.SIGINT:
-        print("stopped", file=sys.stderr, flush=True)
+        os.write(2, b"stopped\n")
     os._exit(130 if sig == signal.SIGINT else 0)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound to host:port but not yet listening. Raises UserError if the address does not exist
-    or is taken."""
+    """Returns a socket that listens on host:port. Raises UserError if the address does not exist or is taken.
+
+    The socket listens already before the model is loaded: until then, another server could take the same port. Clients
+    that connect early wait for their answer.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise config.UserError(f"--host={host}: no such address; use 127.0.0.1 for local access") from None
-    listener = socket.socket(family, kind, protocol)
+    errors = []
+    for family, kind, protocol, _, address in found:  # a name may have several addresses, such as ::1 and 127.0.0.1
+        try:
+            return _listen(socket.socket(family, kind, protocol), address)
+        except OSError as error:
+            errors.append(error)
+    raise config.UserError(_why_not(host, port, errors[0]))
+
+
+def _listen(listener: socket.socket, address: tuple) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # reuse the port of a server that has just stopped
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # only on Linux; accepted connections inherit this setting
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     try:
         listener.bind(address)
-    except OSError as error:
+        listener.listen(BACKLOG)
+    except OSError:
         listener.close()
-        if error.errno == errno.EADDRNOTAVAIL:
-            reason = "not an address of this machine; use 127.0.0.1 for local access"
-            raise config.UserError(f"--host={host}: {reason}") from None
-        hint = f"try another, like --port={port + 1}" if port < 65535 else "try another"
-        raise config.UserError(f"--port={port} on {host}: {error.strerror}; {hint}") from None
+        raise
     return listener
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    """Returns the message of an error in `bind`: the flag, the reason, and a value that works."""
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return f"--host={host}: not an address of this machine; use 127.0.0.1 for local access"
+    if error.errno in (errno.EACCES, errno.EPERM) and port < 1024:
+        return f"--port={port}: only root may use the ports below 1024; use --port=8000, behind a proxy if need be"
+    other = port + 1 if port < 65535 else 8000
+    return f"--port={port} on {host}: {error.strerror}; try another, like --port={other}"
 
 
 def url(listener: socket.socket) -> str:

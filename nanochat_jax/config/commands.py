@@ -136,15 +136,25 @@ class ChatWeb(Load):
     table: ClassVar[str] = "chat"
     temperature: float = setting(0.8, "sampling temperature of requests that do not set it (0: greedy)", low=0, high=2)
     top_k: int = setting(50, "sample from the k most likely tokens (0: from all); a request may set k", low=0, high=200)
-    max_new_tokens: int = setting(512, "maximum tokens per answer; a request may ask for fewer", low=1, high=4096)
+    max_new_tokens: int = setting(512, "maximum tokens of an answer if the request sets none", low=1, high=4096)
     port: int = setting(8000, "port to listen on (0: any free port)", low=0, high=65535)
-    host: str = setting("127.0.0.1", "address to listen on (0.0.0.0: other machines can connect)")
+    host: str = setting(
+        "127.0.0.1", "address to listen on (0.0.0.0: other machines can connect, and the Host header is not checked)"
+    )
+    allowed_hosts: str = setting(
+        "",
+        "comma-separated names under which clients reach the server, for example through a proxy (*: any name; "
+        "default: localhost and loopback addresses if --host is one of them and no key is needed, else any name)",
+    )
     num_gpus: int = setting(1, "number of GPUs; each holds a copy of the model and has --slots slots", low=1, high=1024)
     slots: int = setting(4, "number of answers that each GPU generates at once", low=1, high=1024)
     max_waiting: int = setting(
-        64, "maximum number of requests that wait for a slot; further requests get status 429", low=0, high=100_000
+        64, "maximum number of answers that wait for a slot; further requests get status 429", low=0, high=100_000
     )
     timeout: float = setting(600.0, "seconds a request may take, including its wait for a slot (0: no limit)", low=0)
+    keep_alive: float = setting(
+        75.0, "seconds an idle connection is kept; must be longer than a proxy keeps it (nginx and AWS: 60)", low=1
+    )
     api_key: str = setting("", "key that clients must send (default: $NANOCHAT_API_KEY; empty: no key is needed)")
     cors: str = setting("", "comma-separated origins of the websites that may use the API (*: all websites)")
     log_chats: bool = setting(False, "write prompts and answers to the log")

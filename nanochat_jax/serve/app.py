@@ -28,7 +28,7 @@ from nanochat_jax.conversation import PartReader
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.serve import errors, openai_api, page, schema
 from nanochat_jax.serve.metrics import CONTENT_TYPE, Metrics
-from nanochat_jax.serve.middleware import Guard
+from nanochat_jax.serve.middleware import Guard, accepted_hosts
 from nanochat_jax.serve.pool import Pool
 from nanochat_jax.serve.responses import HEARTBEAT, HEARTBEAT_SECONDS, AnswerResponse, sse
 from nanochat_jax.serve.schema import ChatBody
@@ -49,9 +49,9 @@ def create_app(
     """Returns the application that serves `engines`, which are replicas of one model. Nothing else may use the engines
     after this call.
 
-    `name` is the model name that clients see. `device` is the kind of device that /stats shows. `warmups` holds one
-    `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server advances each iterator
-    while its engine is idle. `suggestions` are questions that the page suggests.
+    `name` is the model name that clients see. `device` is the kind of device that /health and /stats show. `warmups`
+    holds one `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server advances
+    each iterator while its engine is idle. `suggestions` are questions that the page suggests.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -74,15 +74,18 @@ def create_app(
         title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=errors.handlers()
     )
     app.state.pool = pool
-    app.add_middleware(Guard, api_key=cfg.api_key, metrics=metrics)
+    hosts = accepted_hosts(cfg.host, cfg.allowed_hosts, cfg.api_key)
+    app.add_middleware(Guard, api_key=cfg.api_key, hosts=hosts, metrics=metrics)
     # The middleware added last runs first. CORS must run before Guard: preflight requests carry no key, and Guard would
-    # refuse them.
+    # refuse them. The list of origins protects the server, so all headers are allowed: OpenAI's JavaScript client sends
+    # a dozen of its own (x-stainless-*). Cookies are not allowed, because the server has none.
     if cfg.cors:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=[origin.strip() for origin in cfg.cors.split(",")],
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_origins=[origin.strip().rstrip("/") for origin in cfg.cors.split(",")],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,  # a page of the internet may use a server in the local network
             expose_headers=["Retry-After"],
         )
     app.include_router(openai_api.routes(engine, pool, cfg, name))
@@ -94,7 +97,8 @@ def create_app(
         body = {
             "status": "ok" if ready else "failed",
             "ready": ready,
-            "num_gpus": len(pool.alive),
+            "num_gpus": 0 if device == "cpu" else len(pool.alive),
+            "devices": f"{len(pool.alive)} {device}",
             "available_workers": pool.slots - pool.running,
             "model": name,
             "context": engine.model_cfg.sequence_len,

@@ -1,7 +1,11 @@
-"""Checks each request before it reaches the application: the API key, the size of the body, and its upload time."""
+"""Checks each request before it reaches the application: the Host header, the API key, the size of the body, and its
+upload time."""
 
 import asyncio
 import hmac
+import ipaddress
+import socket
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,17 +19,22 @@ MAX_BODY = 1 << 20  # bytes; enough for schema.MAX_CHARS characters, even if JSO
 # A client that is still sending its body may not read a 413 reply. So the server first reads an oversized body to its
 # end, but reads at most this many bytes.
 MAX_DRAINED = 16 << 20
-BODY_SECONDS = 30  # the time limit for receiving a body, so that a slow client cannot hold a connection open
+BODY_SECONDS = 20  # the time limit for receiving a body, so that a slow client cannot hold a connection open
 CLOSE = {"Connection": "close"}
 PUBLIC = (*FILES, "/health")  # paths that need no key: the page must load before it can ask for the key
 
 
 class Guard:
-    """ASGI middleware. It answers 401 if the key is missing or wrong, 413 if the body is too large, and 408 if the body
-    arrives too slowly. It also counts all error responses."""
+    """ASGI middleware. It answers 403 if the Host header is none of `hosts`, 401 if the key is missing or wrong, 413 if
+    the body is too large, and 408 if the body arrives too slowly. It also counts all error responses.
 
-    def __init__(self, app: ASGIApp, api_key: str, metrics: Metrics):
-        self.app, self.api_key, self.metrics = app, api_key.encode(), metrics
+    A HEAD request is treated like GET. uvicorn then leaves out the body.
+
+    If `hosts` is None, any Host header is accepted.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str, hosts: Sequence[str] | None, metrics: Metrics):
+        self.app, self.api_key, self.hosts, self.metrics = app, api_key.encode(), hosts, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,6 +45,11 @@ class Guard:
                 self.metrics.refused.labels(message["status"]).inc()
             await send(message)
 
+        headers = dict(scope["headers"])
+        if self.hosts is not None and not is_allowed(headers.get(b"host", b"").decode("latin-1"), self.hosts):
+            return await errors.error_response(scope["path"], _wrong_host(headers))(scope, receive, counting_send)
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # a copy; uvicorn looks at the original
         if self.api_key and scope["path"] not in PUBLIC and not self._has_key(scope):
             error = ApiError(
                 401,
@@ -82,3 +96,56 @@ class Guard:
             return message
 
         return limited
+
+
+# -----------------------------------------------------------------------------
+# The Host header. A page of evil.example can let its name point to 127.0.0.1 (DNS rebinding). The browser then takes
+# this server for a part of evil.example, and the page may read all answers. But the browser still sends the name.
+
+
+def accepted_hosts(host: str, allowed: str, api_key: str) -> list[str] | None:
+    """Returns the names that a Host header may hold, besides addresses. Returns None if it may hold any name.
+
+    `host` is the address to listen on. `allowed` is the value of --allowed_hosts. By default, the names are limited
+    only if the server can be reached from this machine alone and needs no key. A page of another site has no key, and
+    other machines may know the server by any name.
+    """
+    names = [name.strip().lower() for name in allowed.split(",") if name.strip()]
+    if "*" in names or not (names or (not api_key and is_loopback(host))):
+        return None
+    return [*names, host.lower(), "localhost"]
+
+
+def is_allowed(header: str, hosts: Sequence[str]) -> bool:
+    """Whether a Host header, such as "localhost:8000", holds one of the names `hosts` or a loopback address.
+
+    A request without the header is allowed, because browsers always send it.
+    """
+    name = header.strip().lower()
+    if not name.endswith("]"):  # "[::1]" has no port
+        name = name.rpartition(":")[0] or name
+    name = name.strip("[]").removesuffix(".")
+    return not name or name in hosts or is_loopback_address(name)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether all addresses of `host`, an address or a name, are loopback addresses."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return all(is_loopback_address(str(address[0])) for *_, address in found)
+
+
+def is_loopback_address(text: str) -> bool:
+    """Whether `text` is a loopback address. False for names."""
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
+def _wrong_host(headers: dict[bytes, bytes]) -> ApiError:
+    name = headers.get(b"host", b"").decode("latin-1")[:80]
+    fix = "start it with --allowed_hosts=NAME to serve it under another name"
+    return ApiError(403, f"this server does not serve the host {name!r}: {fix}", code="host_not_allowed", headers=CLOSE)

@@ -18,8 +18,9 @@ from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import TOP_LOGPROBS, Request
 from nanochat_jax.serve import errors
 from nanochat_jax.serve.errors import ApiError
+from nanochat_jax.serve.messages import OpenAIMessage, as_turns
 from nanochat_jax.serve.pool import Pool
-from nanochat_jax.serve.worker import Answer, Busy, EngineFailure
+from nanochat_jax.serve.worker import Answer, Busy, EngineFailure, TooMany
 from nanochat_jax.tokenizer import Tokenizer
 
 # For the page's endpoint.
@@ -29,7 +30,6 @@ MAX_MESSAGE_CHARS = 8_000
 MAX_CHARS = 32_000
 
 # For OpenAI's API.
-OPENAI_ROLES = ("system", "developer", "user", "assistant")
 MAX_CHOICES = 128  # the maximum number of samples in one request, for all its prompts together
 COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens
 
@@ -110,7 +110,7 @@ class GenerationBody(BaseModel):
 class ChatCompletionBody(GenerationBody):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=2000)
+    messages: list[OpenAIMessage] = Field(min_length=1, max_length=2000)
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="the newer name of max_tokens")
     logprobs: bool | None = None
@@ -147,7 +147,7 @@ def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request,
     Raises ApiError 400 if the conversation is invalid or cannot fit into the context.
     """
     check_messages(body.messages)
-    max_tokens = min(body.max_tokens or cfg.max_new_tokens, cfg.max_new_tokens)
+    max_tokens = body.max_tokens or cfg.max_new_tokens
     messages = [message.model_dump() for message in body.messages]
     try:
         ids, dropped = prompt(engine.tokenizer, messages, engine.model_cfg.sequence_len, max_tokens)
@@ -161,7 +161,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise ApiError(400, f"messages: got {len(messages)}, expected 1 to {MAX_MESSAGES}")
     for i, message in enumerate(messages):
-        check_role(message, i, ROLES)
+        if message.role not in ROLES:
+            raise ApiError(400, f"messages[{i}].role: got {message.role[:40]!r}, expected one of {', '.join(ROLES)}")
         # The client sends the model's earlier answers back. An answer may be longer than MAX_MESSAGE_CHARS.
         longest = MAX_CHARS if message.role == "assistant" else MAX_MESSAGE_CHARS
         if not 1 <= message.chars <= longest:
@@ -174,18 +175,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise ApiError(400, f"messages[{len(messages) - 1}].role: got system, but the last must be user or assistant")
 
 
-def check_role(message: Message, index: int, allowed: Sequence[str]) -> None:
-    """Raises ApiError 400 unless the role of messages[index] is one of `allowed`."""
-    if message.role not in allowed:
-        field = f"messages[{index}].role"
-        raise ApiError(400, f"{field}: got {message.role[:40]!r}, expected one of {', '.join(allowed)}", field)
-
-
 def check_unsupported(body: GenerationBody) -> None:
     """Raises ApiError 400 if the body has an unsupported field whose value would change the answer."""
     for field, neutral in NEUTRAL.items():
         value = (body.model_extra or {}).get(field)
-        if value is not None and value not in neutral:
+        if value is not None and value not in neutral and (field, value) != ("best_of", body.n):
             raise ApiError(400, f"{field}: not supported by this server", field, "unsupported_parameter")
 
 
@@ -201,29 +195,13 @@ def chat_completion_request(body: ChatCompletionBody, engine: Engine, cfg: ChatW
     return openai_request(body, ids, max_tokens, "messages", engine, cfg, top_logprobs=body.top_logprobs or 0)
 
 
-def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Returns the conversation as the token ids of a prompt.
-
-    Raises ApiError 400 if the messages are malformed or in the wrong order.
-    """
-    rendered = []
-    for i, message in enumerate(messages):
-        check_role(message, i, OPENAI_ROLES)
-        role = "system" if message.role == "developer" else message.role
-        content = message.content
-        if not isinstance(content, str):
-            field = f"messages[{i}].content"
-            if role == "assistant":
-                content = [part.model_dump() for part in content]
-            elif any(part.type != "text" for part in content):
-                raise ApiError(400, f"{field}: only the assistant can call the calculator", field)
-            else:
-                content = "".join(part.text for part in content)
-        rendered.append({"role": role, "content": content})
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[OpenAIMessage]) -> list[int]:
+    """Returns the conversation as the token ids of a prompt. Raises ApiError 400 if a message is malformed."""
+    turns = as_turns(messages)
     try:
-        return render(tokenizer, rendered)
+        return render(tokenizer, turns)
     except UserError as error:
-        raise ApiError(400, str(error), "messages") from None
+        raise ApiError(400, f"messages: {error}", "messages") from None
 
 
 def completion_requests(body: CompletionBody, engine: Engine, cfg: ChatWeb) -> list[Request]:
@@ -257,7 +235,6 @@ def openai_request(
     field that the error names.
     """
     context = engine.model_cfg.sequence_len
-    max_tokens = min(max_tokens, cfg.max_new_tokens)
     if len(ids) + min(max_tokens, 1) > context:
         reason = f"{param}: {len(ids)} tokens, but the model's context holds {context}, including the answer"
         raise ApiError(400, reason, param, "context_length_exceeded")
@@ -292,11 +269,13 @@ def engine_request(
 def submit(pool: Pool, *requests: Request) -> Answer:
     """Queues `requests` and returns one Answer for all of them.
 
-    Raises ApiError 400 if the engine refuses a request, 429 if the server is busy, and 503 if the engine has failed or
-    is shutting down.
+    Raises ApiError 400 if the engine refuses a request or the server could never take all samples at once, 429 if the
+    server is busy, and 503 if the engine has failed or is shutting down.
     """
     try:
         return pool.submit(*requests)
+    except TooMany as error:
+        raise ApiError(400, f"n: {error}", "n") from None
     except UserError as error:
         raise ApiError(400, str(error)) from None
     except Busy:

@@ -26,7 +26,11 @@ STOPPED_WORKING = "the model has stopped working; restart the server"
 
 
 class Busy(Exception):
-    """Raised to refuse a request because too many samples are waiting."""
+    """Raised to refuse requests because there is no room for their samples now."""
+
+
+class TooMany(Exception):
+    """Raised to refuse requests because there is no room for their samples even if the server is idle."""
 
 
 class EngineFailure(Exception):
@@ -108,10 +112,10 @@ class Answer:
 class EngineWorker:
     """Runs `engine` in a background thread for any number of clients.
 
-    The engine generates at most one sample per slot at a time. New requests are refused while `max_waiting` or more
-    samples wait for a slot. An answer may take at most `timeout` seconds (0: no limit). With `log_chats`, prompts and
-    answers are logged. Each step of the iterator `warmup` compiles a few programs. The worker runs these steps while
-    the engine is idle. `gpu` is the worker's number in its pool.
+    The engine generates at most one sample per slot at a time, and at most `max_waiting` more samples wait for a slot.
+    Requests that would bring more are refused. An answer may take at most `timeout` seconds (0: no limit). With
+    `log_chats`, prompts and answers are logged. Each step of the iterator `warmup` compiles a few programs. The worker
+    runs these steps while the engine is idle. `gpu` is the worker's number in its pool.
     """
 
     def __init__(
@@ -187,17 +191,20 @@ class EngineWorker:
     def submit(self, *requests: Request) -> Answer:
         """Queues `requests` and returns their Answer at once.
 
-        Raises Busy if too many samples are waiting, EngineFailure if the engine has failed, and UserError if the engine
-        cannot serve a request. Requests are checked here because an error in the engine's thread would stop the service
-        for all clients.
+        Raises Busy if there is no room for the samples now, TooMany if there never is, EngineFailure if the engine has
+        failed, and UserError if the engine cannot serve a request. Requests are checked here because an error in the
+        engine's thread would stop the service for all clients.
         """
         for request in requests:
             self._engine.check(request)
+        samples, room = sum(request.n for request in requests), self.slots + self.max_waiting
+        if samples > room:
+            raise TooMany(f"{samples} answers in one request, but this server takes at most {room} at once")
         with self._lock:
             if self.failure:
                 raise EngineFailure(STOPPED_WORKING)
             unfinished = sum(len(answer.unfinished) for answer in self._open_answers)
-            if unfinished >= self.slots + self.max_waiting:
+            if unfinished + samples > room:
                 raise Busy
             answer = Answer(self, requests, max(0, unfinished - self.slots + 1))
             self._open_answers.add(answer)

@@ -15,6 +15,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 JSON = {"Content-Type": "application/json"}
 PATHS = ("/chat/completions", "/v1/chat/completions")
+HEADERS = "Host: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
 QUESTION = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
 
 
@@ -41,7 +42,7 @@ def post(server, path: str, body, headers: str = "", receive_buffer: int = 0) ->
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     client.settimeout(20)
     client.connect(("127.0.0.1", server.port))
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n{headers}"
+    head = f"POST {path} HTTP/1.1\r\n{HEADERS}{headers}"
     client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return client
 
@@ -110,7 +111,7 @@ def test_a_huge_body_is_413_and_is_not_held(engine):
             assert b" 413 " in read(client).split(b"\r\n")[0]
             # Chunked, without an end and without a length.
             client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-            client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+            client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
             with contextlib.suppress(ConnectionError):
                 for _ in range(1000):
                     client.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")

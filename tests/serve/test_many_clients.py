@@ -26,8 +26,8 @@ async def ask(port: int, prompt: str, leave_after: int = 0) -> str | int | None:
     try:
         fields = {"prompt": prompt, "max_tokens": 60, "temperature": 1, "top_k": 0, "seed": 7, "stream": True}
         body = json.dumps(fields).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        headers = "Host: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        writer.write(f"POST /v1/completions HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         status = int((await reader.readline()).split()[1])
         if status != 200:
             return status

@@ -195,7 +195,7 @@ def test_completions_of_several_prompts(client):
             streamed[choice.index] += choice.text
     assert streamed == [choice.text for choice in whole.choices]
     # A prompt in a batch gets the same answers as alone.
-    alone = client.completions.create(**ask | {"prompt": "The sea"})
+    alone = client.completions.create(**ask | {"prompt": "The sea", "best_of": 2})  # the best 2 of 2 are both
     assert [choice.text for choice in alone.choices] == streamed[:2]
     assert client.completions.create(model=MODEL, prompt="").usage.completion_tokens <= 16
 
@@ -371,6 +371,41 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(tokenizer):
         assert int(refused.value.response.headers["retry-after"]) > 0 and refused.value.code == "server_busy"
 
 
+def test_the_queue_is_counted_in_samples(tokenizer):
+    """So a request for many samples cannot take the places of everybody else."""
+    endless = lambda _: tokenizer.encode("and so on ") * 500  # noqa: E731
+    with scripted(tokenizer, endless, slots=1, cfg=ChatWeb(max_waiting=0)) as (client, engine):
+        for ask in ({"prompt": "go", "n": 128}, {"prompt": "go", "n": 2}, {"prompt": ["go"] * 2}):
+            with pytest.raises(openai.BadRequestError, match="at most 1 at once") as never:
+                client.completions.create(model=None, **ask)
+            assert never.value.param == "n"
+        assert client.completions.create(model=None, prompt="go").choices[0].text and len(engine.requests) == 1
+    engine = {"slots": 2, "delay": 0.01, "context": 100_000}
+    with scripted(tokenizer, endless, cfg=ChatWeb(max_waiting=3), **engine) as (client, _):
+        long = {"model": None, "prompt": "go", "max_tokens": 5000, "stream": True}
+        with client.completions.create(**long, n=1), client.completions.create(**long, n=1):
+            with pytest.raises(openai.RateLimitError) as refused:  # 3 places are left
+                client.completions.create(**long, n=4)
+            assert int(refused.value.response.headers["retry-after"]) > 0
+            with client.completions.create(**long, n=3), pytest.raises(openai.RateLimitError):
+                client.completions.create(**long)
+
+
+def test_max_tokens_is_honoured_up_to_the_context(tokenizer):
+    with scripted(tokenizer, lambda _: tokenizer.encode("and so on ") * 500, cfg=ChatWeb(max_new_tokens=8)) as (
+        client,
+        engine,
+    ):
+        ask = {"model": None, "messages": [user("hi")]}
+        lengths = [
+            client.chat.completions.create(**ask, **limit).usage.completion_tokens
+            for limit in ({}, {"max_tokens": 20}, {"max_completion_tokens": 100}, {"max_tokens": 10**6})
+        ]
+        prompt = len(engine.requests[0].ids)
+        assert lengths == [8, 20, 100, engine.model_cfg.sequence_len - prompt]
+        assert client.completions.create(model=None, prompt="hi").usage.completion_tokens == 16  # OpenAI's default
+
+
 def test_time_runs_out(tokenizer):
     endless = lambda _: tokenizer.encode("and so on ") * 500  # noqa: E731
     with scripted(tokenizer, endless, slots=1, delay=0.05, cfg=ChatWeb(timeout=0.5)) as (client, engine):
@@ -404,9 +439,12 @@ BAD = [
     ("chat/completions", {"messages": "hi"}, "messages"),
     ("chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-    ("chat/completions", {"messages": [user("x"), user("y")]}, "messages"),
-    ("chat/completions", {"messages": [user([{"type": "image_url", "text": "x"}])]}, "messages[0].content[0].type"),
-    ("chat/completions", {"messages": [user([{"type": "python", "text": "x"}])]}, "messages[0].content"),
+    ("chat/completions", {"messages": [user("x"), {"role": "tool", "content": "x"}]}, "messages[1].role"),
+    ("chat/completions", {"messages": [user("x"), {"role": "system", "content": None}]}, "messages[1].content"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": None}]}, "messages"),
+    ("chat/completions", {"messages": [user([{"type": "image_url", "image_url": {}}])]}, "messages[0].content[0].type"),
+    ("chat/completions", {"messages": [user([{"type": "text", "value": "x"}])]}, "messages[0].content[0].text"),
+    ("chat/completions", {"messages": [user([{"type": "python", "text": "x"}])]}, "messages[0].content[0].type"),
     ("chat/completions", {"messages": [user("x")], "temperature": 2.1}, "temperature"),
     ("chat/completions", {"messages": [user("x")], "temperature": math.nan}, "temperature"),
     ("chat/completions", {"messages": [user("x")], "top_p": -0.1}, "top_p"),
@@ -433,11 +471,17 @@ BAD = [
     ("completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
     ("completions", {"prompt": "x", "suffix": "y"}, "suffix"),
     ("completions", {"prompt": "x", "best_of": 2}, "best_of"),
+    ("completions", {"prompt": "x", "best_of": 3, "n": 2}, "best_of"),
+    ("chat/completions", {"messages": [user("x")], "n": 69}, "n"),  # 4 slots and 64 places in the queue
+    ("completions", {"prompt": ["x"] * 35, "n": 2}, "n"),
 ]
 
 
 def test_mistakes_are_named_in_openais_shape(tokenizer):
-    with scripted(tokenizer, "ok") as (client, engine), httpx.Client(base_url=str(client.base_url), timeout=10) as http:
+    with (
+        scripted(tokenizer, "ok", slots=4) as (client, engine),
+        httpx.Client(base_url=str(client.base_url), timeout=10) as http,
+    ):
         for path, body, param in BAD:
             answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
             assert answer.status_code == 400, (body, answer.text)
@@ -463,3 +507,25 @@ def test_mistakes_are_named_in_openais_shape(tokenizer):
                 "stream_options": None, "logit_bias": {}, "best_of": 1, "n": None, "seed": -1, "top_p": 0}  # fmt: skip
         assert http.post("chat/completions", json={"messages": [user("x")]} | fine).status_code == 200
     assert len(engine.requests) == 1
+
+
+def test_the_official_client_may_send_all_its_fields(tokenizer):
+    with scripted(tokenizer, "ok") as (client, engine):
+        answer = client.chat.completions.create(
+            model="nanochat-test-sft", messages=[user("x")], frequency_penalty=0, presence_penalty=0, logit_bias={},
+            logprobs=False, max_completion_tokens=9, metadata={"a": "b"}, modalities=["text"], n=1, service_tier="auto",
+            parallel_tool_calls=True, response_format={"type": "text"}, seed=1, stop=["never"], store=False, top_p=1,
+            stream=False, temperature=1, tool_choice="auto", tools=[], user="me", reasoning_effort="low",
+            prediction=None, verbosity="low", safety_identifier="me", prompt_cache_key="me",
+        )  # fmt: skip
+        assert answer.choices[0].message.content == "ok"
+        options = {"include_usage": True, "include_obfuscation": False}
+        ask = {"model": "nanochat-test-sft", "messages": [user("x")]}
+        *_, last = client.chat.completions.create(**ask, stream=True, stream_options=options)
+        assert last.usage.completion_tokens == len(answer_ids(tokenizer, "ok"))
+        # An answer comes back as the client's own object, with all its fields.
+        again = [user("x"), answer.choices[0].message, user("y")]
+        assert client.chat.completions.create(**ask | {"messages": again}).choices[0].message.content == "ok"
+        with pytest.raises(openai.NotFoundError, match="/v1"):
+            client.embeddings.create(model="nanochat-test-sft", input="x")
+    assert len(engine.requests) == 3

@@ -58,7 +58,7 @@ def test_requests_go_where_there_is_room(tokenizer):
         for engine in engines:
             engine.delay = 0.0
         assert sorted(gpus(answer.result()).pop() for answer in answers) == [0, 0, 1, 1]
-        assert httpx.get(f"{server.url}/health").json()["num_gpus"] == 2
+        assert httpx.get(f"{server.url}/health").json()["devices"] == "2 cpu"
 
 
 def test_one_that_fails_takes_nobody_with_it(tokenizer):
@@ -70,7 +70,7 @@ def test_one_that_fails_takes_nobody_with_it(tokenizer):
         assert "stopped working" in ask(server)[0]["error"]
         assert gpus(ask(server)) == {1}
         health, stats = (httpx.get(f"{server.url}/{path}").json() for path in ("health", "stats"))
-        assert health["ready"] and (health["num_gpus"], health["available_workers"]) == (1, 2)
+        assert health["ready"] and (health["devices"], health["available_workers"]) == ("1 cpu", 2)
         assert [worker["gpu_id"] for worker in stats["workers"]] == [1, 1]
 
 

@@ -87,13 +87,14 @@ def test_says_that_an_answer_was_cut(tokenizer, client):
 
 
 def test_settings_of_the_request_and_the_defaults(tokenizer, client):
-    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok"))
+    engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok"), context=8192)
     with serving(engine, ChatWeb(temperature=0.5, top_k=7, max_new_tokens=20)) as server:
         chat(client, server, [user("hi")])
         chat(client, server, [user("hi")], temperature=0, top_k=0, max_tokens=4000, seed=11, unknown="ignored")
     default, asked = engine.requests.values()
     assert (default.temperature, default.top_k, default.max_tokens) == (0.5, 7, 20)
-    assert (asked.temperature, asked.top_k, asked.max_tokens, asked.seed) == (0, 0, 20, 11)
+    assert (asked.temperature, asked.top_k, asked.seed) == (0, 0, 11)
+    assert asked.max_tokens == 4000  # --max_new_tokens is the default, not a limit
     assert default.seed != asked.seed
 
 
@@ -208,6 +209,42 @@ def test_mistakes_are_answered_with_400_and_the_reason(tokenizer, client):
     assert len(engine.requests) == 1
 
 
+# What OpenAI's JavaScript client 6.49 sends from a browser with a timeout and a retry.
+OPENAI_JS = (
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout"
+)
+
+
+def test_openais_javascript_client_may_be_used_on_the_sites_that_are_named(tokenizer, client):
+    for cors, origin, allowed in (
+        ("https://site.example", "https://site.example", True),
+        ("https://site.example/", "https://site.example", True),
+        ("https://other.example, https://site.example", "https://site.example", True),
+        ("https://site.example", "https://site.example.evil.example", False),
+        ("https://site.example", "http://site.example", False),
+        ("https://site.example", "null", False),
+        ("*", "https://any.example", True),
+    ):
+        engine = ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "ok"))
+        with serving(engine, ChatWeb(cors=cors)) as server:
+            for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models")):
+                ask = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": OPENAI_JS}
+                headers = {"Origin": origin, "Access-Control-Request-Private-Network": "true"} | ask
+                preflight = client.options(f"{server.url}{path}", headers=headers)
+                names = preflight.headers.get("access-control-allow-origin")
+                assert preflight.status_code == (200 if allowed else 400), (cors, origin, preflight.text)
+                assert (names in (origin, "*")) == allowed
+                if allowed:
+                    granted = preflight.headers["access-control-allow-headers"].replace(" ", "").split(",")
+                    assert set(OPENAI_JS.split(",")) <= set(granted)
+                    assert method in preflight.headers["access-control-allow-methods"]
+                assert "access-control-allow-credentials" not in preflight.headers
+            body = {"messages": [user("hi")]}
+            answer = client.post(f"{server.url}/v1/chat/completions", json=body, headers={"Origin": origin})
+            assert (answer.headers.get("access-control-allow-origin") in (origin, "*")) == allowed
+
+
 @pytest.mark.parametrize("cors", ["", "http://friend.example, http://other.example"])
 def test_other_web_sites_have_no_access_unless_told(tokenizer, client, cors):
     cfg = ChatWeb(cors=cors, api_key="secret")
@@ -320,6 +357,34 @@ def test_time_runs_out_and_frees_the_slot(tokenizer, client):
         assert all(events[-2:] == [{"error": "no complete answer within 0.4 seconds"}, {"done": True}]
                    for events in answers)  # fmt: skip
         until(lambda: stats(client, server)["busy_workers"] == 0, seconds=2)
+
+
+def test_head_says_what_get_says_without_the_body(tokenizer, client):
+    paths = (*FILES, "/health", "/stats", "/metrics", "/openapi.json", "/v1/models", "/v1/models/nanochat-test-sft")
+    with serving(ScriptedEngine(tokenizer, lambda _: [])) as server:
+        for path in (*paths, "/v1/models/other", "/nothing", "/v1/completions"):
+            get, head = client.get(server.url + path), client.head(server.url + path)
+            kept = {"content-type", "content-length", "content-security-policy", "allow", "cache-control"}
+            if path == "/metrics":  # its numbers, and so its length, change from one request to the next
+                kept -= {"content-length"}
+            assert head.content == b"" and head.status_code == get.status_code, path
+            assert [head.headers.get(name) for name in kept] == [get.headers.get(name) for name in kept], path
+            assert get.content and (get.status_code == 200) == (path in paths)
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=10)  # the connection remains usable
+        for method in ("HEAD", "GET", "HEAD"):
+            connection.request(method, "/health")
+            response = connection.getresponse()
+            assert bool(response.read()) == (method == "GET")
+        connection.close()
+
+
+def test_health_names_the_devices_that_there_are(tokenizer, client):
+    engines = [ScriptedEngine(tokenizer, lambda _: []) for _ in range(2)]
+    for device, gpus in (("cpu", 0), ("NVIDIA H100 80GB HBM3", 2)):
+        with serving(engines, device=device) as server:
+            health = client.get(f"{server.url}/health").json()
+            assert (health["status"], health["ready"], health["available_workers"]) == ("ok", True, 4)
+            assert (health["num_gpus"], health["devices"]) == (gpus, f"2 {device}")
 
 
 def test_health_answers_while_the_model_computes(tokenizer, client):

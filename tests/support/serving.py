@@ -17,6 +17,7 @@ from nanochat_jax import checkpoint
 from nanochat_jax.config import REPOSITORY, ChatWeb, GPTConfig
 from nanochat_jax.engine.request import Event
 from nanochat_jax.serve.app import create_app
+from nanochat_jax.serve.connection import server_config
 
 TEXT = [
     "Why is the sky blue? Because air scatters blue light more than red light.",
@@ -119,19 +120,23 @@ def command(base: Path, *flags: str, run: tuple[str, str] = ("-m", "scripts.chat
 
 @contextlib.contextmanager
 def serving(
-    engine, cfg: ChatWeb | None = None, send_buffer: int = 0, port: int = 0, warmups=(), suggestions=SUGGESTIONS
-):
+    engine, cfg: ChatWeb | None = None, send_buffer: int = 0, port: int = 0, warmups=(), device="cpu",
+    suggestions=SUGGESTIONS,
+):  # fmt: skip
     """A real server on a free port of the loopback interface; yields its `url`, its `port` and a function `stop`.
 
     `engine` is one engine or a list. `send_buffer` limits the bytes that the system buffers for a client that does not
-    read; the default is megabytes. `warmups` and `suggestions`: see `create_app`.
+    read; the default is megabytes. `warmups`, `device` and `suggestions`: see `create_app`.
     """
     engines = engine if isinstance(engine, list) else [engine]
-    app = create_app(engines, cfg or ChatWeb(), "nanochat-test-sft", warmups=warmups, suggestions=suggestions)
+    app = create_app(engines, cfg or ChatWeb(), "nanochat-test-sft", device, warmups, suggestions)
     listener = socket.create_server(("127.0.0.1", port))
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    cfg = cfg or ChatWeb()
+    server_cfg = server_config(app, cfg.keep_alive, cfg.slots + cfg.max_waiting)
+    server_cfg.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(server_cfg)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
 

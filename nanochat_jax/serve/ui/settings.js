@@ -16,7 +16,7 @@ export function openSettings(focus) {
     fields[name].value = now[name] ?? "";
     fields[name].placeholder = server.defaults?.[name] ?? "";
   }
-  if (server.defaults?.max_tokens) fields.max_tokens.max = server.defaults.max_tokens;
+  if (server.context) fields.max_tokens.max = Math.min(4096, server.context);
   fields.system.value = chat.system;
   fields.theme.value = now.theme ?? "";
   fields.key.value = now.key ?? "";

@@ -1,6 +1,7 @@
 """Turns conversations into prompts that fit the context, and splits generated answers into text and calculator calls.
 
-The terminal chat and the server share this code, so they make the same prompt from the same conversation.
+The terminal chat and the server share this code, so they make the same prompt from the same conversation. Evaluation
+and reinforcement learning share `problem_prompt`.
 """
 
 from bisect import bisect_left
@@ -53,6 +54,18 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
     if len(ids) > room:
         raise UserError(f"the message is too long: it takes {len(ids)} tokens, and the model has room for {room}")
     return ids, 2 * pairs
+
+
+def problem_prompt(tokenizer: Tokenizer, problem: dict, limit: int) -> tuple[list[int], bool]:
+    """Returns the prompt of a task's problem in at most `limit` tokens, and whether it was cut to fit.
+
+    What is cut is the beginning (see `Tokenizer.render_for_completion`). A cut problem is still scored, as in the
+    original nanochat, but the caller has to say how many problems were cut.
+    """
+    ids = tokenizer.render_for_completion(problem, max_tokens=NO_LIMIT)
+    if len(ids) <= limit:
+        return ids, False
+    return tokenizer.render_for_completion(problem, max_tokens=limit), True
 
 
 def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 
 from nanochat_jax import checkpoint, commandline, config, environment, lineage, run_log
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
+from nanochat_jax.evals.score import with_error
 from nanochat_jax.files import read_json, write_text
 from nanochat_jax.progress import clock
 
@@ -62,12 +64,13 @@ class Run:
         """Returns {task: record} with each task's most reliable record on the test split.
 
         If a task has several records, these criteria decide, in this order: the last checkpoint, greedy answers, the
-        most problems, the newest record.
+        most problems, the longest answers allowed, the newest record.
         """
 
         def rank(record: dict) -> tuple:
             greedy = not record.get("temperature") and (record.get("num_samples") or 1) == 1
-            return record["step"] == self.step, greedy, record.get("n") or 0, record.get("time") or 0
+            size = record.get("n") or 0, record.get("max_new_tokens") or 0
+            return record["step"] == self.step, greedy, *size, record.get("time") or 0
 
         best: dict[str, dict] = {}
         for record in sorted(self.of("eval"), key=rank):
@@ -207,23 +210,27 @@ def _summary(runs: dict[str, Run], start: dict) -> str:
 
 def _cell(run: Run, scores: dict[str, dict], name: str) -> str:
     if name in scores:
-        record = scores[name]
-        error = f" ± {record['stderr']:.4f}" if isinstance(record.get("stderr"), int | float) else ""
-        notes = [f"n={record['n']:,}" if record.get("n") else "", run.unusual(record)]
-        return f"{record['score']:.4f}{error}" + _in_parentheses(", ".join(filter(None, notes)))
-    _, in_training = run.series("core", "core")
-    return f"{in_training[-1]:.4f} (in training)" if name == "CORE" and in_training else "-"
+        return _score(scores[name]["score"], scores[name], run.unusual(scores[name]))
+    measured = [r for r in run.of("core") if isinstance(r.get("core"), int | float)]
+    return _score(measured[-1]["core"], measured[-1], "in training") if name == "CORE" and measured else "-"
 
 
-def _bpb(run: Run) -> str:
+def _bpb(run: Run, digits: int = 4) -> str:
     if record := run.scores().get("val_bpb"):
-        return f"{record['score']:.4f}" + _in_parentheses(run.unusual(record))
-    _, values = run.series("val", "bpb")
-    return f"{values[-1]:.4f}" if values else "-"
+        return _score(record["score"], record, run.unusual(record), digits)
+    measured = [r for r in run.of("val") if isinstance(r.get("bpb"), int | float)]
+    return _score(measured[-1]["bpb"], measured[-1], digits=digits) if measured else "-"
 
 
-def _in_parentheses(text: str) -> str:
-    return f" ({text})" if text else ""
+def _score(score: float, record: dict, note: str = "", digits: int = 4) -> str:
+    """Formats a score with the standard error and the n of its record: "0.4512 ± 0.0031 (n=1,319, step 30)".
+
+    Records of early versions may have neither.
+    """
+    stderr = record["stderr"] if isinstance(record.get("stderr"), int | float) else None
+    size = f"n={record['n']:,}" if record.get("n") else ""
+    size += f" tokens, {record['rows']:,} rows" if size and record.get("rows") else ""
+    return with_error(score, stderr, ", ".join(filter(None, [size, note])), digits)
 
 
 def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
@@ -272,26 +279,34 @@ def _section(run: Run, plot: str | None) -> str:
     lines += [f"![{TITLES[run.stage]}]({plot})\n"] if plot else []
     scores = run.scores()
     core = [
-        [name, f"{r['score']:.4f}", f"{r['stderr']:.4f}", f"{r['n']:,}", f"{r['centered']:+.4f}"]
+        [
+            name,
+            _score(r["score"], r, run.unusual(r)),
+            f"{r['centered']:+.4f} ± {r['stderr'] / (1 - (r.get('baseline') or 0)):.4f}",
+            _count(r, "cut"),
+        ]
         for name, r in scores.items()
         if r.get("suite") == "core" and name != "CORE"
     ]
     if core:
-        lines.append("CORE by task (centered accuracy: 0 is guessing, 1 is perfect):\n")
-        lines.append(_table(["Task", "Accuracy", "Stderr", "n", "Centered"], core))
+        lines.append(
+            "CORE by task (centered accuracy: 0 is guessing, 1 is perfect; cut: prompts cut to the context):\n"
+        )
+        lines.append(_table(["Task", "Accuracy", "Centered", "Cut"], core))
     chat = [
         [
             r["task"],
             _cell(run, scores, name),
             "-" if r.get("truncated") is None else f"{r['truncated']:.1%}",
+            _count(r, "cut"),
             clock(r["seconds"]) if r.get("seconds") else "-",
         ]
         for name, r in scores.items()
         if r.get("suite") == "chat"
     ]
     if chat:
-        lines.append("Chat tasks (truncated: answers that reached the token limit):\n")
-        lines.append(_table(["Task", "Score", "Truncated", "Time"], chat))
+        lines.append("Chat tasks (truncated: answers that reached the token limit; cut: prompts cut to the context):\n")
+        lines.append(_table(["Task", "Score", "Truncated", "Cut", "Time"], chat))
     samples = run.of("sample")
     if samples:
         last = samples[-1]["step"]
@@ -329,15 +344,27 @@ def _facts(run: Run) -> list[str]:
         unknown = "n/a (no peak known for this device)" if speeds else ""
         facts["MFU"] = f"{statistics.median(mfu):.1%} (median)" if mfu else unknown
         _, rewards = run.series("train", "reward")
-        facts["final reward"] = f"{smooth(rewards)[-1]:.4f} (moving average)" if rewards else ""
-    _, bpb = run.series("val", "bpb")
-    facts["validation bits per byte"] = f"{bpb[-1]:.6f} at the end, {min(bpb):.6f} at best" if bpb else ""
+        rewarded = [r for r in train if isinstance(r.get("reward"), int | float)]
+        if rewards:
+            last_step = _score(rewards[-1], rewarded[-1])
+            facts["final reward"] = f"{smooth(rewards)[-1]:.4f} (moving average), last step {last_step}"
+        for name, what in (("cut", "problems cut to the context"), ("other_format", "right answers in another format")):
+            counts = [r[name] for r in train if r.get(name)]
+            facts[what] = f"{sum(counts):,}, in {len(counts):,} steps" if counts else ""
+    if measured := [r for r in run.of("val") if isinstance(r.get("bpb"), int | float)]:
+        at_end = _score(measured[-1]["bpb"], measured[-1], digits=6)
+        best = min(r["bpb"] for r in measured)
+        facts["validation bits per byte"] = f"{at_end} at the end, {best:.6f} at best"
     passed = run.of("val")[-1] if run.of("val") else {}
-    rates = [f"{k} {v:.4f}" for k, v in passed.items() if k.startswith("pass@") and isinstance(v, float)]
+    rates = [
+        f"{k} {with_error(v, passed.get(f'{k}_stderr'))}"
+        for k, v in passed.items()
+        if re.fullmatch(r"pass@\d+", k) and isinstance(v, float)
+    ]
     facts["validation"] = f"{', '.join(rates)} (n={passed.get('n')})" if rates else ""
     for split in ("train", "val"):
         record = run.scores().get(f"{split}_bpb")
-        facts[f"base_loss, {split}"] = f"{record['score']:.6f} bits per byte" if record else ""
+        facts[f"base_loss, {split}"] = f"{_score(record['score'], record, digits=6)} bits per byte" if record else ""
     return [f"- {name}: {value}" for name, value in facts.items() if value not in ("", "-")]
 
 
@@ -350,6 +377,11 @@ def _settings(run: Run) -> dict:
         if value or name not in shape  # later stages leave the shape to their parent
         if name not in NEVER_SHOWN and (name in ALWAYS_SHOWN or (name in defaults and value != defaults[name]))
     }
+
+
+def _count(record: dict, name: str) -> str:
+    """Returns a count in a record, or "-" if the record is of a version that did not count."""
+    return "-" if record.get(name) is None else f"{record[name]:,}"
 
 
 def _show(value: Any) -> str:

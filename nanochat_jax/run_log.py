@@ -19,8 +19,9 @@ from nanochat_jax.config import UserError
 LOG = "log.jsonl"
 LONGEST = 1 << 22  # bytes; a longer line is not a record
 NEEDED = {"kind": str, "stage": str, "step": int}  # fields that every record has, and their types
-# Two scores both count if they differ in the number of problems ("n"), in "temperature" or in "num_samples".
-KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples")
+# Two scores both count if they differ in the number of problems ("n") or in a setting of the evaluation.
+KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples", "max_new_tokens", "top_k",
+       "seed")  # fmt: skip
 
 
 def append(run_dir: Path, kind: str, stage: str, step: int, **fields: Any) -> None:

@@ -4,7 +4,8 @@
     python -m scripts.base_eval --max_per_task=500
 
 CORE is meant for base models, which are only pretrained. The script adds the scores to the log of the model's run, and
-writes them to $NANOCHAT_BASE_DIR/base_eval/<model>.csv.
+writes them to $NANOCHAT_BASE_DIR/base_eval/<model>.csv. With --max_per_task=500, the file is <model>_max500.csv, so
+that it does not replace the scores on all examples.
 """
 
 from pathlib import Path
@@ -20,8 +21,6 @@ def main(cfg: config.BaseEval) -> None:
     from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)
-    import time
-
     from nanochat_jax import trained_model
     from nanochat_jax.evals import core
     from nanochat_jax.evals.model import on_all_devices
@@ -30,39 +29,48 @@ def main(cfg: config.BaseEval) -> None:
     model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     bundle = core.find_bundle(cfg.core_dir)
-    start = time.monotonic()
 
     def report(score: "CoreScore") -> None:
         print_score(score)
-        log_score(model, "core", score, centered=score.centered, max_per_task=cfg.max_per_task)
+        log_score(
+            model, "core", score, centered=score.centered, cut=score.cut, prompts=score.prompts, shots=score.shots,
+            max_per_task=cfg.max_per_task,
+        )  # fmt: skip
 
     result = core.evaluate(
         eval_model, bundle, batch_size=cfg.device_batch_size, max_per_task=cfg.max_per_task, report=report
     )
-    mean = Metric("CORE", result.core, result.n, baseline=0.0, seconds=time.monotonic() - start, stderr=result.stderr)
-    log_score(model, "core", mean, centered=result.core, max_per_task=cfg.max_per_task)
-    print(f"CORE {result.core:.4f} ± {result.stderr:.4f} ({len(result.tasks)} tasks, {result.n:,} items)")
-    path = config.base_dir() / "base_eval" / f"{model.stage}_{model.tag}_{model.step:06d}.csv"
+    mean = Metric("CORE", result.core, result.n, baseline=0.0, seconds=result.seconds, stderr=result.stderr)
+    log_score(model, "core", mean, centered=result.core, cut=result.cut, max_per_task=cfg.max_per_task)
+    print(result)
+    part = f"_max{cfg.max_per_task}" if cfg.max_per_task > 0 else ""
+    path = config.base_dir() / "base_eval" / f"{model.stage}_{model.tag}_{model.step:06d}{part}.csv"
     write_csv(path, result)
     print(f"written to {path}")
 
 
 def print_score(score: "CoreScore") -> None:
-    truncated = f", {score.truncated:,} prompts truncated to the context" if score.truncated else ""
-    print(
-        f"{score.task:<34}{score.score:.4f} ± {score.stderr:.4f}  centered {score.centered:+.4f}"
-        f"  n={score.n:,}  {score.seconds:.1f} s{truncated}",
-        flush=True,
-    )
+    """Prints a task's score, and whether prompts were cut or had fewer few-shot examples than the task asks for."""
+    notes = [f"{score.cut:,} of {score.prompts:,} prompts cut to the context"] if score.cut else []
+    if score.shots < score.num_fewshot:
+        notes.append(f"only {score.shots} of {score.num_fewshot} few-shot examples")
+    centered = f"centered {score.centered:+.4f} ± {score.centered_stderr:.4f}"
+    print(f"{score.task:<34}" + ", ".join([str(score), centered, *notes, f"{score.seconds:.1f} s"]), flush=True)
 
 
 def write_csv(path: Path, result: "CoreResult") -> None:
-    """Writes a CSV file with the accuracy and the centered accuracy of each task. Padded columns make the file easy to
-    read."""
-    rows = [("Task", "Accuracy", "Centered")]
-    rows += [(score.task, f"{score.score:.6f}", f"{score.centered:.6f}") for score in result.tasks]
-    rows += [("CORE", "", f"{result.core:.6f}")]
-    files.write_text(path, "".join(f"{a:<35}, {b:<10}, {c:<10}\n" for a, b, c in rows))
+    """Writes a CSV file with one row for each task and one for CORE. Padded columns make the file easy to read.
+
+    Stderr is the standard error of the accuracy. In the row of CORE, it is the standard error of CORE. Cut is the
+    number of prompts that were cut to fit in the context.
+    """
+    rows = [("Task", "Accuracy", "Centered", "Stderr", "N", "Cut")]
+    rows += [
+        (s.task, f"{s.score:.6f}", f"{s.centered:.6f}", f"{s.stderr:.6f}", str(s.n), str(s.cut)) for s in result.tasks
+    ]
+    rows += [("CORE", "", f"{result.core:.6f}", f"{result.stderr:.6f}", str(result.n), str(result.cut))]
+    lines = [", ".join([f"{task:<35}", *(f"{cell:<10}" for cell in cells)]) for task, *cells in rows]
+    files.write_text(path, "".join(line + "\n" for line in lines))
 
 
 if __name__ == "__main__":

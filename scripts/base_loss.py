@@ -45,13 +45,14 @@ def main(cfg: config.BaseLoss) -> None:
         start = time.monotonic()
         loader = dataloader.val_batches(files, model.tokenizer, rows, seq_len, cfg.split_tokens, packing=packing)
         with Progress(f"{split}, batches", -(-cfg.split_tokens // (rows * seq_len))) as progress:
-            batches = CountedBatches(loader, progress)
-            bpb = bits_per_byte(eval_model, batches)
+            result = bits_per_byte(eval_model, advancing(loader, progress))
         loader.close()
-        print(f"{split} bits per byte: {bpb:.6f} ({batches.tokens:,} tokens of {source.name})", flush=True)
+        print(f"{split} bits per byte: {result} of {source.name}", flush=True)
+        if result.rows < cfg.split_tokens // seq_len:
+            print(f"  all of {split}: it has less than --split_tokens={cfg.split_tokens}")
         seconds = time.monotonic() - start
-        metric = Metric(f"{split}_bpb", bpb, batches.tokens, baseline=None, seconds=seconds, stderr=None)
-        log_score(model, "bpb", metric)
+        metric = Metric(f"{split}_bpb", result.bpb, result.tokens, baseline=None, seconds=seconds, stderr=result.stderr)
+        log_score(model, "bpb", metric, rows=result.rows)
 
     for prompt, text in complete(model.params, model.model_cfg, model.tokenizer, eval_model.dtype):
         print(f"  {prompt}{text!r}")
@@ -81,17 +82,11 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
     return source
 
 
-class CountedBatches:
-    """Yields the batches of a loader. `tokens` is the number of targets in the batches so far."""
-
-    def __init__(self, batches: "Iterable[dict[str, np.ndarray]]", progress: "Progress"):
-        self.batches, self.progress, self.tokens = batches, progress, 0
-
-    def __iter__(self) -> "Iterator[dict[str, np.ndarray]]":
-        for batch in self.batches:
-            self.tokens += int((batch["targets"] >= 0).sum())
-            yield batch
-            self.progress.advance()
+def advancing(batches: "Iterable[dict[str, np.ndarray]]", progress: "Progress") -> "Iterator[dict[str, np.ndarray]]":
+    """Yields the batches, and counts them on a progress bar."""
+    for batch in batches:
+        yield batch
+        progress.advance()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i sft -a "GSM8K|HumanEval" -x 100
 
-Adds the scores to the log of the evaluated run, and writes the answers to $NANOCHAT_BASE_DIR/chat_eval.
+Adds the scores to the log of the evaluated run, and writes the answers to $NANOCHAT_BASE_DIR/chat_eval. The answers of
+a run with other settings, such as -x 100, go to a file of their own and do not replace the answers to all problems.
 """
 
 import json
@@ -14,6 +15,8 @@ from nanochat_jax import commandline, config, files
 
 if TYPE_CHECKING:
     from nanochat_jax.evals.chat import ChatScore
+    from nanochat_jax.evals.score import Metric
+    from nanochat_jax.tasks import Task
 
 
 def main(cfg: config.ChatEval) -> None:
@@ -39,7 +42,7 @@ def main(cfg: config.ChatEval) -> None:
     model = trained_model.load(cfg.source, run.name, step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     sampling = chat.Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens, cfg.num_samples, cfg.seed)
-    settings = {"num_samples": cfg.num_samples, "temperature": cfg.temperature}
+    print(describe_sampling(cfg))
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
     scores = []
     for task in loaded:
@@ -47,22 +50,64 @@ def main(cfg: config.ChatEval) -> None:
             eval_model, task, sampling, batch_size=cfg.batch_size, max_problems=cfg.max_problems, slots=cfg.slots
         )
         scores.append(score)
-        print(f"{score.task}: {score.score:.4f} ± {score.stderr:.4f} (n={score.n:,})", flush=True)
-        name = score.task if task.split == "test" else f"{score.task}-{task.split}"
-        write_answers(folder / f"{name}.jsonl", score.answers)
-        details = {"split": task.split, "truncated": score.truncated, "max_new_tokens": cfg.max_new_tokens}
-        log_score(model, "chat", score, **settings, **details)
+        print(", ".join([f"{score.task}: {score}", *score.notes]), flush=True)
+        write_answers(folder / f"{answers_name(cfg, task, score.n)}.jsonl", score.answers)
+        details = {"split": task.split, "truncated": score.truncated, "cut": score.cut}
+        log_score(model, "chat", score, **details, **settings_used(cfg, task.eval_type))
 
     # Log ChatCORE if all of its tasks were evaluated on their test splits.
     tested = [score for task, score in zip(loaded, scores, strict=True) if task.split == "test"]
     mean = chat.chat_core(tested)
+    total = None
     if mean:
-        n = sum(s.n for s in tested if s.task in chat.CHATCORE_TASKS)
-        seconds = sum(s.seconds for s in tested)
+        parts = [score for score in tested if score.task in chat.CHATCORE_TASKS]
+        n, seconds = sum(score.n for score in parts), sum(score.seconds for score in parts)
         total = Metric("ChatCORE", mean[0], n, baseline=0.0, seconds=seconds, stderr=mean[1])
-        log_score(model, "chat", total, split="test", **settings)
-    print_table(f"{model.name}, step {model.step}", scores, mean)
+        cut = sum(score.cut for score in parts)
+        log_score(model, "chat", total, split="test", cut=cut, **settings_used(cfg, "generative"))
+    print_table(f"{model.name}, step {model.step}", scores, total)
+    if not mean:
+        missing = [name for name in chat.CHATCORE_TASKS if name not in [score.task for score in tested]]
+        print(f"no ChatCORE: not evaluated on the test problems of {', '.join(missing)}")
     print(f"answers in {folder}")
+
+
+def describe_sampling(cfg: config.ChatEval) -> str:
+    """Says how answers are generated. Multiple-choice problems are scored without generating an answer."""
+    if cfg.temperature:
+        how = f"temperature {cfg.temperature:g}, top-k {cfg.top_k or 'off'}, seed {cfg.seed}"
+    else:
+        how = "greedy"
+    many = ""
+    if cfg.num_samples > 1:
+        many = f", {cfg.num_samples} per problem, solved if any is right (pass@{cfg.num_samples})"
+        many += "" if cfg.temperature else "; they are all equal, because -t is 0"
+    return f"answers: {how}, at most {cfg.max_new_tokens} tokens{many}"
+
+
+def settings_used(cfg: config.ChatEval, eval_type: str | None) -> dict[str, float]:
+    """Returns the settings that affect the answers to a task. They are logged with its score.
+
+    A choice among letters is greedy. A greedy answer does not depend on --top_k and --seed.
+    """
+    settings: dict[str, float] = {"num_samples": 1, "temperature": 0.0}
+    if eval_type == "generative":
+        settings |= {"num_samples": cfg.num_samples, "temperature": cfg.temperature}
+        settings |= {"max_new_tokens": cfg.max_new_tokens}
+        settings |= {"top_k": cfg.top_k, "seed": cfg.seed} if cfg.temperature else {}
+    return settings
+
+
+def answers_name(cfg: config.ChatEval, task: "Task", n: int) -> str:
+    """Returns the name of a task's file of answers, without .jsonl.
+
+    It is the task's name for answers to all `test` problems with the default settings. Every other setting that affects
+    the answers is part of the name. Examples: "GSM8K", "GSM8K-val-first20-temperature0.8".
+    """
+    usual = settings_used(config.ChatEval(temperature=cfg.temperature), task.eval_type) | {"temperature": 0.0}
+    changed = {k: v for k, v in settings_used(cfg, task.eval_type).items() if v != usual[k]}
+    parts = [task.name] + ([task.split] if task.split != "test" else []) + ([f"first{n}"] if n < len(task) else [])
+    return "-".join(parts + [f"{name}{value:g}" for name, value in changed.items()])
 
 
 def write_answers(path: Path, answers: list[dict]) -> None:
@@ -70,23 +115,25 @@ def write_answers(path: Path, answers: list[dict]) -> None:
     files.write_text(path, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
 
 
-def print_table(title: str, scores: list["ChatScore"], chat_core: tuple[float, float] | None) -> None:
-    """Prints one row per task. If `chat_core` is given, a last row shows ChatCORE and its standard error."""
+def print_table(title: str, scores: list["ChatScore"], chat_core: "Metric | None") -> None:
+    """Prints one row per task. If `chat_core` is given, a last row shows ChatCORE."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("task")
-    for name in ("score", "centered", "n", "truncated", "seconds"):
+    for name in ("score", "centered", "n", "truncated", "cut", "seconds"):
         table.add_column(name, justify="right")
     for s in scores:
         truncated = "" if s.truncated is None else f"{s.truncated:.0%}"
         table.add_row(
-            s.task, f"{s.score:.4f} ± {s.stderr:.4f}", f"{s.centered:+.4f}", f"{s.n:,}", truncated, f"{s.seconds:.1f}"
-        )
+            s.task, f"{s.score:.4f} ± {s.stderr:.4f}", f"{s.centered:+.4f}", f"{s.n:,}", truncated, f"{s.cut:,}",
+            f"{s.seconds:.1f}",
+        )  # fmt: skip
     if chat_core:
-        table.add_row("ChatCORE", "", f"{chat_core[0]:+.4f} ± {chat_core[1]:.4f}", "", "", "")
+        centered = f"{chat_core.score:+.4f} ± {chat_core.stderr:.4f}"
+        table.add_row("ChatCORE", "", centered, f"{chat_core.n:,}", "", "", f"{chat_core.seconds:.1f}")
     Console().print(table)
 
 

@@ -139,7 +139,27 @@ def test_the_reported_score_is_of_the_last_checkpoint_greedy_and_of_the_most_pro
     text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8").split("## Super")[0]
     assert row(text, "MMLU")[3] == "0.3000 ± 0.0100 (n=14,042)" and row(text, "GSM8K")[3].startswith("0.2000")
     assert row(text, "HumanEval")[3] == "0.6000 ± 0.0100 (n=164, step 30, temperature 0.8, best of 10)"
-    assert row(text, "bits per byte")[3] == "0.7000 (step 20)"
+    assert row(text, "bits per byte")[3] == "0.7000 ± 0.0100 (n=1,319, step 20)"
+
+
+def test_every_score_shows_its_error_and_what_was_cut(quick, tmp_path):
+    base = train_log("base")
+    run_log.append(base, "val", "base", 40, bpb=1.25, stderr=0.004, n=65_536, rows=256)
+    run_log.append(base, "core", "base", 40, core=0.05, stderr=0.008, n=11_000, cut=3)
+    score(base, "base", "boolq", 0.7, "core", centered=-0.2, n=100, baseline=0.75, cut=17, max_per_task=100)
+    score(train_log("sft"), "sft", "GSM8K", 0.5, truncated=0.25, cut=4)
+    rl = train_log("rl")
+    run_log.append(rl, "train", "rl", 41, loss=1.0, reward=0.5, stderr=0.06, n=16, rewarded=37, other_format=2, cut=1)
+    run_log.append(rl, "val", "rl", 41, **{"pass@1": 0.25, "pass@1_stderr": 0.02, "pass@2": 0.5}, n=400)
+    text = report.generate(output=tmp_path / "report.md").read_text(encoding="utf-8")
+    assert row(text, "bits per byte")[1] == "1.2500 ± 0.0040 (n=65,536 tokens, 256 rows)"
+    assert "- validation bits per byte: 1.250000 ± 0.004000 (n=65,536 tokens, 256 rows) at the end, " in text
+    assert row(text, "CORE")[1] == "0.0500 ± 0.0080 (n=11,000, in training)"
+    assert row(text, "boolq")[1:] == ["0.7000 ± 0.0100 (n=100)", "-0.2000 ± 0.0400", "17"]
+    assert row(text.split("## Super")[1], "GSM8K")[1:4] == ["0.5000 ± 0.0100 (n=1,319)", "25.0%", "4"]
+    assert "(moving average), last step 0.5000 ± 0.0600 (n=16)" in text
+    assert "- problems cut to the context: 1, in 1 steps\n- right answers in another format: 2, in 1 steps" in text
+    assert "pass@1 0.2500 ± 0.0200, pass@2 0.5000 (n=400)" in text  # the second as in logs of early versions
 
 
 def test_scores_on_validation_problems_are_not_reported(quick, tmp_path):

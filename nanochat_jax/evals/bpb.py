@@ -9,6 +9,7 @@ tokens have no bytes, and their losses are not counted.
 import functools
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,34 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.evals.batching import put_local
+from nanochat_jax.evals.batching import fetch, put_local
 from nanochat_jax.evals.model import EvalModel
+from nanochat_jax.evals.score import with_error
 from nanochat_jax.model import gpt
 from nanochat_jax.model.loss import num_chunks, token_losses
 
 
-def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) -> float:
+class BitsPerByte(NamedTuple):
+    """A model's bits per byte on a text.
+
+    Tokens of one row depend on each other, so the standard error is computed from rows. It is None with fewer than two
+    rows.
+    """
+
+    bpb: float  # inf if the targets have no bytes
+    stderr: float | None
+    tokens: int  # the number of targets
+    rows: int  # the number of rows whose targets have bytes
+
+    def __str__(self) -> str:
+        return with_error(self.bpb, self.stderr, f"n={self.tokens:,} tokens, {self.rows:,} rows", digits=6)
+
+
+def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) -> BitsPerByte:
     """Returns the bits per byte over all `batches`.
 
-    A batch holds the int32 arrays `inputs` and `targets` [b,t]. Negative targets are not counted. The result is inf if
-    the targets have no bytes. Each process passes its own rows, and gets the result for the rows of all processes.
+    A batch holds the int32 arrays `inputs` and `targets` [b,t]. Negative targets are not counted. Each process passes
+    its own rows, and gets the result for the rows of all processes.
     """
     token_bytes = np.asarray(model.tokenizer.token_bytes(), np.int32)  # jit replicates NumPy arrays over all devices
     sums = []
@@ -36,9 +54,37 @@ def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) ->
         if len(sums) > 2:  # queues at most two batches, enough to keep the device busy
             jax.block_until_ready(sums[-3])
     # The host adds up the batches in float64, because float32 cannot add millions of nats exactly.
-    nats = sum(float(n) for n, _ in sums)
-    size = sum(int(s) for _, s in sums)
-    return nats / (math.log(2) * size) if size else math.inf
+    nats = sum(float(s.nats) for s in sums)
+    size = sum(int(s.size) for s in sums)
+    tokens = sum(int(s.tokens) for s in sums)
+    if not size:
+        return BitsPerByte(math.inf, None, tokens, 0)
+    row_nats = np.concatenate([fetch(s.row_nats) for s in sums]).astype(np.float64)
+    row_sizes = np.concatenate([fetch(s.row_sizes) for s in sums]).astype(np.float64)
+    rows = int((row_sizes > 0).sum())
+    stderr = _ratio_stderr(row_nats, row_sizes, rows) / math.log(2) if rows > 1 else None
+    return BitsPerByte(nats / (math.log(2) * size), stderr, tokens, rows)
+
+
+def _ratio_stderr(nats: np.ndarray, sizes: np.ndarray, rows: int) -> float:
+    """Returns the standard error of sum(nats) / sum(sizes), for the `rows` rows that have bytes.
+
+    The numerator and the denominator both vary from row to row, so this is the standard error of a ratio estimator
+    (delta method; Cochran, Sampling Techniques, 1977, section 6.4).
+    """
+    ratio = nats.sum() / sizes.sum()
+    residuals = nats - ratio * sizes  # 0 for a row without bytes
+    return math.sqrt((residuals**2).sum() * rows / (rows - 1)) / sizes.sum()
+
+
+class _Sums(NamedTuple):
+    """Sums over the targets of a batch that have bytes, as arrays on the devices."""
+
+    nats: jax.Array  # float32: the total loss
+    size: jax.Array  # int32: the number of bytes
+    tokens: jax.Array  # int32: the number of all targets, including those without bytes
+    row_nats: jax.Array  # float32 [b]: the loss of each row
+    row_sizes: jax.Array  # int32 [b]: the number of bytes of each row
 
 
 @functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"))
@@ -49,15 +95,12 @@ def _sums(
     targets: jax.Array,
     token_bytes: jax.Array | np.ndarray,
     dtype: DTypeLike,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the total loss in nats and the number of bytes of one batch's targets.
-
-    `token_bytes` [v] is 0 for special tokens.
-    """
+) -> _Sums:
+    """Returns the sums of one batch. `token_bytes` [v] is 0 for special tokens."""
     x = gpt.hidden(params, model_cfg, inputs, dtype)
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     counted = jnp.where(size > 0, targets, -1)
     losses = token_losses(
         x, params["lm_head"][: model_cfg.vocab_size], counted, model_cfg.softcap, num_chunks(*inputs.shape)
     )
-    return losses.sum(), size.sum()
+    return _Sums(losses.sum(), size.sum(), (targets >= 0).sum(), losses.sum(axis=1), size.sum(axis=1))

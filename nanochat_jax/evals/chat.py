@@ -21,11 +21,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.conversation import problem_prompt
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request, Sample
 from nanochat_jax.evals.batching import fetch, fixed_rows, gather, num_rows, padded, put
-from nanochat_jax.evals.model import EvalModel
-from nanochat_jax.evals.score import Score, centered_mean
+from nanochat_jax.evals.model import NOT_FINITE, EvalModel
+from nanochat_jax.evals.score import Score, centered_mean, list_notes
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
 from nanochat_jax.progress import Progress
@@ -58,6 +59,19 @@ class ChatScore(Score):
     truncated: float | None  # the share of answers cut off by a length limit; None for multiple choice
     answers: list[dict] = field(repr=False)  # one per problem, for inspection
 
+    @property
+    def ties(self) -> int:
+        """The number of multiple-choice problems in which the most likely letter was tied with a later letter."""
+        return sum(answer.get("tied", False) for answer in self.answers)
+
+    @property
+    def notes(self) -> list[str]:
+        """What may have lowered the score: cut prompts, answers that reached the length limit, and ties."""
+        reasons = [reason for answer in self.answers for reason in answer.get("finish_reasons", [])]
+        return list_notes(self.cut, self.n, reasons.count("length"), len(reasons)) + (
+            [f"{self.ties:,} ties between letters went to the first"] if self.ties else []
+        )
+
 
 def evaluate(
     model: EvalModel,
@@ -82,11 +96,11 @@ def evaluate(
         truncated = None
     else:
         local = range(jax.process_index(), n, jax.process_count())  # the problems of this process
-        samples = _generate(model, task, local, sampling, slots)
-        answers = gather(_check_answers(model.tokenizer, task, local, samples))
+        samples, cut = _generate(model, task, local, sampling, slots)
+        answers = gather(_check_answers(model.tokenizer, task, local, samples, cut))
         truncated = float(np.mean([reason == "length" for a in answers for reason in a["finish_reasons"]]))
-    score = sum(answer["right"] for answer in answers) / n
-    return ChatScore(task.name, score, n, task.baseline, time.monotonic() - start, truncated, answers)
+    right, cut = (sum(answer[key] for answer in answers) for key in ("right", "cut"))
+    return ChatScore(task.name, right / n, n, task.baseline, time.monotonic() - start, cut, truncated, answers)
 
 
 def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
@@ -102,30 +116,34 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
 
 
 def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]:
-    """Returns, for each of the first `n` problems, the chosen letter and whether it is right."""
+    """Returns, for each of the first `n` problems, the chosen letter, whether it is right, and whether the prompt was
+    cut to fit in the context."""
     rows, answers = num_rows(model.params, batch_size), []
     with Progress(task.name, n) as progress:
         for first in range(0, n, WINDOW):
             problems = [task[i] for i in range(first, min(first + WINDOW, n))]
-            chosen = _choices(model, problems, rows)
-            for i, (problem, choice) in enumerate(zip(problems, chosen, strict=True), first):
+            prompts = [problem_prompt(model.tokenizer, p, model.model_cfg.sequence_len) for p in problems]
+            chosen = _choices(model, problems, [ids for ids, _ in prompts], rows)
+            for i, (problem, (_, cut), (choice, tied)) in enumerate(zip(problems, prompts, chosen, strict=True), first):
+                if choice < 0:
+                    raise UserError(f"{task.name}: {NOT_FINITE}")
                 letter = problem["letters"][choice]
-                answers.append({"problem": i, "answer": letter, "right": bool(task.evaluate(problem, letter))})
+                right = bool(task.evaluate(problem, letter))
+                answers.append({"problem": i, "answer": letter, "right": right, "cut": cut, "tied": bool(tied)})
             progress.advance(len(problems))
     return answers
 
 
-def _choices(model: EvalModel, problems: list[dict], rows: int) -> np.ndarray:
-    """Returns the index of the most likely letter in each problem's list of letters, as int [problems]."""
+def _choices(model: EvalModel, problems: list[dict], prompts: list[list[int]], rows: int) -> np.ndarray:
+    """Returns the results of `_choose_letter` for each problem, as int [problems, 2]."""
     tokenizer, context = model.tokenizer, model.model_cfg.sequence_len
-    prompts = [np.asarray(tokenizer.render_for_completion(p, max_tokens=context)) for p in problems]
     letters = [_letter_ids(tokenizer, tuple(p["letters"])) for p in problems]
     width = max(8, *map(len, letters))  # tasks with up to 8 letters share one compiled shape
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
-    results, choices = [], np.zeros(len(problems), int)
+    results, choices = [], np.zeros((len(problems), 2), int)
     for first in range(0, len(order), rows):
         batch = order[first : first + rows]
-        ids = padded([prompts[i] for i in batch], rows, context, fill=tokenizer.bos)
+        ids = padded([np.asarray(prompts[i]) for i in batch], rows, context, fill=tokenizer.bos)
         last = fixed_rows([len(prompts[i]) - 1 for i in batch], rows)
         options = fixed_rows([letters[i] + [-1] * (width - len(letters[i])) for i in batch], rows)
         arrays = (put(model.params, array) for array in (ids, last, options))
@@ -148,14 +166,20 @@ def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
 def _choose_letter(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns the index of the letter that is most likely to follow position `last` [b] of `ids` [b,t], as int [b].
+    """Chooses the letter that is most likely to follow position `last` [b] of `ids` [b,t].
 
     `letters` [b,c] holds each problem's letter tokens, padded with -1.
+
+    Returns int [b,2]. The first number is the index of the letter, or -1 if a logit is NaN. The second is 1 if another
+    letter is equally likely, else 0. Of equally likely letters, the first is chosen.
     """
     x = gpt.hidden(params, model_cfg, ids, dtype)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(gpt.head(params, model_cfg, x), jnp.maximum(letters, 0), axis=1)
-    return jnp.argmax(jnp.where(letters < 0, -jnp.inf, logits), axis=1)
+    logits = jnp.where(letters < 0, -jnp.inf, logits)
+    choice = jnp.where(jnp.isnan(logits).any(axis=1), -1, jnp.argmax(logits, axis=1))
+    tied = (logits == logits.max(axis=1, keepdims=True)).sum(axis=1) > 1
+    return jnp.stack([choice, tied], axis=1)
 
 
 # -----------------------------------------------------------------------------
@@ -164,31 +188,36 @@ def _choose_letter(
 
 def _generate(
     model: EvalModel, task: Task, problems: Sequence[int], sampling: Sampling, slots: int
-) -> list[list[Sample]]:
-    """Generates the samples of each problem, with one engine per device."""
+) -> tuple[list[list[Sample]], list[bool]]:
+    """Generates the samples of each problem, with one engine per device.
+
+    Returns (the samples of each problem, whether its prompt was cut to fit in the context).
+    """
     # Training may shard the parameters, so they are replicated here. Every process must take part in this, even if it
     # has no problems. So no process may return before this point.
     if mesh := sharding.mesh_of(model.params):
         params = jax.device_put(gpt.cast(model.params, model.dtype), sharding.replicated(mesh))
         model = replace(model, params=params)
+    prompts = [problem_prompt(model.tokenizer, task[i], model.model_cfg.sequence_len) for i in problems]
     requests = [
         Request(
-            model.tokenizer.render_for_completion(task[i], max_tokens=model.model_cfg.sequence_len),
+            ids,
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             n=sampling.num_samples,
             seed=sampling.seed + i,
         )
-        for i in problems
+        for i, (ids, _) in zip(problems, prompts, strict=True)
     ]
+    cut = [was_cut for _, was_cut in prompts]
     if not requests:
-        return []
+        return [], cut
     devices = _devices(model.params)[: len(requests)]
     slots = slots or _slots_that_fit(model)
     with Progress(task.name, len(requests) * sampling.num_samples) as progress:
         if len(devices) == 1:
-            return _run(model, devices[0], requests, slots, progress)
+            return _run(model, devices[0], requests, slots, progress), cut
         # Each device has its own engine and its own thread. The threads mostly wait for their devices. The requests are
         # assigned to the engines round-robin.
         share = len(devices)
@@ -198,7 +227,7 @@ def _generate(
                 for i, device in enumerate(devices)
             ]
         results = [part.result() for part in parts]
-    return [results[i % share][i // share] for i in range(len(requests))]
+    return [results[i % share][i // share] for i in range(len(requests))], cut
 
 
 def _run(
@@ -251,23 +280,23 @@ def _slots_that_fit(model: EvalModel) -> int:
 
 
 def _check_answers(
-    tokenizer: Tokenizer, task: Task, problems: Sequence[int], samples: list[list[Sample]]
+    tokenizer: Tokenizer, task: Task, problems: Sequence[int], samples: list[list[Sample]], cut: list[bool]
 ) -> list[dict]:
-    """Returns, for each problem, the answers as text and whether any of them is right.
+    """Returns, for each problem, the answers as text, whether any of them is right, and whether the prompt was cut.
 
     The checks run in threads, because the check of a generated program mostly waits for the program to end.
     """
 
-    def check(i: int, group: list[Sample]) -> dict:
+    def check(i: int, group: list[Sample], was_cut: bool) -> dict:
         problem = task[i]
         texts = [tokenizer.decode(sample.content) for sample in group]
         right = any(task.evaluate(problem, text) for text in texts)  # stops at the first right answer
         reasons = [s.finish_reason for s in group]
-        return {"problem": i, "answers": texts, "finish_reasons": reasons, "right": bool(right)}
+        return {"problem": i, "answers": texts, "finish_reasons": reasons, "right": bool(right), "cut": was_cut}
 
     answers = []
     with Progress(f"{task.name}, checking", len(samples)) as progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for answer in pool.map(check, problems, samples):
+        for answer in pool.map(check, problems, samples, cut):
             answers.append(answer)
             progress.advance()
     return answers

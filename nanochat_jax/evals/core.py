@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from nanochat_jax.config import GPTConfig
+from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine.slots import common_prefix_length
 from nanochat_jax.evals.batching import fetch, fixed_rows, num_rows, padded, put
 from nanochat_jax.evals.bundle import CoreTask, find_bundle, read_tasks
-from nanochat_jax.evals.model import EvalModel
-from nanochat_jax.evals.score import Score, centered_mean
+from nanochat_jax.evals.model import NOT_FINITE, EvalModel
+from nanochat_jax.evals.score import Score, centered_mean, with_error
 from nanochat_jax.model import gpt
 from nanochat_jax.progress import Progress
 from nanochat_jax.tokenizer import Tokenizer
@@ -44,9 +44,11 @@ LOGITS_AT_ONCE = 1 << 26  # at most this many logits are in memory at once: 256 
 
 @dataclass(frozen=True)
 class CoreScore(Score):
-    """Accuracy on one task."""
+    """Accuracy on one task. `cut` counts prompts, of which an item has one for each option."""
 
-    truncated: int  # the number of prompts whose beginning was cut off to fit in the context
+    prompts: int  # the number of prompts that were scored
+    shots: int  # the number of few-shot examples in each prompt
+    num_fewshot: int  # the number that the task asks for; fewer are used if there are too few other items
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class CoreResult:
     """The scores of all tasks. CORE is the mean of their centered scores."""
 
     tasks: list[CoreScore]
+    seconds: float
 
     @property
     def core(self) -> float:
@@ -67,6 +70,15 @@ class CoreResult:
     def n(self) -> int:
         """The number of items in all tasks together."""
         return sum(task.n for task in self.tasks)
+
+    @property
+    def cut(self) -> int:
+        """The number of prompts in all tasks together that were cut to fit in the context."""
+        return sum(task.cut for task in self.tasks)
+
+    def __str__(self) -> str:
+        cut = f", {self.cut:,} prompts cut to the context" if self.cut else ""
+        return f"CORE {with_error(self.core, self.stderr, f'n={self.n:,}')}, {len(self.tasks)} tasks{cut}"
 
 
 def evaluate(
@@ -82,12 +94,13 @@ def evaluate(
     `batch_size` is the number of prompts per batch on each device. At most `max_per_task` items of each task are used
     (-1: all). `report` is called after each task, with its score.
     """
+    start = time.monotonic()
     tasks, scores = read_tasks(bundle), []
     for i, task in enumerate(tasks, 1):
         label = f"CORE {i}/{len(tasks)} {task.label}"
         scores.append(evaluate_task(model, task, batch_size=batch_size, max_per_task=max_per_task, label=label))
         report(scores[-1])
-    return CoreResult(scores)
+    return CoreResult(scores, time.monotonic() - start)
 
 
 def evaluate_task(
@@ -100,21 +113,22 @@ def evaluate_task(
     if max_per_task > 0:
         items = items[:max_per_task]
     rows = num_rows(model.params, batch_size)
-    right = truncated = 0
+    right = cut = count = 0
     with Progress(label or task.label, len(items)) as progress:
         pending: list[_Window] = []
         for first in range(0, len(items), WINDOW):
             indices = range(first, min(first + WINDOW, len(items)))
             spans = _spans(model.tokenizer, task, items, indices, model.model_cfg.sequence_len)
-            truncated += sum(span.truncated for options in spans for span in options)
+            count += sum(map(len, spans))
+            cut += sum(span.cut for options in spans for span in options)
             pending.append(_Window(indices, spans, _dispatch(model, [s for options in spans for s in options], rows)))
             # The results of a window are read only after the next window is dispatched. So the devices score one window
             # while the host tokenizes the next.
             if len(pending) > 1:
                 right += _count_right(task, items, pending.pop(0), progress)
         right += _count_right(task, items, pending.pop(0), progress)
-    seconds = time.monotonic() - start
-    return CoreScore(task.label, right / len(items), len(items), task.baseline, seconds, truncated)
+    n, seconds = len(items), time.monotonic() - start
+    return CoreScore(task.label, right / n, n, task.baseline, seconds, cut, count, num_shots(task, n), task.num_fewshot)
 
 
 # -----------------------------------------------------------------------------
@@ -126,9 +140,7 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
 
     A language-modeling item has two prompts: one without the continuation, and one with it.
     """
-    # A small max_per_task may leave fewer than num_fewshot other items. Then all other items become examples.
-    shots = min(task.num_fewshot, len(items) - 1)
-    others = random.Random(1234 + index).sample(range(len(items) - 1), shots)
+    others = random.Random(1234 + index).sample(range(len(items) - 1), num_shots(task, len(items)))
     examples = "".join(_solved(task, items[i + (i >= index)]) + "\n\n" for i in others)
     item = items[index]
     if task.kind == "multiple_choice":
@@ -138,6 +150,14 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
     # The first prompt must not end in a space, since the space belongs to the first token of the continuation.
     question = f"{examples}{item['context'].strip()}{task.delimiter}"
     return [question.strip(), question + item["continuation"]]
+
+
+def num_shots(task: CoreTask, n: int) -> int:
+    """Returns the number of few-shot examples in each prompt, if `n` items are used.
+
+    A small max_per_task may leave fewer than num_fewshot other items. Then all other items become examples.
+    """
+    return min(task.num_fewshot, n - 1)
 
 
 def _solved(task: CoreTask, item: dict) -> str:
@@ -155,7 +175,7 @@ class Span:
 
     ids: np.ndarray
     start: int
-    truncated: bool
+    cut: bool  # whether tokens were removed to fit the prompt in the context
 
 
 def _spans(tokenizer: Tokenizer, task: CoreTask, items: Sequence[dict], indices: range, limit: int) -> list[list[Span]]:
@@ -235,11 +255,16 @@ def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
 
 
 def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progress: Progress) -> int:
-    """Waits for the scores of the window, and returns the number of right answers."""
+    """Waits for the scores of the window, and returns the number of right answers.
+
+    Raises UserError if a loss is not a number. `argmin` would take such a loss for the lowest.
+    """
     count = sum(map(len, window.spans))
     losses, rights = np.empty(count), np.empty(count, bool)
     for positions, loss, right in window.batches:
         losses[positions], rights[positions] = fetch(loss)[: len(positions)], fetch(right)[: len(positions)]
+    if not np.isfinite(losses).all():
+        raise UserError(f"{task.label}: {NOT_FINITE}")
     progress.advance(len(window.indices))
     if task.kind == "language_modeling":
         return int(rights.sum())

@@ -12,6 +12,8 @@ from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.trained_model import TrainedModel
 
+NOT_FINITE = "the model's losses are not finite: evaluate another checkpoint (--step), or try --compute_dtype=float32"
+
 
 @dataclass(frozen=True)
 class EvalModel:

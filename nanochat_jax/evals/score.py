@@ -1,6 +1,7 @@
 """Defines the result of an evaluation: a score, its standard error, and the score of random guessing.
 
 Used by training, scripts.base_eval, scripts.chat_eval and scripts.base_loss. The three scripts also log the score.
+`with_error` is the one format in which scores are printed.
 """
 
 import math
@@ -15,7 +16,8 @@ from nanochat_jax.trained_model import TrainedModel
 class Score:
     """The result on a task's `n` problems.
 
-    `score` is the share of right answers (0 to 1), and `baseline` is the score of random guessing.
+    `score` is the share of right answers (0 to 1), and `baseline` is the score of random guessing. `cut` is the number
+    of prompts that were longer than the context, and so lost their beginning.
     """
 
     task: str
@@ -23,6 +25,10 @@ class Score:
     n: int
     baseline: float
     seconds: float
+    cut: int
+
+    def __str__(self) -> str:
+        return with_error(self.score, self.stderr, f"n={self.n:,}")
 
     @property
     def stderr(self) -> float:
@@ -34,12 +40,17 @@ class Score:
         """The score rescaled so that 0 means guessing and 1 means perfect."""
         return (self.score - self.baseline) / (1 - self.baseline)
 
+    @property
+    def centered_stderr(self) -> float:
+        return self.stderr / (1 - self.baseline)
+
 
 @dataclass(frozen=True)
 class Metric:
     """A score that is not a share of right answers: a mean over tasks (CORE, ChatCORE) or bits per byte.
 
-    `n` counts problems, or tokens for bits per byte. For bits per byte, `stderr` and `baseline` are None.
+    `n` counts problems, or tokens for bits per byte. For bits per byte, `baseline` is None. `stderr` is None if it is
+    unknown, because there is only one row.
     """
 
     task: str
@@ -48,6 +59,9 @@ class Metric:
     baseline: float | None
     seconds: float
     stderr: float | None
+
+    def __str__(self) -> str:
+        return with_error(self.score, self.stderr, f"n={self.n:,}")
 
 
 def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details: object) -> None:
@@ -77,5 +91,28 @@ def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
     The standard error covers only the random choice of problems. The variation between training runs is larger: about
     0.01 in the CORE of a d20 model.
     """
-    variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
+    variance = sum(score.centered_stderr**2 for score in scores)
     return sum(score.centered for score in scores) / len(scores), math.sqrt(variance) / len(scores)
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean of independent values and the standard error of the mean, which is None for a single value."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def with_error(score: float, stderr: float | None, of: str = "", digits: int = 4) -> str:
+    """Formats a score with its standard error. `of` says what the score was measured on.
+
+    Example: with_error(0.45123, 0.0031, "n=1,319") -> "0.4512 ± 0.0031 (n=1,319)".
+    """
+    error = "" if stderr is None else f" ± {stderr:.{digits}f}"
+    return f"{score:.{digits}f}{error}" + (f" ({of})" if of else "")
+
+
+def list_notes(cut: int, prompts: int, at_limit: int, answers: int) -> list[str]:
+    """Says how many prompts were cut and how many answers reached the length limit. Says nothing about zero."""
+    notes = [f"{at_limit:,} of {answers:,} answers stopped at the limit"] if at_limit else []
+    return notes + ([f"{cut:,} of {prompts:,} prompts cut to the context"] if cut else [])

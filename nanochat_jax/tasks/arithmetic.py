@@ -103,6 +103,9 @@ class _Arithmetic(Task):
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return gsm8k.is_right(conversation, completion)
 
+    def reward(self, conversation: dict, completion: str) -> float:
+        return gsm8k.reward(conversation, completion)
+
 
 class Sums(_Arithmetic):
     """One-step problems. Half of them are plain, such as "What is 3 + 4?", and half tell a story.

@@ -1,14 +1,18 @@
 """GSM8K (Cobbe et al., 2021): grade-school word problems, solved step by step with the calculator.
 
 In the data, the steps of an answer contain <<expression=result>>. The expression becomes a calculator call, and the
-result becomes the call's output. An answer ends with "#### number". It is right only if this number is written exactly
-as in the reference answer. Commas are ignored, but 10.0 does not match 10.
+result becomes the call's output. An answer ends with "#### number".
+
+The score is strict: an answer is right only if this number is written exactly as in the reference answer. Commas are
+ignored, but 10.0 does not match 10. The reward of reinforcement learning is less strict: it also accepts the same
+number in another format, such as $10 or 10.0.
 
 GSM8K-Socratic is the subset `socratic` of the same data set. Local files are gsm8k/train.jsonl, gsm8k/test.jsonl,
 gsm8k/train_socratic.jsonl and gsm8k/test_socratic.jsonl.
 """
 
 import re
+from decimal import Decimal
 from pathlib import Path
 
 from nanochat_jax.tasks import task_data
@@ -18,6 +22,25 @@ REPO = "openai/gsm8k"
 
 _CALL = re.compile(r"<<([^>]+)>>")
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+
+# What may stand around a number without changing it: Markdown, LaTeX, currency signs, a unit and a final period.
+_FORMATTED = re.compile(
+    r"""
+    \s* [*_`$]* (?: \\boxed\{ )? (?: =[ ]? )?
+    (?P<sign> [-+\u2212]? \\?[$€£¥]? [-+\u2212]? )                           # \u2212 is the minus sign
+    (?P<digits> (?: [0-9]{1,3} (?: ,[0-9]{3} )+ | [0-9]+ ) (?: \.[0-9]+ )? | \.[0-9]+ )
+    [.]? [*_`$}]*
+    (?P<unit> [ ]? \\?[%€£¥°] | [ ]? [^\W\d_]+ (?: [ /][^\W\d_]+ ){0,3} )?  # at most four words
+    [*_`$}]* [.]? [*_`$}]* \s*
+    """,
+    re.VERBOSE,
+)
+# Words after a number that change its value, or that announce a second number.
+_NOT_UNITS = frozenset(
+    """k m b bn mn hundred hundreds thousand thousands million millions billion billions trillion trillions dozen dozens
+    half halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths cent cents and or to plus minus
+    times divided over point squared cubed x""".split()
+)
 
 
 def extract_answer(text: str) -> str | None:
@@ -31,10 +54,44 @@ def extract_answer(text: str) -> str | None:
 
 def is_right(conversation: dict, completion: str) -> bool:
     """Whether `completion` has the same number as the reference answer, the last message of `conversation`."""
+    return extract_answer(completion) == _reference(conversation)
+
+
+def _reference(conversation: dict) -> str:
     content = conversation["messages"][-1]["content"]
     reference = extract_answer(content if isinstance(content, str) else content[-1]["text"])
     assert reference is not None, f"no #### in the reference answer {content!r}"
-    return extract_answer(completion) == reference
+    return reference
+
+
+def extract_number(text: str) -> Decimal | None:
+    """Returns the number after "####" in any usual format. Returns None if the line holds anything else, such as a
+    second number, or if "####" does not occur exactly once.
+
+    Example: "#### $1,004", "#### **1004.00**" and "####1004 dollars." all give 1004. "#### 3 thousand" gives None.
+    """
+    if text.count("####") != 1:
+        return None
+    line = text.partition("####")[2].partition("\n")[0]
+    match = _FORMATTED.fullmatch(line)
+    if match is None:
+        return None
+    unit = (match["unit"] or "").casefold()
+    if _NOT_UNITS.intersection(re.split(r"[ /]", unit)) or any(map(str.isnumeric, unit)):  # numeric: as in 18½
+        return None
+    signs = match["sign"].strip("\\$€£¥")
+    if len(signs) > 1:  # two signs, such as -$-18
+        return None
+    minus = "-" if signs in ("-", "\u2212") else ""
+    return Decimal(minus + match["digits"].replace(",", ""))
+
+
+def reward(conversation: dict, completion: str) -> float:
+    """Returns 1.0 if `completion` is right, or if it has the right number in another format. Otherwise, returns 0.0."""
+    if is_right(conversation, completion):
+        return 1.0
+    number = extract_number(completion)
+    return float(number is not None and number == extract_number(f"#### {_reference(conversation)}"))
 
 
 class GSM8K(task_data.RowTask):
@@ -81,6 +138,9 @@ class GSM8K(task_data.RowTask):
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return is_right(conversation, completion)
+
+    def reward(self, conversation: dict, completion: str) -> float:
+        return reward(conversation, completion)
 
 
 class Socratic(GSM8K):

@@ -114,6 +114,9 @@ class SpellingBee(Task):
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return gsm8k.is_right(conversation, completion)
 
+    def reward(self, conversation: dict, completion: str) -> float:
+        return gsm8k.reward(conversation, completion)
+
 
 def _count_by_hand(word: str, letter: str) -> str:
     """Returns a text with one line per character of `word`, such as "1:t" or "2:r hit! count=1"."""

@@ -64,7 +64,10 @@ class Task:
         raise NotImplementedError(f"{self.name or type(self).__name__} is for training only")
 
     def reward(self, conversation: dict, completion: str) -> float:
-        """Returns 1.0 for a right answer, else 0.0."""
+        """Returns the reward in reinforcement learning: 1.0 for a right answer, else 0.0.
+
+        A subclass may reward more answers than `evaluate` accepts, such as a right number in another format.
+        """
         return float(self.evaluate(conversation, completion))
 
 

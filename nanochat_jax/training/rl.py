@@ -22,6 +22,7 @@ from nanochat_jax import config, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.evals.score import list_notes, mean_and_stderr, with_error
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.progress import Timer, clock, count_of
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
@@ -252,18 +253,28 @@ class RolloutLog:
 
         groups = split_groups(sampled, self.cfg.num_samples)
         reward = float(np.mean([r.reward for r in sampled]))
+        # The answers to one problem depend on each other, so the standard error is computed from problems.
+        _, stderr = mean_and_stderr([float(np.mean([r.reward for r in group])) for group in groups])
+        rewarded, other_format = (sum(x) for x in zip(*((r.reward > 0, r.other_format) for r in sampled), strict=True))
+        cut = sum(group[0].cut for group in groups)
         length = float(np.mean([len(r.sample.ids) for r in sampled]))
         zero_advantage = float(np.mean([all(r.advantage == 0 for r in group) for group in groups]))
-        truncated = float(np.mean([r.sample.finish_reason == "length" for r in sampled]))
+        at_limit = sum(r.sample.finish_reason == "length" for r in sampled)
         self.run.log(
             "train", step, loss=float(results.loss), grad_norm=float(results.grad_norm), lr_mult=lr_mult, dt=dt,
-            reward=reward, sequence_length=length, zero_advantage=zero_advantage, truncated=truncated,
+            reward=reward, stderr=stderr, n=len(groups), rewarded=rewarded, other_format=other_format, cut=cut,
+            sequence_length=length, zero_advantage=zero_advantage, truncated=at_limit / len(sampled),
             sampling_seconds=sampling_seconds,
         )  # fmt: skip
+        mean = with_error(reward, stderr, f"n={len(groups)} problems", digits=3)
+        among = f" ({other_format} of them in another format)" if other_format else ""
+        notes = list_notes(cut, len(groups), at_limit, len(sampled))
         print(
-            f"step {step}/{self.steps} ({100 * step / self.steps:.1f}%) | reward {reward:.3f} | "
+            f"step {step}/{self.steps} ({100 * step / self.steps:.1f}%) | reward {mean}, "
+            f"{rewarded} of {len(sampled)} answers right{among} | "
             f"{zero_advantage:.0%} of problems without advantage | length {length:.0f} | "
-            f"truncated {truncated:.1%} | lr x{lr_mult:.4f} | "
+            + "".join(f"{note} | " for note in notes)
+            + f"lr x{lr_mult:.4f} | "
             f"sampling {sampling_seconds:.1f} s, training {training_seconds:.1f} s | "
             f"total {self.run.totals['seconds'] / 60:.2f}m | eta {eta}",
             flush=True,
@@ -271,16 +282,32 @@ class RolloutLog:
 
 
 def evaluate(run: Run, cfg: config.Rl, engine: Engine, task: tasks.Mixture, step: int) -> None:
-    """Logs pass@k, the share of held-out problems with a right answer among the first k answers."""
+    """Logs pass@k, the probability that at least one of k answers to a held-out problem is right."""
     count = min(cfg.eval_examples, len(task))
     problems = [task[i] for i in range(count)]
     seeds = [derive_seed(cfg.seed, 1, i) for i in range(count)]
-    _, groups = answer(engine, run.tokenizer, problems, cfg, cfg.eval_samples, seeds)
-    right = np.array([
-        [task.evaluate(problem, run.tokenizer.decode(sample.content)) for sample in group]
+    prompts, groups = answer(engine, run.tokenizer, problems, cfg, cfg.eval_samples, seeds)
+    right = [
+        sum(task.evaluate(problem, run.tokenizer.decode(sample.content)) for sample in group)
         for problem, group in zip(problems, groups, strict=True)
-    ])  # fmt: skip
-    passed = {f"pass@{k}": float(right[:, :k].any(1).mean()) for k in range(1, cfg.eval_samples + 1)}
-    run.log("val", step, n=count, **passed)
-    shown = ", ".join(f"{k} {v:.3f}" for k, v in passed.items() if k in ("pass@1", "pass@4", "pass@8"))
-    print(f"step {step} | {'|'.join(cfg.mixture)}: {shown}", flush=True)
+    ]
+    answers = [sample for group in groups for sample in group]
+    at_limit, cut = sum(sample.finish_reason == "length" for sample in answers), sum(was_cut for _, was_cut in prompts)
+    passed, fields = {}, {}
+    for k in range(1, cfg.eval_samples + 1):
+        score, stderr = passed[k] = mean_and_stderr([pass_at_k(cfg.eval_samples, c, k) for c in right])
+        fields |= {f"pass@{k}": score, f"pass@{k}_stderr": stderr}
+    run.log("val", step, n=count, truncated=at_limit / len(answers), cut=cut, **fields)
+    shown = [f"pass@{k} {with_error(*passed[k], digits=3)}" for k in (1, 4, 8) if k in passed]
+    notes = list_notes(cut, count, at_limit, len(answers))
+    print(f"step {step} | {'|'.join(cfg.mixture)}: {', '.join([*shown, f'n={count:,} problems', *notes])}", flush=True)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Returns the probability that at least one of k answers is right, if they are drawn from `n` answers of which
+    `right` are right.
+
+    This is the unbiased estimator of Chen et al., 2021 (arXiv:2107.03374). The original nanochat looks only at the
+    first k answers, which has the same mean and a larger error.
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanochat_jax import config
+from nanochat_jax.conversation import problem_prompt
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request, Sample
 from nanochat_jax.tasks import Task
@@ -19,6 +20,8 @@ class Rollout:
     sample: Sample  # the answer; its mask is 1 for sampled tokens and 0 for the calculator's output
     reward: float
     advantage: float  # the reward minus the mean reward of all sampled answers to the problem
+    other_format: bool = False  # whether the answer is rewarded but not right, such as $18 instead of 18
+    cut: bool = False  # whether the problem was cut, so that the answer fits in the context
 
 
 def problems_of(step: int, size: int, count: int, seed: int) -> list[int]:
@@ -41,25 +44,29 @@ def sample_rollouts(
     seeds = [derive_seed(seed, i) for i in indices]
     prompts, groups = answer(engine, tokenizer, problems, cfg, cfg.num_samples, seeds)
     rollouts = []
-    for problem, prompt, group in zip(problems, prompts, groups, strict=True):
-        rewards = [task.reward(problem, tokenizer.decode(sample.content)) for sample in group]
+    for problem, (prompt, cut), group in zip(problems, prompts, groups, strict=True):
+        texts = [tokenizer.decode(sample.content) for sample in group]
+        rewards = [task.reward(problem, text) for text in texts]
         mean = sum(rewards) / len(rewards)
-        rollouts += [Rollout(prompt, s, r, r - mean) for s, r in zip(group, rewards, strict=True)]
+        for sample, text, reward in zip(group, texts, rewards, strict=True):
+            other_format = reward > 0 and not task.evaluate(problem, text)
+            rollouts.append(Rollout(prompt, sample, reward, reward - mean, other_format, cut))
     return rollouts
 
 
 def answer(
     engine: Engine, tokenizer: Tokenizer, problems: list[dict], cfg: config.Rl, n: int, seeds: list[int]
-) -> tuple[list[list[int]], list[list[Sample]]]:
+) -> tuple[list[tuple[list[int], bool]], list[list[Sample]]]:
     """Samples `n` answers to each problem, with one seed per problem.
 
-    Returns (the token ids of each prompt, the answers to each prompt).
+    Returns (the token ids of each prompt and whether it was cut, the answers to each prompt). A prompt is cut if it
+    leaves too little of the context for `cfg.max_new_tokens` tokens.
     """
     limit = engine.model_cfg.sequence_len - cfg.max_new_tokens
-    prompts = [tokenizer.render_for_completion(problem, max_tokens=limit) for problem in problems]
+    prompts = [problem_prompt(tokenizer, problem, limit) for problem in problems]
     requests = [
-        Request(ids=prompt, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, n=n, seed=seed)
-        for prompt, seed in zip(prompts, seeds, strict=True)
+        Request(ids=ids, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, n=n, seed=seed)
+        for (ids, _), seed in zip(prompts, seeds, strict=True)
     ]
     return prompts, engine.run(requests)
 

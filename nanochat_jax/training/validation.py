@@ -77,10 +77,10 @@ def validate(run: Run, stage: Stage, step: int) -> None:
     from nanochat_jax.evals.bpb import bits_per_byte
 
     batches = stage.validation()
-    bpb = bits_per_byte(run.eval_model, batches)
+    result = bits_per_byte(run.eval_model, batches)
     batches.close()
-    run.log("val", step, bpb=bpb)
-    print(f"step {step} | validation bits per byte {bpb:.6f}", flush=True)
+    run.log("val", step, bpb=result.bpb, stderr=result.stderr, n=result.tokens, rows=result.rows)
+    print(f"step {step} | validation bits per byte {result}", flush=True)
 
 
 def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
@@ -93,8 +93,8 @@ def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
         print(f"step {step} | CORE skipped: {error}")
         return
     result = core.evaluate(run.eval_model, bundle, max_per_task=cfg.core_metric_max_per_task)
-    run.log("core", step, core=result.core, stderr=result.stderr, n=result.n)
-    print(f"step {step} | CORE {result.core:.4f}", flush=True)
+    run.log("core", step, core=result.core, stderr=result.stderr, n=result.n, cut=result.cut)
+    print(f"step {step} | {result}", flush=True)
 
 
 def sample(run: Run, stage: Stage, step: int) -> None:
@@ -129,6 +129,6 @@ def task_metrics(run: Run, stage: Stage, step: int, loaded: list[tasks.Task], ma
         score = chat.evaluate(run.eval_model, task, max_problems=max_problems)
         run.log(
             "eval", step, task=score.task, suite="chat", split=task.split, score=score.score, stderr=score.stderr,
-            n=score.n,
+            n=score.n, truncated=score.truncated, cut=score.cut,
         )  # fmt: skip
-        print(f"step {step} | {score.task} {score.score:.4f} ± {score.stderr:.4f} (n={score.n})", flush=True)
+        print(f"step {step} | " + ", ".join([f"{score.task} {score}", *score.notes]), flush=True)

@@ -141,7 +141,36 @@ def test_max_problems_and_prompts_beyond_the_context(model, tokenizer):
 
     assert chat.evaluate(model, Begin(), Sampling(max_new_tokens=2), max_problems=3).n == 3
     assert chat.evaluate(model, Begin(), Sampling(max_new_tokens=2), max_problems=99).n == 12
-    assert chat.evaluate(model, Long(), Sampling(max_new_tokens=4), max_problems=2).truncated in (0, 0.5, 1)
+    short = chat.evaluate(model, Begin(), Sampling(max_new_tokens=2))
+    assert short.cut == 0 and not any("cut" in note for note in short.notes)
+    long = chat.evaluate(model, Long(), Sampling(max_new_tokens=4, temperature=1.0, num_samples=3), max_problems=2)
+    stopped = sum(reason == "length" for answer in long.answers for reason in answer["finish_reasons"])
+    assert long.cut == 2 and long.truncated == stopped / 6 and [answer["cut"] for answer in long.answers] == [True] * 2
+    notes = [f"{stopped} of 6 answers stopped at the limit"] * (stopped > 0) + ["2 of 2 prompts cut to the context"]
+    assert long.notes == notes
+
+    class LongQuiz(Quiz):
+        def example(self, index):
+            question = "which " * (500 if index < 4 else 1)
+            return multiple_choice.conversation(question, ["one", "two"], ["A", "B"], "A")
+
+    quiz = chat.evaluate(model, LongQuiz(), max_problems=10)
+    assert quiz.cut == 4 and "4 of 10 prompts cut to the context" in quiz.notes
+
+
+def test_ties_between_letters_are_counted(model):
+    """A model that was never trained finds every token equally likely. Then its score is the share of As."""
+    even = dataclasses.replace(model, params=model.params | {"lm_head": model.params["lm_head"] * 0})
+    quiz = chat.evaluate(even, Quiz())
+    assert quiz.ties == 30 and quiz.notes == ["30 ties between letters went to the first"]
+    assert {answer["answer"] for answer in quiz.answers} == {"A", "1"}
+    assert chat.evaluate(model, Quiz()).ties == 0
+
+
+def test_a_model_that_computes_nothing_has_no_score(model):
+    broken = dataclasses.replace(model, params=model.params | {"wte": model.params["wte"] * np.nan})
+    with pytest.raises(UserError, match=r"Quiz: the model's losses are not finite: .*--step"):
+        chat.evaluate(broken, Quiz())
 
 
 def test_a_task_for_training_is_refused(model, tokenizer):
@@ -166,7 +195,7 @@ def test_hidden_labels_are_refused_before_anything_is_evaluated(own_base_dir, mo
 
 def test_chatcore_needs_all_six_tasks():
     def score(task, value, baseline, n=100):
-        return chat.ChatScore(task, value, n, baseline, 1.0, None, [])
+        return chat.ChatScore(task, value, n, baseline, 1.0, 0, None, [])
 
     scores = [score(t, 0.4, 0.25 if i < 3 else 0.0) for i, t in enumerate(chat.CHATCORE_TASKS)]
     value, stderr = chat.chat_core(scores)
@@ -200,7 +229,55 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
     assert evaluated == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
     assert {r["suite"] for r in records} == {"chat"}
     answers = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
-    assert answers.keys() - tested.keys() == {"Sums-val.jsonl"} and answers.items() > tested.items()
+    limits = "max_new_tokens2.jsonl"
+    assert tested.keys() == {f"Sums-first3-{limits}", f"SpellingBee-first3-{limits}"}
+    assert answers.keys() - tested.keys() == {f"Sums-val-first3-{limits}"} and answers.items() > tested.items()
+
+
+def test_a_small_run_replaces_no_answers_of_the_whole(own_base_dir, model, tokenizer, monkeypatch, capsys):
+    """Every setting that changes the answers is in the name of their file, and in the key of their record."""
+    monkeypatch.setattr(tasks.arithmetic, "HELD_OUT_ROWS", 6)
+    save_model(own_base_dir, model.params, model.model_cfg, tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="Sums", device_type="cpu", slots=8)
+    folder, kept = own_base_dir / "chat_eval" / "sft_tiny_000007", {}
+    for changes, name in (
+        ({}, "Sums"),
+        ({"max_problems": 6}, "Sums"),  # all of them
+        ({"max_problems": 2}, "Sums-first2"),
+        ({"max_new_tokens": 3}, "Sums-max_new_tokens3"),
+        ({"temperature": 1.0, "num_samples": 2, "max_new_tokens": 3}, "Sums-num_samples2-temperature1-max_new_tokens3"),
+        ({"temperature": 1.0, "seed": 7, "top_k": 5}, "Sums-temperature1-top_k5-seed7"),
+    ):
+        chat_eval.main(dataclasses.replace(cfg, **changes))
+        files = {path.name: path.read_text() for path in folder.iterdir()}
+        assert files.items() >= kept.items() and files.keys() == kept.keys() | {f"{name}.jsonl"}
+        assert files[f"{name}.jsonl"].count("\n") == changes.get("max_problems", 6)
+        kept = files
+    records = [r for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"]
+    assert len(records) == 5 and records[-1].items() >= {"seed": 7, "top_k": 5, "temperature": 1.0, "n": 6}.items()
+
+
+def test_the_settings_and_what_is_missing_are_printed(own_base_dir, model, tokenizer, capsys):
+    # Two of the first five problems have more than 100 tokens.
+    save_model(own_base_dir, model.params, dataclasses.replace(model.model_cfg, sequence_len=100), tokenizer)
+    cfg = config.ChatEval(source="sft", task_name="TwoStep|Choice", max_problems=5, max_new_tokens=4, device_type="cpu")
+    chat_eval.main(cfg)
+    out = capsys.readouterr().out
+    assert "answers: greedy, at most 4 tokens\n" in out
+    missing = "ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval, SpellingBee"
+    assert f"no ChatCORE: not evaluated on the test problems of {missing}\n" in out
+    records = {r["task"]: r for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"}
+    cut, stopped = records["TwoStep"]["cut"], round(records["TwoStep"]["truncated"] * 5)
+    assert cut == 2 and f"{cut} of 5 prompts cut to the context" in out
+    assert f"{stopped} of 5 answers stopped at the limit" in out
+    chat_eval.main(dataclasses.replace(cfg, temperature=0.8, num_samples=3))
+    out = capsys.readouterr().out
+    settings = "temperature 0.8, top-k 50, seed 42, at most 4 tokens, 3 per problem, solved if any is right (pass@3)"
+    assert f"answers: {settings}\n" in out
+    chosen = [r for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r.get("task") == "Choice"]
+    assert [(r["temperature"], r["num_samples"]) for r in chosen] == [(0.0, 1)]  # a choice is not sampled
+    chat_eval.main(dataclasses.replace(cfg, num_samples=3))
+    assert "(pass@3); they are all equal, because -t is 0\n" in capsys.readouterr().out
 
 
 def test_a_sampled_chatcore_does_not_replace_the_greedy_one(own_base_dir, model, tokenizer, monkeypatch):
@@ -258,7 +335,8 @@ for params in (one, many):
     rng = np.random.default_rng(0)
     batch = {k: rng.integers(0, 300, (8, 16), dtype=np.int32) for k in ("inputs", "targets")}
     bits = bpb.bits_per_byte(model, [batch])
-    print(json.dumps([jax.device_count(), quiz.answers, begin.answers, round(bits, 4)]))
+    bits = [round(bits.bpb, 4), round(bits.stderr, 4), bits.tokens, bits.rows]
+    print(json.dumps([jax.device_count(), quiz.answers, begin.answers, bits]))
 """
 
 
@@ -278,7 +356,8 @@ sys.path += ["tests/support", "tests/evals"]
 import jax
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, sharding
-from nanochat_jax.evals import batching, chat
+from nanochat_jax.evals import batching, bpb, chat
+import numpy as np
 from nanochat_jax.evals.model import EvalModel
 from test_chat_eval import Begin, Quiz, WORDS
 from nanochat_jax.config import GPTConfig
@@ -301,8 +380,13 @@ model, sampling = EvalModel(params, model_cfg, tokenizer), chat.Sampling(max_new
 begin = chat.evaluate(model, Recorded(), sampling)
 one = chat.evaluate(model, Begin(), sampling, max_problems=1)
 quiz = chat.evaluate(model, Quiz(), batch_size=6)
+rng = np.random.default_rng(0)
+batch = {k: rng.integers(0, 300, (8, 16), dtype=np.int32) for k in ("inputs", "targets")}
+mine = slice(8 // count * process, 8 // count * (process + 1))
+bits = bpb.bits_per_byte(model, [{k: rows[mine] for k, rows in batch.items()}] * 2)
+bits = [round(bits.bpb, 4), round(bits.stderr, 4), bits.tokens, bits.rows]
 asked = batching.gather([len(set(asked))])
-print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answers]))
+print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answers, bits]))
 """
 
 

@@ -1,5 +1,6 @@
 """CORE: prompts equal to the specification's, scores equal to those of a plain loop, batched in any way."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -13,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from serving import save_model
 
+from nanochat_jax import config, run_log
 from nanochat_jax.config import GPTConfig, UserError, base_dir
 from nanochat_jax.evals import bundle as bundles
 from nanochat_jax.evals import core
 from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import Tokenizer
+from scripts import base_eval
 
 TEXT = "the cat sat on a mat and saw one dog run to the big red house by the sea in the sun"
 WORDS = TEXT.split()
@@ -145,7 +149,7 @@ def test_scores_equal_a_plain_loop_however_batched(tmp_path, model, tokenizer, k
     expected = plain_accuracy(model, tokenizer, task)
     for batch_size in (5, 64):
         score = core.evaluate_task(model, task, batch_size=batch_size)
-        assert score.score == pytest.approx(expected) and score.n == 23 and score.truncated == 0
+        assert score.score == pytest.approx(expected) and score.n == 23 and score.cut == 0
     assert score.stderr == pytest.approx((expected * (1 - expected) / 23) ** 0.5)
 
 
@@ -216,13 +220,64 @@ def test_a_continuation_the_tokenizer_merges_into_the_prompt(tokenizer):
 
 def test_long_prompts_lose_their_beginning_but_not_bos(model, tokenizer, tmp_path):
     span = core._fit(np.arange(100, 200), 95, 64)
-    assert span.truncated and len(span.ids) == 64 and span.ids[0] == 100 and span.ids[-1] == 199
+    assert span.cut and len(span.ids) == 64 and span.ids[0] == 100 and span.ids[-1] == 199
     assert span.ids[span.start] == 195
     assert core._fit(np.arange(100), 10, 64).start == 1  # even the scored part is too long
     items = [{"query": sentence(random.Random(i), 200), "choices": ["cat", "dog sat"], "gold": 0} for i in range(3)]
     [task] = core.read_tasks(make_bundle(tmp_path, {"one": ("multiple_choice", 0, items)}))
     score = core.evaluate_task(model, task)
-    assert score.truncated == 6 and score.n == 3
+    assert score.cut == score.prompts == 6 and score.n == 3
+
+
+def evaluated(own_base_dir, model, tokenizer, bundle, capsys, **changes):
+    """What base_eval prints, logs and writes: (lines, records by task, CSV tables by file name)."""
+    if not (own_base_dir / "sft_checkpoints").exists():
+        save_model(own_base_dir, model.params, model.model_cfg, tokenizer)
+    base_eval.main(config.BaseEval(source="sft", core_dir=str(bundle), device_type="cpu", **changes))
+    records = run_log.read(own_base_dir / "sft_checkpoints" / "tiny")
+    files = {}
+    for path in (own_base_dir / "base_eval").glob("*.csv"):
+        rows = [[cell.strip() for cell in line.split(",")] for line in path.read_text().splitlines()]
+        files[path.name] = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    return capsys.readouterr().out.splitlines(), {r["task"]: r for r in records if r["kind"] == "eval"}, files
+
+
+def test_base_eval_says_what_was_cut_and_how_sure_each_number_is(own_base_dir, tmp_path, model, tokenizer, capsys):
+    long = [{"query": sentence(random.Random(i), 200), "choices": ["cat", "dog sat"], "gold": i % 2} for i in range(8)]
+    tasks = {"long": ("multiple_choice", 0, long), "short": ("multiple_choice", 1, make_items("multiple_choice"))}
+    lines, records, files = evaluated(own_base_dir, model, tokenizer, make_bundle(tmp_path, tasks), capsys)
+    p = records["long"]["score"]
+    stderr = (p * (1 - p) / 8) ** 0.5
+    centered = f"centered {(p - 0.25) / 0.75:+.4f} ± {stderr / 0.75:.4f}"
+    [line] = [line for line in lines if line.startswith("long ")]
+    assert f" {p:.4f} ± {stderr:.4f} (n=8), {centered}, 16 of 16 prompts cut to the context, " in line
+    assert "cut" not in next(line for line in lines if line.startswith("short "))
+    assert any(line.startswith("CORE ") and line.endswith("(n=31), 2 tasks, 16 prompts cut to the context")
+               for line in lines)  # fmt: skip
+    assert [records[task]["cut"] for task in ("long", "short", "CORE")] == [16, 0, 16]
+    [table] = files.values()
+    assert table["long"].items() >= {"N": "8", "Cut": "16", "Stderr": f"{stderr:.6f}"}.items()
+    assert table["CORE"].items() >= {"N": "31", "Cut": "16", "Stderr": f"{records['CORE']['stderr']:.6f}"}.items()
+
+
+def test_a_part_of_core_replaces_nothing_of_the_whole(own_base_dir, tmp_path, model, tokenizer, capsys):
+    bundle = make_bundle(tmp_path, {"one": ("multiple_choice", 10, make_items("multiple_choice"))})
+    lines, _, whole = evaluated(own_base_dir, model, tokenizer, bundle, capsys)
+    assert "few-shot" not in "\n".join(lines)
+    lines, records, files = evaluated(own_base_dir, model, tokenizer, bundle, capsys, max_per_task=3)
+    assert files.keys() == {"sft_tiny_000007.csv", "sft_tiny_000007_max3.csv"} and files.items() > whole.items()
+    assert any("only 2 of 10 few-shot examples" in line for line in lines) and records["one"]["shots"] == 2
+    logged = [r["n"] for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r.get("task") == "CORE"]
+    assert logged == [23, 3]
+
+
+@pytest.mark.parametrize("kind", bundles.KINDS)
+def test_a_model_that_computes_nothing_has_no_score(tmp_path, model, tokenizer, kind):
+    """NaN would be the lowest loss for argmin: the first option, so about the score of guessing."""
+    broken = dataclasses.replace(model, params=model.params | {"wte": model.params["wte"] * np.nan})
+    [task] = core.read_tasks(make_bundle(tmp_path, {"one": (kind, 0, make_items(kind))}))
+    with pytest.raises(UserError, match=r"one: the model's losses are not finite: .*--step"):
+        core.evaluate_task(broken, task)
 
 
 def test_slices_of_the_head_change_nothing(model, monkeypatch):

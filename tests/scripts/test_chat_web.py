@@ -179,7 +179,7 @@ def test_signals_in_a_storm_of_output(tokenizer, own_base_dir, signals):
 
         def read():
             for line in server.process.stderr:
-                printed.append(line)  # noqa: PERF402 - extend would add the lines only at the end
+                printed.append(line)
 
         threads = [threading.Thread(target=target) for target in [read, ask, ask, *[send_junk] * 4]]
         for thread in threads:

@@ -53,6 +53,49 @@ def test_extracted_answers_equal_the_recorded_ones(golden_dir):
         assert extract_answer(case["text"]) == case["answer"]
 
 
+RIGHT = r"""$18 | 18 dollars | 18.00 | 18. | **18** | \boxed{18} | $\boxed{18}$ | \$18 | 18% | 18 percent | `18` | = 18
+    | **$18.00** | $18.00. | +18 | £18 | $018 | 18.0 eggs per day | 18.50 km/h"""
+WRONG = r"""17 | $17 | $18.5 | -18 | $-18 | - 18 | $18 and $2 | **18** or **19** | $18 - 2 | $18$19 | 1 8 | $18 thousand
+    | $18k | $18 million | $18 cents | $18½ | $18² | 1.8e1 | $18.0.0 | $18,00 | $1,8 | x = 18 | not 18 | $ | ten"""
+
+
+def gsm8k_problem(answer: str) -> dict:
+    return GSM8K.conversation({"question": "?", "answer": f"It is so.\n#### {answer}"})
+
+
+def test_the_reward_takes_a_right_number_in_another_format_and_the_score_does_not():
+    """No wrong number, no second number and no word that changes the number is rewarded."""
+    task = GSM8K.__new__(GSM8K)
+
+    def judged(answer: str, completion: str) -> tuple[bool, float]:
+        problem = gsm8k_problem(answer)
+        return task.evaluate(problem, completion), task.reward(problem, completion)
+
+    for text in map(str.strip, RIGHT.split("|")):
+        expected = "18.5" if "18.50" in text else "18"
+        assert judged(expected, f"so\n#### {text}")[1] == 1.0, text
+    for text in map(str.strip, WRONG.split("|")):
+        assert judged("18", f"so\n#### {text}") == (False, 0.0), text
+    assert judged("18", "#### $18") == judged("18", "#### 18.0") == judged("18", "####18") == (False, 1.0)
+    assert judged("18", "#### 18") == judged("18", "#### 18 dollars") == (True, 1.0)
+    for text in ("\u22121,234.5", "-$1234.50", "$-1,234.5"):
+        assert judged("-1,234.5", f"#### {text}") == (False, 1.0)
+        assert judged("1,234.5", f"#### {text}") == (False, 0.0)
+    assert judged("18", "#### $17\n#### $18") == judged("18", "It is $18") == (False, 0.0)
+
+
+@pytest.mark.parametrize("name", ["Sums", "TwoStep", "SpellingBee"])
+def test_every_task_with_a_number_rewards_it_in_another_format(name, tmp_path):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "words_alpha.txt").write_text("\n".join(f"word{i}" for i in range(200)))
+    mixture = tasks.mixture({name: 5}, "train", tmp_path)
+    for problem in mixture:
+        number = problem["messages"][1]["content"][-1]["text"].split("#### ")[1]
+        dollars = f"#### ${number}.00"
+        assert not mixture.evaluate(problem, dollars) and mixture.reward(problem, dollars) == 1
+        assert mixture.reward(problem, f"#### ${number}1") == 0
+
+
 def test_gsm8k_compares_the_text_after_the_mark():
     conversation = GSM8K.conversation({"question": "?", "answer": "It is <<2*5=10>>10, or <<3*4==12>>\n#### 1,010"})
     assert [part["text"] for part in conversation["messages"][1]["content"]] == [

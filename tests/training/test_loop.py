@@ -1,6 +1,7 @@
 """Training: the same run however a batch is split, wherever it runs, and whatever interrupts it."""
 
 import dataclasses
+import re
 import signal
 import subprocess
 import time
@@ -280,6 +281,8 @@ def test_mid_sft_and_rl_follow_each_other(world):
         assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
     evaluated = [r for r in records if r["kind"] == "val"]
     assert [r["step"] for r in evaluated] == [0, 2, 4] and all(0 <= r["pass@1"] <= r["pass@2"] <= 1 for r in evaluated)
+    assert all(r.keys() >= {"n", "pass@1_stderr", "pass@2_stderr", "truncated", "cut"} for r in evaluated)
+    assert re.search(r"step 4 \| sums: pass@1 [\d.]+ ± [\d.]+, n=3 problems", result.stdout)
     assert [r["dt"] is None for r in records if r["kind"] == "train"] == [True, False, False, False]
     assert "4 per step, 4 answers each, 2 to train on" in result.stdout
 

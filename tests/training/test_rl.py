@@ -1,6 +1,9 @@
 """How rollouts become rows: what is trained on, with which weights, and in which order problems come."""
 
+import dataclasses
+import itertools
 import math
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from nanochat_jax.config import Rl, UserError
 from nanochat_jax.engine.request import Sample
 from nanochat_jax.training import rl, rollouts
+from nanochat_jax.training.step import StepMetrics
 
 PAD = 99
 
@@ -34,9 +38,12 @@ def test_advantages_are_rewards_minus_the_mean_of_the_group():
         def reward(self, problem, text):
             return float(text.startswith(str(problem)))
 
+        def evaluate(self, problem, text):
+            return text.startswith("7")
+
     class Tokenizer:
         def render_for_completion(self, problem, max_tokens):
-            return [problem]
+            return [problem] * min(max_tokens, 100 if problem == 3 else 1)
 
         def decode(self, ids):
             return " ".join(map(str, ids))
@@ -54,6 +61,8 @@ def test_advantages_are_rewards_minus_the_mean_of_the_group():
     group = rollouts.sample_rollouts(Engine(), Tokenizer(), Task(), [7, 5, 3], cfg, seed=0)
     assert [r.reward for r in group] == [1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert [r.advantage for r in group] == [0.25] * 3 + [-0.75] + [-0.25] * 3 + [0.75] + [0.0] * 4
+    assert [r.other_format for r in group] == [False] * 7 + [True] + [False] * 4  # rewarded, but not right
+    assert [r.cut for r in group] == [False] * 8 + [True] * 4 and len(group[-1].prompt) == 64 - 8
 
 
 def group(first, *rewards):
@@ -102,3 +111,31 @@ def test_numbers_that_no_run_can_have_are_refused_by_their_flag(changes):
 def test_answers_are_split_into_micro_batches():
     shape = rl.shape_for_answers(Rl(examples_per_step=4, num_samples=4, device_batch_size=2), 4, 2, 64)
     assert (shape.grad_accum_steps, shape.rows, shape.replicas, shape.padding) == (4, 2, 2, 0)
+
+
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one():
+    for n in range(1, 7):
+        for right in range(n + 1):
+            answers = [True] * right + [False] * (n - right)
+            for k in range(1, n + 1):
+                drawn = [any(chosen) for chosen in itertools.combinations(answers, k)]
+                assert rl.pass_at_k(n, right, k) == pytest.approx(np.mean(drawn))
+
+
+def test_the_log_says_how_sure_the_reward_is_and_what_was_done_for_it(capsys):
+    """The answers to one problem are no independent measurements: n counts problems."""
+    logged = {}
+    fake = types.SimpleNamespace(step=0, totals={"seconds": 0.0}, log=lambda kind, step, **f: logged.update(f))
+    log = rl.RolloutLog(fake, Rl(num_samples=4), 10)
+    rewards = [(1, 1, 1, 0), (0, 0, 0, 0), (1, 0, 0, 0)]
+    sampled = [r for i, group_rewards in enumerate(rewards) for r in group(i, *group_rewards)]
+    sampled[1] = dataclasses.replace(sampled[1], other_format=True)
+    sampled[4:8] = [dataclasses.replace(r, cut=True) for r in sampled[4:8]]
+    sampled[0] = dataclasses.replace(sampled[0], sample=dataclasses.replace(sampled[0].sample, finish_reason="length"))
+    log.push(1, sampled, StepMetrics(np.float32(0), np.float32(1), np.int32(1)), 0.5, 1.0)
+    stderr = np.std([0.75, 0, 0.25], ddof=1) / 3**0.5
+    assert logged["reward"] == pytest.approx(1 / 3) and logged["stderr"] == pytest.approx(stderr) and logged["n"] == 3
+    assert (logged["rewarded"], logged["other_format"], logged["cut"], logged["truncated"]) == (4, 1, 1, 1 / 12)
+    out = capsys.readouterr().out
+    assert f"reward 0.333 ± {stderr:.3f} (n=3 problems), 4 of 12 answers right (1 of them in another format) |" in out
+    assert "| 1 of 12 answers stopped at the limit | 1 of 3 prompts cut to the context |" in out

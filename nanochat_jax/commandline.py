@@ -48,12 +48,12 @@ SHORT = {
 }  # fmt: skip
 
 # Other names of our settings, as flags and in presets: {a name in the original nanochat: our name}.
-SYNONYMS = {"dtype": "compute_dtype", "max_tokens": "max_new_tokens"}
+SYNONYMS = {"dtype": "compute_dtype", "max_tokens": "max_new_tokens", "resume_from_step": "resume"}
 # Flags of the original nanochat that are refused, and our flags for the same purpose.
 INSTEAD = {
     "eval_steps": ("eval_examples", "eval_tokens"), "step": ("source_step",), "warmup_steps": ("warmup_ratio",),
     "chatcore_every": ("eval_metrics_every",), "chatcore_max_cat": ("eval_metrics_max_problems",),
-    "chatcore_max_sample": ("eval_metrics_max_problems",), "resume_from_step": ("resume",),
+    "chatcore_max_sample": ("eval_metrics_max_problems",), "eval_tokens": ("eval_examples",),
 }  # fmt: skip
 # Flags of the original nanochat that have no counterpart here, and why.
 ABSENT = {
@@ -253,7 +253,7 @@ def _parser(cls: type[config.Settings]) -> _Parser:
             continue
         if kind is bool:  # a flag without a value means true
             options |= {"nargs": "?", "const": True}
-        flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+        flags = [f"--{field.name}"]
         if field.name in SHORT and not (field.name == "num_samples" and cls is config.Rl):
             flags.insert(0, f"-{SHORT[field.name]}")
         flags += [f"--{synonym}" for synonym, ours in SYNONYMS.items() if ours == field.name]

@@ -64,7 +64,6 @@ def setting(
     special: float | None = None,
     choices: Sequence[str] = (),
     positional: bool = False,
-    aliases: Sequence[str] = (),
 ) -> Any:
     """Returns a dataclass field with a help text.
 
@@ -73,12 +72,12 @@ def setting(
     is not the default.
 
     If `auto` is true, an integer setting also accepts the word `auto`, and stores it as 0. If `positional` is true, the
-    setting is a positional argument of the command line instead of a flag. `aliases` are further names of the flag.
+    setting is a positional argument of the command line instead of a flag.
     """
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
     metadata = {
         "help": help, "auto": auto, "low": low, "high": high, "special": special, "choices": choices,
-        "positional": positional, "aliases": aliases,
+        "positional": positional,
     }  # fmt: skip
     return dataclasses.field(**factory, metadata=metadata)
 

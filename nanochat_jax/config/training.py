@@ -94,9 +94,8 @@ class Train(Settings):
         "", "name of the run and its folder (default: the preset's, else d<depth> for base, else the parent's)"
     )
     resume: str = setting(
-        "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N",
-        aliases=("resume_from_step",),
-    )  # fmt: skip
+        "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N"
+    )
     dry_run: bool = setting(False, "print what the run would do and end; trains nothing and writes no run")
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)

@@ -11,7 +11,7 @@ from nanochat_jax.tasks import task_data
 from nanochat_jax.tasks.smoltalk import check_messages
 
 
-class CustomJSON(task_data.RowTask):  # it has no suggestions: your conversations may be private
+class CustomJSON(task_data.RowTask):
     name = "CustomJSON"
 
     def __init__(self, path: str | Path):

@@ -67,7 +67,7 @@ def setting(
 ) -> Any:
     """Returns a dataclass field with a help text.
 
-    A number must be at least `low` and at most `high`. If `choices` is not empty, a string must be one of them. The
+    A number must be at least `low` and at most `high`. If `choices` is not empty, a string value must be one of the choices. The
     default is always accepted, because it may be a special value such as -1 or "". `special` names such a value if it
     is not the default.
 

@@ -39,8 +39,8 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
     """Returns (shuffled training documents, validation documents, versions).
 
-    `versions` maps each package to its version, or to None if the package is not installed. The standard library is
-    always included, under the name "python".
+    `versions` maps each package to its version, or to None if the package is not installed. The corpus
+    always includes the standard library, whose version is that of "python".
     """
     files = _module_files(Path(sysconfig.get_paths()["stdlib"]), "")
     versions: dict[str, str | None] = {"python": platform.python_version()}

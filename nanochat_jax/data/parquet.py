@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq  # slow to load, so only the functions that need it import it
 
 ROW_GROUP = 1024  # the number of documents in a row group; a row group is always read as a whole
-SHARD_CHARS = 250_000_000  # the approximate number of characters in a shard, about 100 MB when compressed
+SHARD_CHARS = 250_000_000  # the approximate number of characters in a shard, which compresses to about 100 MB
 MAX_CHARS = 1_000_000  # longer documents are split, since tokenizing and packing handle a whole document at once
 HOW_TO_FIX = "if it was downloaded, python -m nanochat_jax.dataset --verify downloads it again"
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")

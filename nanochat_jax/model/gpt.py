@@ -5,8 +5,8 @@ head. It has no biases. The logits are soft-capped at 15. The modules are writte
 nested dict of parameter arrays, and pure functions of this dict. `jax.jit`, `jax.grad` and optax work on the dict
 directly.
 
-Axis letters in all files: b batch, t query time, s key time, d model, h query head, n kv head, k head dim, f ffn,
-v vocab, l layer. Each weight of a block, such as wq, is stacked over all layers into one array [l, in, out]. So the
+Axis letters in all files: b = batch, t = query time, s = key time, d = model, h = query head, n = kv head,
+k = head dim, f = ffn, v = vocab, l = layer. Each weight of a block, such as wq, is stacked over all layers into one array [l, in, out]. So the
 optimizer can orthogonalise all layers as one batch, and the model has only eight parameter arrays. Example shapes are
 for a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
 

@@ -193,12 +193,12 @@ class Layout:
                 f"never split: try model={math.gcd(heads, kv_heads, size)}"
             )
 
-    def shard_specs(self, tree: PyTree, along: tuple[str, ...] = ("data", "model")) -> PyTree:
-        """Returns the specs that shard parameters, gradients or optimizer state over the mesh axes `along`.
+    def shard_specs(self, tree: PyTree, axes: tuple[str, ...] = ("data", "model")) -> PyTree:
+        """Returns the specs that shard parameters, gradients or optimizer state over the mesh axes `axes`.
 
         Example: the spec of wq [20, 1280, 1280] on the mesh node=1,data=8,model=1 is P(None, "data", "model").
         """
-        return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, along), tree)
+        return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, axes), tree)
 
     def compute_specs(self, tree: PyTree) -> PyTree:
         """Returns the specs of the weights during forward and backward passes. They are sharded only over model."""

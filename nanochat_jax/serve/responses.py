@@ -43,7 +43,7 @@ class AnswerResponse(Response):
                 task.cancel()
             await asyncio.gather(sending, disconnect, return_exceptions=True)
         if finished and not disconnected:
-            sending.result()  # raises the exception if sending failed
+            sending.result()  # if sending failed, raises its exception here
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         if isinstance(self._content, AsyncGenerator):

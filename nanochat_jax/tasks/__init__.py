@@ -136,8 +136,9 @@ def mixture(
 def suggestions(names: Iterable[str]) -> list[str]:
     """Returns questions that a model trained on the tasks `names` has learned to answer.
 
-    Each task gives its first question, then each gives its second question, and so on. A task that this version does
-    not know gives none, because an old checkpoint must still load.
+    Each task gives its first question, then each gives its second question, and so on. CustomJSON has
+    none, because your conversations may be private. A task that this version does not know gives none, because every
+    checkpoint must load.
     """
     classes = [TASKS[key] for name in names if (key := name.partition(":")[0].strip().lower()) in TASKS]
     rounds = itertools.zip_longest(*(cls.suggestions for cls in classes))

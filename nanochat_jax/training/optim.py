@@ -69,8 +69,9 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # The sharding must move to the array axis l. If both other axes are sharded, XLA all-gathers the whole
-                # array to do this. So the array is first resharded over the mesh axis `data` alone.
+                # Each device needs whole matrices, so the array will be sharded over the layers instead of `in` or `out`.
+                # If `in` and `out` are both sharded, XLA all-gathers the whole array to do this. So the array is first
+                # resharded over the mesh axis `data` alone.
                 specs = layout.shard_specs(nesterov, ("data",))
                 nesterov = layout.constrain(nesterov, specs)
                 # `_by_shape` can concatenate matrices only if all are sharded along `in`. So matrices that are sharded

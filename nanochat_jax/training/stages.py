@@ -165,7 +165,7 @@ def check_held_out(cfg: config.Mid | config.Sft) -> None:
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
-    """Records in the run's checkpoints which text it trains on.
+    """Records which text the run trains on. The record is saved in the run's checkpoints.
 
     Returns `source` without the files that were added after the run began. Otherwise, these files would change the
     order of files in later epochs. Raises UserError if the run resumes from a checkpoint that was trained on another
@@ -189,7 +189,7 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
 
 
 def pin_tasks(run: Run, task: tasks.Mixture) -> None:
-    """Records in the run's checkpoints which conversations it trains on.
+    """Records which conversations the run trains on. The record is saved in the run's checkpoints.
 
     The record contains the name and size of each task, and a hash of some conversations. The tasks are recorded in the
     order of the mixture, because the shuffle depends on this order. Raises UserError if the run resumes from a

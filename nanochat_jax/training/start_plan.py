@@ -3,9 +3,9 @@
 The first of these four cases that applies decides how a run starts:
 
 1. If the run is finished, only a message is printed.
-2. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if the data
-   (`stages.pin_text`, `stages.pin_tasks`), the parent's weights or a setting outside `FREE` has changed. Resuming is
-   allowed if the parent no longer exists.
+2. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if one of these has
+   changed: the data (see `stages.pin_text` and `stages.pin_tasks`), the parent's weights, or a setting outside `FREE`.
+   Resuming is allowed if the parent no longer exists.
 3. A new mid, sft or rl run starts from the weights of its parent, a run that is usually of the stage before.
 4. A new base run starts from random weights.
 """

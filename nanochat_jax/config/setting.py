@@ -67,9 +67,9 @@ def setting(
 ) -> Any:
     """Returns a dataclass field with a help text.
 
-    A number must be at least `low` and at most `high`. If `choices` is not empty, a string value must be one of the choices. The
-    default is always accepted, because it may be a special value such as -1 or "". `special` names such a value if it
-    is not the default.
+    A number must be at least `low` and at most `high`. If `choices` is not empty, a string value must be one of the
+    choices. The default is always accepted, because it may be a special value such as -1 or "". `special` names such a
+    value if it is not the default.
 
     If `auto` is true, an integer setting also accepts the word `auto`, and stores it as 0. If `positional` is true, the
     setting is a positional argument of the command line instead of a flag.

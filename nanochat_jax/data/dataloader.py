@@ -25,8 +25,8 @@ from nanochat_jax.tokenizer import NO_LIMIT, Tokenizer
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-# The maximum number of characters in one call to the tokenizer. The limit keeps the saved state small, because the state
-# contains the documents that have been tokenized but not yet packed.
+# The maximum number of characters in one call to the tokenizer. The limit keeps the saved state small, because the
+# state contains the documents that have been tokenized but not yet packed.
 CHARS_AT_ONCE = 2_000_000
 TOKENIZE_AT_ONCE = 128  # the maximum number of documents in one call to the tokenizer
 RENDER_AT_ONCE = 16  # the maximum number of conversations in one call to `Conversations.read`

@@ -18,11 +18,7 @@ from nanochat_jax.tasks import messages, task_data
 from nanochat_jax.tasks.task import Task
 
 
-<<<<<<< HEAD
-class CustomJSON(Task):  # it has no suggestions: your conversations may be private
-=======
-class CustomJSON(task_data.RowTask):
->>>>>>> wp-f
+class CustomJSON(Task):
     name = "CustomJSON"
     has_val = True  # each file is for one purpose, so there is no test split to use instead
 

@@ -69,7 +69,7 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # Each device needs whole matrices, so the array will be sharded over the layers instead of `in` or `out`.
+                # Each device needs whole matrices, so the array will be sharded along the layers, not `in` or `out`.
                 # If `in` and `out` are both sharded, XLA all-gathers the whole array to do this. So the array is first
                 # resharded over the mesh axis `data` alone.
                 specs = layout.shard_specs(nesterov, ("data",))

@@ -15,6 +15,7 @@ from typing import BinaryIO
 from nanochat_jax.config import UserError
 
 LOCK = "lock"  # the name of a folder's lock file
+TRIES = 1000  # attempts to lock a folder that other processes create and remove
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # the file system has no locks
 
 
@@ -81,7 +82,7 @@ def exclusive(folder: Path, refusal: str) -> Generator[None]:
     Raises UserError(refusal) if another process holds the lock, and UserError if the folder cannot be written to.
     """
     try:
-        lock, created = _take(folder, refusal)
+        lock, unused = _take(folder, refusal)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -90,23 +91,27 @@ def exclusive(folder: Path, refusal: str) -> Generator[None]:
         try:
             yield
         finally:
-            _remove_unused(lock, created)
+            _remove_unused(lock, unused)
 
 
 def _take(folder: Path, refusal: str) -> tuple[BinaryIO, list[Path]]:
-    """Returns the locked lock file, and the folders that were created for it, innermost first."""
-    path = folder / LOCK
-    while True:
-        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+    """Returns the locked lock file, and the folders to remove if it stays the only file in them, innermost first.
+
+    Without locks, no folder is to be removed, because another process may use it.
+    """
+    path, problem = folder / LOCK, None
+    for _ in range(TRIES):
+        created = [parent for parent in folder.parents if not parent.exists()]
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock = open(path, "ab")  # noqa: SIM115  # the caller closes it
-        except FileNotFoundError:  # another process has just removed the folder, since nothing was in it
+        except (FileNotFoundError, FileExistsError) as error:  # another process may just have removed the folder
+            problem = error
             continue
         try:
-            _lock(lock, folder)
+            locked = _lock(lock, folder)
             if _is_at(lock, path):
-                return lock, created
+                return lock, [folder, *created] if locked else []
         except BlockingIOError:
             lock.close()
             raise UserError(refusal) from None
@@ -114,14 +119,19 @@ def _take(folder: Path, refusal: str) -> tuple[BinaryIO, list[Path]]:
             lock.close()
             raise
         lock.close()  # another process has removed this lock file: lock the new one
+    raise problem or BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def _lock(lock: BinaryIO, folder: Path) -> None:
-    """Locks an open file. Raises BlockingIOError if another process has locked it."""
+def _lock(lock: BinaryIO, folder: Path) -> bool:
+    """Locks an open file. Returns False, and says so, if there are no locks here.
+
+    Raises BlockingIOError if another process has locked the file.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
-        return _warn_once(f"this system has no file locks: start only one process that writes to {folder}")
+        _warn_once(f"this system has no file locks: start only one process that writes to {folder}")
+        return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -129,15 +139,17 @@ def _lock(lock: BinaryIO, folder: Path) -> None:
             raise
         reason = os.strerror(error.errno or 0)
         _warn_once(f"{folder} cannot be locked ({reason}): start only one process that writes to it")
+        return False
+    return True
 
 
-def _remove_unused(lock: BinaryIO, created: list[Path]) -> None:
-    """Removes the lock's folder if the lock file is all that it holds, and then its empty parents in `created`."""
+def _remove_unused(lock: BinaryIO, folders: list[Path]) -> None:
+    """Removes `folders`, innermost first, if the lock file is all that they hold."""
     path = Path(lock.name)
     with contextlib.suppress(OSError):
-        if _is_at(lock, path) and os.listdir(path.parent) == [LOCK]:
+        if folders and _is_at(lock, path) and os.listdir(path.parent) == [LOCK]:
             path.unlink()
-            for folder in (path.parent, *created[1:]):
+            for folder in folders:
                 folder.rmdir()  # fails if another process has put something here since
 
 

@@ -141,8 +141,8 @@ while taken < 100:
             inside.touch(exist_ok=False)
             inside.unlink()
             taken += 1
-    except UserError:
-        pass
+    except UserError as error:
+        assert str(error) == "taken", error
 """
 
 

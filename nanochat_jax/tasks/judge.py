@@ -188,7 +188,7 @@ class Program:
             raise ProgramError("ValueError: the program sent a message of its own")
         if key in message:
             return message[key]
-        name, text = str(message["error"]), str(message.get("text"))
+        name, text = str(message["error"])[:MAX_ERROR], str(message.get("text"))[:MAX_ERROR]
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
             raise kind(text)
@@ -246,7 +246,8 @@ def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoR
         # The tests are read after the fork, so that they are not in the memory of the program's process.
         tests = sys.stdin.buffer.read().decode()
         set_limits({name: limits[name] for name in ("RLIMIT_AS", "RLIMIT_CPU") if name in limits})
-        verdict["unlimited"] = program.answer("unlimited")  # comes after the program's last line
+        refused = program.answer("unlimited")  # comes after the program's last line
+        verdict["unlimited"] = [name for name in limits if name in refused]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return program.call(function, *args, **kwargs)

@@ -179,6 +179,12 @@ for value in (["eval", "1"], ["object", "x", "y", 3], ["list"] * 3, ["dict", 1],
 def square(numbers):
     return None
 """,
+    "sends what would upset the reader of the report": """
+import sys
+send = sys._getframe(1).f_locals["send"]
+send({"unlimited": 5})
+send({"error": ["x"], "text": "\\ud800" * 10 ** 6})
+""",
     "changes the arguments": """
 def square(numbers):
     numbers[:] = [4, 9]

@@ -23,7 +23,7 @@ from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.parallel import devices, sharding
-from nanochat_jax.progress import Timer, clock, count_of
+from nanochat_jax.progress import Timer, clock, count_of, say
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import BatchShape
@@ -260,13 +260,12 @@ class RolloutLog:
             reward=reward, sequence_length=length, zero_advantage=zero_advantage, truncated=truncated,
             sampling_seconds=sampling_seconds,
         )  # fmt: skip
-        print(
+        say(
             f"step {step}/{self.steps} ({100 * step / self.steps:.1f}%) | reward {reward:.3f} | "
             f"{zero_advantage:.0%} of problems without advantage | length {length:.0f} | "
             f"truncated {truncated:.1%} | lr x{lr_mult:.4f} | "
             f"sampling {sampling_seconds:.1f} s, training {training_seconds:.1f} s | "
-            f"total {self.run.totals['seconds'] / 60:.2f}m | eta {eta}",
-            flush=True,
+            f"total {self.run.totals['seconds'] / 60:.2f}m | eta {eta}"
         )
 
 

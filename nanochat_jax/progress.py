@@ -1,7 +1,9 @@
 """Shows the progress of long-running work on stderr. On a terminal, it shows a bar with the time left. Elsewhere, it
 prints a line every ten seconds."""
 
+import errno
 import math
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -89,6 +91,20 @@ class Timer:
             return False
         self.lap()
         return True
+
+
+def say(line: str) -> None:
+    """Prints a line. If nobody can read it any more, continues silently: the work is worth more than its display.
+
+    This happens if the terminal is closed, or if the program that reads our output has ended.
+    """
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), sys.stdout.fileno())
 
 
 def short(count: float) -> str:

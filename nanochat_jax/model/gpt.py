@@ -8,7 +8,10 @@ directly.
 Axis letters in all files: b = batch, t = query time, s = key time, d = model, h = query head, n = kv head,
 k = head dim, f = ffn, v = vocab, l = layer. Each weight of a block, such as wq, is stacked over all layers into one
 array [l, in, out]. So the optimizer can orthogonalise all layers as one batch, and the model has only eight parameter
-arrays. Example shapes are for a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120, v 65536, l 20.
+arrays.
+
+Example shapes are for a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120,
+v 65536, l 20.
 
 Precision: The master weights are float32. Matmul operands have the compute dtype, and their products are summed in
 float32. Norm statistics, softmax and logits are float32. The rotary table and the rotation are float32. The original

@@ -17,7 +17,7 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError
 from nanochat_jax.data import dataloader
 from nanochat_jax.parallel import devices, sharding
-from nanochat_jax.progress import Timer, clock, short
+from nanochat_jax.progress import Timer, clock, say, short
 from nanochat_jax.training import optim
 from nanochat_jax.training.garbage import HeldOffGarbage
 from nanochat_jax.training.interruption import Interruption, StopRequested
@@ -234,7 +234,7 @@ class StepLog:
             f"wait {1000 * done.waited:.0f} ms",
             f"eta {self._eta(step, done.progress)}",
         ]
-        print(" | ".join(p for p in parts if p), flush=True)
+        say(" | ".join(p for p in parts if p))
 
     def _eta(self, step: int, progress: float) -> str:
         if not self._steps_timed:

@@ -24,7 +24,7 @@ from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.evals.score import list_notes, mean_and_stderr, with_error
 from nanochat_jax.parallel import devices, sharding
-from nanochat_jax.progress import Timer, clock, count_of
+from nanochat_jax.progress import Timer, clock, count_of, say
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import BatchShape
@@ -269,15 +269,14 @@ class RolloutLog:
         mean = with_error(reward, stderr, f"n={len(groups)} problems", digits=3)
         among = f" ({other_format} of them in another format)" if other_format else ""
         notes = list_notes(cut, len(groups), at_limit, len(sampled))
-        print(
+        say(
             f"step {step}/{self.steps} ({100 * step / self.steps:.1f}%) | reward {mean}, "
             f"{rewarded} of {len(sampled)} answers right{among} | "
             f"{zero_advantage:.0%} of problems without advantage | length {length:.0f} | "
             + "".join(f"{note} | " for note in notes)
             + f"lr x{lr_mult:.4f} | "
             f"sampling {sampling_seconds:.1f} s, training {training_seconds:.1f} s | "
-            f"total {self.run.totals['seconds'] / 60:.2f}m | eta {eta}",
-            flush=True,
+            f"total {self.run.totals['seconds'] / 60:.2f}m | eta {eta}"
         )
 
 

@@ -1,7 +1,8 @@
-"""Makes a training process print a lot, and lets a test stop it in the middle of an evaluation."""
+"""What a test does to a training process before it starts: makes it print a lot, or wait in an evaluation."""
 
 import functools
 import importlib
+import sys
 import time
 from pathlib import Path
 
@@ -44,3 +45,8 @@ def block_at(function: str, block: Path) -> None:
 def both(function: str, block: Path) -> None:
     print_a_lot()
     block_at(function, block)
+
+
+def import_from(folder: Path) -> None:
+    """Lets modules in `folder` stand in for installed ones."""
+    sys.path.insert(0, str(folder))

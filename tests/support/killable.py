@@ -31,9 +31,9 @@ def start(stage: str, base: Path, output: Path, devices: int = 1, before=None, *
     return process
 
 
-def run(stage: str, base: Path, output: Path, devices: int = 1, **flags) -> int:
+def run(stage: str, base: Path, output: Path, devices: int = 1, before=None, **flags) -> int:
     """Trains to the end, and returns the exit code."""
-    process = start(stage, base, output, devices, **flags)
+    process = start(stage, base, output, devices, before, **flags)
     process.join(300)
     assert process.exitcode is not None, f"{stage} has not ended after 300 s"
     return process.exitcode

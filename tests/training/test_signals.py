@@ -144,6 +144,21 @@ def test_to_the_very_end_of_the_process(world):
     assert_saved_and_resumable(folder, process.returncode, {130}, text_of(output))
 
 
+def test_training_goes_on_when_nobody_reads_its_output(world):
+    """As when the `tee` behind a pipe is killed, or the terminal is closed under nohup."""
+    folder = checkpoint.run_dir("base", "unread")
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        tiny.command("base", model_tag="unread", num_iterations=200), cwd=REPOSITORY, env=tiny.environment(world),
+        stdout=writing, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    with open(reading) as output:
+        assert any("step 1/200" in line for line in output)
+    _, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors and steps_logged(folder) == 200 and checkpoint.steps(folder)[-1] == 200, errors
+
+
 # -----------------------------------------------------------------------------
 # In the middle of an evaluation
 

@@ -1,22 +1,24 @@
 """The names of the numbers that go to wandb: ours, and those of the original nanochat."""
 
+import functools
 import json
-import subprocess
 
+import disturbed
+import killable
 import pytest
 import tiny
 
 from nanochat_jax import checkpoint, run_log
-from nanochat_jax.config import REPOSITORY
+from nanochat_jax.training import wandb_log
 
 STAND_IN = """
-import json, os
+import json
 
 class Run:
     id = "abc"
 
     def log(self, numbers):
-        with open(os.environ["WANDB_SEEN"], "a") as file:
+        with open(SEEN, "a") as file:
             file.write(json.dumps(numbers) + "\\n")
 
     def finish(self):
@@ -52,15 +54,14 @@ def seen(tmp_path_factory):
     """What each stage logs to a stand-in for wandb."""
     base = tmp_path_factory.mktemp("world")
     tiny.make_world(base)
-    (base / "modules").mkdir()
-    (base / "modules" / "wandb.py").write_text(STAND_IN)
     logged = {}
     for stage, (flags, _) in NAMES.items():
-        path = base / f"{stage}.jsonl"
-        env = tiny.environment(base) | {"PYTHONPATH": str(base / "modules"), "WANDB_SEEN": str(path)}
-        command = tiny.command(stage, run="named", model_tag="named", num_iterations=4, **flags)
-        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        path, output = base / stage / "seen.jsonl", base / f"{stage}.txt"
+        path.parent.mkdir()
+        (path.parent / "wandb.py").write_text(f"SEEN = {str(path)!r}\n{STAND_IN}")
+        flags = {"run": "named", "model_tag": "named", "num_iterations": 4} | flags
+        before = functools.partial(disturbed.import_from, path.parent)
+        assert killable.run(stage, base, output, before=before, **flags) == 0, output.read_text()
         logged[stage] = [json.loads(line) for line in path.read_text().splitlines()], base
     return logged
 
@@ -82,3 +83,11 @@ def test_numbers_have_our_names_and_those_of_the_original(stage, seen, monkeypat
         scores = {r["task"]: r["score"] for r in records if r["kind"] == "eval" and r["step"] == 4}
         at_4 = {name: value for line in lines if line["step"] == 4 for name, value in line.items()}
         assert {"choice": at_4["choice_acc"], "sums": at_4["sums_acc"]} == {k.lower(): v for k, v in scores.items()}
+
+
+def test_core_has_the_name_of_the_original():
+    totals = {"seconds": 60.0, "tokens": 1, "flops": 2e18}
+    assert wandb_log.numbers("base", "core", {"core": 0.2, "stderr": 0.01, "n": 9}, totals) == {
+        "core/core": 0.2, "core/stderr": 0.01, "core/n": 9, "core_metric": 0.2,
+        "total_training_flops": 2e18, "total_training_time": 60.0,
+    }  # fmt: skip

@@ -320,7 +320,9 @@ commandline.run(train.main, train.chosen_stage())
 def test_an_error_of_one_process_ends_both(alone, failing, fault, own_line, reported):
     """Within seconds, each with a line that says which one failed; if one was killed, once heartbeats are missed."""
     code = FAULT.format(failing=failing, fault=fault)
-    started = start_together(alone, 2, 4, code, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000})
+    started = start_together(
+        alone, 2, 4, code, model_tag=f"alone{failing}", **FLAGS | {"num_iterations": 2000, "max_epochs": 1000}
+    )
     assert any(line.strip() == "now" for line in started[failing].stderr)
     begun = time.monotonic()
     problems = [p.communicate(timeout=150)[1] for p in started]
@@ -335,7 +337,13 @@ def test_an_error_of_one_process_ends_both(alone, failing, fault, own_line, repo
 def test_a_save_that_fails_on_one_process_ends_both(alone):
     """The save of process 1 fails first; then, when the run is resumed, that of process 0."""
     run = alone / "base_checkpoints" / "failing"
-    long = FLAGS | {"model_tag": "failing", "num_iterations": 2000, "save_every": 4, "eval_every": -1}
+    long = FLAGS | {
+        "model_tag": "failing",
+        "num_iterations": 2000,
+        "max_epochs": 1000,
+        "save_every": 4,
+        "eval_every": -1,
+    }
     for failing in (1, 0):
         before, started = checkpoint.steps(run), start_together(alone, 2, 4, **long)
         deadline = time.monotonic() + 200

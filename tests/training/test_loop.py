@@ -155,7 +155,7 @@ def test_what_a_run_needs_is_printed_before_the_first_shard_has_come(world):
 
 def test_interrupted_run_saves_and_goes_on(world):
     process = subprocess.Popen(
-        tiny.command("base", model_tag="stopped", num_iterations=2000, save_every=-1), cwd=REPOSITORY,
+        tiny.command("base", model_tag="stopped", num_iterations=2000, max_epochs=1000, save_every=-1), cwd=REPOSITORY,
         env=tiny.environment(world), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     folder = checkpoint.run_dir("base", "stopped")
@@ -228,7 +228,7 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(world, capsys):
 
 def test_what_a_process_killed_while_saving_left_is_removed(world):
     folder = checkpoint.run_dir("base", "torn")
-    command = tiny.command("base", model_tag="torn", num_iterations=2000, save_every=1)
+    command = tiny.command("base", model_tag="torn", num_iterations=2000, max_epochs=1000, save_every=1)
 
     def unfinished() -> list[str]:
         return [p.name for p in folder.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
@@ -249,7 +249,9 @@ def test_what_a_process_killed_while_saving_left_is_removed(world):
     with checkpoint.exclusive(folder):  # while another process holds the lock, nothing is removed
         assert tiny.run("base", world, model_tag="torn").returncode == 2
         assert unfinished() == [torn]
-    resumed = tiny.run("base", world, model_tag="torn", num_iterations=2000, save_every=1, resume=complete[-1] + 5000)
+    resumed = tiny.run(
+        "base", world, model_tag="torn", num_iterations=2000, max_epochs=1000, save_every=1, resume=complete[-1] + 5000
+    )
     assert resumed.returncode == 2 and f"{torn}: half-written" in resumed.stdout
     assert f"no checkpoint of this step in {folder}; available: {complete[0]}" in resumed.stderr
     assert not unfinished() and not list(folder.glob("*.part")) and checkpoint.steps(folder) == complete

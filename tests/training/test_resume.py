@@ -13,12 +13,14 @@ import time
 import jax
 import killable
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
 from nanochat_jax import checkpoint, commandline, config, run_log
 from nanochat_jax.config import STAGES, UserError
-from nanochat_jax.data import dataloader, sources, token_cache
+from nanochat_jax.data import dataloader, sources, text_folder, token_cache
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as training
 from nanochat_jax.training import rl, validation
@@ -327,7 +329,13 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     run = checkpoint.run_dir("base", "text")
     assert checkpoint.steps(run) == [2, 4]
     source = sources.open(data_dir=folder)
-    text = {"source": "texts", "hash": source.hash, "validation": source.val_hash(), "files": 1}
+    text = {
+        "source": "texts",
+        "hash": source.hash,
+        "validation": source.val_hash(),
+        "files": 1,
+        "data_dir": str(folder),
+    }
     meta = checkpoint.read_meta(run, 4)
     assert meta["text"] == text
     assert meta["config"] == dataclasses.asdict(tiny.base_config(**cfg)) and meta["step"] == 4
@@ -345,6 +353,24 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
         UserError, match=r"the text is not the one that .*step_000002 was trained on \(different hash, validation\)"
     ):
         training.train(tiny.base_config(resume="2", **cfg))
+
+
+def test_a_run_of_earlier_versions_that_trained_on_the_test_file_is_refused(world, tmp_path, monkeypatch):
+    """They trained on the first file and validated on the last, whatever the names."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("test", "train"):
+        documents = [f"the {name} cat sees {i} dogs near a tree" for i in range(3000)]
+        pq.write_table(pa.table({"text": documents}), folder / f"{name}.parquet")
+    cfg = {"model_tag": "swapped", "num_iterations": 4, "data_dir": str(folder), "keep_last": 20}
+    with monkeypatch.context() as patch:
+        patch.setattr(text_folder, "role_of", lambda path: "train" if path.stem == "test" else "val")
+        training.train(tiny.base_config(**cfg))
+    with pytest.raises(
+        UserError, match=r"step_000002 was trained on \(different validation\): choose another"
+    ) as caught:
+        training.train(tiny.base_config(resume="2", **cfg))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_goes_on_with_tokens_where_it_began_with_text(world, whole, capsys):

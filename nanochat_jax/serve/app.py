@@ -46,7 +46,7 @@ def create_app(
 
     `name` is the model name that clients see. `device` is the kind of device that /health and /stats show. `warmups`
     holds one `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server advances
-    each iterator while its engine is idle.
+    each iterator in a thread of its own while the engine is idle.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))

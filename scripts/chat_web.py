@@ -49,6 +49,7 @@ def main(cfg: config.ChatWeb) -> None:
 
         from nanochat_jax import tasks, trained_model
         from nanochat_jax.engine.engine import Engine
+        from nanochat_jax.engine.request import Request
 
         # There is one engine per device. Each engine has its own copy of the weights, cast to the compute dtype.
         chosen = jax.devices()[: cfg.num_gpus]
@@ -70,10 +71,13 @@ def main(cfg: config.ChatWeb) -> None:
         ]
         model = dataclasses.replace(model, params={})  # frees the original copy of the weights
 
-        # Compile only what a short prompt needs. The server compiles the rest while it is idle.
+        # Compile only what a short prompt needs. The server compiles the rest while it is idle. A first answer shows
+        # that everything works and fits into memory.
         warmups = [engine.warmup(cfg.temperature, cfg.top_k) for engine in engines]
-        for warmup in warmups:
+        for engine, warmup in zip(engines, warmups, strict=True):
             next(warmup)
+            bos = model.tokenizer.bos
+            engine.run([Request([bos], max_tokens=2, temperature=cfg.temperature, top_k=cfg.top_k, stop_ids=())])
 
         suggestions = tasks.suggestions(model.task_names)[:SUGGESTIONS]
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups, suggestions)

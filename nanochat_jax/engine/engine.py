@@ -25,7 +25,6 @@ the cache rows of its share. If the number of slots is not a multiple of the num
 all slots.
 """
 
-import functools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -35,11 +34,12 @@ from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.engine import cache as kv
+from nanochat_jax.engine.ahead import Program
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.engine.model_runner import ModelRunner, Output
 from nanochat_jax.engine.programs import Tokens
 from nanochat_jax.engine.request import MAX_STOP_IDS, TOP_LOGPROBS, Event, Request, Sample, Scores, TopLogprobs
-from nanochat_jax.engine.scheduler import PREFILL_ROWS, SMALLEST_PROMPT, PrefillBatch, Schedule, Scheduler
+from nanochat_jax.engine.scheduler import PrefillBatch, Schedule, Scheduler
 from nanochat_jax.engine.slots import Sequence
 from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import Tokenizer
@@ -183,25 +183,38 @@ class Engine:
             raise
         return self._postprocess(schedule, output)
 
-    def warmup(self, temperature: float, top_k: int) -> Iterator[int]:
-        """Compiles the programs that requests with these settings need.
+    def missing(self, requests: list[Request]) -> list[Program]:
+        """Returns the programs that must be compiled before `requests` can run without delaying other samples."""
+        runner = self._runner
+        needed = runner.shapes.of(requests, self._scheduler.requests)
+        return [program for program in dict.fromkeys(needed) if runner.compiled_for(program) is None]
 
-        Runs example requests for each bucket of prompt lengths. After each run, yields the size of the current bucket
-        in tokens. The engine must be idle whenever the caller advances the iterator.
+    def compile(self, program: Program) -> None:
+        """Compiles a program. Any thread may call this, also while another one runs steps."""
+        self._runner.compile(program)
+
+    @property
+    def replaced(self) -> list[Program]:
+        """Programs that would have been faster than the ones that were run in their place. See ahead.py."""
+        return list(self._runner.replaced)
+
+    def warmup(self, temperature: float, top_k: int) -> Iterator[int]:
+        """Compiles programs, one bucket of prompt lengths after the other. Any thread may advance the iterator.
+
+        First come the programs for requests with these settings. After each bucket, yields its size in tokens. Then
+        come programs that can serve requests with any settings; for each, yields the context.
         """
-        context, size = self.model_cfg.sequence_len, 0
-        while size < context:
-            size = kv.bucket(size + 1, context, SMALLEST_PROMPT)
-            # Each size uses a different token, so no part of this prompt is cached and the whole prompt is computed.
-            prompt = [size % self.model_cfg.vocab_size] * max(1, size - 4)
-            settings = functools.partial(Request, max_tokens=2, temperature=temperature, top_k=top_k, stop_ids=())
-            self.run([settings(prompt)])
+        shapes, smallest = self._runner.shapes, 0
+        plan, top = shapes.sampling([Request([0], temperature=temperature, top_k=top_k)])
+        for size in shapes.prompt_sizes:
+            cache = kv.bucket(size, shapes.context)
+            for program in (*shapes.prefill(size), *shapes.sample(plan, top, smallest, cache)):
+                self.compile(program)
+            smallest = cache + 1
             yield size
-            self.run([settings([*prompt, 1])])  # reuses the previous prompt's keys and values if that saves work
-            yield size
-            if self.slots >= PREFILL_ROWS - 1:
-                self.run([settings([i, *prompt]) for i in range(min(self.slots, PREFILL_ROWS))])  # prefilled as a batch
-                yield size
+        for program in shapes.sample(*shapes.any_sampling, 0, shapes.context):
+            self.compile(program)
+            yield shapes.context
 
     def close(self) -> None:
         """Frees the engine's memory on the device. The engine cannot be used afterwards."""

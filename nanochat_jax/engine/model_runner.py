@@ -5,20 +5,23 @@ the new tokens back to the host.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import programs, sampler
+from nanochat_jax.engine.ahead import Program, Shapes
 from nanochat_jax.engine.programs import DecodeInputs, Fixed, PromptScores, Tokens
-from nanochat_jax.engine.request import MAX_STOP_IDS, TOP_LOGPROBS
+from nanochat_jax.engine.request import MAX_STOP_IDS
 from nanochat_jax.engine.scheduler import PrefillBatch, PrefillChunk, Schedule
 from nanochat_jax.engine.slots import Sequence
 from nanochat_jax.model import gpt
+from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel import sharding
 
 
@@ -46,6 +49,9 @@ class ModelRunner:
         if mesh is not None and (mesh.size == 1 or slots % sharding.replicas(mesh)):
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
+        self.shapes = Shapes(model_cfg.sequence_len, slots, chunk, model_cfg.vocab_size)
+        self.replaced: set[Program] = set()  # programs that others have replaced because they were not compiled
+        self._compiled: dict[Program, Any] = {}  # the programs that `compile` has compiled
         self._prefix: kv.KV = {}  # the cache rows of the current prefill; {} if there is no prefill
         self._logits: jax.Array | None = None  # [p,v] next-token logits of the prompts in the current prefill
         self.set_params(params)
@@ -82,16 +88,13 @@ class ModelRunner:
         self.cache, self.params = {}, {}
 
     def _prefill_batch(self, batch: PrefillBatch) -> PromptScores | None:
-        model_cfg, dtype, *_ = self.fixed
         ids = np.zeros((batch.rows, batch.size), np.int32)
         lengths = np.ones(batch.rows, np.int32)
         for i, prompt in enumerate(batch.prompts):
             lengths[i] = len(prompt.request.ids)
             ids[i, : lengths[i]] = prompt.request.ids
-        top = min(TOP_LOGPROBS, model_cfg.vocab_size) if batch.score else None
-        self._prefix, self._logits, scores = programs.prefill(
-            self.params, ids, lengths, model_cfg=model_cfg, dtype=dtype, top=top
-        )
+        program = Program("prefill", rows=batch.rows, size=batch.size, score=batch.score)
+        self._prefix, self._logits, scores = self._run(program, self.params, ids, lengths)
         return jax.device_get(scores)
 
     def _prefill_chunk(self, chunk: PrefillChunk) -> None:
@@ -104,49 +107,109 @@ class ModelRunner:
         ids = np.zeros((1, chunk.width), np.int32)
         ids[0, : len(chunk.ids)] = chunk.ids
         length, start = np.array([len(chunk.ids)], np.int32), np.array([chunk.start], np.int32)
-        self._prefix, self._logits = programs.prefill_chunk(
-            self.params, ids, length, self._prefix, start, model_cfg=model_cfg, dtype=dtype
-        )
+        program = Program("prefill_chunk", width=chunk.width, size=kv.size_of(self._prefix))
+        self._prefix, self._logits = self._run(program, self.params, ids, length, self._prefix, start)
 
     def _first_tokens(self, schedule: Schedule) -> Tokens:
         """Copies the prefilled row of each new sample into its slot, and draws the sample's first token."""
-        started = schedule.first_tokens
+        assert self._logits is not None, "first tokens without a prefill"
+        started, prefilled = schedule.first_tokens, len(self._logits)
         pad = [0] * (self.slots - len(started))
         source, target = (np.array([*column, *pad], np.int32) for column in (started.values(), started))
-        self.cache = kv.insert_rows(self.cache, self._prefix, source, target, np.int32(len(started)))
+        program = Program("insert_rows", prefilled, size=kv.size_of(self._prefix), cache=kv.size_of(self.cache))
+        self.cache = self._run(program, self.cache, self._prefix, source, target, np.int32(len(started)))
         sequences = [schedule.sequences.get(slot) for slot in range(self.slots)]
         rows = np.array([started.get(slot, 0) for slot in range(self.slots)], np.int32)
         position = np.array([sequence.length + 1 if sequence else 0 for sequence in sequences], np.int32)
         settings, plan, top = self._sampling(sequences)
-        out = programs.first_tokens(self._logits, rows, settings, position, plan=plan, top=top, mesh=self.fixed.mesh)
-        ids, logprobs, *named = (x[:, None] for x in jax.device_get(out))
+        program = Program("first_tokens", prefilled, plan=plan, top=top)
+        ids, logprobs, *named = (
+            x[:, None] for x in jax.device_get(self._run(program, self._logits, rows, settings, position))
+        )
         return Tokens(ids, logprobs, np.ones(self.slots, np.int32), *named)
 
     def _decode(self, schedule: Schedule) -> Tokens:
         sequences = [schedule.sequences.get(slot) for slot in range(self.slots)]
         settings, plan, top = self._sampling(sequences)
         inputs = self._decode_inputs(sequences, schedule.lengths)
-        self.cache, out = programs.decode(
-            self.params, self.cache, inputs, settings, fixed=self.fixed, plan=plan, top=top
-        )
+        program = Program("decode", cache=kv.size_of(self.cache), plan=plan, top=top)
+        self.cache, out = self._run(program, self.params, self.cache, inputs, settings)
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """Returns the sampling settings of all slots, the sampler's plan, and the number of top tokens to report.
+        """Returns the sampling settings of all slots, the sampler's plan, and the number of top tokens to report."""
+        settings = sampler.settings([(s.request, s.sample) if s else None for s in sequences], self.shapes.vocab_size)
+        return settings, *self.shapes.sampling(s.request for s in sequences if s)
 
-        Free slots get greedy settings, because greedy sampling adds no operations to the plan.
-        """
-        requests = [sequence.request if sequence else None for sequence in sequences]
-        vocab_size = self.fixed.model_cfg.vocab_size
-        settings = sampler.Settings(
-            seed=np.array([r.seed % 2**32 if r else 0 for r in requests], np.uint32),
-            sample=np.array([sequence.sample if sequence else 0 for sequence in sequences], np.int32),
-            temperature=np.array([r.temperature if r else 0 for r in requests], np.float32),
-            top_k=np.array([min(r.top_k, vocab_size) if r else 0 for r in requests], np.int32),
-            top_p=np.array([r.top_p if r else 1 for r in requests], np.float32),
-        )
-        asked = any(r.top_logprobs for r in requests if r)
-        return settings, sampler.plan(settings, vocab_size), min(TOP_LOGPROBS, vocab_size) if asked else 0
+    # -----------------------------------------------------------------------------
+    # Programs that are compiled ahead of time
+
+    def _run(self, program: Program, *args: Any) -> Any:
+        """Runs a program, or a compiled one that replaces it. If there is none, compiles the program now."""
+        best = self.compiled_for(program)
+        if best is None:
+            function, static = self._function(program)
+            return function(*args, **static)
+        if best != program:
+            self.replaced.add(program)
+        return self._compiled[best](*args)
+
+    def compiled_for(self, program: Program) -> Program | None:
+        """Returns the program itself if it was compiled ahead of time, else the cheapest that replaces it, or None."""
+        if program in self._compiled:
+            return program
+        found = [other for other in list(self._compiled) if other.replaces(program)]
+        return min(found, key=lambda other: (other.plan, other.top), default=None)
+
+    def compile(self, program: Program) -> None:
+        """Compiles a program without running it. Any thread may call this."""
+        if program not in self._compiled:
+            function, static = self._function(program)
+            self._compiled[program] = function.lower(*self._example(program), **static).compile()
+        self.replaced.discard(program)
+
+    def _function(self, program: Program) -> tuple[Any, dict[str, Any]]:
+        """Returns the jitted function of a program, and its static arguments."""
+        model_cfg, dtype, _, mesh = self.fixed
+        if program.name == "prefill":
+            top = self.shapes.most_top if program.score else None
+            return programs.prefill, {"model_cfg": model_cfg, "dtype": dtype, "top": top}
+        if program.name == "prefill_chunk":
+            return programs.prefill_chunk, {"model_cfg": model_cfg, "dtype": dtype}
+        if program.name == "insert_rows":
+            return kv.insert_rows, {}
+        if program.name == "first_tokens":
+            return programs.first_tokens, {"plan": program.plan, "top": program.top, "mesh": mesh}
+        assert program.name == "decode", program
+        return programs.decode, {"fixed": self.fixed, "plan": program.plan, "top": program.top}
+
+    def _example(self, program: Program) -> tuple:
+        """Returns arguments of the program's shapes. Arrays that lie on the device are only described."""
+        model_cfg, dtype = self.fixed.model_cfg, self.fixed.dtype
+        where = self.params["wte"].sharding
+
+        def on_device(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        def cache(rows: int, size: int) -> dict:
+            row = on_device((rows, model_cfg.n_kv_head, size, model_cfg.head_dim), kv.dtype_for(dtype))
+            return {name: [row] * model_cfg.n_layer for name in ("k", "v")}
+
+        def ints(*shape: int) -> np.ndarray:
+            return np.zeros(shape, np.int32)
+
+        rows, b = program.rows, self.slots
+        if program.name == "prefill":
+            return self.params, ints(rows, program.size), ints(rows)
+        if program.name == "prefill_chunk":
+            return self.params, ints(1, program.width), ints(1), cache(1, program.size), ints(1)
+        if program.name == "insert_rows":
+            return cache(b, program.cache), cache(rows, program.size), ints(b), ints(b), np.int32(0)
+        settings = sampler.settings([None] * b, self.shapes.vocab_size)
+        if program.name == "first_tokens":
+            logits = on_device((rows, model_cfg.vocab_size), accum_dtype(jnp.dtype(dtype)))
+            return logits, ints(b), settings, ints(b)
+        return self.params, cache(b, program.cache), self._decode_inputs([None] * b, [0] * b), settings
 
     def _decode_inputs(self, sequences: list[Sequence | None], lengths: list[int]) -> DecodeInputs:
         b = self.slots

@@ -6,11 +6,14 @@ others. A row without top-k and top-p needs noise for the whole vocabulary. A ro
 for its most likely tokens, which saves time.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from nanochat_jax.engine.request import Request
 
 WIDTHS = (64, 256)  # how many of the most likely tokens are ranked; if 256 are too few, the whole vocabulary is ranked
 COLDEST = 1e-5  # lower temperatures are raised to this value, because division by a smaller one could overflow
@@ -37,6 +40,21 @@ class Plan(NamedTuple):
 
     width: int  # how many of the most likely tokens to rank; 0 if no row uses top-k or top-p
     noise: bool  # whether any row samples from the whole vocabulary
+
+
+def settings(rows: Sequence[tuple[Request, int] | None], vocab_size: int) -> Settings:
+    """Returns the settings of rows, as numpy arrays. A row is (its request, the index of its sample).
+
+    Rows that are None get greedy settings, because greedy sampling adds no operations to the plan.
+    """
+    requests = [row[0] if row else None for row in rows]
+    return Settings(
+        seed=np.array([r.seed % 2**32 if r else 0 for r in requests], np.uint32),
+        sample=np.array([row[1] if row else 0 for row in rows], np.int32),
+        temperature=np.array([r.temperature if r else 0 for r in requests], np.float32),
+        top_k=np.array([min(r.top_k, vocab_size) if r else 0 for r in requests], np.int32),
+        top_p=np.array([r.top_p if r else 1 for r in requests], np.float32),
+    )
 
 
 def plan(settings: Settings, vocab_size: int) -> Plan:

@@ -109,6 +109,13 @@ class Scheduler:
         """The number of samples that wait for a slot."""
         return sum(prompt.left for prompt in self.queue) + (self.prefill.left if self.prefill else 0)
 
+    @property
+    def requests(self) -> list[Request]:
+        """The requests with samples that run or wait."""
+        prompts = [*self.queue, *(self.prefill.prompts if self.prefill else [])]
+        prompts += [sequence.prompt for sequence in self.slots.running().values()]
+        return [prompt.request for prompt in prompts]
+
     def add(self, id: int, request: Request) -> None:
         """Puts a request at the end of the queue."""
         self.queue.append(Prompt(id, request))

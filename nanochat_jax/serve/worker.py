@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-from nanochat_jax.config import first_line
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Event, Request
+from nanochat_jax.serve.compiler import Compiler
 from nanochat_jax.serve.metrics import Metrics
 
 log = logging.getLogger("nanochat_jax.serve")
@@ -114,8 +114,10 @@ class EngineWorker:
 
     The engine generates at most one sample per slot at a time, and at most `max_waiting` more samples wait for a slot.
     Requests that would bring more are refused. An answer may take at most `timeout` seconds (0: no limit). With
-    `log_chats`, prompts and answers are logged. Each step of the iterator `warmup` compiles a few programs. The worker
-    runs these steps while the engine is idle. `gpu` is the worker's number in its pool.
+    `log_chats`, prompts and answers are logged. `gpu` is the worker's number in its pool.
+
+    A second thread compiles programs (see compiler.py). A request that needs a program waits for it outside the engine,
+    so that other answers go on. `warmup` compiles programs while the engine is idle.
     """
 
     def __init__(
@@ -130,9 +132,7 @@ class EngineWorker:
     ):
         self.slots, self.metrics, self.max_waiting, self.timeout = engine.slots, metrics, max_waiting, timeout
         self.log_chats, self.gpu = log_chats, gpu
-        self.warming = warmup is not None  # whether `warmup` has programs left to compile
         self.failure: Exception | None = None
-        self._warmup = warmup or iter(())
         self._engine = engine
         self._lock = threading.Lock()
         # `_lock` guards `_open_answers`. Only the thread uses `_answers` and `_outbox`.
@@ -142,26 +142,36 @@ class EngineWorker:
         self._outbox: list[tuple[Answer, Event | Exception | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._compiler = Compiler(engine, warmup, is_idle=lambda: not self._answers)
 
     def start(self) -> None:
-        """Starts the thread. Must be called in the event loop that awaits the answers."""
+        """Starts the threads. Must be called in the event loop that awaits the answers."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._compiler.start()
 
     def ask_to_stop(self) -> None:
-        """Makes the thread end after its current step. Unfinished answers then fail."""
+        """Makes the threads end after the current step. Unfinished answers then fail."""
         self._inbox.put(("stop",))
+        self._compiler.ask_to_stop()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Asks the thread to stop, and waits at most `timeout` seconds for it to end."""
+        """Asks the threads to stop, and waits at most `timeout` seconds for them to end."""
+        deadline = time.monotonic() + timeout
         self.ask_to_stop()
         self._thread.join(timeout)
+        self._compiler.join(max(0.0, deadline - time.monotonic()))
 
     def stop_after(self, seconds: float) -> None:
         """Starts a timer that stops the thread after `seconds`. The caller must accept no new requests from now on."""
         timer = threading.Timer(seconds, self.ask_to_stop)
         timer.daemon = True
         timer.start()
+
+    @property
+    def warming(self) -> bool:
+        """Whether there are programs left to compile in advance."""
+        return self._compiler.warming
 
     @property
     def free_slots(self) -> int:
@@ -236,13 +246,9 @@ class EngineWorker:
     def _read_inbox(self) -> bool:
         """Handles all messages in the inbox. Returns False after the message "stop", otherwise True.
 
-        If the engine is idle and the inbox is empty, compiles programs of `warmup`. When no programs are left,
-        waits for a message.
+        If the engine is idle and the inbox is empty, waits for a message.
         """
         while not self._answers or not self._inbox.empty():
-            if self._inbox.empty() and self.warming:
-                self._warm_up()
-                continue
             kind, *arguments = self._inbox.get()
             if kind == "stop":
                 return False
@@ -253,19 +259,16 @@ class EngineWorker:
             self._send_outbox()
         return True
 
-    def _warm_up(self) -> None:
-        """Compiles the next few programs of `warmup`.
-
-        If compiling fails, for example for lack of memory, the warm-up ends but the server continues. The error occurs
-        again only if a request needs the same program.
-        """
-        try:
-            self.warming = next(self._warmup, None) is not None
-        except Exception as error:
-            self.warming = False
-            log.warning("warm-up stopped: %s", first_line(error))
-
-    def _add(self, answer: Answer) -> None:
+    def _add(self, answer: Answer, compile: bool = True) -> None:
+        """Adds the answer's requests to the engine. With `compile`, first waits for the programs that they need."""
+        with self._lock:
+            if answer not in self._open_answers:  # ended while its programs were being compiled
+                return
+        if compile and (missing := self._engine.missing(list(answer.requests))):
+            # Other requests may come in between and change what is needed, so it is determined again. If a program
+            # cannot be compiled, the request is added anyway, and the step that needs the program reports why.
+            self._compiler.compile(missing, then=lambda done: self._inbox.put(("add", answer, done)))
+            return
         for i, request in enumerate(answer.requests):
             id = self._engine.add(request)
             answer.indices[id] = i

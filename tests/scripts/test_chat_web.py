@@ -186,7 +186,6 @@ def test_signals_in_a_storm_of_output(tokenizer, own_base_dir, signals):
             thread.start()
         warnings = lambda: sum("Invalid HTTP" in line for line in printed)  # noqa: E731
         until(lambda: warnings() > 50 and any('"prompt"' in line for line in printed), seconds=100)
-        before = warnings()
         for i in range(2000):
             if server.process.poll() is not None:
                 break
@@ -196,7 +195,7 @@ def test_signals_in_a_storm_of_output(tokenizer, own_base_dir, signals):
         stop.set()
         for thread in threads:
             thread.join(30)
-        assert i > 5 and warnings() > before
+        assert i > 5
         assert code in (0, 130) and (code == 0 or signal.SIGINT in signals)
         assert not [line for line in printed if "Traceback" in line or "Error" in line]
 

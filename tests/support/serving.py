@@ -41,7 +41,11 @@ class ScriptedEngine:
         self.requests, self.cancelled = {}, []
         self._waiting, self._left = [], {}
 
-    cached = 0
+    cached, replaced = 0, ()
+
+    def missing(self, requests) -> list:
+        """Nothing is compiled."""
+        return []
 
     def check(self, request) -> None:
         """Accepts any request."""

@@ -183,7 +183,8 @@ def describe_data(source: sources.Source, tokens: int, tokenizer: Tokenizer, cac
         available = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir) / len(source.val_files) * len(files)
     epochs = tokens / max(1.0, available)
     shards = min(len(files), math.ceil(epochs * len(files)))
-    text = f"{source.name}, {len(files)} files of about {progress.short(available / len(files))} tokens"
+    per_file = progress.short(available / len(files))
+    text = f"{source.name}, {progress.count_of(len(files), 'file')} of about {per_file} tokens"
     text += ", none of them here yet" if none_here else ""
     if made := token_cache.num_cached(files, cache_dir):
         text += f", {made} of them already tokenized"

@@ -30,7 +30,7 @@ done
 if [ -z "$preset" ]; then
     if gpus=$(nvidia-smi --list-gpus 2>/dev/null) && [ -n "$gpus" ]; then
         preset=d20
-        echo "preset d20: this machine has $(echo "$gpus" | wc -l) NVIDIA GPU(s)"
+        echo "preset d20: NVIDIA GPUs on this machine: $(echo "$gpus" | wc -l)"
     else
         preset=cpu
         echo "preset cpu: no NVIDIA GPU here (nvidia-smi lists none)"

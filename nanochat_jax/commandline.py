@@ -13,6 +13,7 @@ import argparse
 import atexit
 import dataclasses
 import functools
+import math
 import os
 import re
 import signal
@@ -65,7 +66,8 @@ ABSENT = {
     "load_optimizer": "every stage starts with a new optimizer state",
 }
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-SAME_SIGNAL_SECONDS = 1.0  # signals that follow each other within this time count as one
+SAME_SIGNAL_SECONDS = 1.0  # while a command ends, signals that follow each other within this time count as one
+TWICE_SECONDS = 0.05  # a Ctrl-C that comes again within this time was sent twice, for example by `uv run`
 
 C = TypeVar("C", bound=config.Settings)
 
@@ -98,7 +100,7 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
     Ctrl-C, SIGTERM or SIGHUP, exits with status 128 + the signal's number. Any other error is a bug, so its traceback
     is shown.
     """
-    received = _catch_stop_signals()
+    signals = _StopSignals()
     try:
         main(parse(cls))
     except UserError as error:
@@ -113,39 +115,50 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
         print(f"error: {error}: {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        signals.end(signal.SIGINT)
+        sys.exit(128 + signal.SIGINT)
+
+
+class _StopSignals:
+    """Handles stop signals while a command runs. Training replaces these handlers while it has a state to save.
+
+    Ctrl-C raises KeyboardInterrupt. SIGTERM and SIGHUP raise SystemExit, which no command takes for a Ctrl-C at its
+    prompt. While the command then cleans up, more signals have no effect for a second. After that, a signal ends the
+    process at once, in case it hangs. A handler may run in the middle of `print`, so handlers call only os.write.
+    """
+
+    def __init__(self):
+        self._interrupted = -math.inf  # when the last Ctrl-C came
+        self._ending: tuple[int, float] | None = None  # the signal that ends the command, and when it came
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, for example, makes programs ignore SIGHUP
+                signal.signal(signum, self._receive)
+        # Runs after all other exit handlers. Otherwise, a signal while Python ends would change the exit status.
+        atexit.register(self._ignore_all)
+
+    def end(self, signum: int) -> None:
+        """Says that the command is stopped. From now on, signals have no effect on its exit status."""
+        self._ending = signum, time.monotonic()
         with suppress(OSError):
             os.write(2, b"stopped\n")
-        sys.exit(128 + (received[0] if received else signal.SIGINT))
 
-
-def _catch_stop_signals() -> list[int]:
-    """Makes a stop signal raise KeyboardInterrupt. Returns a list to which the signal will be added.
-
-    A later signal ends the process at once, in case it hangs while it cleans up. Training replaces these handlers
-    while it has a state to save.
-    """
-    received: list[int] = []
-    first = 0.0
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not received:
-            received.append(signum)
-            first = time.monotonic()
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._ending is not None:
+            first, since = self._ending
+            if now - since > SAME_SIGNAL_SECONDS:
+                os._exit(128 + first)
+        elif signum != signal.SIGINT:
+            self.end(signum)
+            sys.exit(128 + signum)
+        elif now - self._interrupted > TWICE_SECONDS:
+            self._interrupted = now
             raise KeyboardInterrupt
-        if time.monotonic() - first > SAME_SIGNAL_SECONDS:
-            os._exit(128 + received[0])
 
-    def ignore_all() -> None:
+    @staticmethod
+    def _ignore_all() -> None:
         for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
-
-    for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, for example, makes programs ignore SIGHUP
-            signal.signal(signum, stop)
-    # Runs after all other exit handlers. Otherwise, a signal while Python ends would change the exit status.
-    atexit.register(ignore_all)
-    return received
 
 
 def _with_preset(message: str) -> str:

@@ -26,7 +26,7 @@ from nanochat_jax import checkpoint, commandline, config, environment, lineage, 
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 from nanochat_jax.evals.score import with_error
 from nanochat_jax.files import read_json, write_text
-from nanochat_jax.progress import clock
+from nanochat_jax.progress import clock, count_of
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
@@ -322,7 +322,8 @@ def _facts(run: Run) -> list[str]:
     if "model" in run.meta:
         model = GPTConfig(**run.meta["model"])
         facts["model"] = (
-            f"{model.num_params:,} parameters, {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads "
+            f"{model.num_params:,} parameters, {count_of(model.n_layer, 'layer')}, "
+            f"width {model.n_embd}, {count_of(model.n_head, 'head')} "
             f"({model.n_kv_head} kv), vocabulary {model.vocab_size:,}, context {model.sequence_len:,}"
         )
     facts["parent"] = run.meta.get("parent", "")

@@ -50,12 +50,13 @@ def main(cfg: config.ChatWeb) -> None:
         from nanochat_jax import tasks, trained_model
         from nanochat_jax.engine.engine import Engine
         from nanochat_jax.engine.request import Request
+        from nanochat_jax.progress import count_of
 
         # There is one engine per device. Each engine has its own copy of the weights, cast to the compute dtype.
         chosen = jax.devices()[: cfg.num_gpus]
         if len(chosen) < cfg.num_gpus:
-            count = len(chosen)
-            raise config.UserError(f"--num_gpus={cfg.num_gpus}: only {count} device(s) here; use --num_gpus={count}")
+            found = count_of(len(chosen), "device")
+            raise config.UserError(f"--num_gpus={cfg.num_gpus}: only {found} here; use --num_gpus={len(chosen)}")
         model = trained_model.load(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
         dtype = devices.choose_precision(cfg.compute_dtype)
         engines = [

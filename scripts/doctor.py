@@ -127,7 +127,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
 
     from nanochat_jax.model import gpt
     from nanochat_jax.parallel import devices, sharding
-    from nanochat_jax.progress import clock
+    from nanochat_jax.progress import clock, count_of
     from nanochat_jax.training import optim
     from nanochat_jax.training.batch_shape import estimated_memory, rows_that_fit, shape_for_tokens
     from nanochat_jax.training.stages import horizon
@@ -163,11 +163,14 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     steps = horizon(cfg, model_cfg, shape.tokens)
     flops = steps * shape.tokens * model_cfg.flops_per_token
     line("Preset", cfg.preset or "none, so the defaults (choose one with --config=NAME)")
-    line("Model", f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.num_params:,} parameters")
+    line(
+        "Model",
+        f"{count_of(model_cfg.n_layer, 'layer')}, width {model_cfg.n_embd}, {model_cfg.num_params:,} parameters",
+    )
     line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; plus gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
-    line("Pretraining", f"{steps:,} steps, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
+    line("Pretraining", f"{count_of(steps, 'step')}, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
     text(cfg, steps, shape.tokens)
     unknown = "unknown, since this device's peak FLOP/s is unknown; training shows an estimate after a few steps"
     seconds = devices.expected_seconds(flops)

@@ -80,7 +80,7 @@ def test_a_run_chooses_kernel_precision_and_batch_by_itself(own_base_dir, capsys
     train(tiny.base_config(model_tag="auto", **flags))
     printed = capsys.readouterr().out
     assert "matmuls in bfloat16 (the GPU has bf16 units), attention by cudnn (it passed a trial run)" in printed
-    assert "1 gradient accumulation steps x 32 rows" in printed  # all of them fit
+    assert "1 gradient accumulation step x 32 rows" in printed  # all of them fit
     losses = [r["loss"] for r in run_log.read(checkpoint.run_dir("base", "auto")) if r["kind"] == "train"]
     assert len(losses) == 8 and losses[-1] < losses[0]
 

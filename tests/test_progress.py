@@ -3,7 +3,7 @@
 import pytest
 
 from nanochat_jax import progress
-from nanochat_jax.progress import Progress, short
+from nanochat_jax.progress import Progress, count_of, short
 
 
 @pytest.fixture
@@ -55,3 +55,7 @@ def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
 )
 def test_large_numbers_in_three_digits(count, text):
     assert short(count) == text
+
+
+def test_one_is_singular():
+    assert [count_of(n, "file") for n in (0, 1, 2, 2000)] == ["0 files", "1 file", "2 files", "2,000 files"]

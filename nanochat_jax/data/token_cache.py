@@ -24,7 +24,7 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.data import hub, parquet, sources
 from nanochat_jax.files import atomic_write
-from nanochat_jax.progress import Progress
+from nanochat_jax.progress import Progress, count_of
 from nanochat_jax.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -121,7 +121,7 @@ def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = No
             count += len(cached.tokens)
             cached.close()
             progress.advance(note=f"{count / 1e6:,.0f}M tokens")
-    print(f"{source.name}: {count:,} tokens from {len(files)} files in {folder}")
+    print(f"{source.name}: {count:,} tokens from {count_of(len(files), 'file')} in {folder}")
     return folder
 
 

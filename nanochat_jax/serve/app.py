@@ -47,11 +47,12 @@ def create_app(
     suggestions: Sequence[str] = (),
 ) -> FastAPI:
     """Returns the application that serves `engines`, which are replicas of one model. Nothing else may use the engines
-        after this call.
+    after this call.
 
-        `name` is the model name that clients see. `device` is the kind of device that /health and /stats show. `warmups`
-        holds one `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server advances
-        each iterator in a thread of its own while the engine is idle. `suggestions` are questions that the page suggests.
+    `name` is the model name that clients see. `device` is the kind of device that /health and /stats show.
+    `warmups` holds one `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server
+    advances each iterator in a thread of its own while the engine is idle. `suggestions` are questions that the page
+    suggests.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))

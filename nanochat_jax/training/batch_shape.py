@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.parallel import processes, sharding
+from nanochat_jax.progress import count_of
 
 MIB = 2**20
 
@@ -42,7 +43,8 @@ class BatchShape:
         return self.total_rows * self.seq_len
 
     def __str__(self) -> str:
-        return f"{self.grad_accum_steps} gradient accumulation steps x {self.rows} rows x {self.replicas} replicas"
+        steps = count_of(self.grad_accum_steps, "gradient accumulation step")
+        return f"{steps} x {count_of(self.rows, 'row')} x {count_of(self.replicas, 'replica')}"
 
     def shaped(self, batch: dict[str, np.ndarray], mesh: Mesh, vocab_size: int) -> dict[str, jax.Array]:
         """Turns this process's rows [rows, t] into global arrays [grad_accum_steps, rows of a micro-batch, t].
@@ -83,15 +85,15 @@ def shape_for_tokens(
     if rest:
         near = max(1, round(total_batch_size / (seq_len * replicas))) * seq_len * replicas
         raise UserError(
-            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x {replicas} devices: "
-            f"try {near}"
+            f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x "
+            f"{count_of(replicas, 'device')}: try {near}"
         )
     if device_batch_size == 0:
         device_batch_size = fit(rows)
     if rows % device_batch_size:
         raise UserError(
-            f"--device_batch_size={device_batch_size} does not divide the {rows} rows per device "
-            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {replicas} devices): "
+            f"--device_batch_size={device_batch_size} does not divide the {count_of(rows, 'row')} per device "
+            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {count_of(replicas, 'device')}): "
             f"try {math.gcd(rows, device_batch_size)}"
         )
     return BatchShape(rows // device_batch_size, device_batch_size, replicas, seq_len)

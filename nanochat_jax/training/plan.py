@@ -2,7 +2,7 @@
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.parallel import devices, sharding
-from nanochat_jax.progress import clock
+from nanochat_jax.progress import clock, count_of
 from nanochat_jax.training.batch_shape import BatchShape
 from nanochat_jax.training.run import Run
 
@@ -13,9 +13,10 @@ def announce(run: Run, batch_shape: BatchShape, steps: str, facts: dict[str, str
     `steps` says how many steps the run takes. `facts` says what is peculiar to the stage.
     """
     model_cfg = run.model_cfg
-    padding = f", less {batch_shape.padding} empty rows" if batch_shape.padding else ""
+    padding = f", less {count_of(batch_shape.padding, 'empty row')}" if batch_shape.padding else ""
     every = {
-        "model": f"{model_cfg.n_layer} layers, width {model_cfg.n_embd}, {model_cfg.n_head} heads "
+        "model": f"{count_of(model_cfg.n_layer, 'layer')}, width {model_cfg.n_embd}, "
+        f"{count_of(model_cfg.n_head, 'head')} "
         f"({model_cfg.n_kv_head} kv), vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
         "parameters": f"{model_cfg.num_params:,}",
         "FLOPs per token": f"{model_cfg.flops_per_token:.3e}",

@@ -171,12 +171,12 @@ def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
     if answers % count:
-        raise UserError(f"{flags} answers do not divide over {count} devices")
+        raise UserError(f"{flags} answers do not divide over {count_of(count, 'device')}")
     share, rows = answers // replicas, cfg.device_batch_size
     if share % rows:
         raise UserError(
             f"--device_batch_size={rows} does not divide the {share} answers per device "
-            f"({flags} / {replicas} devices): try {math.gcd(share, max(1, rows))}"
+            f"({flags} / {count_of(replicas, 'device')}): try {math.gcd(share, max(1, rows))}"
         )
     return BatchShape(share // rows, rows, replicas, seq_len)
 

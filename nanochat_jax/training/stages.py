@@ -231,7 +231,8 @@ class Amount:
         Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
         """
         count, epochs = len(self.source.train_files), tokens / self.tokens
-        text = f"{self.source.name}, {count} files of about {progress.short(self.tokens / count)} tokens"
+        per_file = progress.short(self.tokens / count)
+        text = f"{self.source.name}, {progress.count_of(count, 'file')} of about {per_file} tokens"
         text += ", none of them here yet" if self.none_here else ""
         text += f", {self.num_cached} of them already tokenized" if self.num_cached else ""
         text += f"; this run needs {min(count, math.ceil(epochs * count))}, {epochs:.2f} epochs"

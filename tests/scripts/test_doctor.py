@@ -58,7 +58,7 @@ def test_two_processes_are_described_as_one_machine(own_base_dir):
     (printed, errors), (_, more_errors) = [p.communicate(timeout=120) for p in started]
     assert [p.returncode for p in started] == [0, 0], errors + more_errors
     assert "8 x cpu (cpu) in 2 processes" in printed and "node=1, data=8, model=1" in printed
-    assert "32,768 tokens = 2 gradient accumulation steps x 1 rows x 8 replicas x 2048" in printed
+    assert "32,768 tokens = 2 gradient accumulation steps x 1 row x 8 replicas x 2048" in printed
 
 
 class Answer(http.server.BaseHTTPRequestHandler):

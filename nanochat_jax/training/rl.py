@@ -172,6 +172,10 @@ def announce(run: Run, cfg: config.Rl, stage: RlStage) -> None:
         f"  task: {', '.join(cfg.mixture)}, {len(stage.task):,} problems; {stage.drawn} per step, "
         f"{cfg.num_samples} answers each, {cfg.examples_per_step} to train on"
     )
+    if cfg.eval_every > 0:
+        count, total = min(cfg.eval_examples, len(stage.held_out)), len(stage.held_out)
+        splits = ", ".join(f"{part.name} {part.split}" for part in stage.held_out.tasks)
+        print(f"  pass@k: {count:,} of {total:,} problems ({splits}), {cfg.eval_samples} answers each")
     print(f"  batch: {stage.batch_shape} (mesh {sharding.describe(run.layout.mesh)})")
     print(f"  steps: {stage.steps}")
     print("compiling ...", flush=True)

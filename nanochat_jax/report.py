@@ -36,6 +36,7 @@ TOKENIZER_FACTS = (
     "source", "documents", "chars", "reached_vocab_size", "special_tokens", "token_bytes_min", "token_bytes_max",
     "token_bytes_mean", "token_bytes_std",
 )  # fmt: skip
+SCORES = "Scores come with standard error and number of problems. For bits per byte, the error is computed from rows.\n"
 NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
 
 
@@ -199,7 +200,7 @@ def _summary(runs: dict[str, Run], start: dict) -> str:
         cells = [_cell(runs[s], scores[s], name) if s in runs else "-" for s in STAGES]
         if name in ("CORE", "ChatCORE") or set(cells) != {"-"}:
             rows.append([name, *cells])
-    lines = [_table(["Metric", *header], rows), "Scores come with standard error and number of problems.\n"]
+    lines = [_table(["Metric", *header], rows), SCORES]
     if runs:
         total, without_rl = _wall_time(runs, start)
         after = f" ({clock(total)} with reinforcement learning)" if total > without_rl else ""
@@ -215,11 +216,11 @@ def _cell(run: Run, scores: dict[str, dict], name: str) -> str:
     return _score(measured[-1]["core"], measured[-1], "in training") if name == "CORE" and measured else "-"
 
 
-def _bpb(run: Run, digits: int = 4) -> str:
+def _bpb(run: Run) -> str:
     if record := run.scores().get("val_bpb"):
-        return _score(record["score"], record, run.unusual(record), digits)
+        return _score(record["score"], record, run.unusual(record))
     measured = [r for r in run.of("val") if isinstance(r.get("bpb"), int | float)]
-    return _score(measured[-1]["bpb"], measured[-1], digits=digits) if measured else "-"
+    return _score(measured[-1]["bpb"], measured[-1]) if measured else "-"
 
 
 def _score(score: float, record: dict, note: str = "", digits: int = 4) -> str:
@@ -351,7 +352,7 @@ def _facts(run: Run) -> list[str]:
             facts["final reward"] = f"{smooth(rewards)[-1]:.4f} (moving average), last step {last_step}"
         for name, what in (("cut", "problems cut to the context"), ("other_format", "right answers in another format")):
             counts = [r[name] for r in train if r.get(name)]
-            facts[what] = f"{sum(counts):,}, in {len(counts):,} steps" if counts else ""
+            facts[what] = f"{sum(counts):,}, in {len(counts):,} of {len(train):,} steps" if counts else ""
     if measured := [r for r in run.of("val") if isinstance(r.get("bpb"), int | float)]:
         at_end = _score(measured[-1]["bpb"], measured[-1], digits=6)
         best = min(r["bpb"] for r in measured)

@@ -43,6 +43,8 @@ def main(cfg: config.ChatEval) -> None:
     eval_model = on_all_devices(model, cfg.compute_dtype)
     sampling = chat.Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens, cfg.num_samples, cfg.seed)
     print(describe_sampling(cfg))
+    if other := [task.name for task in loaded if task.split != cfg.split]:
+        print(f"no {cfg.split} split, evaluated on test: {', '.join(other)}")
     folder = config.base_dir() / "chat_eval" / f"{model.stage}_{model.tag}_{model.step:06d}"
     scores = []
     for task in loaded:
@@ -50,7 +52,8 @@ def main(cfg: config.ChatEval) -> None:
             eval_model, task, sampling, batch_size=cfg.batch_size, max_problems=cfg.max_problems, slots=cfg.slots
         )
         scores.append(score)
-        print(", ".join([f"{score.task}: {score}", *score.notes]), flush=True)
+        part = [f"the first of {len(task):,} problems"] if score.n < len(task) else []
+        print(", ".join([f"{score.task}: {score}", *part, *score.notes]), flush=True)
         write_answers(folder / f"{answers_name(cfg, task, score.n)}.jsonl", score.answers)
         details = {"split": task.split, "truncated": score.truncated, "cut": score.cut}
         log_score(model, "chat", score, **details, **settings_used(cfg, task.eval_type))

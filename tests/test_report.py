@@ -158,7 +158,10 @@ def test_every_score_shows_its_error_and_what_was_cut(quick, tmp_path):
     assert row(text, "boolq")[1:] == ["0.7000 ± 0.0100 (n=100)", "-0.2000 ± 0.0400", "17"]
     assert row(text.split("## Super")[1], "GSM8K")[1:4] == ["0.5000 ± 0.0100 (n=1,319)", "25.0%", "4"]
     assert "(moving average), last step 0.5000 ± 0.0600 (n=16)" in text
-    assert "- problems cut to the context: 1, in 1 steps\n- right answers in another format: 2, in 1 steps" in text
+    assert (
+        "- problems cut to the context: 1, in 1 of 41 steps\n- right answers in another format: 2, in 1 of 41 steps"
+        in text
+    )
     assert "pass@1 0.2500 ± 0.0200, pass@2 0.5000 (n=400)" in text  # the second as in logs of early versions
 
 

@@ -292,6 +292,8 @@ def _check_answers(
         texts = [tokenizer.decode(sample.content) for sample in group]
         right = any(task.evaluate(problem, text) for text in texts)  # stops at the first right answer
         reasons = [s.finish_reason for s in group]
+        if any(math.isnan(logprob) for sample in group for logprob in sample.logprobs):
+            raise UserError(f"{task.name}: {NOT_FINITE}")
         return {"problem": i, "answers": texts, "finish_reasons": reasons, "right": bool(right), "cut": was_cut}
 
     answers = []

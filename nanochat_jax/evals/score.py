@@ -60,9 +60,6 @@ class Metric:
     seconds: float
     stderr: float | None
 
-    def __str__(self) -> str:
-        return with_error(self.score, self.stderr, f"n={self.n:,}")
-
 
 def log_score(model: TrainedModel, suite: str, score: Score | Metric, **details: object) -> None:
     """Appends a score to the log of the run that `model` comes from.

@@ -191,11 +191,17 @@ def facts_of(run: Run, cfg: config.Rl, stage: RlStage) -> dict[str, str]:
     prompt = sum(len(run.tokenizer.render_for_completion(problem)) for problem in some) / len(some)
     length = min(prompt + cfg.max_new_tokens, run.model_cfg.sequence_len)
     tokens = stage.steps * cfg.examples_per_step * cfg.num_samples * length
-    return {
+    facts = {
         "task": f"{', '.join(cfg.mixture)}, {count_of(len(stage.task), 'problem')}; {stage.drawn} per step, "
         f"{count_of(cfg.num_samples, 'answer')} each, {cfg.examples_per_step} to train on",
-        **cost(run.model_cfg, tokens, about="at most ", more="; sampling the answers takes longer than training"),
     }
+    if cfg.eval_every > 0:
+        count, total = min(cfg.eval_examples, len(stage.held_out)), len(stage.held_out)
+        splits = ", ".join(f"{part.name} {part.split}" for part in stage.held_out.tasks)
+        answers = count_of(cfg.eval_samples, "answer")
+        facts["pass@k"] = f"{count:,} of {count_of(total, 'problem')} ({splits}), {answers} each"
+    more = "; sampling the answers takes longer than training"
+    return facts | cost(run.model_cfg, tokens, about="at most ", more=more)
 
 
 # -----------------------------------------------------------------------------

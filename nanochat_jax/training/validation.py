@@ -131,4 +131,4 @@ def task_metrics(run: Run, stage: Stage, step: int, loaded: list[tasks.Task], ma
             "eval", step, task=score.task, suite="chat", split=task.split, score=score.score, stderr=score.stderr,
             n=score.n, truncated=score.truncated, cut=score.cut,
         )  # fmt: skip
-        print(f"step {step} | " + ", ".join([f"{score.task} {score}", *score.notes]), flush=True)
+        print(f"step {step} | " + ", ".join([f"{score.task} ({task.split}) {score}", *score.notes]), flush=True)

@@ -171,6 +171,8 @@ def test_a_model_that_computes_nothing_has_no_score(model):
     broken = dataclasses.replace(model, params=model.params | {"wte": model.params["wte"] * np.nan})
     with pytest.raises(UserError, match=r"Quiz: the model's losses are not finite: .*--step"):
         chat.evaluate(broken, Quiz())
+    with pytest.raises(UserError, match=r"Begin: the model's losses are not finite"):
+        chat.evaluate(broken, Begin(), Sampling(max_new_tokens=2), max_problems=2)
 
 
 def test_a_task_for_training_is_refused(model, tokenizer):
@@ -207,7 +209,7 @@ def test_chatcore_needs_all_six_tasks():
         assert tasks.task_class(name).baseline == (0.25 if tasks.task_class(name).eval_type == "categorical" else 0)
 
 
-def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_dir, model, tokenizer, tmp_path):
+def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_dir, model, tokenizer, tmp_path, capsys):
     """A task without a val split gives test problems when asked for val, and its score says so."""
     words = tmp_path / "data" / "words" / "words_alpha.txt"
     words.parent.mkdir(parents=True)
@@ -229,6 +231,7 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
     assert evaluated == [("SpellingBee", "test"), ("Sums", "test"), ("Sums", "val")]
     assert {r["suite"] for r in records} == {"chat"}
     answers = {p.name: p.read_text() for p in (own_base_dir / "chat_eval").glob("*/*")}
+    assert "no val split, evaluated on test: SpellingBee\n" in capsys.readouterr().out
     limits = "max_new_tokens2.jsonl"
     assert tested.keys() == {f"Sums-first3-{limits}", f"SpellingBee-first3-{limits}"}
     assert answers.keys() - tested.keys() == {f"Sums-val-first3-{limits}"} and answers.items() > tested.items()
@@ -263,7 +266,7 @@ def test_the_settings_and_what_is_missing_are_printed(own_base_dir, model, token
     cfg = config.ChatEval(source="sft", task_name="TwoStep|Choice", max_problems=5, max_new_tokens=4, device_type="cpu")
     chat_eval.main(cfg)
     out = capsys.readouterr().out
-    assert "answers: greedy, at most 4 tokens\n" in out
+    assert "answers: greedy, at most 4 tokens\n" in out and "(n=5), the first of 1,000 problems, " in out
     missing = "ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval, SpellingBee"
     assert f"no ChatCORE: not evaluated on the test problems of {missing}\n" in out
     records = {r["task"]: r for r in run_log.read(own_base_dir / "sft_checkpoints" / "tiny") if r["kind"] == "eval"}

@@ -287,6 +287,7 @@ def test_mid_sft_and_rl_follow_each_other(world):
     assert re.search(r"step 4 \| sums: pass@1 [\d.]+ ± [\d.]+, n=3 problems", result.stdout)
     assert [r["dt"] is None for r in records if r["kind"] == "train"] == [True, False, False, False]
     assert "4 per step, 4 answers each, 2 to train on" in result.stdout
+    assert "  pass@k: 3 of 1,000 problems (Sums val), 2 answers each\n" in result.stdout
 
 
 def test_compiling_is_no_part_of_any_step(world, monkeypatch):

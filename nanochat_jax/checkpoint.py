@@ -5,17 +5,18 @@ The folder of a run is <base>/<stage>_checkpoints/<tag>. It contains one folder 
     step_000250/params, optimizer    Orbax items; params can be restored without optimizer
     step_000250/data.json            the data pipeline's position
     step_000250/meta.json            the step, the configuration, the versions of packages, the metrics so far
-    step_000250/manifest.json        the SHA-256 of every file above; it is written last
+    step_000250/manifest.json        the SHA-256 of every file above; the manifest is written last
 
-The state of random generators is not saved. All random numbers are derived from the seed, which is a setting, and from
+The state of random generators is not saved, because all random numbers are derived from the seed (a setting) and from
 the step or the epoch.
 
-Only a folder with exactly such a name is read, moved or removed: `step_` and at least six ASCII digits. Users keep
-other things beside it, such as step_000250-hf or step_000250.bak.
+The name of a step's folder is `step_` and at least six ASCII digits. Users may keep other files and folders beside it,
+such as step_000250-hf or step_000250.bak. This module never reads, moves or removes them.
 
-A checkpoint is complete once it has a manifest. A folder without a manifest is half-written: the process ended during
-the save. A checkpoint is damaged if its files do not match its manifest. The hashes are needed because Orbax does not
-notice a flipped bit in a file. `latest` skips half-written and damaged checkpoints, and prints a line for each.
+A checkpoint is complete once it has a manifest. A step's folder without a manifest is half-written, because the process
+ended during the save. A checkpoint is damaged if its files do not match its manifest. The manifest holds hashes
+because Orbax does not notice a flipped bit in a file. `latest` skips half-written and damaged checkpoints, and prints a
+line for each.
 """
 
 import contextlib
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
     from orbax.checkpoint import v1 as ocp
 
 MANIFEST = "manifest.json"
-STEP_NAME = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")  # the name that `step_dir` gives, and no other
-ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax writes to a folder with this suffix, and then renames it
+STEP_NAME = re.compile(r"step_([0-9]{6}|[1-9][0-9]{6,})")  # matches only names that `step_dir` returns
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax writes to a folder with this suffix, then renames the folder
 PyTree = Any  # nested containers of arrays, or of ShapeDtypeStructs with shardings
 
 
 class SaveState(IntEnum):
-    """The state of a process's part of a save. The values are integers, so that processes can all-gather them."""
+    """The progress of a save on one process. The values are integers, so that processes can all-gather them."""
 
     UNDER_WAY = 0
     COMPLETE = 1
@@ -69,7 +70,7 @@ def step_dir(run: Path, step: int) -> Path:
 
 
 def step_folders(run: Path) -> dict[int, Path]:
-    """The folders of steps, complete or not, in ascending order of their steps.
+    """Returns {step: folder} for all steps, complete or half-written, in ascending order.
 
     Raises UserError if the run's folder cannot be read.
     """
@@ -88,13 +89,13 @@ def step_folders(run: Path) -> dict[int, Path]:
 class Saver:
     """Writes the checkpoints of one run in the background, one at a time.
 
-    It keeps the last `keep_last` checkpoints. It also keeps every checkpoint whose step is a multiple of `keep_every`,
-    unless `keep_every` is -1.
+    Keeps the most recent checkpoints, and removes older ones. `keep_last` is the number of checkpoints to keep. Also
+    keeps every checkpoint whose step is a multiple of `keep_every`, unless `keep_every` is -1.
 
-    With several processes, each process writes its own shards, and only process 0 writes the other files. All processes
-    must call `save` and `wait_all` at the same points of the program. If a save fails on one process, the next `save`
-    or `wait_all` raises UserError on all processes. Until then, only the failing process knows of the failure. If
-    `failed` is true, the caller must therefore tell the other processes.
+    With several processes, each process writes its own shards of the arrays, and only process 0 writes the other files.
+    All processes must call `save` and `wait_all` at the same points of the program. If a save fails on one process, the
+    next `save` or `wait_all` raises UserError on all processes. Until then, only the failing process knows of the
+    failure. If `failed` is true, the caller must therefore tell the other processes to stop.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int = -1, process_index: int = 0, process_count: int = 1):
@@ -126,8 +127,8 @@ class Saver:
         self._thread.start()
 
     def _finish(self, writing: "ocp.AsyncResponse[None]", target: Path, data: dict, meta_text: str) -> None:
-        """Waits until the arrays are written, then writes the other files. The manifest is written last. Runs in a
-        thread."""
+        """Waits until the arrays are written, then writes the other files. The manifest is written last. `save`
+        runs this method in a thread."""
         try:
             writing.result()
             if not self.is_process_0:
@@ -141,7 +142,7 @@ class Saver:
 
     def _remove_old(self, saved: int) -> None:
         """Removes checkpoints before step `saved`, except those that `keep_last` and `keep_every` protect."""
-        # A link leads to a folder that someone has moved to another place, so it is not ours to remove.
+        # If a step's folder is a link, the user has moved the checkpoint to another place. Such checkpoints are kept.
         earlier = [step for step in steps(self.run) if step < saved and not step_dir(self.run, step).is_symlink()]
         for old in earlier[: max(0, len(earlier) + 1 - self.keep_last)]:
             if self.keep_every < 1 or old % self.keep_every:
@@ -152,15 +153,15 @@ class Saver:
     def _record_failure(self, error: BaseException) -> None:
         """Stores the error, so that the next `wait_local` raises a UserError.
 
-        With a single process, also removes the failed checkpoint. With several processes, another process may still be
-        writing to it.
+        With a single process, also removes the failed checkpoint. With several processes, leaves it, because another
+        process may still be writing to it.
         """
         self._error = error
         if not self.multi_process:
             self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        """Removes the half-written folders of the failed checkpoint."""
+        """Removes the failed checkpoint: its folder and Orbax's temporary folder, unless they have a manifest."""
         assert self._target is not None, "no save was started"
         for folder in (self._target, _temporary(self._target)):
             if not (folder / MANIFEST).exists():
@@ -180,7 +181,7 @@ class Saver:
             self.wait_local()
 
     def wait_all(self) -> None:
-        """Waits until the save is complete on all processes. If the save fails on one process, all raise UserError."""
+        """Waits until the save is complete on all processes. If it fails on one process, all raise UserError."""
         if self.multi_process:
             self._wait_for_other_processes()
         self.wait_local()
@@ -208,7 +209,7 @@ class Saver:
         if SaveState.FAILED not in states:
             return
         error = self._error
-        # The thread may wait for another process for up to 20 minutes. Disconnecting ends this wait.
+        # The saving thread may wait for another process for up to 20 minutes. Disconnecting ends this wait.
         processes.disconnect()
         if self._thread:
             self._thread.join()
@@ -224,7 +225,7 @@ class Saver:
         return SaveState.FAILED if self._error else SaveState.COMPLETE
 
     def _last_good(self) -> str:
-        """Returns the end of an error message. It names the checkpoint from which the run can resume."""
+        """Returns the end of an error message, which names the last complete checkpoint."""
         kept = steps(self.run)
         return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
@@ -240,7 +241,7 @@ class Saver:
 
 
 def _make_way(target: Path) -> None:
-    """Removes a half-written folder of the step that will be saved. Sets a complete one aside."""
+    """Makes the path `target` free for a new checkpoint. Removes a half-written folder, but renames a complete one."""
     if (target / MANIFEST).exists() or target.is_symlink():
         print(f"moved {target.name} to {_set_aside(target, f'abandoned_{target.name}')}")
     elif target.exists():
@@ -248,7 +249,7 @@ def _make_way(target: Path) -> None:
 
 
 def _temporary(folder: Path) -> Path:
-    """The folder that Orbax writes to before it renames it to `folder`."""
+    """The temporary folder that Orbax writes to. When the save is done, Orbax renames this folder to `folder`."""
     return folder.with_name(folder.name + ORBAX_TEMPORARY)
 
 
@@ -296,7 +297,7 @@ def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:
 
 
 def latest(run: Path, without: tuple[str, ...] = ()) -> int | None:
-    """Returns the newest undamaged step, or None if there is no such step. Prints which steps it skips and why.
+    """Returns the last step with an undamaged checkpoint, or None. Prints which checkpoints it skips, and why.
 
     `without` has the same meaning as in `damage`.
     """
@@ -324,8 +325,8 @@ def model_meta(model_cfg: GPTConfig) -> dict:
 def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, dict, dict]:
     """Returns (params, opt_state, data, meta) of a step.
 
-    The arrays get the shardings and dtypes of the arguments `params` and `opt_state`. Raises UserError if the arguments
-    and the checkpoint have different shapes.
+    The arrays get the shardings and dtypes of the arguments `params` and `opt_state`. Raises UserError if the arrays
+    in the checkpoint have other shapes than the arguments.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -339,7 +340,7 @@ def restore(run: Path, step: int, params: PyTree, opt_state: PyTree) -> tuple[Py
 def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
     """Returns only the parameters of a step, with the shardings and dtypes of the argument `params`.
 
-    Raises UserError if the argument and the checkpoint have different shapes.
+    Raises UserError if the arrays in the checkpoint have other shapes than the argument.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -348,16 +349,16 @@ def restore_params(run: Path, step: int, params: PyTree) -> PyTree:
 
 
 def _check_shapes(folder: Path, **wanted: PyTree) -> None:
-    """Raises UserError if a checkpoint and the `wanted` trees have different shapes.
+    """Raises UserError if the arrays in a checkpoint have other shapes than the `wanted` trees.
 
-    Orbax itself would raise an error with a message of several pages.
+    Without this check, Orbax would raise an error with a message of several pages.
     """
     import jax
     from orbax.checkpoint import v1 as ocp
 
     def shapes(tree: PyTree) -> dict[str, tuple]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        # Paths are compared as strings, because Orbax returns dicts in place of named tuples.
+        # The paths of leaves are compared as strings, because Orbax returns dicts in place of named tuples.
         return {
             "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf.shape
             for path, leaf in leaves
@@ -411,7 +412,7 @@ def move_aside(run: Path) -> None:
 def _set_aside(folder: Path, name: str) -> Path:
     """Renames a folder to `name` plus the current time, and returns its new path.
 
-    If this name is already taken, a number is added to it.
+    If the new name is already taken, also adds a number to it.
     """
     stamp = f"{name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stamp], (f"{stamp}.{i}" for i in itertools.count(2)))

@@ -1,12 +1,12 @@
 """Parses the command line into one of the settings dataclasses of config/.
 
 Flags override the preset file (`--config NAME` or `--config PATH`), and the preset file overrides the defaults of the
-dataclass. A key at the top of a preset file applies to all commands that have this setting. A key in one of the tables
-[tok] [dataset] [base] [mid] [sft] [rl] [eval] [chat] [report] applies only to the commands of that table. A key that no
-command knows is an error.
+dataclass. A key at the top of a preset file applies to all commands that have a setting of this name. A key in one of
+the tables [tok] [dataset] [base] [mid] [sft] [rl] [eval] [chat] [report] applies only to the commands of that table. A
+key that no command knows is an error.
 
-Flags may be written with dashes or underscores. If a flag is repeated, its last value wins. A lone `--` is ignored.
-This module does not import JAX, so `--help` and errors in flags appear without delay.
+Names of flags may be written with dashes or underscores. If a flag is repeated, its last value wins. A lone `--` is
+ignored. This module does not import JAX, so `--help` and errors in flags appear without delay.
 """
 
 import argparse
@@ -48,15 +48,15 @@ SHORT = {
     "num_files": "n", "num_workers": "w", "num_gpus": "n", "port": "p",
 }  # fmt: skip
 
-# Other names of our settings, as flags and in presets: {a name in the original nanochat: our name}.
+# Names from the original nanochat that flags and presets also accept: {original name: our name}.
 SYNONYMS = {"dtype": "compute_dtype", "max_tokens": "max_new_tokens", "resume_from_step": "resume"}
-# Flags of the original nanochat that are refused, and our flags for the same purpose.
+# Flags of the original nanochat that are refused: {flag: our flags for the same purpose}.
 INSTEAD = {
     "eval_steps": ("eval_examples", "eval_tokens"), "step": ("source_step",), "warmup_steps": ("warmup_ratio",),
     "chatcore_every": ("eval_metrics_every",), "chatcore_max_cat": ("eval_metrics_max_problems",),
     "chatcore_max_sample": ("eval_metrics_max_problems",), "eval_tokens": ("eval_examples",),
 }  # fmt: skip
-# Flags of the original nanochat that have no counterpart here, and why.
+# Flags of the original nanochat that have no counterpart here: {flag: reason}.
 ABSENT = {
     "hf_path": "only checkpoints of this project can be evaluated",
     "eval": "scripts.base_eval evaluates CORE, and scripts.base_loss bits per byte and samples",
@@ -96,9 +96,9 @@ def parse(cls: type[C], argv: list[str] | None = None) -> C:
 def run(main: Callable[[C], object], cls: type[C]) -> None:
     """Parses the command line into `cls`, and passes the settings to `main`.
 
-    On a UserError, or if the disk is full or a file cannot be reached, prints one line and exits with status 2. On
-    Ctrl-C, SIGTERM or SIGHUP, exits with status 128 + the signal's number. Any other error is a bug, so its traceback
-    is shown.
+    On a UserError, or if the disk is full or a file cannot be reached, prints one line and exits with status 2. Any
+    other error is a bug, so its traceback is shown. On Ctrl-C, SIGTERM or SIGHUP, exits with status 128 + the signal's
+    number.
     """
     signals = _StopSignals()
     try:
@@ -106,7 +106,7 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
     except UserError as error:
         print(f"error: {_with_preset(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the program that read our output has ended, such as `head`
+    except BrokenPipeError:  # the program that read our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not fail when it flushes stdout at exit
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
@@ -195,7 +195,7 @@ def _flags_of(cls: type[config.Settings]) -> list[str]:
 
 
 def _refuse_single_dash(args: list[str], names: list[str]) -> None:
-    """Raises UserError for -depth=20, which argparse would read as -d with the value epth=20."""
+    """Raises UserError for a long flag with one dash. argparse would read -depth=20 as -d with the value epth=20."""
     for arg in args:
         name, equals, value = arg[1:].replace("-", "_").partition("=")
         if re.match(r"-\w\w", arg) and name in names:
@@ -203,7 +203,7 @@ def _refuse_single_dash(args: list[str], names: list[str]) -> None:
 
 
 def _unknown(cls: type[config.Settings], args: list[str]) -> str:
-    """Says what is wrong with the first of the arguments that `cls` does not know."""
+    """Returns an error message about the first flag in `args`, which are the arguments that `cls` does not know."""
     flag = next((arg for arg in args if arg.startswith("-") and len(arg) > 1), None)
     if flag is None:
         hint = f"--config={args[0]}" if args[0].endswith((".toml", ".py")) else "--NAME=VALUE"
@@ -225,12 +225,12 @@ def _unknown(cls: type[config.Settings], args: list[str]) -> str:
 
 
 def _owners(name: str) -> str:
-    """Returns the commands that have the setting `name`: "train --stage=base, scripts.doctor"."""
+    """Returns the commands that have the setting `name`, such as "--stage=base, scripts.doctor"."""
     return ", ".join(command_of(cls) for cls in COMMANDS if name in _flags_of(cls))
 
 
 def command_of(cls: type[config.Settings]) -> str:
-    """Returns what starts the command with the settings `cls`: "--stage=base", "scripts.tok_train"."""
+    """Returns the name of the command whose settings are `cls`, such as "--stage=base" or "scripts.tok_train"."""
     if issubclass(cls, config.Train) and cls is not config.Doctor:
         return f"--stage={cls.table}"
     return MODULES[cls]
@@ -275,13 +275,13 @@ def _parser(cls: type[config.Settings]) -> _Parser:
 
 
 def _kinds(cls: type[config.Settings]) -> dict[str, type]:
-    """Returns the type of each setting. For `str | None`, where None means that the flag is absent, this is str."""
+    """Returns the type of each setting. `str | None` becomes str, because None only means that the flag is absent."""
     hints = typing.get_type_hints(cls)
     return {name: kind.__args__[0] if isinstance(kind, types.UnionType) else kind for name, kind in hints.items()}
 
 
 def _show(default: object) -> str:
-    """{"gsm8k": 0, "mmlu": 5} -> gsm8k=0,mmlu=5"""
+    """Formats a default for the help: {"gsm8k": 0, "mmlu": 5} -> gsm8k=0,mmlu=5."""
     return ",".join(f"{k}={v}" for k, v in default.items()) if isinstance(default, dict) else str(default)
 
 
@@ -346,7 +346,7 @@ def _to_mixture(value: object) -> dict[str, int]:
         return {str(name): _to_int(rows) for name, rows in value.items()}
     mixture = {}
     for part in filter(None, _to_str(value).split(",")):
-        name, equals, rows = part.rpartition("=")  # the path of customjson:PATH may contain "="
+        name, equals, rows = part.rpartition("=")  # PATH in customjson:PATH may contain "="
         if not equals or name in mixture or "=" in name.partition(":")[0]:
             raise ValueError(value)
         mixture[name] = _to_int(rows)
@@ -422,14 +422,14 @@ def _value_for(
 
 
 def _has_quotes(value: object) -> bool:
-    """Whether a TOML value that should hold numbers or a switch has one of them in quotes, like depth = "20"."""
+    """Whether a TOML value contains a number, true or false in quotes, like depth = "20"."""
     if isinstance(value, dict):
         return any(_has_quotes(inner) for inner in value.values())
     return isinstance(value, str) and re.fullmatch(r"[-+.\de]*\d[-+.\de]*|true|false", value.strip(), re.I) is not None
 
 
 def _similar_setting(owners: Iterable[type[config.Settings]], key: str, value: object) -> str:
-    """Returns "; did you mean NAME?", or where the setting `key` belongs, or ""."""
+    """Returns "; it belongs in [TABLE]" if a command has the setting `key`, else what `did_you_mean` returns."""
     if places := list(dict.fromkeys(f"[{command.table}]" for command in COMMANDS if key in _flags_of(command))):
         return f"; it belongs in {' or '.join(places)}"
     tables = {command.table for command in COMMANDS} if isinstance(value, dict) else set()

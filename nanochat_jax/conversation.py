@@ -32,11 +32,13 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
     """Returns the prompt for the assistant's next words (see `render`) and the number of messages that were dropped.
     The oldest messages are dropped if the prompt would be too long.
 
-    The prompt and the answer share `context` tokens, of which min(max_tokens, context // 4) are reserved for the
-    answer. A system message at the beginning is never dropped. The other messages must alternate between user and
-    assistant. Raises UserError if they do not alternate, or if the system message and the last turn alone are too long.
+    The prompt and the answer together must fit into `context` tokens. Of these, min(max_tokens, context // 4) are
+    reserved for the answer. A system message at the beginning is never dropped. The other messages must alternate
+    between user and assistant. Raises UserError if they do not alternate, or if the system message and the last turn
+    alone are too long.
     """
-    # A quarter is enough. In the cpu preset, it is 64 of 256 tokens, and the longest correct answers take 53 tokens.
+    # A quarter of the context is enough for an answer. In the cpu preset, a quarter is 64 of 256 tokens, and the
+    # longest correct answers take 53 tokens.
     room = context - min(max_tokens, context // 4)
     turns = messages[messages[0]["role"] == "system" :]
     system = messages[: len(messages) - len(turns)]
@@ -57,10 +59,10 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens:
 
 
 def problem_prompt(tokenizer: Tokenizer, problem: dict, limit: int) -> tuple[list[int], bool]:
-    """Returns the prompt of a task's problem in at most `limit` tokens, and whether it was cut to fit.
+    """Returns a prompt of at most `limit` tokens for a task's problem, and whether the prompt was cut to fit.
 
-    What is cut is the beginning (see `Tokenizer.render_for_completion`). A cut problem is still scored, as in the
-    original nanochat, but the caller has to say how many problems were cut.
+    A long prompt loses its beginning (see `Tokenizer.render_for_completion`). A cut problem is still scored, as in the
+    original nanochat, but the caller has to report how many problems were cut.
     """
     ids = tokenizer.render_for_completion(problem, max_tokens=NO_LIMIT)
     if len(ids) <= limit:
@@ -75,11 +77,10 @@ def message(tokenizer: Tokenizer, ids: Iterable[int]) -> dict:
 
 
 class PartReader:
-    """Splits an answer into parts while it is generated: ("text", piece), ("python", expression), ("python_output",
-    result).
+    """Splits a growing answer into parts: ("text", piece), ("python", expression), ("python_output", result).
 
     A text may be split into several pieces, but never within a character. An expression or a result is never split. The
-    kinds of parts are those in tokenizer.PARTS, so an answer can be sent back as a message and rendered unchanged.
+    kinds are those in tokenizer.PARTS, so the parts of an answer are also the parts of a valid assistant message.
     Special tokens that do not begin or end a part are dropped.
     """
 
@@ -103,7 +104,8 @@ class PartReader:
     def read(self, ids: Iterable[int], end: bool = False) -> list[tuple[str, str]]:
         """Reads the next `ids` and returns the parts that these ids complete.
 
-        If `end` is true, also returns the unfinished part. An unfinished character in it becomes U+FFFD.
+        If `end` is true, also returns the unfinished part. If this part ends within a character, the incomplete
+        character becomes U+FFFD.
         """
         parts = []
         for id in ids:

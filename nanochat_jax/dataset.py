@@ -8,7 +8,7 @@ from nanochat_jax.data import hub, sources
 
 
 def main(cfg: config.Dataset) -> None:
-    """Gets the text that `cfg` names. With `cfg.tokenize`, also caches its tokens for training."""
+    """Gets the text that `cfg` names. If `cfg.tokenize` is true, also caches the tokens of the text for training."""
     if not cfg.data_dir and cfg.data != "local":
         hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify)
     source = sources.open(cfg.data, cfg.data_dir or None)

@@ -18,10 +18,10 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Returns the commit of the code, and the versions of Python and PACKAGES.
+    """Returns the commit of the code, the version of Python, and the versions of the packages in PACKAGES.
 
     A + after the commit means that there are uncommitted changes. Without git, the commit is "". The first call caches
-    the result, because the files may change during a run.
+    the result, because the source files may change during a run.
     """
     commit = _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else "")
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
@@ -82,7 +82,8 @@ def _version(package: str) -> str:
 def _devices() -> str:
     """Describes the devices that JAX finds.
 
-    JAX runs in a child process, which ends at once. In this process, JAX would hold GPU memory that training needs.
+    JAX runs in a child process, which ends at once. If JAX ran in the current process, it would hold GPU memory
+    that training needs.
     """
     program = "from nanochat_jax.parallel import devices; print(devices.describe())"
     try:

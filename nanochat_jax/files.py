@@ -15,8 +15,9 @@ from typing import BinaryIO
 from nanochat_jax.config import UserError
 
 LOCK = "lock"  # the name of a folder's lock file
-TRIES = 1000  # attempts to lock a folder that other processes create and remove
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # the file system has no locks
+TRIES = 1000  # attempts to lock a folder while other processes create and remove it
+# The errors of a file system that has no locks.
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 @contextlib.contextmanager
@@ -76,10 +77,11 @@ def remove_parts(path: Path) -> None:
 def exclusive(folder: Path, refusal: str) -> Generator[None]:
     """Locks the folder until the `with` block ends. Creates the folder if needed.
 
-    If nothing but the lock file is in the folder at the end, removes the folder and those of its parents that were
-    created here. Where the file system has no locks (some NFS and Lustre mounts), says so and goes on without one.
+    If the folder holds only the lock file at the end, removes the folder and the parents that were created with it. If
+    the file system has no locks (some NFS and Lustre mounts have none), prints a warning and continues without a lock.
 
-    Raises UserError(refusal) if another process holds the lock, and UserError if the folder cannot be written to.
+    Raises UserError with the message `refusal` if another process holds the lock. Also raises UserError if the folder
+    cannot be written to.
     """
     try:
         lock, unused = _take(folder, refusal)
@@ -95,9 +97,10 @@ def exclusive(folder: Path, refusal: str) -> Generator[None]:
 
 
 def _take(folder: Path, refusal: str) -> tuple[BinaryIO, list[Path]]:
-    """Returns the locked lock file, and the folders to remove if it stays the only file in them, innermost first.
+    """Returns the locked lock file and a list of folders, innermost first.
 
-    Without locks, no folder is to be removed, because another process may use it.
+    The caller removes these folders at the end if they hold nothing but the lock file. If locks are not available, the
+    list is empty, because another process may be using the folder.
     """
     path, problem = folder / LOCK, None
     for _ in range(TRIES):
@@ -118,12 +121,12 @@ def _take(folder: Path, refusal: str) -> tuple[BinaryIO, list[Path]]:
         except BaseException:
             lock.close()
             raise
-        lock.close()  # another process has removed this lock file: lock the new one
+        lock.close()  # another process has removed this lock file: try again with a new one
     raise problem or BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def _lock(lock: BinaryIO, folder: Path) -> bool:
-    """Locks an open file. Returns False, and says so, if there are no locks here.
+    """Locks an open file and returns True. If locks are not available, prints a warning and returns False.
 
     Raises BlockingIOError if another process has locked the file.
     """
@@ -144,13 +147,13 @@ def _lock(lock: BinaryIO, folder: Path) -> bool:
 
 
 def _remove_unused(lock: BinaryIO, folders: list[Path]) -> None:
-    """Removes `folders`, innermost first, if the lock file is all that they hold."""
+    """Removes `folders`, which are sorted innermost first, if they hold nothing but the lock file."""
     path = Path(lock.name)
     with contextlib.suppress(OSError):
         if folders and _is_at(lock, path) and os.listdir(path.parent) == [LOCK]:
             path.unlink()
             for folder in folders:
-                folder.rmdir()  # fails if another process has put something here since
+                folder.rmdir()  # fails if another process has since put something into it
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""Finds the runs that belong together for a report: a run, its ancestors, and the runs that started from them.
+"""Finds the runs that belong together for a report: a run, its ancestors and its descendants.
 
-Every checkpoint of mid, sft and rl records the checkpoint from which its run started. A run that records no parent
-belongs to the runs of the same name.
+Every checkpoint of mid, sft and rl records the run's parent: the checkpoint from which the run started. A run that
+records no parent belongs together with the runs of the same name.
 """
 
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ from nanochat_jax.trained_model import Identity
 
 @dataclass
 class Lineage:
-    """At most one run per stage."""
+    """The runs of a report, at most one per stage."""
 
     runs: dict[str, Path] = field(default_factory=dict)  # stage -> folder of the run
-    remarks: list[str] = field(default_factory=list)  # what a reader of the report has to know about the choice
+    remarks: list[str] = field(default_factory=list)  # what a reader of the report has to know about the choice of runs
 
 
 def find(tag: str = "") -> Lineage:
-    """Returns the runs called `tag`. Without a tag, returns the run that was saved last in any stage, and its lineage.
+    """Returns the runs called `tag`. Without a tag, returns the run that was saved last, and its lineage.
 
-    Raises UserError if the last run has copies, and the original is not known.
+    Raises UserError if the run that was saved last has copies, and the original is not known.
     """
     logged = {stage: _logged(stage) for stage in STAGES}
     lineage = Lineage()
@@ -50,13 +50,13 @@ def find(tag: str = "") -> Lineage:
 
 
 def _logged(stage: str) -> list[Path]:
-    """The stage's runs that have a log, in the order of their names. Runs that were moved aside do not count."""
+    """The stage's runs that have a log, in the order of their names. Runs that were moved aside are left out."""
     root = checkpoint.run_dir(stage, "")
     return sorted(path.parent for path in root.glob(f"*/{run_log.LOG}") if path.parent.name[0] != ".")
 
 
 def parent_of(run: Path) -> Identity | None:
-    """Returns the parent that a run records in its last checkpoint, or in config.json if it has no checkpoint."""
+    """Returns the parent that a run records in its last checkpoint or else in config.json, or None."""
     recorded = [read_json(checkpoint.step_dir(run, step) / "meta.json") for step in checkpoint.steps(run)[-1:]]
     for source in (*recorded, read_json(run / "config.json")):
         if parent := trained_model.parse_identity(source.get("parent")):
@@ -77,7 +77,7 @@ def _add_ancestors(lineage: Lineage, stage: str, logged: dict[str, list[Path]]) 
 
 
 def _add_descendants(lineage: Lineage, stage: str, logged: dict[str, list[Path]]) -> None:
-    """Adds one run of each later stage: the last one that started from a run of the lineage."""
+    """Adds one run of each later stage: the run that was saved last of those that belong to the lineage."""
 
     def belongs(run: Path) -> bool:
         parent = parent_of(run)
@@ -91,7 +91,7 @@ def _add_descendants(lineage: Lineage, stage: str, logged: dict[str, list[Path]]
 
 
 def _check_parent(lineage: Lineage, stage: str, run: Path) -> None:
-    """Adds a remark if the run did not start from the run that the report shows as its parent."""
+    """Adds a remark if the run's parent is not in the report, or was trained again after the run started from it."""
     parent = parent_of(run)
     if parent is None:
         return

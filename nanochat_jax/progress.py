@@ -1,5 +1,5 @@
-"""Shows the progress of long-running work on stderr. On a terminal, it shows a bar with the time left. Elsewhere, it
-prints a line every ten seconds."""
+"""Shows the progress of long work on stderr. On a terminal, shows a bar with the time left. If stderr is not a
+terminal, prints a line every ten seconds."""
 
 import errno
 import math
@@ -39,7 +39,7 @@ class Progress:
         return time.monotonic() - self._start
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Adds `count` to the number of finished items. `note` is shown after the number, for example a speed."""
+        """Adds `count` to the number of finished items. `note`, such as a speed, is shown after the number."""
         self.reach(self.done + count, note)
 
     def reach(self, done: int, note: str = "") -> None:
@@ -94,9 +94,9 @@ class Timer:
 
 
 def say(line: str) -> None:
-    """Prints a line. If nobody can read it any more, continues silently: the work is worth more than its display.
+    """Prints a line. If nobody can read the line any more, raises no error, so that the work continues.
 
-    This happens if the terminal is closed, or if the program that reads our output has ended.
+    Nobody can read the line if the terminal is closed, or if the program that reads our output has ended.
     """
     try:
         print(line, flush=True)

@@ -5,10 +5,10 @@ The report says what was run, on what machine, how long it took, and how good th
     python -m nanochat_jax.report reset       record the start time and the machine
     python -m nanochat_jax.report generate    write report/report.md in the base folder, and ./report.md
 
-The report covers the run that was saved last, the runs that it started from, and the runs that started from it (see
-lineage.py). A stage without a run gets no section. With --model_tag=TAG, the report covers the runs called TAG. `reset`
-and `generate` then use the folder report/TAG, so each tag has its own start time. Plots are PNG files next to
-report/report.md. Without matplotlib, no plots are drawn.
+The report covers the run that was saved last, its ancestors and its descendants (see lineage.py). A stage without a run
+gets no section. With --model_tag=TAG, the report covers the runs called TAG. `reset` and `generate` then use the folder
+report/TAG, so each tag has its own start time. Plots are PNG files in the folder of report.md. Without matplotlib, no
+plots are drawn.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ def reset(tag: str = "") -> Path:
 
 
 def _start(folder: Path, runs: dict[str, Run]) -> dict:
-    """Returns what `reset` recorded in `folder`. Returns {} if there was no reset before `runs` began."""
+    """Returns what `reset` recorded in `folder`. Returns {} if there was no reset before the first of `runs` began."""
     start = read_json(folder / "start.json")
     first = min((run.began for run in runs.values() if run.began), default=math.inf)
     return start if isinstance(start.get("time"), int | float) and start["time"] <= first else {}
@@ -171,7 +171,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     parts += [_section(run, plots.get(stage)) for stage, run in runs.items()]
     text = "\n".join(part for part in parts if part)
     write_text(folder / "report.md", text)
-    # The plots stay in `folder`. So the copy needs paths to them that are relative to its own folder.
+    # The plots stay in `folder`, so the copy must refer to them by paths that are relative to the copy's own folder.
     for plot in plots.values():
         relative = Path(os.path.relpath((folder / plot).resolve(), output.resolve().parent)).as_posix()
         text = text.replace(f"]({plot})", f"]({relative})")
@@ -224,9 +224,9 @@ def _bpb(run: Run) -> str:
 
 
 def _score(score: float, record: dict, note: str = "", digits: int = 4) -> str:
-    """Formats a score with the standard error and the n of its record: "0.4512 ± 0.0031 (n=1,319, step 30)".
+    """Formats a score with its standard error and the number of problems: "0.4512 ± 0.0031 (n=1,319, step 30)".
 
-    Records of early versions may have neither.
+    Records that early versions wrote may lack both numbers.
     """
     stderr = record["stderr"] if isinstance(record.get("stderr"), int | float) else None
     size = f"n={record['n']:,}" if record.get("n") else ""
@@ -237,7 +237,7 @@ def _score(score: float, record: dict, note: str = "", digits: int = 4) -> str:
 def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
     """Returns the seconds from the start to the end of the last stage, with and without reinforcement learning.
 
-    The seconds of later evaluations are added to the end of a stage's training. Idle time between training and an
+    The end of a stage is the end of its training plus the seconds of evaluations that ran later. Idle time before an
     evaluation does not count.
     """
     begin = start.get("time") or min(run.began for run in runs.values())
@@ -376,13 +376,13 @@ def _settings(run: Run) -> dict:
     return {
         name: value
         for name, value in run.settings.items()
-        if value or name not in shape  # later stages leave the shape to their parent
+        if value or name not in shape  # later stages take the model's shape from their parent
         if name not in NEVER_SHOWN and (name in ALWAYS_SHOWN or (name in defaults and value != defaults[name]))
     }
 
 
 def _count(record: dict, name: str) -> str:
-    """Returns a count in a record, or "-" if the record is of a version that did not count."""
+    """Returns the count `name` in a record, or "-" if an early version wrote the record without this count."""
     return "-" if record.get(name) is None else f"{record[name]:,}"
 
 
@@ -437,7 +437,7 @@ def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
 
 
 def _plot(run: Run, path: Path) -> None:
-    """Draws training on the left and validation on the right, because they measure different quantities."""
+    """Draws training and validation in two plots side by side, because they measure different quantities."""
     import matplotlib.pyplot as plt
 
     steps, losses = run.series("train", "reward" if run.stage == "rl" else "loss")

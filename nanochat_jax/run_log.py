@@ -1,4 +1,4 @@
-"""Reads and writes a run's log: log.jsonl in the run's folder, with one JSON object per line. wandb only shows a copy.
+"""Reads and writes a run's log: log.jsonl in the run's folder, with one JSON object per line. wandb gets a copy.
 
 After a resume, a step may be logged twice. If several records agree in all fields of KEY, only the last one counts.
 Whenever a run starts or resumes, it logs a record of kind "config" with its current step. This record cancels all
@@ -19,7 +19,8 @@ from nanochat_jax.config import UserError
 LOG = "log.jsonl"
 LONGEST = 1 << 22  # bytes; a longer line is not a record
 NEEDED = {"kind": str, "stage": str, "step": int}  # fields that every record has, and their types
-# Two scores both count if they differ in the number of problems ("n") or in a setting of the evaluation.
+# From "n" on, the fields are the number of problems and the settings of an evaluation. Scores that differ in one of
+# these fields all count.
 KEY = ("kind", "stage", "step", "suite", "task", "split", "n", "temperature", "num_samples", "max_new_tokens", "top_k",
        "seed")  # fmt: skip
 
@@ -44,8 +45,8 @@ def _last_byte(file: BinaryIO) -> bytes:
 def read(run_dir: Path) -> list[dict]:
     """Returns the records that count, in the order of the log. Returns [] if there is no log.
 
-    Skips lines that are not records, and prints how many. Such lines come from a process that died while writing, from
-    a file system that crashed, or from other programs. Raises UserError if the log cannot be read.
+    Skips lines that are not records, and prints the number of these lines. Such lines come from a process that died
+    while writing, from a file system that crashed, or from other programs. Raises UserError if the log cannot be read.
     """
     path = run_dir / LOG
     records: dict[tuple, dict] = {}
@@ -84,7 +85,7 @@ def _lines(log: BinaryIO) -> Iterator[bytes]:
 def _parse(line: bytes) -> dict | None:
     """Returns the record in a line, or None if the line holds no record."""
     try:
-        record = json.loads(line.decode("utf-8-sig").strip("\0"))  # some file systems fill a torn file with zeros
+        record = json.loads(line.decode("utf-8-sig").strip("\0"))  # a crash may leave zero bytes at the end of a line
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not all(type(record.get(k)) is kind for k, kind in NEEDED.items()):

@@ -75,7 +75,7 @@ class Tokenizer:
     """Encodes texts and conversations, and decodes ids. `Tokenizer.train` and `Tokenizer.load` create a tokenizer."""
 
     def __init__(self, core: Any):
-        """`core` is a trained rustbpe.Tokenizer. Its type is Any, because rustbpe has no type stubs."""
+        """`core` is a trained rustbpe.Tokenizer. It is annotated as Any, because rustbpe has no type stubs."""
         self._core = core
         ranks = dict(core.get_mergeable_ranks())
         self._special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -230,7 +230,7 @@ class Tokenizer:
         return tokens, offsets
 
     def _encode(self, text: str) -> list[int]:
-        """Returns the ids of one text. LONG_TEXT decides which encoder is used."""
+        """Returns the ids of one text. Our own encoder handles texts of more than LONG_TEXT characters."""
         if len(text) <= LONG_TEXT:
             return self._encoding.encode_ordinary(text)
         try:

@@ -35,8 +35,8 @@ def write(directory: Path, text: str, vocab_size: int, special: dict[str, int]) 
 def read(directory: Path, pattern: str, special_names: Sequence[str]) -> tuple[str, list[tuple[bytes, int]]]:
     """Returns the text of tokenizer.json and the (token bytes, id) pairs in it.
 
-    Raises UserError if either file is missing, damaged or from another program. Also raises UserError if the file's
-    split pattern or special tokens differ from the arguments.
+    Raises UserError if either file is missing, damaged or from another program. Also raises UserError if the split
+    pattern or the special tokens in tokenizer.json differ from the arguments.
     """
     ours, theirs = directory / "nanochat.json", directory / "tokenizer.json"
     for path in (ours, theirs):

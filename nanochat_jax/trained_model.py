@@ -38,7 +38,7 @@ class TrainedModel:
 
     @property
     def task_names(self) -> list[str]:
-        """The names of the tasks that the last stage trained on, as in --mixture. A base model has none."""
+        """The names of the tasks that the run trained on, as written in --mixture. A base model has none."""
         return list(self.meta.get("config", {}).get("mixture", {}))
 
 
@@ -70,7 +70,7 @@ def find(stage: str, tag: str = "", step: int = -1, preset: str = "") -> tuple[P
 
 
 def tags(stage: str) -> list[str]:
-    """The names of the stage's runs that have a complete checkpoint. Runs that were moved aside do not count."""
+    """The names of the stage's runs that have a complete checkpoint. Runs that were moved aside are left out."""
     folder = run_dir(stage, "")
     try:
         names = sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
@@ -80,17 +80,17 @@ def tags(stage: str) -> list[str]:
 
 
 def last_saved(runs: Sequence[Path]) -> Path:
-    """Returns the run of one stage that was saved last, and prints the choice. `runs` must not be empty.
+    """Returns the run that was saved last, and prints the choice. `runs` must hold runs of one stage, at least one.
 
-    Of a run and its copies, chooses the run whose name is recorded in its config.json. Raises UserError if several runs
-    were saved at the same time and none of them, or more than one, is the original.
+    If several runs share the last time, they are a run and its copies. Of these, returns the original, which is the run
+    whose config.json records its own name. Raises UserError if no run, or more than one, is the original.
     """
     if len(runs) == 1:
         return runs[0]
     stage = runs[0].parent.name.removesuffix("_checkpoints")
     times = {run: saved_time(run) for run in runs}
     last = [run for run in runs if times[run] == max(times.values())]
-    if len(last) > 1:  # copies, because no two checkpoints are saved in the same millisecond
+    if len(last) > 1:  # these are copies, because no two checkpoints are saved in the same millisecond
         names = " and ".join(run.name for run in last)
         last = [run for run in last if files.read_json(run / "config.json").get("tag") == run.name]
         if len(last) != 1:
@@ -103,10 +103,12 @@ def last_saved(runs: Sequence[Path]) -> Path:
 
 
 def saved_time(run: Path) -> tuple[bool, float]:
-    """Returns when a run was last saved, as (True, Unix time). A run without a checkpoint gives (False, last logged).
+    """Returns when a run was last saved, as (True, Unix time).
 
-    The time comes from the checkpoint's metadata or from the run's log. File times are not used, because copying a
-    folder changes them. They are the last resort, which is printed.
+    For a run without a checkpoint, returns (False, the time of the last log record), or (False, 0.0) without a log.
+
+    The time of a checkpoint comes from its metadata or else from the run's log. If both lack it, prints a line and uses
+    the time of the manifest file. This is the last resort, because copying a folder changes the times of its files.
     """
     records, saved = run_log.read(run), steps(run)
     if not saved:
@@ -130,7 +132,7 @@ def _nothing_saved(stage: str, tag: str, preset: str) -> UserError:
     """Returns an error that lists the existing runs and the command to train the missing run."""
     others = [other for other in tags(stage) if other != tag]
     existing = f"choose one that exists with --model_tag ({', '.join(others)}), or " if others else ""
-    name = f" --model_tag={tag}" if tag != preset else ""  # the command line adds the --config that the user gave
+    name = f" --model_tag={tag}" if tag != preset else ""  # commandline.py adds the --config that the user gave
     if (REPOSITORY / "configs" / f"{tag}.toml").is_file():
         name = f" --config={tag}"
     command = f"run python -m scripts.train --stage={stage}{name}"
@@ -158,7 +160,7 @@ def load(stage: str, tag: str = "", step: int = -1, preset: str = "") -> Trained
 
 
 class Identity(NamedTuple):
-    """What identifies the weights of a checkpoint. A run records its parent's identity as a string."""
+    """Identifies the weights of a checkpoint. A run records its parent's identity as a string."""
 
     stage: str
     tag: str
@@ -182,7 +184,7 @@ def identify(stage: str, run: Path, step: int) -> Identity:
 
 
 def parse_identity(text: object) -> Identity | None:
-    """Reads a string that `Identity` made. Returns None for anything else."""
+    """Converts str(identity) back to an Identity. Returns None for anything else."""
     match = re.fullmatch(r"(\w+) (.+) step ([0-9]+) ([0-9a-f]+)", text) if isinstance(text, str) else None
     return Identity(match[1], match[2], int(match[3]), match[4]) if match else None
 
@@ -190,8 +192,8 @@ def parse_identity(text: object) -> Identity | None:
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
     """Returns the tokenizer that the run was trained with.
 
-    This is either the current tokenizer or an older one that tok_train has moved aside. Raises UserError if neither of
-    them has the hash in `meta`.
+    This is either the current tokenizer or an older one that tok_train has moved aside. Raises UserError if neither has
+    the hash that `meta` records.
     """
     from nanochat_jax.tokenizer import Tokenizer
 

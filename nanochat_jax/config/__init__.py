@@ -1,7 +1,7 @@
 """The settings of every command: one frozen dataclass per command, filled in by commandline.py.
 
-In: nothing. Out: the settings, the shape of the model (GPTConfig) and UserError, all to be used as `config.NAME`. This
-room does not import JAX, because importing JAX would delay `--help`.
+This room provides the settings, the shape of the model (GPTConfig) and UserError. It uses no other room. It does not
+import JAX, because importing JAX would delay `--help`.
 """
 
 from nanochat_jax.config.commands import (

@@ -1,4 +1,4 @@
-"""The settings of all other commands."""
+"""The settings of the commands other than the training stages and scripts.doctor."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -55,11 +55,11 @@ class Dataset(Settings):
 
     table: ClassVar[str] = "dataset"
     data: str = setting("fineweb-edu", "text source: fineweb-edu, climbmix or local")
-    data_dir: str = setting("", "folder of parquet, jsonl, json or txt files to convert instead of downloading --data")
+    data_dir: str = setting("", "folder of parquet, jsonl, json or txt files to convert; --data is then ignored")
     num_files: int = setting(-1, "training shards to download, not counting the validation shard (-1: all)")
     num_workers: int = setting(4, "number of parallel downloads")
     verify: bool = setting(False, "check the hash of every shard, and download damaged shards again")
-    tokenize: bool = setting(False, "tokenize all text in advance; training makes the same batches with less work")
+    tokenize: bool = setting(False, "tokenize all text in advance; training then makes the same batches with less work")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Load(Settings):
 
     preset: str = ""  # the name of the preset that --config gives; not a flag
     source: str = setting("sft", "stage of the model to load", choices=STAGES)
-    model_tag: str = setting("", "name of the run to load (default: the preset's, else the stage's run saved last)")
+    model_tag: str = setting(
+        "", "name of the run to load (default: the preset's name, else the stage's most recently saved run)"
+    )
     step: int = setting(-1, "step of the checkpoint to load (-1: the latest)", low=0)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
@@ -104,7 +106,7 @@ class ChatEval(Load):
     table: ClassVar[str] = "eval"
     source: str = setting("", "stage of the model to load (required)", choices=STAGES)
     task_name: str = setting("", "names of tasks, joined by | (default: the six tasks of ChatCORE)")
-    split: str = setting("test", "split to evaluate on; to choose settings, use val", choices=("train", "val", "test"))
+    split: str = setting("test", "split to evaluate on; use val to choose settings", choices=("train", "val", "test"))
     temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
     max_new_tokens: int = setting(512, "maximum tokens per answer", low=1)
     num_samples: int = setting(1, "answers per problem; a problem is solved if any answer is right (pass@k)", low=1)
@@ -136,7 +138,7 @@ class ChatWeb(Load):
     table: ClassVar[str] = "chat"
     temperature: float = setting(0.8, "sampling temperature of requests that do not set it (0: greedy)", low=0, high=2)
     top_k: int = setting(50, "sample from the k most likely tokens (0: from all); a request may set k", low=0, high=200)
-    max_new_tokens: int = setting(512, "maximum tokens of an answer if the request sets none", low=1, high=4096)
+    max_new_tokens: int = setting(512, "maximum tokens per answer of requests that set no maximum", low=1, high=4096)
     port: int = setting(8000, "port to listen on (0: any free port)", low=0, high=65535)
     host: str = setting(
         "127.0.0.1", "address to listen on (0.0.0.0: other machines can connect, and the Host header is not checked)"
@@ -146,14 +148,16 @@ class ChatWeb(Load):
         "comma-separated names under which clients reach the server, for example through a proxy (*: any name; "
         "default: localhost and loopback addresses if --host is one of them and no key is needed, else any name)",
     )
-    num_gpus: int = setting(1, "number of GPUs; each holds a copy of the model and has --slots slots", low=1, high=1024)
+    num_gpus: int = setting(
+        1, "number of GPUs; each holds a copy of the model and generates --slots answers at once", low=1, high=1024
+    )
     slots: int = setting(4, "number of answers that each GPU generates at once", low=1, high=1024)
     max_waiting: int = setting(
         64, "maximum number of answers that wait for a slot; further requests get status 429", low=0, high=100_000
     )
     timeout: float = setting(600.0, "seconds a request may take, including its wait for a slot (0: no limit)", low=0)
     keep_alive: float = setting(
-        75.0, "seconds an idle connection is kept; must be longer than a proxy keeps it (nginx and AWS: 60)", low=1
+        75.0, "seconds an idle connection stays open; must exceed a proxy's keep-alive time (nginx and AWS: 60)", low=1
     )
     api_key: str = setting("", "key that clients must send (default: $NANOCHAT_API_KEY; empty: no key is needed)")
     cors: str = setting("", "comma-separated origins of the websites that may use the API (*: all websites)")
@@ -167,5 +171,8 @@ class Report(Settings):
     table: ClassVar[str] = "report"
     preset: str = ""  # the name of the preset that --config gives; not a flag
     command: str = setting("", REPORT, choices=("reset", "generate"), positional=True)
-    model_tag: str = setting("", "name of the runs to report (default: the preset's, else the run saved last)")
+    model_tag: str = setting(
+        "",
+        "name of the runs to report (default: the preset's name, else the most recently saved run and its relatives)",
+    )
     output: str = setting("report.md", "where to write a copy of the report")

@@ -1,4 +1,4 @@
-"""What a setting is: a dataclass field with a help text and a range. Also the error for values that are not allowed."""
+"""Defines settings: dataclass fields with a help text and a range. Also defines UserError and the base folder."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 AGAIN = "and run the same command again"
-# What to do about an error of the operating system that has a cause outside this program.
+# What the user can do about errors of the operating system whose cause is outside this program.
 ADVICE = {
     errno.ENOSPC: f"make room {AGAIN}", errno.EDQUOT: f"make room {AGAIN}",
     errno.EACCES: f"give this user access {AGAIN}", errno.EPERM: f"give this user access {AGAIN}",
@@ -36,7 +36,7 @@ ADVICE = {
 
 
 def advice_for(error: OSError) -> str:
-    """Returns what to do about `error`, or "" if it may be a bug of this program."""
+    """Returns what the user can do about `error`, or "" if it may be a bug of this program."""
     return ADVICE.get(error.errno or 0, "")
 
 
@@ -68,8 +68,8 @@ def setting(
     """Returns a dataclass field with a help text.
 
     A number must be at least `low` and at most `high`. If `choices` is not empty, a string value must be one of the
-    choices. The default is always accepted, because it may be a special value such as -1 or "". `special` names such a
-    value if it is not the default.
+    choices. The default is always accepted, because it may be a special value such as -1 or "". `special` is one
+    more value that is always accepted.
 
     If `auto` is true, an integer setting also accepts the word `auto`, and stores it as 0. If `positional` is true, the
     setting is a positional argument of the command line instead of a flag.

@@ -14,15 +14,18 @@ PACKINGS = ("split", "crop", "stream")
 DEVICE_TYPE = "platform to run on (default: the best available)"
 COMPUTE_DTYPE = "dtype of matmul operands (default: bfloat16 if it is fast on the device, else float32)"
 MIXTURE = (
-    "rows of each task to train on, as name=rows,name=rows (0: all rows; a task with too few repeats them); "
+    "rows of each task to train on, as name=rows,name=rows (0: all rows; if a task has too few, they are repeated); "
     "customjson:FILE=rows reads your own conversations"
 )
-VAL_MIXTURE = "rows of each task to validate on, as name=rows,name=rows (0: all rows; a task with too few repeats them)"
+VAL_MIXTURE = (
+    "rows of each task to validate on, as name=rows,name=rows (0: all rows; if a task has too few, they are repeated)"
+)
 DATA_DIR = "folder of parquet, jsonl, json or txt files to read instead of the source named by --data"
 TASK_DATA_DIR = "folder with the data of the tasks (default: downloaded from the Hugging Face hub)"
 TASK_FILES = (
-    "words to spell and conversations about identity; published: those of the original nanochat, which are downloaded; "
-    "generated: frequent words of the text, and generated conversations"
+    "source of the words to spell and of the conversations about identity; "
+    "published: downloads those of the original nanochat; "
+    "generated: uses frequent words of the tokenizer's training text, and generates conversations"
 )
 TASK_ORDER = "order of the conversations; shuffled: all tasks mixed; sequence: one task after the other"
 CORE_DIR = "folder with the data of CORE (default: eval_bundle in the base folder; downloaded if missing)"
@@ -44,14 +47,14 @@ PACKING = (
     "how documents are packed into rows; split: best fit, and what does not fit goes into another row; "
     "crop: best fit, and what does not fit is cut off; stream: documents are joined end to end"
 )
-MAX_EPOCHS = "refuse a run that reads its text more often than this; repeated text teaches less and less"
+MAX_EPOCHS = "maximum passes over the text; a longer run is refused, because repeated text teaches less and less"
 COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
 AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
 INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_lr flags"
 SOURCE = "stage of the model that training starts from"
-AS_PARENT = "; must be that of the model that training starts from"
+AS_PARENT = "; must agree with the model that training starts from"
 MAX_SEED = 2**31 - 1
-WARM_UP = 10  # the first steps of a run, which do not count toward the training time, as in the original nanochat
+WARM_UP = 10  # this many first steps do not count toward the training time, as in the original nanochat
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,17 @@ class Train(Settings):
     preset: str = ""  # the name of the preset that --config gives; not a flag
     run: str = setting("", "name of the wandb run (default: $WANDB_RUN; empty or 'dummy': wandb is off)")
     model_tag: str = setting(
-        "", "name of the run and its folder (default: the preset's, else d<depth> for base, else the parent's)"
+        "",
+        "name of the run and its folder (default: the preset's name, else d<depth> for base, else the parent's name)",
     )
     resume: str = setting(
         "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N"
     )
-    dry_run: bool = setting(False, "print what the run would do and end; trains nothing and writes no run")
+    dry_run: bool = setting(False, "print what the run would do; nothing is trained or saved")
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
-    num_iterations: int = setting(-1, "number of optimizer steps (-1: derived from other settings)", low=1)
+    num_iterations: int = setting(-1, "number of optimizer steps (-1: computed from other settings)", low=1)
     device_batch_size: int = setting(
         0, "rows per device in a micro-batch; use fewer if memory runs out", auto=True, low=1
     )
@@ -171,13 +175,14 @@ class Doctor(Base):
 class LaterStage(Train):
     """The settings of the stages that start from a trained model, their parent.
 
-    The parent determines the shape of the model. Flags for the shape are accepted if they agree with the parent.
+    The parent determines the shape of the model. Flags for the shape are accepted only if they agree with the parent.
     """
 
     source: str = setting("", SOURCE, choices=STAGES)
     source_tag: str = setting(
         "",
-        "name of the run that training starts from (default: --model_tag, else the preset's, else the run saved last)",
+        "name of the run that training starts from "
+        "(default: --model_tag, else the preset's name, else the most recently saved run)",
     )
     source_step: int = setting(-1, "step of the checkpoint that training starts from (-1: the latest)", low=0)
     depth: int = setting(0, f"number of layers{AS_PARENT}", auto=True, low=1)
@@ -189,7 +194,7 @@ class LaterStage(Train):
 
     def check_shape(self, model_cfg: GPTConfig) -> None:
         """Raises UserError if a flag for the shape does not agree with the parent's model."""
-        # `ModelFlags.gpt_config` computes the width in the same way.
+        # The width is computed as in `ModelFlags.gpt_config`.
         width = -(-model_cfg.n_layer * self.aspect_ratio // model_cfg.head_dim) * model_cfg.head_dim
         actual = {
             "depth": model_cfg.n_layer,
@@ -272,7 +277,7 @@ class Rl(LaterStage):
         16, "answers per problem; an answer's advantage is its reward minus the problem's mean reward", low=2
     )
     oversampling: int = setting(
-        1, "answer this many problems for each problem to train on; problems with unequal rewards are preferred", low=1
+        1, "problems to answer per problem to train on; problems whose answers get unequal rewards are preferred", low=1
     )
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)

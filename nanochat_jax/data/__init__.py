@@ -1,7 +1,7 @@
 """Turns text from the Hugging Face hub or from disk into batches of token ids.
 
-In: the name of a text source, a folder, or a task's conversations. Out: parquet files with one column `text`, and an
-iterator over batches (inputs and targets, int32 [b, t]). Every checkpoint saves the iterator's position.
+In: the name of a text source, a folder of text, or a task's conversations. Out: parquet files with one column `text`,
+and an iterator over batches (inputs and targets, int32 [b, t]). Every checkpoint saves the iterator's position.
 
     sources.py        chooses a text source, and finds its training and validation files
     text_folder.py    decides which files of a user's folder are for training, and which for validation

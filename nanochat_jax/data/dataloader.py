@@ -54,7 +54,7 @@ class Loader:
     def __init__(self, batches: "Batches"):
         self.info: dict[str, Any] = {}
         # Grain reports errors if an iterator is still open when Python exits. The finalizer therefore closes the
-        # iterator at exit, or when the loader is garbage-collected. An empty list means that the loader is closed.
+        # iterator at exit, or when the loader is garbage-collected. In a closed loader, `_iterators` is empty.
         self._iterators = [iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))]
         self._finalizer = weakref.finalize(self, _close, self._iterators, batches.stop)
 
@@ -134,7 +134,7 @@ def val_batches(
     """Returns a loader of validation batches, made from one pass over the files. If `num_tokens` is given, the loader
     stops after max(1, num_tokens // seq_len) rows.
 
-    The same text is used for every batch size `rows`. The last batch is padded with empty rows.
+    The text does not depend on the batch size `rows`. The last batch is padded with empty rows.
     """
     documents = Documents(files, tokenizer, None, 1, cache_dir)
     max_rows = None if num_tokens is None else max(1, num_tokens // seq_len)
@@ -162,9 +162,9 @@ def chat_loader(
     With supervise="all" (midtraining), every token is a target, and packing may split conversations. Nothing is lost.
 
     With supervise="mask" (finetuning), only the assistant's tokens are targets, and conversations are not split. A
-    conversation that is longer than a row is truncated after its last complete answer, because half an answer teaches
-    the model to stop too early. A conversation without a complete answer is skipped. `info` counts the truncated and
-    the skipped conversations.
+    conversation that is longer than a row is truncated after the last answer that fits, because half an answer teaches
+    the model to stop too early. If no answer fits, the conversation is skipped. `info` counts the truncated and the
+    skipped conversations.
 
     The loader stops after `epochs` epochs or after `max_rows` rows (None: no limit). Each batch of `rows` rows gets
     `padding` additional empty rows, so that it divides evenly among the devices.
@@ -180,7 +180,7 @@ def chat_loader(
 
 
 def token_counts(task: ChatTask, tokenizer: Tokenizer, sample: int = 500) -> np.ndarray:
-    """Returns the numbers of tokens in `sample` evenly spaced conversations of a task, as int[sample]."""
+    """Returns the number of tokens in each of at most `sample` evenly spaced conversations of a task."""
     if not len(task):
         raise UserError("the task has no conversations")
     indices = np.unique(np.linspace(0, len(task) - 1, min(sample, len(task))).astype(int))
@@ -195,8 +195,8 @@ def epoch_tokens(
 
     The estimate is the number of files times the mean number of tokens per file. If any of the first eight files have
     cached tokens, the mean is taken over these files. Otherwise, the mean is the bytes per file times the tokens per
-    byte. The bytes per file are measured in the first eight downloaded files, and the tokens per byte in the first
-    `sample` documents.
+    byte. The bytes per file are measured in the first eight downloaded files. The tokens per byte are measured in the
+    first `sample` documents.
     """
     counts = []
     for path in files[:8]:
@@ -342,10 +342,10 @@ class Documents:
 
 
 class Conversations:
-    """The conversations of a task as tokens, reshuffled in every epoch, or in order if `seed` is None.
+    """The conversations of a task, as tokens. They are reshuffled in every epoch, or stay in order if `seed` is None.
 
-    If `max_tokens` is given, a conversation with more tokens is truncated after its last complete answer, and only
-    supervised tokens are targets. If `max_tokens` is None, conversations are not truncated, and every token is a
+    If `max_tokens` is given, a conversation with more tokens is truncated after the last answer that fits, and only the
+    assistant's tokens are targets. If `max_tokens` is None, conversations are not truncated, and every token is a
     target.
     """
 

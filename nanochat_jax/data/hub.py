@@ -44,7 +44,7 @@ SOURCES = {
 TRIES = 5  # a shard fails after this many consecutive tries without any progress
 FEW_TRIES = 3  # replaces TRIES if the server does not answer or sends wrong data
 PAUSE = 0.5  # seconds before the second try; the pause doubles with each further try
-LONGEST_PAUSE = 300.0  # seconds; the hub limits the number of requests per five minutes
+LONGEST_PAUSE = 300.0  # seconds; long enough, since the hub limits the number of requests per five minutes
 
 
 def shard_name(index: int) -> str:
@@ -58,13 +58,13 @@ def folder_of(source: str) -> Path:
 
 
 def has_begun(source: str) -> bool:
-    """Returns whether a download of the source was begun, or whether any of its shards was copied here by hand."""
+    """Returns whether a download of the source has begun, or whether shards were copied here by hand."""
     names = ("manifest.json", "shard_*.parquet", "shard_*.parquet.*.part")
     return any(path for name in names for path in folder_of(source).glob(name))
 
 
 def state(source: str, num_files: int = -1) -> str:
-    """Describes what is here of a source: "fineweb-edu, 240 training shards requested, 12 of them here".
+    """Says how much of a source is here, such as "fineweb-edu, 240 training shards requested, 12 of them here".
 
     `num_files` is as in `shards_of`.
     """
@@ -148,7 +148,7 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
 
 
 def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
-    """Waits until the shard `path` exists, so that training can start during the download.
+    """Waits until the shard at `path` exists, so that training can start during the download.
 
     Raises UserError if no file in the shard's folder changes for `patience` seconds. Raises InterruptedError if `stop`
     is set.
@@ -180,7 +180,8 @@ def _last_change(folder: Path) -> float:
 
 @dataclass
 class Job:
-    """The state that the threads of a download share. Each thread writes only the entries of the shards it fetches."""
+    """The state that the threads of a download share. In the dicts, each thread writes only the entries of the shards
+    that it fetches."""
 
     repo: str
     folder: Path
@@ -243,7 +244,7 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
 
 
 def fetch(job: Job, name: str, transfer: Callable[[Job, str], None]) -> str:
-    """Fetches one file, with retries. `transfer` tries once.
+    """Fetches one file, with retries. Each try is a call of `transfer`.
 
     Returns "" on success, or one line with the reason for the failure.
     """
@@ -265,7 +266,7 @@ def fetch(job: Job, name: str, transfer: Callable[[Job, str], None]) -> str:
 
 
 def _retry_limits(error: Exception) -> tuple[int, float]:
-    """Returns how many tries are allowed after `error`, and the pause in seconds that the server asks for, or 0."""
+    """Returns the number of tries that `error` allows, and the pause in seconds that the server asks for (0: none)."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -339,8 +340,8 @@ def accept(
     """Verifies the downloaded file `part` and renames it to `path`.
 
     If the content is wrong, deletes `part` and raises BadContent. If `part` is too short, raises ConnectionError.
-    `expected` begins with the required SHA-256, or is "" if none is known. `problem_of` returns "" if the format is
-    right, or else the reason.
+    `expected` begins with the required SHA-256, or is "" if none is known. `problem_of` returns "" if the file's format
+    is right, or else says what is wrong with it.
     """
     length, digest = part.stat().st_size, sha256(part)
     if size is not None and length < size:

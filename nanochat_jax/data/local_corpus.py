@@ -3,7 +3,7 @@ validation documents, and the versions of the packages.
 
 Files are parsed, never imported. Each top-level class or function becomes one document, which holds its docstring and
 the docstrings of all definitions inside it. A document that would be too short is added to the document of its module.
-Repeated paragraphs are dropped. A hash of the document's name decides whether a document is held out for validation.
+Repeated paragraphs are dropped. A hash of a document's name decides whether the document is held out for validation.
 The same package versions give the same corpus.
 """
 
@@ -29,7 +29,7 @@ PACKAGES = (
     "fsspec", "tqdm", "absl", "etils", "opt_einsum", "treescope", "humanize", "yaml", "msgpack", "filelock",
 )  # fmt: skip
 SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-MIN_CHARS = 200  # characters; a shorter text is too short for a document
+MIN_CHARS = 200  # the minimum number of characters in a document
 MIN_PARAGRAPH = 60  # characters; a shorter paragraph, such as a heading, is kept even if it is repeated
 HELD_OUT = 64  # about one in 64 documents is held out for validation
 
@@ -39,8 +39,8 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def build(packages: Iterable[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
     """Returns (shuffled training documents, validation documents, versions).
 
-    `versions` maps each package to its version, or to None if the package is not installed. The corpus
-    always includes the standard library, whose version is that of "python".
+    `versions` maps each package to its version, or to None if the package is not installed. The corpus always includes
+    the standard library, which `versions` lists as "python".
     """
     files = _module_files(Path(sysconfig.get_paths()["stdlib"]), "")
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -81,7 +81,7 @@ def module_documents(module: str, path: str) -> list[tuple[str, str]]:
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
-    if module == "pydoc_data.topics":  # the language reference, in a dictionary of strings
+    if module == "pydoc_data.topics":  # this module holds the language reference, in a dictionary of strings
         return [d for d in _topics(module, tree) if len(d[1]) >= MIN_CHARS]
 
     documents, short = [], _clean(ast.get_docstring(tree) or "")

@@ -4,8 +4,8 @@ A document is an int32 array of token ids that begins with BOS. The model reads 
 them, such as a user's words or padding. These tokens are stored as ~id instead of id.
 
 BestFit and Stream are packers. They turn documents into rows int32[T+1], and count discarded tokens and padding. The
-state of a packer is small and JSON-serializable. A packer that is restored from its state makes exactly the same rows.
-`as_batch` turns rows into inputs and targets.
+state of a packer is small and JSON-serializable. A packer that is restored from a state makes exactly the rows that the
+saved packer would have made next. `as_batch` turns rows into inputs and targets.
 """
 
 import base64
@@ -109,7 +109,7 @@ class BestFit:
 
     @property
     def waste(self) -> float:
-        """The fraction of all tokens so far that were discarded or are padding."""
+        """Padding and discarded tokens, as a fraction of all tokens so far."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:
@@ -194,7 +194,7 @@ class Stream:
         self._buffered_tokens += len(doc)
 
     def __len__(self) -> int:
-        """The number of buffered tokens that have not yet been a target."""
+        """The number of buffered tokens that have not yet been targets."""
         return max(0, self._buffered_tokens - 1)
 
     @property
@@ -204,7 +204,7 @@ class Stream:
 
     @property
     def waste(self) -> float:
-        """The fraction of padding in all rows so far."""
+        """Padding, as a fraction of all tokens so far."""
         return self._wasted / max(1, self._emitted)
 
     def row(self) -> np.ndarray:

@@ -94,7 +94,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def documents_of(path: Path) -> Iterator[str]:
-    """Yields the documents of a parquet file as `texts_of` does, except that long documents are not split."""
+    """Yields the same documents as `texts_of`, except that long documents are not split."""
     with open(path) as file:
         for i in range(file.num_row_groups):
             yield from _whole_documents(file, path, i)

@@ -25,7 +25,9 @@ from nanochat_jax.data import hub, local_corpus, parquet, text_folder
 from nanochat_jax.data.text_files import documents, shuffled
 from nanochat_jax.files import read_json, sha256
 
-SPLIT = "roles by name, else 1% by hash"  # part of a conversion's name; change it when `text_folder` divides otherwise
+# The name of a converted folder contains a hash of this text. Change the text when text_folder.py divides documents in
+# another way, so that the folder is converted again.
+SPLIT = "roles by name, else 1% by hash"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Source:
     about: str = field(default="", compare=False)  # what `open` prints: the text, why it was chosen, what is not read
 
     def texts(self, split: str) -> Iterator[str]:
-        """Yields the documents of the split "train" or "val", in file order. Waits for shards that are still
+        """Yields the documents of a split ("train" or "val"), file by file. Waits for shards that are still
         downloading."""
         for path in {"train": self.train_files, "val": self.val_files}[split]:
             hub.wait_for_shard(path)
@@ -76,12 +78,12 @@ def open(
     """Returns the corpus named `source`, or the corpus in the folder `data_dir`, and prints which one it is and why.
     Raises UserError if the corpus is missing or unusable.
 
-    If neither `source` nor `data_dir` is given, `default` chooses. By default, this is `recorded`, so that all stages
-    read the text that the tokenizer was trained on.
+    If neither `source` nor `data_dir` is given, the function `default` chooses the corpus. If `default` is None, the
+    function `recorded` chooses it, so that all stages read the text that the tokenizer was trained on.
 
     A hub corpus has the first `num_files` training shards (-1: all shards that `download` was asked for). Some of these
-    shards may still be downloading. Without `build`, nothing is printed, and a corpus that has to be built or converted
-    first is an error. Callers write sources.open(cfg.data), like gzip.open(path).
+    shards may still be downloading. If `build` is False, nothing is printed, and a corpus that must first be built or
+    converted causes a UserError. Callers write sources.open(cfg.data), like gzip.open(path).
     """
     if data_dir:
         flag = "--data_dir" + (f", which replaces --data={source}" if source else "")
@@ -115,11 +117,12 @@ def open(
 
 
 # -----------------------------------------------------------------------------
-# Which text is read if no flag says so
+# Which text is read if no flag names one
 
 
 def recorded() -> Choice:
-    """Returns the text that the tokenizer was trained on. Without a tokenizer, returns what it would be trained on.
+    """Returns the text that the tokenizer was trained on. If there is no tokenizer yet, returns the text that it would
+    be trained on.
 
     Raises UserError if the tokenizer does not say what it was trained on.
     """
@@ -140,8 +143,8 @@ def downloaded() -> Choice:
     """Returns the text that `scripts.tok_train` reads without a flag.
 
     This is the source that was downloaded. If nothing was downloaded, it is the folder that was converted, or the
-    folder that the current tokenizer was trained on. If there is none either, it is the local corpus. Raises UserError
-    if there are several downloads, or several folders.
+    folder that the current tokenizer was trained on. If there is no such folder either, it is the local corpus. Raises
+    UserError if there are several downloads, or several folders.
     """
     record = read_json(config.base_dir() / "tokenizer" / "source.json")
     names = [name for name in hub.SOURCES if hub.has_begun(name)]
@@ -170,13 +173,14 @@ def _hub_or_local() -> str:
 
 
 def _beside_recorded(why: str, source: str, data_dir: str) -> str:
-    """Adds to `why` what the tokenizer was trained on, if that is another text."""
+    """Adds a note to `why` if the tokenizer was trained on another text. The note names that text."""
     folder = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
     return why + _other_than(read_json(config.base_dir() / "tokenizer" / "source.json"), source, folder)
 
 
 def _other_than(record: dict, source: str, data_dir: str) -> str:
-    """Says what the current tokenizer was trained on, or "" if there is none or it was trained on the given text."""
+    """Returns a note that names the text that the current tokenizer was trained on. Returns "" if there is no
+    tokenizer, or if it was trained on the given text."""
     before = record.get("data_dir") or record.get("source")
     return f"; the current tokenizer was trained on {before}" if before and before != (data_dir or source) else ""
 
@@ -236,9 +240,9 @@ def _open_local(build: bool) -> Source:
 def _open_folder(roles: text_folder.Roles, build: bool) -> Source:
     """Returns the corpus in a user's folder.
 
-    If all files are parquet files, and names tell training from validation, the files are read in place. In all other
-    cases, the first call converts the files to parquet and shuffles the training documents. Files that differ only in
-    their subfolder are also converted, because the token cache needs a name of its own for each file.
+    If all files are parquet files, and their names tell training from validation, the files are read in place. In all
+    other cases, the first call converts the files to parquet and shuffles the training documents. If two files in
+    different subfolders have the same name, the files are converted too, because the token cache needs unique names.
     """
     folder, files = roles.folder, roles.files
     one_name_each = len({path.stem for path in files}) == len(files)

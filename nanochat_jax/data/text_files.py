@@ -17,14 +17,14 @@ from nanochat_jax.data import parquet
 
 SHUFFLE_CHARS = 1_000_000_000  # documents are shuffled in groups of about this many characters, to limit memory use
 FORMATS = (".parquet", ".jsonl", ".ndjson", ".json", ".txt")
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # pyarrow's names
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # suffix -> pyarrow's name of the compression
 READABLE = ".parquet, .jsonl, .ndjson, .json or .txt (all but .parquet also with .gz, .bz2 or .zst)"
-HEAD = 1_000_000  # bytes of a .json file that `holds_text` looks at
-UNREADABLE = (OSError, UnicodeDecodeError, NotImplementedError)  # the last: pyarrow was built without the codec
+HEAD = 1_000_000  # `holds_text` reads at most this many bytes of a .json file
+UNREADABLE = (OSError, UnicodeDecodeError, NotImplementedError)  # NotImplementedError: pyarrow lacks the codec
 
 
 def form(path: Path) -> tuple[str, str] | None:
-    """Returns the format and the compression of a file, by its name. Returns None if the file cannot be read as text.
+    """Returns the format and the compression that a file's name indicates. Returns None if the format is not supported.
 
     Examples: a.jsonl.gz -> (".jsonl", ".gz"), A.PARQUET -> (".parquet", ""), a.csv -> None.
     """
@@ -37,7 +37,7 @@ def form(path: Path) -> tuple[str, str] | None:
 
 
 def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
-    """Yields the documents of a file as a whole, however long they are. Empty documents are skipped.
+    """Yields the documents of a file. Long documents are not split, and empty documents are skipped.
 
     Raises UserError if any part of the file cannot be read. `counts` is updated with the number of documents.
     Separate entries count the documents that are empty, longer than MAX_CHARS, or not valid Unicode.
@@ -57,7 +57,7 @@ def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
 
 
 def holds_text(path: Path) -> bool:
-    """Returns whether the first value in a .json file is a document. A file of metadata holds none.
+    """Returns whether the first value in a .json file is a document. In a file of metadata, it is not.
 
     If the first value cannot be read here, returns True, so that reading the whole file reports the error.
     """
@@ -109,8 +109,8 @@ def _json_lines(path: Path, lines: BinaryIO) -> Iterator[str]:
 
 
 def _has_lines(path: Path) -> bool:
-    """Returns whether the first line of a .json file is a JSON object. Such a file has one document per line, and may
-    be too large to be read as a whole."""
+    """Returns whether the first line of a .json file is a JSON object. If so, the file has one document per line, and
+    may be too large to be read as a whole."""
     with _open(path) as file:
         first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     with contextlib.suppress(ValueError, RecursionError):

@@ -1,16 +1,16 @@
 """Decides which files of a user's folder are for training, and which for validation. In: a folder. Out: its Roles.
 
-Names are believed. A name is divided into words: my_val.txt has the words "my" and "val", latest.jsonl only "latest".
+The words in names decide. For example, my_val.txt contains the word "val", but latest.jsonl does not contain "test".
 The words of a file's own name count first, then those of the nearest subfolder, and so on:
 
-    test, testing               held out; validation if there is no better file; never trained on
+    test, testing               validation if no file is named val or eval, otherwise not read; never training
     val, valid, validation, dev validation
-    eval, evaluation            validation if no file is named val
+    eval, evaluation            validation if no file is named val, otherwise not read
     train, training             training
     none of these words         training
 
-If no file is held out, about 1% of the documents are the validation set. A hash of a document's text decides, so the 1%
-are spread evenly over all files, and all copies of a document are on one side.
+If there is no validation file, about 1% of the documents become the validation set. A hash of their text chooses them.
+They are thus spread evenly over all files, and all copies of a document have the same role.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from nanochat_jax import config
 from nanochat_jax.config import UserError
 from nanochat_jax.data import hub, text_files
 
-# In this order: a file named train_test is held out.
+# The first role that matches counts, so a file named train_test is held out.
 WORDS = {
     "test": {"test", "testing"},
     "val": {"val", "valid", "validation", "dev"},
@@ -31,7 +31,7 @@ WORDS = {
     "train": {"train", "training"},
 }
 HELD_OUT = ("val", "eval", "test")  # the first of these roles that has files is the validation set
-ONE_IN = 100  # about one in 100 documents is held out if no file is
+ONE_IN = 100  # if there is no validation file, about one in ONE_IN documents is for validation
 SHOWN = 5  # maximum number of file names in a printed list
 
 
@@ -50,7 +50,7 @@ class Roles:
         return sorted([*self.train, *self.val])
 
     def lines(self) -> list[str]:
-        """Returns one line for training, one for validation, and one for what is not read."""
+        """Returns one line about training, one about validation, and one about the files that are not read, if any."""
         by_hash = f"1 in {ONE_IN} documents, by a hash of their text (no file is named val, dev, eval or test)"
         lines = [f"training: {self._names(self.train)}"]
         lines.append(f"validation: {self._names(self.val) if self.val else by_hash}")
@@ -101,7 +101,8 @@ def role_of(path: Path) -> str:
 
 
 def _pinned(files: list[Path]) -> Path | None:
-    """Returns the validation shard of a hub source, if all files are shards of one: shard_01822.parquet."""
+    """Returns the validation shard, such as shard_01822.parquet, if the files are shards of a hub source. Returns None
+    if they are not, or if the validation shard is missing."""
     shards = {path.name: path for path in files}
     if not all(re.fullmatch(r"shard_\d{5}\.parquet", name) for name in shards) or len(shards) < len(files):
         return None
@@ -110,9 +111,9 @@ def _pinned(files: list[Path]) -> Path | None:
 
 
 def _readable(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """Returns (the files that hold text, reason -> files that are passed over), both sorted by path.
+    """Returns (files to read, {reason: files that are not read for this reason}). All lists are sorted by path.
 
-    Hidden files, temporary files and markers are passed over without a reason.
+    Hidden files, temporary files and markers such as _SUCCESS are in none of the lists.
     """
     files, seen = [], {}
     unread: dict[str, list[Path]] = {
@@ -123,7 +124,7 @@ def _readable(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
         kind, name = text_files.form(path), path.name.lower()
         if name[0] == "." or ".tmp-" in name or name.endswith((".part", ".sha256")) or name == "lock":
             continue
-        if name.startswith(("readme", "license", "licence")) or (kind is None and name[0] == "_"):  # such as _SUCCESS
+        if name.startswith(("readme", "license", "licence")) or (kind is None and name[0] == "_"):
             if kind:
                 unread["a readme or licence"].append(path)
         elif not path.is_file():

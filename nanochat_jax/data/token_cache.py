@@ -104,7 +104,7 @@ def num_cached(files: Iterable[Path], folder: Path) -> int:
 def build(source: sources.Source, tokenizer: Tokenizer, folder: Path | None = None) -> Path:
     """Tokenizes the training and validation files of `source` that have no cached tokens yet.
 
-    Returns the folder of the tokens. The default is the folder in which training looks for cached tokens.
+    Returns the folder of the tokens. By default, this is the folder in which training looks for cached tokens.
     """
     folder = folder or folder_of(source, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)

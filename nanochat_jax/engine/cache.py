@@ -1,11 +1,11 @@
 """The engine's key/value cache. The engine has a fixed number of slots, and each slot has one row in the cache.
 
 A cache is a dict of two lists, "k" and "v". Each list has one array [b,n,s,k] per layer: b rows, n key/value heads,
-s positions and k numbers per head. Attention reads all keys of one head together, so they are contiguous in memory.
+s positions and k numbers per head. Attention reads all keys of one head together, so they are stored contiguously.
 
-All rows have the same number of positions. This number is rounded up to one of a few bucket sizes, so that few programs
-are compiled. It is kept as small as possible, because attention reads empty positions too. Rows are never cleared:
-attention masks the positions beyond a row's length.
+All rows have the same number of positions. This number is rounded up to one of a few bucket sizes, so that only a few
+programs are compiled. It is kept as small as possible, because attention reads empty positions too. Rows are never
+cleared: attention masks the positions beyond a row's length.
 """
 
 import functools
@@ -77,7 +77,7 @@ def resize(cache: KV, size: int) -> KV:
 
 @functools.partial(jax.jit, static_argnames=("size", "mesh"))
 def copy_row(cache: KV, slot: jax.Array, *, size: int, mesh: Mesh | None) -> KV:
-    """Copies the slot's row into a new cache of arrays [1,n,size,k]. Every device gets the whole copy."""
+    """Copies the row of `slot` into a new cache of arrays [1,n,size,k]. Every device gets the whole copy."""
     row = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
     return sharding.replicate(row, mesh)
 
@@ -93,9 +93,9 @@ def insert_rows(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, cou
     """For every i < count, copies row source[i] of `prefix` to the beginning of row target[i] of `cache`.
 
     The arrays of `prefix` are [p,n,s',k], and the arrays of `cache` are [b,n,s,k], with s' <= s. `source` and `target`
-    are int32 [b]. The same row may be copied to several slots, because a prompt is prefilled once for all its samples.
-    The function uses a loop of slice updates instead of a scatter. The loop works in place and moves only the rows that
-    change.
+    are int32 [b]. The same row of `prefix` may be copied to several slots, because a prompt is prefilled once for all
+    its samples. The function uses a loop of slice updates instead of a scatter. The loop works in place and moves only
+    the rows that change.
     """
 
     def copy(i: jax.Array, cache: KV) -> KV:

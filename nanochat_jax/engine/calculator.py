@@ -5,8 +5,8 @@ signs and parentheses. A count, such as 'strawberry'.count('r'), is matched by a
 maximum length, which also limits the size of their results. Therefore no input can hang the process or exhaust the
 memory.
 
-Results are written as in the training data: GSM8K says 3, not 3.0. A tool that answers 3.0 would teach the model to
-distrust the tool.
+Results are written as in the training data: GSM8K says 3, not 3.0. If the calculator answered 3.0, the model would
+learn to distrust it.
 """
 
 import ast
@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-# The maximum number of characters in an expression. This limits the depth of the syntax tree. It also limits the size
-# of results, because a product never has more digits than its factors have together.
+# The maximum number of characters in an expression. This maximum limits the depth of the syntax tree. It also limits
+# the size of results, because a product never has more digits than its factors have together.
 MAX_CHARS = 256
 SIGNIFICANT_DIGITS = 10
 
@@ -63,7 +63,7 @@ def _evaluate(node: ast.expr) -> int | float:
 
 
 def _format(value: int | float) -> str:
-    """Returns a number as text, without an exponent: 3.0 -> "3", 0.1 + 0.2 -> "0.3", 1/3 -> "0.3333333333".
+    """Formats a number without an exponent: 3.0 -> "3", 0.1 + 0.2 -> "0.3", 1/3 -> "0.3333333333".
 
     Raises ValueError for infinity and NaN.
     """

@@ -2,7 +2,7 @@
 
 `add` puts a request into the scheduler's queue. When a slot is free, a step prefills the request's prompt. If much of
 the prompt is already cached, only the rest is computed. One step may prefill several prompts, and a long prompt is
-prefilled in parts over several steps. Each of the request's n samples then takes a slot. The prompt's keys and values
+prefilled in parts over several steps. Then each of the request's n samples takes a slot. The prompt's keys and values
 are copied into the slot's cache row, and the sample's first token is drawn.
 
 After that, each step decodes a chunk: a fixed number of tokens for every slot. One compiled program decodes the whole
@@ -11,8 +11,8 @@ the slots of finished samples. The keys and values of a finished sample stay in 
 prompts that begin with the same tokens.
 
 The model calls the calculator by writing an expression between the tokens python_start and python_end. At python_end,
-the row pauses for the rest of the chunk. The tokens of the result are then forced: the next chunk begins with them, and
-sampling continues after them.
+the sample pauses for the rest of the chunk. The tokens of the calculator's result are then forced: the next chunk
+begins with them, and sampling continues after them.
 
 `Engine.step` has three parts. First, the scheduler decides what to run (scheduler.py). Then the model runner runs it on
 the device (model_runner.py). Last, the engine adds the new tokens to their sequences.
@@ -46,12 +46,12 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 class Engine:
-    """Generates up to `slots` samples at a time, with up to `chunk` tokens per sample and step.
+    """Generates up to `slots` samples at a time. In each step, a sample gets up to `chunk` tokens.
 
     The tokenizer provides the ids of special tokens, decodes the expressions for the calculator, and encodes the
     calculator's results. The model computes in `dtype`. The dtype and the number of slots are fixed, so the result of a
-    request does not depend on other requests. Only rounding may differ, because a cached prefix may have been computed
-    in chunks of another size.
+    request does not depend on other requests. Only rounding errors may differ, because a cached prefix may have been
+    computed in chunks of another size.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Engine:
     def set_params(self, params: gpt.Params) -> None:
         """Replaces the weights. The engine must be idle.
 
-        A float32 engine may use the caller's arrays without copying them. If the caller donates one of these arrays, it
-        must set new weights before the engine runs again.
+        A float32 engine may use the caller's arrays without copying them. If the caller donates one of these arrays to
+        a compiled function, it must set new weights before the engine runs again.
         """
         assert not self.busy, "set_params with samples under way"
         self._runner.set_params(params)
@@ -116,7 +116,7 @@ class Engine:
     def run(
         self, requests: Iterable[Request], progress: Callable[[int, int], object] | None = None
     ) -> list[list[Sample]]:
-        """Generates all samples of all requests. Returns one list of n samples per request, in the same order.
+        """Generates all samples of all requests. Returns n samples per request, in the order of the requests.
 
         Calls `progress(finished, total)` whenever samples finish; both numbers count samples. The engine must be idle.
         """
@@ -171,8 +171,9 @@ class Engine:
     def step(self) -> list[Event]:
         """Runs one step, and returns the new tokens as events.
 
-        If a slot is free, the step starts waiting samples. Otherwise, it decodes a chunk. While a long prompt is being
-        prefilled, each step does two things: it prefills one part of the prompt, and it decodes a chunk.
+        If samples are waiting and a slot is free, the step starts samples. Otherwise, it decodes a chunk. While a long
+        prompt is being prefilled, each step does two things: it prefills one part of the prompt, and it decodes a
+        chunk.
         """
         schedule = self._scheduler.schedule()
         try:
@@ -222,7 +223,7 @@ class Engine:
         self._runner.close()
 
     def check(self, request: Request) -> None:
-        """Raises UserError if a request cannot be served. Any thread may call this."""
+        """Raises UserError if a request cannot be served. Any thread may call this method."""
         context, vocab = self.model_cfg.sequence_len, self.model_cfg.vocab_size
         if len(request.ids) == 0:
             raise UserError("the prompt is empty: it needs at least one token, such as <|bos|>")
@@ -260,7 +261,7 @@ class Engine:
         ]
         if output.tokens:
             events += [self._extend(slot, seq, output.tokens) for slot, seq in schedule.sequences.items()]
-        if schedule.decodes:  # even in a free slot, decoding overwrites the last position of a full row
+        if schedule.decodes:  # decoding overwrites the last position of a full row, even in a free slot
             self._scheduler.slots.truncate(schedule.cache_size)
         self._free_unused_prefill()
         return events
@@ -324,7 +325,7 @@ class Engine:
 
 
 def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:
-    """Converts two arrays [t,top] to one list per position, each with `count` pairs (token id, log-probability)."""
+    """Converts two arrays [t,top] to t lists. Each list has `count` pairs (token id, log-probability)."""
     pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in pairs]
 
@@ -337,7 +338,7 @@ def _scores(request: Request, logprobs: np.ndarray, top_ids: np.ndarray, top_log
 
 
 def _join(events: list[Event]) -> Sample:
-    """Joins all events of a finished sample."""
+    """Joins all events of a finished sample into a Sample."""
     ids, mask, logprobs = (
         [x for event in events for x in getattr(event, name)] for name in ("ids", "mask", "logprobs")
     )

@@ -59,7 +59,7 @@ class ModelRunner:
         self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, where)
 
     def set_params(self, params: gpt.Params) -> None:
-        """Replaces the weights with `params`, and replicates these on every device of their mesh."""
+        """Replaces the weights with `params`. If these lie on a mesh, every device of the mesh gets all weights."""
         params = gpt.cast(params, self.fixed.dtype)
         if mesh := sharding.mesh_of(params):  # training may have sharded the weights, so gather them
             params = jax.device_put(params, sharding.replicated(mesh))
@@ -111,7 +111,7 @@ class ModelRunner:
         self._prefix, self._logits = self._run(program, self.params, ids, length, self._prefix, start)
 
     def _first_tokens(self, schedule: Schedule) -> Tokens:
-        """Copies the prefilled row of each new sample into its slot, and draws the sample's first token."""
+        """For each new sample, copies its prompt's prefilled row into its slot, and draws its first token."""
         assert self._logits is not None, "first tokens without a prefill"
         started, prefilled = schedule.first_tokens, len(self._logits)
         pad = [0] * (self.slots - len(started))
@@ -137,7 +137,7 @@ class ModelRunner:
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """Returns the sampling settings of all slots, the sampler's plan, and the number of top tokens to report."""
+        """Returns all slots' sampling settings, the sampler's plan, and how many of the most likely tokens to report."""
         settings = sampler.settings([(s.request, s.sample) if s else None for s in sequences], self.shapes.vocab_size)
         return settings, *self.shapes.sampling(s.request for s in sequences if s)
 

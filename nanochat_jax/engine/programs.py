@@ -1,10 +1,10 @@
 """The engine's compiled functions. They prefill prompts, draw first tokens, and decode a chunk of tokens for all slots.
 
 Slots are independent, so each replica decodes its own share of the slots under shard_map. Without shard_map, the
-compiler would gather all logits on every device in every step to compute top-k.
+compiler would gather all logits on every device in every step, in order to compute top-k.
 
-Prefill is not divided: every device prefills all prompts. This costs little compared with decoding, because all samples
-of a prompt share one prefill.
+Prefill is not divided among the replicas: every device prefills all prompts. This costs little compared with decoding,
+because all samples of a prompt share one prefill.
 """
 
 import functools
@@ -39,11 +39,11 @@ class Fixed(NamedTuple):
     model_cfg: GPTConfig
     dtype: DTypeLike  # the dtype of the matmuls
     python_end: int  # the token that ends a tool call and pauses the row
-    mesh: Mesh | None  # the mesh whose replicas share the slots; if None, every device holds all slots
+    mesh: Mesh | None  # each replica of this mesh decodes a part of the slots; if None, every device decodes all slots
 
 
 class DecodeInputs(NamedTuple):
-    """The state of all slots at the start of a chunk. The arrays are [b] unless stated otherwise."""
+    """The state of all slots at the start of a chunk. The arrays have the shape [b] unless stated otherwise."""
 
     token: Array  # the row's last token, which is not in the cache yet
     length: Array  # the number of tokens before `token`; the cache holds all of them
@@ -81,8 +81,9 @@ class PromptScores(NamedTuple):
 def lay_out(params: gpt.Params) -> DecodeParams:
     """Returns the weights in the layout that decoding reads fastest.
 
-    Each layer has its own array. If one array held all layers, the decoding loop would copy every layer out of it in
-    every step. The head is stored as [d,v]. On a CPU, this saves a fifth of the time that it takes to decode one row.
+    Each weight has one array per layer. If one array held all layers, the decoding loop would copy every layer out of
+    it in every step. The head is stored as [d,v]. On a CPU, this saves a fifth of the time that it takes to decode one
+    row.
     """
     blocks = {name: list(jnp.unstack(w)) for name, w in params["blocks"].items()}
     return {"wte": params["wte"], "head": params["lm_head"].T, "blocks": blocks}
@@ -161,7 +162,7 @@ def prefill_chunk(
     model_cfg: GPTConfig,
     dtype: DTypeLike,
 ) -> tuple[kv.KV, jax.Array]:
-    """Appends chunks of long prompts to the cache rows `prefix`, and returns (the rows, next-token logits [p,v]).
+    """Appends chunks of long prompts to the cache rows in `prefix`. Returns (the rows, next-token logits [p,v]).
 
     The chunks are `ids` [p,t], padded on the right. `length` [p] is the number of tokens in each chunk. `start` [p] is
     the position of each chunk's first token. The caller must ensure that start + t is at most the row's size.
@@ -181,7 +182,7 @@ def first_tokens(
     top: int,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, ...]:
-    """For each slot i, draws the first token from row `row[i]` of the prefill's logits [p,v].
+    """For each slot i, draws the first token from logits[row[i]]. The prefill has computed `logits` [p,v].
 
     Returns (tokens [b], their log-probabilities [b], the `top` most likely tokens [b,top], their log-probabilities
     [b,top]).
@@ -211,7 +212,7 @@ def decode(
     """Decodes a chunk for all slots.
 
     Returns (the cache, the fields of Tokens). In an inactive row, every step decodes the row's last token again at the
-    same position. This leaves the row's earlier tokens in the cache unchanged.
+    same position. So the cached keys and values of the row's earlier tokens do not change.
     """
     model_cfg, dtype, python_end, mesh = fixed
 

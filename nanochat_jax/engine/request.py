@@ -34,7 +34,7 @@ class Scores:
     """The scores of a prompt. The entries for the first token are None."""
 
     logprobs: list[float | None]  # the log-probability of each token, given the tokens before it
-    top: list[TopLogprobs | None]  # the `Request.top_logprobs` most likely tokens at each position
+    top: list[TopLogprobs | None]  # the most likely tokens at each position; `Request.top_logprobs` is their number
 
 
 @dataclass(frozen=True)

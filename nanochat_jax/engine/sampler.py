@@ -1,9 +1,9 @@
 """Samples the next token of each row, on the device. Each row has its own sampling settings.
 
-To sample a token, the sampler adds Gumbel noise to the logits and takes the largest sum. The noise depends only on the
-row's seed, its sample number and the token's position. So a request gives the same text whether it runs alone or with
-others. A row without top-k and top-p needs noise for the whole vocabulary. A row with top-k or top-p needs noise only
-for its most likely tokens, which saves time.
+To sample a token, the sampler adds Gumbel noise to the logits and takes the token with the largest sum. The noise
+depends only on the row's seed, its sample number and the token's position. So a request gives the same text whether it
+runs alone or with other requests. A row that uses neither top-k nor top-p needs noise for the whole vocabulary. A row
+that uses top-k or top-p needs noise only for its most likely tokens, which saves time.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import numpy as np
 from nanochat_jax.engine.request import Request
 
 WIDTHS = (64, 256)  # how many of the most likely tokens are ranked; if 256 are too few, the whole vocabulary is ranked
-COLDEST = 1e-5  # lower temperatures are raised to this value, because division by a smaller one could overflow
+COLDEST = 1e-5  # lower temperatures are raised to this value, because dividing by a lower temperature could overflow
 
 
 Array = jax.Array | np.ndarray  # a numpy array on the host, a traced array within jit
@@ -105,13 +105,13 @@ def _argmax(x: jax.Array) -> jax.Array:
 
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
-    """Samples a token for each row from its `width` most likely tokens, after filtering them by top-k and top-p."""
+    """Filters each row's `width` most likely tokens by top-k and top-p, and samples one of those that remain."""
     scores, ids = jax.lax.top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)
-    # `before` is the total probability of all more likely tokens. It is 0 for the first token, so this token is
-    # always kept.
+    # For each token, `before` is the total probability of all more likely tokens. It is 0 for the most likely token, so
+    # that token is always kept.
     before = jnp.cumsum(p, axis=-1) - p
     top_p = settings.top_p[:, None]
     scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)

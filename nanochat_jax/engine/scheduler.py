@@ -80,7 +80,7 @@ class Schedule:
 
     prefill: PrefillBatch | PrefillChunk | None
     sequences: dict[int, Sequence]  # slot -> sequence that gets tokens in this step
-    first_tokens: dict[int, int]  # slot -> prefilled row for the sample that starts there; empty if no sample starts
+    first_tokens: dict[int, int]  # slot in which a sample starts -> the sample's prefilled row; empty if none starts
     scored: list[Prompt]  # prompts that asked only for scores, not for new tokens
     lengths: list[int]  # number of cached tokens in each slot, including free slots
     cache_size: int  # positions in each row of the cache
@@ -181,7 +181,7 @@ class Scheduler:
         return self._start_chunked_prefill() or self._start_batched_prefill(free)
 
     def _start_chunked_prefill(self) -> PrefillChunk | None:
-        """Returns the first chunk of the first prompt in the queue, or None if it should be prefilled as a whole.
+        """Returns the first chunk of the queue's first prompt, or None if the prompt should be prefilled as a whole.
 
         If prefix caching saves work, the prompt's row starts as a copy of the cache row that shares the longest prefix
         with the prompt. Otherwise, only a long prompt is prefilled in chunks, and its row starts empty.
@@ -213,11 +213,11 @@ class Scheduler:
         return PrefillChunk(list(ids[start : start + width]), start, width, new_row)
 
     def _start_batched_prefill(self, free: int) -> PrefillBatch:
-        """Prefills the first prompt in the queue, alone or in a batch with other prompts of the same length bucket.
+        """Returns a batch of the first prompt in the queue, alone or with other prompts of the same length bucket.
 
         The batch leaves out prompts that share a long prefix with the first prompt. These prompts wait until they can
-        copy its cache row. A batch has either one row or PREFILL_ROWS rows, because every other number of rows would
-        need more compiled programs.
+        copy the first prompt's cache row. A batch has either one row or PREFILL_ROWS rows, because every other number
+        of rows would need more compiled programs.
         """
         first = self.queue[0]
         length, score = self._bucket(first), first.request.score
@@ -293,7 +293,7 @@ def prefix_caching_saves_work(shared: int, tokens: int, length: int) -> bool:
         return whole * PREFILL_CHUNK + (_chunk_width(rest) if rest else 0)
 
     # All chats begin with the same few tokens. A prefix is reused only if it covers at least half of the prompt,
-    # because a shorter one would save little.
+    # because a shorter prefix would save little.
     return 2 * shared >= tokens and work(tokens - shared) < (length if length <= PREFILL_CHUNK else work(tokens))
 
 

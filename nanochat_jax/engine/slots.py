@@ -61,7 +61,7 @@ class Slots:
     def __init__(self, count: int):
         self.sequences: list[Sequence | None] = [None] * count
         self._leftover: list[list[int]] = [[] for _ in range(count)]  # for each free slot, its cached tokens
-        self._released_at = [0] * count  # for each slot, the value of _releases at its last release
+        self._released_at = [0] * count  # for each slot, the value of _releases when the slot was last freed
         self._releases = 0
 
     def running(self) -> dict[int, Sequence]:
@@ -109,7 +109,7 @@ class Slots:
         return sequence.length if sequence else len(self._leftover[slot])
 
     def longest_prefix(self, ids: abc.Sequence[int]) -> tuple[int, int]:
-        """Finds the cache row that shares the longest prefix with `ids`. Returns (its slot, the prefix's length)."""
+        """Finds the cache row that shares the longest prefix with `ids`. Returns (slot, length of the prefix)."""
         rows = zip(self.sequences, self._leftover, strict=True)
         cached = [sequence.ids[:-1] if sequence else leftover for sequence, leftover in rows]
         shared = [common_prefix_length(row, ids) for row in cached]

@@ -2,8 +2,9 @@
 
 CORE (scripts.base_eval), multiple choice (scripts.chat_eval) and bits per byte (scripts.base_loss) use this module.
 
-JAX compiles one program for each length, so a few lengths need only a few programs. The other prompts in a batch do not
-affect a prompt's score. The padding is to the right of the prompt, and causal attention never looks to the right.
+JAX compiles one program for each length, so a few lengths need only a few programs. A prompt's score depends neither on
+the other prompts in its batch nor on the padding. The padding is to the right of the prompt, and causal attention never
+looks to the right.
 """
 
 import json
@@ -32,7 +33,7 @@ def padded_length(length: int, limit: int) -> int:
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:
-    """Returns one sequence per row, int32 [rows, padded length of the longest sequence]. Unused entries are `fill`."""
+    """Puts one sequence into each row: int32 [rows, padded length of the longest]. All unused entries are `fill`."""
     assert 0 < len(sequences) <= rows, f"{len(sequences)} sequences in {rows} rows"
     batch = np.full((rows, padded_length(max(map(len, sequences)), limit)), fill, np.int32)
     for row, ids in zip(batch, sequences, strict=False):

@@ -27,8 +27,8 @@ from nanochat_jax.model.loss import num_chunks, token_losses
 class BitsPerByte(NamedTuple):
     """A model's bits per byte on a text.
 
-    Tokens of one row depend on each other, so the standard error is computed from rows. It is None with fewer than two
-    rows.
+    The tokens of a row depend on each other, so the standard error is computed over rows and not over tokens. It is
+    None if there are fewer than two rows.
     """
 
     bpb: float  # inf if the targets have no bytes
@@ -78,7 +78,7 @@ def _ratio_stderr(nats: np.ndarray, sizes: np.ndarray, rows: int) -> float:
 
 
 class _Sums(NamedTuple):
-    """Sums over the targets of a batch that have bytes, as arrays on the devices."""
+    """Sums over one batch, as arrays on the devices. All sums except `tokens` count only targets that have bytes."""
 
     nats: jax.Array  # float32: the total loss
     size: jax.Array  # int32: the number of bytes

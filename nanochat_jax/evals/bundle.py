@@ -6,7 +6,8 @@ Used by scripts.base_eval, and by training every --core_metric_every steps.
     eval_meta_data.csv    the random baseline of each task, in percent
     eval_data/            the items, as .jsonl or .jsonl.gz
 
-The bundle is read from --core_dir if that is given. Otherwise, it is downloaded once to eval_bundle in the base folder.
+The bundle is read from the folder --core_dir if this flag is given. Otherwise, it is downloaded once to eval_bundle in
+the base folder.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ def _check_item(item: dict, kind: str) -> None:
 
 
 def find_bundle(core_dir: str | Path = "") -> Path:
-    """Returns the folder of the bundle, and downloads the bundle if necessary. Raises UserError if it is incomplete."""
+    """Returns the bundle's folder, and downloads the bundle if necessary. Raises UserError if a file is missing."""
     if core_dir:
         folder = Path(core_dir).expanduser()
         if not (folder / "core.yaml").is_file():

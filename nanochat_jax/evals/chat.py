@@ -3,8 +3,9 @@
 Used by scripts.chat_eval, and by training every --eval_metrics_every steps.
 
 In multiple-choice tasks, the logits of the answer letters are compared. In other tasks, answers are generated and
-checked. ChatCORE is the mean of the centered scores of six tasks (0 means guessing, 1 means perfect). The numbers that
-nanochat published in October 2025 are not comparable, because they are means over five tasks, without SpellingBee.
+checked. ChatCORE is the mean of the centered scores of six tasks (0 means guessing, 1 means perfect). The ChatCORE
+numbers that nanochat published in October 2025 are not comparable, because they are means over only five tasks:
+SpellingBee was not among them.
 """
 
 import functools
@@ -57,7 +58,7 @@ class ChatScore(Score):
     """The score of a task, and the answers that were scored."""
 
     truncated: float | None  # the share of answers cut off by a length limit; None for multiple choice
-    answers: list[dict] = field(repr=False)  # one per problem, for inspection
+    answers: list[dict] = field(repr=False)  # one dict per problem, for inspection
 
     @property
     def ties(self) -> int:
@@ -116,8 +117,10 @@ def chat_core(scores: list[ChatScore]) -> tuple[float, float] | None:
 
 
 def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]:
-    """Returns, for each of the first `n` problems, the chosen letter, whether it is right, and whether the prompt was
-    cut to fit in the context."""
+    """Chooses a letter for each of the first `n` problems. Returns one dict per problem.
+
+    The dict says which letter was chosen, whether it is right, and whether the prompt was cut to fit in the context.
+    """
     rows, answers = num_rows(model.params, batch_size), []
     with Progress(task.name, n) as progress:
         for first in range(0, n, WINDOW):
@@ -138,7 +141,7 @@ def _choices(model: EvalModel, problems: list[dict], prompts: list[list[int]], r
     """Returns the results of `_choose_letter` for each problem, as int [problems, 2]."""
     tokenizer, context = model.tokenizer, model.model_cfg.sequence_len
     letters = [_letter_ids(tokenizer, tuple(p["letters"])) for p in problems]
-    width = max(8, *map(len, letters))  # tasks with up to 8 letters share one compiled shape
+    width = max(8, *map(len, letters))  # all tasks with up to 8 letters use the same compiled program
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
     results, choices = [], np.zeros((len(problems), 2), int)
     for first in range(0, len(order), rows):
@@ -148,7 +151,7 @@ def _choices(model: EvalModel, problems: list[dict], prompts: list[list[int]], r
         options = fixed_rows([letters[i] + [-1] * (width - len(letters[i])) for i in batch], rows)
         arrays = (put(model.params, array) for array in (ids, last, options))
         results.append((batch, _choose_letter(model.params, model.model_cfg, *arrays, model.dtype)))
-    for batch, result in results:  # read after all batches are dispatched: the devices never wait for the host
+    for batch, result in results:  # runs after all batches are dispatched, so that the devices never wait for the host
         choices[batch] = fetch(result)[: len(batch)]
     return choices
 
@@ -191,10 +194,10 @@ def _generate(
 ) -> tuple[list[list[Sample]], list[bool]]:
     """Generates the samples of each problem, with one engine per device.
 
-    Returns (the samples of each problem, whether its prompt was cut to fit in the context).
+    Returns (the samples of each problem, whether each problem's prompt was cut to fit in the context).
     """
-    # Training may shard the parameters, so they are replicated here. Every process must take part in this, even if it
-    # has no problems. So no process may return before this point.
+    # Training may shard the parameters, so they are replicated here. Every process must take part in the replication,
+    # even if it has no problems. So no process may return before this point.
     if mesh := sharding.mesh_of(model.params):
         params = jax.device_put(gpt.cast(model.params, model.dtype), sharding.replicated(mesh))
         model = replace(model, params=params)
@@ -257,14 +260,14 @@ def _on(device: jax.Device, x: jax.Array) -> jax.Array:
 
 
 def _devices(params: gpt.Params) -> list[jax.Device]:
-    """Returns the devices of this process that hold the parameters."""
+    """Returns those of this process's devices that hold the parameters."""
     local = jax.local_devices()
     holding = params["wte"].devices() if isinstance(params["wte"], jax.Array) else set(local[:1])
     return [device for device in local if device in holding]
 
 
 def _slots_that_fit(model: EvalModel) -> int:
-    """Returns the number of cache rows of full context length that fit in a third of the free memory.
+    """Returns how many cache rows of full context length fit in a third of the free memory.
 
     The number is rounded down to a power of two, and is at most MAX_SLOTS. The other two thirds are left for copies of
     rows. If the free memory is unknown, the number is 8.
@@ -282,7 +285,9 @@ def _slots_that_fit(model: EvalModel) -> int:
 def _check_answers(
     tokenizer: Tokenizer, task: Task, problems: Sequence[int], samples: list[list[Sample]], cut: list[bool]
 ) -> list[dict]:
-    """Returns, for each problem, the answers as text, whether any of them is right, and whether the prompt was cut.
+    """Checks the answers to each problem. Returns one dict per problem.
+
+    The dict holds the answers as text, and says whether any of them is right and whether the prompt was cut.
 
     The checks run in threads, because the check of a generated program mostly waits for the program to end.
     """

@@ -9,8 +9,9 @@ guessing. There are three kinds of task:
     schema              several contexts, one continuation: the answer is the context that gives the lowest mean loss
     language_modeling   the answer is right if greedy decoding would produce exactly the continuation
 
-The items of a task are shuffled with Random(1337), and the first `max_per_task` are used. The few-shot examples of item
-i are drawn from the other items with Random(1234 + i). Other random numbers would change the score of the same model.
+The items of a task are shuffled with Random(1337), and only the first `max_per_task` items are used. The few-shot
+examples of item i are drawn from the other items with Random(1234 + i). With other seeds, the same model would get
+another score.
 """
 
 import functools
@@ -44,11 +45,11 @@ LOGITS_AT_ONCE = 1 << 26  # at most this many logits are in memory at once: 256 
 
 @dataclass(frozen=True)
 class CoreScore(Score):
-    """Accuracy on one task. `cut` counts prompts, of which an item has one for each option."""
+    """Accuracy on one task. `cut` counts prompts, not items: an item has one prompt for each option."""
 
     prompts: int  # the number of prompts that were scored
     shots: int  # the number of few-shot examples in each prompt
-    num_fewshot: int  # the number that the task asks for; fewer are used if there are too few other items
+    num_fewshot: int  # how many examples the task asks for; fewer are used if there are too few other items
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class CoreResult:
 
     @property
     def cut(self) -> int:
-        """The number of prompts in all tasks together that were cut to fit in the context."""
+        """The number of prompts that were cut to fit in the context, in all tasks together."""
         return sum(task.cut for task in self.tasks)
 
     def __str__(self) -> str:
@@ -92,7 +93,7 @@ def evaluate(
     """Returns a model's scores on all tasks of the CORE bundle in the folder `bundle`.
 
     `batch_size` is the number of prompts per batch on each device. At most `max_per_task` items of each task are used
-    (-1: all). `report` is called after each task, with its score.
+    (-1: all). After each task, `report` is called with the task's score.
     """
     start = time.monotonic()
     tasks, scores = read_tasks(bundle), []
@@ -138,7 +139,7 @@ def evaluate_task(
 def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
     """Returns the prompts of `items[index]`, one for each option. The caller must shuffle `items` first.
 
-    A language-modeling item has two prompts: one without the continuation, and one with it.
+    A language-modeling item has two prompts: the context alone, and the context with the continuation.
     """
     others = random.Random(1234 + index).sample(range(len(items) - 1), num_shots(task, len(items)))
     examples = "".join(_solved(task, items[i + (i >= index)]) + "\n\n" for i in others)
@@ -155,13 +156,14 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
 def num_shots(task: CoreTask, n: int) -> int:
     """Returns the number of few-shot examples in each prompt, if `n` items are used.
 
-    A small max_per_task may leave fewer than num_fewshot other items. Then all other items become examples.
+    If max_per_task is small, a prompt may have fewer than num_fewshot other items to use as examples. Then it uses all
+    of them.
     """
     return min(task.num_fewshot, n - 1)
 
 
 def _solved(task: CoreTask, item: dict) -> str:
-    """A few-shot example: an item with its answer."""
+    """Returns an item together with its answer, for use as a few-shot example."""
     if task.kind == "multiple_choice":
         return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
     if task.kind == "schema":
@@ -179,7 +181,7 @@ class Span:
 
 
 def _spans(tokenizer: Tokenizer, task: CoreTask, items: Sequence[dict], indices: range, limit: int) -> list[list[Span]]:
-    """Returns, for each item in `indices`, the spans to score: one span for each option."""
+    """Returns the spans to score: for each item in `indices`, a list with one span for each option."""
     texts = [prompts(task, items, i) for i in indices]
     encoded = iter(tokenizer.encode([text for options in texts for text in options], prepend=tokenizer.bos))
     return [_item_spans([next(encoded) for _ in options], task.kind, limit) for options in texts]
@@ -195,7 +197,8 @@ def _item_spans(options: list[list[int]], kind: str, limit: int) -> list[Span]:
         starts = [len(ids) - length for ids in options]
     elif kind == "multiple_choice":
         # Score each option from the first token at which the options differ. The shortest option may be a prefix of all
-        # others. Then scoring starts at its last token, because the mean loss of zero tokens would be 0/0.
+        # others. Then scoring starts at the shortest option's last token, because the mean loss of zero tokens would be
+        # 0/0.
         starts = [min(_common_prefix(options), shortest - 1)] * len(options)
     else:
         # Score the continuation, from the first token at which the two prompts differ. The tokenizer may have
@@ -230,7 +233,7 @@ class _Batch(NamedTuple):
 
     positions: list[int]  # each row's index in the list of spans
     loss: jax.Array  # float32 [b]: the mean loss of each row's scored tokens, in nats
-    right: jax.Array  # bool [b]: whether all scored tokens of a row are the most likely tokens
+    right: jax.Array  # bool [b]: whether each scored token of a row is the most likely token
 
 
 class _Window(NamedTuple):
@@ -257,7 +260,7 @@ def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
 def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progress: Progress) -> int:
     """Waits for the scores of the window, and returns the number of right answers.
 
-    Raises UserError if a loss is not a number. `argmin` would take such a loss for the lowest.
+    Raises UserError if a loss is infinite or NaN. `argmin` would take a NaN for the lowest loss.
     """
     count = sum(map(len, window.spans))
     losses, rights = np.empty(count), np.empty(count, bool)
@@ -280,7 +283,7 @@ def _score(
     """In each row i of ids [b,t], scores the tokens ids[i, bounds[i, 0] : bounds[i, 1]].
 
     The first result, float32 [b], is the mean loss of each row's scored tokens in nats. The second result, bool [b], is
-    True where all scored tokens of a row are the most likely tokens.
+    True for a row if each of its scored tokens is the most likely token.
     """
     loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
     position = jnp.arange(1, ids.shape[1] + 1)[None]  # position of the predicted token

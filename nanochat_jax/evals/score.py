@@ -1,7 +1,7 @@
 """Defines the result of an evaluation: a score, its standard error, and the score of random guessing.
 
-Used by training, scripts.base_eval, scripts.chat_eval and scripts.base_loss. The three scripts also log the score.
-`with_error` is the one format in which scores are printed.
+Used by training, scripts.base_eval, scripts.chat_eval and scripts.base_loss. The three scripts also log the score. All
+scores are printed in the format of `with_error`.
 """
 
 import math
@@ -49,8 +49,8 @@ class Score:
 class Metric:
     """A score that is not a share of right answers: a mean over tasks (CORE, ChatCORE) or bits per byte.
 
-    `n` counts problems, or tokens for bits per byte. For bits per byte, `baseline` is None. `stderr` is None if it is
-    unknown, because there is only one row.
+    For a mean over tasks, `n` counts problems. For bits per byte, `n` counts tokens, and `baseline` is None. `stderr`
+    is None if it is unknown because there are fewer than two rows.
     """
 
     task: str
@@ -93,7 +93,7 @@ def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean of independent values and the standard error of the mean, which is None for a single value."""
+    """Returns the mean of independent values, and its standard error (None if there is only one value)."""
     n, mean = len(values), sum(values) / len(values)
     if n == 1:
         return mean, None
@@ -110,6 +110,6 @@ def with_error(score: float, stderr: float | None, of: str = "", digits: int = 4
 
 
 def list_notes(cut: int, prompts: int, at_limit: int, answers: int) -> list[str]:
-    """Says how many prompts were cut and how many answers reached the length limit. Says nothing about zero."""
+    """Returns notes on answers that reached the length limit and on cut prompts. Leaves out counts of zero."""
     notes = [f"{at_limit:,} of {answers:,} answers stopped at the limit"] if at_limit else []
     return notes + ([f"{cut:,} of {prompts:,} prompts cut to the context"] if cut else [])

@@ -1,6 +1,6 @@
 """The transformer as pure functions of its parameters.
 
 In: a GPTConfig, parameters (a nested dict of arrays) and token ids [b,t]. Out: hidden states [b,t,d], logits [b,t,v] or
-the loss. The model runs inside `jax.jit`, but the dtype and the attention kernel are chosen before compilation.
+the loss. The model runs inside `jax.jit`. Its compute dtype and its attention kernel are chosen before compilation.
 parallel/ decides how the arrays are sharded, and training/ updates the parameters.
 """

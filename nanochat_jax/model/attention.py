@@ -1,9 +1,9 @@
 """Causal attention, over a whole sequence (for training) or over cached keys (for decoding).
 
-Axis letters: b batch, t query time, s key time, h query head, n key/value head, k head dim.
+Axis letters: b = batch, t = query time, s = key time, h = query head, n = key/value head, k = head dim.
 
-A query sees its own key and the `window` previous keys, as in FlashAttention. If `window` is 0, a query sees its own
-key and all previous keys.
+A query at position p sees the keys at positions p - `window` to p, as in FlashAttention. If `window` is 0, the query
+sees the keys at positions 0 to p.
 """
 
 import functools
@@ -20,12 +20,12 @@ _chosen = "xla"  # the kernel that `causal_attention` uses; set by `choose_kerne
 
 
 def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
-    """Sets the kernel of `causal_attention`. Returns the kernel and the reason for the choice.
+    """Chooses the kernel that `causal_attention` will use. Returns the kernel's name and the reason for the choice.
 
     `requested` is the value of --attention. An empty value means cuDNN if it works, and XLA otherwise. Whether cuDNN
-    works depends on its version, the GPU, the driver, the heads and the windows. Therefore this function tries cuDNN on
-    a small input with the heads and windows of `model_cfg`. Without the trial, compiling the training step could fail
-    with an obscure error. Raises UserError if the requested kernel does not work.
+    works depends on its version, the GPU, the driver, and the model's heads and attention windows. Therefore this
+    function tries cuDNN on a small input, with the heads and windows of `model_cfg`. Without this trial, compiling the
+    training step could fail with an obscure error. Raises UserError if the requested kernel does not work.
     """
     global _chosen
     assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
@@ -70,7 +70,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) 
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """Uses flash attention. Causality and the window are passed as flags, because cuDNN is slower with a mask array."""
+    """Uses cuDNN's flash attention. Causality and the window are passed as options: a mask array would be slower."""
     # If q has 2^31 elements or more, cuDNN 9.27 returns wrong gradients without an error.
     assert q.size < 2**31, f"queries {q.shape} have {q.size} elements: cuDNN's gradients are correct only below 2^31"
     local = (window, 0) if window else None
@@ -78,12 +78,12 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    # The queries are split into four blocks. Each block skips the keys that none of its queries sees. Without a window,
-    # this avoids computing 3/8 of the scores. On a CPU with t = 256, the forward and backward passes would take about
-    # 1.5 times as long without the blocks.
+    # The queries are split into four blocks. For each block, the keys that none of its queries sees are left out. If
+    # there is no window, this saves 3/8 of the scores. On a CPU, for t = 256, the forward and backward passes would
+    # take about 1.5 times as long without the split.
     b, t, h, d = q.shape
     n = k.shape[2]
-    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], with g query heads per key/value head
+    q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3)  # [b,n,g,t,k], where g is h // n
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [b,n,s,k]
     block = t // 4 if t % 4 == 0 and t >= 128 else t
     out = []
@@ -100,7 +100,10 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 
 def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
-    """Returns a mask [..., t, s] that is True where a query sees a key, given their positions [..., t] and [s]."""
+    """Returns a mask [..., t, s] that is True where a query sees a key.
+
+    `queries` [..., t] and `keys` [s] hold the positions of the queries and the keys.
+    """
     distance = queries[..., :, None] - jnp.expand_dims(keys, range(queries.ndim))
     return (distance >= 0) & (distance <= window) if window else distance >= 0
 
@@ -108,12 +111,13 @@ def _visible(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int = 0) -> jax.Array:
     """Computes causal attention of queries q [b,t,h,k] over cached keys k and values v [b,n,s,k]. Returns [b,t,h,k].
 
-    `start` [b] holds the position of each row's first query. A query at position p sees cache positions 0 to p, or,
-    with a window, only p - window to p. The matmuls use the cache's dtype, and the result has q's dtype.
+    `start` [b] holds the position of each row's first query. A query at position p sees cache positions 0 to p. With a
+    window, the query sees only positions p - `window` to p. The matmul operands have the cache's dtype, and the result
+    has q's dtype.
     """
     b, t, h, d = q.shape
     n, dtype = k.shape[1], q.dtype
-    # The axes are [b,n,g,t,k], as in `_xla`, because some CPUs have no bf16 matmul for other axis orders.
+    # q gets the axes [b,n,g,t,k], as in `_xla`, because some CPUs have no bf16 matmul for other axis orders.
     q = jnp.moveaxis(q.reshape(b, t, n, h // n, d), 1, 3).astype(k.dtype)
     scores = jnp.einsum("bngtk,bnsk->bngts", q, k, preferred_element_type=accum_dtype(q.dtype)) * d**-0.5
     visible = _visible(start[:, None] + jnp.arange(t)[None], jnp.arange(k.shape[2]), window)  # [b,t,s]

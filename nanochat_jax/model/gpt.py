@@ -2,20 +2,20 @@
 
 The model has rotary embeddings, QK-norm, grouped-query attention, a ReLU^2 MLP, RMSNorm without gains, and an untied
 head. It has no biases. The logits are soft-capped at 15. The modules are written in Flax NNX. Other files see only a
-nested dict of parameter arrays, and pure functions of this dict. `jax.jit`, `jax.grad` and optax work on the dict
-directly.
+nested dict of parameter arrays, and pure functions that take this dict. `jax.jit`, `jax.grad` and optax can use the
+dict directly.
 
-Axis letters in all files: b = batch, t = query time, s = key time, d = model, h = query head, n = kv head,
-k = head dim, f = ffn, v = vocab, l = layer. Each weight of a block, such as wq, is stacked over all layers into one
-array [l, in, out]. So the optimizer can orthogonalise all layers as one batch, and the model has only eight parameter
+Axis letters in all files: b = batch, t = query time, s = key time, d = model, h = query head, n = kv head, k = head
+dim, f = ffn, v = vocab, l = layer. For each weight of a block, such as wq, one array [l, in, out] holds the matrices of
+all layers. So the optimizer can orthogonalise these matrices as one batch, and the model has only eight parameter
 arrays.
 
-Example shapes are for a model of depth 20 with 32 rows per device: b 32, t 2048, d 1280, h and n 10, k 128, f 5120,
-v 65536, l 20.
+The example shapes are for a model of depth 20 with 32 rows per device: b = 32, t = 2048, d = 1280, h = n = 10, k = 128,
+f = 5120, v = 65536, l = 20.
 
 Precision: The master weights are float32. Matmul operands have the compute dtype, and their products are summed in
-float32. Norm statistics, softmax and logits are float32. The rotary table and the rotation are float32. The original
-nanochat has bf16 tables, which cause errors of 1e-3 in the logits.
+float32. Norm statistics, softmax and logits are float32. The rotary table and the rotation are float32. In the original
+nanochat, the rotary table is bf16, which causes errors of 1e-3 in the logits.
 """
 
 import functools
@@ -41,10 +41,10 @@ Cache = dict[str, Any]  # {"k": list of l arrays [b,n,s,k], "v": like "k", "leng
 
 @dataclass(frozen=True)
 class Execution:
-    """Settings for the forward pass without a cache. They affect speed and memory use, but not the results."""
+    """Settings for forward passes without a cache. They affect speed and memory use, but not the results."""
 
-    scan: bool = False  # loop over the layers with jax.lax.scan: faster to compile, slower to run
-    remat_policy: Callable | None = None  # a jax.checkpoint policy; None keeps all results for the backward pass
+    scan: bool = False  # whether jax.lax.scan loops over the layers: faster to compile, but slower to run
+    remat_policy: Callable | None = None  # a jax.checkpoint policy; None keeps all activations for the backward pass
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight just before use
 
 
@@ -65,7 +65,7 @@ def dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Multiplies x by w with operands in `dtype`, in the backward pass as well.
+    """Returns x @ w. All matmul operands are cast to `dtype`, in the backward pass as well.
 
     Plain autodiff would pass float32 cotangents to the two matmuls of the backward pass. Then these matmuls could not
     use the fast bf16 kernels of GPUs and CPUs.
@@ -82,7 +82,7 @@ def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax
     x, w = saved
     g = g.astype(dtype)
     dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    # Flattening b and t before this contraction would make XLA:CPU miss its fast path.
+    # If b and t were flattened before this contraction, XLA:CPU would not use its fast matmul.
     dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accum_dtype(dtype))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -91,13 +91,13 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def norm(x: jax.Array, eps: float) -> jax.Array:
-    """Applies RMSNorm without a gain to the last axis. The statistics are float32."""
+    """Applies RMSNorm over the last axis, without a gain. The statistics are float32."""
     y = x.astype(accum_dtype(x.dtype))
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns the cosines and sines of the rotary angles, each float32 [..., 1, k/2], for integer positions [...]."""
+    """Returns the cosines and the sines of the rotary angles at integer positions [...], each float32 [..., 1, k/2]."""
     half = model_cfg.head_dim // 2
     frequency = model_cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
@@ -105,7 +105,10 @@ def rotary(positions: jax.Array, model_cfg: GPTConfig) -> tuple[jax.Array, jax.A
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates each pair (j, j + k/2) of x [b,t,h,k] by *minus* the angle, as nanochat's checkpoints expect."""
+    """In each head of x [b,t,h,k], rotates the pairs (j, j + k/2) by *minus* the angle.
+
+    The checkpoints of the original nanochat expect this direction.
+    """
     x1, x2 = jnp.split(x.astype(accum_dtype(x.dtype)), 2, axis=-1)
     return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
 
@@ -115,7 +118,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Blocks(nnx.Module):
-    """The weights of all transformer blocks, stacked over layers. `init` lists them in a table."""
+    """The weights of all transformer blocks, stacked over layers. The docstring of `init` lists them."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         l, d, q, kv = model_cfg.n_layer, model_cfg.n_embd, model_cfg.n_embd, model_cfg.n_kv_head * model_cfg.head_dim
@@ -131,7 +134,7 @@ class Blocks(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """The embedding, the blocks and the head. `init` lists their weights in a table."""
+    """The embedding, the blocks and the head. The docstring of `init` lists their weights."""
 
     def __init__(self, model_cfg: GPTConfig, rngs: nnx.Rngs):
         self.model_cfg = model_cfg
@@ -151,8 +154,8 @@ class GPT(nnx.Module):
             raise UserError(f"a row has {t} tokens, but the context holds only {model_cfg.sequence_len}")
         start = jnp.zeros(b, jnp.int32) if cache is None else cache["length"]
         angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
-        # The cast comes after the lookup, so that the gradients of each embedding are summed in float32. The embedding
-        # of a frequent token gets thousands of gradients.
+        # The embeddings are cast after the lookup, so that the gradients of each embedding are summed in float32. The
+        # embedding of a frequent token gets thousands of gradients.
         x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
@@ -172,10 +175,11 @@ class GPT(nnx.Module):
 
 BLOCK_WEIGHTS = ("wq", "wk", "wv", "wo", "w_in", "w_out")
 
-# Maps each weight to the mesh axes that shard its axes. "model" shards the attention heads, the MLP's hidden width, the
-# vocabulary of lm_head and the width of wte. This is tensor parallelism as in Megatron (arXiv:1909.08053). "data"
-# shards the other axis of each matrix. Gradients and optimizer state are always sharded over "data", but weights only
-# with --shard=full. An axis is sharded only if its length is a multiple of the mesh axis's size (see sharding.py).
+# For each weight, the mesh axes over which its array axes are sharded. "model" shards the attention heads, the MLP's
+# hidden width, the vocabulary of lm_head and the width of wte. This is tensor parallelism as in Megatron
+# (arXiv:1909.08053). "data" shards the other axis of each matrix. Gradients and optimizer state are always sharded over
+# "data", but weights are sharded over it only with --shard=full. An array axis is sharded only if its length is a
+# multiple of the mesh axis's size (see sharding.py).
 SHARDING = {
     "wte": P("data", "model"),  # [vocabulary, width]
     "lm_head": P("model", "data"),  # [vocabulary, width]
@@ -189,7 +193,7 @@ SHARDING = {
 
 
 def _unstack(stacked: Weights) -> list[Weights]:
-    """Splits stacked weights [l, in, out] into one dict of weights [in, out] for each layer."""
+    """Splits stacked weights [l, in, out] by layer. Returns one dict of weights [in, out] per layer."""
     layers = {name: jnp.unstack(w) for name, w in stacked.items()}
     return [dict(zip(layers, ws, strict=True)) for ws in zip(*layers.values(), strict=True)]
 
@@ -197,7 +201,7 @@ def _unstack(stacked: Weights) -> list[Weights]:
 def _qkv(
     x: jax.Array, w: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns q [b,t,h,k], k [b,t,n,k] and v [b,t,n,k] for x [b,t,d]. q and k are rotated, and then normalised."""
+    """Returns q [b,t,h,k], k [b,t,n,k] and v [b,t,n,k] for x [b,t,d]. Both q and k are rotated, and then normalised."""
     b, t, _ = x.shape
     with jax.named_scope("qkv"):
         y = norm(x, model_cfg.norm_eps)
@@ -209,7 +213,7 @@ def _qkv(
 
 
 def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig) -> jax.Array:
-    """Projects the attention output y [b,t,h,k], adds it to the residual stream x [b,t,d], and applies the MLP."""
+    """Projects the attention output y [b,t,h,k] and adds it to the residual stream x [b,t,d]. Then applies the MLP."""
     with jax.named_scope("attention"):
         x = x + dense(y.reshape(x.shape), w["wo"], x.dtype)
     with jax.named_scope("mlp"):
@@ -233,14 +237,14 @@ def _stack(
     if execution.remat_policy is not None:
         block = jax.checkpoint(compute, policy=execution.remat_policy, static_argnums=2)
     if not execution.scan:
-        # A Python loop runs faster than a scan. A scan would copy each layer's weights out of one stacked array, and
-        # each layer's gradients into another.
+        # A Python loop runs faster than a scan. A scan would copy each layer's weights out of a stacked array, and
+        # would copy each layer's gradients into another stacked array.
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):
                 x = block(x, w, window)
         return x
-    # The attention kernel needs its window as a compile-time constant. So each scan iteration applies the blocks of one
-    # whole period of the window pattern.
+    # The attention kernel needs its window as a compile-time constant, but the windows differ between layers. So each
+    # scan iteration applies `period` blocks, after which the pattern of windows repeats.
     l, windows = model_cfg.n_layer, model_cfg.windows
     period = next(p for p in range(1, l + 1) if l % p == 0 and windows == windows[:p] * (l // p))
 
@@ -312,7 +316,9 @@ def decode(
     cache: Cache,  # keys and values [b,n,s,k] of every layer, such as [64, 10, 2048, 128]
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
-    """Appends `ids` to the rows of `cache`. Returns hidden states [b,t,d], such as [64, 1, 1280], and the new cache.
+    """Runs the model on `ids`, and appends their keys and values to the rows of `cache`.
+
+    Returns the hidden states [b,t,d], such as [64, 1, 1280], and the new cache.
 
     The caller must ensure that cache["length"] + t <= s.
     """
@@ -326,7 +332,7 @@ def head(
     model_cfg: GPTConfig,
     x: jax.Array,  # [..., d], e.g. [64, 1280]
 ) -> jax.Array:
-    """Returns the soft-capped float32 logits [..., vocab_size] of hidden states x, such as [64, 65536]."""
+    """Returns the soft-capped logits of hidden states x: float32 [..., vocab_size], such as [64, 65536]."""
     w = params["lm_head"].astype(x.dtype)
     return soft_capped(jnp.einsum("...d,vd->...v", x, w, preferred_element_type=accum_dtype(x.dtype)), model_cfg)
 
@@ -342,7 +348,7 @@ def forward(
     ids: jax.Array,  # int [b,t], e.g. [1, 2048]
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Returns the float32 logits [b,t,vocab_size], such as [1, 2048, 65536]."""
+    """Returns the logits of all positions: float32 [b,t,vocab_size], such as [1, 2048, 65536]."""
     return head(params, model_cfg, hidden(params, model_cfg, ids, dtype))
 
 

@@ -16,7 +16,7 @@ from nanochat_jax.model.precision import accum_dtype
 
 
 def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
-    """Returns the smallest number of equal time chunks with at most `tokens` tokens each.
+    """Returns the smallest number of equal time chunks such that each chunk has at most `tokens` tokens.
 
     Returns `time` if `batch` alone exceeds `tokens`. Example: num_chunks(32, 2048) -> 8 chunks of 32 x 256 tokens.
     """
@@ -84,8 +84,8 @@ def _forward(
 
     split = tuple(_split(a, chunks) for a in (x, targets, weights))
     dw, (losses, dx) = jax.lax.scan(one_chunk, jnp.zeros(head.shape[::-1], accum_dtype(x.dtype)), split)
-    # Without this barrier, XLA would compute the gradient as [v,d] if there is only one chunk. Some CPUs have no bf16
-    # matmul for this axis order.
+    # If there is only one chunk, this barrier keeps XLA from computing the gradient as [v,d]. Some CPUs have no bf16
+    # matmul for the axis order [v,d].
     dw = jax.lax.optimization_barrier(dw).T
     return losses.sum(), (_join(dx), dw.astype(head.dtype))
 
@@ -101,7 +101,10 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _split(x: jax.Array, chunks: int) -> jax.Array:
-    """Splits time: [b,t,...] -> [chunks, b, t/chunks, ...]. Splitting the batch would move rows to other devices."""
+    """Splits the time axis: [b,t,...] -> [chunks, b, t/chunks, ...].
+
+    Splitting the batch axis instead would move rows to other devices.
+    """
     b, t = x.shape[:2]
     return jnp.moveaxis(x.reshape(b, chunks, t // chunks, *x.shape[2:]), 1, 0)
 

@@ -6,15 +6,15 @@ from jax.typing import DTypeLike
 
 
 def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the dtype in which products of `dtype` numbers are summed: float64 for float64, otherwise float32."""
+    """Returns the dtype in which products of numbers in `dtype` are summed: float64 for float64, otherwise float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def choose_dtype(requested: str) -> tuple[DTypeLike, str]:
     """Returns the dtype of matmul operands, and the reason for choosing it.
 
-    `requested` is the value of --compute_dtype. If it is empty, the dtype depends on the device. For example, an H100
-    gives (jnp.bfloat16, "the GPU has bf16 units").
+    `requested` is the value of --compute_dtype. If it is empty, the dtype depends on the device. For example, on an
+    H100, the result is (jnp.bfloat16, "the GPU has bf16 units").
     """
     known = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
     if requested:
@@ -26,8 +26,8 @@ def choose_dtype(requested: str) -> tuple[DTypeLike, str]:
         return jnp.float32, "this GPU has no bf16 units"
     if device.platform == "tpu":
         return jnp.bfloat16, "TPUs multiply in bf16"
-    # On a CPU without AMX, bf16 matmuls are slower than float32 matmuls. With AVX512-BF16, they reach 0.6 times the
-    # float32 speed.
+    # On a CPU without AMX, bf16 matmuls are slower than float32 matmuls. Even with AVX512-BF16, they reach only 0.6
+    # times the float32 speed.
     if _cpu_has_amx():
         return jnp.bfloat16, "the CPU has AMX"
     return jnp.float32, "a CPU without AMX multiplies float32 faster"

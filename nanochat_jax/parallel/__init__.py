@@ -1,7 +1,7 @@
 """Devices, processes, and how arrays are sharded over them.
 
 This package implements flags such as --device_type, --coordinator, --mesh and --shard. It starts JAX on the chosen
-devices, and connects this process to the other processes. It chooses a precision and an attention kernel that the
-devices support. It arranges the devices in a Mesh. A Layout says how parameters, gradients and optimizer state are
-sharded over the mesh.
+devices, and connects this process to the other processes of the run. It chooses a precision and an attention kernel
+that the devices support. It arranges the devices in a Mesh. A Layout says how parameters, gradients and optimizer state
+are sharded over the mesh.
 """

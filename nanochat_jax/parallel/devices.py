@@ -13,7 +13,9 @@ from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
 from nanochat_jax.parallel import processes
 from nanochat_jax.progress import count_of
 
-if TYPE_CHECKING:  # importing JAX takes seconds, and `start` must configure JAX before its first use
+# Functions import JAX only when they need it, because the import takes seconds. `start` configures JAX before its first
+# use.
+if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
 INSTALL = "run 'source setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
@@ -36,7 +38,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     """Chooses the platform, turns on the compilation cache, and joins the other processes of a run (`processes.join`).
 
     Afterwards, only process 0 prints. Call this before anything else uses JAX. Raises UserError if there is no device
-    of type `device_type`, or if no type is given and JAX would use the CPU of a machine that has a GPU.
+    of type `device_type`. Also raises UserError if no type is given, and JAX would use the CPU although the machine has
+    an NVIDIA GPU.
     """
     platforms = {"": None, "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
     assert device_type in platforms, f"device type {device_type!r}, expected one of {', '.join(platforms)}"
@@ -44,7 +47,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
-    # JAX_COMPILATION_CACHE_DIR takes precedence if it is set. Type checkers do not know JAX's options.
+    # If the environment variable JAX_COMPILATION_CACHE_DIR is set, it takes precedence. The ignore comments for ty are
+    # necessary, because type checkers do not know JAX's options.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -54,7 +58,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     except (RuntimeError, AssertionError) as error:  # an AssertionError means that this build of JAX lacks the platform
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"
         raise UserError(f"--device_type={device_type}: {reason}: leave the flag out, or {INSTALL}") from None
-    # JAX_PLATFORMS=cpu says as clearly as --device_type=cpu that the CPU is meant.
+    # On a machine with a GPU, using the CPU is an error unless --device_type or JAX_PLATFORMS asks for the CPU.
     if not jax.config.jax_platforms and jax.default_backend() == "cpu" and (gpus := unused_gpus()):  # ty: ignore[missing-attribute]
         raise UserError(
             f"this machine has {count_of(gpus, 'NVIDIA GPU')}, but JAX sees none: {INSTALL}; or use the CPU with "
@@ -67,8 +71,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 def unused_gpus() -> int:
     """Returns how many NVIDIA GPUs the driver lists, or 0 if CUDA_VISIBLE_DEVICES hides all of them.
 
-    Without nvidia-smi, counts the device files. /proc/driver/nvidia does not count, since a container sees it even if
-    it may not use the GPUs.
+    If nvidia-smi cannot be run, this function counts the device files /dev/nvidia0, /dev/nvidia1 and so on. It does not
+    read /proc/driver/nvidia, because that folder also exists in containers that may not use the GPUs.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
         return 0
@@ -81,7 +85,7 @@ def unused_gpus() -> int:
 
 @contextlib.contextmanager
 def out_of_memory_explained(what: str, advice: str) -> Generator[None]:
-    """Turns an out-of-memory error of JAX into a one-line UserError with advice.
+    """Turns JAX's out-of-memory error into a one-line UserError with advice.
 
     Example: what="a step" and advice="try --remat=full" give "out of memory for a step: try --remat=full".
     """
@@ -118,7 +122,7 @@ def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConf
 
     dtype, dtype_reason = choose_dtype(compute_dtype)
     if dtype == jnp.float32 and jax.default_backend() != "cpu":
-        # By default, GPUs and TPUs round float32 operands to fewer bits (TF32, bf16).
+        # By default, JAX rounds float32 matmul operands to fewer bits on GPUs (TF32) and TPUs (bf16).
         jax.config.update("jax_default_matmul_precision", "highest")
     line = f"devices: {describe()}; matmuls in {jnp.dtype(dtype).name} ({dtype_reason})"
     if model_cfg is not None:
@@ -133,7 +137,7 @@ def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConf
 
 
 def peak_flops() -> float | None:
-    """Returns the total peak bf16 FLOP/s of all devices, or None if it is unknown."""
+    """Returns the total peak bf16 FLOP/s of all devices, or None if the peak is unknown."""
     import jax
 
     one_device = _for_this_device(PEAK_FLOPS)
@@ -152,7 +156,7 @@ def peak_bandwidth() -> float | None:
 
 
 def _for_this_device(figures: dict[str, float]) -> float | None:
-    """Returns the figure for the longest key that the device's name contains, or None if the name contains no key.
+    """Returns the value of the longest key in `figures` that the device's name contains, or None if it contains none.
 
     Only whole words match, so that an L40 is not taken for an L4.
     """

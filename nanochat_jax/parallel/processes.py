@@ -3,16 +3,16 @@
 If one process fails, the other processes must end as well. Otherwise, their next collective operation would wait for
 the failed process, by default for five minutes. `fail_together` shortens this wait. If code in a `fail_together` block
 raises an error, the failed process writes its index and the error into JAX's key-value store. All processes share this
-store. The failed process then tries to disconnect. This succeeds only if the other processes disconnect as well. The
-failed process exits after at most PATIENCE seconds, even if it is still connected.
+store. The failed process then tries to disconnect from the other processes. This succeeds only if the other processes
+disconnect as well. The failed process exits after at most PATIENCE seconds, even if it is still connected.
 
 In every process, a thread reads the store once a second. If it finds another process's error, it waits GRACE seconds.
-In this time, the thread's own process may end by itself, because some errors occur in all processes. If the process is
-still running after the wait, the thread prints which process failed and why. It then disconnects if it can, and ends
+During this wait, the thread's own process may end by itself, because some errors occur in all processes. If the process
+is still running after the wait, the thread prints which process failed and why. It then disconnects if it can, and ends
 the process with exit code 2.
 
-A killed process cannot write an error. If JAX gets no heartbeat from a process for HEARTBEAT seconds, JAX ends the
-other processes with a page-long message.
+A killed process cannot write an error. Instead, if JAX gets no heartbeat from a process for HEARTBEAT seconds, JAX ends
+the other processes with a page-long message.
 """
 
 import atexit
@@ -31,8 +31,8 @@ import numpy as np
 from nanochat_jax.config import UserError, first_line
 
 T = TypeVar("T")
-HEARTBEAT = 30  # a process counts as lost after this many seconds without a heartbeat (JAX sends them from a thread)
-PATIENCE = 10  # a failed process waits this many seconds for the other processes to disconnect
+HEARTBEAT = 30  # a process counts as lost after this many seconds without a heartbeat, which a thread of JAX sends
+PATIENCE = 10  # a failed process waits at most this many seconds for the other processes to disconnect
 GRACE = 3  # a process has this many seconds to end by itself after another process reports an error
 ENDED = "nanochat_jax/ended/"  # error reports are stored under keys with this prefix
 
@@ -40,9 +40,9 @@ ENDED = "nanochat_jax/ended/"  # error reports are stored under keys with this p
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes of a run on several hosts, if there are any.
 
-    The processes find each other through `coordinator`, the host:port of process 0. If `coordinator` is empty,
-    they use environment variables set by Slurm or Kubernetes. Call this function before any code asks JAX for devices.
-    Raises UserError if the arguments are inconsistent or if joining fails.
+    The processes find each other through `coordinator`, the host:port of process 0. If `coordinator` is empty, the
+    processes use environment variables that Slurm or Kubernetes has set. Call this function before any code asks JAX
+    for devices. Raises UserError if the arguments are inconsistent or if joining fails.
     """
     import jax
 
@@ -65,7 +65,7 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         pass  # JAX reads the addresses from Slurm's environment variables
     elif "JOB_COMPLETION_INDEX" in os.environ:
-        # JAX gets the addresses through the package kubernetes, but installing JAX does not install this package.
+        # JAX finds the addresses with the package kubernetes, but installing JAX does not install this package.
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
                 "this pod belongs to an indexed Kubernetes job, and finding its other pods needs the package "
@@ -83,9 +83,9 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 def broadcast_from_0(decide: Callable[[], T]) -> T:
     """Calls `decide` on process 0 and returns its result on all processes. The result must be JSON-serializable.
 
-    Every process must call this function. If `decide` raises an error, all processes raise an error, so that none
-    waits forever. Process 0 raises the original error. The other processes raise a UserError if the original error is
-    a UserError, and a RuntimeError otherwise.
+    Every process must call this function. If `decide` raises an error, all processes raise an error, so that no process
+    waits forever. Process 0 raises the original error. The other processes raise a UserError if the original error is a
+    UserError, and a RuntimeError otherwise.
     """
     import jax
 
@@ -108,7 +108,7 @@ def broadcast_from_0(decide: Callable[[], T]) -> T:
 
 
 def _broadcast_text(text: bytes) -> bytes:
-    """Returns process 0's text on all processes.
+    """Returns the text of process 0 on all processes.
 
     The length is broadcast first, because a broadcast needs arrays of equal size from all processes.
     """
@@ -120,14 +120,17 @@ def _broadcast_text(text: bytes) -> bytes:
 
 
 def all_gather(number: int) -> list[int]:
-    """Returns `number` of every process, in the order of the process indices. Every process must call this function."""
+    """Returns the numbers that the processes pass, in the order of their indices.
+
+    Every process must call this function.
+    """
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
 def all_min(number: int) -> int:
-    """Returns the minimum of `number` over all processes. Every process must call this function."""
+    """Returns the smallest number that any process passes. Every process must call this function."""
     import jax
 
     return number if jax.process_count() == 1 else min(all_gather(number))
@@ -145,7 +148,7 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def fail_together() -> Generator[None]:
-    """Ends all processes if this block raises an error in one of them.
+    """Ends all processes if the `with` block raises an error in one of them.
 
     The other processes print which process failed and why. The module docstring explains how this works.
     """
@@ -172,7 +175,7 @@ def fail_together() -> Generator[None]:
 def _key_value_store() -> Any:
     """Returns JAX's key-value store, or None after `disconnect`. All processes share the store.
 
-    JAX has no public API for the store. Like Orbax, this function uses a private module of JAX.
+    JAX has no public API for the store, so this function uses a private module of JAX, as Orbax does.
     """
     from jax._src import distributed
 
@@ -213,9 +216,9 @@ def _watch(ended: threading.Event) -> None:
 def _disconnect_or_exit() -> None:
     """Tries for PATIENCE seconds to disconnect. If this fails, the process will exit without JAX's orderly shutdown.
 
-    Disconnecting works only if all other processes disconnect as well, for example because they have the same error.
-    An exit without shutdown closes the connections of this process. Other processes that wait for data on these
-    connections then get an error.
+    Disconnecting works only if all other processes disconnect as well, for example because the same error has occurred
+    in them. An exit without shutdown closes the connections of this process. Other processes that wait for data on
+    these connections then get an error.
     """
 
     def try_to_disconnect() -> None:

@@ -1,8 +1,9 @@
 """Defines the mesh of devices, and how parameters, gradients and optimizer state are sharded over it.
 
 The mesh has three axes. The axes `node` and `data` split a batch's rows. The axis `data` also shards the optimizer
-state and, with --shard=full, the weights. The axis `model` shards the heads, the MLP's hidden width and the vocabulary.
-A replica is a group of devices that computes with one copy of the model. Its size is the size of the model axis.
+state and, with --shard=full, the weights. The axis `model` shards the attention heads, the MLP's hidden width and the
+vocabulary of the output head. A replica is a group of devices that together compute with one copy of the model. The
+number of devices in a replica is the size of the model axis.
 
 The axes are in JAX's Auto mode. The train step sets the sharding of gradients, updates and gathered weights, and XLA's
 partitioner (GSPMD) chooses all other shardings. In Explicit mode, every reshape and gather in the model would have to
@@ -69,14 +70,14 @@ def replicas(mesh: Mesh) -> int:
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
-    """Returns (index, count): this process reads part `index` of the `count` equal parts of a batch's rows.
+    """Returns (index, count). A batch's rows are split into `count` equal parts, and this process reads part `index`.
 
-    If a replica spans several processes, they all read the same rows. Example: two processes have four devices each.
-    With model=4, one process gets (0, 2) and the other gets (1, 2). With model=8, both processes get (0, 1).
+    If a replica spans several processes, all of these processes read the same rows. Example: two processes have four
+    devices each. With model=4, one process gets (0, 2) and the other gets (1, 2). With model=8, both get (0, 1).
     """
     holders = [frozenset(d.process_index for d in replica) for replica in mesh.devices.reshape(replicas(mesh), -1)]
     shares = list(dict.fromkeys(holders))
-    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # a process is in more than one share
+    if sum(map(len, shares)) > len(frozenset().union(*shares)):  # two process groups in `shares` overlap
         size, own = mesh.shape["model"], len(mesh.local_devices)
         fits = math.gcd(size, own)
         raise UserError(
@@ -134,10 +135,10 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
-    """Wraps `function(shared, *arrays) -> result` so that each device computes its own rows, without communication.
+    """Wraps `function(shared, *arrays) -> result` so that each replica computes its own rows, without communication.
 
-    `shared` is replicated. The arrays in `arrays` and in the result have the rows on their first axis. Without a mesh,
-    returns `function` itself.
+    Every device gets all of `shared`. In all other arguments and in the result, the rows are the first axis of each
+    array. Without a mesh, returns `function` itself.
     """
     if mesh is None:
         return function
@@ -151,7 +152,7 @@ def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callab
 
 
 def replicate(arrays: PyTree, mesh: Mesh | None) -> PyTree:
-    """Within jit, all-gathers the arrays, so that every process holds them whole. Without a mesh, does nothing."""
+    """Within jit, all-gathers the arrays, so that every device holds them whole. Without a mesh, does nothing."""
     return arrays if mesh is None else jax.lax.with_sharding_constraint(arrays, replicated(mesh))
 
 
@@ -182,9 +183,10 @@ class Layout:
         return self.shard == "full"
 
     def check(self, model_cfg: GPTConfig) -> None:
-        """Raises UserError if the heads or the key/value heads cannot be split evenly over the model axis.
+        """Raises UserError if the query heads or the key/value heads cannot be split evenly over the model axis.
 
-        The other axes of the weights may have any size. An axis that cannot be split evenly stays whole.
+        Other axes of weights, such as the MLP's hidden width, may have any length: an axis that cannot be split evenly
+        stays whole.
         """
         size, heads, kv_heads = self.mesh.shape["model"], model_cfg.n_head, model_cfg.n_kv_head
         if heads % size or kv_heads % size:
@@ -194,14 +196,19 @@ class Layout:
             )
 
     def shard_specs(self, tree: PyTree, axes: tuple[str, ...] = ("data", "model")) -> PyTree:
-        """Returns the specs that shard parameters, gradients or optimizer state over the mesh axes `axes`.
+        """Returns one spec for each array in `tree`. The specs shard the arrays over the mesh axes named in `axes`.
+
+        `tree` holds parameters, gradients or optimizer state.
 
         Example: the spec of wq [20, 1280, 1280] on the mesh node=1,data=8,model=1 is P(None, "data", "model").
         """
         return jax.tree_util.tree_map_with_path(lambda path, x: self._spec(path, x.shape, axes), tree)
 
     def compute_specs(self, tree: PyTree) -> PyTree:
-        """Returns the specs of the weights during forward and backward passes. They are sharded only over model."""
+        """Returns the specs of the weights during forward and backward passes.
+
+        These specs shard only over the model axis.
+        """
         return self.shard_specs(tree, ("model",))
 
     def param_specs(self, params: PyTree) -> PyTree:
@@ -220,8 +227,8 @@ class Layout:
         """All-gathers a weight [in, out] just before use. The backward pass shards the weight's gradient."""
         if not self.full:  # every replica already holds the whole weight
             return w
-        # For example, wq [d, h*k] and its gradient are sharded over data along d, and over model along h*k. The
-        # gathered wq is sharded only over model.
+        # For example, wq has the axes [d, h*k]. In wq and in its gradient, d is sharded over data, and h*k is sharded
+        # over model. In the gathered wq, only h*k is sharded.
         path = (jax.tree_util.DictKey(name),)
         sharded, gathered_spec = self._spec(path, w.shape, ("data", "model")), self._spec(path, w.shape, ("model",))
 
@@ -247,14 +254,15 @@ class Layout:
         return self.constrain(tree, (P(BATCH_AXES), self._per_replica_specs(single)))
 
     def _per_replica_specs(self, single: PyTree) -> PyTree:
-        """Returns the specs of the gradients [R, ...], given the shapes [...] of one replica's gradients."""
+        """Returns the specs of the gradients [R, ...]. `single` holds the shapes [...] of one replica's gradients."""
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
     def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
         """Sums the gradients [R, ...] over the replicas. The sums [...] are sharded over data.
 
-        First, a reduce-scatter over data gives each replica one shard of the sum over its node. Then these shards are
-        all-reduced between the nodes. So whole gradients never cross the slow links between nodes.
+        First, a reduce-scatter over data sums the gradients of each node's replicas, and gives each replica one shard
+        of this sum. Then these shards are all-reduced between the nodes. So whole gradients never cross the slow links
+        between nodes.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:
@@ -272,15 +280,17 @@ class Layout:
             mesh=self.mesh,
             in_specs=(self._per_replica_specs(single),),
             out_specs=specs,
-            check_vma=False,  # the check demands a reduction even over a mesh axis of size 1
+            check_vma=False,  # the VMA check would demand a reduction even over a mesh axis of size 1
         )(grads)
 
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
-        """Moves the sharding over data from axis `in` of x [n, in, out] to axis n. Each device then has whole matrices.
+        """Distributes the matrices in x [n, in, out] over the data axis, so that each device has whole matrices.
+
+        The argument is sharded along its axis `in`. The result is sharded along its axis n.
 
         Zero matrices are appended until n is a multiple of the data axis's size. Example: on 8 devices, 52 matrices are
-        padded to 56, and each device holds 7. The all-to-all is explicit, because XLA's partitioner would use one only
-        on some meshes. On other meshes, the partitioner would all-gather everything.
+        padded to 56, and each device holds 7. This function calls all_to_all explicitly, because XLA's partitioner
+        would use it only on some meshes. On other meshes, the partitioner would all-gather all matrices.
         """
         size = self.mesh.shape["data"]
         x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
@@ -288,16 +298,18 @@ class Layout:
             return self.constrain(x, P("data"))
 
         def exchange(x: jax.Array) -> jax.Array:  # [n, in/data, out] -> [n/data, in, out]
-            # On a CPU, XLA refuses to send slices of the arrays from which x is built. The barrier makes x one array.
+            # If x is built from several arrays, XLA on a CPU refuses to send slices of those arrays. The barrier makes
+            # x one array.
             x = jax.lax.optimization_barrier(x)
             return jax.lax.all_to_all(x, "data", split_axis=0, concat_axis=1, tiled=True)
 
         return jax.shard_map(exchange, mesh=self.mesh, in_specs=P(None, "data"), out_specs=P("data"))(x)
 
     def _spec(self, path: tuple, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
-        """Returns the spec of one leaf, taken from the leaf's row in gpt.SHARDING.
+        """Returns the spec of the array at `path` in a tree, taken from the table gpt.SHARDING.
 
-        The spec keeps a mesh axis only if it is in `axes` and its size divides the length of the leaf's axis.
+        The spec keeps a mesh axis only if this axis is named in `axes` and its size divides the length of the array's
+        axis.
         """
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         table_row = gpt.SHARDING.get(names[-1], P()) if names else P()

@@ -2,7 +2,7 @@
 
 `load` returns a `Task`, which is a sequence of conversations. If the task has a score, its `evaluate` method checks an
 answer. Downloaded tasks, such as GSM8K, read their data from the Hugging Face hub or a local folder. Generated tasks,
-such as Sums, make each conversation from the split and an index.
+such as Sums, compute each conversation from its split and its index.
 
     task = tasks.load("GSM8K", "test", rows=100)
     task[0]["messages"]; task.evaluate(task[0], "... #### 18")
@@ -10,8 +10,8 @@ such as Sums, make each conversation from the split and an index.
 To add a task, write a subclass of `Task` in a new file in this folder. The class needs a `name`, a `__len__`, and an
 `example` method that returns the conversation at an index. If the data is stored in rows, write a subclass of
 `task_data.RowTask` instead. This class needs a `name`, its `rows`, and a `conversation` method that converts one row.
-Add the class to `_CLASSES` below. After that, every --mixture accepts the task's name, in any letter case. To give the
-task a score, also set `eval_type` and `baseline`, and define `evaluate`. Then chat_eval -a accepts the task too.
+Add the class to `_CLASSES` below. After that, --mixture accepts the task's name, in any letter case. To give the task a
+score, also set `eval_type` and `baseline`, and define `evaluate`. Then chat_eval -a accepts the task too.
 
 To have chat_cli and the web page suggest questions from the task, also set `suggestions`.
 
@@ -62,7 +62,7 @@ TASKS = {cls.name.lower(): cls for cls in _CLASSES}
 
 
 def task_class(name: str) -> type[Task]:
-    """Returns the class of the task `name`, such as "ARC-Easy" or "customjson:my.jsonl". Letter case does not matter.
+    """Returns the class of a task: "arc-easy" -> ARCEasy, "CustomJSON:my.jsonl" -> CustomJSON. Letter case is ignored.
 
     Raises UserError if the task is unknown.
     """
@@ -77,10 +77,10 @@ def task_class(name: str) -> type[Task]:
 def load(
     name: str, split: str, *, data_dir: str | Path | None = None, rows: int = 0, task_files: str = "generated"
 ) -> Task:
-    """Returns one split of a task: "train", "val" or "test". If the task has no val split, "val" means "test".
+    """Returns one split of a task: "train", "val" or "test". If the task has no val split, "val" gives the test split.
 
     data_dir: a local folder with task data, used instead of the Hugging Face hub.
-    rows: how many rows to take, or 0 for all rows. If the task has fewer rows, they are repeated, and a line says so.
+    rows: how many rows to take, or 0 for all rows. If the task has too few, rows are repeated, and a note is printed.
     task_files: "published" downloads the word list and the identity conversations of the original nanochat.
 
     Raises UserError if the data is missing or empty, or if a row is malformed.
@@ -117,7 +117,7 @@ def mixture(
     *,
     task_files: str = "generated",
 ) -> Mixture:
-    """Returns a mixture of the tasks in `counts`: {name: number of rows, or 0 for all rows}.
+    """Returns a mixture of tasks. `counts` maps the name of each task to a number of rows, or to 0 for all rows.
 
     The conversations are shuffled with `seed`. If `seed` is None, the tasks stay in order, one after the other.
     """
@@ -134,11 +134,11 @@ def mixture(
 
 
 def suggestions(names: Iterable[str]) -> list[str]:
-    """Returns questions that a model trained on the tasks `names` has learned to answer.
+    """Returns questions that a model can answer after training on the tasks named in `names`.
 
-    Each task gives its first question, then each gives its second question, and so on. CustomJSON has
-    none, because your conversations may be private. A task that this version does not know gives none, because every
-    checkpoint must load.
+    The first questions of all tasks come first, then the second questions, and so on. CustomJSON suggests no questions,
+    because your conversations may be private. Unknown names are ignored, since they may come from a checkpoint of
+    another version.
     """
     classes = [TASKS[key] for name in names if (key := name.partition(":")[0].strip().lower()) in TASKS]
     rounds = itertools.zip_longest(*(cls.suggestions for cls in classes))

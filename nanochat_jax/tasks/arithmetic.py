@@ -1,4 +1,4 @@
-"""Generates arithmetic problems in GSM8K's format. A problem has one step in Sums and two steps in TwoStep.
+"""Generates arithmetic problems in GSM8K's format. Problems of Sums have one step, and problems of TwoStep have two.
 
 A problem depends only on the task, the split and the index. Some number pairs, some names and some phrasings (see
 stories.py) never occur in training. They are reserved for validation or for the test. A hash of the operator and the
@@ -19,10 +19,10 @@ from nanochat_jax.tasks.stories import ONE_STEP, PLAIN, TWO_STEP, Story, stories
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 10  # about one in HOLD_OUT number pairs is only for validation, and about one is only for the test
+HOLD_OUT = 10  # about one in HOLD_OUT number pairs is only for validation, and as many are only for the test
 
-# Share of divisions among training problems without a story. Training includes divisions because users ask for them.
-# Val and test have no divisions.
+# The share of divisions among the training problems that tell no story. Training includes divisions because users ask
+# for them. The val and test splits have no divisions.
 DIVISIONS = 0.1
 
 _WOMEN = """Ann Mary Lisa Emma Sarah Anna Julia Laura Kate Jane Alice Maria Nina Rose Grace Lucy Ella Mia Zoe Eva Amy
@@ -66,7 +66,7 @@ UNRELATED = 0.2  # share of problems that begin with unrelated words, which the 
 
 
 def split_of(a: int, op: str, b: int) -> str:
-    """Returns the split that `a op b` belongs to: "train", "val" or "test". 3+4 and 4+3 belong to the same split."""
+    """Returns the split of the operation `a op b`: "train", "val" or "test". 3+4 and 4+3 belong to the same split."""
     if op in "+*" and a > b:
         a, b = b, a
     return {0: "val", 1: "test"}.get(zlib.crc32(f"{a}{op}{b}".encode()) % HOLD_OUT, "train")
@@ -129,7 +129,7 @@ class Sums(_Arithmetic):
             text = _carelessly_typed(text, rng)
         while True:
             a, b = _pair(op, rng)
-            # In a story, both numbers are at least 2, to avoid "1 apples". A difference must be more than 0.
+            # In a story, both numbers are at least 2, to avoid "1 apples", and a difference is more than 0.
             sensible = plain or (min(a, b) >= 2 and (op != "-" or a > b))
             if sensible and split_of(a, op, b) == self.split:
                 return text, story, [a, b]
@@ -164,12 +164,12 @@ def _pair(op: str, rng: random.Random) -> tuple[int, int]:
     if op == "/":  # divisions leave no remainder
         divisor = rng.randint(2, 30)
         return divisor * rng.randint(2, 30), divisor
-    digits = (100, 1000)  # half of the operands are drawn below 100, because users mostly ask about small numbers
+    digits = (100, 1000)  # half of the operands are drawn from 0 to 99, because users mostly ask about small numbers
     return rng.randrange(rng.choice(digits)), rng.randrange(rng.choice(digits))
 
 
 def _draw_numbers(story: Story, rng: random.Random) -> list[int]:
-    """Draws x, y and z for a story. The caller checks them, and draws again if necessary."""
+    """Draws the numbers x, y and z for a story. The caller checks the numbers, and draws again if necessary."""
     numbers = []
     for name in "xyz":
         if any(name in step and "*" in step for step in story.steps):

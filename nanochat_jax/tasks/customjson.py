@@ -1,13 +1,13 @@
 """Your own conversations, for training only. On the command line, the task is called customjson:PATH.
 
-Each line of the file holds one conversation in one of these formats:
+Each line of the file at PATH holds one conversation in one of these formats:
 
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
 
-messages.py says which conversations are valid. The content of an assistant's message may be a list of parts, as in
-task.py. Empty lines are ignored.
+messages.py says which conversations are valid. The content of an assistant's message may be a list of parts, which
+task.py describes. Empty lines are ignored.
 """
 
 import json
@@ -20,13 +20,13 @@ from nanochat_jax.tasks.task import Task
 
 class CustomJSON(Task):
     name = "CustomJSON"
-    has_val = True  # each file is for one purpose, so there is no test split to use instead
+    has_val = True  # every split is the whole file, so "val" need not be replaced by "test"
 
     def __init__(self, path: str | Path):
         """Reads and checks all lines.
 
-        Raises UserError with the number of the first bad line. Prints how many last questions are left out, because
-        they have no answer.
+        Leaves out last questions that have no answer, and prints how many there are. Raises UserError with the number
+        of the first bad line.
         """
         path = Path(path).expanduser()
         if not path.is_file():

@@ -3,9 +3,9 @@
 The questions are about first letters, the largest or smallest number, kinds of things, opposites and plurals. A tiny
 model can learn all of these from its training text.
 
-Each question compares the right answer with three wrong answers. A hash assigns every comparison to one split, so
-training never contains a comparison from val or test. All splits use the same words, because a model can compare only
-words that it knows.
+Each question compares the right answer with each of three wrong answers. A hash assigns every comparison to one split,
+so training never contains a comparison from val or test. All splits use the same words, because a model can compare
+only words that it knows.
 """
 
 import random
@@ -16,7 +16,7 @@ from nanochat_jax.tasks import multiple_choice
 from nanochat_jax.tasks.task import Task
 
 TRAIN_ROWS, HELD_OUT_ROWS = 100_000, 1_000
-HOLD_OUT = 4  # about one in HOLD_OUT comparisons is only for validation, and about one is only for the test
+HOLD_OUT = 4  # about one in HOLD_OUT comparisons is only for validation, and as many are only for the test
 LETTERS = "ABCD"
 
 _KINDS = {
@@ -72,7 +72,7 @@ class GeneratedChoice(Task):
         return multiple_choice.evaluate(conversation, completion)
 
     def problem(self, rng: random.Random) -> tuple[str, str, list[str]]:
-        """Returns (question, right answer, three wrong answers). All three comparisons belong to this split."""
+        """Returns (question, right answer, three wrong answers). All three comparisons belong to the task's split."""
         make = rng.choice((_first_letter, _largest, _smallest, _kind, _opposite, _plural))
         while True:
             question, answer, candidates = make(rng)

@@ -3,8 +3,8 @@
 In the data, the steps of an answer contain <<expression=result>>. The expression becomes a calculator call, and the
 result becomes the call's output. An answer ends with "#### number".
 
-The score is strict: an answer is right only if this number is written exactly as in the reference answer. Commas are
-ignored, but 10.0 does not match 10. The reward of reinforcement learning is less strict: it also accepts the same
+The score is strict: an answer is right only if its number is written exactly as in the reference answer. Commas are
+ignored, but 10.0 does not match 10. The reward in reinforcement learning is less strict: it also accepts the same
 number in another format, such as $10 or 10.0.
 
 GSM8K-Socratic is the subset `socratic` of the same data set. Local files are gsm8k/train.jsonl, gsm8k/test.jsonl,
@@ -23,7 +23,7 @@ REPO = "openai/gsm8k"
 _CALL = re.compile(r"<<([^>]+)>>")
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
-# What may stand around a number without changing it: Markdown, LaTeX, currency signs, a unit and a final period.
+# Matches a number, together with Markdown, LaTeX, currency signs, a unit or a period around it.
 _FORMATTED = re.compile(
     r"""
     \s* [*_`$]* (?: \\boxed\{ )? (?: =[ ]? )?
@@ -35,7 +35,7 @@ _FORMATTED = re.compile(
     """,
     re.VERBOSE,
 )
-# Words after a number that change its value, or that announce a second number.
+# Words that are not units. After a number, they change its value or announce a second number.
 _NOT_UNITS = frozenset(
     """k m b bn mn hundred hundreds thousand thousands million millions billion billions trillion trillions dozen dozens
     half halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths cent cents and or to plus minus
@@ -53,7 +53,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_right(conversation: dict, completion: str) -> bool:
-    """Whether `completion` has the same number as the reference answer, the last message of `conversation`."""
+    """Whether `completion` has the same number as the last message of `conversation`, the reference answer."""
     return extract_answer(completion) == _reference(conversation)
 
 
@@ -65,8 +65,8 @@ def _reference(conversation: dict) -> str:
 
 
 def extract_number(text: str) -> Decimal | None:
-    """Returns the number after "####" in any usual format. Returns None if the line holds anything else, such as a
-    second number, or if "####" does not occur exactly once.
+    """Returns the number after "####", which may have any usual format. Returns None if "####" does not occur exactly
+    once, or if the rest of the line holds anything else, such as a second number.
 
     Example: "#### $1,004", "#### **1004.00**" and "####1004 dollars." all give 1004. "#### 3 thousand" gives None.
     """
@@ -77,7 +77,7 @@ def extract_number(text: str) -> Decimal | None:
     if match is None:
         return None
     unit = (match["unit"] or "").casefold()
-    if _NOT_UNITS.intersection(re.split(r"[ /]", unit)) or any(map(str.isnumeric, unit)):  # numeric: as in 18½
+    if _NOT_UNITS.intersection(re.split(r"[ /]", unit)) or any(map(str.isnumeric, unit)):  # such as the ½ in 18½
         return None
     signs = match["sign"].strip("\\$€£¥")
     if len(signs) > 1:  # two signs, such as -$-18
@@ -97,8 +97,8 @@ def reward(conversation: dict, completion: str) -> float:
 class GSM8K(task_data.RowTask):
     name = "GSM8K"
     eval_type = "generative"
-    subset = "main"  # on the hub
-    suffix = ""  # of the names of local files
+    subset = "main"  # the subset's name on the hub
+    suffix = ""  # follows the split in the names of local files
     suggestions = (
         "A baker fills 12 trays with 8 rolls each and sells 70 rolls. How many rolls are left?",
         "A train ride takes 45 minutes. How many hours do 8 rides take?",
@@ -144,7 +144,7 @@ class GSM8K(task_data.RowTask):
 
 
 class Socratic(GSM8K):
-    """The same problems, but every step of an answer begins with a question, such as "How many are left? **"."""
+    """GSM8K's problems, but every step of an answer begins with a question, such as "How many are left? **"."""
 
     name = "GSM8K-Socratic"
     subset = "socratic"

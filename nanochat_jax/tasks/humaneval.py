@@ -14,7 +14,8 @@ from nanochat_jax.tasks.messages import BadRow
 
 REPO = "openai/openai_humaneval"
 
-# The first line of a fenced block, alone or in a list ("1. ```python"), or behind text ("Answer: ```python").
+# Matches the first line of a fenced block. The fence may stand in a list ("1. ```python") or behind other text
+# ("Answer: ```python").
 _FENCE = re.compile(
     r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`\r\n]*)\r?$"
     r"|^(?:(?!```)[^\r\n])+(?P<fence_behind_text>`{3,})[ \t]*(?P<python>(?:python3?|py)?)[ \t]*\r?$",
@@ -27,8 +28,9 @@ _MARKDOWN = re.compile(r"(markdown|md)\b", re.IGNORECASE)
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """Returns the fenced code blocks of a Markdown text, as pairs (info string, code).
 
-    Fences are three or more backticks or tildes, as in CommonMark. Beyond CommonMark, a block may be indented by any
-    amount, and the closing fence may stand right behind the code. A block without a closing fence reaches to the end.
+    The info string follows the opening fence, and usually names the language. Fences are three or more backticks or
+    tildes, as in CommonMark. Unlike in CommonMark, a block may be indented by any amount, and the closing fence may
+    stand right behind the code. A block without a closing fence reaches to the end of the text.
     """
     blocks = []
     lines = iter(re.split(r"\r\n|\r|\n", text))
@@ -40,7 +42,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
         for line in lines:
             rest = line.strip()
             deeper = len(line) - len(line.lstrip()) - indent
-            if rest.startswith(fence) and not rest.strip(fence[0]) and deeper < 4:  # deeper: part of a docstring
+            if rest.startswith(fence) and not rest.strip(fence[0]) and deeper < 4:  # a deeper fence is in a docstring
                 break
             if fence[0] == "`" and rest.endswith(fence) and rest.count(fence) == 1 and rest != fence:
                 code.append(line.rstrip().removesuffix(fence))
@@ -56,8 +58,8 @@ def extract_code(completion: str, function: str) -> str:
     """Returns the code of an answer: one of its fenced blocks, or the whole answer if the code is not in a block.
 
     Takes the first Python block that defines `function`, else the first block that defines it, else the first Python
-    block, else the first block. A block without a language counts as Python. (The specification takes the first block
-    that is marked "python" or not marked, in exactly this spelling.)
+    block, else the first block. A block without a language counts as Python. (The original nanochat takes the first
+    block that is marked exactly "python" or not marked at all.)
     """
     name = re.escape(function)
     defines = re.compile(rf"^(async\s+)?(def|class)\s+{name}\b|^{name}\s*(:[^=\n]*)?=(?!=)", re.MULTILINE)
@@ -72,8 +74,8 @@ def extract_code(completion: str, function: str) -> str:
 def preamble(prompt: str, function: str) -> str:
     """Returns what stands before `function` in a prompt: imports, constants and helpers.
 
-    An answer may rely on these without repeating them, and so may the tests. (The specification keeps only the imports,
-    and fails such answers if they use a helper.)
+    An answer may rely on these without repeating them, and so may the tests. (The original nanochat keeps only the
+    imports, so an answer that uses a helper without repeating it fails.)
     """
     match = re.search(rf"^(async\s+)?def\s+{re.escape(function)}\b", prompt, re.MULTILINE)
     return prompt[: match.start()].strip() if match else ""
@@ -109,8 +111,9 @@ class HumanEval(task_data.RowTask):
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether the function passes the tests.
 
-        The prompt's helpers stand before the answer, so an answer that defines a helper itself uses its own. The tests
-        always use the prompt's: with the answer's, `encode` and `decode` that both do nothing would be right.
+        The prompt's helpers stand before the answer, so an answer may replace a helper for its own use. The tests
+        always use the prompt's helpers. Otherwise, an answer could define an `encode` and a `decode` that both do
+        nothing, and pass.
         """
         function = conversation["entry_point"]
         given = preamble(conversation["messages"][0]["content"], function)

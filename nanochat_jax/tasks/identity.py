@@ -1,16 +1,16 @@
 """Teaches the model who it is, with about a thousand short conversations.
 
-The training conversations are the first of these that exist. A line says which.
+The training conversations come from the first of these sources that exists. A printed line names the source.
 
 - identity_conversations.jsonl in the task data folder
-- identity_conversations.jsonl in the base folder, if it is your own: edit or replace this file to give the model
-  another identity
+- identity_conversations.jsonl in the base folder, if you have edited or replaced this file to give the model another
+  identity
 - with --task_files=published, the conversations of the original nanochat, which are downloaded (published.py)
 - otherwise, a thousand generated conversations in many phrasings, which are written to identity_conversations.jsonl in
   the base folder
 
-The splits have no question in common. The test questions were written before any model was evaluated on them. They use
-only words that occur in training questions. An answer is right if it contains the expected word or phrase.
+The splits have no question in common. The test questions use only words that occur in training questions. They were
+written before any model was evaluated on them. An answer is right if it contains the expected word or phrase.
 """
 
 import json
@@ -180,7 +180,7 @@ def _training_data(data_dir: str | Path | None, download: bool) -> CustomJSON:
 
 
 def _training_file(data_dir: str | Path | None, download: bool) -> tuple[Path, str]:
-    """Returns the file of the training conversations and, if they are generated, why."""
+    """Returns the file of the training conversations, and a note on their origin. For your own file, the note is ""."""
     if data_dir and (given := task_data.find(Path(data_dir) / FILE)):
         return given, ""
     own = base_dir() / FILE

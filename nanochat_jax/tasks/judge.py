@@ -1,17 +1,18 @@
-"""Judges one program. `sandbox.execute` runs this file in an interpreter of its own.
+"""Judges one program. `sandbox.execute` runs this file in a separate Python interpreter.
 
 A program can change everything in its own process: `assert`, `==`, the tests, and the code that reports the verdict. So
-this process, the judge, never runs the program. It forks another process for it, and calls the program's function over
-a pipe. The answers come back as JSON, and the judge rebuilds plain data from them. The tests, the expected values and
-the comparison stay in the judge, and only the judge can write the report. A program that forges a message has only
-given an answer, and that answer is compared like any other.
+this process, the judge, never runs the program. It forks another process for the program, and calls the program's
+function over a pipe. The answers come back as JSON, and the judge rebuilds plain data from them. The tests, the
+expected values and the comparisons stay in the judge, and only the judge can write the report. If the program forges a
+message, the judge takes the message for an answer, and the tests check it like any other answer.
 
     sandbox.execute ── starts ──> judge ── forks ──> (keeper ── forks ──>) program
 
-The keeper exists only at the level "namespace". It is process 1 of a PID namespace: when it ends, the kernel kills all
-processes of the namespace. At the level "subreaper", the judge becomes the parent of every process that the program
-leaves behind, and kills these. At the level "group", sandbox.execute kills the judge's process group, which a process
-can leave.
+How the program's processes are killed depends on the level (see sandbox.py). The keeper exists only at the level
+"namespace". It is process 1 of a PID namespace: when it ends, the kernel kills all processes of the namespace. At the
+level "subreaper", the judge becomes the parent of every process that the program leaves behind, and kills these
+processes. At the level "group", sandbox.execute kills the judge's process group. A process that has left the group
+survives.
 
 This file imports only the standard library. It does without ctypes, resource, prctl and /proc if the system lacks them.
 """
@@ -39,9 +40,9 @@ except ImportError:
 MAX_REPLY = 16 * 1024 * 1024  # maximum size in bytes of one answer of the program
 MAX_ITEMS = 100_000  # at most this many items are read from a generator or another iterable that is not plain data
 MAX_ERROR = 1000  # maximum length of an error message, in characters
-CLEANUP = 10.0  # seconds to try to kill the processes that a program left behind
+CLEANUP = 10.0  # for at most this many seconds, the judge tries to kill the processes that a program left behind
 
-# From the headers of Linux
+# Constants from the Linux headers
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
@@ -53,15 +54,15 @@ LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 
 def encode(value: Any) -> Any:
-    """Turns a value into JSON. A value of a subclass becomes a value of its built-in class.
+    """Turns a value into JSON. A value of a subclass, such as OrderedDict, becomes a value of the built-in class.
 
     A value that is not plain data becomes ["object", name of its type, its truth value, its items or None].
     """
     if value is None or isinstance(value, (bool, str, float)):
         return value
-    if isinstance(value, numbers.Integral):  # int, and for example NumPy's integers
+    if isinstance(value, numbers.Integral):  # int, or for example an integer of NumPy
         value = int(value)
-        return value if abs(value) < 2**63 else ["int", hex(value)]  # Python limits the length of decimal numbers
+        return value if abs(value) < 2**63 else ["int", hex(value)]  # Python refuses very long decimal numbers
     if isinstance(value, numbers.Rational):
         return ["fraction", encode(value.numerator), encode(value.denominator)]
     if isinstance(value, numbers.Real):
@@ -77,7 +78,7 @@ def encode(value: Any) -> Any:
     for kind in (list, tuple, frozenset):
         if isinstance(value, kind):
             return [kind.__name__, *map(encode, value)]
-    if isinstance(value, collections.abc.Set):  # set, and the keys of a dict
+    if isinstance(value, collections.abc.Set):  # a set, or the keys of a dict
         return ["set", *map(encode, value)]
     items = None
     if isinstance(value, collections.abc.Iterable):
@@ -86,7 +87,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """Rebuilds a value from JSON. Raises an exception if the JSON does not come from `encode`."""
+    """Rebuilds a value from the JSON that `encode` made. Raises an exception if a list in the JSON is malformed."""
     if not isinstance(data, list):
         return data
     kind, *rest = data
@@ -115,8 +116,8 @@ def decode(data: Any) -> Any:
 
 
 class Foreign:
-    """Stands for a value that is not plain data, such as a generator. Has its truth value and its items, and is equal
-    only to itself."""
+    """A stand-in for a value that is not plain data, such as a generator. The stand-in has the value's truth value and
+    items. It is equal only to itself."""
 
     def __init__(self, name: str, truth: bool, items: list | None):
         self.name, self.truth = name, truth
@@ -148,29 +149,30 @@ def describe(error: BaseException) -> dict:
 
 
 class EndedError(BaseException):
-    """The program has ended and answers no more. Not an Exception, so that no test catches it."""
+    """Raised if the program has ended, and so cannot answer. `except Exception` in a test does not catch this error."""
 
 
 class ProgramError(Exception):
-    """The program raised an exception whose type is not a built-in Exception."""
+    """Raised if the program sends an invalid message, or raises an exception that the judge cannot rebuild."""
 
 
 class Program:
     """The program, as the judge sees it: two pipes and a child process."""
 
     def __init__(self, calls: int, replies: int, child: int, status: int | None):
-        """`calls` and `replies` are the judge's ends of the pipes. `child` is the program or its keeper.
+        """`calls` and `replies` are the judge's ends of the pipes.
 
-        status: the pipe through which the keeper tells how the program ended. None: there is no keeper.
+        child: the process id of the keeper, or of the program if there is no keeper.
+        status: the pipe through which the keeper reports how the program ended, or None if there is no keeper.
         """
         self.calls, self.replies, self.child, self.status = calls, replies, child, status
         self.buffer = b""
-        self.exit_code: int | None = None  # negative: the number of a signal
+        self.exit_code: int | None = None  # -n if signal n killed the program
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Calls the program's function `name`. Raises the exception that the function raises.
 
-        The arguments are copies: if the function changes a list, the tests do not see it.
+        The arguments are copies: if the function changes a list, the tests do not see the change.
         """
         arguments = [encode(arg) for arg in args], {key: encode(arg) for key, arg in kwargs.items()}
         data = json.dumps([name, *arguments]).encode() + b"\n"
@@ -182,7 +184,8 @@ class Program:
         return decode(self.answer("value"))
 
     def answer(self, key: str) -> Any:
-        """Returns what the program's next message has under `key`. Raises the exception that the message describes."""
+        """Returns the value under `key` in the program's next message. If the message describes an exception instead,
+        raises that exception."""
         message = json.loads(self._line())
         if not isinstance(message, dict) or not message.keys() & {key, "error"}:
             raise ProgramError("ValueError: the program sent a message of its own")
@@ -197,7 +200,7 @@ class Program:
     def _line(self) -> bytes:
         line = bytearray(self.buffer)
         while b"\n" not in self.buffer:
-            # The program may have ended although the pipe is open, since a child of it may hold the pipe.
+            # The program may have ended even if the pipe is open, since a child of the program may hold it open.
             ended = self._has_ended()
             if select.select([self.replies], [], [], 0 if ended else 0.05)[0]:
                 self.buffer = os.read(self.replies, 1 << 20)
@@ -221,16 +224,17 @@ class Program:
         return self.exit_code is not None
 
     def fail(self) -> NoReturn:
-        """Raises EndedError, which says how the program ended. Waits until it has ended."""
+        """Waits until the program has ended. Then raises EndedError, whose message says how the program ended."""
         self._has_ended(flags=0)
         code = self.exit_code or 0
         raise EndedError(f"killed by signal {-code}" if code < 0 else f"exited early with code {code}")
 
 
 def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoReturn:
-    """Runs program.py, then the tests on stdin, and writes the verdict to the descriptor `report`.
+    """Runs program.py, and then the tests, which come from stdin. Writes the verdict to the file descriptor `report`.
 
-    The tests call the program's `function`, by its name or as `candidate`. `limits` are those of `set_limits`.
+    `function` is the name of the function that the tests call. They may also call it `candidate`. `limits` are the
+    program's resource limits, as in `set_limits`.
     """
     program = start(level, report, limits)
     if level != "group":
@@ -246,7 +250,7 @@ def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoR
         # The tests are read after the fork, so that they are not in the memory of the program's process.
         tests = sys.stdin.buffer.read().decode()
         set_limits({name: limits[name] for name in ("RLIMIT_AS", "RLIMIT_CPU") if name in limits})
-        refused = program.answer("unlimited")  # comes after the program's last line
+        refused = program.answer("unlimited")  # sent after the program's last line
         verdict["unlimited"] = [name for name in limits if name in refused]
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -265,15 +269,15 @@ def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoR
 
 
 def clean_up(level: str, program: Program) -> None:
-    """Kills the program and every process that it started, as far as the level can. Returns when they are gone."""
+    """Kills the program and, as far as the level allows, every process that it started. Waits until they are gone."""
     if program.exit_code is None:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # a signal may interrupt a clean-up
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # SIGTERM may start a second clean-up
             os.kill(program.child, signal.SIGKILL)
             os.waitpid(program.child, 0)  # a keeper ends after all processes of its namespace
         program.exit_code = -signal.SIGKILL
     end = time.monotonic() + CLEANUP
     while level == "subreaper" and time.monotonic() < end:
-        # A program that forks all the time would outrun a loop that kills, so all its processes are stopped first.
+        # A program that keeps forking could start processes faster than they are killed. So all are stopped first.
         left = descendants_of(os.getpid())
         for sig in (signal.SIGSTOP, signal.SIGKILL):
             for pid in left:
@@ -292,9 +296,9 @@ def descendants_of(ancestor: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            with contextlib.suppress(OSError):  # has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended meanwhile
                 with open(f"/proc/{entry}/stat", errors="replace") as file:
-                    fields = file.read().rpartition(")")[2].split()  # after the name, which may contain spaces
+                    fields = file.read().rpartition(")")[2].split()  # the fields after the name, which may hold spaces
                 children.setdefault(int(fields[1]), []).append(int(entry))
     found = [ancestor]
     for pid in found:
@@ -307,7 +311,7 @@ def descendants_of(ancestor: int) -> list[int]:
 
 
 def start(level: str, report: int, limits: dict[str, int]) -> Program:
-    """Starts the program in a process of its own. Raises OSError if the system does not have the level."""
+    """Starts the program in a separate process. Raises OSError if the system does not support the level."""
     calls_read, calls_write = os.pipe()
     replies_read, replies_write = os.pipe()
     own, others = [report, calls_write, replies_read], [calls_read, replies_write]
@@ -321,7 +325,8 @@ def start(level: str, report: int, limits: dict[str, int]) -> Program:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         descendants_of(os.getpid())
     if level != "group":
-        # Hides this process's memory and descriptors in /proc, and forbids ptrace, to processes without privileges.
+        # From now on, a process without privileges can neither trace this process nor read its memory or its
+        # descriptors in /proc.
         prctl(PR_SET_DUMPABLE, 0)
     child = os.fork()
     if child == 0:
@@ -338,7 +343,8 @@ def start(level: str, report: int, limits: dict[str, int]) -> Program:
 
 
 def enter_namespaces() -> None:
-    """Moves this process to a new user and mount namespace, and its future children to a new PID namespace."""
+    """Moves this process to a new user namespace and a new mount namespace. The children that it forks afterwards are
+    in a new PID namespace."""
     uid, gid = os.geteuid(), os.getegid()
     call_libc("unshare", CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
@@ -347,10 +353,11 @@ def enter_namespaces() -> None:
 
 
 def keep(status: int, calls: int, replies: int, limits: dict[str, int]) -> NoReturn:
-    """Starts the program, waits until it has ended, and writes its exit code to `status`. Runs as process 1."""
+    """Starts the program, waits until it has ended, and writes its exit code to the pipe `status`. Runs in the
+    keeper, process 1 of the PID namespace."""
     try:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        with contextlib.suppress(OSError):  # containers may forbid it; then the program sees /proc of the host
+        with contextlib.suppress(OSError):  # a container may forbid mounting; then /proc stays the host's
             call_libc("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
             call_libc("mount", b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
         program = os.fork()
@@ -369,9 +376,9 @@ def keep(status: int, calls: int, replies: int, limits: dict[str, int]) -> NoRet
 
 
 def run_program(calls: int, replies: int, level: str, limits: dict[str, int]) -> NoReturn:
-    """Runs program.py, and then calls its functions as the judge asks for it, until the judge closes the pipe.
+    """Runs program.py, then calls the functions that the judge names, until the judge closes the pipe.
 
-    The program may replace functions of the modules used here. What it can reach and change only alters its answers.
+    The program may replace functions of the modules used here. Replacing them can only change its own answers.
     """
     read, write, loads, dumps, leave = os.read, os.write, json.loads, json.dumps, os._exit
 
@@ -418,14 +425,14 @@ def run_program(calls: int, replies: int, level: str, limits: dict[str, int]) ->
 
 
 def drop_privileges() -> None:
-    """Gives up root's privileges for good, so that this process cannot look into processes that have them."""
+    """Gives up root's privileges for good, so that this process cannot inspect processes that have privileges."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     call_libc("capset", struct.pack("II", LINUX_CAPABILITY_VERSION_3, 0), bytes(24))  # 24 zero bytes: no capabilities
-    prctl(PR_SET_DUMPABLE, 1)  # was 0 in the judge; a program may open its own /dev/stdout
+    prctl(PR_SET_DUMPABLE, 1)  # at 0, as in the judge, the program could not open /dev/stdout
 
 
 def set_limits(limits: dict[str, int]) -> list[str]:
-    """Sets resource limits {name: value}, such as {"RLIMIT_CPU": 6}. Returns the names of those that were refused."""
+    """Sets resource limits {name: value}, such as {"RLIMIT_CPU": 6}. Returns the names of the refused limits."""
     if resource is None:
         return list(limits)
     refused = []
@@ -445,7 +452,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def call_libc(name: str, *args: Any) -> None:
-    """Calls a function of the C library. Raises OSError if it fails or does not exist."""
+    """Calls a function of the C library. Raises OSError if the function fails or does not exist."""
     try:
         import ctypes
 

@@ -1,8 +1,8 @@
 """Checks conversations, and reads the formats in which files store them.
 
-A conversation to train on may begin with a system message. Then user and assistant messages alternate, beginning with
-the user. No message may be empty, because an empty answer teaches the model to say nothing. A last question without an
-answer is left out, as the published identity conversations have some.
+A conversation to train on may begin with a system message. Then user messages and assistant messages alternate, and a
+user message comes first. No user or assistant message may be empty, because an empty answer teaches the model to say
+nothing. A last question without an answer is left out, because some published identity conversations end with one.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 from nanochat_jax.tokenizer import PARTS
 
-# The names of roles in ShareGPT's format.
+# Maps the roles in ShareGPT's format to our roles.
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FORMATS = (
     '[{"role": ..., "content": ...}, ...], {"messages": [...]} or {"conversations": [{"from": ..., "value": ...}]}'
@@ -28,7 +28,7 @@ class EmptyMessage(BadRow):
 def conversation(value: Any) -> dict:
     """Returns the conversation that `value` holds in any of FORMATS. Raises BadRow or EmptyMessage.
 
-    The key "shortened" is set if a last question without an answer was left out.
+    If a last question without an answer was left out, the returned conversation has the key "shortened".
     """
     given = read(value)
     kept = check(given)
@@ -36,14 +36,14 @@ def conversation(value: Any) -> dict:
 
 
 def describe_shortened(count: int, where: str) -> str:
-    """Returns a line about `count` shortened conversations, of which the first is at `where`."""
+    """Returns a line to print about `count` shortened conversations. The first of them is at `where`."""
     return f"left out a last question without an answer in {count:,} conversations, the first is {where}"
 
 
 def read(value: Any) -> list[dict]:
     """Returns the messages of a conversation in any of FORMATS. Raises BadRow if `value` has another format.
 
-    A conversation {"system": ..., "conversations": [...]} begins with the system message.
+    If `value` is {"system": ..., "conversations": [...]}, the first message returned is the system message.
     """
     messages: Any = value
     if isinstance(value, Mapping):
@@ -59,7 +59,7 @@ def read(value: Any) -> list[dict]:
 
 
 def _read_message(message: Mapping) -> dict:
-    """Returns {"role": ..., "content": ...}. Keys that are missing stay missing, for `check` to complain about."""
+    """Returns {"role": ..., "content": ...}. A missing key stays missing, and `check` reports it."""
     if message.get("tool_calls") or message.get("function_call"):
         raise BadRow('tool calls are not supported: write calculator calls as parts {"type": "python", "text": ...}')
     if message.get("weight", 1) != 1:
@@ -72,9 +72,10 @@ def _read_message(message: Mapping) -> dict:
 
 
 def check(messages: list[dict]) -> list[dict]:
-    """Returns the messages that can be trained on: all messages except an empty system message and a last question.
+    """Returns the messages to train on. Leaves out an empty system message, and a last question without an answer.
 
-    Raises EmptyMessage if a message is empty or only white space, and BadRow if the messages are malformed.
+    Raises EmptyMessage if a user or assistant message is empty or only white space. Raises BadRow if the messages are
+    malformed.
     """
     begin = 1 if messages and messages[0].get("role") == "system" else 0
     for i, message in enumerate(messages):
@@ -93,7 +94,8 @@ def check(messages: list[dict]) -> list[dict]:
 
 
 def _text(i: int, message: dict) -> str:
-    """Returns the text of messages[i], with all parts joined. A content of null is an empty text."""
+    """Returns the text of `message`, which is messages[i]. Parts are joined, without the calculator's outputs. If the
+    content is null, returns ""."""
     content = message.get("content")
     if content is None:
         return ""

@@ -22,7 +22,7 @@ class MMLU(task_data.RowTask):
         if not data_dir:
             self.rows = task_data.hub(REPO, "all", stored)
         elif split == "train" and not task_data.find(Path(data_dir) / "mmlu" / "auxiliary_train.jsonl"):
-            # auxiliary_train combines multiple-choice data sets. The two data sets in mc_train/ can replace it.
+            # auxiliary_train combines several multiple-choice data sets. The two in mc_train/ can replace it.
             self.rows = task_data.local(data_dir, "mc_train/openbook_qa_train", "mc_train/commonsense_qa_train")
             print(f"MMLU: no mmlu/auxiliary_train.jsonl in {data_dir}, training on mc_train/ instead")
         else:

@@ -22,7 +22,7 @@ def conversation(question: str, choices: Sequence[str], letters: Sequence[str], 
 
     and the assistant answers "B".
 
-    Raises BadRow if the arguments are not such a question, for example because the right answer is not published.
+    Raises BadRow if the arguments do not form a question, for example because the right answer is not published.
     """
     if len(choices) < 2 or len(choices) != len(letters) or len(set(letters)) < len(letters):
         raise BadRow(f"expected 2 or more choices with different letters, got {len(choices)} and {list(letters)}")

@@ -5,8 +5,8 @@ transfers them, so an interrupted download is resumed, and failures are retried.
 SHA-256.
 
 If a download fails, the tasks use other words or conversations. The failure is recorded in a file next to the missing
-one, and the download is not tried again while the record exists. Otherwise, a run that is resumed after the failure
-would find other data, and refuse to go on.
+one, and the download is not tried again while the record exists. Otherwise, a later download might succeed, and a run
+that began with the other words or conversations could not be resumed.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ WORDS = PublishedFile(
     "3ed0c94610d8bcf7c11bbb49c56aa49c7234d32b66824df91f554169e572da48",
     4_234_910,
 )
-# The original does not publish a hash. This is the hash of a copy that originalzen/nanochat on GitHub took from this
-# address in December 2025.
+# The original nanochat does not publish a hash of this file. The hash below is that of a copy that originalzen/nanochat
+# on GitHub took from the address below in December 2025.
 IDENTITY = PublishedFile(
     "identity_conversations.jsonl",
     "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl",
@@ -50,7 +50,7 @@ IDENTITY = PublishedFile(
 
 
 def find(file: PublishedFile) -> tuple[Path | None, str]:
-    """Returns (the path of the file, ""), or (None, why the file cannot be had). Downloads the file on first use."""
+    """Returns (the path of the file, ""), or (None, why there is no file). Downloads the file on first use."""
     path = base_dir() / "task_data" / file.name
     failure = path.with_name(f"{file.name}.failed")
     with _one_at_a_time(path.parent):
@@ -64,7 +64,7 @@ def find(file: PublishedFile) -> tuple[Path | None, str]:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Generator[None]:
-    """Waits until no other process holds the lock of the folder, and holds it for the `with` block."""
+    """Waits until no other process holds the folder's lock. Then holds the lock for the `with` block."""
     with contextlib.ExitStack() as lock:
         while True:
             try:
@@ -82,7 +82,7 @@ def _download(file: PublishedFile, path: Path) -> str:
 
     def transfer(job: hub.Job, name: str) -> None:
         part = path.with_name(f"{name}.{file.sha256[:16]}.part")
-        hub.complete(job, name, file.url, part, file.size, headers={})  # without the access token of the hub
+        hub.complete(job, name, file.url, part, file.size, headers={})  # never sends the hub's access token
         hub.accept(part, path, file.sha256, file.size)
 
     print(f"downloading {file.url} to {path}", flush=True)

@@ -1,18 +1,18 @@
-"""Runs a model's Python code in processes of its own, with limits on time, memory, files and output.
+"""Runs a model's Python code in separate processes, with limits on time, memory, files and output.
 
 The sandbox stops accidents: endless loops, excessive memory use, fork bombs, stray files and leaked environment
-variables. Its verdict comes from a process that the program cannot write to, so a program cannot declare itself right
-(judge.py explains how). But it is not a security boundary. Malicious code can still use the network, read every file
+variables. The verdict comes from a process that the program cannot change, so a program cannot declare itself right
+(see judge.py). But the sandbox is not a security boundary. Malicious code can still use the network, read every file
 that the user can read, and write where the user can write. To be safe from malicious code, use a container or a virtual
 machine.
 
-How much ends together with the program depends on the system:
+A program may start other processes. The system decides which of them end together with the program:
 
-    namespace  all that it started: it runs in a PID namespace
-    subreaper  all that it started, unless it kills the judge
-    group      what it started and what stayed in its process group
+    namespace  all of them, because the program runs in a PID namespace
+    subreaper  all of them, unless the program kills the judge
+    group      those that stay in the program's process group
 
-The first time, `level` tries which of these work here.
+`strongest_level` finds out which of these levels work here.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from typing import IO
 MAX_OUTPUT = 64 * 1024  # maximum number of bytes to keep from each of stdout and stderr
 MAX_FILE = 16 * 1024 * 1024  # maximum size in bytes of a file that the program writes; stdout and stderr are files too
 MAX_OPEN = 64  # maximum number of open files
-GRACE = 5.0  # seconds that the judge has to clean up after a timeout
+GRACE = 5.0  # after a timeout, the judge gets this many seconds to clean up
 JUDGE = Path(__file__).with_name("judge.py")
 
 LEVELS = {
@@ -50,7 +50,8 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended. `success` means that it ran to its last line without an exception and passed the tests."""
+    """How a program ended. `success` means that the program ran to its last line without an exception and passed the
+    tests."""
 
     success: bool
     stdout: str
@@ -70,15 +71,16 @@ def execute(
     memory_bytes: int | None = 256 * 1024 * 1024,
     level: str | None = None,
 ) -> Result:
-    """Runs the program `code` and then `tests`, and reports how that ended.
+    """Runs the program in `code`, then the tests in `tests`, and returns the result.
 
-    The program and the tests run in two processes. The tests call the program's `function`, by its name or as
-    `candidate`; other names of the program do not exist in them. Arguments and results are copied, as plain data.
-    Without tests, success is what the program says of itself, which it can forge.
+    The program and the tests run in two processes. `function` is the name of the program's function that the tests
+    call. They may also call it `candidate`. The tests cannot use any other name that the program defines. Arguments and
+    results are copied, as plain data. Without tests, the program's own process reports success, so the program can
+    forge the report.
 
     `timeout` is in wall-clock seconds and includes the start of the interpreter. `memory_bytes` limits the address
     space (None: no limit). The program gets no input, an empty environment, and a temporary working directory. `level`
-    is a key of LEVELS, by default the strongest that works here.
+    is a key of LEVELS, by default the strongest level that works here.
     """
     level = level or strongest_level()
     limits = {
@@ -117,7 +119,7 @@ def execute(
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             timed_out = True
-            process.terminate()  # the judge kills what the program started, and then itself
+            process.terminate()  # the judge kills what the program started, and then exits
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
@@ -139,8 +141,8 @@ def execute(
 
 @functools.cache
 def strongest_level() -> str:
-    """Returns the strongest level that works here. Tries them when first called."""
-    # In a PID namespace, the program is process 2. The import shows that it can read the standard library.
+    """Returns the strongest level that works here. The first call tries out the levels."""
+    # In a PID namespace, the program is process 2. The import checks that the program can read the standard library.
     if execute("import os, statistics\nassert os.getpid() == 2", level="namespace").success:
         return "namespace"
     return "subreaper" if execute("import statistics", level="subreaper").success else "group"

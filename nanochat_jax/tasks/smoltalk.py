@@ -36,7 +36,7 @@ class SmolTalk(task_data.RowTask):
             self.rows = _chat_folder(Path(data_dir), split)
 
     def suspects(self) -> Iterable[tuple[int, Any]]:
-        """Finds the rows to check without making Python objects of half a million conversations, which takes 40 s."""
+        """Returns only the irregular rows of a parquet file, since converting half a million rows would take 40 s."""
         stored = self.rows.stored
         if not isinstance(stored, task_data.ParquetRows) or "messages" not in stored.table.column_names:
             return super().suspects()
@@ -63,8 +63,11 @@ def _held_out(row: list) -> bool:
 
 
 def _irregular(table: "pa.Table") -> Iterator[int]:
-    """Yields the rows of `table` that are not questions and answers in turn, after at most one system message, or that
-    have an empty message."""
+    """Yields the indices of the irregular rows of `table`.
+
+    A regular row may begin with a system message. Then it has one or more questions, each followed by an answer. None
+    of its messages is empty.
+    """
     first = 0
     for batch in table.to_batches():
         column = batch.column("messages")

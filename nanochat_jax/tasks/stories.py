@@ -42,7 +42,8 @@ class Phrasings:
 
 @dataclass(frozen=True)
 class Story:
-    """A kind of problem. `steps` solve it, `unit` is the unit of the result, and `largest` limits most numbers."""
+    """A kind of problem. `steps` are the operations that solve it, such as ("x*y", "r+z"). `unit` is the unit of the
+    result. In a problem with two steps, most numbers are at most `largest`."""
 
     phrasings: Phrasings
     steps: tuple[str, ...]

@@ -24,7 +24,7 @@ class Task:
     has_val: whether the task has a val split, for evaluations during training and for choosing settings. For a
         task without one, "val" means the test split.
     suggestions: questions to suggest to a person who talks to a model that has learned this task. They are worded like
-        the training questions. A task has none if nobody would type its questions, such as multiple choice.
+        the training questions. A task has none if nobody would type its questions, as with multiple choice.
     split: the split of these conversations. `tasks.load` sets it. Without `tasks.load`, it may be "".
     """
 
@@ -106,9 +106,9 @@ class Mixture(Task):
 
     If `seed` is None, the rows are not shuffled: the tasks stay in order, one after the other.
 
-    Each conversation gets a key "task", the index of its task in `tasks`. `evaluate` and `reward` call the methods of
-    that task. For example, task 0 has the rows [s0, s1, s2], and task 1 has the rows [i0, i1]. Their mixture may be
-    [i0, s1, s2, i1, s0], with the "task" values 1, 0, 0, 1, 0.
+    Each conversation gets a key "task", which holds the index of its task in `tasks`. `evaluate` and `reward` call the
+    methods of that task. For example, task 0 has the rows [s0, s1, s2], and task 1 has the rows [i0, i1]. Their mixture
+    may be [i0, s1, s2, i1, s0], with the "task" values 1, 0, 0, 1, 0.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int | None = 42):
@@ -124,7 +124,7 @@ class Mixture(Task):
         return len(self.order)
 
     def describe(self) -> str:
-        """Returns the tasks and their numbers of rows. Says so where the test split replaces a missing val split.
+        """Describes the tasks: their names, their numbers of rows, and which of them use the test split.
 
         Example: "SmolTalk 24,229 (test split), Sums 200".
         """

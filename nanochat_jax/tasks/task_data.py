@@ -4,8 +4,8 @@ Local files hold JSON lines, plain or gzipped. From the hub, we read parquet exp
 pattern in all data sets. Downloaded files are kept in the folder task_data in the base folder. A JSON file next to them
 records their revision. Once a split is complete, it is never downloaded again.
 
-All rows are shuffled by numpy's permutation with seed 42. This is the order of datasets.shuffle(seed=42) in the
-specification.
+All rows are shuffled by numpy's permutation with seed 42. The original nanochat calls datasets.shuffle(seed=42), which
+gives the same order.
 """
 
 import gzip
@@ -62,10 +62,10 @@ class RowTask(Task):
         raise NotImplementedError
 
     def check(self) -> None:
-        """Converts every row once, because an error found during training could waste hours.
+        """Converts every row that `suspects` yields, because an error found during training could waste hours.
 
-        Raises UserError with the place of the first malformed row. Skips conversations with an empty message if
-        `skips_empty` is set, and prints how many.
+        Raises UserError with the place of the first malformed row. If `skips_empty` is set, skips conversations with an
+        empty message, and prints how many there are.
         """
         empty: dict[int, EmptyMessage] = {}
         shortened: list[int] = []
@@ -95,7 +95,7 @@ class RowTask(Task):
             raise UserError(f"{self.name}: every conversation has an empty message, the first is {example}")
 
     def suspects(self) -> Iterable[tuple[int, Any]]:
-        """Yields (index, row) of the stored rows that `check` converts: all rows, unless a subclass knows better."""
+        """Yields (index, row) for each stored row that `check` must convert. A subclass may leave out some rows."""
         return enumerate(self.rows.stored)
 
     def _refusal(self, where: str, error: Exception) -> UserError:

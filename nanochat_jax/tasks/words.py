@@ -6,9 +6,9 @@ The words are read from the first of these files that exists:
 - task_data/words_alpha.txt in the base folder; with --task_files=published, this file is downloaded
 - task_data/words.txt in the base folder
 
-If none of them exists, the frequent words of the text that the tokenizer was trained on are written to
-task_data/words.txt and used from then on. So the words stay the same when pretraining text is added later. A line says
-which words are used.
+If none of these files exists, task_data/words.txt is written, and used from then on. It holds the frequent words of the
+text that the tokenizer was trained on. So the words stay the same when pretraining text is added later. A printed line
+says which words are used.
 """
 
 import collections
@@ -24,7 +24,7 @@ from nanochat_jax.files import write_text
 from nanochat_jax.tasks import published, task_data
 
 HOLD_OUT = 10  # about one in HOLD_OUT words is only for the test; a hash of the word decides
-CORPUS_CHARS = 50_000_000  # count words in this many characters of text; this is enough to find all frequent words
+CORPUS_CHARS = 50_000_000  # words are counted in this many characters of text, enough to find all frequent words
 CORPUS_WORDS = 20_000  # maximum number of words; the most frequent words are kept
 MIN_COUNT = 3  # a word must occur at least this many times; rarer words are mostly typos and variable names
 
@@ -49,7 +49,7 @@ def held_out(word: str) -> bool:
     return zlib.crc32(word.encode()) % HOLD_OUT == 0
 
 
-@functools.cache  # both spelling tasks call this, each for train and for test
+@functools.cache  # both spelling tasks call this function, each for train and for test
 def _all_words(data_dir: str, base: Path, download: bool) -> list[str]:
     path, why = None, "--task_files=generated"
     if data_dir:

@@ -137,7 +137,7 @@ class ModelRunner:
         return Tokens(*jax.device_get(out))
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
-        """Returns all slots' sampling settings, the sampler's plan, and how many of the most likely tokens to report."""
+        """Returns all slots' sampling settings, the sampler's plan, and how many of the likeliest tokens to report."""
         settings = sampler.settings([(s.request, s.sample) if s else None for s in sequences], self.shapes.vocab_size)
         return settings, *self.shapes.sampling(s.request for s in sequences if s)
 

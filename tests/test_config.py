@@ -147,6 +147,7 @@ RANGES = [
     (config.Rl, "oversampling", 0, 1), (config.Rl, "max_new_tokens", 0, 1), (config.Rl, "temperature", -0.1, 0.0),
     (config.Rl, "top_k", -1, 0), (config.Rl, "init_lr_frac", -0.1, 0.0), (config.Rl, "num_epochs", 0, 1),
     (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
+    (config.Base, "max_epochs", -0.1, 0.0), (config.TokTrain, "num_files", -2, -1),
     (config.TokTrain, "max_chars", 0, 1), (config.TokTrain, "doc_cap", 0, 1), (config.TokTrain, "vocab_size", 264, 265),
     (config.BaseLoss, "device_batch_size", 0, 1), (config.BaseLoss, "split_tokens", 0, 1),
     (config.BaseEval, "device_batch_size", 0, 1),

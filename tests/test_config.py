@@ -149,8 +149,10 @@ RANGES = [
     (config.Base, "eval_every", -2, -1), (config.Base, "eval_tokens", 0, 1), (config.Base, "core_metric_every", 0, -1),
     (config.Base, "core_metric_max_per_task", 0, 1), (config.Base, "core_metric_max_per_task", -2, -1),
     (config.Base, "sample_every", 0, -1), (config.Mid, "eval_every", 0, -1), (config.Mid, "eval_tokens", 0, 1),
-    (config.Mid, "total_batch_size", 0, 1), (config.Mid, "init_lr_frac", -0.1, 0.0),
-    (config.Sft, "eval_every", 0, -1), (config.Sft, "eval_tokens", 0, 1), (config.Sft, "eval_metrics_every", 0, -1),
+    (config.Mid, "total_batch_size", 0, 1), (config.Mid, "init_lr_frac", -0.1, 0.0), (config.Mid, "source_step", -2, 0),
+    (config.Mid, "depth", -1, 1), (config.Mid, "aspect_ratio", -1, 1), (config.Mid, "head_dim", 1, 2),
+    (config.Mid, "n_kv_head", -1, 1), (config.Mid, "max_seq_len", 1, 2),
+    (config.Sft, "eval_every", 0, -1), (config.Sft, "eval_metrics_every", 0, -1),
     (config.Sft, "eval_metrics_max_problems", 0, 1), (config.Sft, "eval_metrics_max_problems", -2, -1),
     (config.Sft, "total_batch_size", -1, 1), (config.Sft, "init_lr_frac", -0.1, 0.0),
     (config.Sft, "target_examples_per_step", 0, 1), (config.Sft, "num_epochs", 0, 1),
@@ -160,6 +162,7 @@ RANGES = [
     (config.Rl, "top_k", -1, 0), (config.Rl, "init_lr_frac", -0.1, 0.0), (config.Rl, "num_epochs", 0, 1),
     (config.Rl, "eval_every", 0, -1),
     (config.Rl, "save_every", 0, -1), (config.Rl, "eval_examples", 0, 1), (config.Rl, "eval_samples", 0, 1),
+    (config.Base, "max_epochs", -0.1, 0.0), (config.TokTrain, "num_files", -2, -1),
     (config.TokTrain, "max_chars", 0, 1), (config.TokTrain, "doc_cap", 0, 1), (config.TokTrain, "vocab_size", 264, 265),
     (config.BaseLoss, "device_batch_size", 0, 1), (config.BaseLoss, "split_tokens", 0, 1),
     (config.BaseEval, "device_batch_size", 0, 1), (config.BaseEval, "max_per_task", 0, -1),
@@ -170,7 +173,7 @@ RANGES = [
     (config.ChatCli, "seed", -1, 0), (config.ChatCli, "seed", 2**31, 2**31 - 1),
     (config.ChatEval, "temperature", -0.1, 0.0), (config.ChatEval, "max_new_tokens", 0, 1),
     (config.ChatEval, "num_samples", 0, 1), (config.ChatEval, "top_k", -1, 0), (config.ChatEval, "batch_size", 0, 1),
-    (config.ChatEval, "slots", -1, 1),
+    (config.ChatEval, "slots", -1, 1), (config.ChatWeb, "keep_alive", 0.0, 1.0),
     (config.ChatCli, "temperature", -0.1, 0.0), (config.ChatCli, "temperature", 2.1, 2.0),
     (config.ChatCli, "top_k", -1, 0), (config.ChatCli, "top_k", 65537, 65536), (config.ChatCli, "max_new_tokens", 0, 1),
     (config.ChatCli, "seed", -1, 0), (config.ChatCli, "seed", 2**31, 2**31 - 1),
@@ -191,7 +194,7 @@ RANGES = [
     (tokenizer.Settings, "vocab_size", 256, 257), (tokenizer.Settings, "rounds", 0, 1),
 ]  # fmt: skip
 ALL = (*commandline.COMMANDS, data.Settings, decode.Settings, serve.Settings, tokenizer.Settings)
-SAME = {config.Doctor: config.Base, config.Mid: config.Base, config.Sft: config.Base, config.Rl: config.Base}
+SAME = {config.Doctor: config.Base, config.Mid: config.Base, config.Sft: config.Mid, config.Rl: config.Mid}
 
 
 @pytest.mark.parametrize(("cls", "name", "refused", "accepted"), RANGES)
@@ -435,7 +438,7 @@ def test_numbers_of_a_preset_keep_their_meaning(preset):
     ("arguments", "words"),
     [(["--stage=sfft"], "--stage=sfft: must be one of base, mid, sft, rl; did you mean sft?"),
      (["--stage=base", "--stage", "bas"], "--stage=bas: must be one of"),
-     (["--stage=base", "--stage=sft", "--depth=4"], "--depth=4: not a flag of this command, but of --stage=base"),
+     (["--stage=base", "--stage=sft", "--packing=split"], "--packing=split: not a flag of this command, but of --stage=base"),
      (["--stage"], "--stage=: must be one of")],
 )  # fmt: skip
 def test_a_wrong_stage_gets_the_nearest_and_the_last_wins(arguments, words):

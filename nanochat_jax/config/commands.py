@@ -32,8 +32,9 @@ class TokTrain(Settings):
     )
     data_dir: str = setting("", DATA_DIR)
     num_files: int = setting(
-        0, "training shards to read from a downloaded source (auto: as many as --max_chars needs; -1: all)", auto=True
-    )
+        0, "training shards to read from a downloaded source (auto: as many as --max_chars needs; -1: all)",
+        auto=True, low=-1,
+    )  # fmt: skip
     max_chars: int = setting(10_000_000_000, "maximum characters to train on", low=1)
     doc_cap: int = setting(10_000, "maximum characters per document; longer documents are truncated", low=1)
     vocab_size: int = setting(65536, "size of the vocabulary: 256 bytes, 9 special tokens, and the merges", low=256 + 9)

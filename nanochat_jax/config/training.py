@@ -140,7 +140,7 @@ class Base(ModelFlags, Train):
     table: ClassVar[str] = "base"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
     data_dir: str = setting("", DATA_DIR)
-    max_epochs: float = setting(8.0, MAX_EPOCHS, low=0.01)
+    max_epochs: float = setting(8.0, MAX_EPOCHS, low=0)
     packing: str = setting("split", PACKING, choices=PACKINGS)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     target_flops: float = setting(

@@ -351,7 +351,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
             )
         )
         out = capsys.readouterr().out
-        return re.search(r"val bits per byte: ([\d.]+) ± ([\d.]+) \(n=2,560 tokens, 40 rows\) of (\w+)", out), out
+        return re.search(r"val bits per byte: ([\d.]+) ± ([\d.]+) \((.*)\) of (\w+)", out), out
 
     match, out = measured()
     source, model = sources.open(), trained_model.load("base", run.name)
@@ -359,11 +359,13 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
     expected = bits_per_byte(EvalModel(model.params, model.model_cfg, model.tokenizer), batches)
     batches.close()
     assert float(match[1]) == pytest.approx(expected.bpb, abs=1e-6) and "compare with care" not in out
-    assert float(match[2]) == pytest.approx(expected.stderr, abs=1e-6) and "less than --split_tokens" not in out
+    assert float(match[2]) == pytest.approx(expected.stderr, abs=1e-6)
+    assert match[3] == f"n={expected.tokens:,} tokens, {expected.rows} rows"
     records = {r["task"]: r for r in run_log.read(run) if r["kind"] == "eval"}
-    assert records["val_bpb"].items() >= {"n": 2560, "rows": 40}.items() and records["train_bpb"]["stderr"] > 0
+    assert records["val_bpb"].items() >= {"n": expected.tokens, "rows": expected.rows}.items()
+    assert records["train_bpb"]["rows"] == 40 and records["train_bpb"]["stderr"] > 0
     match, out = measured(data_dir=str(tmp_path))
-    assert "(different source, hash, validation)" in out and match[3] in tmp_path.name
+    assert "(different source, hash, validation)" in out and match[4] in tmp_path.name
 
 
 def test_base_loss_says_if_a_text_is_shorter_than_asked_for(run, capsys):

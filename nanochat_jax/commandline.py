@@ -66,8 +66,8 @@ ABSENT = {
     "load_optimizer": "every stage starts with a new optimizer state",
 }
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-SAME_SIGNAL_SECONDS = 1.0  # while a command ends, signals that follow each other within this time count as one
-TWICE_SECONDS = 0.05  # a Ctrl-C that comes again within this time was sent twice, for example by `uv run`
+SAME_SIGNAL_SECONDS = 1.0  # for this long after the signal that ends a command, further signals are ignored
+TWICE_SECONDS = 0.05  # a second Ctrl-C within this time is ignored, because `uv run` may send each Ctrl-C twice
 
 C = TypeVar("C", bound=config.Settings)
 
@@ -120,24 +120,26 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
 
 
 class _StopSignals:
-    """Handles stop signals while a command runs. Training replaces these handlers while it has a state to save.
+    """Handles the signals that stop a command. While training has a state to save, it handles these signals itself.
 
-    Ctrl-C raises KeyboardInterrupt. SIGTERM and SIGHUP raise SystemExit, which no command takes for a Ctrl-C at its
-    prompt. While the command then cleans up, more signals have no effect for a second. After that, a signal ends the
-    process at once, in case it hangs. A handler may run in the middle of `print`, so handlers call only os.write.
+    Ctrl-C raises KeyboardInterrupt. SIGTERM and SIGHUP raise SystemExit instead, because scripts.chat_cli goes on after
+    a KeyboardInterrupt. While the command cleans up, further signals have no effect for a second. After that, a signal
+    ends the process at once, in case the cleanup hangs. A handler may interrupt a `print`, so handlers write with
+    os.write.
     """
 
     def __init__(self):
         self._interrupted = -math.inf  # when the last Ctrl-C came
         self._ending: tuple[int, float] | None = None  # the signal that ends the command, and when it came
         for signum in STOP_SIGNALS:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, for example, makes programs ignore SIGHUP
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, for example, SIGHUP stays ignored
                 signal.signal(signum, self._receive)
-        # Runs after all other exit handlers. Otherwise, a signal while Python ends would change the exit status.
+        # Exit handlers run in reverse order, so this one runs last. It makes Python ignore the stop signals, because a
+        # signal while Python ends would change the exit status.
         atexit.register(self._ignore_all)
 
     def end(self, signum: int) -> None:
-        """Says that the command is stopped. From now on, signals have no effect on its exit status."""
+        """Prints that the command is stopped. From now on, signals do not change the command's exit status."""
         self._ending = signum, time.monotonic()
         with suppress(OSError):
             os.write(2, b"stopped\n")

@@ -60,7 +60,7 @@ def sha256(path: Path) -> str:
 
 
 def remove_parts(path: Path) -> None:
-    """Removes the temporary files that killed processes left when they wrote `path` with `atomic_write`.
+    """Removes the temporary files that killed processes left behind when they wrote `path` with `atomic_write`.
 
     The caller must ensure that no other process is writing `path`.
     """

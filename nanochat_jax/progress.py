@@ -18,7 +18,7 @@ BETWEEN_LINES = 10.0  # seconds between printed lines, if stderr is not a termin
 class Progress:
     """Counts finished items of work, and shows the count. `total` is the number of all items, or None if unknown.
 
-    Use it in a `with` block: the bar then disappears at the end of the block, even after an error.
+    Use a Progress in a `with` block: the bar then disappears at the end of the block, even after an error.
     """
 
     def __init__(self, label: str, total: int | None) -> None:

@@ -226,7 +226,7 @@ def _bpb(run: Run) -> str:
 def _score(score: float, record: dict, note: str = "", digits: int = 4) -> str:
     """Formats a score with its standard error and the number of problems: "0.4512 ± 0.0031 (n=1,319, step 30)".
 
-    Records that early versions wrote may lack both numbers.
+    Records written by early versions may lack both numbers.
     """
     stderr = record["stderr"] if isinstance(record.get("stderr"), int | float) else None
     size = f"n={record['n']:,}" if record.get("n") else ""

@@ -61,8 +61,8 @@ def print_score(score: "CoreScore") -> None:
 def write_csv(path: Path, result: "CoreResult") -> None:
     """Writes a CSV file with one row for each task and one for CORE. Padded columns make the file easy to read.
 
-    Stderr is the standard error of the accuracy. In the row of CORE, it is the standard error of CORE. Cut is the
-    number of prompts that were cut to fit in the context.
+    The column Stderr contains the standard error of the accuracy. In the row of CORE, it contains the standard error of
+    CORE. The column Cut contains the number of prompts that were cut to fit in the context.
     """
     rows = [("Task", "Accuracy", "Centered", "Stderr", "N", "Cut")]
     rows += [

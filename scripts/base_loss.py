@@ -70,8 +70,8 @@ def choose_source(meta: dict, cfg: config.BaseLoss) -> "Source":
     if cfg.data or cfg.data_dir:
         source = sources.open(cfg.data, cfg.data_dir)
     else:
-        # Runs of earlier versions do not record their folder. If their settings do not name it either, it is the folder
-        # that the tokenizer was trained on.
+        # Earlier versions did not record the folder of the text. If the run's settings do not name the folder either,
+        # `sources.open` chooses the text that the tokenizer was trained on.
         data_dir = trained.get("data_dir") or settings.get("data_dir")
         known = not data_dir and trained.get("source") in ("local", *hub.SOURCES)
         source = sources.open(trained["source"] if known else settings.get("data"), data_dir)

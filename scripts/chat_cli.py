@@ -46,7 +46,7 @@ def main(cfg: config.ChatCli) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # print ? for a character that stdout cannot show
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # `readable` replaces what cannot be decoded
+        sys.stdin.reconfigure(errors="surrogateescape")  # `readable` replaces bytes that cannot be decoded
     prompt = read_prompt(cfg.prompt)
 
     from nanochat_jax import tasks, trained_model
@@ -265,7 +265,7 @@ def set_top_k(chat: Chat, value: str) -> None:
 
 
 def number(cfg: config.ChatCli, name: str, command: str, value: str) -> float:
-    """Converts the `value` of a command to a number that the setting `name` allows. Raises UserError if it is not."""
+    """Converts the text `value` to a number. Raises UserError unless the setting called `name` allows this number."""
     current, field = getattr(cfg, name), cfg.__dataclass_fields__[name]
     low, high = field.metadata["low"], field.metadata["high"]
     try:
@@ -285,7 +285,7 @@ def set_system(chat: Chat, value: str) -> None:
 
 
 def save(chat: Chat, value: str) -> None:
-    """Appends the conversation to the file `value` as one line of JSON, an array of messages."""
+    """Appends the conversation to the file named `value`, as an array of messages on one line of JSON."""
     if not value:
         raise config.UserError("/save: name a file, like /save chat.jsonl")
     if not chat.messages:
@@ -303,8 +303,8 @@ def save(chat: Chat, value: str) -> None:
 def plain_text(message: dict) -> dict:
     """Joins the parts of a message into one string, because training files require strings.
 
-    {"content": [{"type": "text", "text": "4"}]} becomes {"content": "4"}. A message with a calculator call does not
-    change.
+    {"content": [{"type": "text", "text": "4"}]} becomes {"content": "4"}. A message with a calculator call stays as
+    it is.
     """
     content = message["content"]
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
@@ -333,7 +333,7 @@ COMMANDS = {
     ),
     "/topk": Command("/topk 50", "sample from the 50 most likely tokens; 0: from all", set_top_k),
     "/system": Command("/system You are brief.", "set the system prompt; /system off removes it", set_system),
-    "/save": Command("/save FILE", "append the conversation to a JSON Lines file; the page can import it", save),
+    "/save": Command("/save FILE", "append the conversation to a JSON Lines file; the web page can import it", save),
     "/help": Command("/help", "list the commands", show_help),
 }
 
@@ -360,8 +360,8 @@ def read_prompt(prompt: str | None) -> str | None:
 
 
 def detect_utf16() -> None:
-    """Makes stdin read UTF-16 if it begins with UTF-16's byte order mark. Windows PowerShell writes such files. Waits
-    until stdin has data."""
+    """Decodes stdin as UTF-16 if it begins with the byte order mark of UTF-16. Files that Windows PowerShell writes may
+    begin with this mark. Waits until stdin has data."""
     stdin = sys.stdin
     if not isinstance(stdin, io.TextIOWrapper) or not isinstance(stdin.buffer, io.BufferedReader) or stdin.isatty():
         return
@@ -370,8 +370,10 @@ def detect_utf16() -> None:
 
 
 def readable(text: str, source: str) -> str:
-    """Returns `text` without a byte order mark, and with U+FFFD for each byte that could not be decoded. Prints a line
-    if there are such bytes. Python has decoded each of them to a lone surrogate."""
+    """Removes a byte order mark from `text`, and puts U+FFFD in place of each byte that Python could not decode.
+
+    In `text`, each such byte is a lone surrogate. Prints a line if there are such bytes.
+    """
     text = text.removeprefix("\ufeff")
     valid, count = re.subn("[\ud800-\udfff]", "\ufffd", text)
     if count:

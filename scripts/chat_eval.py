@@ -3,8 +3,8 @@
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i sft -a "GSM8K|HumanEval" -x 100
 
-Adds the scores to the log of the evaluated run, and writes the answers to $NANOCHAT_BASE_DIR/chat_eval. The answers of
-a run with other settings, such as -x 100, go to a file of their own and do not replace the answers to all problems.
+Adds the scores to the log of the evaluated run, and writes the answers to $NANOCHAT_BASE_DIR/chat_eval. With other
+settings, such as -x 100, the answers go to a separate file, so that they do not replace the answers to all problems.
 """
 
 import json
@@ -36,7 +36,7 @@ def main(cfg: config.ChatEval) -> None:
         if tasks.task_class(name).eval_type is None:
             scored = ", ".join(cls.name for cls in tasks.TASKS.values() if cls.eval_type)
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
-    # A missing checkpoint should fail before any download.
+    # Find the checkpoint before any download, so that a missing checkpoint is reported at once.
     run, step = trained_model.find(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
     loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir, task_files=cfg.task_files) for name in names]
     model = trained_model.load(cfg.source, run.name, step)
@@ -89,9 +89,9 @@ def describe_sampling(cfg: config.ChatEval) -> str:
 
 
 def settings_used(cfg: config.ChatEval, eval_type: str | None) -> dict[str, float]:
-    """Returns the settings that affect the answers to a task. They are logged with its score.
+    """Returns the settings that affect the answers to a task. They are logged with the task's score.
 
-    A choice among letters is greedy. A greedy answer does not depend on --top_k and --seed.
+    In multiple-choice tasks, the choice is always greedy. Greedy answers do not depend on --top_k and --seed.
     """
     settings: dict[str, float] = {"num_samples": 1, "temperature": 0.0}
     if eval_type == "generative":
@@ -104,8 +104,8 @@ def settings_used(cfg: config.ChatEval, eval_type: str | None) -> dict[str, floa
 def answers_name(cfg: config.ChatEval, task: "Task", n: int) -> str:
     """Returns the name of a task's file of answers, without .jsonl.
 
-    It is the task's name for answers to all `test` problems with the default settings. Every other setting that affects
-    the answers is part of the name. Examples: "GSM8K", "GSM8K-val-first20-temperature0.8".
+    With the default settings, the name is just the task's name. Each setting that has another value and affects the
+    answers is added to the name. Examples: "GSM8K", "GSM8K-val-first20-temperature0.8".
     """
     usual = settings_used(config.ChatEval(temperature=cfg.temperature), task.eval_type) | {"temperature": 0.0}
     changed = {k: v for k, v in settings_used(cfg, task.eval_type).items() if v != usual[k]}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # importing these at run time would slow down --help and requ
 CHUNK = 8
 SUGGESTIONS = 5  # number of questions that the empty page suggests
 DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # signal -> seconds that running answers get to finish
-BACKLOG = 2048  # connections that wait to be accepted
+BACKLOG = 2048  # maximum number of connections that wait to be accepted
 UNREAD_SECONDS = 60  # a client that reads nothing for this long is disconnected
 
 
@@ -72,8 +72,8 @@ def main(cfg: config.ChatWeb) -> None:
         ]
         model = dataclasses.replace(model, params={})  # frees the original copy of the weights
 
-        # Compile only what a short prompt needs. The server compiles the rest while it is idle. A first answer shows
-        # that everything works and fits into memory.
+        # Compile only what a short prompt needs. The server compiles the rest while it is idle. Then generate one
+        # answer, to check that everything works and fits in memory.
         warmups = [engine.warmup(cfg.temperature, cfg.top_k) for engine in engines]
         for engine, warmup in zip(engines, warmups, strict=True):
             next(warmup)
@@ -121,7 +121,7 @@ def leave(sig: int, frame: FrameType | None) -> None:
     """Ends the program. After SIGTERM, the exit code is 0, because this signal does not mean a failure.
 
     os._exit skips Python's own shutdown. That shutdown is slow, and it aborts if an engine's thread is compiling. The
-    message does not go through sys.stderr, which cannot be used in a handler while the program itself writes to it.
+    message is written with os.write, because a signal handler cannot use sys.stderr while the program writes to it.
     """
     if sig == signal.SIGINT:
         os.write(2, b"stopped\n")
@@ -131,8 +131,8 @@ def leave(sig: int, frame: FrameType | None) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Returns a socket that listens on host:port. Raises UserError if the address does not exist or is taken.
 
-    The socket listens already before the model is loaded: until then, another server could take the same port. Clients
-    that connect early wait for their answer.
+    The socket listens before the model is loaded, so that no other server can take the same port in the meantime.
+    Clients that connect early wait for their answers.
     """
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
@@ -161,7 +161,7 @@ def _listen(listener: socket.socket, address: tuple) -> socket.socket:
 
 
 def _why_not(host: str, port: int, error: OSError) -> str:
-    """Returns the message of an error in `bind`: the flag, the reason, and a value that works."""
+    """Returns the message for an error in `bind`. It contains the flag, the reason, and a value to try."""
     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return f"--host={host}: not an address of this machine; use 127.0.0.1 for local access"
     if error.errno in (errno.EACCES, errno.EPERM) and port < 1024:

@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def main(cfg: config.Doctor) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a training run may need the GPU memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the GPU memory to training runs
     from nanochat_jax import environment
 
     for name, value in environment.describe().items():
@@ -70,8 +70,8 @@ def rust_tokenizer() -> str:
 def tokenizer_here(wanted: int) -> tuple[int, str]:
     """Returns the vocabulary size of the tokenizer that pretraining will use, and a description of this tokenizer.
 
-    `wanted` is the vocabulary size of the tokenizer that tok_train would train with the same preset. It is returned if
-    there is no tokenizer yet.
+    `wanted` is the vocabulary size of the tokenizer that tok_train would train with the same preset. If there is no
+    tokenizer yet, `wanted` is returned.
     """
     from nanochat_jax.files import read_json
 
@@ -84,7 +84,7 @@ def tokenizer_here(wanted: int) -> tuple[int, str]:
     if not isinstance(size, int):
         return wanted, f"damaged, in {folder}: {train}"
     text = f"{size:,} tokens, trained on {source.get('source') or 'an unknown text'}, in {folder}"
-    # If the text ran out of pairs to merge, the tokenizer has fewer tokens than it was meant to have.
+    # Compare the sizes that were asked for, because a tokenizer has fewer tokens if its text ran out of pairs to merge.
     asked = source.get("vocab_size", size)
     return size, text if asked == wanted else f"{text}; NOT what these settings would train: {train}"
 
@@ -180,7 +180,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
 def text(cfg: config.Doctor, steps: int, tokens_per_step: int) -> None:
     """Prints which text pretraining would read, and how often. Downloads, builds and converts nothing.
 
-    A text that is missing or too small is only named, since the rest may still be downloaded before training starts.
+    A text that is missing or too small is no error, because more text may be downloaded before training starts.
     """
     from nanochat_jax.data import sources, token_cache
     from nanochat_jax.tokenizer import Tokenizer

@@ -140,7 +140,7 @@ def _field(label: str) -> str:
 
 
 def _load_peer(name: str) -> "tiktoken.Encoding | None":
-    """Returns tiktoken's encoding, or None if it does not load within PEER_SECONDS.
+    """Returns tiktoken's encoding called `name`, or None if the encoding does not load within PEER_SECONDS.
 
     Loads the encoding in a thread, because a download may hang.
     """

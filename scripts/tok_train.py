@@ -2,7 +2,8 @@
 
     python -m scripts.tok_train --max_chars=2000000000
 
-Without --data and --data_dir, it reads the text that was downloaded. If several texts were downloaded, it asks.
+Without --data and --data_dir, the command reads the text that was downloaded. If several texts were downloaded, the
+user must choose one with --data.
 
 Writes tokenizer.json, nanochat.json, source.json and log.jsonl to the folder $NANOCHAT_BASE_DIR/tokenizer. The file
 source.json names the text that the tokenizer was trained on. Later stages read the same text by default. A second run
@@ -96,8 +97,8 @@ def main(cfg: config.TokTrain) -> None:
 def _recipe(cfg: config.TokTrain, source: "Source") -> dict:
     """Returns the text and the settings that determine the tokenizer.
 
-    `num_files` is the number of shards that may be read. With --num_files=auto, `main` replaces it by the number of
-    shards that were read. It is None for a text that was not downloaded.
+    In the result, `num_files` is the number of shards that may be read. With --num_files=auto, `main` replaces this by
+    the number of shards that were read. If the text was not downloaded, `num_files` is None.
     """
     from nanochat_jax.data import hub
 
@@ -168,7 +169,7 @@ class Reading:
 def _documents(
     source: "Source", max_chars: int, doc_cap: int, reading: Reading, report: Callable[[int], None]
 ) -> Iterator[str]:
-    """Yields training documents, truncated to `doc_cap` characters.
+    """Yields the training documents, each truncated to `doc_cap` characters.
 
     Stops when the total exceeds `max_chars` characters. Updates `reading`. After every 256 documents, calls `report`
     with the number of characters so far.
@@ -196,7 +197,7 @@ def _documents(
 
 
 def _too_little(cfg: config.TokTrain, source: "Source", reading: Reading) -> str:
-    """Says that the text ended before --max_chars, and how to get more."""
+    """Says that the text has fewer than --max_chars characters, and how to get more text."""
     from nanochat_jax.data import hub
 
     lacks = f"{source.name} has only {short(reading.chars)} of --max_chars={short(cfg.max_chars)} characters"

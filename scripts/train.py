@@ -26,7 +26,10 @@ def main(cfg: config.Train) -> None:
 
 
 def chosen_stage() -> type[config.Train]:
-    """Removes --stage from sys.argv, and returns the settings class of the stage. If it is repeated, the last wins."""
+    """Removes --stage from sys.argv, and returns the settings class of the stage.
+
+    If --stage is repeated, the last one counts.
+    """
     stages = ", ".join(config.STAGES)
     value = None
     while (i := next((i for i, arg in enumerate(sys.argv) if arg.partition("=")[0] == "--stage"), None)) is not None:

@@ -1,12 +1,12 @@
-"""Lists the compiled programs that requests need, so that they can be compiled before the engine needs them.
+"""Lists the programs that requests need, so that the programs can be compiled before the engine runs them.
 
-A program is compiled for certain shapes and for a certain sampling plan. Compiling takes seconds, and minutes for a
-large model. If the engine compiled a program in the middle of a step, all running answers would stand still. A server
-therefore compiles programs in another thread (see `Engine.compile`), and adds a request to the engine once the request
-needs nothing that is missing (see `Engine.missing`).
+A program is compiled for certain shapes and for a certain sampling plan (see `sampler.Plan`). Compiling takes seconds,
+or minutes for a large model. If the engine compiled a program in the middle of a step, all running answers would stand
+still. A server therefore compiles programs in another thread (see `Engine.compile`), and adds a request to the engine
+only when no program that it needs is missing (see `Engine.missing`).
 
-A program with a larger sampling plan gives the same tokens, only more slowly. So a program can be replaced with any
-compiled one whose plan includes its own.
+A program with a larger sampling plan gives the same tokens, only more slowly. So a missing program can be replaced with
+a compiled program whose plan includes the plan of the missing one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,26 +25,26 @@ from nanochat_jax.engine.scheduler import (
 
 
 class Program(NamedTuple):
-    """A function of programs.py or cache.py, and what it is compiled for. Fields that it does not depend on are 0."""
+    """A function of programs.py or cache.py, and what it is compiled for. Fields that do not apply are left out."""
 
     name: str  # "prefill", "prefill_chunk", "insert_rows", "first_tokens" or "decode"
     rows: int = 0  # the number of prefilled rows
     width: int = 0  # the number of tokens that `prefill_chunk` appends
-    size: int = 0  # positions in the prefilled rows
-    cache: int = 0  # positions in the rows of the engine's cache
+    size: int = 0  # positions in each prefilled row
+    cache: int = 0  # positions in each row of the engine's cache
     plan: sampler.Plan = sampler.Plan(0, False)
-    top: int = 0  # the number of top log-probabilities
+    top: int = 0  # how many of the most likely tokens to report at each position
     score: bool = False  # whether `prefill` scores the prompt
 
     def replaces(self, other: "Program") -> bool:
-        """Whether this program gives all results of `other`."""
+        """Whether this program computes everything that `other` computes."""
         mine, its = self.plan, other.plan
         larger = mine.width >= its.width and mine.noise >= its.noise and self.top >= other.top
         return larger and self._replace(plan=its, top=other.top) == other
 
 
 class Shapes(NamedTuple):
-    """What the shapes of an engine's programs depend on."""
+    """The numbers that determine the shapes of an engine's programs."""
 
     context: int
     slots: int
@@ -62,7 +62,7 @@ class Shapes(NamedTuple):
 
     @property
     def batches(self) -> list[int]:
-        """The numbers of rows that are prefilled together."""
+        """The possible numbers of rows in a batched prefill."""
         return [1, PREFILL_ROWS] if self.slots >= PREFILL_ROWS - 1 else [1]
 
     def of(self, requests: Sequence[Request], others: Sequence[Request]) -> Iterator[Program]:
@@ -77,7 +77,7 @@ class Shapes(NamedTuple):
             yield from self.sample(plan, top, kv.bucket(least, self.context), kv.bucket(most, self.context))
 
     def sampling(self, requests: Iterable[Request]) -> tuple[sampler.Plan, int]:
-        """Returns the plan and the number of top log-probabilities of a step in which all `requests` are decoded."""
+        """Returns the sampling plan and the number of top log-probabilities for a step that decodes all `requests`."""
         requests = list(requests)
         settings = sampler.settings([(request, 0) for request in requests], self.vocab_size)
         asked = any(request.top_logprobs for request in requests)
@@ -89,11 +89,11 @@ class Shapes(NamedTuple):
 
     @property
     def any_sampling(self) -> tuple[sampler.Plan, int]:
-        """The plan and the number of top log-probabilities that serve every request."""
+        """The sampling plan and the number of top log-probabilities that can serve any request."""
         return sampler.Plan(self.vocab_size, True), self.most_top
 
     def prefill(self, size: int, score: bool = False) -> Iterator[Program]:
-        """Yields the programs that prefill prompts of `size` tokens, padding included. See `Scheduler`."""
+        """Yields the programs with which `Scheduler` may prefill a prompt of `size` tokens, padding included."""
         if size <= PREFILL_CHUNK or score:
             for rows in self.batches:
                 if rows == 1 or rows * size <= PREFILL_TOKENS:
@@ -114,7 +114,7 @@ class Shapes(NamedTuple):
                 yield Program("insert_rows", rows=rows, size=size, cache=cache)
 
     def sample(self, plan: sampler.Plan, top: int, least: int, most: int) -> Iterator[Program]:
-        """Yields the programs that sample and decode while the cache has `least` to `most` positions."""
+        """Yields the programs that sample and decode while each cache row has `least` to `most` positions."""
         for rows in self.batches:
             yield Program("first_tokens", rows=rows, plan=plan, top=top)
         for cache in self.cache_sizes:

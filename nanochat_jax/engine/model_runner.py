@@ -50,7 +50,7 @@ class ModelRunner:
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
         self.shapes = Shapes(model_cfg.sequence_len, slots, chunk, model_cfg.vocab_size)
-        self.replaced: set[Program] = set()  # programs that others have replaced because they were not compiled
+        self.replaced: set[Program] = set()  # programs that were not compiled when needed; others ran in their place
         self._compiled: dict[Program, Any] = {}  # the programs that `compile` has compiled
         self._prefix: kv.KV = {}  # the cache rows of the current prefill; {} if there is no prefill
         self._logits: jax.Array | None = None  # [p,v] next-token logits of the prompts in the current prefill
@@ -111,7 +111,7 @@ class ModelRunner:
         self._prefix, self._logits = self._run(program, self.params, ids, length, self._prefix, start)
 
     def _first_tokens(self, schedule: Schedule) -> Tokens:
-        """For each new sample, copies its prompt's prefilled row into its slot, and draws its first token."""
+        """For each new sample, copies the prefilled row of its prompt into its slot, and draws its first token."""
         assert self._logits is not None, "first tokens without a prefill"
         started, prefilled = schedule.first_tokens, len(self._logits)
         pad = [0] * (self.slots - len(started))
@@ -145,7 +145,7 @@ class ModelRunner:
     # Programs that are compiled ahead of time
 
     def _run(self, program: Program, *args: Any) -> Any:
-        """Runs a program, or a compiled one that replaces it. If there is none, compiles the program now."""
+        """Runs a program, or a compiled program that can replace it. If neither is compiled, compiles `program` now."""
         best = self.compiled_for(program)
         if best is None:
             function, static = self._function(program)
@@ -155,7 +155,8 @@ class ModelRunner:
         return self._compiled[best](*args)
 
     def compiled_for(self, program: Program) -> Program | None:
-        """Returns the program itself if it was compiled ahead of time, else the cheapest that replaces it, or None."""
+        """Returns `program` if it was compiled ahead of time. Otherwise, returns the cheapest compiled program that can
+        replace it, or None."""
         if program in self._compiled:
             return program
         found = [other for other in list(self._compiled) if other.replaces(program)]
@@ -184,7 +185,7 @@ class ModelRunner:
         return programs.decode, {"fixed": self.fixed, "plan": program.plan, "top": program.top}
 
     def _example(self, program: Program) -> tuple:
-        """Returns arguments of the program's shapes. Arrays that lie on the device are only described."""
+        """Returns example arguments of the program's shapes. The cache and the logits are not allocated."""
         model_cfg, dtype = self.fixed.model_cfg, self.fixed.dtype
         where = self.params["wte"].sharding
 

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 def settings(rows: Sequence[tuple[Request, int] | None], vocab_size: int) -> Settings:
-    """Returns the settings of rows, as numpy arrays. A row is (its request, the index of its sample).
+    """Returns the settings of rows, as numpy arrays. A row is (its request, the index of its sample) or None.
 
     Rows that are None get greedy settings, because greedy sampling adds no operations to the plan.
     """

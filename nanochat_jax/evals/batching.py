@@ -33,7 +33,8 @@ def padded_length(length: int, limit: int) -> int:
 
 
 def padded(sequences: Sequence[np.ndarray], rows: int, limit: int, fill: int) -> np.ndarray:
-    """Puts one sequence into each row: int32 [rows, padded length of the longest]. All unused entries are `fill`."""
+    """Returns int32 [rows, padded length of the longest sequence]. Each sequence fills the beginning of a row, and all
+    other entries are `fill`."""
     assert 0 < len(sequences) <= rows, f"{len(sequences)} sequences in {rows} rows"
     batch = np.full((rows, padded_length(max(map(len, sequences)), limit)), fill, np.int32)
     for row, ids in zip(batch, sequences, strict=False):

@@ -51,7 +51,7 @@ def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) ->
     for batch in batches:
         inputs, targets = (put_local(model.params, batch[name]) for name in ("inputs", "targets"))
         sums.append(_sums(model.params, model.model_cfg, inputs, targets, token_bytes, model.dtype))
-        if len(sums) > 2:  # queues at most two batches, enough to keep the device busy
+        if len(sums) > 2:  # waits until at most two batches are queued, which is enough to keep the device busy
             jax.block_until_ready(sums[-3])
     # The host adds up the batches in float64, because float32 cannot add millions of nats exactly.
     nats = sum(float(s.nats) for s in sums)
@@ -67,7 +67,7 @@ def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) ->
 
 
 def _ratio_stderr(nats: np.ndarray, sizes: np.ndarray, rows: int) -> float:
-    """Returns the standard error of sum(nats) / sum(sizes), for the `rows` rows that have bytes.
+    """Returns the standard error of sum(nats) / sum(sizes). `rows` is the number of rows that have bytes.
 
     The numerator and the denominator both vary from row to row, so this is the standard error of a ratio estimator
     (delta method; Cochran, Sampling Techniques, 1977, section 6.4).

@@ -6,7 +6,7 @@ Used by scripts.base_eval, and by training every --core_metric_every steps.
     eval_meta_data.csv    the random baseline of each task, in percent
     eval_data/            the items, as .jsonl or .jsonl.gz
 
-The bundle is read from the folder --core_dir if this flag is given. Otherwise, it is downloaded once to eval_bundle in
+If --core_dir is given, the bundle is read from that folder. Otherwise, the bundle is downloaded once, to eval_bundle in
 the base folder.
 """
 

@@ -67,7 +67,7 @@ class ChatScore(Score):
 
     @property
     def notes(self) -> list[str]:
-        """What may have lowered the score: cut prompts, answers that reached the length limit, and ties."""
+        """Notes on what may have lowered the score: cut prompts, answers that reached the length limit, and ties."""
         reasons = [reason for answer in self.answers for reason in answer.get("finish_reasons", [])]
         return list_notes(self.cut, self.n, reasons.count("length"), len(reasons)) + (
             [f"{self.ties:,} ties between letters went to the first"] if self.ties else []
@@ -169,7 +169,7 @@ def _letter_ids(tokenizer: Tokenizer, letters: tuple[str, ...]) -> list[int]:
 def _choose_letter(
     params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, last: jax.Array, letters: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Chooses the letter that is most likely to follow position `last` [b] of `ids` [b,t].
+    """In each row of `ids` [b,t], chooses the letter that is most likely to follow position `last` [b].
 
     `letters` [b,c] holds each problem's letter tokens, padded with -1.
 
@@ -260,7 +260,7 @@ def _on(device: jax.Device, x: jax.Array) -> jax.Array:
 
 
 def _devices(params: gpt.Params) -> list[jax.Device]:
-    """Returns those of this process's devices that hold the parameters."""
+    """Returns the devices of this process that hold the parameters."""
     local = jax.local_devices()
     holding = params["wte"].devices() if isinstance(params["wte"], jax.Array) else set(local[:1])
     return [device for device in local if device in holding]

@@ -156,8 +156,7 @@ def prompts(task: CoreTask, items: Sequence[dict], index: int) -> list[str]:
 def num_shots(task: CoreTask, n: int) -> int:
     """Returns the number of few-shot examples in each prompt, if `n` items are used.
 
-    If max_per_task is small, a prompt may have fewer than num_fewshot other items to use as examples. Then it uses all
-    of them.
+    If max_per_task is small, there may be fewer than num_fewshot other items. Then all of them are used as examples.
     """
     return min(task.num_fewshot, n - 1)
 
@@ -233,7 +232,7 @@ class _Batch(NamedTuple):
 
     positions: list[int]  # each row's index in the list of spans
     loss: jax.Array  # float32 [b]: the mean loss of each row's scored tokens, in nats
-    right: jax.Array  # bool [b]: whether each scored token of a row is the most likely token
+    right: jax.Array  # bool [b]: whether every scored token of the row is the most likely token
 
 
 class _Window(NamedTuple):

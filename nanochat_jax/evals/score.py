@@ -17,7 +17,7 @@ class Score:
     """The result on a task's `n` problems.
 
     `score` is the share of right answers (0 to 1), and `baseline` is the score of random guessing. `cut` is the number
-    of prompts that were longer than the context, and so lost their beginning.
+    of prompts that were cut because they were longer than the context.
     """
 
     task: str
@@ -50,7 +50,7 @@ class Metric:
     """A score that is not a share of right answers: a mean over tasks (CORE, ChatCORE) or bits per byte.
 
     For a mean over tasks, `n` counts problems. For bits per byte, `n` counts tokens, and `baseline` is None. `stderr`
-    is None if it is unknown because there are fewer than two rows.
+    is None if bits per byte were computed from fewer than two rows.
     """
 
     task: str

@@ -3,7 +3,7 @@
 The response to `POST /chat/completions` is a stream of server-sent events. Each event is one of these JSON objects:
 
     {"dropped": n}                               the oldest n messages did not fit into the context
-    {"waiting": position}                        no slot is free yet; this is the request's position in the queue
+    {"waiting": position}                        no slot is free yet; `position` is the request's place in the queue
     {"token": text, "gpu": n}                    more text of the answer, generated on GPU n
     {"python": expression}, {"output": result}   a call to the calculator, and its result
     {"cut": "length"}                            the answer reached its maximum length
@@ -50,9 +50,9 @@ def create_app(
     after this call.
 
     `name` is the model name that clients see. `device` is the kind of device that /health and /stats show.
-    `warmups` holds one `Engine.warmup` iterator per engine. The iterators may already be partly consumed. The server
-    advances each iterator in a thread of its own while the engine is idle. `suggestions` are questions that the page
-    suggests.
+    `warmups` holds one `Engine.warmup` iterator per engine. The iterators may already be partly consumed. While an
+    engine is idle, the server advances the engine's iterator in a separate thread. `suggestions` are questions that the
+    page suggests.
     """
     metrics, engine = Metrics(), engines[0]
     max_waiting = -(-cfg.max_waiting // len(engines))
@@ -77,16 +77,17 @@ def create_app(
     app.state.pool = pool
     hosts = accepted_hosts(cfg.host, cfg.allowed_hosts, cfg.api_key)
     app.add_middleware(Guard, api_key=cfg.api_key, hosts=hosts, metrics=metrics)
-    # The middleware added last runs first. CORS must run before Guard: preflight requests carry no key, and Guard would
-    # refuse them. The list of origins protects the server, so all headers are allowed: OpenAI's JavaScript client sends
-    # a dozen of its own (x-stainless-*). Cookies are not allowed, because the server has none.
+    # The middleware added last runs first. CORSMiddleware must run before Guard, because Guard would refuse preflight
+    # requests: they carry no key. All headers are allowed, because OpenAI's JavaScript client sends a dozen headers of
+    # its own (x-stainless-*). The list of origins is protection enough. Cookies are not allowed, because the server
+    # uses none.
     if cfg.cors:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=[origin.strip().rstrip("/") for origin in cfg.cors.split(",")],
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
-            allow_private_network=True,  # a page of the internet may use a server in the local network
+            allow_private_network=True,  # lets a page from the internet use a server in a local network
             expose_headers=["Retry-After"],
         )
     app.include_router(openai_api.routes(engine, pool, cfg, name))

@@ -1,6 +1,6 @@
 """Compiles an engine's programs in a background thread, while the engine goes on with its answers.
 
-XLA compiles without holding Python's global lock, so running answers hardly notice.
+XLA compiles without holding Python's global lock, so it hardly slows down the running answers.
 """
 
 import logging
@@ -14,14 +14,15 @@ from nanochat_jax.engine.engine import Engine
 
 log = logging.getLogger("nanochat_jax.serve")
 
-POLL_SECONDS = 0.5  # how often the thread looks whether the engine has become idle
+POLL_SECONDS = 0.5  # how often the thread checks whether the engine has become idle
 
 
 class Compiler:
-    """Compiles the programs that requests wait for at once, and other useful programs while the engine is idle.
+    """Compiles the programs that requests wait for. While the engine is idle, compiles further programs.
 
-    The other programs are those of the iterator `warmup`, each step of which compiles a few, and later those that the
-    engine had to replace with slower ones. `is_idle` says whether the engine is idle.
+    The iterator `warmup` compiles the first of these further programs, a few at each step. After the iterator has
+    ended, the Compiler compiles the programs that the engine had to replace with slower ones. `is_idle` returns whether
+    the engine is idle.
     """
 
     def __init__(self, engine: Engine, warmup: Iterator[int] | None, is_idle: Callable[[], bool]):
@@ -36,14 +37,14 @@ class Compiler:
         self._thread.start()
 
     def ask_to_stop(self) -> None:
-        """Makes the thread end after the program that it is compiling, and after all programs that requests need."""
+        """Makes the thread end after its current work and after the programs that requests already wait for."""
         self._jobs.put(None)
 
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
 
     def compile(self, programs: Sequence[Program], then: Callable[[bool], object]) -> None:
-        """Compiles `programs` as soon as possible, and then calls `then` with whether all of them were compiled."""
+        """Compiles `programs` as soon as possible. Then calls then(True) if all were compiled, else then(False)."""
         self._jobs.put((programs, then))
 
     # -----------------------------------------------------------------------------
@@ -67,10 +68,10 @@ class Compiler:
         return [program for program in self._engine.replaced if program not in self._failed]
 
     def _compile(self, program: Program) -> bool:
-        """Compiles a program, and returns whether this worked.
+        """Compiles a program, and returns whether this succeeded.
 
-        If it fails, for example for lack of memory, the server continues. The error occurs again only if a request
-        needs this very program.
+        If compiling fails, for example for lack of memory, the server continues. The error occurs again only if a
+        request needs the program and no compiled program can replace it.
         """
         try:
             self._engine.compile(program)

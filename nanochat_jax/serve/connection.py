@@ -1,8 +1,8 @@
-"""Limits the time in which a request must arrive, and the number of connections.
+"""Limits the number of connections, and the time that a request may take to arrive.
 
-uvicorn itself has no such limits. Without them, a few hundred clients that send nothing, half a header, or one byte a
-minute use up the process's open files, and nobody else can connect. A request that has arrived has no time limit here,
-so a stream lasts as long as its answer.
+uvicorn itself has no such limits. Without them, a few hundred clients that send nothing, or one byte a minute, could
+take up all the connections that the process can hold. Then nobody else could connect. After a request has arrived,
+this module sets no time limit, so a stream lasts as long as its answer.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from nanochat_jax.serve.middleware import BODY_SECONDS
 
 HEAD_SECONDS = 10.0  # the time limit for receiving a request's first line and headers
 GRACE_SECONDS = 2.0
-SPARE_CONNECTIONS = 512  # connections besides those whose answers run or wait: idle ones, pages, statistics
+SPARE_CONNECTIONS = 512  # connections for anything but answers: idle ones, and requests for the page or statistics
 OTHER_FILES = 128  # open files that are not connections
 MIN_CONNECTIONS = 8
 
@@ -30,18 +30,20 @@ FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 2
 class Connection(H11Protocol):
     """uvicorn's protocol, with limits.
 
-    A connection is closed if the head of a request takes longer than HEAD_SECONDS. This also holds for a new connection
-    that sends nothing. `Guard` limits the time for a body that the application reads, and this class for any other. An
-    idle connection, which waits for its next request, is kept for `keep_alive` seconds (see `server_config`).
+    A connection is closed if the head of a request takes longer than HEAD_SECONDS to arrive. This also holds for a new
+    connection that sends nothing. `Guard` limits the time for bodies that the application reads, and this class limits
+    the time for all other bodies. A connection that waits for its next request is closed after `keep_alive` seconds
+    (see `server_config`).
 
-    At most `limit` connections are open. A further one takes the place of the connection that has waited longest for
-    its client. If none waits for its client, because all are busy with answers, the new one gets status 503.
+    At most `limit` connections are open at a time. If there are already that many, a new connection replaces the one
+    that has waited longest for its client to send something. If all connections are busy with answers, the new one gets
+    status 503.
     """
 
     def __init__(self, *args: Any, limit: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.limit = limit
-        self.waits_for: str | None = None  # what the client has to send next: "head", "body", or nothing; or "idle"
+        self.waits_for: str | None = None  # "head" or "body" of a request; "idle": between requests; None: busy
         self.waits_since = 0.0  # the event loop's time when `waits_for` last changed
         self._timer: asyncio.TimerHandle | None = None
 
@@ -69,11 +71,11 @@ class Connection(H11Protocol):
         self._follow()
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()  # begins with the next request, if the client has sent it already
+        super().on_response_complete()  # starts the next request if the client has already sent it
         self._follow()
 
     def _follow(self) -> None:
-        """Finds out what the client has to send next."""
+        """Finds out what the client must send next, and starts the timer for it."""
         state = self.conn.their_state
         if state is h11.SEND_BODY:
             self._wait_for("body")
@@ -85,14 +87,18 @@ class Connection(H11Protocol):
             self._wait_for("idle")
 
     def _wait_for(self, what: str | None) -> None:
-        """Starts the timer for `what`. If it runs already, it goes on, because a byte now and then is not progress."""
+        """Starts the timer for `what`, or stops the timer if `what` is None.
+
+        A timer that already runs for `what` is not restarted. Otherwise, a client could keep the connection open by
+        sending a byte now and then.
+        """
         if what == self.waits_for:
             return
         if self._timer:
             self._timer.cancel()
         self.waits_for, self.waits_since, self._timer = what, self.loop.time(), None
         if what:
-            # GRACE_SECONDS give Guard the time to answer 408 before the connection is closed.
+            # The GRACE_SECONDS give Guard time to answer 408 before the connection is closed.
             seconds = {"head": HEAD_SECONDS, "body": BODY_SECONDS + GRACE_SECONDS, "idle": self.timeout_keep_alive}
             self._timer = self.loop.call_later(seconds[what], self._too_slow)
 
@@ -105,7 +111,7 @@ class Connection(H11Protocol):
 def server_config(app: ASGIApp, keep_alive: float, answers: int) -> uvicorn.Config:
     """Returns uvicorn's settings for `app`, which runs or queues at most `answers` answers at a time.
 
-    Logs only warnings. An access log would record private data: who uses the server. WebSockets are off, because their
+    Only warnings are logged, because an access log would record who uses the server. WebSockets are off, because their
     connections would escape the limits.
     """
     limit = max(MIN_CONNECTIONS, file_limit(answers + SPARE_CONNECTIONS + OTHER_FILES) - OTHER_FILES)
@@ -115,14 +121,14 @@ def server_config(app: ASGIApp, keep_alive: float, answers: int) -> uvicorn.Conf
         ws="none",
         log_level="warning",
         timeout_keep_alive=cast(int, keep_alive),  # uvicorn passes it to `call_later`, which accepts a float
-        headers=[("Keep-Alive", f"timeout={keep_alive:.0f}")],  # clients that know this header reconnect in time
+        headers=[("Keep-Alive", f"timeout={keep_alive:.0f}")],  # tells clients when an idle connection is closed
     )
 
 
 def file_limit(wanted: int) -> int:
-    """Raises the process's limit of open files to `wanted`, if it is lower and the system allows it.
+    """Raises the process's limit on open files to `wanted`, or as far as the system allows. Never lowers the limit.
 
-    Returns the number of files that may be open, at most `wanted`.
+    Returns the number of files that may now be open, at most `wanted`.
     """
     try:
         import resource

@@ -1,8 +1,8 @@
-"""Turns errors into HTTP responses. The error message is one line of text. If a field is invalid, the message names it.
+"""Turns errors into HTTP responses. An error message is one line of text, and names the invalid field if there is one.
 
 On the paths in DETAIL_PATHS, the body of the response is {"detail": message}. On all other paths, the body has the
-format of OpenAI's API. This includes unknown paths: they are probably requested by OpenAI clients with a wrong base
-URL.
+format of OpenAI's API. This includes unknown paths, because a client that requests one is probably an OpenAI client
+with a wrong base URL.
 """
 
 import re
@@ -21,7 +21,8 @@ DETAIL_PATHS = (*FILES, "/chat/completions", "/health", "/stats", "/metrics", "/
 NOT_JSON = "the body must be JSON, sent with the header Content-Type: application/json"
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-# If a field may have several types, pydantic adds the name of a type to `loc`. This pattern matches those names.
+# If a field may have several types, pydantic adds a type's name to the path of the field (`loc`). This pattern matches
+# the names of types.
 _TYPE_NAME = re.compile(r"^(str|int|float|bool|dict|.*\W.*)$")
 _JSON_TYPE = re.compile(r"\s*application/([^;]+\+)?json\s*(;|$)", re.IGNORECASE)
 
@@ -91,8 +92,7 @@ def handlers() -> dict:
 def from_validation(error: RequestValidationError) -> ApiError:
     """Returns an ApiError 400 that names an invalid field and says what is wrong with it.
 
-    Example: [{"loc": ["body", "messages", 0, "content"], "msg": "Field required"}] -> "messages[0].content: Field
-    required".
+    Example: loc ["body", "messages", 0, "content"] and msg "Field required" -> "messages[0].content: Field required".
 
     If a field may have several types, pydantic reports one error per type. The client probably meant the type with the
     most deeply nested error, so only this error is kept. If several errors are equally deep, an error about the value

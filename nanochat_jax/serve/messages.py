@@ -1,13 +1,13 @@
-"""Turns the messages of an OpenAI client into the strict turns that the model was trained on.
+"""Turns the messages of an OpenAI client into turns in the strict order that the model was trained on.
 
-OpenAI's API takes messages in any order. The model knows only turns of user and assistant that alternate, beginning
-with the user. So the messages are converted as follows:
+OpenAI's API takes messages in any order. The model knows only alternating turns of user and assistant, and the user
+begins. So the messages are converted as follows:
 
-- A system or developer message becomes text of the user, wherever it stands. At the beginning, this is how the model
-  was trained: the system's text and a blank line stand before the user's text.
+- A system or developer message becomes text of the user, wherever it stands. In training, a system message at the
+  beginning was also put before the user's text, with a blank line between them.
 - An assistant message without content says nothing and is left out.
-- Neighbours of the same role are merged, with a blank line between them.
-- A conversation that begins with the assistant gets an empty turn of the user before it.
+- Neighbouring messages of the same role are merged, with a blank line between them.
+- If the conversation begins with the assistant, an empty turn of the user is put before the first turn.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def as_turns(messages: Sequence[OpenAIMessage]) -> list[dict]:
 
 
 def _parts(message: OpenAIMessage, index: int) -> list[dict] | None:
-    """Returns the nonempty parts of messages[index]. Returns None if it is an assistant message without content."""
+    """Returns the nonempty parts of messages[index], or None if the message is the assistant's and has no content."""
     field = f"messages[{index}]"
     if message.role not in ROLES:
         expected = f"expected one of {', '.join(ROLES)}"
@@ -90,7 +90,8 @@ def _parts(message: OpenAIMessage, index: int) -> list[dict] | None:
 
 
 def _content(parts: list[dict]) -> str | list[dict]:
-    """Returns text parts as one string, so that no token boundary falls between them. Other parts stay a list."""
+    """Joins the parts into one string if all are text, so that no token boundary falls between them. Otherwise, returns
+    the list."""
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
     return parts

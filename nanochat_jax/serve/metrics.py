@@ -21,7 +21,8 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._registry = registry
 
-        # How busy the server is. At each scrape by Prometheus, these gauges read the pool (see `Pool.publish`).
+        # How busy the server is. At each scrape by Prometheus, these gauges get their values from the pool (see
+        # `Pool.publish`).
         self.slots = Gauge("nanochat_slots", "Samples that can be generated at once", registry=registry)
         self.running = Gauge("nanochat_requests_running", "Samples being generated", registry=registry)
         self.waiting = Gauge("nanochat_requests_waiting", "Samples waiting for a slot", registry=registry)
@@ -29,7 +30,7 @@ class Metrics:
             "nanochat_cache_use_ratio", "Share of the key/value cache that holds tokens", registry=registry
         )
 
-        # How much the server has done. The client library appends "_total" to the name of a counter.
+        # How much the server has done. prometheus_client appends "_total" to the name of a counter.
         self.prompt_tokens = Counter("nanochat_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter(
             "nanochat_prompt_tokens_reused", "Prompt tokens that were already in the cache", registry=registry

@@ -1,5 +1,5 @@
-"""Checks each request before it reaches the application: the Host header, the API key, the size of the body, and its
-upload time."""
+"""Checks each request before it reaches the application: the Host header, the API key, and the size and upload time of
+the body."""
 
 import asyncio
 import hmac
@@ -16,21 +16,20 @@ from nanochat_jax.serve.page import FILES
 
 MAX_BODY = 1 << 20  # bytes; enough for schema.MAX_CHARS characters, even if JSON escapes every character
 
-# A client that is still sending its body may not read a 413 reply. So the server first reads an oversized body to its
-# end, but reads at most this many bytes.
-MAX_DRAINED = 16 << 20
+# A client that is still sending its body might miss a 413 reply. So the server first reads an oversized body to its
+# end, unless the body is larger than MAX_DRAINED.
+MAX_DRAINED = 16 << 20  # bytes
 BODY_SECONDS = 20  # the time limit for receiving a body, so that a slow client cannot hold a connection open
 CLOSE = {"Connection": "close"}
 PUBLIC = (*FILES, "/health")  # paths that need no key: the page must load before it can ask for the key
 
 
 class Guard:
-    """ASGI middleware. It answers 403 if the Host header is none of `hosts`, 401 if the key is missing or wrong, 413 if
-    the body is too large, and 408 if the body arrives too slowly. It also counts all error responses.
+    """ASGI middleware. It answers 403 if the Host header is not allowed, 401 if the key is missing or wrong, 413 if the
+    body is too large, and 408 if the body arrives too slowly. It also counts all error responses.
 
-    A HEAD request is treated like GET. uvicorn then leaves out the body.
-
-    If `hosts` is None, any Host header is accepted.
+    `is_allowed` compares the Host header with `hosts`. If `hosts` is None, any Host header is accepted. A HEAD request
+    is passed on as a GET request, and uvicorn leaves out the body of the response.
     """
 
     def __init__(self, app: ASGIApp, api_key: str, hosts: Sequence[str] | None, metrics: Metrics):
@@ -49,7 +48,7 @@ class Guard:
         if self.hosts is not None and not is_allowed(headers.get(b"host", b"").decode("latin-1"), self.hosts):
             return await errors.error_response(scope["path"], _wrong_host(headers))(scope, receive, counting_send)
         if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # a copy; uvicorn looks at the original
+            scope = {**scope, "method": "GET"}  # a copy, because uvicorn must still see HEAD in the original
         if self.api_key and scope["path"] not in PUBLIC and not self._has_key(scope):
             error = ApiError(
                 401,
@@ -99,16 +98,17 @@ class Guard:
 
 
 # -----------------------------------------------------------------------------
-# The Host header. A page of evil.example can let its name point to 127.0.0.1 (DNS rebinding). The browser then takes
-# this server for a part of evil.example, and the page may read all answers. But the browser still sends the name.
+# The Host header, which reveals DNS rebinding. The owner of evil.example can let this name point to 127.0.0.1. The
+# browser then takes this server for a part of evil.example, and lets a page from there read all answers. But the
+# browser still sends the name evil.example in the Host header, so the server can refuse the request.
 
 
 def accepted_hosts(host: str, allowed: str, api_key: str) -> list[str] | None:
-    """Returns the names that a Host header may hold, besides addresses. Returns None if it may hold any name.
+    """Returns the names that a Host header may hold besides loopback addresses, or None if it may hold any name.
 
     `host` is the address to listen on. `allowed` is the value of --allowed_hosts. By default, the names are limited
-    only if the server can be reached from this machine alone and needs no key. A page of another site has no key, and
-    other machines may know the server by any name.
+    only if the server needs no key and can be reached only from this machine. If it needs a key, a page of another
+    site cannot use it anyway. If other machines can reach it, they may know it by any name.
     """
     names = [name.strip().lower() for name in allowed.split(",") if name.strip()]
     if "*" in names or not (names or (not api_key and is_loopback(host))):
@@ -117,9 +117,9 @@ def accepted_hosts(host: str, allowed: str, api_key: str) -> list[str] | None:
 
 
 def is_allowed(header: str, hosts: Sequence[str]) -> bool:
-    """Whether a Host header, such as "localhost:8000", holds one of the names `hosts` or a loopback address.
+    """Whether a Host header, such as "localhost:8000", holds a name in `hosts` or a loopback address.
 
-    A request without the header is allowed, because browsers always send it.
+    A request without the header is allowed, because it is not from a browser: browsers always send the header.
     """
     name = header.strip().lower()
     if not name.endswith("]"):  # "[::1]" has no port
@@ -129,7 +129,7 @@ def is_allowed(header: str, hosts: Sequence[str]) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether all addresses of `host`, an address or a name, are loopback addresses."""
+    """Whether all addresses of `host`, which is a name or an address, are loopback addresses."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

@@ -1,5 +1,5 @@
-"""Serves the files of the web page, and no other file in the folder ui/. Reads them once, at startup. Clients need no
-key to load them."""
+"""Serves the files of the web page, which are read once, at startup. No other file in the folder ui/ is served. Clients
+need no key to load the page."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,8 +24,8 @@ SCRIPTS = (
 FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "logo.svg", *SCRIPTS)}  # URL path -> file
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-# With these headers, the browser runs only the page's own scripts and loads files only from this server. It also
-# prevents scripts from parsing a string as HTML, for example the model's output.
+# With these headers, the browser runs only the page's own scripts and loads files only from this server. The browser
+# also stops scripts from parsing text as HTML, so the model's output cannot become part of the page's code.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "

@@ -11,9 +11,9 @@ from nanochat_jax.serve.worker import Answer, EngineWorker
 class Pool:
     """Sends each request to the worker with the most free slots.
 
-    If there is a tie, it chooses the first of these workers. So as long as there is only one chat, all its turns go to
-    the same worker, whose cache holds the earlier turns. A failed worker gets no more requests, but the other workers
-    continue.
+    If several workers have the most free slots, the first of them gets the request. So as long as there is only one
+    chat, all its turns go to the same worker, whose cache holds the earlier turns. A failed worker gets no more
+    requests, but the other workers continue.
     """
 
     def __init__(self, workers: Sequence[EngineWorker]):

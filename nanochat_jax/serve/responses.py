@@ -16,7 +16,7 @@ from nanochat_jax.serve.worker import Answer
 READ_GRACE = 15  # for how many seconds after the answer's timeout the client may still read the response
 HEARTBEAT_SECONDS = 15  # a stream that is silent for this long sends a heartbeat, so that proxies keep it open
 HEARTBEAT = ": still here\n\n"  # a comment, which clients of event streams ignore
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # tells proxies not to buffer the stream
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not cache or buffer streams
 
 
 class AnswerResponse(Response):
@@ -43,7 +43,7 @@ class AnswerResponse(Response):
                 task.cancel()
             await asyncio.gather(sending, disconnect, return_exceptions=True)
         if finished and not disconnected:
-            sending.result()  # if sending failed, raises its exception here
+            sending.result()  # raises the task's exception if the task failed
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         if isinstance(self._content, AsyncGenerator):

@@ -1,8 +1,8 @@
 """Defines the request bodies of the page's endpoint and of OpenAI's API, and converts them to engine requests.
 
 If a field is omitted or null, the server's default applies. Unknown fields are ignored, as OpenAI's clients expect.
-However, OpenAI's API refuses an unsupported field if ignoring it would change the answer. If the last message of a
-conversation has the role "assistant", the answer continues that message.
+However, the endpoints of OpenAI's API refuse an unsupported field if ignoring it would change the answer. If the last
+message of a conversation has the role "assistant", the answer continues that message.
 """
 
 import dataclasses
@@ -138,13 +138,15 @@ class CompletionBody(GenerationBody):
 
 
 # -----------------------------------------------------------------------------
-# Conversion of request bodies to engine requests. Call these functions outside the event loop, because they tokenize.
+# Conversion of request bodies to engine requests. Functions that tokenize would block the event loop, so call
+# them in another thread.
 
 
 def chat_request(body: ChatBody, engine: Engine, cfg: ChatWeb) -> tuple[Request, int]:
-    """Returns the engine request, and how many of the oldest messages were dropped to fit the context.
+    """Returns the engine request and the number of messages that were dropped. The oldest messages are dropped if the
+    conversation does not fit into the context.
 
-    Raises ApiError 400 if the conversation is invalid or cannot fit into the context.
+    Raises ApiError 400 if the conversation is invalid or its last turn is too long for the context.
     """
     check_messages(body.messages)
     max_tokens = body.max_tokens or cfg.max_new_tokens
@@ -240,7 +242,7 @@ def openai_request(
         raise ApiError(400, reason, param, "context_length_exceeded")
     request = dataclasses.replace(
         engine_request(body, ids, max_tokens, engine, cfg),
-        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # top_p=0 keeps only one token
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),  # the engine refuses 0; 1e-6 also keeps one token
         n=body.n or 1,
         top_logprobs=top_logprobs,
         score=score,

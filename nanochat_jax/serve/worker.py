@@ -2,7 +2,7 @@
 
 A step of the engine takes milliseconds. The event loop serves all clients, so it must not wait for a step. The HTTP
 handlers therefore only put requests on a queue and await events. The thread adds requests to the engine between steps.
-After each step, it passes all events of the step to the event loop at once.
+After each step, it passes all events of the step to the event loop in one call.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ STOPPED_WORKING = "the model has stopped working; restart the server"
 
 
 class Busy(Exception):
-    """Raised to refuse requests because there is no room for their samples now."""
+    """Raised if the server has no room for the requests' samples now."""
 
 
 class TooMany(Exception):
-    """Raised to refuse requests because there is no room for their samples even if the server is idle."""
+    """Raised if even an idle server has no room for the requests' samples."""
 
 
 class EngineFailure(Exception):
@@ -86,7 +86,7 @@ class Answer:
             yield event
 
     def cancel(self, request: int, sample: int) -> None:
-        """Ends one sample. The engine must have started the sample already."""
+        """Ends one sample, which the engine must already have started."""
         self._worker.cancel(self, request, sample)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Answer:
         self._worker.cancel(self)
 
     def put(self, event: Event | Exception | None) -> None:
-        """Queues an item for `events`: an Event to yield, an exception to raise, or None to end.
+        """Queues an item for `events`: an Event to yield, an exception to raise, or None to end the iteration.
 
         Must be called in the event loop.
         """
@@ -113,11 +113,12 @@ class EngineWorker:
     """Runs `engine` in a background thread for any number of clients.
 
     The engine generates at most one sample per slot at a time, and at most `max_waiting` more samples wait for a slot.
-    Requests that would bring more are refused. An answer may take at most `timeout` seconds (0: no limit). With
+    Requests for more samples are refused. An answer may take at most `timeout` seconds (0: no limit). With
     `log_chats`, prompts and answers are logged. `gpu` is the worker's number in its pool.
 
-    A second thread compiles programs (see compiler.py). A request that needs a program waits for it outside the engine,
-    so that other answers go on. `warmup` compiles programs while the engine is idle.
+    A second thread compiles programs (see compiler.py). A request whose programs are not compiled yet waits outside the
+    engine, so that other answers continue. While the engine is idle, the second thread advances `warmup`, which
+    compiles programs that no request has asked for yet.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class EngineWorker:
         self.failure: Exception | None = None
         self._engine = engine
         self._lock = threading.Lock()
-        # `_lock` guards `_open_answers`. Only the thread uses `_answers` and `_outbox`.
+        # `_lock` guards `_open_answers`. Only the engine's thread changes `_answers` and `_outbox`.
         self._open_answers: set[Answer] = set()  # the answers that have not ended
         self._answers: dict[int, Answer] = {}  # the engine's request id -> the answer in progress
         self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
@@ -151,7 +152,7 @@ class EngineWorker:
         self._compiler.start()
 
     def ask_to_stop(self) -> None:
-        """Makes the threads end after the current step. Unfinished answers then fail."""
+        """Makes the threads end after their current work. Unfinished answers then fail."""
         self._inbox.put(("stop",))
         self._compiler.ask_to_stop()
 
@@ -163,7 +164,7 @@ class EngineWorker:
         self._compiler.join(max(0.0, deadline - time.monotonic()))
 
     def stop_after(self, seconds: float) -> None:
-        """Starts a timer that stops the thread after `seconds`. The caller must accept no new requests from now on."""
+        """Starts a timer that stops the threads after `seconds`. The caller must accept no new requests from now on."""
         timer = threading.Timer(seconds, self.ask_to_stop)
         timer.daemon = True
         timer.start()
@@ -201,9 +202,9 @@ class EngineWorker:
     def submit(self, *requests: Request) -> Answer:
         """Queues `requests` and returns their Answer at once.
 
-        Raises Busy if there is no room for the samples now, TooMany if there never is, EngineFailure if the engine has
-        failed, and UserError if the engine cannot serve a request. Requests are checked here because an error in the
-        engine's thread would stop the service for all clients.
+        Raises Busy if there is no room for the samples now, TooMany if even an idle server has no room for them,
+        EngineFailure if the engine has failed, and UserError if the engine cannot serve a request. Requests are checked
+        here because an error in the engine's thread would stop the service for all clients.
         """
         for request in requests:
             self._engine.check(request)
@@ -260,13 +261,14 @@ class EngineWorker:
         return True
 
     def _add(self, answer: Answer, compile: bool = True) -> None:
-        """Adds the answer's requests to the engine. With `compile`, first waits for the programs that they need."""
+        """Adds the answer's requests to the engine. If `compile` is True, missing programs are compiled first."""
         with self._lock:
             if answer not in self._open_answers:  # ended while its programs were being compiled
                 return
         if compile and (missing := self._engine.missing(list(answer.requests))):
-            # Other requests may come in between and change what is needed, so it is determined again. If a program
-            # cannot be compiled, the request is added anyway, and the step that needs the program reports why.
+            # Requests that are added in the meantime may change which programs are needed, so the next `_add` checks
+            # again. If a program cannot be compiled, the next `_add` adds the requests anyway, and the step that needs
+            # the program raises the error.
             self._compiler.compile(missing, then=lambda done: self._inbox.put(("add", answer, done)))
             return
         for i, request in enumerate(answer.requests):

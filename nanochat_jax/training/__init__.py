@@ -3,7 +3,7 @@
 A later stage starts from a checkpoint of an earlier stage. Each run writes checkpoints, config.json and log.jsonl into
 its own folder.
 
-`start_plan.py` decides how a run starts, and `run.py` opens it.
+`start_plan.py` decides how a run starts, and `run.py` opens the run.
 `stages.py` sets up the data, the number of steps and the learning-rate schedule of base, mid and sft.
 `batch_shape.py` splits a step into micro-batches.
 `step.py` defines the compiled optimizer step.

@@ -30,7 +30,7 @@ class BatchShape:
     rows: int  # rows per replica in one micro-batch
     replicas: int  # copies of the model that compute in parallel, each on one or more devices
     seq_len: int  # tokens per row
-    padding: int = 0  # rows without targets, added so that the rows of a step divide evenly
+    padding: int = 0  # rows without targets, added so that every micro-batch is full
 
     @property
     def total_rows(self) -> int:
@@ -75,8 +75,8 @@ def shape_for_tokens(
 ) -> BatchShape:
     """Splits `total_batch_size` tokens into rows and micro-batches.
 
-    Each replica computes `device_batch_size` rows at once. If `device_batch_size` is 0, `fit` chooses this number,
-    given the number of rows per replica. Raises UserError unless every replica gets the same number of whole rows and
+    Each replica computes `device_batch_size` rows at once. If `device_batch_size` is 0, it is replaced by fit(n), where
+    n is the number of rows per replica. Raises UserError unless every replica gets the same number of whole rows and
     can split them into equal micro-batches.
 
     Example: shape_for_tokens(524288, 16, 2048, 8, fit) returns BatchShape(2, 16, 8, 2048).
@@ -117,9 +117,9 @@ def shape_for_rows(
 
 
 def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
-    """Returns the number of rows that `examples` conversations of `mean_length` tokens fill.
+    """Returns how many rows are filled by `examples` conversations with a mean length of `mean_length` tokens.
 
-    The result does not depend on the number of devices, so that the batch size is the same on every machine.
+    The result does not depend on the number of devices, so the batch size is the same on every machine.
 
     Example: 32 conversations of 100 tokens fill 50 rows of 64 tokens.
     """
@@ -131,27 +131,27 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 
 
 def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
-    """Returns how many rows a device can compute at once: the largest divisor of `rows` that fits in memory.
+    """Returns how many rows a device can compute at once.
 
-    `rows` is the number of rows that the device computes in a step. `need(grad_accum_steps, n)` returns the peak
-    memory, in bytes, of a step that computes n rows at once. `limit` is the available memory in bytes. The default is
-    95% of a device's memory. If the processes have different devices, the smallest memory counts. Raises UserError if a
-    single row does not fit.
+    `rows` is the number of rows that the device computes in a step. The result is the largest divisor n of `rows` such
+    that n rows fit in memory. `need(grad_accum_steps, n)` returns the peak memory, in bytes, of a step that computes n
+    rows at once. `limit` is the available memory in bytes. The default is 95% of a device's memory. If the processes
+    have different devices, the smallest memory counts. Raises UserError if a single row does not fit.
 
-    Without a `limit`, a CPU computes at most 8,192 tokens at once, because it gains nothing from more. The same limit
-    applies to a device that does not report its memory.
+    Without a `limit`, a CPU computes at most 8,192 tokens at once, because it gains nothing from more. A device that
+    does not report its memory also computes at most 8,192 tokens at once.
 
-    Each call of `need` compiles a step, so the search should make few calls. The first guess comes from
-    `estimated_memory`, which compiles nothing. The guess ignores the memory that --shard and --remat save. The search
-    starts at the largest divisor that is at most twice the guess. If this divisor fits, larger divisors are tried until
-    one does not fit. Otherwise, smaller divisors are tried until one fits.
+    Calling `need` may compile a step, so the search calls it only a few times. The search begins with a rough guess of
+    the result. The guess comes from `estimated_memory`, which compiles nothing and ignores the memory that --shard and
+    --remat save. The first n to be tried is the largest divisor that is at most twice the guess. If n rows fit, larger
+    divisors are tried until one is too large. Otherwise, smaller divisors are tried until one is small enough.
     """
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
             return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
-        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # in MiB, to fit an int32
+        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # in MiB, because bytes overflow int32
 
     likely = 1
     while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:
@@ -179,8 +179,9 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
 def estimated_memory(model_cfg: GPTConfig, rows: int) -> int:
     """Returns roughly how many bytes a device needs to compute `rows` rows at once.
 
-    Weights, gradients and optimizer state take 16 bytes per parameter. The estimate adds one chunk of logits and about
-    17 activation vectors per layer and token. An activation vector has the model's width and two bytes per element.
+    Weights, gradients and optimizer state take 16 bytes per parameter. The estimate adds the logits of one chunk of
+    8,192 tokens (see `cross_entropy`). It also adds about 17 activation vectors per layer and token. An activation
+    vector has `n_embd` elements of two bytes each.
     """
     activations = 2 * 17 * model_cfg.n_layer * model_cfg.n_embd * model_cfg.sequence_len * rows
     return 16 * model_cfg.num_params + 12 * 8192 * model_cfg.padded_vocab + activations

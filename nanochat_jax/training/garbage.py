@@ -1,17 +1,18 @@
 """Holds off Python's garbage collector while a training loop runs.
 
-The collector looks at all objects of the process, which takes up to half a second with JAX and its compiled programs
-loaded, and it starts at any allocation. In a run on several processes, all wait for the one that is collecting.
+The collector may start at any allocation. It looks at all objects of the process, which takes up to half a second once
+JAX and its compiled programs are loaded. In a run with several processes, the others wait for the process that is
+collecting.
 """
 
 import gc
 from types import TracebackType
 
-COLLECT_EVERY = 1000  # steps between collections; reference cycles that a step leaves behind live until then
+COLLECT_EVERY = 1000  # steps between collections; until the next one, unused reference cycles stay in memory
 
 
 class HeldOffGarbage:
-    """Within this context, garbage is collected only by `between_steps`."""
+    """Within this context, after the first step, garbage is collected only by `between_steps`."""
 
     def __init__(self, every: int = COLLECT_EVERY):
         self.every = every
@@ -31,8 +32,9 @@ class HeldOffGarbage:
     def between_steps(self) -> None:
         """Call this once in every iteration of the loop.
 
-        After the first step, takes all objects that exist by then out of later collections, since they live as long as
-        the run. Then collects every `every` steps.
+        After the first step, collects garbage and turns the collector off. Later collections skip the objects that
+        exist at this point, because these objects live as long as the run. From then on, collects garbage once per
+        `self.every` steps.
         """
         if self._steps == 1:
             gc.collect()

@@ -3,15 +3,16 @@
 A stop signal is handled as follows:
 
 1. `Interruption` stores the first signal as `received` and writes a message. A second Ctrl-C ends the process at once.
-   Further signals change nothing.
-2. With one process, `stop_signal` is `received`. The training loop reads `stop_signal` before every step. If the loop
-   is waiting for a batch, `raise_at_signal` ends the wait, since a shard may take an hour to arrive. It also ends an
-   evaluation, since CORE may take longer than a scheduler waits between SIGTERM and SIGKILL.
+   All other later signals change nothing.
+2. With one process, `stop_signal` equals `received`. The training loop reads `stop_signal` before every step. If the
+   loop is waiting for a batch, `raise_at_signal` ends the wait, since a shard may take an hour to arrive.
+   `raise_at_signal` also ends an evaluation, since CORE may take longer than a scheduler waits between SIGTERM and
+   SIGKILL.
 3. With several processes, all must stop after the same step. A process that stopped alone would leave the others
    waiting in a collective operation. So a process requests a stop by setting the flag batch["stop"]. The step sums the
    flags of all devices into its metric `stop`. `StepLog.flush` reads this metric one step late, but after the same step
-   in every process. If the sum is positive, `flush` sets `agreed` to SIGTERM. With several processes, `stop_signal` is
-   `agreed`. A process that fails to write its part of a checkpoint sets the same flag.
+   in every process. If the sum is positive, `flush` sets `agreed` to SIGTERM. With several processes, `stop_signal`
+   equals `agreed`. A process that fails to write its part of a checkpoint also sets batch["stop"].
 4. `RunControl` saves the state, waits until the checkpoint is complete, and exits with status 128 + the signal's
    number. To resume the run, start the same command again.
 
@@ -33,7 +34,10 @@ MESSAGE = b"\nstopping after this step; the state will be saved (Ctrl-C again: s
 
 
 class StopRequested(BaseException):
-    """Ends a wait or an evaluation. It is no Exception, so that code that retries after errors does not catch it."""
+    """A stop signal raises this exception to end a wait or an evaluation.
+
+    The class is not derived from Exception, so that code that retries after errors does not catch it.
+    """
 
 
 class Interruption:
@@ -41,7 +45,7 @@ class Interruption:
 
     def __init__(self):
         self.received: int | None = None  # the first stop signal that this process has received
-        self.agreed: int | None = None  # SIGTERM once any process requests a stop; always None with one process
+        self.agreed: int | None = None  # SIGTERM once any process has requested a stop; always None with one process
         self._old_handlers: dict = {}
         self._may_raise = False
         self._first_interrupt: float | None = None  # when the first Ctrl-C came
@@ -54,7 +58,7 @@ class Interruption:
 
     @contextmanager
     def raise_at_signal(self) -> Generator[None]:
-        """Within this context, a stop signal raises StopRequested at once, unless there are several processes."""
+        """Within this context, a stop signal raises StopRequested at once if there is only one process."""
         if jax.process_count() > 1:
             yield
             return
@@ -67,7 +71,7 @@ class Interruption:
             self._may_raise = False
 
     def __enter__(self) -> "Interruption":
-        # A signal that is ignored, as nohup ignores SIGHUP, stays ignored.
+        # Signals that are already ignored stay ignored. For example, nohup makes a command ignore SIGHUP.
         caught = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         self._old_handlers = {s: signal.signal(s, self._receive) for s in caught}
         return self
@@ -77,10 +81,11 @@ class Interruption:
         if self.received is None:
             for s, handler in self._old_handlers.items():
                 signal.signal(s, handler)
-        # Otherwise the process is about to exit, and more signals must not change its exit status.
+        # After a stop signal, `_receive` stays installed, so that more signals do not change the exit status.
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        # A handler may run in the middle of `print`, whose buffer must not be entered twice. So it only calls os.write.
+        # A handler may run in the middle of a `print`. A second `print` would then fail, so the handler uses
+        # os.write.
         again = self._is_second_interrupt(signum)
         if self._left:
             if again:
@@ -106,8 +111,8 @@ class Interruption:
     def _is_second_interrupt(self, signum: int) -> bool:
         """Whether the user has pressed Ctrl-C a second time.
 
-        Programs such as `uv run` pass on a Ctrl-C that the terminal has sent to this process as well. So signals within
-        a second count as one.
+        The terminal sends a Ctrl-C to this process, and programs such as `uv run` may send it again. So signals within
+        a second of the first count as one.
         """
         if signum != signal.SIGINT:
             return False
@@ -118,7 +123,7 @@ class Interruption:
 
 
 def _leave_terminal() -> None:
-    """Sends all further output to /dev/null if the terminal is gone, because printing to it would raise an error."""
+    """Sends all further output to /dev/null instead of the terminal, because printing to a closed terminal fails."""
     with suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):

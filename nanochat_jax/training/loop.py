@@ -3,7 +3,7 @@
 These three stages differ in their data and learning-rate schedules (stages.py). In each iteration, the loop fetches a
 batch, dispatches a step and logs the previous step. It also saves and evaluates when due. Each step is logged one step
 late, so that the device never waits for the host. If a batch cannot be read or an evaluation fails, the error ends the
-run. A run with a single process saves its state first.
+run. A run with a single process saves its state before it ends.
 """
 
 import enum
@@ -30,7 +30,7 @@ from nanochat_jax.training.validation import evaluations_of
 
 
 def train(cfg: config.Base | config.Mid | config.Sft) -> None:
-    """Trains one stage to its end, from the start or from a checkpoint."""
+    """Trains one stage to its end. Starts at step 0, or resumes from a checkpoint."""
     momentum = 0.95 if cfg.stage == "sft" else optim.momentum_warmup
     with open_run(cfg, momentum) as run:
         if run is None:  # the run is already finished
@@ -47,8 +47,8 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             return
         run.begin()
 
-        # An error in a step is raised one step late, when the metrics are read. So this block contains the whole loop.
-        # Only from here on is there a state that a stop signal must not destroy.
+        # Up to this point, a stop signal ends the process at once, because there is no new state to save. An error in a
+        # step is raised one step late, when the metrics are read, so `out_of_memory_in_step` covers the whole loop.
         with Interruption() as interruption, HeldOffGarbage() as garbage, out_of_memory_in_step(stage.batch_shape.rows):
             log = StepLog(run, stage, interruption)
             control = RunControl(run, evaluations, stage.loader.state(), interruption, log.timer, log.flush)
@@ -56,7 +56,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
             while True:
                 last = data_ended or control.step == stage.steps
 
-                # Save, stop and evaluate, if due.
+                # Do what is due: save, stop, evaluate.
                 control.between_steps(last)
                 garbage.between_steps()
                 if last:
@@ -64,7 +64,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
 
                 batch = next_batch(stage.loader, interruption, control)
                 if batch is NoBatch.END:
-                    data_ended = True  # the next iteration saves, evaluates and ends
+                    data_ended = True  # the next iteration saves, evaluates and leaves the loop
                     continue
                 if batch is NoBatch.STOP:
                     continue
@@ -95,7 +95,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
 
 
 def check_validation(stage: Stage) -> None:
-    """Reads a batch of held-out data, so that an error appears before the run's folder is changed."""
+    """Reads a batch of held-out data, so that errors in the data appear before the run's folder is changed."""
     batches = stage.validation()
     next(batches, None)
     batches.close()
@@ -132,7 +132,7 @@ def next_batch(
 
 
 def describe_steps(stage: Stage) -> str:
-    """Returns the number of steps and tokens, or an estimate if the run ends with its data."""
+    """Returns the number of steps and tokens, or an estimate if the run ends when its data ends."""
     if stage.steps:
         return f"{stage.steps:,} ({stage.steps * stage.batch_shape.tokens:,} tokens)"
     passes = "one pass" if stage.epochs == 1 else f"{stage.epochs} passes"
@@ -169,7 +169,7 @@ class StepLog:
         self._steps_timed, self._seconds_timed = 0, 0.0
 
     def push(self, step: int, results: StepMetrics, lr_mult: float, waited: float, progress: float) -> None:
-        """Logs the previous step. This step stays pending until the next call."""
+        """Logs the previous step, and keeps this step pending until the next call."""
         info = dict(self.stage.loader.info)
         self.flush()
         self._pending = DispatchedStep(step, results, lr_mult, waited, progress, info)

@@ -3,7 +3,7 @@
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix with the nearest
 semi-orthogonal matrix. Five Newton-Schulz iterations approximate this matrix.
 
-This module does not use `optax.contrib.muon`, for two reasons. First, the momentum needs its own schedule and no bias
+This module does not use `optax.contrib.muon`, for two reasons. First, our momentum follows a schedule and has no bias
 correction. Second, all layers of an array [l, in, out] must be orthogonalised as one batch.
 """
 
@@ -34,7 +34,7 @@ def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # the Gram matrix then has the size of the shorter side
+    x = x if wide else x.mT  # makes the Gram matrix x @ x.mT as small as possible
     size = jnp.linalg.norm(x.astype(accum_dtype(dtype)), axis=(-2, -1), keepdims=True)
     x = x / (size + 1e-7).astype(dtype)
     for _ in range(5):
@@ -69,9 +69,9 @@ def scale_by_muon(
             if layout is None:
                 transposed = jax.tree.map(lambda x: x.shape[-2] > x.shape[-1], nesterov)
             else:
-                # Each device needs whole matrices, so the array will be sharded along the layers, not `in` or `out`.
-                # If `in` and `out` are both sharded, XLA all-gathers the whole array to do this. So the array is first
-                # resharded over the mesh axis `data` alone.
+                # Each device needs whole matrices, so `_orthogonalize_all` shards the arrays along the layers alone. If
+                # `in` and `out` are both sharded before that, XLA all-gathers whole arrays. So the arrays are first
+                # resharded over the mesh axis `data` alone, which leaves `in` or `out` unsharded.
                 specs = layout.shard_specs(nesterov, ("data",))
                 nesterov = layout.constrain(nesterov, specs)
                 # `_by_shape` can concatenate matrices only if all are sharded along `in`. So matrices that are sharded
@@ -99,9 +99,10 @@ def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) ->
 def _by_shape(f: Callable[[jax.Array], jax.Array], tree: Any, transposed: Any) -> Any:
     """Applies `f` to the leaves [l, in, out] of `tree`. All matrices of the same shape form one batch.
 
-    If `transposed` is true for a leaf, its matrices are transposed before `f`, and the results are transposed back.
+    If `transposed` is true for a leaf, its matrices are transposed before `f` is applied, and the results are
+    transposed back.
 
-    Example: w_in [20, 1280, 5120] and the transposed w_out [20, 5120, 1280] form one batch [40, 1280, 5120].
+    Example: if w_out [20, 5120, 1280] is transposed, it forms one batch [40, 1280, 5120] with w_in [20, 1280, 5120].
     """
     leaves, treedef = jax.tree.flatten(tree)
     transposed = treedef.flatten_up_to(transposed)
@@ -165,7 +166,7 @@ def make_optimizer(
 
 
 def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float, final: float) -> float:
-    """Returns the multiplier in pretraining.
+    """Returns the learning-rate multiplier in pretraining.
 
     The multiplier rises linearly to 1 during warmup, stays at 1, and falls linearly to `final` during warmdown.
     `warmup_ratio` and `warmdown_ratio` are fractions of `steps`.
@@ -180,10 +181,16 @@ def trapezoid(step: int, steps: int, warmup_ratio: float, warmdown_ratio: float,
 
 
 def late_decay(progress: float) -> float:
-    """Returns the multiplier in midtraining. It stays at 1 until `progress` is 0.8, then falls linearly to 0."""
+    """Returns the learning-rate multiplier in midtraining.
+
+    It stays at 1 until `progress` is 0.8, then falls linearly to 0.
+    """
     return 1.0 if progress < 0.8 else max(0.0, (1 - progress) / 0.2)
 
 
 def linear_decay(progress: float) -> float:
-    """Returns the multiplier in SFT and RL. It falls linearly from 1 to 0 as `progress` rises from 0 to 1."""
+    """Returns the learning-rate multiplier in SFT and RL.
+
+    It falls linearly from 1 to 0 as `progress` rises from 0 to 1.
+    """
     return max(0.0, 1 - progress)

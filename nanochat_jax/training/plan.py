@@ -1,4 +1,4 @@
-"""Prints what a run will do, before its first step: the model, the batch, the number of steps, FLOPs and time."""
+"""Before the first step of a run, prints the model, the batch, the number of steps, the FLOPs and the expected time."""
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.parallel import devices, sharding
@@ -10,7 +10,7 @@ from nanochat_jax.training.run import Run
 def announce(run: Run, batch_shape: BatchShape, steps: str, facts: dict[str, str]) -> None:
     """Prints the facts about a run, one per line.
 
-    `steps` says how many steps the run takes. `facts` says what is peculiar to the stage.
+    `steps` describes the number of steps. `facts` contains further facts that depend on the stage, as {name: value}.
     """
     model_cfg = run.model_cfg
     padding = f", less {count_of(batch_shape.padding, 'empty row')}" if batch_shape.padding else ""
@@ -35,7 +35,7 @@ def announce(run: Run, batch_shape: BatchShape, steps: str, facts: dict[str, str
 def cost(model_cfg: GPTConfig, tokens: float, about: str = "", more: str = "") -> dict[str, str]:
     """Returns the total FLOPs of training on `tokens` tokens, and the expected time.
 
-    `about` is put before both figures if they are estimates, such as "about ". `more` is put after the time.
+    `about` is a text before both figures, such as "at most ". `more` is a text after the time.
     """
     flops = tokens * model_cfg.flops_per_token
     seconds = devices.expected_seconds(flops)

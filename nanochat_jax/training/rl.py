@@ -8,8 +8,8 @@ ratio.
 
 This module differs from the original nanochat in two ways. First, the token that ends an answer is a training target,
 so that the model learns to stop. Second, with --oversampling=K, a step samples answers to K times as many problems as
-it trains on. It then prefers groups with unequal rewards. A group with equal rewards teaches nothing, because its
-advantages are all 0.
+it trains on. For training, groups with unequal rewards are chosen first. A group with equal rewards teaches nothing,
+because its advantages are all 0.
 """
 
 import math
@@ -48,12 +48,12 @@ from nanochat_jax.training.step import StepMetrics
 
 SLOTS = 64  # the maximum number of answers that a device generates at once
 SHORTEST = 64  # the minimum length of a row in tokens; shorter rows are padded
-PROBLEMS_TO_MEASURE = 100  # how many problems tell the mean length of a prompt
+PROBLEMS_TO_MEASURE = 100  # number of problems from which the mean length of a prompt is estimated
 FEWER_ANSWERS = "lower --num_samples, --examples_per_step or --max_new_tokens"
 
 
 def train(cfg: config.Rl) -> None:
-    """Trains the rl stage to its end, from the start or from a checkpoint."""
+    """Trains the rl stage to its end. Starts at step 0, or resumes from a checkpoint."""
     with open_run(cfg, momentum=0.95) as run:
         if run is None:  # the run is already finished
             return
@@ -63,7 +63,7 @@ def train(cfg: config.Rl) -> None:
         if cfg.dry_run:
             return
 
-        # Only from here on is there a state that a stop signal must not destroy.
+        # Up to this point, a stop signal ends the process at once, because there is no new state to save.
         with (
             Interruption() as interruption,
             HeldOffGarbage() as garbage,
@@ -84,7 +84,7 @@ def train(cfg: config.Rl) -> None:
             while True:
                 last = control.step >= stage.steps
 
-                # Save, stop and evaluate, if due.
+                # Do what is due: save, stop, evaluate.
                 control.between_steps(last)
                 garbage.between_steps()
                 if last:
@@ -98,7 +98,7 @@ def train(cfg: config.Rl) -> None:
                 try:
                     with interruption.raise_at_signal():
                         sampled = sample_rollouts(engine, run.tokenizer, stage.task, indices, cfg, seed)
-                except StopRequested:  # sampling may take minutes
+                except StopRequested:  # the next iteration saves and exits
                     continue
                 chosen = select_informative(sampled, cfg.examples_per_step, cfg.num_samples)
                 sampling_seconds = log.timer.lap()
@@ -185,7 +185,7 @@ def facts_of(run: Run, cfg: config.Rl, stage: RlStage) -> dict[str, str]:
     """Returns facts about a run, for `plan.announce`.
 
     The FLOPs are an upper limit, since they assume that each answer has --max_new_tokens tokens. The expected time does
-    not include sampling, whose speed does not follow from the peak FLOP/s.
+    not include sampling, because the time of sampling cannot be computed from the peak FLOP/s.
     """
     some = [stage.task[i] for i in range(min(PROBLEMS_TO_MEASURE, len(stage.task)))]
     prompt = sum(len(run.tokenizer.render_for_completion(problem)) for problem in some) / len(some)
@@ -216,7 +216,8 @@ def update(
     Raises UserError if the loss or the gradient norm is not finite.
     """
     longest = max(len(r.prompt) + len(r.sample.ids) for r in rollouts)
-    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)  # rounded up, so that few lengths need compiling
+    # Round the length up to one of a few lengths, because the step is compiled again for each length.
+    length = bucket(longest - 1, run.model_cfg.sequence_len, SHORTEST)
     batch = as_batch(rollouts, length, run.tokenizer.special("<|assistant_end|>"))
     arrays = batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
     lr = run.put_scalar(lr_mult)
@@ -259,7 +260,7 @@ class RolloutLog:
 
         groups = split_groups(sampled, self.cfg.num_samples)
         reward = float(np.mean([r.reward for r in sampled]))
-        # The answers to one problem depend on each other, so the standard error is computed from problems.
+        # The answers to one problem are not independent, so the standard error is computed from one mean per problem.
         _, stderr = mean_and_stderr([float(np.mean([r.reward for r in group])) for group in groups])
         rewarded, other_format = (sum(x) for x in zip(*((r.reward > 0, r.other_format) for r in sampled), strict=True))
         cut = sum(group[0].cut for group in groups)
@@ -309,10 +310,11 @@ def evaluate(run: Run, cfg: config.Rl, engine: Engine, task: tasks.Mixture, step
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Returns the probability that at least one of k answers is right, if they are drawn from `n` answers of which
-    `right` are right.
+    """Returns the probability that at least one of `k` answers is right.
 
-    This is the unbiased estimator of Chen et al., 2021 (arXiv:2107.03374). The original nanochat looks only at the
-    first k answers, which has the same mean and a larger error.
+    The k answers are drawn at random from `n` answers. `right` is the number of right answers among the n.
+
+    This is the unbiased estimator of Chen et al., 2021 (arXiv:2107.03374). The original nanochat uses only the first k
+    of the n answers. Its estimate has the same mean and a larger error.
     """
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)

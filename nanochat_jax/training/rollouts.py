@@ -20,7 +20,7 @@ class Rollout:
     sample: Sample  # the answer; its mask is 1 for sampled tokens and 0 for the calculator's output
     reward: float
     advantage: float  # the reward minus the mean reward of all sampled answers to the problem
-    other_format: bool = False  # whether the answer is rewarded but not right, such as $18 instead of 18
+    other_format: bool = False  # whether the answer is rewarded but counts as wrong, such as $18 instead of 18
     cut: bool = False  # whether the problem was cut, so that the answer fits in the context
 
 
@@ -59,8 +59,9 @@ def answer(
 ) -> tuple[list[tuple[list[int], bool]], list[list[Sample]]]:
     """Samples `n` answers to each problem, with one seed per problem.
 
-    Returns (the token ids of each prompt and whether it was cut, the answers to each prompt). A prompt is cut if it
-    leaves too little of the context for `cfg.max_new_tokens` tokens.
+    Returns two lists with one item per problem. In the first list, an item is (the prompt's token ids, whether the
+    prompt was cut). In the second list, an item is the list of answers. A prompt is cut if it leaves too little of the
+    context for `cfg.max_new_tokens` tokens.
     """
     limit = engine.model_cfg.sequence_len - cfg.max_new_tokens
     prompts = [problem_prompt(tokenizer, problem, limit) for problem in problems]

@@ -28,7 +28,7 @@ from nanochat_jax.training.start_plan import INSTEAD, StartPlan, make_plan
 from nanochat_jax.training.step import TrainState, execution, make_step
 from nanochat_jax.training.wandb_log import Wandb
 
-MEASURED = ("train", "val", "core")  # kinds of log records; a checkpoint contains the last record of each kind
+MEASURED = ("train", "val", "core")  # a checkpoint contains the last log record of each of these kinds
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Run:
     step: int  # the step to resume from; 0 for a fresh start
     data: dict | None  # the position in the data to resume from; None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
-    identity: dict  # the parent and the data, saved in checkpoints and checked when the run resumes
+    identity: dict  # identifies the parent and the data; saved in checkpoints, and checked when the run resumes
     metrics: dict  # the last log record of each kind in MEASURED
     wandb: Wandb | None = None  # set by `begin`, in process 0 only
 
@@ -84,7 +84,7 @@ class Run:
         """Moves old files out of the way.
 
         With --resume=never, the whole folder is moved. Otherwise, all checkpoints after the step to resume from are
-        moved. If they stayed, even the damaged ones would count toward --keep_last.
+        moved. If they stayed, they would count toward --keep_last, even if they are damaged.
         """
         if self.cfg.resume == "never" and (checkpoint.steps(self.dir) or (self.dir / run_log.LOG).exists()):
             checkpoint.move_aside(self.dir)
@@ -102,13 +102,16 @@ class Run:
             self.totals["seconds"] += seconds
 
     def describe_time(self, steps: int) -> str:
-        """Returns "340 steps in 2m10s (without the first 10)". The time includes earlier processes of the run."""
+        """Returns a text such as "340 steps in 2m10s (without the first 10)".
+
+        If the run was resumed, the time also includes the steps before that.
+        """
         warm_up = config.WARM_UP
         time = f" in {clock(self.totals['seconds'])} (without the first {warm_up})" if steps > warm_up else ""
         return f"{count_of(steps, 'step')}{time}"
 
     def log(self, kind: str, step: int, **fields) -> None:
-        """Adds a record to log.jsonl, and the numbers in the record to wandb. Only process 0 logs."""
+        """Adds a record to log.jsonl, and sends the record's numbers to wandb. Only process 0 logs."""
         if jax.process_index() > 0:
             return
         totals = {"tokens": self.totals["tokens"], "flops": self.totals["flops"]}
@@ -275,7 +278,7 @@ def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
     """Returns the peak memory of the compiled step on one device, in bytes.
 
     `rows` is the number of rows that each device computes at once. With one process, the step's arguments have the same
-    shapes and shardings as in the loop. The loop then finds the compiled step in the compilation cache.
+    shapes and shardings as in the loop, so the loop finds this compiled step in the compilation cache.
     """
     mesh = run.layout.mesh
     shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)

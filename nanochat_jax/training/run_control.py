@@ -14,14 +14,14 @@ from nanochat_jax.training.run import Run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that runs every `every` steps and after the last step.
+    """An evaluation that runs at each step that is a multiple of `every`, and after the last step.
 
     With `at_start`, the evaluation also runs before the first step. If `every` is below 1, the evaluation runs only
     after the last step, and only with `at_end`.
 
-    A `risky` evaluation may fail at any time, because it loads data or generates text. So a checkpoint is saved before
-    each of its runs. Any other evaluation needs a checkpoint only before its first run in a process. After this run,
-    the evaluation is known to work.
+    A `risky` evaluation may fail at any time, because it loads data or generates text. So a checkpoint is saved
+    each time before the evaluation begins. Any other evaluation needs a checkpoint only before it runs for the first
+    time in a process. After that, it is known to work.
     """
 
     evaluate: Callable[[int], None]  # called with the step
@@ -125,7 +125,7 @@ class RunControl:
             self._save()
             self.run.saver.wait_all()
             print(f"saved at step {self.step}, before the error")
-        except Exception as error:  # such as a loss that is not finite; the caller raises the original error
+        except Exception as error:  # for example, the loss is not finite; the caller raises the original error
             print(f"not saved: {first_line(error)}")
 
     def _due(self, last: bool) -> list[Evaluation]:

@@ -40,7 +40,7 @@ class Stage:
     facts: dict[str, str] = field(default_factory=dict)  # printed before the first step
 
     def describe_truncated(self) -> str:
-        """Describes the conversations read so far that were longer than a row. Returns "" if there were none."""
+        """Says how many of the conversations read so far were longer than a row. Returns "" if there were none."""
         info = self.loader.info
         if not info.get("truncated"):
             return ""
@@ -99,7 +99,7 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
     Midtraining may split a conversation over several rows, and every token is a target. Finetuning does not split
     conversations, and only the assistant's tokens are targets. If --num_iterations is given, training ends after that
-    many steps. Otherwise, training ends with the data.
+    many steps. Otherwise, training ends when the data ends.
     """
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
     if isinstance(cfg, config.Mid):
@@ -129,8 +129,8 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
         process_index=process_index, process_count=process_count,
     )  # fmt: skip
 
-    # The same conversations are read every time, on any number of devices. Midtraining packs as much of them into rows
-    # as --eval_tokens allows, and finetuning reads --eval_examples of them.
+    # Every validation reads the same held-out conversations, on any number of devices. In midtraining, it stops after
+    # about --eval_tokens tokens. In finetuning, it stops after --eval_examples conversations.
     is_mid = isinstance(cfg, config.Mid)
     asked = held_out if is_mid else held_out[: cfg.eval_examples]
     max_rows = max(1, cfg.eval_tokens // model_cfg.sequence_len) if is_mid else None
@@ -158,7 +158,7 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
 
 def check_held_out(cfg: config.Mid | config.Sft) -> None:
-    """Raises UserError if a file of your own is in --mixture and in --val_mixture."""
+    """Raises UserError if a file of the user's own conversations is both in --mixture and in --val_mixture."""
     for name in cfg.val_mixture:
         if name in cfg.mixture and tasks.task_class(name) is tasks.CustomJSON:
             raise UserError(f"--val_mixture: {name} is also in --mixture: hold out some conversations in another file")
@@ -167,9 +167,8 @@ def check_held_out(cfg: config.Mid | config.Sft) -> None:
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
     """Records which text the run trains on. The record is saved in the run's checkpoints.
 
-    Returns `source` without the files that were added after the run began. Otherwise, these files would change the
-    order of files in later epochs. Raises UserError if the run resumes from a checkpoint that was trained on another
-    text.
+    Returns `source` without the files that were added after the run began. Such files would change the order of the
+    files in later epochs. Raises UserError if the run resumes from a checkpoint that was trained on another text.
     """
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     count = len(source.train_files)
@@ -212,9 +211,9 @@ class Amount:
     """How much training text a source has, including the shards that were requested but are not here yet."""
 
     source: sources.Source
-    tokens: float  # in all training files, estimated
+    tokens: float  # estimated number of tokens in all training files
     none_here: bool  # whether all training files are still downloading
-    num_cached: int  # files whose tokens are in the token cache
+    num_cached: int  # number of files whose tokens are in the token cache
 
     @classmethod
     def of(cls, source: sources.Source, tokenizer: Tokenizer, cache_dir: Path) -> "Amount":
@@ -226,7 +225,7 @@ class Amount:
         return cls(source, max(1.0, tokens), none_here, token_cache.num_cached(files, cache_dir))
 
     def describe(self, tokens: int) -> str:
-        """Describes the text, and how much of it a run of `tokens` tokens will read.
+        """Describes the text, and says how much of it a run of `tokens` tokens will read.
 
         Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
         """
@@ -261,8 +260,8 @@ class Amount:
 def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
     """Returns the number of optimizer steps, with `tokens` tokens per step.
 
-    If --num_iterations is set, it decides. Otherwise, --target_flops decides if it is set. If neither is set,
-    --target_param_data_ratio decides. Raises UserError if the result is below 1.
+    The first of these settings that is set decides: --num_iterations, --target_flops, --target_param_data_ratio. Raises
+    UserError if the result is below 1.
     """
     if cfg.num_iterations > 0:
         steps = cfg.num_iterations

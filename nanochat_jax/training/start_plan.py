@@ -1,12 +1,12 @@
 """Decides how a training run starts: where it is stored, what it starts from, and whether it resumes.
 
-The first of these four cases that applies decides how a run starts:
+The first of these cases that applies decides how a run starts:
 
 1. If the run is finished, only a message is printed.
 2. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if one of these has
    changed: the data (see `stages.pin_text` and `stages.pin_tasks`), the parent's weights, or a setting outside `FREE`.
    Resuming is allowed if the parent no longer exists.
-3. A new mid, sft or rl run starts from the weights of its parent, a run that is usually of the stage before.
+3. A new mid, sft or rl run starts from the weights of its parent, which is usually a run of the previous stage.
 4. A new base run starts from random weights.
 """
 
@@ -28,7 +28,7 @@ FREE = {
     "dry_run", "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
 }  # fmt: skip
 
-# Advice to a user whose settings do not match the run in the folder.
+# Advice for a user whose settings do not match the run in the folder.
 INSTEAD = "choose another --model_tag, or move the run aside with --resume=never"
 
 
@@ -43,17 +43,17 @@ class StartPlan:
     step: int | None  # the step of the checkpoint to resume from; None for a fresh start
     finished: bool  # whether `step` is the last step of a finished run
     parent_id: str  # identifies the parent's weights (see `trained_model.Identity`); "" for base
-    parent_dir: str | None = None  # the parent's folder; None for base or if the run resumes
+    parent_dir: str | None = None  # the parent's folder; None for a base run, and for a run that resumes
     parent_step: int | None = None  # the step of the parent's checkpoint
 
     @property
     def parent(self) -> Parent | None:
-        """The parent's folder and step, or None for base or if the run resumes."""
+        """The parent's folder and step. None for a base run, and for a run that resumes."""
         return (Path(self.parent_dir), self.parent_step) if self.parent_dir and self.parent_step is not None else None
 
 
 def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
-    """Decides how the run starts, and locks its folder unless it is a dry run."""
+    """Decides how the run starts, and locks the run's folder. With --dry_run, the folder is not locked."""
     parent, refusal = None, None
     if isinstance(cfg, LaterStage):
         try:
@@ -89,13 +89,13 @@ def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
 def _find_parent(cfg: LaterStage) -> Parent:
     """Returns the folder and step of the parent, a run of the stage `cfg.source`.
 
-    Its name is --source_tag, else --model_tag, else the preset's. If none of them is given, the parent is the run that
-    was saved last. Raises UserError if there is no run of this name, instead of choosing another run.
+    The parent's name is the first of these that is given: --source_tag, --model_tag, the name of the preset. If none is
+    given, the parent is the run that was saved last. If no run has the given name, raises UserError.
     """
     tag = cfg.source_tag or cfg.model_tag or cfg.preset
     existing = trained_model.tags(cfg.source)
     if tag and existing and tag not in existing:
-        checkpoint.run_dir(cfg.source, tag)  # raises UserError if this is not a name
+        checkpoint.run_dir(cfg.source, tag)  # raises UserError if `tag` is not a valid name
         name = "source_tag" if cfg.source_tag else "model_tag" if cfg.model_tag else "config"
         there = ", ".join(existing)
         raise UserError(
@@ -135,9 +135,10 @@ def _check_same_run(cfg: Train, folder: Path, meta: dict, parent: Parent | None)
 
 
 def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str:
-    """Says which parent `cfg` asks for, if its weights differ from those that `parent_id` identifies.
+    """Returns "" if `cfg` asks for the parent that `parent_id` identifies. Else, returns text for an error message.
 
-    If the parent no longer exists, the run can still resume. Only the name and the step that `cfg` gives are compared.
+    Two parents are the same if they have the same weights. If the parent no longer exists, the run can still resume.
+    Then the weights cannot be compared, and only the name and the step that `cfg` gives are compared.
     """
     began = trained_model.parse_identity(parent_id)
     if parent is not None:

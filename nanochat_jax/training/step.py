@@ -27,7 +27,7 @@ class StepMetrics(NamedTuple):
 
     loss: jax.Array  # float32: mean cross-entropy of the counted targets
     grad_norm: jax.Array  # float32: norm of the whole gradient before clipping
-    count: jax.Array  # int32: number of counted targets
+    count: jax.Array  # int32: number of counted targets, which are all except -1
     stop: jax.Array | None = None  # int32: positive if any process wants to stop; None if the batch has no `stop`
 
 
@@ -41,8 +41,8 @@ def make_step(
 ) -> jax.stages.Wrapped:
     """Returns the jitted function step(state, batch, lr_mult) -> (TrainState, StepMetrics).
 
-    The function donates `state`, so the caller must not use it again. `lr_mult` is a float32 scalar that multiplies all
-    learning rates.
+    The function donates `state`, so the caller must not use `state` again. `lr_mult` is a float32 scalar that
+    multiplies all learning rates.
 
     `batch` contains `inputs` and `targets`, both int32 [accum, rows, t]. For example, [2, 256, 2048] means 2
     micro-batches of 256 rows. On 8 devices, each device then computes 32 rows at once. Targets of -1 are not counted.
@@ -74,7 +74,7 @@ def make_step(
     def gradients(params: gpt.Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, gpt.Params]:
         """Returns the summed loss of `batch` [accum, rows, t] and its gradient."""
         gradient_of = jax.value_and_grad(loss_sum)
-        if zero1:  # losses become [replicas], and gradients become [replicas, ...]
+        if zero1:  # losses get the shape [replicas], and gradients get the shape [replicas, ...]
             gradient_of = jax.vmap(gradient_of, in_axes=(None, 0), spmd_axis_name=sharding.BATCH_AXES)
             batch = zero1.by_replica(batch)
         if batch["targets"].shape[0] == 1:

@@ -44,7 +44,7 @@ def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | confi
     evaluations = [evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
     if isinstance(cfg, config.Base):
         if cfg.core_dir and cfg.core_metric_every > 0:
-            # A wrong folder should fail before the first step.
+            # Find the CORE bundle now, so that a wrong folder raises an error before the first step.
             processes.broadcast_from_0(lambda: str(find_bundle(cfg.core_dir)))
         evaluations.append(evaluation(functools.partial(core_metric, cfg=cfg), cfg.core_metric_every))
         evaluations.append(evaluation(sample, cfg.sample_every))
@@ -84,7 +84,10 @@ def validate(run: Run, stage: Stage, step: int) -> None:
 
 
 def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
-    """Logs CORE on at most --core_metric_max_per_task examples per task. If there is no CORE bundle, prints why."""
+    """Logs CORE, computed on at most --core_metric_max_per_task examples per task.
+
+    If there is no CORE bundle, only prints a message.
+    """
     from nanochat_jax.evals import core
 
     try:

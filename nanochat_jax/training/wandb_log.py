@@ -30,7 +30,8 @@ class Wandb:
     def _init(self, run_dir: Path, stage: str, config: dict) -> None:
         import wandb  # ty: ignore[import-not-found]  # optional
 
-        if not hasattr(wandb, "init"):  # a folder called wandb, such as the one in which wandb keeps its files
+        # Without the package, Python may import a folder called wandb, such as the one in which wandb keeps its files.
+        if not hasattr(wandb, "init"):
             raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
         project = "nanochat" if stage == "base" else f"nanochat-{stage}"
         id_file = run_dir / WANDB_ID
@@ -56,7 +57,7 @@ class Wandb:
             self._give_up(f"it has not finished after {PATIENCE} s")
 
     def _attempt(self, call: Callable[[], Any]) -> None:
-        """Calls wandb. If it fails, says so in one line, and does not call wandb again."""
+        """Calls wandb. If the call fails, prints one line and does not call wandb again."""
         try:
             call()
         except Exception as error:  # wandb raises many kinds of errors, even at import
@@ -68,8 +69,8 @@ class Wandb:
         print(f"wandb: {reason}: run {self.name!r} goes on, logged to {LOG} only", flush=True)
 
 
-# The names that the original nanochat gives to the same numbers: {stage: {our name: its name}}. Both are logged, so
-# that dashboards made for either show the run.
+# The names that the original nanochat gives to our numbers: {stage: {our name: original name}}. Each number is logged
+# under both names, so that dashboards made for either project show the run.
 _LOOP = {"train/lr_mult": "train/lrm", "train/tok_per_s": "train/tok_per_sec", "core/core": "core_metric"}
 ORIGINAL_NAMES = {
     "base": _LOOP,
@@ -85,7 +86,7 @@ def numbers(stage: str, kind: str, fields: dict[str, Any], totals: dict[str, flo
     `totals` holds the seconds, tokens and FLOPs that the run has spent so far.
     """
     ours = {f"{kind}/{name}": value for name, value in fields.items() if isinstance(value, int | float)}
-    if kind == "eval" and "score" in fields:  # several tasks are evaluated at the same step
+    if kind == "eval" and "score" in fields:  # add the task to the names: several tasks are evaluated at one step
         task = str(fields["task"])
         ours = {f"eval/{task}/{name.removeprefix('eval/')}": value for name, value in ours.items()}
         ours[task.lower().replace("-", "_") + "_acc"] = fields["score"]

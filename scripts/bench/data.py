@@ -3,9 +3,9 @@
     python -m scripts.bench data --data_dir=FOLDER
 
 The table compares this rate with the training speed of one H100 and of eight H100s. Pretraining uses the same data
-loader. One thread reads, packs and prefetches batches, and the tokenizer encodes on all cores. Every round makes
-two passes over the same files. The first pass reads text, and the second pass reads a cache of the text's tokens. Each
-pass loads the tokenizer again, so that the tokenizer's own cache is empty.
+loader. One thread reads, packs and prefetches batches, and the tokenizer encodes on all cores. Every round makes two
+passes over the same files. The first pass reads text, and the second pass reads a cache of the text's tokens. Each pass
+loads the tokenizer again, so that the tokenizer's own cache is empty.
 
 The clock starts before the loader is created, because the loader starts to prefetch at once. When the clock stops, some
 batches are prefetched but not used. They are not counted, so a short pass seems slower than it is.
@@ -109,7 +109,7 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
 
     files = tuple(path for path in source.train_files if path.exists())
     available = dataloader.epoch_tokens(files, tokenizer)
-    if not available > 0:  # also raises for NaN
+    if not available > 0:  # `available` is NaN if there are no files
         raise UserError(f"{source.name}: none of its training files has arrived yet")
     needed = (cfg.steps + 1) * cfg.total_batch_size  # one extra batch, since some documents stay in the packing buffer
     return files[: math.ceil(1.1 * needed / available * len(files))]

@@ -46,7 +46,7 @@ class Settings(config.Settings):
     dtypes: str = setting("", "dtypes to try at each batch size (default: bfloat16 on a GPU, else float32,bfloat16)")
     chunk: int = setting(32, "number of tokens per row that our engine decodes in one step", low=1)
     rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
-    peer: str = setting("", "hf: compare with transformers' NanoChat, which uses its KV cache", choices=("hf",))
+    peer: str = setting("", "hf: also measure NanoChat in transformers, with a KV cache", choices=("hf",))
     peer_python: str = setting("", "path of a Python with torch and transformers (default: the current one)")
     json: str = setting("", "file to append the results to, as one line of JSON")
 
@@ -106,7 +106,7 @@ def _check(cfg: Settings) -> None:
 
 
 def _complete(cfg: Settings, platform: str) -> Settings:
-    """Returns `cfg` with the default for `platform` in every setting that was not given."""
+    """Returns `cfg`, with the platform's default for every setting that was not given."""
     auto = AUTO["gpu" if platform == "gpu" else "cpu"]
     return dataclasses.replace(cfg, **{name: value for name, value in auto.items() if not getattr(cfg, name)})
 
@@ -140,7 +140,7 @@ def _measure(
 def _row(kind: Kind, runs: list[dict], cfg: Settings, bandwidth: float | None) -> dict:
     """Returns a row of the table.
 
-    The prefill yields the first of `cfg.new` tokens, so decoding takes `cfg.new` - 1 steps.
+    The prefill yields the first token of an answer, so decoding takes `cfg.new` - 1 steps.
     """
     batch, tool, dtype = kind
     first = statistics.median(run["first"] for run in runs)

@@ -21,9 +21,10 @@ class JobFailed(Exception):
 def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
     """Runs `script` with the argument `job`, and returns the JSON object in the script's last line of output.
 
-    Raises JobFailed if the last line is not JSON or the time runs out. `python` reads the script from standard input.
-    The script runs outside the repository, because the folder rustbpe/ there would hide the package rustbpe. If `ours`
-    is true, the script can import this project. Any interpreter other than sys.executable runs without PYTHONPATH.
+    Raises JobFailed if the last line is not JSON or the time runs out. The interpreter `python` reads the script from
+    standard input. The script runs outside the repository, because the folder rustbpe/ there would hide the package
+    rustbpe. If `ours` is true, the script can import this project. Any interpreter other than sys.executable runs
+    without PYTHONPATH.
     """
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     if python != sys.executable:
@@ -46,7 +47,7 @@ def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
 
 
 def probe(python: str, script: Path) -> dict:
-    """Asks `python` which other tools it can import. Raises UserError if `python` does not run."""
+    """Asks the interpreter `python` which other tools it can import. Raises UserError if `python` does not run."""
     try:
         return run(python, script, {"job": "probe"})
     except (OSError, JobFailed) as error:

@@ -2,11 +2,11 @@
 
     python -m scripts.bench serve
 
-The server (scripts.chat_web) runs in its own process and listens on the loopback interface. The model has the shape of
-the preset, but random weights. All clients run in this process, on the same cores as the server. Each client sends its
-requests to /v1/completions one after another. It reads each answer as a stream with one event per chunk. Then the
-engine alone serves the same requests, with the same number of slots and the same chunk size. Before each measurement,
-one warm-up request per client is served, so that nothing compiles during the measurement.
+The server (scripts.chat_web) runs in its own process and listens on the loopback interface. The model has the shape
+that --preset gives, and random weights. All clients run in this process, on the same cores as the server. Each client
+sends its requests to /v1/completions one after another. It reads each answer as a stream with one event per chunk. Then
+the engine alone serves the same requests, with the same number of slots and the same chunk size. Before each
+measurement, one warm-up request per client is served, so that nothing compiles during the measurement.
 """
 
 import asyncio

@@ -3,9 +3,9 @@
     python -m scripts.bench tokenizer --corpus=FOLDER --peer_python=ENVIRONMENT/bin/python
 
 Of every four documents, three are used to train the vocabulary and warm up the encoders, and the fourth is used to time
-the encoders. All tokenizers encode with the vocabulary that our tokenizer learned. Each measurement runs
-in its own process (tokenizer_job.py). A round runs every measurement once for every tokenizer. The table shows the
-medians over all rounds.
+the encoders. All tokenizers encode with the vocabulary that our tokenizer learned. Each measurement runs in its own
+process (tokenizer_job.py). A round runs every measurement once for every tokenizer. The table shows the medians over
+all rounds.
 """
 
 import json

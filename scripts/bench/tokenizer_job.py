@@ -35,7 +35,7 @@ PACKAGES = ("rustbpe", "tokenizers", "tiktoken")
 def read(path: str) -> list[str]:
     """Reads texts from a file. An 8-byte integer before each text gives the text's length in bytes.
 
-    Reading one text at a time saves memory.
+    Reading the file text by text takes less memory than reading it whole.
     """
     texts = []
     with open(path, "rb") as file:
@@ -95,7 +95,7 @@ class Ours:
         import rustbpe
 
         self.job = job
-        self.tokenizer = rustbpe.Tokenizer()  # ty: ignore[missing-attribute]  # ty finds the folder rustbpe/ instead
+        self.tokenizer = rustbpe.Tokenizer()  # ty: ignore[missing-attribute]  # ty finds the folder, not the package
 
     def train(self, texts: list[str]) -> None:
         self.tokenizer.train_from_iterator(iter(texts), self.job["vocab_size"], pattern=self.job["pattern"])
@@ -103,7 +103,7 @@ class Ours:
     def merges(self) -> list[tuple[int, int]] | None:
         """Returns the merges as pairs of ids, in the order in which they were learned.
 
-        `Tokenizers.load` needs the merges of our tokenizer. The other classes return None.
+        `Tokenizers.load` needs the merges of our tokenizer. In the other classes, `merges` returns None.
         """
         return self.tokenizer.get_merges()
 
@@ -289,7 +289,7 @@ def encode(job: Job) -> dict:
 
 
 def single(job: Job) -> dict:
-    """Encodes unseen texts of each size, one text per call. Encoding the training texts is the warm-up."""
+    """Encodes unseen texts of each size, one text per call. Before that, encodes the training texts as a warm-up."""
     tool = TOOLS[job["tool"]](job)
     load(tool, job)
     for text in read(job["train"]):

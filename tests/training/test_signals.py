@@ -191,7 +191,7 @@ def evaluating(world, parent):
 )
 def test_a_signal_ends_an_evaluation_and_the_run_is_saved(case, evaluating, world):
     """A scheduler sends SIGKILL soon after SIGTERM, and CORE takes longer than that."""
-    process, folder, output = evaluating(case, f"{case[0]}signal{len(case[2])}")
+    process, folder, output = evaluating(case, f"{case[0]}-{case[1].rpartition(':')[2]}")
     storm(process.pid, process.is_alive, [signal.SIGTERM], 0.01, seconds=60)
     process.join()
     assert_saved_and_resumable(folder, process.exitcode, {143}, text_of(output))

@@ -103,20 +103,26 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
     signals = _StopSignals()
     try:
         main(parse(cls))
-    except UserError as error:
-        print(f"error: {_with_preset(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the program that read our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not fail when it flushes stdout at exit
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if not (advice := config.advice_for(error)):
+    except BaseException as error:
+        if not signals.ended_by and _was_interrupted(error):
+            signals.end(signal.SIGINT)
+        if signals.ended_by:  # some libraries replace the exception that a signal raises by one of their own
+            sys.exit(128 + signals.ended_by)
+        if isinstance(error, BrokenPipeError):  # the program that read our output, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not fail when it flushes stdout at exit
+            sys.exit(128 + signal.SIGPIPE)
+        advice = f": {config.advice_for(error)}" if isinstance(error, OSError) and config.advice_for(error) else ""
+        if not isinstance(error, UserError) and not advice:
             raise
-        print(f"error: {error}: {advice}", file=sys.stderr)
+        print(f"error: {_with_preset(str(error))}{advice}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        signals.end(signal.SIGINT)
-        sys.exit(128 + signal.SIGINT)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C caused this error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class _StopSignals:
@@ -130,7 +136,8 @@ class _StopSignals:
 
     def __init__(self):
         self._interrupted = -math.inf  # when the last Ctrl-C came
-        self._ending: tuple[int, float] | None = None  # the signal that ends the command, and when it came
+        self.ended_by: int | None = None  # the signal that ends the command
+        self._since = math.inf  # when it came
         for signum in STOP_SIGNALS:
             if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, for example, SIGHUP stays ignored
                 signal.signal(signum, self._receive)
@@ -140,16 +147,15 @@ class _StopSignals:
 
     def end(self, signum: int) -> None:
         """Prints that the command is stopped. From now on, signals do not change the command's exit status."""
-        self._ending = signum, time.monotonic()
+        self.ended_by, self._since = signum, time.monotonic()
         with suppress(OSError):
             os.write(2, b"stopped\n")
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._ending is not None:
-            first, since = self._ending
-            if now - since > SAME_SIGNAL_SECONDS:
-                os._exit(128 + first)
+        if self.ended_by is not None:
+            if now - self._since > SAME_SIGNAL_SECONDS:
+                os._exit(128 + self.ended_by)
         elif signum != signal.SIGINT:
             self.end(signum)
             sys.exit(128 + signum)

@@ -47,6 +47,7 @@ class Interruption:
         self.received: int | None = None  # the first stop signal that this process has received
         self.agreed: int | None = None  # SIGTERM once any process has requested a stop; always None with one process
         self._old_handlers: dict = {}
+        self._terminals: list[int] = []  # which of stdout and stderr are terminals, as file descriptors
         self._may_raise = False
         self._first_interrupt: float | None = None  # when the first Ctrl-C came
         self._left = False
@@ -71,6 +72,7 @@ class Interruption:
             self._may_raise = False
 
     def __enter__(self) -> "Interruption":
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         # Signals that are already ignored stay ignored. For example, nohup makes a command ignore SIGHUP.
         caught = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         self._old_handlers = {s: signal.signal(s, self._receive) for s in caught}
@@ -101,12 +103,22 @@ class Interruption:
             return
         self.received = signum
         if signum == signal.SIGHUP:
-            _leave_terminal()
+            self._leave_terminal()
         with suppress(OSError):
             os.write(2, MESSAGE)
         if self._may_raise:
             self._may_raise = False
             raise StopRequested
+
+    def _leave_terminal(self) -> None:
+        """Sends all further output to /dev/null instead of the terminal, because printing to a closed terminal fails.
+
+        After the hangup, `os.isatty` is False for the closed terminal, so `__enter__` has noted which streams it was.
+        """
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminals:
+                os.dup2(null, stream)
 
     def _is_second_interrupt(self, signum: int) -> bool:
         """Whether the user has pressed Ctrl-C a second time.
@@ -120,12 +132,3 @@ class Interruption:
         if self._first_interrupt is None:
             self._first_interrupt = now
         return now - self._first_interrupt > SAME_SIGNAL_SECONDS
-
-
-def _leave_terminal() -> None:
-    """Sends all further output to /dev/null instead of the terminal, because printing to a closed terminal fails."""
-    with suppress(OSError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            if os.isatty(stream):
-                os.dup2(null, stream)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import pty
 import re
 import shutil
 import signal
@@ -191,7 +192,7 @@ def evaluating(world, parent):
 )
 def test_a_signal_ends_an_evaluation_and_the_run_is_saved(case, evaluating, world):
     """A scheduler sends SIGKILL soon after SIGTERM, and CORE takes longer than that."""
-    process, folder, output = evaluating(case, f"{case[0]}signal{len(case[2])}")
+    process, folder, output = evaluating(case, f"{case[0]}-{case[1].rpartition(':')[2]}")
     storm(process.pid, process.is_alive, [signal.SIGTERM], 0.01, seconds=60)
     process.join()
     assert_saved_and_resumable(folder, process.exitcode, {143}, text_of(output))
@@ -236,3 +237,29 @@ def test_a_disk_that_is_full_during_an_evaluation_is_one_line(evaluating, world)
         last
     )
     assert checkpoint.steps(folder) == [steps_logged(folder)], "sampling is preceded by a checkpoint"
+
+
+PRINTS_AFTER_HANGUP = """
+import sys, time
+from nanochat_jax.training.interruption import Interruption
+with Interruption() as interruption:
+    print("ready", flush=True)
+    while interruption.received is None:
+        time.sleep(0.01)
+    for _ in range(100):
+        print("still training", flush=True)
+    with open(sys.argv[1], "w") as saved:
+        saved.write(str(int(interruption.received)))
+"""
+
+
+def test_a_closed_terminal_does_not_end_what_is_being_saved(tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", PRINTS_AFTER_HANGUP, str(tmp_path / "saved")])
+    try:
+        assert b"ready" in os.read(terminal, 100)
+    finally:
+        os.close(terminal)  # the kernel hangs up: SIGHUP, and every write to the terminal fails
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "saved").read_text() == str(int(signal.SIGHUP))

@@ -1,6 +1,9 @@
 """The documentation names files, functions and commands that exist."""
 
+import ast
+import errno
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -76,3 +79,19 @@ def test_the_line_counts_in_the_readme_are_right():
     paragraph = re.search(r"\*\*Reading it\.\*\*.*?HTML", readme, re.DOTALL)
     stated = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", paragraph[0])]
     assert stated == pytest.approx([core, python, rust, page], rel=0.07)
+
+
+def test_the_messages_in_troubleshooting_are_printed_somewhere():
+    """A heading that quotes a message quotes words of our code, or of the system; "..." stands for what varies."""
+    printed = [os.strerror(number) for number in errno.errorcode]
+    for path in [p for folder in ("nanochat_jax", "scripts") for p in (REPOSITORY / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                printed.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                printed.append(node.value if isinstance(node.value, str) else node.value.decode(errors="replace"))
+    everything = "\n".join(printed)
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [words for heading in re.findall("^### (.*)", page, re.M) for words in re.findall('"(.+?)"', heading)]
+    assert len(quoted) > 20
+    assert not [part for words in quoted for part in map(str.strip, words.split("...")) if part not in everything]

@@ -74,7 +74,7 @@ def read(run_dir: Path) -> list[dict]:
 
 
 def _lines(log: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a log. In place of a line of LONGEST bytes or more, yields b"too long"."""
+    """Yields the lines of a log. Yields b"too long" in place of a line of LONGEST bytes or more."""
     while line := log.readline(LONGEST):
         rest = line
         while len(rest) == LONGEST and not rest.endswith(b"\n"):

@@ -76,7 +76,7 @@ class ModelFlags(Settings):
         """Returns the shape of the model. Raises UserError if the shape is not valid."""
         if self.head_dim % 2:
             raise UserError(f"--head_dim={self.head_dim}: must be even: try {self.head_dim + 1}")
-        # With the defaults, an odd depth needs rounding: depth * 64 is then not a multiple of 128.
+        # With the defaults, the width is rounded up if the depth is odd: depth * 64 is then not a multiple of 128.
         width = -(-self.depth * self.aspect_ratio // self.head_dim) * self.head_dim
         heads = width // self.head_dim
         kv_heads = self.n_kv_head or heads

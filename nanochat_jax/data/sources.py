@@ -81,8 +81,8 @@ def open(
     If neither `source` nor `data_dir` is given, the function `default` chooses the corpus. If `default` is None, the
     function `recorded` chooses it, so that all stages read the text that the tokenizer was trained on.
 
-    A hub corpus has the first `num_files` training shards (-1: all shards that `download` was asked for). Some of these
-    shards may still be downloading. If `build` is False, nothing is printed, and a corpus that must first be built or
+    The training files of a hub corpus are its first `num_files` training shards (-1: all shards that `download` was
+    asked for). Some of them may still be downloading. If `build` is False, nothing is printed, and a corpus that must first be built or
     converted causes a UserError. Callers write sources.open(cfg.data), like gzip.open(path).
     """
     if data_dir:

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanochat_jax.engine.request import Request
 
-WIDTHS = (64, 256)  # how many of the most likely tokens are ranked; if 256 are too few, the whole vocabulary is ranked
+WIDTHS = (64, 256)  # numbers of top tokens to rank; the smallest that suffices is used, or the whole vocabulary
 COLDEST = 1e-5  # lower temperatures are raised to this value, because dividing by a lower temperature could overflow
 
 

@@ -1,8 +1,8 @@
 """Defines the request bodies of the page's endpoint and of OpenAI's API, and converts them to engine requests.
 
-If a field is omitted or null, the server's default applies. Unknown fields are ignored, as OpenAI's clients expect.
-However, the endpoints of OpenAI's API refuse an unsupported field if ignoring it would change the answer. If the last
-message of a conversation has the role "assistant", the answer continues that message.
+If a field is omitted or null, the server's default applies. Unknown fields are ignored, as OpenAI's clients expect. But
+a request to the OpenAI-compatible endpoints is refused if it has an unsupported field that would change the answer. If
+the last message of a conversation has the role "assistant", the answer continues that message.
 """
 
 import dataclasses

@@ -116,8 +116,8 @@ class EngineWorker:
     Requests for more samples are refused. An answer may take at most `timeout` seconds (0: no limit). With
     `log_chats`, prompts and answers are logged. `gpu` is the worker's number in its pool.
 
-    A second thread compiles programs (see compiler.py). A request whose programs are not compiled yet waits outside the
-    engine, so that other answers continue. While the engine is idle, the second thread advances `warmup`, which
+    A second thread compiles programs (see compiler.py). A request whose programs are not yet compiled waits outside the
+    engine, and does not hold up other answers. While the engine is idle, the second thread advances `warmup`, which
     compiles programs that no request has asked for yet.
     """
 

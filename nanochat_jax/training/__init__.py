@@ -4,6 +4,7 @@ A later stage starts from a checkpoint of an earlier stage. Each run writes chec
 its own folder.
 
 `start_plan.py` decides how a run starts, and `run.py` opens the run.
+`plan.py` prints what a run will do.
 `stages.py` sets up the data, the number of steps and the learning-rate schedule of base, mid and sft.
 `batch_shape.py` splits a step into micro-batches.
 `step.py` defines the compiled optimizer step.
@@ -13,6 +14,7 @@ its own folder.
 `rollouts.py` samples the answers that rl trains on.
 `run_control.py` decides when a loop saves, evaluates and stops.
 `interruption.py` catches stop signals.
+`garbage.py` holds off Python's garbage collector between steps.
 `validation.py` evaluates the model during training.
 `wandb_log.py` copies the log to Weights & Biases.
 """

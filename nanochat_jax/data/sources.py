@@ -82,8 +82,10 @@ def open(
     function `recorded` chooses it, so that all stages read the text that the tokenizer was trained on.
 
     The training files of a hub corpus are its first `num_files` training shards (-1: all shards that `download` was
-    asked for). Some of them may still be downloading. If `build` is False, nothing is printed, and a corpus that must first be built or
-    converted causes a UserError. Callers write sources.open(cfg.data), like gzip.open(path).
+    asked for). Some of them may still be downloading.
+
+    If `build` is False, nothing is printed, and a corpus that must first be built or converted causes a UserError.
+    Callers write sources.open(cfg.data), like gzip.open(path).
     """
     if data_dir:
         flag = "--data_dir" + (f", which replaces --data={source}" if source else "")

@@ -111,7 +111,7 @@ def _pinned(files: list[Path]) -> Path | None:
 
 
 def _readable(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """Returns (files to read, {reason: files that are not read for this reason}). All lists are sorted by path.
+    """Returns (files to read, {reason: files skipped for this reason}). All lists are sorted by path.
 
     Hidden files, temporary files and markers such as _SUCCESS are in none of the lists.
     """

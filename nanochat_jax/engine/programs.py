@@ -39,7 +39,7 @@ class Fixed(NamedTuple):
     model_cfg: GPTConfig
     dtype: DTypeLike  # the dtype of the matmuls
     python_end: int  # the token that ends a tool call and pauses the row
-    mesh: Mesh | None  # each replica of this mesh decodes a part of the slots; if None, every device decodes all slots
+    mesh: Mesh | None  # divides the slots among the replicas; if None, every device decodes all slots
 
 
 class DecodeInputs(NamedTuple):

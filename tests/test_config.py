@@ -159,7 +159,7 @@ RANGES = [
     (config.ChatWeb, "top_k", -1, 0), (config.ChatWeb, "top_k", 201, 200),
     (config.ChatWeb, "max_new_tokens", 0, 1), (config.ChatWeb, "max_new_tokens", 4097, 4096),
     (config.ChatWeb, "port", -1, 0), (config.ChatWeb, "port", 65536, 65535),
-    (config.ChatWeb, "num_gpus", 0, 1), (config.ChatWeb, "num_gpus", 1025, 1024),
+    (config.ChatWeb, "keep_alive", -0.1, 0.0), (config.ChatWeb, "num_gpus", 0, 1), (config.ChatWeb, "num_gpus", 1025, 1024),
     (config.ChatWeb, "slots", 0, 1), (config.ChatWeb, "slots", 1025, 1024),
     (config.ChatWeb, "max_waiting", -1, 0), (config.ChatWeb, "max_waiting", 100_001, 100_000),
     (config.ChatWeb, "timeout", -0.1, 0.0),

@@ -158,7 +158,7 @@ class ChatWeb(Load):
     )
     timeout: float = setting(600.0, "seconds a request may take, including its wait for a slot (0: no limit)", low=0)
     keep_alive: float = setting(
-        75.0, "seconds an idle connection stays open; must exceed a proxy's keep-alive time (nginx and AWS: 60)", low=1
+        75.0, "seconds an idle connection stays open; must exceed a proxy's keep-alive time (nginx and AWS: 60)", low=0
     )
     api_key: str = setting("", "key that clients must send (default: $NANOCHAT_API_KEY; empty: no key is needed)")
     cors: str = setting("", "comma-separated origins of the websites that may use the API (*: all websites)")

@@ -87,10 +87,11 @@ class Shapes(NamedTuple):
     def most_top(self) -> int:
         return min(TOP_LOGPROBS, self.vocab_size)
 
-    @property
-    def any_sampling(self) -> tuple[sampler.Plan, int]:
-        """The sampling plan and the number of top log-probabilities that can serve any request."""
-        return sampler.Plan(self.vocab_size, True), self.most_top
+    def for_any_settings(self, program: Program) -> Program:
+        """Returns the program that replaces `program` and all programs that differ from it only in the sampling."""
+        if program.name not in ("first_tokens", "decode"):
+            return program
+        return program._replace(plan=sampler.Plan(self.vocab_size, True), top=self.most_top)
 
     def prefill(self, size: int, score: bool = False) -> Iterator[Program]:
         """Yields the programs with which `Scheduler` may prefill a prompt of `size` tokens, padding included."""

@@ -185,10 +185,15 @@ class Engine:
         return self._postprocess(schedule, output)
 
     def missing(self, requests: list[Request]) -> list[Program]:
-        """Returns the programs that must be compiled before `requests` can run without delaying other samples."""
-        runner = self._runner
-        needed = runner.shapes.of(requests, self._scheduler.requests)
-        return [program for program in dict.fromkeys(needed) if runner.compiled_for(program) is None]
+        """Returns the programs that must be compiled before `requests` can run without delaying other samples.
+
+        Programs that sample are returned with a plan for all settings, so that the next request with unusual settings
+        need not wait too.
+        """
+        shapes, compiled_for = self._runner.shapes, self._runner.compiled_for
+        needed = shapes.of(requests, self._scheduler.requests)
+        missing = [program for program in needed if compiled_for(program) is None]
+        return list(dict.fromkeys(shapes.for_any_settings(program) for program in missing))
 
     def compile(self, program: Program) -> None:
         """Compiles a program. Any thread may call this, also while another one runs steps."""
@@ -213,8 +218,8 @@ class Engine:
                 self.compile(program)
             smallest = cache + 1
             yield size
-        for program in shapes.sample(*shapes.any_sampling, 0, shapes.context):
-            self.compile(program)
+        for program in shapes.sample(plan, top, 0, shapes.context):
+            self.compile(shapes.for_any_settings(program))
             yield shapes.context
 
     def close(self) -> None:

@@ -471,7 +471,7 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
         "total 248.01m | "
         "epoch 0 shard 112 group 45 | waste 0.0% | wait 0 ms | eta 3h14m"
     )
-    assert len(quiet) <= 170
+    assert len(quiet) <= 185
     wasteful = done._replace(lr_mult=0.5, waited=0.034, info=place | {"waste": 0.012, "skipped": 1234})
     log._print(wasteful, grad_norm=0.123, dt=1.24, speed=422_813, mfu=None)
     line = capsys.readouterr().out

@@ -345,7 +345,7 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     assert meta["versions"].keys() >= {"commit", "python", "jax", "numpy", "flax", "optax", "orbax-checkpoint", "grain"}
     out = capsys.readouterr().out
     assert re.search(r"text: texts, 1 file of about [\d.]+K tokens; this run needs 1, 0\.\d\d epochs$", out, re.M)
-    place = r"\| 256 tokens \| epoch \d shard 0 group \d \| waste 0\.0% \| wait \d+ ms \| eta n/a$"
+    place = r"\| 256 tokens \| total 0\.00m \| epoch \d shard 0 group \d \| waste 0\.0% \| wait \d+ ms \| eta n/a$"
     assert re.search(place, out, re.M), out
 
     (folder / "b.txt").write_text("another validation text")

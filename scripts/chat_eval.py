@@ -25,7 +25,7 @@ def main(cfg: config.ChatEval) -> None:
     from nanochat_jax.parallel import devices
 
     devices.start(cfg.device_type)
-    from nanochat_jax import tasks, trained_model
+    from nanochat_jax import checkpoint, tasks, trained_model
     from nanochat_jax.evals import chat
     from nanochat_jax.evals.model import on_all_devices
     from nanochat_jax.evals.score import Metric, log_score
@@ -38,7 +38,8 @@ def main(cfg: config.ChatEval) -> None:
             raise config.UserError(f"-a {name}: for training only; tasks with a score are {scored}")
     # Find the checkpoint before any download, so that a missing checkpoint is reported at once.
     run, step = trained_model.find(cfg.source, cfg.model_tag, cfg.step, cfg.preset)
-    loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir, task_files=cfg.task_files) for name in names]
+    task_files = cfg.task_files or task_files_of_training(checkpoint.read_meta(run, step))
+    loaded = [tasks.load(name, cfg.split, data_dir=cfg.task_data_dir, task_files=task_files) for name in names]
     model = trained_model.load(cfg.source, run.name, step)
     eval_model = on_all_devices(model, cfg.compute_dtype)
     sampling = chat.Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens, cfg.num_samples, cfg.seed)
@@ -73,6 +74,13 @@ def main(cfg: config.ChatEval) -> None:
         missing = [name for name in chat.CHATCORE_TASKS if name not in [score.task for score in tested]]
         print(f"no ChatCORE: not evaluated on the test problems of {', '.join(missing)}")
     print(f"answers in {folder}")
+
+
+def task_files_of_training(meta: dict) -> str:
+    """Returns the --task_files that the model was trained with, and prints it. A base model had none: "generated"."""
+    trained = meta.get("config", {}).get("task_files")
+    print(f"--task_files={trained or 'generated'}, {'as in training' if trained else 'since training did not set it'}")
+    return trained or "generated"
 
 
 def describe_sampling(cfg: config.ChatEval) -> str:

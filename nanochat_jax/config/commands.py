@@ -117,7 +117,7 @@ class ChatEval(Load):
     max_problems: int = setting(-1, "maximum number of problems per task (-1: all)", low=1)
     seed: int = setting(42, "random seed for sampling", low=0, high=MAX_SEED)
     task_data_dir: str = setting("", TASK_DATA_DIR)
-    task_files: str = setting("generated", TASK_FILES, choices=TASK_FILES_CHOICES)
+    task_files: str = setting("", TASK_FILES + " (default: as in training)", choices=TASK_FILES_CHOICES)
 
 
 @dataclass(frozen=True)

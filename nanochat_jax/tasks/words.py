@@ -3,7 +3,7 @@
 The words are read from the first of these files that exists:
 
 - words/words_alpha.txt in the task data folder
-- task_data/words_alpha.txt in the base folder; with --task_files=published, this file is downloaded
+- with --task_files=published, task_data/words_alpha.txt in the base folder, which is downloaded (published.py)
 - task_data/words.txt in the base folder
 
 If none of these files exists, task_data/words.txt is written, and used from then on. It holds the frequent words of the
@@ -54,8 +54,6 @@ def _all_words(data_dir: str, base: Path, download: bool) -> list[str]:
     path, why = None, "--task_files=generated"
     if data_dir:
         path = task_data.find(Path(data_dir) / "words" / "words_alpha.txt")
-    if path is None:
-        path = task_data.find(base / "task_data" / "words_alpha.txt")
     if path is None and download:
         path, why = published.find(published.WORDS)
     described = ""

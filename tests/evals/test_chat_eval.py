@@ -14,7 +14,7 @@ import pytest
 import tiny
 from serving import save_model
 
-from nanochat_jax import config, run_log, tasks
+from nanochat_jax import checkpoint, config, run_log, tasks
 from nanochat_jax.config import REPOSITORY, GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
@@ -235,6 +235,24 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
     limits = "max_new_tokens2.jsonl"
     assert tested.keys() == {f"Sums-first3-{limits}", f"SpellingBee-first3-{limits}"}
     assert answers.keys() - tested.keys() == {f"Sums-val-first3-{limits}"} and answers.items() > tested.items()
+
+
+def test_the_words_are_those_of_training_unless_the_flag_is_given(own_base_dir, model, tokenizer, monkeypatch, capsys):
+    save_model(own_base_dir, model.params, model.model_cfg, tokenizer)
+    asked, meta = [], checkpoint.read_meta(own_base_dir / "sft_checkpoints" / "tiny", 7)
+    monkeypatch.setattr(checkpoint, "read_meta", lambda run, step: meta | trained)
+    monkeypatch.setattr(tasks, "load", lambda name, split, **options: asked.append(options["task_files"]) or 1 / 0)
+    cfg = config.ChatEval(source="sft", task_name="SpellingBee", device_type="cpu")
+    for trained, given, printed in (
+        ({"config": {"task_files": "published"}}, "", "--task_files=published, as in training\n"),
+        ({"config": {"mixture": {}}}, "", "--task_files=generated, since training did not set it\n"),
+        ({"config": {"task_files": "published"}}, "generated", ""),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            chat_eval.main(dataclasses.replace(cfg, task_files=given))
+        out = capsys.readouterr().out
+        assert printed in out and ("--task_files" in out) == bool(printed)
+    assert asked == ["published", "generated", "generated"]
 
 
 def test_a_small_run_replaces_no_answers_of_the_whole(own_base_dir, model, tokenizer, monkeypatch, capsys):

@@ -74,7 +74,9 @@ def corpus(own_base_dir):
     folder = own_base_dir / "data" / "local"
     folder.mkdir(parents=True)
     text = " ".join(f"local{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26))
-    pq.write_table(pa.table({"text": [text] * 3}), folder / "shard_00000.parquet")
+    for split in ("train", "val"):
+        pq.write_table(pa.table({"text": [text] * 3}), folder / f"{split}_00000.parquet")
+    (folder / "manifest.json").write_text(json.dumps({"source": "local", "hash": "0"}), encoding="utf-8")
 
 
 def load(name: str, task_files: str = "published", **options):
@@ -148,6 +150,13 @@ def test_only_task_files_published_downloads(own_base_dir, corpus, server, capsy
     # What a run of another preset has generated does not replace the published files.
     assert len(load("identity")) == 200 and load("spellingbee").words[0].startswith("word")
     assert len(load("identity", "generated")) == 1000
+
+
+def test_a_download_for_another_run_does_not_change_the_generated_words(own_base_dir, corpus, server):
+    before = load("spellingbee", "generated").words
+    assert load("spellingbee").words[0].startswith("word")
+    words._all_words.cache_clear()  # as in a new process
+    assert load("spellingbee", "generated").words == before and before[0].startswith("local")
 
 
 def test_files_of_your_own_come_first(own_base_dir, server, tmp_path, capsys):

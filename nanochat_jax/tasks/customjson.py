@@ -39,8 +39,9 @@ class CustomJSON(Task):
             if not line.strip():
                 continue
             try:
-                self.conversations.append(messages.conversation(json.loads(line)))
-                if self.conversations[-1].pop("shortened", False):
+                conversation, is_shortened = messages.conversation(json.loads(line))
+                self.conversations.append(conversation)
+                if is_shortened:
                     shortened.append(number)
             except json.JSONDecodeError as error:
                 bad.append(f"{path}:{number}: not JSON: {error}")
@@ -50,7 +51,7 @@ class CustomJSON(Task):
             more = f" (and {len(bad) - 1:,} more bad lines)" if len(bad) > 1 else ""
             raise UserError(_array_hint(text, path) or bad[0] + more)
         if not self.conversations:
-            raise UserError(f"{path}: empty")
+            raise UserError(f"{path}: empty; write JSON lines into it, one conversation each")
         if shortened:
             print(f"{self.name}: {messages.describe_shortened(len(shortened), f'{path}:{shortened[0]}')}")
 

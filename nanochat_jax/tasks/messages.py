@@ -25,14 +25,14 @@ class EmptyMessage(BadRow):
     """Raised if a message of a conversation is empty."""
 
 
-def conversation(value: Any) -> dict:
-    """Returns the conversation that `value` holds in any of FORMATS. Raises BadRow or EmptyMessage.
+def conversation(value: Any) -> tuple[dict, bool]:
+    """Returns the conversation that `value` holds in any of FORMATS, and whether its last message was left out.
 
-    If a last question without an answer was left out, the returned conversation has the key "shortened".
+    The last message is left out if it is a question without an answer. Raises BadRow or EmptyMessage.
     """
     given = read(value)
     kept = check(given)
-    return {"messages": kept} | ({} if kept[-1] is given[-1] else {"shortened": True})
+    return {"messages": kept}, kept[-1] is not given[-1]
 
 
 def describe_shortened(count: int, where: str) -> str:
@@ -88,7 +88,7 @@ def check(messages: list[dict]) -> list[dict]:
     answered = begin + (len(messages) - begin) // 2 * 2
     if answered == begin:
         raise BadRow(f"expected at least two messages, a user's and an assistant's, got {len(messages)}")
-    if begin and not messages[0]["content"].strip():
+    if begin and not _text(0, messages[0]).strip():
         begin, messages, answered = 0, messages[1:], answered - 1
     return messages if answered == len(messages) else messages[:answered]
 

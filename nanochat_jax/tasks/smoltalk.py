@@ -44,6 +44,9 @@ class SmolTalk(task_data.RowTask):
 
     @staticmethod
     def conversation(row: dict | list) -> dict:
+        return messages.conversation(row)[0]
+
+    def read(self, row: dict | list) -> tuple[dict, bool]:
         return messages.conversation(row)
 
 

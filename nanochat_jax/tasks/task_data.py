@@ -61,6 +61,10 @@ class RowTask(Task):
         """Turns a row into a conversation. Raises BadRow, KeyError, TypeError or IndexError if the row is malformed."""
         raise NotImplementedError
 
+    def read(self, row: Any) -> tuple[dict, bool]:
+        """Returns the conversation in a row, and whether a last question without an answer was left out of it."""
+        return self.conversation(row), False
+
     def check(self) -> None:
         """Converts every row that `suspects` yields, because an error found during training could waste hours.
 
@@ -73,7 +77,8 @@ class RowTask(Task):
             if index in self.rows.dropped:
                 continue
             try:
-                if self.conversation(row).get("shortened"):
+                _, is_shortened = self.read(row)
+                if is_shortened:
                     shortened.append(index)
             except EmptyMessage as error:
                 if not self.skips_empty:

@@ -113,6 +113,13 @@ def test_a_last_question_without_an_answer_is_left_out_and_counted(tmp_path, cap
     assert "mine.jsonl:2\n" in out
 
 
+@pytest.mark.parametrize("system", [{"role": "system", "content": None}, {"role": "system"}, {"from": "system"}])
+def test_a_system_message_without_text_is_left_out(tmp_path, system):
+    assert load(tmp_path, [system, *GOOD], {"messages": [system, *GOOD, user("c")]}) == [GOOD] * 2
+    with pytest.raises(UserError, match=r"mine\.jsonl:2: message 1: content must be text, got list"):
+        load(tmp_path, GOOD, [{"role": "system", "content": []}, *GOOD])
+
+
 # -----------------------------------------------------------------------------
 # SmolTalk
 
@@ -151,6 +158,7 @@ def test_empty_messages_of_smoltalk_are_skipped_and_counted(tmp_path, capsys, lo
     assert "SmolTalk: skipped 2 of 5 conversations because of an empty message, the first is " in out
     assert f"{place} (message 2, by the assistant, is empty)" in out
     assert "without an answer in 1 conversations" in out
+    assert all(c.keys() == {"messages"} for c in task), "what was left out does not change the hash of a mixture"
 
 
 @pytest.mark.parametrize("load", [from_hub, from_folder])
@@ -175,4 +183,4 @@ def test_skipping_keeps_the_order_of_the_rest(tmp_path):
 
 def test_reading_does_not_change_what_is_valid():
     value = {"messages": [dict(SYSTEM), *map(dict, GOOD)]}
-    assert messages.conversation(value) == value
+    assert messages.conversation(value) == (value, False)

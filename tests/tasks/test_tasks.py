@@ -277,7 +277,7 @@ def test_what_the_user_can_get_wrong_is_one_line(tmp_path):
         ("humaneval", "train", "no train split"),
         ("customjson", "train", "customjson:PATH"),
         (f"customjson:{tmp_path}/none.jsonl", "train", "no such file"),
-        (f"customjson:{tmp_path}/empty.jsonl", "train", "empty"),
+        (f"customjson:{tmp_path}/empty.jsonl", "train", r"empty\.jsonl: empty; write JSON lines into it"),
     ]:
         with pytest.raises(UserError, match=complaint) as caught:
             tasks.load(name, split, data_dir=tmp_path)

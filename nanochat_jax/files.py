@@ -73,6 +73,10 @@ def remove_parts(path: Path) -> None:
 # Locks
 
 
+class Locked(UserError):
+    """Raised if another process holds the lock of a folder."""
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, refusal: str) -> Generator[None]:
     """Locks the folder until the `with` block ends. Creates the folder if needed.
@@ -80,8 +84,8 @@ def exclusive(folder: Path, refusal: str) -> Generator[None]:
     If the folder holds only the lock file at the end, removes the folder and the parents that were created with it. If
     the file system has no locks (some NFS and Lustre mounts have none), prints a warning and continues without a lock.
 
-    Raises UserError with the message `refusal` if another process holds the lock. Also raises UserError if the folder
-    cannot be written to.
+    Raises Locked with the message `refusal` if another process holds the lock. Raises UserError if the folder cannot be
+    written to.
     """
     try:
         lock, unused = _take(folder, refusal)
@@ -117,7 +121,7 @@ def _take(folder: Path, refusal: str) -> tuple[BinaryIO, list[Path]]:
                 return lock, [folder, *created] if locked else []
         except BlockingIOError:
             lock.close()
-            raise UserError(refusal) from None
+            raise Locked(refusal) from None
         except BaseException:
             lock.close()
             raise

@@ -100,7 +100,7 @@ class Train(Settings):
     resume: str = setting(
         "auto", "auto: resume from the last undamaged checkpoint; never: move the old run aside; N: resume from step N"
     )
-    dry_run: bool = setting(False, "print what the run would do; nothing is trained or saved")
+    dry_run: bool = setting(False, "print what the run would do, without training; may download or generate task data")
     seed: int = setting(42, "random seed for initialization, data order and sampling", low=0, high=MAX_SEED)
     device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
     compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)

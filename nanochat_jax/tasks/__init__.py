@@ -19,12 +19,11 @@ For the same split, index and data, `example` must always return the same conver
 the run's conversations, and the run resumes only if this hash is unchanged.
 """
 
-import difflib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-from nanochat_jax.config import UserError
+from nanochat_jax.config import UserError, did_you_mean
 from nanochat_jax.tasks.arc import ARCChallenge, ARCEasy
 from nanochat_jax.tasks.arithmetic import Sums, TwoStep
 from nanochat_jax.tasks.customjson import CustomJSON
@@ -39,7 +38,8 @@ from nanochat_jax.tasks.task import Mixture, Task, View, first_rows
 from nanochat_jax.tasks.task_data import RowTask
 
 __all__ = [
-    "TASKS", "CustomJSON", "Mixture", "Task", "View", "first_rows", "load", "mixture", "suggestions", "task_class",
+    "TASKS", "CustomJSON", "Mixture", "Task", "View", "first_rows", "key", "load", "mixture", "suggestions",
+    "task_class",
 ]  # fmt: skip
 
 _CLASSES: tuple[type[Task], ...] = (
@@ -68,10 +68,19 @@ def task_class(name: str) -> type[Task]:
     """
     cls = TASKS.get(name.partition(":")[0].strip().lower())
     if cls is None:
-        similar = difflib.get_close_matches(name.strip().lower(), TASKS, 1)
-        hint = f"did you mean {TASKS[similar[0]].name}? " if similar else ""
-        raise UserError(f"unknown task {name!r}: {hint}must be one of {', '.join(c.name for c in TASKS.values())}")
+        known = ", ".join(c.name for c in TASKS.values())
+        raise UserError(f"unknown task {name!r}: must be one of {known}{did_you_mean(name.strip(), TASKS)}")
     return cls
+
+
+def key(name: str) -> str:
+    """Returns a name that is the same for all spellings of a task: "CustomJSON:./a.jsonl" -> "customjson:/here/a.jsonl".
+
+    Raises UserError if the task is unknown.
+    """
+    cls = task_class(name)
+    path = name.partition(":")[2] if cls is CustomJSON else ""
+    return cls.name.lower() + (f":{Path(path).expanduser().resolve()}" if path else "")
 
 
 def load(
@@ -125,10 +134,9 @@ def mixture(
         raise UserError("an empty mixture: name at least one task, as name=rows")
     seen: dict[str, str] = {}
     for name in counts:
-        task, colon, path = name.partition(":")
-        if other := seen.get(key := task.strip().lower() + colon + path):
+        if other := seen.get(key(name)):
             raise UserError(f"{other} and {name} are the same task: name it once, as {name}=rows")
-        seen[key] = name
+        seen[key(name)] = name
     loaded = [load(name, split, data_dir=data_dir, rows=n, task_files=task_files) for name, n in counts.items()]
     return Mixture(loaded, seed)
 
@@ -140,6 +148,6 @@ def suggestions(names: Iterable[str]) -> list[str]:
     because your conversations may be private. Unknown names are ignored, since they may come from a checkpoint of
     another version.
     """
-    classes = [TASKS[key] for name in names if (key := name.partition(":")[0].strip().lower()) in TASKS]
+    classes = [TASKS[task] for name in names if (task := name.partition(":")[0].strip().lower()) in TASKS]
     rounds = itertools.zip_longest(*(cls.suggestions for cls in classes))
     return list(dict.fromkeys(question for questions in rounds for question in questions if question))

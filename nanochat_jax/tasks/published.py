@@ -6,20 +6,19 @@ SHA-256.
 
 If a download fails, the tasks use other words or conversations. The failure is recorded in a file next to the missing
 one, and the download is not tried again while the record exists. Otherwise, a later download might succeed, and a run
-that began with the other words or conversations could not be resumed.
+that began with the other words or conversations could not be resumed. A dry run begins nothing, so it records nothing.
 """
 
 import contextlib
+import contextvars
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.config import base_dir
 from nanochat_jax.data import hub
-from nanochat_jax.files import exclusive, write_text
-
-BUSY = "another process is downloading the files of tasks"
+from nanochat_jax.files import Locked, exclusive, write_text
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,27 @@ IDENTITY = PublishedFile(
 )
 
 
+_record_failures = contextvars.ContextVar("record_failures", default=True)
+
+
+@contextlib.contextmanager
+def without_records() -> Generator[None]:
+    """Within the `with` block, a failed download is not recorded. For a dry run, which must not affect a later run."""
+    token = _record_failures.set(False)
+    try:
+        yield
+    finally:
+        _record_failures.reset(token)
+
+
 def find(file: PublishedFile) -> tuple[Path | None, str]:
     """Returns (the path of the file, ""), or (None, why there is no file). Downloads the file on first use."""
     path = base_dir() / "task_data" / file.name
     failure = path.with_name(f"{file.name}.failed")
     with _one_at_a_time(path.parent):
         if not path.is_file() and not failure.is_file() and (reason := _download(file, path)):
+            if not _record_failures.get():
+                return None, f"download failed: {reason}"
             write_text(failure, f"{time.strftime('%Y-%m-%d')}: {reason}\n")
     if path.is_file():
         return path, ""
@@ -68,12 +82,10 @@ def _one_at_a_time(folder: Path) -> Generator[None]:
     with contextlib.ExitStack() as lock:
         while True:
             try:
-                lock.enter_context(exclusive(folder, BUSY))
+                lock.enter_context(exclusive(folder, f"another process is downloading into {folder}"))
                 break
-            except UserError as error:
-                if str(error) != BUSY:
-                    raise
-            time.sleep(0.2)
+            except Locked:
+                time.sleep(0.2)
         yield
 
 

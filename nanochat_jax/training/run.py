@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes, sharding
 from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.progress import Timer, clock, count_of
+from nanochat_jax.tasks import published
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim, wandb_log
 from nanochat_jax.training.start_plan import INSTEAD, StartPlan, make_plan
@@ -148,7 +149,8 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
     process has written its part of the last checkpoint.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
-    with processes.fail_together(), ExitStack() as lock:
+    records = published.without_records() if cfg.dry_run else nullcontext()
+    with processes.fail_together(), records, ExitStack() as lock:
         # Only process 0 makes the plan and holds the lock, since all processes share one file system.
         plan = StartPlan(**processes.broadcast_from_0(lambda: dataclasses.asdict(make_plan(cfg, lock))))
         folder = checkpoint.run_dir(cfg.stage, plan.tag)

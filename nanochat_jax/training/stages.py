@@ -159,8 +159,9 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
 def check_held_out(cfg: config.Mid | config.Sft) -> None:
     """Raises UserError if a file of the user's own conversations is both in --mixture and in --val_mixture."""
+    trained = {tasks.key(name) for name in cfg.mixture}
     for name in cfg.val_mixture:
-        if name in cfg.mixture and tasks.task_class(name) is tasks.CustomJSON:
+        if tasks.key(name) in trained and tasks.task_class(name) is tasks.CustomJSON:
             raise UserError(f"--val_mixture: {name} is also in --mixture: hold out some conversations in another file")
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from nanochat_jax import config, run_log
+from nanochat_jax import commandline, config, run_log, tasks
 from nanochat_jax.config import UserError
+from nanochat_jax.tasks import published
+from nanochat_jax.training import loop, stages
 from nanochat_jax.training import run as training_run
-from nanochat_jax.training import stages
 
 LONG = "the small red cat sees a large dog under the tree " * 20  # longer than a row of 64 tokens
 
@@ -75,6 +76,17 @@ def test_the_same_conversations_are_validated_on_whatever_the_number_of_devices(
     assert at_start(log) == pytest.approx(at_start(finetuned[1]), rel=1e-5) and len(at_start(log)) == 1
 
 
+def test_a_dry_run_does_not_record_a_failed_download(world, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+    monkeypatch.setattr(published, "_download", lambda file, path: "offline")
+    flags = {"model_tag": "dry", "source_tag": "t", "task_files": "published", "mixture": "identity=9,simplespelling=9"}
+    cfg = commandline.parse(config.Mid, tiny.command("mid", dry_run=1, device_type="cpu", **flags)[4:])
+    loop.train(cfg)
+    out = capsys.readouterr().out
+    assert out.count("(download failed: offline)") == 2 and "dry run: nothing was trained" in out
+    assert not list(world.rglob("*.failed")) and not (world / "mid_checkpoints" / "dry").exists()
+
+
 def test_a_run_of_an_earlier_version_may_have_other_validation_settings(capsys):
     cfg = config.Sft()
     saved = dataclasses.asdict(cfg) | {"eval_tokens": 20 * 524288}
@@ -89,6 +101,18 @@ def test_a_run_of_an_earlier_version_may_have_other_validation_settings(capsys):
 
 def test_finetuning_validates_on_as_many_conversations_as_specified():
     assert config.Sft().eval_examples == 100 * 4 * 8  # eval_steps x device_batch_size x ranks
+
+
+@pytest.mark.parametrize("name", ["CustomJSON:./a.jsonl", "customjson:b/../a.jsonl", "customjson:link.jsonl"])
+def test_a_file_cannot_be_validated_on_under_another_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    mixture = {"customjson:a.jsonl": 0}
+    with pytest.raises(UserError, match="is also in --mixture: hold out"):
+        stages.check_held_out(config.Sft(mixture=mixture, val_mixture={name: 0}))
+    with pytest.raises(UserError, match="are the same task"):
+        tasks.mixture(mixture | {name: 0}, "train")
 
 
 def test_a_file_cannot_be_trained_and_validated_on():

@@ -30,14 +30,18 @@ from typing import IO
 MAX_OUTPUT = 64 * 1024  # maximum number of bytes to keep from each of stdout and stderr
 MAX_FILE = 16 * 1024 * 1024  # maximum size in bytes of a file that the program writes; stdout and stderr are files too
 MAX_OPEN = 64  # maximum number of open files
+PROBE_TIMEOUT = 60.0  # a program that tests a level gets this many seconds, because the machine may be busy
 GRACE = 5.0  # after a timeout, the judge gets this many seconds to clean up
 JUDGE = Path(__file__).with_name("judge.py")
 
 LEVELS = {
     "namespace": "in PID namespaces; processes that they start end with them",
-    "subreaper": "without PID namespaces, which this system refuses; processes that they start are searched and killed",
-    "group": "in process groups, since this is not Linux or /proc is missing; a process that leaves its group survives",
+    "subreaper": "without PID namespaces; processes that they start are searched and killed",
+    "group": "in process groups; a process that leaves its group survives",
 }
+# Programs that succeed at a level if the level works here. The imports check that a program can read the standard
+# library. In a PID namespace, the program is process 2.
+PROBES = {"namespace": "import os, statistics\nassert os.getpid() == 2", "subreaper": "import statistics"}
 LIMITS = {
     "RLIMIT_AS": "memory",
     "RLIMIT_CPU": "CPU time",
@@ -142,18 +146,31 @@ def execute(
 @functools.cache
 def strongest_level() -> str:
     """Returns the strongest level that works here. The first call tries out the levels."""
-    # In a PID namespace, the program is process 2. The import checks that the program can read the standard library.
-    if execute("import os, statistics\nassert os.getpid() == 2", level="namespace").success:
-        return "namespace"
-    return "subreaper" if execute("import statistics", level="subreaper").success else "group"
+    return next((level for level in PROBES if not _failure_of(level)), "group")
 
 
 @functools.cache
 def describe() -> str:
-    """Describes, in one line, the level in force and the limits that this system refuses."""
+    """Describes, in one line, the level in force, why no stronger level is, and the limits that this system refuses."""
     level = strongest_level()
-    unlimited = execute("", level=level).unlimited
-    return LEVELS[level] + (f"; not limited on this system: {', '.join(unlimited)}" if unlimited else "")
+    parts = [LEVELS[level]]
+    parts += [f"{stronger} failed: {error}" for stronger in PROBES if (error := _failure_of(stronger))]
+    result = execute("", level=level, timeout=PROBE_TIMEOUT)
+    if result.unlimited:
+        parts.append(f"not limited on this system: {', '.join(result.unlimited)}")
+    elif not result.success:
+        parts.append(f"unknown whether all limits hold: {result.error}")
+    return "; ".join(parts)
+
+
+@functools.cache
+def _failure_of(level: str) -> str:
+    """Returns "" if `level` works here, else one line with the reason why it does not."""
+    result = execute(PROBES[level], level=level, timeout=PROBE_TIMEOUT)
+    if result.success:
+        return ""
+    last = result.stderr.strip().rpartition("\n")[2]  # if the judge ended early, the last line of its traceback
+    return (result.error or "").partition("\n")[0] + (f" ({last})" if last else "")
 
 
 def _failure(timed_out: bool, report: dict, code: int, timeout: float) -> str:

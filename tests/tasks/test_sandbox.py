@@ -188,7 +188,11 @@ def missing(monkeypatch, tmp_path, code):
     judge = tmp_path / "judge.py"
     judge.write_text(f"import sys\n{code}\n" + sandbox.JUDGE.read_text())
     monkeypatch.setattr(sandbox, "JUDGE", judge)
-    for function in (sandbox.strongest_level, sandbox.describe):
+    fresh_probes(monkeypatch)
+
+
+def fresh_probes(monkeypatch):
+    for function in (sandbox.strongest_level, sandbox.describe, sandbox._failure_of):
         monkeypatch.setattr(sandbox, function.__name__, functools.cache(function.__wrapped__))
 
 
@@ -227,6 +231,7 @@ UNLIMITED = "not limited on this system: "
     ("code", "level", "words"),
     [
         (NO_NAMESPACE, "subreaper", "without PID namespaces"),
+        (NO_NAMESPACE, "subreaper", "namespace failed: the judge exited early with code 1 (OSError: "),
         (NO_PROC, "group", "process that leaves its group survives"),
         ("sys.modules['ctypes'] = None", "group", "process that leaves its group survives"),
         ("sys.modules['resource'] = None", None, UNLIMITED + "memory, CPU time, file size, open files"),
@@ -241,3 +246,14 @@ def test_without_linux_it_falls_back_and_says_so(code, level, words, monkeypatch
     assert execute("def f(x):\n    return x + 1", "assert f(1) == 2", "f").success
     assert not execute("def f(x):\n    return x", "assert f(1) == 2", "f").success
     assert execute("import time; time.sleep(60)", timeout=1).timeout
+
+
+def test_a_busy_machine_gets_time_and_a_probe_without_an_answer_is_not_called_a_refusal(monkeypatch, tmp_path):
+    missing(monkeypatch, tmp_path, "import time; time.sleep(6)")  # longer than the time of a program
+    assert sandbox.strongest_level() != "group"
+    fresh_probes(monkeypatch)
+    monkeypatch.setattr(sandbox, "PROBE_TIMEOUT", 0.1)
+    assert sandbox.strongest_level() == "group"
+    said = sandbox.describe()
+    assert "namespace failed: not finished after 0.1 s" in said and "subreaper failed: not finished" in said
+    assert "unknown whether all limits hold: not finished after 0.1 s" in said and UNLIMITED not in said

@@ -74,7 +74,7 @@ def task_class(name: str) -> type[Task]:
 
 
 def key(name: str) -> str:
-    """Returns a name that is the same for all spellings of a task: "CustomJSON:./a.jsonl" -> "customjson:/here/a.jsonl".
+    """Returns one name for all spellings of a task: "CustomJSON:./a.jsonl" -> "customjson:/here/a.jsonl".
 
     Raises UserError if the task is unknown.
     """

@@ -240,7 +240,6 @@ def test_scores_and_answers_of_a_split_stand_beside_those_of_another(own_base_di
 def test_the_words_are_those_of_training_unless_the_flag_is_given(own_base_dir, model, tokenizer, monkeypatch, capsys):
     save_model(own_base_dir, model.params, model.model_cfg, tokenizer)
     asked, meta = [], checkpoint.read_meta(own_base_dir / "sft_checkpoints" / "tiny", 7)
-    monkeypatch.setattr(checkpoint, "read_meta", lambda run, step: meta | trained)
     monkeypatch.setattr(tasks, "load", lambda name, split, **options: asked.append(options["task_files"]) or 1 / 0)
     cfg = config.ChatEval(source="sft", task_name="SpellingBee", device_type="cpu")
     for trained, given, printed in (
@@ -248,6 +247,7 @@ def test_the_words_are_those_of_training_unless_the_flag_is_given(own_base_dir, 
         ({"config": {"mixture": {}}}, "", "--task_files=generated, since training did not set it\n"),
         ({"config": {"task_files": "published"}}, "generated", ""),
     ):
+        monkeypatch.setattr(checkpoint, "read_meta", lambda run, step, changed=trained: meta | changed)
         with pytest.raises(ZeroDivisionError):
             chat_eval.main(dataclasses.replace(cfg, task_files=given))
         out = capsys.readouterr().out

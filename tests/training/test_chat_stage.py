@@ -10,8 +10,7 @@ import tiny
 from nanochat_jax import commandline, config, run_log, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.tasks import published
-from nanochat_jax.training import loop, stages
-from nanochat_jax.training import run as training_run
+from nanochat_jax.training import loop, stages, start_plan
 
 LONG = "the small red cat sees a large dog under the tree " * 20  # longer than a row of 64 tokens
 
@@ -91,12 +90,10 @@ def test_a_run_of_an_earlier_version_may_have_other_validation_settings(capsys):
     cfg = config.Sft()
     saved = dataclasses.asdict(cfg) | {"eval_tokens": 20 * 524288}
     del saved["eval_examples"], saved["task_order"], saved["task_files"]
-    assert training_run._changed_settings(cfg, saved) == []
+    assert start_plan._changed_settings(cfg, saved) == []
     assert "no longer exist are ignored: eval_tokens\n" in capsys.readouterr().out
-    assert (
-        training_run._changed_settings(dataclasses.replace(cfg, eval_examples=7, task_files="published"), saved) == []
-    )
-    assert training_run._changed_settings(dataclasses.replace(cfg, task_order="sequence"), saved) != []
+    assert start_plan._changed_settings(dataclasses.replace(cfg, eval_examples=7, task_files="published"), saved) == []
+    assert start_plan._changed_settings(dataclasses.replace(cfg, task_order="sequence"), saved) != []
 
 
 def test_finetuning_validates_on_as_many_conversations_as_specified():

@@ -392,8 +392,8 @@ def test_ctrl_c_again_while_the_program_ends():
     program = """
 import atexit, signal, sys, time
 from nanochat_jax import commandline, config
-atexit.register(lambda: (print("ending", flush=True), time.sleep(60)))
 def main(cfg):
+    atexit.register(lambda: (print("ending", flush=True), time.sleep(60)))
     signal.raise_signal(signal.SIGINT)
 sys.argv = ["chat"]
 commandline.run(main, config.ChatCli)

@@ -194,7 +194,7 @@ class Saver:
         if self._error:
             error, self._error = self._error, None
             reason = self._describe(error)
-            raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {self._last_good()}") from error
+            raise UserError(f"could not save a checkpoint in {self.run} ({reason}); {last_good(self.run)}") from error
 
     def _wait_for_other_processes(self) -> None:
         """Waits until the save is complete on all processes, or has failed on at least one.
@@ -217,17 +217,12 @@ class Saver:
         if self.is_process_0:
             self._remove_unfinished()
         if error is None:
-            raise UserError(f"another process could not save a checkpoint in {self.run}; {self._last_good()}")
+            raise UserError(f"another process could not save a checkpoint in {self.run}; {last_good(self.run)}")
 
     def _state(self) -> SaveState:
         if self._thread and self._thread.is_alive():
             return SaveState.UNDER_WAY
         return SaveState.FAILED if self._error else SaveState.COMPLETE
-
-    def _last_good(self) -> str:
-        """Returns the end of an error message, which names the last complete checkpoint."""
-        kept = steps(self.run)
-        return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
     def _describe(self, error: BaseException) -> str:
         """Describes an error in one line. If the disk is full, the line includes the free space."""
@@ -265,6 +260,12 @@ def _write_manifest(folder: Path) -> None:
 def steps(run: Path) -> list[int]:
     """The steps that have a complete checkpoint, in ascending order."""
     return [step for step, folder in step_folders(run).items() if (folder / MANIFEST).exists()]
+
+
+def last_good(run: Path) -> str:
+    """Returns the end of an error message, which names the last complete checkpoint."""
+    kept = steps(run)
+    return f"the last good checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
 
 
 def damage(folder: Path, without: tuple[str, ...] = ()) -> str | None:

@@ -137,7 +137,7 @@ def _lock(lock: BinaryIO, folder: Path) -> bool:
     try:
         import fcntl
     except ImportError:  # not a POSIX system
-        _warn_once(f"this system has no file locks: start only one process that writes to {folder}")
+        print_once(f"this system has no file locks: start only one process that writes to {folder}")
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +145,7 @@ def _lock(lock: BinaryIO, folder: Path) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         reason = os.strerror(error.errno or 0)
-        _warn_once(f"{folder} cannot be locked ({reason}): start only one process that writes to it")
+        print_once(f"{folder} cannot be locked ({reason}): start only one process that writes to it")
         return False
     return True
 
@@ -169,5 +169,6 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def print_once(text: str) -> None:
+    """Prints a line, unless this process has already printed it with this function."""
     print(text, flush=True)

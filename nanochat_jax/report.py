@@ -283,7 +283,7 @@ def _section(run: Run, plot: str | None) -> str:
         [
             name,
             _score(r["score"], r, run.unusual(r)),
-            f"{r['centered']:+.4f} ± {r['stderr'] / (1 - (r.get('baseline') or 0)):.4f}",
+            with_error(r["centered"], r["stderr"] / (1 - (r.get("baseline") or 0)), sign="+"),
             _count(r, "cut"),
         ]
         for name, r in scores.items()

@@ -5,7 +5,6 @@ Whenever a run starts or resumes, it logs a record of kind "config" with its cur
 earlier records in the log that have the same stage and a greater step, even scores and the note "finished".
 """
 
-import functools
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanochat_jax import files
 from nanochat_jax.config import UserError
 
 LOG = "log.jsonl"
@@ -69,7 +69,7 @@ def read(run_dir: Path) -> list[dict]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or move it away") from None
     if skipped:
-        _say_once(f"{path}: {skipped:,} {'line is' if skipped == 1 else 'lines are'} not a record: skipped")
+        files.print_once(f"{path}: {skipped:,} {'line is' if skipped == 1 else 'lines are'} not a record: skipped")
     return list(records.values())
 
 
@@ -93,8 +93,3 @@ def _parse(line: bytes) -> dict | None:
     if not all(isinstance(record.get(k), str | int | float | None) for k in (*KEY, "time")):
         return None
     return None if isinstance(record.get("time"), str) else record
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    print(text, flush=True)

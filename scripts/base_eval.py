@@ -51,10 +51,12 @@ def main(cfg: config.BaseEval) -> None:
 
 def print_score(score: "CoreScore") -> None:
     """Prints a task's score, and whether prompts were cut or had fewer few-shot examples than the task asks for."""
-    notes = [f"{score.cut:,} of {score.prompts:,} prompts cut to the context"] if score.cut else []
+    from nanochat_jax.evals.score import list_notes, with_error
+
+    notes = list_notes(score.cut, score.prompts)
     if score.shots < score.num_fewshot:
         notes.append(f"only {score.shots} of {score.num_fewshot} few-shot examples")
-    centered = f"centered {score.centered:+.4f} ± {score.centered_stderr:.4f}"
+    centered = f"centered {with_error(score.centered, score.centered_stderr, sign='+')}"
     print(f"{score.task:<34}" + ", ".join([str(score), centered, *notes, f"{score.seconds:.1f} s"]), flush=True)
 
 

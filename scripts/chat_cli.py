@@ -86,7 +86,7 @@ class Chat:
         self.engine, self.cfg = engine, cfg
         self.system = ""
         self.messages: list[dict] = []  # the user's messages alternate with the answers
-        self.tokens, self.cut = 0, False  # the last answer's number of tokens, and whether it was cut off
+        self.tokens, self.at_limit = 0, False  # the last answer's length, and whether it ended at its limit
 
     def answer(
         self, text: str, stop: threading.Event | None = None
@@ -120,14 +120,14 @@ class Chat:
             ids, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed
         )
         reader, answer = PartReader(self.engine.tokenizer), []
-        self.tokens, self.cut = 0, False
+        self.tokens, self.at_limit = 0, False
         try:
             with contextlib.closing(self.engine.stream(request)) as events:
                 for event in events:
                     if stop and stop.is_set():
                         break
                     answer += event.ids
-                    self.tokens, self.cut = len(answer), event.finish_reason == "length"
+                    self.tokens, self.at_limit = len(answer), event.finish_reason == "length"
                     yield from reader.read(event.ids)
             yield from reader.read((), end=True)
         finally:
@@ -195,9 +195,9 @@ def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
         note("[the model gave an empty answer]")
     if sys.stdout.isatty():
         seconds = time.perf_counter() - start
-        end = ", stopped" if stopped else ", cut off" if chat.cut else ""
+        end = ", stopped" if stopped else ", cut off" if chat.at_limit else ""
         note(f"[{chat.tokens} tokens{end}, {chat.tokens / seconds:.1f} tokens/s]")
-    elif chat.cut:
+    elif chat.at_limit:
         note(f"[the answer was cut off after {chat.tokens} tokens; --max_new_tokens sets its maximum length]")
 
 

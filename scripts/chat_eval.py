@@ -132,6 +132,8 @@ def print_table(title: str, scores: list["ChatScore"], chat_core: "Metric | None
     from rich.console import Console
     from rich.table import Table
 
+    from nanochat_jax.evals.score import with_error
+
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("task")
     for name in ("score", "centered", "n", "truncated", "cut", "seconds"):
@@ -139,11 +141,11 @@ def print_table(title: str, scores: list["ChatScore"], chat_core: "Metric | None
     for s in scores:
         truncated = "" if s.truncated is None else f"{s.truncated:.0%}"
         table.add_row(
-            s.task, f"{s.score:.4f} ± {s.stderr:.4f}", f"{s.centered:+.4f}", f"{s.n:,}", truncated, f"{s.cut:,}",
+            s.task, with_error(s.score, s.stderr), f"{s.centered:+.4f}", f"{s.n:,}", truncated, f"{s.cut:,}",
             f"{s.seconds:.1f}",
         )  # fmt: skip
     if chat_core:
-        centered = f"{chat_core.score:+.4f} ± {chat_core.stderr:.4f}"
+        centered = with_error(chat_core.score, chat_core.stderr, sign="+")
         table.add_row("ChatCORE", "", centered, f"{chat_core.n:,}", "", "", f"{chat_core.seconds:.1f}")
     Console().print(table)
 

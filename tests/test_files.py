@@ -74,7 +74,7 @@ NO_LOCKS = ("ENOLCK", "EOPNOTSUPP", "ENOSYS", "EINVAL")
 
 @pytest.fixture(autouse=True)
 def unsaid():
-    files._warn_once.cache_clear()
+    files.print_once.cache_clear()
 
 
 @pytest.mark.parametrize("name", NO_LOCKS)

@@ -52,7 +52,7 @@ def documents(path: Path, counts: Counter[str] | None = None) -> Iterator[str]:
             counts["with lone surrogates, which are left out"] += 1
             text = clean
         if len(text) > parquet.MAX_CHARS:
-            counts[f"longer than {parquet.MAX_CHARS:,} characters, cut"] += 1
+            counts[f"longer than {parquet.MAX_CHARS:,} characters, split"] += 1
         yield text
 
 

@@ -48,7 +48,6 @@ class Shapes(NamedTuple):
 
     context: int
     slots: int
-    chunk: int
     vocab_size: int
 
     @property

@@ -49,7 +49,7 @@ class ModelRunner:
         if mesh is not None and (mesh.size == 1 or slots % sharding.replicas(mesh)):
             mesh = None
         self.slots, self.chunk, self.fixed = slots, chunk, Fixed(model_cfg, dtype, python_end, mesh)
-        self.shapes = Shapes(model_cfg.sequence_len, slots, chunk, model_cfg.vocab_size)
+        self.shapes = Shapes(model_cfg.sequence_len, slots, model_cfg.vocab_size)
         self.replaced: set[Program] = set()  # programs that were not compiled when needed; others ran in their place
         self._compiled: dict[Program, Any] = {}  # the programs that `compile` has compiled
         self._prefix: kv.KV = {}  # the cache rows of the current prefill; {} if there is no prefill

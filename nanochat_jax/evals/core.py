@@ -32,7 +32,7 @@ from nanochat_jax.engine.slots import common_prefix_length
 from nanochat_jax.evals.batching import fetch, fixed_rows, num_rows, padded, put
 from nanochat_jax.evals.bundle import CoreTask, find_bundle, read_tasks
 from nanochat_jax.evals.model import NOT_FINITE, EvalModel
-from nanochat_jax.evals.score import Score, centered_mean, with_error
+from nanochat_jax.evals.score import Score, centered_mean, list_notes, with_error
 from nanochat_jax.model import gpt
 from nanochat_jax.progress import Progress
 from nanochat_jax.tokenizer import Tokenizer
@@ -78,8 +78,9 @@ class CoreResult:
         return sum(task.cut for task in self.tasks)
 
     def __str__(self) -> str:
-        cut = f", {self.cut:,} prompts cut to the context" if self.cut else ""
-        return f"CORE {with_error(self.core, self.stderr, f'n={self.n:,}')}, {len(self.tasks)} tasks{cut}"
+        score = with_error(self.core, self.stderr, f"n={self.n:,}")
+        notes = list_notes(self.cut, sum(task.prompts for task in self.tasks))
+        return ", ".join([f"CORE {score}", f"{len(self.tasks)} tasks", *notes])
 
 
 def evaluate(

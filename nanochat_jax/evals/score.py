@@ -5,6 +5,7 @@ scores are printed in the format of `with_error`.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Score:
     @property
     def stderr(self) -> float:
         """The standard error of the score, assuming that the problems are independent."""
-        return math.sqrt(self.score * (1 - self.score) / self.n)
+        return standard_error(self.score * (1 - self.score), self.n)
 
     @property
     def centered(self) -> float:
@@ -95,21 +96,26 @@ def centered_mean(scores: Sequence[Score]) -> tuple[float, float]:
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the mean of independent values, and its standard error (None if there is only one value)."""
     n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, None
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return mean, None if n == 1 else standard_error(statistics.pvariance(values), n)  # pvariance is exact
 
 
-def with_error(score: float, stderr: float | None, of: str = "", digits: int = 4) -> str:
-    """Formats a score with its standard error. `of` says what the score was measured on.
+def standard_error(variance: float, n: int) -> float:
+    """Returns the standard error of the mean of `n` independent values, from their mean squared deviation."""
+    return math.sqrt(variance / n)
+
+
+def with_error(score: float, stderr: float | None, of: str = "", digits: int = 4, sign: str = "") -> str:
+    """Formats a score with its standard error. `of` says what the score was measured on. The sign "+" marks gains.
+
+    Leaves out an error of 0. It only says that all outcomes were equal, and not that the score is certain.
 
     Example: with_error(0.45123, 0.0031, "n=1,319") -> "0.4512 ± 0.0031 (n=1,319)".
     """
-    error = "" if stderr is None else f" ± {stderr:.{digits}f}"
-    return f"{score:.{digits}f}{error}" + (f" ({of})" if of else "")
+    error = f" ± {stderr:.{digits}f}" if stderr else ""
+    return f"{score:{sign}.{digits}f}{error}" + (f" ({of})" if of else "")
 
 
-def list_notes(cut: int, prompts: int, at_limit: int, answers: int) -> list[str]:
+def list_notes(cut: int, prompts: int, at_limit: int = 0, answers: int = 0) -> list[str]:
     """Returns notes on answers that reached the length limit and on cut prompts. Leaves out counts of zero."""
     notes = [f"{at_limit:,} of {answers:,} answers stopped at the limit"] if at_limit else []
     return notes + ([f"{cut:,} of {prompts:,} prompts cut to the context"] if cut else [])

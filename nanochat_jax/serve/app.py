@@ -6,7 +6,7 @@ The response to `POST /chat/completions` is a stream of server-sent events. Each
     {"waiting": position}                        no slot is free yet; `position` is the request's place in the queue
     {"token": text, "gpu": n}                    more text of the answer, generated on GPU n
     {"python": expression}, {"output": result}   a call to the calculator, and its result
-    {"cut": "length"}                            the answer reached its maximum length
+    {"cut": "length"}                            the answer ended at its maximum length
     {"error": text}                              the answer failed
     {"done": true}                               the last event of every stream
 

@@ -7,14 +7,12 @@ run. A run with a single process saves its state before it ends.
 """
 
 import enum
-import math
 import signal
 from typing import NamedTuple
 
 import jax
 
 from nanochat_jax import config
-from nanochat_jax.config import UserError
 from nanochat_jax.data import dataloader
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.progress import Timer, clock, say, short
@@ -22,7 +20,7 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.garbage import HeldOffGarbage
 from nanochat_jax.training.interruption import Interruption, StopRequested
 from nanochat_jax.training.plan import announce, cost
-from nanochat_jax.training.run import Run, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
+from nanochat_jax.training.run import Run, check_finite, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.run_control import RunControl
 from nanochat_jax.training.stages import Stage, base_stage, chat_stage
 from nanochat_jax.training.step import StepMetrics
@@ -186,11 +184,7 @@ class StepLog:
         elapsed = self.timer.lap() + pending.waited
         dt = elapsed if self.timed else None
         self.timed = True
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
-                f"the loss is {loss} and the gradient norm {grad_norm} at step {step}: lower the learning rates; "
-                f"the last good checkpoint is kept in {self.run.dir}"
-            )
+        check_finite(self.run, step, loss, grad_norm)
         tokens = self.stage.batch_shape.tokens
         flops = tokens * self.run.model_cfg.flops_per_token
         totals = self.run.totals

@@ -41,7 +41,7 @@ from nanochat_jax.training.rollouts import (
     select_informative,
     split_groups,
 )
-from nanochat_jax.training.run import Run, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
+from nanochat_jax.training.run import Run, check_finite, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.run_control import Evaluation, RunControl
 from nanochat_jax.training.stages import pin_tasks
 from nanochat_jax.training.step import StepMetrics
@@ -107,7 +107,7 @@ def train(cfg: config.Rl) -> None:
                 # One optimizer step
                 lr_mult = cfg.init_lr_frac * optim.linear_decay(control.step / stage.steps)
                 with out_of_memory_in_step(stage.batch_shape.rows):
-                    results = update(run, step_fn, chosen, stage.batch_shape, lr_mult)
+                    results = update(run, step_fn, control.step + 1, chosen, stage.batch_shape, lr_mult)
                 control.step += 1
                 control.place = {"step": control.step}
                 # ---------------------------------------------------------------------
@@ -153,9 +153,12 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
     held_out = tasks.mixture(dict.fromkeys(cfg.mixture, 0), "val", cfg.task_data_dir, task_files=cfg.task_files)
     drawn = cfg.examples_per_step * cfg.oversampling
     if drawn > len(task):  # a problem drawn twice in one step would get the same answers twice
+        unit = examples_unit(cfg, math.lcm(jax.device_count(), batch_shape.replicas * batch_shape.rows))
+        most = len(task) // cfg.oversampling // unit * unit
+        fewer = f"try --examples_per_step={most}" if most else "lower --oversampling, or add problems to --mixture"
         raise UserError(
             f"--examples_per_step={cfg.examples_per_step} x --oversampling={cfg.oversampling} asks for {drawn} "
-            f"problems per step, but the mixture has only {len(task)}"
+            f"problems per step, but the mixture has only {len(task)}: {fewer}"
         )
     pin_tasks(run, task)
     steps = cfg.num_iterations if cfg.num_iterations > 0 else len(task) * cfg.num_epochs // drawn
@@ -171,7 +174,11 @@ def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -
     answers = cfg.examples_per_step * cfg.num_samples
     flags = f"--examples_per_step={cfg.examples_per_step} x --num_samples={cfg.num_samples}"
     if answers % count:
-        raise UserError(f"{flags} answers do not divide over {count_of(count, 'device')}")
+        unit = examples_unit(cfg, count)
+        more = math.ceil(cfg.examples_per_step / unit) * unit
+        raise UserError(
+            f"{flags} answers do not divide over {count_of(count, 'device')}: try --examples_per_step={more}"
+        )
     share, rows = answers // replicas, cfg.device_batch_size
     if share % rows:
         raise UserError(
@@ -179,6 +186,11 @@ def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -
             f"({flags} / {count_of(replicas, 'device')}): try {math.gcd(share, max(1, rows))}"
         )
     return BatchShape(share // rows, rows, replicas, seq_len)
+
+
+def examples_unit(cfg: config.Rl, answers: int) -> int:
+    """Returns the smallest --examples_per_step for which the number of answers in a step is divisible by `answers`."""
+    return answers // math.gcd(answers, cfg.num_samples)
 
 
 def facts_of(run: Run, cfg: config.Rl, stage: RlStage) -> dict[str, str]:
@@ -209,9 +221,9 @@ def facts_of(run: Run, cfg: config.Rl, stage: RlStage) -> dict[str, str]:
 
 
 def update(
-    run: Run, step_fn: jax.stages.Wrapped, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
+    run: Run, step_fn: jax.stages.Wrapped, step: int, rollouts: list[Rollout], batch_shape: BatchShape, lr_mult: float
 ) -> StepMetrics:
-    """Takes one policy-gradient step on the rollouts, and stores the new state in `run`.
+    """Takes one policy-gradient step on the rollouts, and stores the new state in `run`. The first step is step 1.
 
     Raises UserError if the loss or the gradient norm is not finite.
     """
@@ -224,11 +236,7 @@ def update(
     with no_implicit_transfers():
         run.state, results = step_fn(run.state, arrays, lr)
     loss, grad_norm = float(results.loss), float(results.grad_norm)  # waits for the step to end
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"the loss is {loss} and the gradient norm {grad_norm}: lower the learning rates; "
-            f"the last good checkpoint is kept in {run.dir}"
-        )
+    check_finite(run, step, loss, grad_norm)
     run.totals["tokens"] += len(rollouts) * length
     run.totals["flops"] += len(rollouts) * length * run.model_cfg.flops_per_token
     return results

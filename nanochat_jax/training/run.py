@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Generator
@@ -265,6 +266,15 @@ def no_implicit_transfers() -> AbstractContextManager[None]:
     Without this context, JAX would copy the argument to the right devices.
     """
     return jax.transfer_guard("disallow")
+
+
+def check_finite(run: Run, step: int, loss: float, grad_norm: float) -> None:
+    """Raises UserError if the loss or the gradient norm of a step is not finite."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"the loss is {loss} and the gradient norm {grad_norm} at step {step}: lower the learning rates; "
+            f"{checkpoint.last_good(run.dir)} in {run.dir}"
+        )
 
 
 def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:

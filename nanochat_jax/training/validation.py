@@ -39,9 +39,10 @@ def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | confi
     """
 
     def evaluation(evaluate: Callable, every: int, **when: bool) -> Evaluation:
-        return Evaluation(functools.partial(_evaluate, evaluate, run, stage), every, **when)
+        return Evaluation(functools.partial(_evaluate, evaluate, run), every, **when)
 
-    evaluations = [evaluation(validate, cfg.eval_every, risky=False, at_start=True, at_end=True)]
+    held_out = functools.partial(validate, stage=stage)
+    evaluations = [evaluation(held_out, cfg.eval_every, risky=False, at_start=True, at_end=True)]
     if isinstance(cfg, config.Base):
         if cfg.core_dir and cfg.core_metric_every > 0:
             # Find the CORE bundle now, so that a wrong folder raises an error before the first step.
@@ -55,9 +56,9 @@ def evaluations_of(run: Run, stage: Stage, cfg: config.Base | config.Mid | confi
     return evaluations
 
 
-def _evaluate(evaluate: Callable[[Run, Stage, int], None], run: Run, stage: Stage, step: int) -> None:
+def _evaluate(evaluate: Callable[[Run, int], None], run: Run, step: int) -> None:
     with devices.out_of_memory_explained("an evaluation", FEWER_EVALUATIONS):
-        evaluate(run, stage, step)
+        evaluate(run, step)
 
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
@@ -72,7 +73,7 @@ def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
     return loaded
 
 
-def validate(run: Run, stage: Stage, step: int) -> None:
+def validate(run: Run, step: int, stage: Stage) -> None:
     """Logs the model's bits per byte on held-out data."""
     from nanochat_jax.evals.bpb import bits_per_byte
 
@@ -83,7 +84,7 @@ def validate(run: Run, stage: Stage, step: int) -> None:
     print(f"step {step} | validation bits per byte {result}", flush=True)
 
 
-def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
+def core_metric(run: Run, step: int, cfg: config.Base) -> None:
     """Logs CORE, computed on at most --core_metric_max_per_task examples per task.
 
     If there is no CORE bundle, only prints a message.
@@ -91,7 +92,7 @@ def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
     from nanochat_jax.evals import core
 
     try:
-        bundle = Path(processes.broadcast_from_0(lambda: str(core.find_bundle(cfg.core_dir))))
+        bundle = Path(processes.broadcast_from_0(lambda: str(find_bundle(cfg.core_dir))))
     except UserError as error:
         print(f"step {step} | CORE skipped: {error}")
         return
@@ -100,7 +101,7 @@ def core_metric(run: Run, stage: Stage, step: int, cfg: config.Base) -> None:
     print(f"step {step} | {result}", flush=True)
 
 
-def sample(run: Run, stage: Stage, step: int) -> None:
+def sample(run: Run, step: int) -> None:
     """Logs a greedy continuation of each of SAMPLE_PROMPTS."""
     for prompt, text in complete(run.state.params, run.model_cfg, run.tokenizer, run.dtype):
         run.log("sample", step, task=prompt, text=text)
@@ -124,7 +125,7 @@ def complete(
     return [(p, tokenizer.decode(a[0].ids)) for p, a in zip(SAMPLE_PROMPTS, answers, strict=True)]
 
 
-def task_metrics(run: Run, stage: Stage, step: int, loaded: list[tasks.Task], max_problems: int) -> None:
+def task_metrics(run: Run, step: int, loaded: list[tasks.Task], max_problems: int) -> None:
     """Logs each task's score on at most `max_problems` problems."""
     from nanochat_jax.evals import chat
 

@@ -150,7 +150,7 @@ def test_a_conversion_counts_what_it_met(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", ["fine", "", "also fine", " ", "x" * 2_500_000, "half an emoji \ud83d"])
     write_jsonl(tmp_path / "val.jsonl", ["fine"])
     source = sources.open(data_dir=tmp_path)
-    assert "7 documents, 2 empty, skipped, 1 longer than 1,000,000 characters, cut" in capsys.readouterr().out
+    assert "7 documents, 2 empty, skipped, 1 longer than 1,000,000 characters, split" in capsys.readouterr().out
     notes = json.loads((source.train_files[0].parent / "manifest.json").read_text(encoding="utf-8"))
     assert notes["met"]["empty, skipped"] == 2
     assert sorted(map(len, source.texts("train"))) == [4, 9, 14, 500_000, 1_000_000, 1_000_000]

@@ -253,12 +253,12 @@ def test_a_failing_validation_costs_nothing(world, whole, monkeypatch):
     """Only the first validation of a process follows a checkpoint, but a failing one saves before it ends the run."""
     real, calls, saved = validation.validate, [], {}
 
-    def validate(run, stage, step):
+    def validate(run, step, stage):
         calls.append(step)
         saved[step] = checkpoint.latest(run.dir)
         if len(calls) == 3:
             raise RuntimeError("a validation that fails")
-        real(run, stage, step)
+        real(run, step, stage)
 
     monkeypatch.setattr(validation, "validate", validate)
     cfg = {"model_tag": "validated", "num_iterations": STEPS["base"], "seed": 7, "save_every": -1}

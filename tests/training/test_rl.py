@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from nanochat_jax import checkpoint
 from nanochat_jax.config import Rl, UserError
 from nanochat_jax.engine.request import Sample
 from nanochat_jax.training import rl, rollouts
@@ -89,13 +90,19 @@ def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(si
     ("changes", "words"),
     [({"device_batch_size": 3}, "--device_batch_size=3 does not divide the 4 answers per device .* try 1"),
      ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 devices.*: try 2"),
-     ({"num_samples": 3, "examples_per_step": 1}, "--examples_per_step=1 x --num_samples=3 answers do not divide")],
+     ({"num_samples": 3, "examples_per_step": 1}, "answers do not divide over 2 .*: try --examples_per_step=2")],
 )  # fmt: skip
 def test_answers_that_cannot_be_split_name_the_flags_of_this_stage(changes, words):
     cfg = Rl(**{"examples_per_step": 2, "num_samples": 4, "device_batch_size": 4} | changes)
     with pytest.raises(UserError, match=words) as caught:
         rl.shape_for_answers(cfg, 2, 2, 64)
     assert "total_batch_size" not in str(caught.value)
+
+
+def test_the_smallest_number_of_problems_is_the_one_that_the_error_proposes():
+    for answers, samples in itertools.product(range(1, 25), range(1, 25)):
+        smallest = next(n for n in itertools.count(1) if n * samples % answers == 0)
+        assert rl.examples_unit(Rl(num_samples=max(2, samples)), answers) == smallest or samples == 1
 
 
 @pytest.mark.parametrize("changes", [{"examples_per_step": 0}, {"num_samples": 1}, {"oversampling": 0}, {"top_k": -1},
@@ -122,6 +129,25 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one():
                 assert rl.pass_at_k(n, right, k) == pytest.approx(np.mean(drawn))
 
 
+@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (1.0, math.inf)])
+def test_a_step_that_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_path, loss, grad_norm):
+    run = types.SimpleNamespace(
+        dir=tmp_path, model_cfg=types.SimpleNamespace(sequence_len=64, vocab_size=9), state=None,
+        layout=types.SimpleNamespace(mesh=None), put_scalar=lambda x: x,
+        tokenizer=types.SimpleNamespace(special=lambda name: 8),
+    )  # fmt: skip
+    shape = types.SimpleNamespace(shaped=lambda *args: {})
+    results = types.SimpleNamespace(loss=loss, grad_norm=grad_norm)
+    step = [lambda *args: (None, results), 7, [rollout([1, 2], [3, 8], [1, 1], 1.0, 0.5)], shape, 1.0]
+    words = f"the loss is {loss} and the gradient norm {grad_norm} at step 7: lower the learning rates; "
+    with pytest.raises(UserError, match=f"{words}there is no earlier checkpoint in "):
+        rl.update(run, *step)
+    (tmp_path / "step_000004").mkdir()
+    (tmp_path / "step_000004" / checkpoint.MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=f"{words}the last good checkpoint is step 4 in {tmp_path}"):
+        rl.update(run, *step)
+
+
 def test_the_log_says_how_sure_the_reward_is_and_what_was_done_for_it(capsys):
     """The answers to one problem are no independent measurements: n counts problems."""
     logged = {}
@@ -133,7 +159,7 @@ def test_the_log_says_how_sure_the_reward_is_and_what_was_done_for_it(capsys):
     sampled[4:8] = [dataclasses.replace(r, cut=True) for r in sampled[4:8]]
     sampled[0] = dataclasses.replace(sampled[0], sample=dataclasses.replace(sampled[0].sample, finish_reason="length"))
     log.push(1, sampled, StepMetrics(np.float32(0), np.float32(1), np.int32(1)), 0.5, 1.0)
-    stderr = np.std([0.75, 0, 0.25], ddof=1) / 3**0.5
+    stderr = np.std([0.75, 0, 0.25]) / 3**0.5
     assert logged["reward"] == pytest.approx(1 / 3) and logged["stderr"] == pytest.approx(stderr) and logged["n"] == 3
     assert (logged["rewarded"], logged["other_format"], logged["cut"], logged["truncated"]) == (4, 1, 1, 1 / 12)
     out = capsys.readouterr().out

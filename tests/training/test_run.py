@@ -115,6 +115,8 @@ def chat(question: str) -> str:
     ("stage", "changes", "words"),
     [("rl", {"mixture": "sums=10,smoltalk=0"}, "--mixture: smoltalk has no answers that can be generated and checked"),
      ("rl", {"examples_per_step": 0}, "--examples_per_step=0"),
+     ("rl", {"mixture": "sums=3", "examples_per_step": 8}, "has only 3: try --examples_per_step="),
+     ("rl", {"mixture": "sums=3", "oversampling": 9}, "has only 3: lower --oversampling, or add problems to --mixture"),
      ("sft", {"eval_metrics_tasks": "sums|customjson:{base}/chats.jsonl"}, "CustomJSON is for training only"),
      ("sft", {"eval_metrics_tasks": "sums|mmul"}, "unknown task 'mmul'")],
 )  # fmt: skip

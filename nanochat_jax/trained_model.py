@@ -42,9 +42,7 @@ class TrainedModel:
         return list(self.meta.get("config", {}).get("mixture", {}))
 
 
-def find(
-    stage: str, tag: str = "", step: int = -1, preset: str = "", *, as_parent: bool = False
-) -> tuple[Path, int]:
+def find(stage: str, tag: str = "", step: int = -1, preset: str = "", *, as_parent: bool = False) -> tuple[Path, int]:
     """Finds a checkpoint, and returns (the folder of its run, its step).
 
     Without a tag, chooses the run that the preset names. Without a preset, chooses the stage's most recently saved run.

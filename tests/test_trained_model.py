@@ -46,7 +46,9 @@ def test_of_a_run_and_its_copies_the_original_is_chosen(own_base_dir, capsys):
     assert last() == ("d20", 10)
     assert "a-copy and d20 are copies of one run; d20 is the original" in capsys.readouterr().out
     shutil.move(run, run.with_name("renamed"))
-    with pytest.raises(UserError, match=r"a-copy and renamed were saved at the same time: name one of them with --model_tag"):
+    with pytest.raises(
+        UserError, match=r"a-copy and renamed were saved at the same time: name one of them with --model_tag"
+    ):
         last()
     assert trained_model.find("sft", "a-copy") == (copy, 10)
 

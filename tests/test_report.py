@@ -224,7 +224,7 @@ def test_of_copies_of_the_last_run_the_original_is_reported(two_roads, capsys):
     assert lineage.find().runs["base"] == base
     assert "base: a-copy and d12 are copies of one run; d12 is the original" in capsys.readouterr().out
     base.rename(base.with_name("renamed"))
-    with pytest.raises(UserError, match="a-copy and renamed were saved at the same time: name one .* --model_tag"):
+    with pytest.raises(UserError, match=r"a-copy and renamed were saved at the same time: name one .* --model_tag"):
         lineage.find()
 
 

@@ -33,11 +33,12 @@ def find(tag: str = "") -> Lineage:
         for stage, run in lineage.runs.items():
             _check_parent(lineage, stage, run)
         return lineage
-    latest = {stage: trained_model.last_saved(runs) for stage, runs in logged.items() if runs}
-    if not latest:
+    times = {(stage, run): trained_model.saved_time(run) for stage, runs in logged.items() for run in runs}
+    if not times:
         return lineage
-    stage = max(latest, key=lambda stage: trained_model.saved_time(latest[stage]))
-    lineage.runs[stage] = latest[stage]
+    stage, latest = max(times, key=lambda key: times[key])
+    copies = [run for run in logged[stage] if times[stage, run] == times[stage, latest]]  # `latest` is one of them
+    lineage.runs[stage] = trained_model.last_saved(copies)
     _add_ancestors(lineage, stage, logged)
     _add_descendants(lineage, stage, logged)
     lineage.runs = {stage: lineage.runs[stage] for stage in STAGES if stage in lineage.runs}

@@ -159,7 +159,9 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
     tokenizer = run_log.read(base_dir() / "tokenizer")
     if not runs and (tag or not tokenizer):
         missing = f"a run called {tag!r}" if tag else "a tokenizer or a run"
-        raise UserError(f"nothing to report on: {base_dir()} does not hold {missing} yet")
+        first = f"python -m scripts.train --stage=base --model_tag={tag}" if tag else "python -m scripts.tok_train"
+        fix = f"choose another --model_tag, or run {first} first" if tag else f"run {first} first"
+        raise UserError(f"nothing to report on: {base_dir()} does not hold {missing} yet: {fix}")
     folder = _folder(tag)
     folder.mkdir(parents=True, exist_ok=True)
     start = _start(folder, runs)

@@ -42,30 +42,31 @@ class TrainedModel:
         return list(self.meta.get("config", {}).get("mixture", {}))
 
 
-def find(stage: str, tag: str = "", step: int = -1, preset: str = "") -> tuple[Path, int]:
+def find(stage: str, tag: str = "", step: int = -1, preset: str = "", *, as_parent: bool = False) -> tuple[Path, int]:
     """Finds a checkpoint, and returns (the folder of its run, its step).
 
     Without a tag, chooses the run that the preset names. Without a preset, chooses the stage's most recently saved run.
     Without a step, chooses the run's latest undamaged checkpoint. Raises UserError if no checkpoint is found, or if the
-    checkpoint of the given step is damaged.
+    checkpoint of the given step is damaged. With `as_parent`, the errors name the flags that choose a run's parent.
     """
+    tag_flag, step_flag = ("--source_tag", "--source_step") if as_parent else ("--model_tag", "--step")
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}: must be one of {', '.join(STAGES)}")
     tag = tag or preset
     if not (existing := tags(stage)) or (tag and tag not in existing):
-        raise _nothing_saved(stage, tag, preset)
-    run = run_dir(stage, tag) if tag else last_saved([run_dir(stage, name) for name in existing])
+        raise _nothing_saved(stage, tag, preset, tag_flag)
+    run = run_dir(stage, tag) if tag else last_saved([run_dir(stage, name) for name in existing], tag_flag)
     only_for_training = ("optimizer/", "data.json")
     if step >= 0:
         if step not in steps(run):
             there = ", ".join(map(str, steps(run)))
-            raise UserError(f"no checkpoint of step {step} in {run}; available: {there}")
+            raise UserError(f"{step_flag}={step}: no checkpoint of this step in {run}; available: {there}")
         if problem := damage(step_dir(run, step), only_for_training):
             raise UserError(f"{step_dir(run, step)}: {problem}")
         return run, step
     newest = latest(run, only_for_training)
     if newest is None:
-        raise _nothing_saved(stage, tag, preset)
+        raise _nothing_saved(stage, run.name, preset, tag_flag)
     return run, newest
 
 
@@ -79,8 +80,9 @@ def tags(stage: str) -> list[str]:
     return [name for name in names if steps(folder / name)]
 
 
-def last_saved(runs: Sequence[Path]) -> Path:
+def last_saved(runs: Sequence[Path], tag_flag: str = "--model_tag") -> Path:
     """Returns the run that was saved last, and prints the choice. `runs` must hold runs of one stage, at least one.
+    The error below names `tag_flag` as the flag that chooses a run.
 
     If several runs share the last time, they are a run and its copies. Of these, returns the original, which is the run
     whose config.json records its own name. Raises UserError if no run, or more than one, is the original.
@@ -94,7 +96,7 @@ def last_saved(runs: Sequence[Path]) -> Path:
         names = " and ".join(run.name for run in last)
         last = [run for run in last if files.read_json(run / "config.json").get("tag") == run.name]
         if len(last) != 1:
-            raise UserError(f"the {stage} runs {names} were saved at the same time: name one of them")
+            raise UserError(f"the {stage} runs {names} were saved at the same time: name one of them with {tag_flag}")
         print(f"{stage}: {names} are copies of one run; {last[0].name} is the original")
     others = ", ".join(run.name for run in runs if run != last[0])
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(times[last[0]][1]))
@@ -128,10 +130,10 @@ def _time(record: dict) -> float:
     return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-def _nothing_saved(stage: str, tag: str, preset: str) -> UserError:
+def _nothing_saved(stage: str, tag: str, preset: str, tag_flag: str) -> UserError:
     """Returns an error that lists the existing runs and the command to train the missing run."""
     others = [other for other in tags(stage) if other != tag]
-    existing = f"choose one that exists with --model_tag ({', '.join(others)}), or " if others else ""
+    existing = f"choose one that exists with {tag_flag} ({', '.join(others)}), or " if others else ""
     name = f" --model_tag={tag}" if tag != preset else ""  # commandline.py adds the --config that the user gave
     if (REPOSITORY / "configs" / f"{tag}.toml").is_file():
         name = f" --config={tag}"
@@ -201,4 +203,7 @@ def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":
     for folder in (base_dir() / "tokenizer", base_dir() / f"tokenizer-{wanted[:8]}"):
         if folder.is_dir() and (tokenizer := Tokenizer.load(folder)).hash == wanted:
             return tokenizer
-    raise UserError(f"{run} was trained with a tokenizer ({wanted[:8]}) that is not under {base_dir()}")
+    raise UserError(
+        f"{run} was trained with a tokenizer ({wanted[:8]}) that is not under {base_dir()}: copy its folder to "
+        f"{base_dir() / f'tokenizer-{wanted[:8]}'}"
+    )

@@ -43,7 +43,7 @@ def main(cfg: config.TokTrain) -> None:
     from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
     folder = config.base_dir() / "tokenizer"
-    source = sources.open(cfg.data, cfg.data_dir, cfg.num_files or -1, default=sources.downloaded)
+    source = sources.open(cfg.data, cfg.data_dir, cfg.num_files or -1, sources.downloaded, preset=cfg.preset)
     recipe = _recipe(cfg, source)
     if not cfg.fresh and _recorded(folder, cfg, recipe):
         print(f"{folder} was already trained with these settings; --fresh trains it again")

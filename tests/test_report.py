@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 import time
 
@@ -109,7 +110,10 @@ def test_without_matplotlib(road, tmp_path, monkeypatch):
 
 def test_a_run_that_is_not_there_leaves_the_last_report_alone(road, tmp_path):
     (tmp_path / "report.md").write_text("of another run")
-    with pytest.raises(UserError, match=r"nothing to report on: .* does not hold a run called 'nope'"):
+    with pytest.raises(
+        UserError,
+        match=r"nothing to report on: .* does not hold a run called 'nope' yet: choose another --model_tag, or",
+    ):
         report.generate("nope", output=tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == "of another run"
 
@@ -204,6 +208,24 @@ def test_runs_of_different_lineages_are_not_mixed(two_roads, tmp_path, capsys):
     again = "mid d12 started from base d12 step 40, but base d12 was trained again after that."
     out = capsys.readouterr().out
     assert all(line in text and line in out for line in (left_out, again))
+
+
+def test_runs_of_other_lineages_are_neither_printed_nor_compared(two_roads, capsys):
+    base = checkpoint.run_dir("base", "d20")
+    shutil.copytree(base, base.with_name("a-copy"))
+    base.rename(base.with_name("renamed"))  # two copies, of which none is the original
+    assert [run.name for run in lineage.find().runs.values()] == ["d12"] * 3
+    assert "saved last" not in capsys.readouterr().out
+
+
+def test_of_copies_of_the_last_run_the_original_is_reported(two_roads, capsys):
+    base = checkpoint.run_dir("base", "d12")
+    shutil.copytree(base, base.with_name("a-copy"))
+    assert lineage.find().runs["base"] == base
+    assert "base: a-copy and d12 are copies of one run; d12 is the original" in capsys.readouterr().out
+    base.rename(base.with_name("renamed"))
+    with pytest.raises(UserError, match=r"a-copy and renamed were saved at the same time: name one .* --model_tag"):
+        lineage.find()
 
 
 def test_the_lineage_follows_recorded_parents_and_not_names(two_roads, tmp_path):

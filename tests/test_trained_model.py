@@ -46,7 +46,9 @@ def test_of_a_run_and_its_copies_the_original_is_chosen(own_base_dir, capsys):
     assert last() == ("d20", 10)
     assert "a-copy and d20 are copies of one run; d20 is the original" in capsys.readouterr().out
     shutil.move(run, run.with_name("renamed"))
-    with pytest.raises(UserError, match=r"a-copy and renamed were saved at the same time: name one of them"):
+    with pytest.raises(
+        UserError, match=r"a-copy and renamed were saved at the same time: name one of them with --model_tag"
+    ):
         last()
     assert trained_model.find("sft", "a-copy") == (copy, 10)
 
@@ -90,7 +92,7 @@ def test_errors_are_one_line_with_what_there_is(own_base_dir):
         UserError, match=r"d21: choose one that exists with --model_tag \(d20\), or run .* --model_tag=d21"
     ):
         trained_model.find("sft", "d21")
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*; available: 10"):
+    with pytest.raises(UserError, match=r"--step=7: no checkpoint of this step in .*; available: 10"):
         trained_model.find("sft", "d20", 7)
     with pytest.raises(UserError, match="must be a name without /"):
         trained_model.find("sft", "../d20")

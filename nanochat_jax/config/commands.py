@@ -27,6 +27,7 @@ class TokTrain(Settings):
     """Train the tokenizer."""
 
     table: ClassVar[str] = "tok"
+    preset: str = ""  # the name of the preset that --config gives; not a flag
     data: str = setting(
         "", "text source: fineweb-edu, climbmix or local (default: the text that was downloaded, else local)"
     )

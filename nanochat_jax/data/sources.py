@@ -74,6 +74,7 @@ def open(
     num_files: int = -1,
     default: Callable[[], Choice] | None = None,
     build: bool = True,
+    preset: str = "",
 ) -> Source:
     """Returns the corpus named `source`, or the corpus in the folder `data_dir`, and prints which one it is and why.
     Raises UserError if the corpus is missing or unusable.
@@ -82,7 +83,8 @@ def open(
     function `recorded` chooses it, so that all stages read the text that the tokenizer was trained on.
 
     The training files of a hub corpus are its first `num_files` training shards (-1: all shards that `download` was
-    asked for). Some of them may still be downloading.
+    asked for). Some of them may still be downloading. Other corpora have no shards to count, so `num_files` is refused,
+    unless a preset may have given it. Then `open` prints that it is not used.
 
     If `build` is False, nothing is printed, and a corpus that must first be built or converted causes a UserError.
     Callers write sources.open(cfg.data), like gzip.open(path).
@@ -105,6 +107,12 @@ def open(
     else:
         known = ", ".join(hub.SOURCES)
         raise UserError(f"--data={choice.source}: unknown source, expected {known} or local (or give --data_dir)")
+    if num_files != -1 and (choice.data_dir or choice.source == "local"):
+        if not preset:
+            raise UserError(
+                f"--num_files={num_files}: {choice.data_dir or choice.source} is always read whole: leave it out"
+            )
+        about += f"\n  num_files={num_files} is not used, because this text is always read whole"
     if build:
         print(about, flush=True)
     if roles:
@@ -126,7 +134,7 @@ def recorded() -> Choice:
     """Returns the text that the tokenizer was trained on. If there is no tokenizer yet, returns the text that it would
     be trained on.
 
-    Raises UserError if the tokenizer does not say what it was trained on.
+    Raises UserError if the tokenizer does not say what it was trained on, or if this was a folder that is gone.
     """
     folder = config.base_dir() / "tokenizer"
     if not folder.exists():
@@ -137,6 +145,11 @@ def recorded() -> Choice:
         raise UserError(
             f"{folder} does not say which text it was trained on (source.json is missing or damaged): choose the text "
             f"with --data={_hub_or_local()} or --data_dir=FOLDER"
+        )
+    if data_dir and not Path(data_dir).is_dir():
+        raise UserError(
+            f"the tokenizer was trained on {data_dir}, which is gone: name its new place with --data_dir=FOLDER, or "
+            f"choose another text with --data={_hub_or_local()}"
         )
     return Choice(source, data_dir, "the tokenizer was trained on it")
 
@@ -158,7 +171,7 @@ def downloaded() -> Choice:
         return Choice(names[0], "", why)
     manifests = [read_json(path) for path in sorted((config.base_dir() / "data").glob("*/manifest.json"))]
     folders = {folder for manifest in manifests if (folder := manifest.get("folder")) and Path(folder).is_dir()}
-    folders |= {folder} if (folder := record.get("data_dir")) else set()
+    folders |= {folder} if (folder := record.get("data_dir")) and Path(folder).is_dir() else set()
     if len(folders) > 1:
         flags = " or ".join(f"--data_dir={folder}" for folder in sorted(folders))
         raise UserError(f"{len(folders)} folders of text were converted or used before: choose one with {flags}")
@@ -166,7 +179,8 @@ def downloaded() -> Choice:
         [folder] = folders
         why = f"the text used before; --data=local reads the local corpus{_other_than(record, '', folder)}"
         return Choice("", folder, why)
-    return Choice("local", "", "nothing was downloaded; python -m nanochat_jax.dataset -n 240 downloads FineWeb-Edu")
+    why = "nothing was downloaded; python -m nanochat_jax.dataset -n 240 downloads FineWeb-Edu"
+    return Choice("local", "", why + _other_than(record, "local", ""))
 
 
 def _hub_or_local() -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,24 +169,47 @@ def check_held_out(cfg: config.Mid | config.Sft) -> None:
 def pin_text(run: Run, source: sources.Source) -> sources.Source:
     """Records which text the run trains on. The record is saved in the run's checkpoints.
 
-    Returns `source` without the files that were added after the run began. Such files would change the order of the
-    files in later epochs. Raises UserError if the run resumes from a checkpoint that was trained on another text.
+    A run that resumes reads the files that it began with. Files that were added later are left out, because they would
+    change the order of the files. Raises UserError if such a file is missing, or if the run resumes from a checkpoint
+    that was trained on another text.
     """
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
-    count = len(source.train_files)
+    train_files = source.train_files
     if run.data is not None:
         folder = checkpoint.step_dir(run.dir, run.step)
         saved = checkpoint.read_meta(run.dir, run.step).get("text", text)
         if changed := ", ".join(key for key in text if text[key] != saved.get(key)):
             raise UserError(f"the text is not the one that {folder} was trained on (different {changed}): {INSTEAD}")
-        count = saved.get("files", count)
-        if count > len(source.train_files):
-            raise UserError(
-                f"{folder} was trained on {count} files of {source.name}, but only {len(source.train_files)} are here: "
-                f"get all of them with python -m nanochat_jax.dataset --data={source.name} -n {count}"
-            )
-    run.identity["text"] = text | {"files": count, "data_dir": str(source.folder or "")}
-    return dataclasses.replace(source, train_files=source.train_files[:count])
+        train_files = _files_of_run(source, saved, folder)
+    names = [path.name for path in train_files]
+    run.identity["text"] = text | {"files": len(names), "names": names, "data_dir": str(source.folder or "")}
+    return dataclasses.replace(source, train_files=train_files)
+
+
+def _files_of_run(source: sources.Source, saved: dict, folder: Path) -> tuple[Path, ...]:
+    """Returns the training files that the checkpoint in `folder` recorded as `saved`. Raises UserError if one is
+    missing.
+
+    Shards that are still downloading are not missing. Early versions recorded only the number of files.
+    """
+    names, here = saved.get("names"), {path.name: path for path in source.train_files}
+    if names is None:
+        count = wanted = saved.get("files", len(source.train_files))
+        files = source.train_files[:count]
+        lost = f"only {len(files)} are here" if len(files) < count else ""
+    else:
+        beside = source.train_files[0].parent  # holds shards that were copied by hand, if fewer were requested later
+        files = tuple(here.get(name, beside / name) for name in names)
+        gone = [path.name for path in files if path.name not in here and not path.exists()]
+        lost = f"{gone[0]} is not here" if len(gone) == 1 else f"{len(gone)} of them are not here" if gone else ""
+        # A download of N shards fetches those with the numbers 0 to N-1.
+        count, wanted = len(files), max((int(n) + 1 for name in gone for n in re.findall(r"\d+", name)), default=0)
+    if lost:
+        raise UserError(
+            f"{folder} was trained on {count} files of {source.name}, but {lost}: get all of them with "
+            f"python -m nanochat_jax.dataset --data={source.name} -n {wanted}"
+        )
+    return files
 
 
 def pin_tasks(run: Run, task: tasks.Mixture) -> None:
@@ -271,5 +295,9 @@ def horizon(cfg: config.Base, model_cfg: GPTConfig, tokens: int) -> int:
     else:
         steps = int(cfg.target_param_data_ratio * model_cfg.num_params) // tokens
     if steps < 1:
-        raise UserError(f"the horizon comes to {steps} steps of {tokens:,} tokens: raise --num_iterations")
+        ratio = "--target_flops" if cfg.target_flops > 0 else "--target_param_data_ratio"
+        raise UserError(
+            f"the horizon comes to {steps} steps of {tokens:,} tokens: lower --total_batch_size, raise {ratio}, or set "
+            "--num_iterations=N"
+        )
     return steps

@@ -2,12 +2,12 @@
 
 The first of these cases that applies decides how a run starts:
 
-1. If the run is finished, only a message is printed.
-2. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if one of these has
+1. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if one of these has
    changed: the data (see `stages.pin_text` and `stages.pin_tasks`), the parent's weights, or a setting outside `FREE`.
-   Resuming is allowed if the parent no longer exists.
-3. A new mid, sft or rl run starts from the weights of its parent, which is usually a run of the previous stage.
-4. A new base run starts from random weights.
+   Resuming is allowed if the parent no longer exists. If nothing that is compared here has changed and the run is
+   finished, only a message is printed.
+2. A new mid, sft or rl run starts from the weights of its parent, which is usually a run of the previous stage.
+3. A new base run starts from random weights.
 """
 
 import dataclasses
@@ -18,14 +18,16 @@ from pathlib import Path
 from nanochat_jax import checkpoint, config, run_log, trained_model
 from nanochat_jax.config import GPTConfig, LaterStage, Train, UserError
 
-# Settings that may change when a run resumes, because they do not affect what the model learns.
+# Settings that may change when a run resumes. They do not affect what the model learns, or something else is compared
+# instead.
 FREE = {
     "preset", "run", "model_tag", "resume", "device_type", "device_batch_size", "core_dir", "eval_every",
     "eval_tokens", "save_every", "keep_last", "keep_every", "core_metric_every", "core_metric_max_per_task",
     "sample_every", "eval_metrics_every", "eval_metrics_tasks", "eval_metrics_max_problems", "eval_examples",
-    "eval_samples", "max_epochs", "task_files",
-    "source_tag", "source_step",  # they name the parent, whose weights are compared instead
+    "eval_samples", "max_epochs",
     "dry_run", "mesh", "shard", "attention", "remat", "scan_layers", "coordinator", "num_processes", "process_id",
+    "source_tag", "source_step",  # they name the parent; its weights are compared instead
+    "task_files",  # it says where conversations come from; the conversations are compared instead
 }  # fmt: skip
 
 # Advice for a user whose settings do not match the run in the folder.
@@ -102,7 +104,7 @@ def _find_parent(cfg: LaterStage) -> Parent:
             f"--{name}={tag}: stage {cfg.source} has no run of this name to start from: choose one with --source_tag "
             f"({there}), or run python -m scripts.train --stage={cfg.source} first"
         )
-    return trained_model.find(cfg.source, tag, cfg.source_step)
+    return trained_model.find(cfg.source, tag, cfg.source_step, as_parent=True)
 
 
 def _step_to_resume(cfg: Train, folder: Path) -> int | None:
@@ -124,26 +126,27 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
 
 def _check_same_run(cfg: Train, folder: Path, meta: dict, parent: Parent | None) -> None:
     """Raises UserError if the run in `folder` does not match `cfg`."""
-    difference = ""
+    problem = ""
     if isinstance(cfg, LaterStage):
         cfg.check_shape(GPTConfig(**meta["model"]))
-        difference = _other_parent(cfg, parent, meta["parent"])
+        problem = _other_parent(cfg, parent, meta["parent"])
     if changed := _changed_settings(cfg, meta["config"]):
-        difference = f"with different settings ({', '.join(changed[:4])})"
-    if difference:
-        raise UserError(f"{folder} holds a run started {difference}: {INSTEAD}")
+        problem = f"with different settings ({', '.join(changed[:4])}): {INSTEAD}"
+    if problem:
+        raise UserError(f"{folder} holds a run started {problem}")
 
 
 def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str:
     """Returns "" if `cfg` asks for the parent that `parent_id` identifies. Else, returns text for an error message.
 
-    Two parents are the same if they have the same weights. If the parent no longer exists, the run can still resume.
-    Then the weights cannot be compared, and only the name and the step that `cfg` gives are compared.
+    Two parents are the same if they have the same weights, whatever their names are. If the parent no longer exists,
+    the run can still resume. Then the weights cannot be compared, and only the name and the step that `cfg` gives are
+    compared.
     """
     began = trained_model.parse_identity(parent_id)
     if parent is not None:
         now = trained_model.identify(cfg.source, *parent)
-        if str(now) == parent_id:
+        if began.digest == now.digest if began else str(now) == parent_id:
             return ""
     elif began is None:
         return ""
@@ -152,7 +155,11 @@ def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str
         now = began._replace(stage=cfg.source, tag=cfg.source_tag or began.tag, step=step)
         if now == began:
             return ""
-    return "from different weights" + (f" ({began.where}, now {now.where})" if began else "")
+    if began is None:
+        return f"from different weights: {INSTEAD}"
+    # A parent that was trained again under the same name is gone, so naming it would not help.
+    named = f"resume it with --source_tag={began.tag} --source_step={began.step}, " if now.where != began.where else ""
+    return f"from different weights ({began.where}, now {now.where}): {named}{INSTEAD}"
 
 
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:

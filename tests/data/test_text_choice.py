@@ -13,7 +13,7 @@ import pytest
 import tiny
 from hub_server import serving
 
-from nanochat_jax import config, run_log
+from nanochat_jax import commandline, config, run_log
 from nanochat_jax.config import UserError
 from nanochat_jax.data import hub, sources
 from nanochat_jax.tokenizer import Tokenizer
@@ -249,3 +249,26 @@ def test_as_many_shards_are_read_as_the_characters_need(own_base_dir, capsys):
     tok_train.main(config.TokTrain(max_chars=10 * SHARD, num_files=2, **cfg))
     assert record()["num_files"] == 2
     assert "characters in its first 2 shards: read more with --num_files=auto\n" in capsys.readouterr().out
+
+
+def test_num_files_is_refused_for_a_text_without_shards(own_base_dir, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(0)))
+    flags = [f"--data_dir={folder}", "--vocab_size=300"]
+    with pytest.raises(UserError, match=rf"^--num_files=1: {folder} is always read whole: leave it out$"):
+        tok_train.main(commandline.parse(config.TokTrain, [*flags, "--num_files=1"]))
+    with pytest.raises(UserError, match=r"^--num_files=1: local is always read whole: leave it out$"):
+        sources.open("local", num_files=1)
+    tok_train.main(commandline.parse(config.TokTrain, [*flags, "--config=d20"]))  # has num_files = 8 for the hub
+    assert "\n  num_files=8 is not used, because this text is always read whole\n" in capsys.readouterr().out
+
+
+def test_a_recorded_folder_that_is_gone_is_said(own_base_dir, tmp_path):
+    gone = tmp_path / "gone"
+    make_tokenizer(source="gone", data_dir=str(gone))
+    words = rf"^the tokenizer was trained on {gone}, which is gone: .* --data_dir=FOLDER, or .* --data=local$"
+    with pytest.raises(UserError, match=words):
+        sources.open()
+    assert sources.downloaded().source == "local"
+    assert f"the current tokenizer was trained on {gone}" in sources.downloaded().why

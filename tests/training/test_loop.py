@@ -336,7 +336,7 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
     [({"total_batch_size": 100}, "--total_batch_size=100 is not a multiple of 64"),
      ({"device_batch_size": 3}, "--device_batch_size=3 does not divide the 4 rows"),
      ({"resume": "sometimes"}, "--resume=sometimes: must be auto, never or a step"),
-     ({"num_iterations": -1, "target_param_data_ratio": 0.0}, "raise --num_iterations"),
+     ({"num_iterations": -1, "target_param_data_ratio": 0.0}, "raise --target_param_data_ratio, or set --num_iter"),
      ({"num_iterations": -5}, "--num_iterations=-5: must be at least 1, or -1"),
      ({"grad_clip": -1.0}, "--grad_clip=-1.0: must be at least 0"), ({"matrix_lr": float("nan")}, "--matrix_lr=nan"),
      ({"seed": -1}, "--seed=-1: must be from 0 to 2147483647"),

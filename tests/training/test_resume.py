@@ -334,6 +334,7 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
         "hash": source.hash,
         "validation": source.val_hash(),
         "files": 1,
+        "names": [path.name for path in source.train_files],
         "data_dir": str(folder),
     }
     meta = checkpoint.read_meta(run, 4)

@@ -213,9 +213,14 @@ def test_a_log_torn_inside_a_character_is_continued(run, capsys):
 
 def with_config(run, step, change):
     """Changes the settings recorded in a checkpoint, and keeps its manifest valid."""
+    with_meta(run, step, lambda meta: change(meta["config"]))
+
+
+def with_meta(run, step, change):
+    """Changes the metadata of a checkpoint, and keeps its manifest valid."""
     folder = checkpoint.step_dir(run, step)
     meta = checkpoint.read_meta(run, step)
-    change(meta["config"])
+    change(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder / checkpoint.MANIFEST).unlink()
     checkpoint._write_manifest(folder)
@@ -316,7 +321,7 @@ def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
 
 
 def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
-    """From the second epoch on, the order of the files depends on their number."""
+    """The order of the files depends on their names, and from the second epoch on also on their number."""
     whole = sources.open()
     parts = []
     for i in range(5):
@@ -325,20 +330,31 @@ def test_files_that_came_later_change_nothing(world, tmp_path, monkeypatch):
         pq.write_table(pa.table({"text": texts}), parts[-1])
 
     def run(tag, files, **changes):
-        source = dataclasses.replace(whole, train_files=tuple(parts[:files]))
+        source = dataclasses.replace(whole, train_files=tuple(files))
         monkeypatch.setattr(sources, "open", lambda *args: source)
         train(settings(tag, num_iterations=20, save_every=10, keep_last=9, **changes))
         folder = checkpoint.run_dir("base", tag)
-        assert checkpoint.read_meta(folder, 20)["text"]["files"] == 3
+        text = checkpoint.read_meta(folder, 20)["text"]
+        assert text["files"] == 3 and text["names"] == [path.name for path in began]
         records = [r for r in run_log.read(folder) if r["kind"] == "train"]
         return {r["step"]: (r["loss"], r["shard"], r["epoch"]) for r in records}
 
-    expected = run("few", 3)
+    began = parts[1:4]  # as if shards were copied by hand
+    expected = run("few", began)
     assert max(epoch for *_, epoch in expected.values()) > 1
-    run("more", 3)
-    assert run("more", 5, resume="10") == expected
+    run("more", began)
+    assert run("more", parts, resume="10") == expected, "one file was added before them, and one after them"
+    elsewhere = parts[3].rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"was trained on 3 files of texts, but part_3.parquet is not here: .* -n 4$"):
+        run("more", parts[:3], resume="10")
+
+    elsewhere.rename(parts[3])
+    assert run("more", parts[:2], resume="10") == expected, "files that are here but no longer requested are found"
+    folder = checkpoint.run_dir("base", "more")
+    with_meta(folder, 10, lambda meta: meta["text"].pop("names"))  # as early versions saved it
+    assert run("more", [*began, parts[4]], resume="10") == expected
     with pytest.raises(UserError, match=r"was trained on 3 files of texts, but only 2 are here: .* -n 3$"):
-        run("more", 2, resume="10")
+        run("more", began[:2], resume="10")
 
 
 def test_base_loss_measures_what_training_did(run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """From which weights a stage starts, and which runs resume."""
 
 import json
+import shutil
 from contextlib import ExitStack
 
 import pytest
@@ -47,7 +48,7 @@ def test_the_parent_is_the_one_named_or_else_the_last(runs, flags, tag, parent, 
      (["--source_tag=d26x"], r"--source_tag=d26x: stage mid has no run .* --source_tag \(d12, d20\)"),
      (["--config=cpu"], r"--config=cpu: stage mid has no run .* --source_tag \(d12, d20\)"),
      (["--model_tag=try", "--source_tag=D20"], "--source_tag=D20: "), (["--source_tag=../d20"], "must be a name"),
-     (["--source_tag=d20", "--source_step=15"], "no checkpoint of step 15 in .*; available: 10, 20"),
+     (["--source_tag=d20", "--source_step=15"], "--source_step=15: no checkpoint of .*; available: 10, 20"),
      (["--source=base"], "no base checkpoint under .*: run python -m scripts.train --stage=base"),
      (["--source=sft", "--source_tag=d20"], "no sft checkpoint"),
      (["--model_tag=d20", "--max_seq_len=512"], "--max_seq_len=512: the model to start from has 256: leave out"),
@@ -102,13 +103,40 @@ def test_a_run_resumes_only_from_the_parent_it_started_from(runs):
         (["--source_tag=d20"], "d20 step 20"),
         (["--source_tag=d12", "--source_step=10"], "d12 step 10"),
     ):
-        with pytest.raises(UserError, match=rf"different weights \(mid d20 step 10, now mid {now}\): choose another"):
+        words = rf"weights \(mid d20 step 10, now mid {now}\): resume it with --source_tag=d20 --source_step=10, choose"
+        with pytest.raises(UserError, match=words):
             plan("sft", "--model_tag=try", *flags)
     for flags in (["--source_tag=d19"], ["--source_step=11"]):  # gone, but clearly another parent
         with pytest.raises(UserError, match=r"different weights \(mid d20 step 10, now "):
             plan("sft", "--model_tag=try", *flags)
     with pytest.raises(UserError, match="--max_seq_len=64: the model to start from has 256"):
         plan("sft", "--model_tag=try", "--max_seq_len=64")
+
+
+def test_a_parent_with_another_name_is_the_same_parent(runs):
+    saved.save("sft", "try", step=30, parent=saved.identity("mid", "d20", 20))
+    mid = checkpoint.run_dir("mid", "d20")
+    shutil.copytree(mid, mid.with_name("copy"))
+    mid.rename(mid.with_name("renamed"))
+    for tag in ("copy", "renamed"):
+        assert plan("sft", "--model_tag=try", f"--source_tag={tag}").step == 30
+    saved.save("mid", "d20", step=20, time=5000.0)  # trained again, so that naming it would not help
+    with pytest.raises(UserError, match=r"\(mid d20 step 20, now mid d20 step 20\): choose another --model_tag"):
+        plan("sft", "--model_tag=try", "--source_tag=d20")
+
+
+def test_a_missing_parent_is_chosen_with_source_tag(runs):
+    (checkpoint.run_dir("mid", "d20") / "step_000010" / "meta.json").write_text("{}")
+    (checkpoint.run_dir("mid", "d20") / "step_000020" / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"choose one that exists with --source_tag \(d12\), or run"):
+        plan("sft", "--model_tag=d20")
+    shutil.copytree(checkpoint.run_dir("mid", "d12"), checkpoint.run_dir("mid", "x"))
+    checkpoint.run_dir("mid", "d12").rename(checkpoint.run_dir("mid", "y"))
+    with pytest.raises(UserError, match=r"d20: choose one that exists with --source_tag \(x, y\), or run"):
+        plan("sft")  # d20 was saved last, by the times of its files, but it is damaged
+    shutil.rmtree(checkpoint.run_dir("mid", "d20"))
+    with pytest.raises(UserError, match=r"x and y were saved at the same time: name one of them with --source_tag"):
+        plan("sft")
 
 
 def test_checkpoints_saved_before_these_settings_existed_resume(runs):

@@ -109,7 +109,7 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
             signals.end(signal.SIGINT)
         if signals.ended_by:  # some libraries replace the exception that a signal raises by one of their own
             sys.exit(128 + signals.ended_by)
-        if isinstance(error, BrokenPipeError) and _has_lost_reader(1):  # the program that read our output, such as `head`, has ended
+        if isinstance(error, BrokenPipeError) and _has_lost_reader(1):  # the reader, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not fail when it flushes stdout at exit
             sys.exit(128 + signal.SIGPIPE)
         advice = f": {config.advice_for(error)}" if isinstance(error, OSError) and config.advice_for(error) else ""

@@ -16,6 +16,7 @@ import functools
 import math
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -50,13 +51,13 @@ SHORT = {
 
 # Names from the original nanochat that flags and presets also accept: {original name: our name}.
 SYNONYMS = {"dtype": "compute_dtype", "max_tokens": "max_new_tokens", "resume_from_step": "resume"}
-# Flags of the original nanochat that are refused: {flag: our flags for the same purpose}.
-INSTEAD = {
+# Settings of the original nanochat that are refused: {name: our settings for the same purpose}.
+RENAMED = {
     "eval_steps": ("eval_examples", "eval_tokens"), "step": ("source_step",), "warmup_steps": ("warmup_ratio",),
     "chatcore_every": ("eval_metrics_every",), "chatcore_max_cat": ("eval_metrics_max_problems",),
     "chatcore_max_sample": ("eval_metrics_max_problems",), "eval_tokens": ("eval_examples",),
 }  # fmt: skip
-# Flags of the original nanochat that have no counterpart here: {flag: reason}.
+# Settings of the original nanochat that have no counterpart here: {name: reason}.
 ABSENT = {
     "hf_path": "only checkpoints of this project can be evaluated",
     "eval": "scripts.base_eval evaluates CORE, and scripts.base_loss bits per byte and samples",
@@ -108,7 +109,7 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
             signals.end(signal.SIGINT)
         if signals.ended_by:  # some libraries replace the exception that a signal raises by one of their own
             sys.exit(128 + signals.ended_by)
-        if isinstance(error, BrokenPipeError):  # the program that read our output, such as `head`, has ended
+        if isinstance(error, BrokenPipeError) and _has_lost_reader(1):  # the reader, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not fail when it flushes stdout at exit
             sys.exit(128 + signal.SIGPIPE)
         advice = f": {config.advice_for(error)}" if isinstance(error, OSError) and config.advice_for(error) else ""
@@ -116,6 +117,13 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
             raise
         print(f"error: {_with_preset(str(error))}{advice}", file=sys.stderr)
         sys.exit(2)
+
+
+def _has_lost_reader(descriptor: int) -> bool:
+    """Whether the file descriptor is a pipe or a socket whose other end is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
@@ -221,7 +229,7 @@ def _unknown(cls: type[config.Settings], args: list[str]) -> str:
         known = ", ".join(f"-{SHORT[name]} (--{name})" for name in names if name in SHORT) or "none"
         return f"{flag}: unknown flag; the short flags here are {known} (see --help)"
     name = flag[2:].partition("=")[0]
-    for ours in INSTEAD.get(name, ()):
+    for ours in RENAMED.get(name, ()):
         if ours in names:
             return f"{flag}: not a flag here; use --{ours} (see --help)"
     if name in ABSENT:
@@ -417,7 +425,7 @@ def _value_for(
         if field.name == key and "help" in field.metadata
     }
     if not fields:
-        raise UserError(f"{where}: unknown setting{_similar_setting(owners, key, value)}")
+        raise UserError(f"{where}: {_unknown_setting(owners, key, value)}")
     if cls not in fields:
         return {}
     kind = _kinds(cls)[key]
@@ -436,10 +444,14 @@ def _has_quotes(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[-+.\de]*\d[-+.\de]*|true|false", value.strip(), re.I) is not None
 
 
-def _similar_setting(owners: Iterable[type[config.Settings]], key: str, value: object) -> str:
-    """Returns "; it belongs in [TABLE]" if a command has the setting `key`, else what `did_you_mean` returns."""
-    if places := list(dict.fromkeys(f"[{command.table}]" for command in COMMANDS if key in _flags_of(command))):
-        return f"; it belongs in {' or '.join(places)}"
-    tables = {command.table for command in COMMANDS} if isinstance(value, dict) else set()
+def _unknown_setting(owners: Iterable[type[config.Settings]], key: str, value: object) -> str:
+    """Returns an error message about a key that is not a setting of the commands `owners`."""
     names = {name for command in owners for name in _flags_of(command)} - {"config"}
-    return did_you_mean(key, sorted(names | tables))
+    if ours := [name for name in RENAMED.get(key, ()) if name in names]:
+        return f"not a setting here; use {' or '.join(ours)}"
+    if key in ABSENT:
+        return f"not a setting here: {ABSENT[key]}"
+    if places := list(dict.fromkeys(f"[{command.table}]" for command in COMMANDS if key in _flags_of(command))):
+        return f"unknown setting; it belongs in {' or '.join(places)}"
+    tables = {command.table for command in COMMANDS} if isinstance(value, dict) else set()
+    return f"unknown setting{did_you_mean(key, sorted(names | tables))}"

@@ -4,7 +4,8 @@
 
 Open the address that the server prints. The page gets its answers from POST /chat/completions on the same server. Other
 programs use OpenAI's API under /v1. Each slot generates one answer at a time, and all clients share the slots
-(--slots). Running answers get 30 seconds to finish after SIGTERM, and 3 seconds after Ctrl-C.
+(--slots). Running answers get 30 seconds to finish after SIGTERM, and 3 seconds after Ctrl-C or SIGHUP. The terminal
+sends SIGHUP when it is closed.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ import errno
 import os
 import signal
 import socket
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:  # importing these at run time would slow down --help and requ
 # Tokens decoded per step. With a small number, text appears smoothly, and the slot of a client that left is soon free.
 CHUNK = 8
 SUGGESTIONS = 5  # number of questions that the empty page suggests
-DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3}  # signal -> seconds that running answers get to finish
+# Signal -> seconds that running answers get to finish.
+DRAIN: dict[int, int] = {signal.SIGTERM: 30, signal.SIGINT: 3, signal.SIGHUP: 3}
 BACKLOG = 2048  # maximum number of connections that wait to be accepted
 UNREAD_SECONDS = 60  # a client that reads nothing for this long is disconnected
 
@@ -100,6 +103,17 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
 
         drain = 0
 
+        @contextmanager
+        def capture_signals(self) -> Generator[None]:
+            with super().capture_signals():  # handles only SIGINT and SIGTERM
+                before = signal.getsignal(signal.SIGHUP)
+                if before != signal.SIG_IGN:  # nohup makes a command ignore SIGHUP
+                    signal.signal(signal.SIGHUP, self.handle_exit)
+                try:
+                    yield
+                finally:
+                    signal.signal(signal.SIGHUP, before)
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             # A signal may come in the middle of any line, for example while a log message is being written or a thread
             # is being started. So the handler neither prints nor takes a lock. `shutdown` does the rest.
@@ -113,7 +127,8 @@ def serve(server_cfg: "uvicorn.Config", pool: "Pool", listener: socket.socket) -
             await super().shutdown(sockets)
 
     for sig in DRAIN:  # after its shutdown, uvicorn raises the signal again, and `leave` ends the program
-        signal.signal(sig, leave)
+        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
+            signal.signal(sig, leave)
     Server(server_cfg).run(sockets=[listener])
 
 
@@ -123,9 +138,11 @@ def leave(sig: int, frame: FrameType | None) -> None:
     os._exit skips Python's own shutdown. That shutdown is slow, and it aborts if an engine's thread is compiling. The
     message is written with os.write, because a signal handler cannot use sys.stderr while the program writes to it.
     """
-    if sig == signal.SIGINT:
+    if sig == signal.SIGTERM:
+        os._exit(0)
+    with suppress(OSError):  # after SIGHUP, the terminal may be closed
         os.write(2, b"stopped\n")
-    os._exit(130 if sig == signal.SIGINT else 0)
+    os._exit(128 + sig)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -299,9 +299,9 @@ def test_scripts_complain_in_one_line_with_exit_code_2(arguments):
 
 
 def test_errors_with_a_cause_outside_are_one_line_and_others_are_not_hidden(monkeypatch, capsys):
-    def fails(code):
+    def fails(code, path: str | None = "somewhere/file"):
         def main(cfg):
-            raise OSError(code, os.strerror(code), "somewhere/file")
+            raise OSError(code, os.strerror(code), path)
 
         return main
 
@@ -317,6 +317,21 @@ def test_errors_with_a_cause_outside_are_one_line_and_others_are_not_hidden(monk
         assert os.strerror(code) in error and "somewhere/file" in error
     with pytest.raises(OSError, match="Invalid argument"):
         commandline.run(fails(errno.EINVAL), config.BaseLoss)
+    for path in (None, str(REPOSITORY / "nanochat_jax" / "no" / "such.txt")):
+        with pytest.raises(FileNotFoundError):
+            commandline.run(fails(errno.ENOENT, path), config.BaseLoss)
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_not_hidden(monkeypatch):
+    def main(cfg):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "wb", buffering=0) as pipe:
+            pipe.write(b"to a program that has ended")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(BrokenPipeError):
+        commandline.run(main, config.BaseLoss)
 
 
 # -----------------------------------------------------------------------------
@@ -413,6 +428,9 @@ def test_an_unknown_flag_gets_the_nearest_or_its_owner(cls, argument, words):
     ("text", "words"),
     [("depht = 3", "depht: unknown setting; did you mean depth?"),
      ("[bsae]\ndepth = 3", "bsae: unknown setting; did you mean base?"),
+     ("[sft]\neval_tokens = 5", "[sft] eval_tokens: not a setting here; use eval_examples"),
+     ("eval_steps = 5", "eval_steps: not a setting here; use eval_examples or eval_tokens"),
+     ("[base]\nfp8 = true", "[base] fp8: not a setting here: matmuls are in bfloat16"),
      ("[mid]\npacking = 'crop'", "[mid] packing: unknown setting; it belongs in [base]"),
      ("depth = '20'", "depth = '20': write it without quotes"), ("tok.fresh = 'true'", "fresh = 'true': write it with"),
      ("matrix_lr = '1e-3'", "matrix_lr = '1e-3': write it without quotes"),

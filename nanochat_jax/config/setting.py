@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+REPOSITORY = PACKAGE.parent
 
 
 class UserError(ValueError):
@@ -36,7 +37,15 @@ ADVICE = {
 
 
 def advice_for(error: OSError) -> str:
-    """Returns what the user can do about `error`, or "" if it may be a bug of this program."""
+    """Returns what the user can do about `error`, or "" if it may be a bug of this program.
+
+    A path that does not exist is a bug if the error does not name it, or if it lies in this package.
+    """
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if not isinstance(error.filename, str | bytes):
+            return ""
+        if PACKAGE in Path(os.path.abspath(os.fsdecode(error.filename))).parents:
+            return ""
     return ADVICE.get(error.errno or 0, "")
 
 

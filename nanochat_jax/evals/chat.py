@@ -11,9 +11,10 @@ SpellingBee was not among them.
 import functools
 import math
 import os
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -223,24 +224,38 @@ def _generate(
             return _run(model, devices[0], requests, slots, progress), cut
         # Each device has its own engine and its own thread. The threads mostly wait for their devices. The requests are
         # assigned to the engines round-robin.
-        share = len(devices)
-        with ThreadPoolExecutor(share) as pool:
+        share, stopped = len(devices), threading.Event()
+        pool = ThreadPoolExecutor(share)
+        try:
             parts = [
-                pool.submit(_run, model, device, requests[i::share], slots, progress)
+                pool.submit(_run, model, device, requests[i::share], slots, progress, stopped)
                 for i, device in enumerate(devices)
             ]
-        results = [part.result() for part in parts]
+            results = [part.result() for part in parts]
+        finally:  # after an error or a stop signal, the threads end on their own, and nothing waits for them
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
     return [results[i % share][i // share] for i in range(len(requests))], cut
 
 
 def _run(
-    model: EvalModel, device: jax.Device, requests: list[Request], slots: int, progress: Progress
+    model: EvalModel,
+    device: jax.Device,
+    requests: list[Request],
+    slots: int,
+    progress: Progress,
+    stopped: threading.Event | None = None,
 ) -> list[list[Sample]]:
-    """Generates the samples of each request on `device`."""
+    """Generates the samples of each request on `device`.
+
+    Once `stopped` is set, raises CancelledError as soon as the next sample ends.
+    """
     done = 0
 
     def count(finished: int, _: int) -> None:
         nonlocal done
+        if stopped and stopped.is_set():
+            raise CancelledError
         progress.advance(finished - done)
         done = finished
 

@@ -70,8 +70,8 @@ class Compiler:
     def _compile(self, program: Program) -> bool:
         """Compiles a program, and returns whether this succeeded.
 
-        If compiling fails, for example for lack of memory, the server continues. The error occurs again only if a
-        request needs the program and no compiled program can replace it.
+        If compiling fails, for example for lack of memory, the server continues. Only the requests that need the
+        program fail, and only if no compiled program can replace it.
         """
         try:
             self._engine.compile(program)

@@ -23,6 +23,7 @@ log = logging.getLogger("nanochat_jax.serve")
 
 SHUTTING_DOWN = "the server is shutting down"
 STOPPED_WORKING = "the model has stopped working; restart the server"
+NOT_COMPILED = "the model cannot run this request: a program was not compiled; the server's log has the reason"
 
 
 class Busy(Exception):
@@ -261,14 +262,20 @@ class EngineWorker:
         return True
 
     def _add(self, answer: Answer, compile: bool = True) -> None:
-        """Adds the answer's requests to the engine. If `compile` is True, missing programs are compiled first."""
+        """Adds the answer's requests to the engine.
+
+        If programs are missing, they are compiled first. If `compile` is False, the answer fails instead, because
+        compiling has failed before.
+        """
         with self._lock:
             if answer not in self._open_answers:  # ended while its programs were being compiled
                 return
-        if compile and (missing := self._engine.missing(list(answer.requests))):
+        if missing := self._engine.missing(list(answer.requests)):
+            if not compile:  # a step without the program would raise an error, which would end all answers
+                self._end(answer, "failed", EngineFailure(NOT_COMPILED))
+                return
             # Requests that are added in the meantime may change which programs are needed, so the next `_add` checks
-            # again. If a program cannot be compiled, the next `_add` adds the requests anyway, and the step that needs
-            # the program raises the error.
+            # again.
             self._compiler.compile(missing, then=lambda done: self._inbox.put(("add", answer, done)))
             return
         for i, request in enumerate(answer.requests):

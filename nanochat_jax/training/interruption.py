@@ -36,7 +36,9 @@ MESSAGE = b"\nstopping after this step; the state will be saved (Ctrl-C again: s
 class StopRequested(BaseException):
     """A stop signal raises this exception to end a wait or an evaluation.
 
-    The class is not derived from Exception, so that code that retries after errors does not catch it.
+    The class is not derived from Exception, so that code that retries after errors does not catch it. Some libraries
+    replace it with an exception of their own. So a handler must test `Interruption.raised` before it treats an
+    exception as an error.
     """
 
 
@@ -45,6 +47,7 @@ class Interruption:
 
     def __init__(self):
         self.received: int | None = None  # the first stop signal that this process has received
+        self.raised: int | None = None  # the signal for which StopRequested was raised
         self.agreed: int | None = None  # SIGTERM once any process has requested a stop; always None with one process
         self._old_handlers: dict = {}
         self._terminals: list[int] = []  # which of stdout and stderr are terminals, as file descriptors
@@ -66,6 +69,7 @@ class Interruption:
         self._may_raise = True
         try:
             if self.received:
+                self.raised = self.received
                 raise StopRequested
             yield
         finally:
@@ -108,6 +112,7 @@ class Interruption:
             os.write(2, MESSAGE)
         if self._may_raise:
             self._may_raise = False
+            self.raised = signum
             raise StopRequested
 
     def _leave_terminal(self) -> None:

@@ -120,9 +120,9 @@ def next_batch(
             batch, place = next(loader), loader.state()
     except StopIteration:
         return NoBatch.END
-    except StopRequested:
-        return NoBatch.STOP
-    except Exception:
+    except (StopRequested, Exception):
+        if interruption.raised:
+            return NoBatch.STOP
         control.rescue()
         raise
     control.place = place  # set only if the batch will be trained on

@@ -98,8 +98,10 @@ def train(cfg: config.Rl) -> None:
                 try:
                     with interruption.raise_at_signal():
                         sampled = sample_rollouts(engine, run.tokenizer, stage.task, indices, cfg, seed)
-                except StopRequested:  # the next iteration saves and exits
-                    continue
+                except (StopRequested, Exception):
+                    if not interruption.raised:
+                        raise
+                    continue  # the next iteration saves and exits
                 chosen = select_informative(sampled, cfg.examples_per_step, cfg.num_samples)
                 sampling_seconds = log.timer.lap()
 

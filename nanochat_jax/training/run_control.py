@@ -92,18 +92,13 @@ class RunControl:
             try:
                 with self.interruption.raise_at_signal():
                     evaluation.evaluate(self.step)
-            except StopRequested:
-                stop = self.interruption.received
-                assert stop is not None, "only a stop signal raises StopRequested"
-                self.save_if_due(last, stop)
-                self.exit(stop)
-            except OSError as error:
+            except (StopRequested, Exception) as error:
+                if stop := self.interruption.raised:
+                    self.save_if_due(last, stop)
+                    self.exit(stop)
                 self.rescue()
-                if not (advice := advice_for(error)):
-                    raise
-                raise UserError(f"an evaluation at step {self.step} failed: {error}: {advice}") from error
-            except Exception:
-                self.rescue()
+                if isinstance(error, OSError) and (advice := advice_for(error)):
+                    raise UserError(f"an evaluation at step {self.step} failed: {error}: {advice}") from error
                 raise
             self.evaluated_at[evaluation] = self.step
         self.timer.lap()

@@ -159,6 +159,30 @@ def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, own_base_di
         assert answers == ["data: [DONE]"] * 2
 
 
+def test_a_closed_terminal_lets_an_answer_end(tokenizer, own_base_dir):
+    tiny_model(tokenizer, own_base_dir, sequence_len=512)
+    with command(own_base_dir, "--slots=1", "--temperature=1", "--top_k=0") as server:
+        body = {"prompt": "go", "max_tokens": 100, "stream": True, "seed": 1}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.stderr.close()  # as if the terminal were gone: every write fails
+            server.process.send_signal(signal.SIGHUP)
+            assert list(lines)[-2] == "data: [DONE]"
+        assert server.process.wait(20) == 128 + signal.SIGHUP
+
+
+def test_nohup_keeps_a_server_running(tokenizer, own_base_dir):
+    tiny_model(tokenizer, own_base_dir, sequence_len=128)
+    code = "import runpy, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    code += "runpy.run_module('scripts.chat_web', run_name='__main__', alter_sys=True)"
+    with command(own_base_dir, "--slots=1", run=("-c", code)) as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert httpx.get(f"{server.url}/health", timeout=30).json()["ready"]
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(20) == 130
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
 def test_signals_in_a_storm_of_output(tokenizer, own_base_dir, signals):
     """The handlers write through no buffered stream, which would fail in the middle of a line."""

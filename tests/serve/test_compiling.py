@@ -147,13 +147,33 @@ def test_what_was_replaced_is_compiled_when_there_is_time(tokenizer, model):
 
 
 def test_a_program_that_cannot_be_compiled_ends_nothing_else(tokenizer, model, caplog, monkeypatch):
-    engine = Engine(*model, tokenizer, slots=1, chunk=8)
+    engine = Engine(*model, tokenizer, slots=2, chunk=1)
+    next(engine.warmup(0.8, 50))
+    compile, step = engine.compile, engine.step
 
     def fail(program):
-        raise MemoryError("out of memory")
+        if program.score:
+            raise MemoryError("out of memory")
+        compile(program)
+
+    def slow_step():
+        time.sleep(0.02)  # so that an answer lasts for seconds
+        return step()
 
     monkeypatch.setattr(engine, "compile", fail)
-    with serving(engine) as server:
-        body = {"prompt": "The sea", "temperature": 0, "max_tokens": 9}
+    monkeypatch.setattr(engine, "step", slow_step)
+    with serving(engine, ChatWeb(temperature=0.8, top_k=50)) as server:
+        stream = Stream(server.url)
+        stream.start()
+        try:
+            until(lambda: len(stream.gaps) > 5, seconds=60)
+            answer = httpx.post(f"{server.url}/v1/completions", json=ASKS["scores"], timeout=60)
+            assert answer.status_code == 503 and "not compiled" in answer.json()["error"]["message"], answer.text
+            before = len(stream.gaps)
+            until(lambda: len(stream.gaps) > before + 5, seconds=60)
+        finally:
+            stream.done.set()
+            stream.join(60)
+        body = {"prompt": "The sea", "max_tokens": 9}
         assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
-    assert "decode was not compiled: out of memory" in caplog.text
+    assert "prefill was not compiled: out of memory" in caplog.text

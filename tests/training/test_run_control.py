@@ -1,5 +1,6 @@
 """When a run saves, evaluates and stops between two optimizer steps."""
 
+import errno
 import json
 import signal
 from dataclasses import asdict
@@ -134,6 +135,32 @@ class FakeLoader:
 
     def state(self) -> dict:
         return {"row": self.taken}
+
+
+def stop_in_a_library(interruption: Interruption) -> None:
+    """A stop signal comes while a library runs that replaces every exception by its own."""
+    try:
+        interruption._receive(signal.SIGTERM, None)
+    except BaseException:
+        raise OSError(errno.ENOENT, "not read", "file") from None
+
+
+def test_a_stop_whose_exception_a_library_replaces_is_still_a_stop():
+    run = FakeRun()
+    control = control_of(run, Evaluation(lambda step: stop_in_a_library(control.interruption), 1, risky=False))
+    control.step = 1
+    with pytest.raises(SystemExit) as exit:
+        control.evaluate_due(last=False)
+    assert exit.value.code == 143 and "save 1 at 0" in run.events
+
+    class Loader(FakeLoader):
+        def __next__(self):
+            stop_in_a_library(control.interruption)
+
+    run = FakeRun()
+    control = control_of(run)
+    control.step = 1
+    assert next_batch(Loader(), control.interruption, control) is NoBatch.STOP and not run.events
 
 
 def test_next_batch_says_why_there_is_none_and_keeps_the_place_of_the_last_one():

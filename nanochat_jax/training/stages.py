@@ -170,8 +170,8 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
     """Records which text the run trains on. The record is saved in the run's checkpoints.
 
     A run that resumes reads the files that it began with. Files that were added later are left out, because they would
-    change the order of the files. Raises UserError if such a file is missing, or if the run resumes from a checkpoint
-    that was trained on another text.
+    change the order of the files. Raises UserError if one of the run's files is missing, or if the checkpoint was
+    trained on another text.
     """
     text = {"source": source.name, "hash": source.hash, "validation": source.val_hash()}
     train_files = source.train_files

@@ -66,15 +66,20 @@ def parent_of(run: Path) -> Identity | None:
 
 
 def _add_ancestors(lineage: Lineage, stage: str, logged: dict[str, list[Path]]) -> None:
-    """Adds the parent of the stage's run, the parent's parent, and so on."""
+    """Adds the parent of the stage's run, the parent's parent, and so on.
+
+    If a run does not record its parent, the parent is the run of the same name in the nearest earlier stage.
+    """
     while stage != STAGES[0]:
         run = lineage.runs[stage]
         parent = parent_of(run)
-        before, tag = (parent.stage, parent.tag) if parent else (STAGES[STAGES.index(stage) - 1], run.name)
-        found = [each for each in logged.get(before, []) if each.name == tag]
-        if not found or before in lineage.runs:
+        earlier = [(before, run.name) for before in reversed(STAGES[: STAGES.index(stage)])]
+        places = [(parent.stage, parent.tag)] if parent else earlier
+        found = [(before, each) for before, tag in places for each in logged.get(before, []) if each.name == tag]
+        if not found or found[0][0] in lineage.runs:
             return
-        lineage.runs[before], stage = found[0], before
+        stage, parent_run = found[0]
+        lineage.runs[stage] = parent_run
 
 
 def _add_descendants(lineage: Lineage, stage: str, logged: dict[str, list[Path]]) -> None:

@@ -147,7 +147,9 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
     amount = f"at most {cfg.eval_tokens:,} tokens" if is_mid else f"{len(asked):,} conversations"
     order = "one task after the other" if in_order else "shuffled"
-    steps_per_epoch = len(task) * mean_length / shape.tokens
+    # Finetuning ends a conversation at the end of its row.
+    read = lengths if is_mid else np.minimum(lengths, model_cfg.sequence_len + 1)
+    steps_per_epoch = len(task) * float(np.mean(read)) / shape.tokens
     facts = {
         "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average, {order}: {task.describe()}",
         "steps per epoch, about": f"{steps_per_epoch:,.0f}",

@@ -21,11 +21,12 @@ FLAGS = {
     "depth": 2, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 64, "total_batch_size": 256,
     "device_batch_size": 2, "num_iterations": 8, "eval_every": -1, "eval_tokens": 256, "core_metric_every": -1,
     "sample_every": -1, "save_every": 2, "compute_dtype": "float32",  # even if the CPU is fast with bfloat16
+    "max_epochs": 10_000,  # the text is tiny, and some tests train until they are stopped
 }  # fmt: skip
 STAGE_FLAGS = {
     "base": set(FLAGS),
     "mid": set(FLAGS)
-    - {"depth", "aspect_ratio", "head_dim", "max_seq_len", "core_metric_every", "sample_every"},  # only base has these
+    - {"depth", "aspect_ratio", "head_dim", "max_seq_len", "core_metric_every", "sample_every", "max_epochs"},
 }
 
 

@@ -39,7 +39,7 @@ def printed(world):
         flags = {"num_iterations": 14 if stage == "base" else 3, "model_tag": "plan", "save_every": -1}
         if stage in ("mid", "sft"):
             flags["num_iterations"] = -1  # as long as the data last
-            flags["mixture"] = "sums=8,identity=4" if stage == "mid" else "sums=12"  # sft skips what is too long
+            flags["mixture"] = "sums=8,identity=4"
         assert killable.run(stage, world, output, **flags) == 0, output.read_text()
         texts[stage] = output.read_text()
     return texts
@@ -64,7 +64,8 @@ def test_every_stage_announces_steps_flops_and_time(stage, printed):
     else:
         about = int(re.match(r"about (\d+) \(one pass over the data\)$", facts["steps"])[1])
         taken = int(re.search(rf"^{stage}: done, (\d+) step", text, re.M)[1])
-        assert abs(about - taken) <= 1 + 0.3 * taken and facts["total FLOPs"].startswith("about ")
+        assert taken - about <= 1 and facts["total FLOPs"].startswith("about ")
+        assert stage == "sft" or about - taken <= 1 + 0.3 * taken  # sft skips conversations without a whole answer
 
 
 def test_the_training_time_leaves_out_the_first_ten_steps(printed, world):

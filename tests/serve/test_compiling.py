@@ -18,6 +18,8 @@ from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+pytestmark = pytest.mark.slow  # real processes, one after the other: minutes on two cores
+
 SLOW = 4.0  # seconds that compiling takes at least: far more than a busy machine delays an answer
 
 

@@ -17,6 +17,8 @@ from nanochat_jax.training import loop, rl
 from nanochat_jax.training import run as run_module
 from nanochat_jax.training.garbage import HeldOffGarbage
 
+pytestmark = pytest.mark.slow  # real processes, one after the other: minutes on two cores
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

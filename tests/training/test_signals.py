@@ -19,6 +19,8 @@ import tiny
 from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import REPOSITORY, STAGES
 
+pytestmark = pytest.mark.slow  # real processes, one after the other: minutes on two cores
+
 STORM = {"num_iterations": 100_000, "save_every": -1, "keep_last": 1}
 BPB, ENGINE = "nanochat_jax.evals.bpb:_sums", "nanochat_jax.engine.engine:Engine:step"
 METRICS = {"eval_metrics_every": 4, "eval_metrics_tasks": "sums", "eval_metrics_max_problems": 4}

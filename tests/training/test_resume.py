@@ -229,7 +229,7 @@ def test_a_run_that_waits_for_text_is_stopped_at_once(world, whole, monkeypatch)
 
 def test_a_failing_evaluation_costs_nothing(world, whole, monkeypatch):
     def fails_after(good):
-        def sample(run, stage, step):
+        def sample(run, step):
             assert checkpoint.latest(run.dir) == step, "the checkpoint is complete, not still being written"
             if step > good:
                 raise RuntimeError("an evaluation that fails")

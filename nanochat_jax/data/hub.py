@@ -45,6 +45,7 @@ TRIES = 5  # a shard fails after this many consecutive tries without any progres
 FEW_TRIES = 3  # replaces TRIES if the server does not answer or sends wrong data
 PAUSE = 0.5  # seconds before the second try; the pause doubles with each further try
 LONGEST_PAUSE = 300.0  # seconds; long enough, since the hub limits the number of requests per five minutes
+SHARD = re.compile(r"shard_\d{5}\.parquet")  # the names that `shard_name` returns
 
 
 def shard_name(index: int) -> str:
@@ -150,11 +151,13 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
 def wait_for_shard(path: Path, stop: threading.Event | None = None, patience: float = 120.0) -> None:
     """Waits until the shard at `path` exists, so that training can start during the download.
 
-    Raises UserError if no file in the shard's folder changes for `patience` seconds. Raises InterruptedError if `stop`
-    is set.
+    Raises UserError if no file in the shard's folder changes for `patience` seconds, or if a missing file is not a
+    shard of the hub, because nothing downloads such a file. Raises InterruptedError if `stop` is set.
     """
     stop = stop or threading.Event()
     if not path.exists():
+        if not SHARD.fullmatch(path.name):
+            raise UserError(f"{path}: this file is gone: put it back and run the same command again")
         print(f"waiting for {path} to arrive", file=sys.stderr, flush=True)
     while not path.exists():
         if time.time() - _last_change(path.parent) > patience:

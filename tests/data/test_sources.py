@@ -352,3 +352,5 @@ def test_a_shard_that_never_arrives_is_an_error(tmp_path):
         hub.wait_for_shard(tmp_path / "shard_00000.parquet", patience=0.1)
     with pytest.raises(UserError, match="missing, and no download is running"):
         hub.wait_for_shard(tmp_path / "nowhere" / "shard_00000.parquet")
+    with pytest.raises(UserError, match=r"val_00000\.parquet: this file is gone: put it back"):
+        hub.wait_for_shard(tmp_path / "val_00000.parquet")  # at once, although the folder has just changed

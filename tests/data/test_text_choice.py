@@ -19,8 +19,6 @@ from nanochat_jax.data import hub, sources
 from nanochat_jax.tokenizer import Tokenizer
 from scripts import tok_train
 
-pytestmark = pytest.mark.slow  # real processes, one after the other: minutes on two cores
-
 WORDS = "the a small large red cat dog tree house sees likes finds near under with and then 12 7 305".split()
 SHARD = 40_000  # characters in a shard, about
 TINY = ["--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=64", "--total_batch_size=256",

@@ -11,21 +11,14 @@ import httpx
 import jax
 import pytest
 import tiny
-from serving import TEXT, serving, until
+from serving import serving, until
 
 from nanochat_jax.config import ChatWeb, GPTConfig
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
-from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
-
-pytestmark = pytest.mark.slow  # real processes, one after the other: minutes on two cores
+from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
 SLOW = 4.0  # seconds that compiling takes at least: far more than a busy machine delays an answer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
 
 
 @pytest.fixture(scope="module")

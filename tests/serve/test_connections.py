@@ -7,24 +7,13 @@ import time
 
 import httpx
 import pytest
-from serving import TEXT, ScriptedEngine, answer_ids, serving, until
+from serving import ScriptedEngine, answer_ids, serving, until
 
 from nanochat_jax.config import ChatWeb
 from nanochat_jax.serve import connection, middleware
-from nanochat_jax.tokenizer import Tokenizer
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
-
-
-@pytest.fixture
-def engine(tokenizer):
-    return ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "well and good"))
 
 
 def connect(server) -> socket.socket:

@@ -8,25 +8,14 @@ import time
 
 import httpx
 import pytest
-from serving import TEXT, ScriptedEngine, answer_ids, serving, until
+from serving import ScriptedEngine, answer_ids, serving, until
 
 from nanochat_jax.config import ChatWeb
-from nanochat_jax.tokenizer import Tokenizer
 
 JSON = {"Content-Type": "application/json"}
 PATHS = ("/chat/completions", "/v1/chat/completions")
 HEADERS = "Host: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
 QUESTION = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
-
-
-@pytest.fixture
-def engine(tokenizer):
-    return ScriptedEngine(tokenizer, lambda _: answer_ids(tokenizer, "well and good"))
 
 
 @pytest.fixture

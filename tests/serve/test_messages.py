@@ -2,15 +2,9 @@
 
 import openai
 import pytest
-from serving import TEXT, ScriptedEngine, answer_ids, serving
+from serving import ScriptedEngine, answer_ids, serving
 
 from nanochat_jax.serve.messages import OpenAIMessage, as_turns
-from nanochat_jax.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
 
 
 def user(content) -> dict:

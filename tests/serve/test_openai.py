@@ -15,21 +15,16 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from serving import TEXT, command, save_model, until
+from serving import command, save_model, until
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import gpt
 from nanochat_jax.serve.page import FILES
-from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
 CONTEXT = 128
 KEY = "a-key-of-our-own"
 MODEL = "nanochat-tiny-sft"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,9 @@ import math
 import httpx
 import openai
 import pytest
-from serving import TEXT, ScriptedEngine, answer_ids, serving, until
+from serving import ScriptedEngine, answer_ids, serving, until
 
 from nanochat_jax.config import ChatWeb
-from nanochat_jax.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
 
 
 def user(text: str) -> dict:

@@ -15,12 +15,6 @@ from serving import TEXT, ScriptedEngine, answer_ids, command, save_model, servi
 
 from nanochat_jax.config import ChatWeb, GPTConfig
 from nanochat_jax.engine.engine import Engine
-from nanochat_jax.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
 
 
 @pytest.fixture(scope="module")

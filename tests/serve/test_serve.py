@@ -10,18 +10,12 @@ from http.client import HTTPConnection
 
 import httpx
 import pytest
-from serving import TEXT, ScriptedEngine, answer_ids, serving, until
+from serving import ScriptedEngine, answer_ids, serving, until
 
 from nanochat_jax.config import ChatWeb, GPTConfig, UserError
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.model import gpt
 from nanochat_jax.serve.page import FILES, UI
-from nanochat_jax.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
 
 
 @pytest.fixture(scope="module")

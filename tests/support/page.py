@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import TEXT, ScriptedEngine, answer_ids, serving
+from serving import ScriptedEngine, answer_ids, serving
 
 from nanochat_jax.serve.page import FILES
-from nanochat_jax.tokenizer import Tokenizer
 
 try:
     from playwright.sync_api import sync_playwright
@@ -53,11 +52,6 @@ EXPORTS = """async addresses => {
     }
     globalThis.exported = true;
 }"""
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(iter(TEXT), 300)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from nanochat_jax.config import REPOSITORY, GPTConfig
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.training.loop import train
 
 FLAGS = {
     "depth": 2, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 64, "total_batch_size": 256,
@@ -47,6 +48,13 @@ def make_world(base: Path) -> None:
 
 def base_config(**changes) -> config.Base:
     return config.Base(**(FLAGS | changes))
+
+
+def train_made(base: Path) -> None:
+    """Trains a base run called `made` in this process, and keeps its checkpoints of the steps 2, 4, 6 and 8."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        train(base_config(model_tag="made", keep_last=9))
 
 
 def command(stage: str, **changes) -> list[str]:

@@ -20,9 +20,8 @@ def conversation(*texts: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp("world")
-    tiny.make_world(base)
+def world(world) -> Path:
+    base = world
     done = tiny.run("base", base, model_tag="t", num_iterations=2)
     assert done.returncode == 0, done.stderr[-2000:]
     own = [conversation(f"cat {i}?", "dog.") for i in range(40)]

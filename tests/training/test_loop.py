@@ -32,17 +32,7 @@ from nanochat_jax.training.step import TrainState, make_step
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A base folder with a corpus and a tokenizer, shared by the tests of this module; each test uses its own tag."""
-    base = tmp_path_factory.mktemp("world")
-    tiny.make_world(base)
-    return base
-
-
-@pytest.fixture(autouse=True)
-def in_world(own_base_dir, world, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+pytestmark = pytest.mark.usefixtures("in_world")
 
 
 def losses(run_dir) -> dict[int, float]:

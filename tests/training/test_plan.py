@@ -17,19 +17,7 @@ from nanochat_jax.training import loop, rl
 from nanochat_jax.training import run as run_module
 from nanochat_jax.training.garbage import HeldOffGarbage
 
-pytestmark = pytest.mark.slow  # real processes, one after the other: minutes on two cores
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    base = tmp_path_factory.mktemp("world")
-    tiny.make_world(base)
-    return base
-
-
-@pytest.fixture(autouse=True)
-def in_world(own_base_dir, world, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+pytestmark = pytest.mark.usefixtures("in_world")
 
 
 @pytest.fixture(scope="module")

@@ -25,22 +25,17 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as training
 from nanochat_jax.training import rl, validation
 
+pytestmark = pytest.mark.usefixtures("in_world")
+
 STEPS = {"base": 24, "mid": 24, "sft": 24, "rl": 12}
 CLOCKS = {"time", "dt", "tok_per_s", "mfu", "loader_wait", "sampling_seconds"}  # differ from run to run
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A base folder with a corpus and a tokenizer. Runs with the tag `whole` are never interrupted."""
-    base = tmp_path_factory.mktemp("world")
-    tiny.make_world(base)
-    (base / "whole.toml").write_text("seed = 7\n")  # a preset, after which the uninterrupted runs are named
-    return base
-
-
-@pytest.fixture(autouse=True)
-def in_world(own_base_dir, world, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+def world(world):
+    """The tiny world. Runs with the tag `whole` are never interrupted."""
+    (world / "whole.toml").write_text("seed = 7\n")  # a preset, after which the uninterrupted runs are named
+    return world
 
 
 def flags(world, stage, **changes):

@@ -23,21 +23,14 @@ from nanochat_jax.training.loop import train
 from nanochat_jax.training.run import open_run
 from scripts import base_loss
 
+pytestmark = pytest.mark.usefixtures("in_world")
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A base folder with a corpus, a tokenizer and a finished run, `made`, with the steps 2, 4, 6 and 8."""
-    base = tmp_path_factory.mktemp("world")
-    tiny.make_world(base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        train(settings("made"))
-    return base
-
-
-@pytest.fixture(autouse=True)
-def in_world(own_base_dir, world, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+def world(world):
+    """The tiny world with a finished run, `made`, with the steps 2, 4, 6 and 8."""
+    tiny.train_made(world)
+    return world
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import pytest
 import tiny
 
 from nanochat_jax.config import REPOSITORY
@@ -60,13 +59,6 @@ def test_missing_names_are_found():
     recorded = {"a": {"b": None, "c": None}, "d": ["x", "y"]}
     assert missing(recorded, {"a": {"b": None, "c": None, "new": None}, "d": ["x", "y", "z"]}) == []
     assert missing(recorded, {"a": {"b": None}, "d": ["x"]}) == ["/a/c", "/d/y"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp("names")
-    tiny.make_world(base)
-    return base
 
 
 def test_a_run_saves_under_the_names_it_always_had(world):

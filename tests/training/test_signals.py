@@ -19,7 +19,7 @@ import tiny
 from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import REPOSITORY, STAGES
 
-pytestmark = pytest.mark.slow  # real processes, one after the other: minutes on two cores
+pytestmark = pytest.mark.usefixtures("in_world")
 
 STORM = {"num_iterations": 100_000, "save_every": -1, "keep_last": 1}
 BPB, ENGINE = "nanochat_jax.evals.bpb:_sums", "nanochat_jax.engine.engine:Engine:step"
@@ -28,18 +28,6 @@ METRICS = {"eval_metrics_every": 4, "eval_metrics_tasks": "sums", "eval_metrics_
 BASE_VAL, BASE_SAMPLE = ("base", BPB, {"eval_every": 4}), ("base", ENGINE, {"sample_every": 4})
 MID_VAL, SFT_METRICS = ("mid", BPB, {"eval_every": 4}), ("sft", ENGINE, METRICS)
 RL = ("rl", "nanochat_jax.training.rl:evaluate", {"eval_every": 2, "eval_examples": 2, "eval_samples": 2})
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    base = tmp_path_factory.mktemp("world")
-    tiny.make_world(base)
-    return base
-
-
-@pytest.fixture(autouse=True)
-def in_world(own_base_dir, world, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
 
 
 @pytest.fixture(scope="module")

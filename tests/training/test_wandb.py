@@ -14,14 +14,10 @@ from nanochat_jax.training.wandb_log import Wandb
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A base folder with a corpus, a tokenizer and a finished run, `made`, with the steps 2, 4, 6 and 8."""
-    base = tmp_path_factory.mktemp("world")
-    tiny.make_world(base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        train(tiny.base_config(model_tag="made", keep_last=9))
-    return base
+def world(world):
+    """The tiny world with a finished run, `made`, with the steps 2, 4, 6 and 8."""
+    tiny.train_made(world)
+    return world
 
 
 @pytest.fixture

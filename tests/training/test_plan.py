@@ -1,6 +1,7 @@
 """What a run says before its first step and at its end, --dry_run, and how Python's garbage collector is held off."""
 
 import gc
+import json
 import os
 import re
 import subprocess
@@ -24,12 +25,15 @@ pytestmark = pytest.mark.usefixtures("in_world")
 def printed(world):
     """What each stage prints, trained in one process after the other."""
     texts = {}
+    short = world / "short.jsonl"  # sft would skip a conversation whose answer does not fit in a row
+    talk = [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "A small dog near a red tree."}]
+    short.write_text(f"{json.dumps(talk)}\n" * 12)
     for stage in STAGES:
         output = world / f"{stage}.txt"
         flags = {"num_iterations": 14 if stage == "base" else 3, "model_tag": "plan", "save_every": -1}
         if stage in ("mid", "sft"):
             flags["num_iterations"] = -1  # as long as the data last
-            flags["mixture"] = "sums=8,identity=4"
+            flags["mixture"] = "sums=8,identity=4" if stage == "mid" else f"customjson:{short}=0"
         assert killable.run(stage, world, output, **flags) == 0, output.read_text()
         texts[stage] = output.read_text()
     return texts
@@ -54,8 +58,7 @@ def test_every_stage_announces_steps_flops_and_time(stage, printed):
     else:
         about = int(re.match(r"about (\d+) \(one pass over the data\)$", facts["steps"])[1])
         taken = int(re.search(rf"^{stage}: done, (\d+) step", text, re.M)[1])
-        assert taken - about <= 1 and facts["total FLOPs"].startswith("about ")
-        assert stage == "sft" or about - taken <= 1 + 0.3 * taken  # sft skips conversations without a whole answer
+        assert abs(about - taken) <= 1 + 0.3 * taken and facts["total FLOPs"].startswith("about ")
 
 
 def test_the_training_time_leaves_out_the_first_ten_steps(printed, world):
@@ -117,7 +120,7 @@ def test_a_dry_run_of_a_large_model_needs_no_memory(world):
         "import resource, runpy, sys\ntry:\n    runpy.run_module('scripts.train', run_name='__main__')\nfinally:\n"
     )
     program += "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, 'MiB')"
-    flags = ["--stage=base", "--depth=20", "--dry_run", "--model_tag=huge", "--num_iterations=5"]
+    flags = ["--stage=base", "--depth=20", "--dry_run", "--model_tag=huge", "--num_iterations=5", "--max_epochs=100"]
     command = [sys.executable, "-c", program, *flags]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=tiny.environment(world), capture_output=True, text=True, timeout=200

@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -290,7 +289,7 @@ def save(chat: Chat, value: str) -> None:
         raise config.UserError("/save: name a file, like /save chat.jsonl")
     if not chat.messages:
         raise config.UserError("/save: the conversation is empty")
-    path = Path(value).expanduser()
+    path = config.user_path(value)
     messages = [plain_text(message) for message in chat.conversation()]
     try:
         with path.open("a", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ from nanochat_jax.config.setting import (
     did_you_mean,
     first_line,
     setting,
+    user_path,
 )
 from nanochat_jax.config.training import (
     DATA_DIR,
@@ -50,5 +51,5 @@ __all__ = [
     "DATA_DIR", "DEVICES", "DEVICE_TYPE", "PACKING", "PACKINGS", "REPOSITORY", "STAGES", "TRAINING", "WARM_UP", "Base",
     "BaseEval", "BaseLoss", "ChatCli", "ChatEval", "ChatWeb", "Dataset", "Doctor", "GPTConfig", "LaterStage", "Load",
     "Mid", "ModelFlags", "Report", "Rl", "Settings", "Sft", "TokEval", "TokTrain", "Train", "UserError", "advice_for",
-    "base_dir", "did_you_mean", "first_line", "setting",
+    "base_dir", "did_you_mean", "first_line", "setting", "user_path",
 ]  # fmt: skip

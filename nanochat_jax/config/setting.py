@@ -49,12 +49,17 @@ def advice_for(error: OSError) -> str:
     return ADVICE.get(error.errno or 0, "")
 
 
+def user_path(text: str | Path) -> Path:
+    """Returns the path that a user wrote, with ~ expanded. Unlike Path.expanduser, accepts the ~ of an unknown user."""
+    return Path(os.path.expanduser(text))
+
+
 def base_dir() -> Path:
     """Returns the base folder, which holds all downloads and results. Creates the folder if needed.
 
     The base folder is $NANOCHAT_BASE_DIR if this variable is set, else ~/.cache/nanochat.
     """
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    path = user_path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,5 +11,6 @@ and an iterator over batches (inputs and targets, int32 [b, t]). Every checkpoin
     parquet.py        reads and writes parquet files
     token_cache.py    stores the tokens of parquet files
     packing.py        fills rows with documents
+    documents.py      reads documents and conversations as tokens, from a position that can be saved
     dataloader.py     joins reading, tokenizing and packing into one resumable iterator
 """

@@ -97,7 +97,7 @@ def open(
     else:
         choice = (default or recorded)()
     if choice.data_dir:
-        folder = Path(choice.data_dir).expanduser().resolve()
+        folder = config.user_path(choice.data_dir).resolve()
         roles = text_folder.roles(folder)
         about = "\n".join([f"text: {folder.name}, {folder} ({choice.why})", *(f"  {line}" for line in roles.lines())])
     elif choice.source == "local":
@@ -190,7 +190,7 @@ def _hub_or_local() -> str:
 
 def _beside_recorded(why: str, source: str, data_dir: str) -> str:
     """Adds a note to `why` if the tokenizer was trained on another text. The note names that text."""
-    folder = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
+    folder = str(config.user_path(data_dir).resolve()) if data_dir else ""
     return why + _other_than(read_json(config.base_dir() / "tokenizer" / "source.json"), source, folder)
 
 

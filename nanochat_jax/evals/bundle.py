@@ -21,7 +21,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.config import UserError, base_dir, first_line
+from nanochat_jax.config import UserError, base_dir, first_line, user_path
 from nanochat_jax.tasks.task_data import find, read_text
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -73,7 +73,7 @@ def _check_item(item: dict, kind: str) -> None:
 def find_bundle(core_dir: str | Path = "") -> Path:
     """Returns the bundle's folder, and downloads the bundle if necessary. Raises UserError if a file is missing."""
     if core_dir:
-        folder = Path(core_dir).expanduser()
+        folder = user_path(core_dir)
         if not (folder / "core.yaml").is_file():
             raise UserError(f"--core_dir={core_dir}: no core.yaml in it; expected the unpacked {URL}")
     else:

@@ -23,7 +23,7 @@ import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-from nanochat_jax.config import UserError, did_you_mean
+from nanochat_jax.config import UserError, did_you_mean, user_path
 from nanochat_jax.tasks.arc import ARCChallenge, ARCEasy
 from nanochat_jax.tasks.arithmetic import Sums, TwoStep
 from nanochat_jax.tasks.customjson import CustomJSON
@@ -80,7 +80,7 @@ def key(name: str) -> str:
     """
     cls = task_class(name)
     path = name.partition(":")[2] if cls is CustomJSON else ""
-    return cls.name.lower() + (f":{Path(path).expanduser().resolve()}" if path else "")
+    return cls.name.lower() + (f":{user_path(path).resolve()}" if path else "")
 
 
 def load(

@@ -13,7 +13,7 @@ task.py describes. Empty lines are ignored.
 import json
 from pathlib import Path
 
-from nanochat_jax.config import UserError
+from nanochat_jax.config import UserError, user_path
 from nanochat_jax.tasks import messages, task_data
 from nanochat_jax.tasks.task import Task
 
@@ -28,7 +28,7 @@ class CustomJSON(Task):
         Leaves out last questions that have no answer, and prints how many there are. Raises UserError with the number
         of the first bad line.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file; customjson:PATH expects JSON lines, one conversation each")
         text = task_data.read_text(path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nanochat_jax import checkpoint, config, progress, tasks
 from nanochat_jax.config import GPTConfig, UserError
-from nanochat_jax.data import dataloader, hub, sources, token_cache
+from nanochat_jax.data import dataloader, documents, hub, sources, token_cache
 from nanochat_jax.parallel import sharding
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
@@ -115,7 +115,7 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     )
     pin_tasks(run, task)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir, task_files=cfg.task_files)
-    lengths = dataloader.token_counts(task, tokenizer)
+    lengths = documents.token_counts(task, tokenizer)
     mean_length = float(np.mean(lengths))
     if isinstance(cfg, config.Mid) or cfg.total_batch_size:
         shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run))
@@ -245,9 +245,9 @@ class Amount:
     @classmethod
     def of(cls, source: sources.Source, tokenizer: Tokenizer, cache_dir: Path) -> "Amount":
         files = source.train_files
-        tokens = dataloader.epoch_tokens(files, tokenizer, cache_dir)
+        tokens = documents.epoch_tokens(files, tokenizer, cache_dir)
         if none_here := math.isnan(tokens):  # assume that training files are as large as validation files
-            of_val = dataloader.epoch_tokens(source.val_files, tokenizer, cache_dir)
+            of_val = documents.epoch_tokens(source.val_files, tokenizer, cache_dir)
             tokens = of_val / len(source.val_files) * len(files)
         return cls(source, max(1.0, tokens), none_here, token_cache.num_cached(files, cache_dir))
 

@@ -105,10 +105,10 @@ def _needed(cfg: Settings, source: "Source", tokenizer: "Tokenizer") -> tuple[Pa
 
     Raises UserError if no file is left.
     """
-    from nanochat_jax.data import dataloader
+    from nanochat_jax.data import documents
 
     files = tuple(path for path in source.train_files if path.exists())
-    available = dataloader.epoch_tokens(files, tokenizer)
+    available = documents.epoch_tokens(files, tokenizer)
     if not available > 0:  # `available` is NaN if there are no files
         raise UserError(f"{source.name}: none of its training files has arrived yet")
     needed = (cfg.steps + 1) * cfg.total_batch_size  # one extra batch, since some documents stay in the packing buffer

@@ -76,7 +76,7 @@ def _split(corpus: str) -> tuple[list[str], list[str]]:
     """Returns (documents to train on, documents to encode). Raises UserError if there is too little text."""
     from nanochat_jax.data import parquet, text_files
 
-    path = Path(corpus).expanduser()
+    path = config.user_path(corpus)
     if not corpus:
         raise UserError("--corpus is missing: a file or folder of text, see --help")
     if not path.exists():

@@ -8,78 +8,13 @@ import time
 
 import grain
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from fake_tokenizer import FakeTokenizer
+from loaders import KINDS, TOKENIZER, T, Task, flat, make, take
 
 from nanochat_jax.config import REPOSITORY, UserError
-from nanochat_jax.data import dataloader, packing, parquet, sources, token_cache
+from nanochat_jax.data import dataloader, documents, sources, token_cache
 
-TOKENIZER = FakeTokenizer()
-T = 16
-
-
-@pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
-    """So that the small corpora of these tests are larger than the packing buffer."""
-    monkeypatch.setattr(packing, "BUFFER_DOCUMENTS", {"split": 12, "crop": 12, "whole": 8})
-    monkeypatch.setattr(dataloader, "TOKENIZE_AT_ONCE", 4)
-    monkeypatch.setattr(dataloader, "RENDER_AT_ONCE", 3)
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Two files of three row groups each; every token of the corpus is a different number, from 10 on."""
-    rng, paths, token = np.random.default_rng(0), [], 10
-    for name in "ab":
-        texts = []
-        for _ in range(30):
-            length = int(rng.integers(0, 40))  # an empty document now and then
-            texts.append(" ".join(str(t) for t in range(token, token + length)))
-            token += length
-        paths.append(tmp_path / f"{name}.parquet")
-        pq.write_table(pa.table({"text": texts}), paths[-1], row_group_size=10)
-    return paths
-
-
-@pytest.fixture
-def corpus(files):
-    return {int(t) for f in files for text in pq.read_table(f)["text"].to_pylist() for t in text.split()}
-
-
-class Task(list):
-    """Conversations of one exchange; the answer to question i repeats the number 1000 + i."""
-
-    def __init__(self, n, answer=lambda i: 1 + i % 5, question=lambda i: 1 + i % 3):
-        for i in range(n):
-            user = {"role": "user", "content": " ".join(["12"] * question(i))}
-            assistant = {"role": "assistant", "content": " ".join([str(1000 + i)] * answer(i))}
-            self.append({"messages": [user, assistant]})
-
-
-def take(loader, n=None):
-    batches = []
-    while n is None or len(batches) < n:
-        try:
-            batches.append(next(loader))
-        except StopIteration:
-            break
-    loader.close()
-    return batches
-
-
-def flat(batches, key):
-    return np.concatenate([b[key] for b in batches])
-
-
-def make(kind, files, **kwargs):
-    if kind in ("mid", "sft"):
-        return dataloader.chat_loader(Task(50), TOKENIZER, 4, T, supervise="all" if kind == "mid" else "mask", **kwargs)
-    return dataloader.base_loader(files, TOKENIZER, 4, T, packing=kind, **kwargs)
-
-
-KINDS = ["split", "crop", "stream", "mid", "sft"]
+pytestmark = pytest.mark.usefixtures("small_buffers")
 
 
 def test_every_token_is_a_target_exactly_once_an_epoch(files, corpus):
@@ -122,13 +57,13 @@ def test_resumed_at_every_position_equals_uninterrupted(kind, files):
 
 @pytest.mark.parametrize("method", ["split", "crop", "stream"])
 def test_grain_agrees_that_the_state_is_exact(method, files):
-    documents = dataloader.Documents(files, TOKENIZER, seed=3, epochs=1)
-    grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(documents, method, 4, T))
+    text = documents.Documents(files, TOKENIZER, seed=3, epochs=1)
+    grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(text, method, 4, T))
 
 
 @pytest.mark.parametrize("supervise", ["all", "mask"])
 def test_grain_agrees_about_conversations(supervise):
-    conversations = dataloader.Conversations(Task(30), TOKENIZER, T + 1 if supervise == "mask" else None, 3, 1)
+    conversations = documents.Conversations(Task(30), TOKENIZER, T + 1 if supervise == "mask" else None, 3, 1)
     method = "whole" if supervise == "mask" else "split"
     grain.experimental.assert_equal_output_after_checkpoint(dataloader.Batches(conversations, method, 4, T))
 
@@ -158,7 +93,7 @@ def test_the_state_of_one_process_serves_two(files):
 @pytest.mark.parametrize("method", ["split", "crop", "stream"])
 @pytest.mark.parametrize("chars", [2_000_000, 60])
 def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, monkeypatch):
-    monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", chars)
+    monkeypatch.setattr(documents, "CHARS_AT_ONCE", chars)
     TOKENIZER.hash = "0" * 64
     source = sources.Source("texts", tuple(files), (files[1],), "")
     cache_dir = token_cache.build(source, TOKENIZER)
@@ -182,52 +117,6 @@ def test_tokenized_files_give_the_same_batches_and_states(method, chars, files, 
         path.unlink()
     batches = take(make(method, files, seed=3, epochs=2, cache_dir=cache_dir))
     assert len(batches) == len(states), "the text is not needed"
-
-
-def test_unusable_documents_are_counted_every_epoch(files):
-    texts = [text for f in files for text in pq.read_table(f)["text"].to_pylist()]
-    empty = sum(not text for text in texts)
-    assert empty
-    loader = make("split", files, epochs=2)
-    skipped = [loader.info["skipped"] for _ in loader]
-    assert skipped == sorted(skipped) and skipped[-1] == 2 * empty
-
-
-def test_long_documents_are_read_a_few_at_a_time(tmp_path, monkeypatch):
-    """Documents waiting to be packed are part of the state of every batch."""
-    monkeypatch.setattr(parquet, "MAX_CHARS", 500)
-    monkeypatch.setattr(dataloader, "CHARS_AT_ONCE", 1000)
-    path = tmp_path / "long.parquet"
-    pq.write_table(pa.table({"text": [" ".join(map(str, range(1000, 21_000)))]}), path)
-    loader = make("split", [path], epochs=1)
-    targets, largest = [], 0
-    for batch in loader:
-        targets.append(batch["targets"])
-        largest = max(largest, len(loader.state()["packer"]["tokens"]))
-    targets = np.concatenate(targets)
-    assert sorted(targets[targets > 0].tolist()) == list(range(1000, 21_000))
-    assert largest < 20_000  # characters of base64; the whole document would be 110,000
-
-
-def test_tokens_of_an_epoch_are_estimated(files, corpus):
-    tokens = len(corpus) + 60  # with a BOS per document
-    assert dataloader.epoch_tokens(files, TOKENIZER) == pytest.approx(tokens, rel=0.35)  # longer numbers come later
-    assert dataloader.epoch_tokens(files, TOKENIZER, sample=5) == pytest.approx(tokens, rel=0.5)
-    late = [*files, *(files[0].with_name(f"{i}.parquet") for i in range(8))]
-    assert dataloader.epoch_tokens(late, TOKENIZER) == pytest.approx(5 * tokens, rel=0.35)
-    assert np.isnan(dataloader.epoch_tokens(late[2:], TOKENIZER))
-
-
-def test_tokens_of_an_epoch_are_counted_where_there_are_cached_tokens(files, corpus):
-    TOKENIZER.hash = "0" * 64
-    source = sources.Source("texts", tuple(files), (files[1],), "")
-    cache_dir = token_cache.build(source, TOKENIZER)
-    for path in files:
-        path.unlink()
-    late = files[0].with_name("late.parquet")
-    assert dataloader.epoch_tokens(files, TOKENIZER, cache_dir) == len(corpus) + 60
-    assert dataloader.epoch_tokens([*files, late], TOKENIZER, cache_dir) == 1.5 * (len(corpus) + 60)
-    assert token_cache.num_cached([*files, late], cache_dir) == 2
 
 
 def test_the_state_of_two_processes_serves_one(files):
@@ -336,85 +225,6 @@ def test_mid_supervises_every_token_and_cuts_nothing():
     assert sorted(targets[targets > 0].tolist()) == sorted(expected)
 
 
-def talk(*lengths: int) -> dict:
-    """A conversation whose messages have these numbers of words, without the two special tokens of each message. The
-    words of message i are the number 1000 + i."""
-    messages = [
-        {"role": ("user", "assistant")[i % 2], "content": " ".join([str(1000 + i)] * n)} for i, n in enumerate(lengths)
-    ]
-    return {"messages": messages}
-
-
-OVERLONG = [
-    talk(3, T + 1 - 8),  # 0: exactly as long as a row
-    talk(3, T + 2 - 8),  # 1: one token too long, so nothing of its only answer is kept
-    talk(40, 5),  # 2: the question alone is too long
-    talk(2, 2, 2, 20),  # 3: the second answer is too long
-    talk(2, 2, 20),  # 4: the second question is too long
-    talk(2, 2, 2, T + 1 - 15),  # 5: exactly as long as a row
-]
-
-
-def test_overlong_conversations_end_after_a_whole_answer():
-    loader = dataloader.chat_loader(OVERLONG, TOKENIZER, 1, T, supervise="mask", epochs=1)
-    batches = take(loader)
-    assert (loader.info["truncated"], loader.info["skipped"], loader.info["progress"]) == (4, 2, 1.0)
-    targets = flat(batches, "targets")
-    # Messages 1 and 3 are answers. 0: T+1-8 words; 3 and 4: the first answer; 5: both answers.
-    assert (targets == 1001).sum() == T + 1 - 8 + 2 + 2 + 2 and (targets == 1003).sum() == T + 1 - 15
-    assert (targets == TOKENIZER.assistant_end).sum() == 5, "every answer that is trained on ends"
-    inputs = flat(batches, "inputs")
-    assert (inputs == TOKENIZER.user_start).sum() == 5 and 1002 in inputs
-    assert all((b["targets"] != -1).any() for b in batches)
-
-
-def test_every_supervised_answer_is_whole_however_long_a_row_is():
-    rng = np.random.default_rng(0)
-    task = [talk(*rng.integers(1, 9, 2 * rng.integers(1, 6))) for _ in range(60)]
-    for width in (12, 20, 33, 80):
-        loader = dataloader.chat_loader(task, TOKENIZER, 3, width, supervise="mask", epochs=1)
-        for batch in take(loader):
-            for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
-                assert (inputs == TOKENIZER.assistant_start).sum() == (targets == TOKENIZER.assistant_end).sum()
-        long = sum(len(TOKENIZER.render_conversation(c)[0]) > width + 1 for c in task)
-        assert loader.info["truncated"] == long and loader.info["skipped"] <= long
-
-
-def test_counts_of_truncated_conversations_survive_a_resume():
-    def fresh():
-        return dataloader.chat_loader(OVERLONG * 20, TOKENIZER, 2, T, supervise="mask", epochs=2, seed=1)
-
-    whole, first = fresh(), fresh()
-    expected = take(whole)
-    begun = [next(first) for _ in range(9)]
-    resumed = fresh()
-    resumed.restore(json.loads(json.dumps(first.state())))
-    np.testing.assert_equal([*begun, *take(resumed)], expected)
-    assert whole.info == resumed.info and whole.info["truncated"] == 160
-    first.close()
-
-
-def test_without_a_seed_conversations_stay_in_order():
-    task = [talk(2, 3 + i % 3) for i in range(300)]
-    for i, conversation in enumerate(task):
-        conversation["messages"][0]["content"] = f"{2000 + i} 5"
-    loader = dataloader.chat_loader(task, TOKENIZER, 4, 32, supervise="mask", epochs=1, seed=None)
-    seen = [int(i) - 2000 for i in flat(take(loader), "inputs").ravel() if i >= 2000]
-    assert sorted(seen) == list(range(300))
-    assert max(abs(place - i) for place, i in enumerate(seen)) < 120  # the packer's buffer holds 100 conversations
-
-
-def test_conversations_without_an_answer_are_refused_if_there_is_nothing_else():
-    task = Task(3)
-    for conversation in task:
-        conversation["messages"].pop()
-    for epochs in (1, None):
-        with pytest.raises(UserError, match="no token to learn from"):
-            take(dataloader.chat_loader(task, TOKENIZER, 2, T, supervise="mask", epochs=epochs), 1)
-    with pytest.raises(UserError, match="no conversations"):
-        dataloader.chat_loader(Task(0), TOKENIZER, 2, T)
-
-
 def test_waste_is_reported(files):
     waste = {}
     for kind in ("split", "crop"):
@@ -428,7 +238,7 @@ def test_waste_is_reported(files):
 
 def test_an_error_in_the_thread_reaches_the_consumer(files):
     files[1].write_bytes(b"not parquet")
-    with pytest.raises(UserError, match=r"b\.parquet") as caught:
+    with pytest.raises(UserError, match=r"shard_00001\.parquet") as caught:
         take(make("split", files, epochs=1))
     assert "\n" not in str(caught.value)
 
@@ -493,9 +303,4 @@ def test_with_the_real_tokenizer():
     rendered = [tokenizer.render_conversation(c) for c in task]
     expected = [i for ids, mask in rendered for i, m in zip(ids, mask, strict=True) if m]
     assert sorted(targets[targets >= 0].tolist()) == sorted(expected)
-    assert dataloader.token_counts(task, tokenizer).tolist() == [len(ids) for ids, _ in rendered]
-
-
-def test_token_counts():
-    counts = dataloader.token_counts(Task(10, answer=lambda i: 4, question=lambda i: 2), TOKENIZER)
-    assert counts.tolist() == [11] * 10
+    assert documents.token_counts(task, tokenizer).tolist() == [len(ids) for ids, _ in rendered]

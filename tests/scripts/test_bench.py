@@ -12,7 +12,7 @@ import tiny
 
 from nanochat_jax import commandline
 from nanochat_jax.config import REPOSITORY, UserError
-from nanochat_jax.data import dataloader, sources
+from nanochat_jax.data import documents, sources
 from nanochat_jax.tokenizer import Tokenizer
 from scripts.bench import data, decode, serve
 from scripts.bench import tokenizer as bench
@@ -212,13 +212,13 @@ def test_the_loader_is_measured_from_text_and_from_tokens(world, tmp_path, monke
 def test_what_is_counted_is_made_while_the_clock_runs(world, monkeypatch):
     """If the clock started later, batches prefetched before it would make short passes up to four times too fast."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
-    real, reads = dataloader.Documents.read, []
+    real, reads = documents.Documents.read, []
 
     def slow(self, cursor):
         reads.append(time.sleep(0.1))
         return real(self, cursor)
 
-    monkeypatch.setattr(dataloader.Documents, "read", slow)
+    monkeypatch.setattr(documents.Documents, "read", slow)
     source = sources.open()
     for steps, ended in ((1, False), (1000, True)):
         reads.clear()

@@ -15,6 +15,6 @@ conversation                         prompts
 tokenizer                            text to tokens and back
 model, tokenizer_file                the transformer; the tokenizer's files
 commandline, environment, run_log    flags and presets; the description of the machine; the logs of runs
-progress, files                      progress bars; writing and locking files
+progress, files, stop_signals        progress bars; writing and locking files; Ctrl-C and SIGTERM
 config                               the settings of all commands
 """

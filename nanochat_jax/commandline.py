@@ -10,27 +10,23 @@ ignored. This module does not import JAX, so `--help` and errors in flags appear
 """
 
 import argparse
-import atexit
 import dataclasses
 import functools
-import math
 import os
 import re
 import select
 import signal
 import sys
-import time
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from nanochat_jax import config
 from nanochat_jax.config import REPOSITORY, UserError, did_you_mean
+from nanochat_jax.stop_signals import StopSignals, was_interrupted
 
 COMMANDS = (
     config.TokTrain, config.TokEval, config.Dataset, config.Base, config.Doctor, config.Mid,
@@ -66,9 +62,6 @@ ABSENT = {
     "scalar_lr": "this model has no scalar weights",
     "load_optimizer": "every stage starts with a new optimizer state",
 }
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-SAME_SIGNAL_SECONDS = 1.0  # for this long after the signal that ends a command, further signals are ignored
-TWICE_SECONDS = 0.05  # a second Ctrl-C within this time is ignored, because `uv run` may send each Ctrl-C twice
 
 C = TypeVar("C", bound=config.Settings)
 
@@ -101,11 +94,11 @@ def run(main: Callable[[C], object], cls: type[C]) -> None:
     other error is a bug, so its traceback is shown. On Ctrl-C, SIGTERM or SIGHUP, exits with status 128 + the signal's
     number.
     """
-    signals = _StopSignals()
+    signals = StopSignals()
     try:
         main(parse(cls))
     except BaseException as error:
-        if not signals.ended_by and _was_interrupted(error):
+        if not signals.ended_by and was_interrupted(error):
             signals.end(signal.SIGINT)
         if signals.ended_by:  # some libraries replace the exception that a signal raises by one of their own
             sys.exit(128 + signals.ended_by)
@@ -124,57 +117,6 @@ def _has_lost_reader(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether a Ctrl-C caused this error."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-class _StopSignals:
-    """Handles the signals that stop a command. While training has a state to save, it handles these signals itself.
-
-    Ctrl-C raises KeyboardInterrupt. SIGTERM and SIGHUP raise SystemExit instead, because scripts.chat_cli goes on after
-    a KeyboardInterrupt. While the command cleans up, further signals have no effect for a second. After that, a signal
-    ends the process at once, in case the cleanup hangs. A handler may interrupt a `print`, so handlers write with
-    os.write.
-    """
-
-    def __init__(self):
-        self._interrupted = -math.inf  # when the last Ctrl-C came
-        self.ended_by: int | None = None  # the signal that ends the command
-        self._since = math.inf  # when it came
-        for signum in STOP_SIGNALS:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, for example, SIGHUP stays ignored
-                signal.signal(signum, self._receive)
-        # Exit handlers run in reverse order, so this one runs last. It makes Python ignore the stop signals, because a
-        # signal while Python ends would change the exit status.
-        atexit.register(self._ignore_all)
-
-    def end(self, signum: int) -> None:
-        """Prints that the command is stopped. From now on, signals do not change the command's exit status."""
-        self.ended_by, self._since = signum, time.monotonic()
-        with suppress(OSError):
-            os.write(2, b"stopped\n")
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.ended_by is not None:
-            if now - self._since > SAME_SIGNAL_SECONDS:
-                os._exit(128 + self.ended_by)
-        elif signum != signal.SIGINT:
-            self.end(signum)
-            sys.exit(128 + signum)
-        elif now - self._interrupted > TWICE_SECONDS:
-            self._interrupted = now
-            raise KeyboardInterrupt
-
-    @staticmethod
-    def _ignore_all() -> None:
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
 
 
 def _with_preset(message: str) -> str:

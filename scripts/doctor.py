@@ -126,10 +126,11 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     import jax
 
     from nanochat_jax.model import gpt
-    from nanochat_jax.parallel import devices, sharding
-    from nanochat_jax.progress import clock, count_of
+    from nanochat_jax.parallel import sharding
+    from nanochat_jax.progress import count_of
     from nanochat_jax.training import optim
     from nanochat_jax.training.batch_shape import estimated_memory, rows_that_fit, shape_for_tokens
+    from nanochat_jax.training.plan import cost
     from nanochat_jax.training.stages import horizon
 
     layout.check(model_cfg)
@@ -161,7 +162,6 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     replicas = sharding.replicas(layout.mesh)
     shape = shape_for_tokens(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
     steps = horizon(cfg, model_cfg, shape.tokens)
-    flops = steps * shape.tokens * model_cfg.flops_per_token
     line("Preset", cfg.preset or "none, so the defaults (choose one with --config=NAME)")
     line(
         "Model",
@@ -170,11 +170,11 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; plus gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
-    line("Pretraining", f"{count_of(steps, 'step')}, {steps * shape.tokens:,} tokens, {flops:.3e} FLOPs")
+    tokens = steps * shape.tokens
+    expected = cost(model_cfg, tokens)
+    line("Pretraining", f"{count_of(steps, 'step')}, {tokens:,} tokens, {expected['total FLOPs']} FLOPs")
     text(cfg, steps, shape.tokens)
-    unknown = "unknown, since this device's peak FLOP/s is unknown; training shows an estimate after a few steps"
-    seconds = devices.expected_seconds(flops)
-    line("Expected time", f"{clock(seconds)} at an MFU of 50%" if seconds else unknown)
+    line("Expected time", expected["expected time"])
 
 
 def text(cfg: config.Doctor, steps: int, tokens_per_step: int) -> None:

@@ -4,6 +4,7 @@ import doctest
 import gzip
 import inspect
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from trained import english as english_tokenizer
 from trained import flat, trained
 
 import rustbpe
+from nanochat_jax.config import REPOSITORY
 from nanochat_jax.tokenizer import SPLIT_PATTERN
 
 PEERS = json.loads((Path(__file__).parent / "recorded" / "bpe_peers.json").read_text(encoding="utf-8"))
@@ -255,17 +257,19 @@ print("done")
 
 def test_training_keeps_no_text_in_memory():
     program = """
-import resource, rustbpe, sys
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+import rustbpe
+from peak_memory import peak_memory
 text = "".join(f"word {i % 97} and more, don't stop. " for i in range(2000))
 def train(num):
     rustbpe.Tokenizer().train_from_iterator((text + str(i % 10) for i in range(num)), 300)
-    return peak()
+    return peak_memory()
 few = train(20)
 print(train(1200) - few, 1200 * len(text))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": "tests/support"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     more, text = map(int, result.stdout.split())
     assert text > 60e6 and more < text / 4

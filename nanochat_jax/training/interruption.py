@@ -28,7 +28,7 @@ from types import FrameType
 
 import jax
 
-from nanochat_jax.commandline import SAME_SIGNAL_SECONDS, STOP_SIGNALS
+from nanochat_jax.stop_signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS
 
 MESSAGE = b"\nstopping after this step; the state will be saved (Ctrl-C again: stop at once)\n"
 

@@ -40,5 +40,5 @@ def cost(model_cfg: GPTConfig, tokens: float, about: str = "", more: str = "") -
     flops = tokens * model_cfg.flops_per_token
     seconds = devices.expected_seconds(flops)
     time = f"{about}{clock(seconds)} at an MFU of 50%" if seconds else ""
-    unknown = "n/a: the peak FLOP/s of this device are not known; see the eta below"
+    unknown = "n/a: the peak FLOP/s of this device are not known; training shows an eta after a few steps"
     return {"total FLOPs": f"{about}{flops:.3e}", "expected time": (time or unknown) + more}

@@ -116,17 +116,13 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(stage, printed, w
 
 def test_a_dry_run_of_a_large_model_needs_no_memory(world):
     """d20 would need 7 GB for its weights and its optimizer's state."""
-    program = (
-        "import resource, runpy, sys\ntry:\n    runpy.run_module('scripts.train', run_name='__main__')\nfinally:\n"
-    )
-    program += "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, 'MiB')"
     flags = ["--stage=base", "--depth=20", "--dry_run", "--model_tag=huge", "--num_iterations=5", "--max_epochs=100"]
-    command = [sys.executable, "-c", program, *flags]
+    command = [sys.executable, "tests/support/peak_memory.py", "scripts.train", *flags]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=tiny.environment(world), capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0 and "20 layers, width 1280" in done.stdout, done.stderr
-    assert int(re.search(r"(\d+) MiB", done.stdout)[1]) < 1500
+    assert int(re.search(r"Peak: (\d+) MiB", done.stdout)[1]) < 1500
     assert not checkpoint.run_dir("base", "huge").exists()
 
 

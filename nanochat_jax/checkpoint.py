@@ -21,6 +21,7 @@ line for each.
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ import time
 from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanochat_jax import files
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
@@ -84,6 +85,36 @@ def step_folders(run: Path) -> dict[int, Path]:
 
 # -----------------------------------------------------------------------------
 # Saving
+
+
+class WeightsId(NamedTuple):
+    """Identifies the weights of a checkpoint. A run records the one of its parent as a string."""
+
+    stage: str
+    tag: str
+    step: int
+    digest: str  # the first 16 hexadecimal digits of the SHA-256 of the checkpoint's manifest
+
+    @classmethod
+    def read(cls, stage: str, run: Path, step: int) -> "WeightsId":
+        """Identifies the weights of a saved checkpoint."""
+        manifest = (step_dir(run, step) / MANIFEST).read_bytes()
+        return cls(stage, run.name, step, hashlib.sha256(manifest).hexdigest()[:16])
+
+    @classmethod
+    def parse(cls, text: object) -> "WeightsId | None":
+        """Converts str(weights_id) back to a WeightsId. Returns None for anything else."""
+        match = re.fullmatch(r"(\w+) (.+) step ([0-9]+) ([0-9a-f]+)", text) if isinstance(text, str) else None
+        return cls(match[1], match[2], int(match[3]), match[4]) if match else None
+
+    def __str__(self) -> str:
+        """Example: "base d20 step 21400 0123456789abcdef"."""
+        return f"{self.where} {self.digest}"
+
+    @property
+    def where(self) -> str:
+        """The checkpoint without its hash, such as "base d20 step 21400"."""
+        return f"{self.stage} {self.tag} step {self.step}"
 
 
 class Saver:

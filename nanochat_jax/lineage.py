@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat_jax import checkpoint, run_log, trained_model
+from nanochat_jax.checkpoint import WeightsId
 from nanochat_jax.config import STAGES
 from nanochat_jax.files import read_json
-from nanochat_jax.trained_model import Identity
 
 
 @dataclass
@@ -56,11 +56,11 @@ def _logged(stage: str) -> list[Path]:
     return sorted(path.parent for path in root.glob(f"*/{run_log.LOG}") if path.parent.name[0] != ".")
 
 
-def parent_of(run: Path) -> Identity | None:
+def parent_of(run: Path) -> WeightsId | None:
     """Returns the parent that a run records in its last checkpoint or else in config.json, or None."""
     recorded = [read_json(checkpoint.step_dir(run, step) / "meta.json") for step in checkpoint.steps(run)[-1:]]
     for source in (*recorded, read_json(run / "config.json")):
-        if parent := trained_model.parse_identity(source.get("parent")):
+        if parent := WeightsId.parse(source.get("parent")):
             return parent
     return None
 
@@ -105,5 +105,5 @@ def _check_parent(lineage: Lineage, stage: str, run: Path) -> None:
     name = f"{stage} {run.name} started from {parent.where}"
     if shown is None or shown.name != parent.tag:
         lineage.remarks.append(f"{name}, which is not in this report.")
-    elif parent.step in checkpoint.steps(shown) and trained_model.identify(parent.stage, shown, parent.step) != parent:
+    elif parent.step in checkpoint.steps(shown) and WeightsId.read(parent.stage, shown, parent.step) != parent:
         lineage.remarks.append(f"{name}, but {parent.stage} {parent.tag} was trained again after that.")

@@ -1,13 +1,11 @@
 """Finds the checkpoint of a trained model, and loads the model for evaluation and chat."""
 
-import hashlib
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nanochat_jax import files, run_log
 from nanochat_jax.checkpoint import MANIFEST, damage, latest, read_meta, restore_params, run_dir, step_dir, steps
@@ -159,36 +157,6 @@ def load(stage: str, tag: str = "", step: int = -1, preset: str = "") -> Trained
     params = restore_params(run, step, abstract)
     print(f"model: {run.relative_to(base_dir())}, step {step} ({model_cfg.num_params / 1e6:,.1f}M parameters)")
     return TrainedModel(params, model_cfg, tokenizer, stage, run.name, step, run, meta)
-
-
-class Identity(NamedTuple):
-    """Identifies the weights of a checkpoint. A run records its parent's identity as a string."""
-
-    stage: str
-    tag: str
-    step: int
-    digest: str  # the first 16 hexadecimal digits of the SHA-256 of the checkpoint's manifest
-
-    def __str__(self) -> str:
-        """Example: "base d20 step 21400 0123456789abcdef"."""
-        return f"{self.where} {self.digest}"
-
-    @property
-    def where(self) -> str:
-        """The checkpoint without its hash, such as "base d20 step 21400"."""
-        return f"{self.stage} {self.tag} step {self.step}"
-
-
-def identify(stage: str, run: Path, step: int) -> Identity:
-    """Returns the identity of a checkpoint."""
-    manifest = (step_dir(run, step) / MANIFEST).read_bytes()
-    return Identity(stage, run.name, step, hashlib.sha256(manifest).hexdigest()[:16])
-
-
-def parse_identity(text: object) -> Identity | None:
-    """Converts str(identity) back to an Identity. Returns None for anything else."""
-    match = re.fullmatch(r"(\w+) (.+) step ([0-9]+) ([0-9a-f]+)", text) if isinstance(text, str) else None
-    return Identity(match[1], match[2], int(match[3]), match[4]) if match else None
 
 
 def load_tokenizer(meta: dict, run: Path) -> "Tokenizer":

@@ -129,8 +129,8 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     from nanochat_jax.parallel import sharding
     from nanochat_jax.progress import count_of
     from nanochat_jax.training import optim
+    from nanochat_jax.training.announce import cost
     from nanochat_jax.training.batch_shape import estimated_memory, rows_that_fit, shape_for_tokens
-    from nanochat_jax.training.plan import cost
     from nanochat_jax.training.stages import horizon
 
     layout.check(model_cfg)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nanochat_jax import checkpoint, commandline, config, environment, lineage, report, run_log, trained_model
+from nanochat_jax import checkpoint, commandline, config, environment, lineage, report, run_log
 from nanochat_jax.config import UserError, base_dir
 
 
@@ -197,7 +197,7 @@ def two_roads(quick):
         parent = ""
         for stage in ("base", "mid", "sft") if tag == "d20" else ("mid", "sft"):
             run = train_log(stage, tag, parent=parent or "base d12 step 40 0123456789abcdef")
-            parent = str(trained_model.identify(stage, run, 40))
+            parent = str(checkpoint.WeightsId.read(stage, run, 40))
     train_log("base", "d12")
 
 
@@ -230,7 +230,7 @@ def test_of_copies_of_the_last_run_the_original_is_reported(two_roads, capsys):
 
 def test_the_lineage_follows_recorded_parents_and_not_names(two_roads, tmp_path):
     """An experiment on d20 is reported with the runs of d20, whatever its name."""
-    parent = trained_model.identify("sft", checkpoint.run_dir("sft", "d20"), 40)
+    parent = checkpoint.WeightsId.read("sft", checkpoint.run_dir("sft", "d20"), 40)
     train_log("rl", "d12", parent=str(parent))
     assert {stage: run.name for stage, run in lineage.find().runs.items()} == {
         "base": "d20", "mid": "d20", "sft": "d20", "rl": "d12"

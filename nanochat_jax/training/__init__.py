@@ -4,7 +4,7 @@ A later stage starts from a checkpoint of an earlier stage. Each run writes chec
 its own folder.
 
 `start_plan.py` decides how a run starts, and `run.py` opens the run.
-`plan.py` prints what a run will do.
+`announce.py` prints what a run will do.
 `stages.py` sets up the data, the number of steps and the learning-rate schedule of base, mid and sft.
 `batch_shape.py` splits a step into micro-batches.
 `step.py` defines the compiled optimizer step.

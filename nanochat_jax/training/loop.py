@@ -17,9 +17,9 @@ from nanochat_jax.data import dataloader
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.progress import Timer, clock, say, short
 from nanochat_jax.training import optim
+from nanochat_jax.training.announce import announce, cost
 from nanochat_jax.training.garbage import HeldOffGarbage
 from nanochat_jax.training.interruption import Interruption, StopRequested
-from nanochat_jax.training.plan import announce, cost
 from nanochat_jax.training.run import Run, check_finite, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.run_control import RunControl
 from nanochat_jax.training.stages import Stage, base_stage, chat_stage

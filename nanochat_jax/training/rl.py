@@ -27,10 +27,10 @@ from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.progress import Timer, clock, count_of, say
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
 from nanochat_jax.training import optim
+from nanochat_jax.training.announce import announce, cost
 from nanochat_jax.training.batch_shape import BatchShape
 from nanochat_jax.training.garbage import HeldOffGarbage
 from nanochat_jax.training.interruption import Interruption, StopRequested
-from nanochat_jax.training.plan import announce, cost
 from nanochat_jax.training.rollouts import (
     Rollout,
     answer,

@@ -50,7 +50,7 @@ class Run:
     step: int  # the step to resume from; 0 for a fresh start
     data: dict | None  # the position in the data to resume from; None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
-    identity: dict  # identifies the parent and the data; saved in checkpoints, and checked when the run resumes
+    origin: dict  # identifies the parent and the data; saved in checkpoints, and checked when the run resumes
     metrics: dict  # the last log record of each kind in MEASURED
     wandb: Wandb | None = None  # set by `begin`, in process 0 only
 
@@ -68,7 +68,7 @@ class Run:
     def _prepare(self, plain: dict) -> None:
         self._check_disk()
         self._make_room()
-        about = {"tag": self.dir.name, "parent": self.identity["parent"]}
+        about = {"tag": self.dir.name, "parent": self.origin["parent"]}
         files.write_text(self.dir / "config.json", json.dumps(plain | about, indent=1))
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
@@ -128,7 +128,7 @@ class Run:
         meta = checkpoint.model_meta(self.model_cfg) | {
             "stage": self.cfg.stage, "step": step, "time": round(time.time(), 3), "tokenizer": self.tokenizer.hash,
             "totals": self.totals, "metrics": self.metrics, "config": dataclasses.asdict(self.cfg),
-            "versions": environment.versions(), **self.identity,
+            "versions": environment.versions(), **self.origin,
         }  # fmt: skip
         timer = Timer()
         self.saver.save(step, self.state.params, self.state.opt_state, data, meta)
@@ -185,7 +185,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             step=plan.step or 0,
             data=data,
             totals=totals,
-            identity={"parent": plan.parent_id},
+            origin={"parent": plan.parent_id},
             metrics={} if plan.step is None else checkpoint.read_meta(folder, plan.step).get("metrics", {}),
         )
         try:

@@ -184,7 +184,7 @@ def pin_text(run: Run, source: sources.Source) -> sources.Source:
             raise UserError(f"the text is not the one that {folder} was trained on (different {changed}): {INSTEAD}")
         train_files = _files_of_run(source, saved, folder)
     names = [path.name for path in train_files]
-    run.identity["text"] = text | {"files": len(names), "names": names, "data_dir": str(source.folder or "")}
+    run.origin["text"] = text | {"files": len(names), "names": names, "data_dir": str(source.folder or "")}
     return dataclasses.replace(source, train_files=train_files)
 
 
@@ -230,7 +230,7 @@ def pin_tasks(run: Run, task: tasks.Mixture) -> None:
             raise UserError(
                 f"the conversations are not the ones that {folder} was trained on (different {changed}): {INSTEAD}"
             )
-    run.identity["tasks"] = conversations
+    run.origin["tasks"] = conversations
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax import checkpoint, config, run_log, trained_model
+from nanochat_jax.checkpoint import WeightsId
 from nanochat_jax.config import GPTConfig, LaterStage, Train, UserError
 
 # Settings that may change when a run resumes. They do not affect what the model learns, or something else is compared
@@ -44,7 +45,7 @@ class StartPlan:
     tag: str  # name of the run's folder
     step: int | None  # the step of the checkpoint to resume from; None for a fresh start
     finished: bool  # whether `step` is the last step of a finished run
-    parent_id: str  # identifies the parent's weights (see `trained_model.Identity`); "" for base
+    parent_id: str  # identifies the parent's weights (see `checkpoint.WeightsId`); "" for base
     parent_dir: str | None = None  # the parent's folder; None for a base run, and for a run that resumes
     parent_step: int | None = None  # the step of the parent's checkpoint
 
@@ -84,8 +85,8 @@ def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
     assert parent is not None, f"stage {cfg.stage} has neither a parent nor a refusal"
     parent_dir, parent_step = parent
     cfg.check_shape(GPTConfig(**checkpoint.read_meta(parent_dir, parent_step)["model"]))
-    identity = trained_model.identify(cfg.source, parent_dir, parent_step)
-    return StartPlan(tag, None, False, str(identity), str(parent_dir), parent_step)
+    parent_id = WeightsId.read(cfg.source, parent_dir, parent_step)
+    return StartPlan(tag, None, False, str(parent_id), str(parent_dir), parent_step)
 
 
 def _find_parent(cfg: LaterStage) -> Parent:
@@ -143,9 +144,9 @@ def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str
     the run can still resume. Then the weights cannot be compared, and only the name and the step that `cfg` gives are
     compared.
     """
-    began = trained_model.parse_identity(parent_id)
+    began = WeightsId.parse(parent_id)
     if parent is not None:
-        now = trained_model.identify(cfg.source, *parent)
+        now = WeightsId.read(cfg.source, *parent)
         if began.digest == now.digest if began else str(now) == parent_id:
             return ""
     elif began is None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from nanochat_jax import checkpoint, run_log, trained_model
+from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import TRAINING, GPTConfig
 
 MODEL = GPTConfig(n_layer=4, n_head=4, n_kv_head=4, n_embd=256, vocab_size=4096, sequence_len=256)
@@ -26,4 +26,4 @@ def save(stage: str, tag: str, step: int = 10, time: float | None = None, parent
 
 def identity(stage: str, tag: str, step: int = 10) -> str:
     """What a run that starts from this checkpoint records as its parent."""
-    return str(trained_model.identify(stage, checkpoint.run_dir(stage, tag), step))
+    return str(checkpoint.WeightsId.read(stage, checkpoint.run_dir(stage, tag), step))

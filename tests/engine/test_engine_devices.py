@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import tiny
+
 from nanochat_jax.config import REPOSITORY
 
 ON_DEVICES = """
@@ -49,7 +51,7 @@ for params, slots in ((one, 16), (many, 16), (many, 6)):
 
 
 def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": tiny.xla_flags(8), "JAX_PLATFORMS": "cpu"}
     folders = REPOSITORY, REPOSITORY / "tests" / "support", REPOSITORY / "tests" / "engine"
     env["PYTHONPATH"] = os.pathsep.join(map(str, folders))
     done = subprocess.run(

@@ -396,8 +396,9 @@ for params in (one, many):
 """
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": tiny.xla_flags(4), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", ON_DEVICES], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300
     )

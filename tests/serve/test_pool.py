@@ -134,7 +134,7 @@ def test_the_command_serves_on_every_device_and_ends_in_the_middle_of_compiling(
     tokenizer, model, own_base_dir, monkeypatch
 ):
     save_model(own_base_dir, *model, tokenizer)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", tiny.xla_flags(2))
     with command(own_base_dir, "--num_gpus=2", "--slots=1", "--temperature=1") as server:
         with ThreadPoolExecutor(2) as clients:
             # While one device is busy, the other gets the next request; both give the same text.

@@ -1,7 +1,4 @@
-"""Training processes that start within a tenth of a second and can be killed at any moment.
-
-They are forked from a server that has imported everything, which is most of the cost of a start, and touched no device.
-"""
+"""Training processes that start within a tenth of a second (see forked.py) and can be killed at any moment."""
 
 import contextlib
 import multiprocessing
@@ -12,12 +9,8 @@ import time
 import zlib
 from pathlib import Path
 
+import forked
 import tiny
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["nanochat_jax.training.loop", "nanochat_jax.training.rl", "scripts.train", "orbax.checkpoint.v1"]
-)
 
 
 def start(stage: str, base: Path, output: Path, devices: int = 1, before=None, **flags) -> multiprocessing.Process:
@@ -26,7 +19,7 @@ def start(stage: str, base: Path, output: Path, devices: int = 1, before=None, *
     The process first calls `before`, a function that can be pickled.
     """
     argv, env = tiny.command(stage, **flags)[2:], tiny.environment(base, devices)
-    process = _context.Process(target=_live, args=(argv, env, str(output), before))
+    process = forked.context.Process(target=_live, args=(argv, env, str(output), before))
     process.start()
     return process
 
@@ -62,9 +55,7 @@ def _live(argv: list[str], env: dict[str, str], output: str, before) -> None:
     os.environ.update(env)
     if before is not None:
         before()
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    forked.redirect(output, output)
     sys.argv = argv
 
     import jax

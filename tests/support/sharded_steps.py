@@ -71,10 +71,10 @@ def run(case: str, out: Path) -> None:
         dtype=jnp.float64, layout=layout,
     )  # fmt: skip
     step = make_step(MODEL, tx, jnp.float64, layout=layout, execution=how)
-    # Away from the zeros of the initialisation, so that every weight has a gradient.
-    noise = lambda p: p.astype(jnp.float64) + 0.02 * jax.random.normal(jax.random.key(3), p.shape, jnp.float64)  # noqa: E731
-    params = jax.tree.map(noise, gpt.init(MODEL, seed=1))
-    opt_state = tx.init(params)
+    # No zeros, unlike the initialisation, so that every weight has a gradient.
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.05, p.shape)), jax.eval_shape(lambda: gpt.init(MODEL)))
+    opt_state = jax.jit(tx.init)(params)
     if layout:
         params = jax.device_put(params, layout.shardings(layout.param_specs(params)))
         opt_state = jax.device_put(opt_state, layout.shardings(layout.shard_specs(opt_state)))

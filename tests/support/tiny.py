@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import jax
 import pytest
 
 from nanochat_jax import config
-from nanochat_jax.config import REPOSITORY, GPTConfig
+from nanochat_jax.config import GPTConfig
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
 from nanochat_jax.tokenizer import Tokenizer
@@ -74,8 +75,12 @@ def command(stage: str, **changes) -> list[str]:
 
 
 def environment(base: Path, devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return os.environ | {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+
+
+def xla_flags(devices: int) -> str:
+    """The environment variable XLA_FLAGS of a process with so many CPU devices."""
+    return os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
 
 
 def free_address() -> str:
@@ -87,10 +92,7 @@ def free_address() -> str:
 
 def run(stage: str, base: Path, devices: int = 1, **changes) -> subprocess.CompletedProcess:
     """Trains a stage in its own process, to its end."""
-    return subprocess.run(
-        command(stage, **changes), cwd=REPOSITORY, env=environment(base, devices), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+    return forked.run(command(stage, **changes), environment(base, devices))
 
 
 def random_params(model_cfg: GPTConfig, scale: float) -> gpt.Params:

@@ -159,15 +159,21 @@ def test_interrupted_run_saves_and_goes_on(world):
     assert saved == max(losses(folder)) > 0
 
 
-def test_eight_devices_compute_what_one_does(world):
-    for tag, number, mesh in (("on1", 1, ""), ("on8", 8, ""), ("on4x2", 8, "data=4,model=2")):
-        flags = {"device_batch_size": 1, "total_batch_size": 512, "num_iterations": 4, "mesh": mesh}
+@pytest.mark.parametrize("mesh", ["", pytest.param("data=4,model=2", marks=pytest.mark.slow)])
+def test_eight_devices_compute_what_one_does(world, mesh):
+    tags = f"one-{mesh[-1:]}", f"eight-{mesh[-1:]}"
+    for tag, number in zip(tags, (1, 8), strict=True):
+        flags = {
+            "device_batch_size": 1,
+            "total_batch_size": 512,
+            "num_iterations": 4,
+            "mesh": mesh if number > 1 else "",
+        }
         result = tiny.run("base", world, number, model_tag=tag, **flags)
         assert result.returncode == 0, result.stderr
-    one, *others = (losses(checkpoint.run_dir("base", tag)) for tag in ("on1", "on8", "on4x2"))
-    for other in others:
-        assert one.keys() == other.keys()
-        np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=2e-4)
+    one, other = (losses(checkpoint.run_dir("base", tag)) for tag in tags)
+    assert one.keys() == other.keys()
+    np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=2e-4)
 
 
 @pytest.mark.slow
@@ -261,16 +267,16 @@ def test_stage_without_its_predecessor_names_the_command(tmp_path):
     assert "no mid checkpoint under" in result.stderr and "scripts.train --stage=mid" in result.stderr
 
 
-def test_mid_sft_and_rl_follow_each_other(world):
-    train(tiny.base_config(model_tag="road"))
+def test_mid_sft_and_rl_follow_each_other(world, ancestors):
+    ancestors("sft")
     for stage in ("mid", "sft", "rl"):
         more = {"eval_every": 2, "eval_examples": 3, "eval_samples": 2, "oversampling": 2} if stage == "rl" else {}
-        result = tiny.run(stage, world, model_tag="road", **more)
+        result = tiny.run(stage, world, model_tag="parent", **more)
         assert result.returncode == 0, result.stderr
-        records = run_log.read(checkpoint.run_dir(stage, "road"))
+        records = run_log.read(checkpoint.run_dir(stage, "parent"))
         assert all(np.isfinite(r["loss"]) for r in records if r["kind"] == "train")
-        model = trained_model.load(stage, "road")
-        assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " road step")
+        model = trained_model.load(stage, "parent")
+        assert model.meta["parent"].startswith({"mid": "base", "sft": "mid", "rl": "sft"}[stage] + " parent step")
     evaluated = [r for r in records if r["kind"] == "val"]
     assert [r["step"] for r in evaluated] == [0, 2, 4] and all(0 <= r["pass@1"] <= r["pass@2"] <= 1 for r in evaluated)
     assert all(r.keys() >= {"n", "pass@1_stderr", "pass@2_stderr", "truncated", "cut"} for r in evaluated)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import time
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 import tiny
 
 from nanochat_jax import checkpoint, commandline, config, run_log, trained_model
-from nanochat_jax.config import UserError
+from nanochat_jax.config import REPOSITORY, UserError
 from nanochat_jax.data import dataloader, sources
 from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.evals.model import EvalModel
@@ -182,11 +183,12 @@ fcntl.flock = flock
 """
 
 
-def test_a_file_system_without_locks_stops_no_run(world, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_stops_no_run(world, tmp_path):
     """In a process of its own, in which flock fails as on NFS without a lock daemon."""
     (tmp_path / "sitecustomize.py").write_text(NO_LOCKS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = tiny.run("base", world, model_tag="nfs", num_iterations=1)
+    command = tiny.command("base", model_tag="nfs", num_iterations=1)
+    env = tiny.environment(world) | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot be locked (No locks available): start only one process") == 1
     assert checkpoint.steps(checkpoint.run_dir("base", "nfs")) == [1]

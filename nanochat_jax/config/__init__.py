@@ -2,6 +2,11 @@
 
 This room provides the settings, the shape of the model (GPTConfig) and UserError. It uses no other room. It does not
 import JAX, because importing JAX would delay `--help`.
+
+    setting.py    what a setting is: a default, a help text and a range
+    gpt.py        the shape of the transformer
+    training.py   the settings of the training stages
+    commands.py   the settings of the other commands
 """
 
 from nanochat_jax.config.commands import (

@@ -4,7 +4,7 @@ In: the name of a text source, a folder of text, or a task's conversations. Out:
 and an iterator over batches (inputs and targets, int32 [b, t]). Every checkpoint saves the iterator's position.
 
     sources.py        chooses a text source, and finds its training and validation files
-    text_folder.py    decides which files of a user's folder are for training, and which for validation
+    text_folder.py    divides a user's folder into training and validation text
     hub.py            downloads parquet files from the Hugging Face hub
     local_corpus.py   collects the documentation installed with Python
     text_files.py     reads and shuffles a user's documents

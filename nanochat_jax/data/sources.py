@@ -10,7 +10,6 @@ which text it chose, and why.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 from nanochat_jax import config
 from nanochat_jax.config import UserError
 from nanochat_jax.data import hub, local_corpus, parquet, text_folder
-from nanochat_jax.data.text_files import documents, shuffled
+from nanochat_jax.data.text_files import shuffled
 from nanochat_jax.files import read_json, sha256
 
 # The name of a converted folder contains a hash of this text. Change the text when text_folder.py divides documents in
@@ -278,41 +277,12 @@ def _open_folder(roles: text_folder.Roles, build: bool) -> Source:
         raise UserError(f"{folder}: not converted yet; training the tokenizer converts it")
     print(f"converting {len(files)} files in {folder} to parquet (once)", flush=True)
     counts = Counter()
-    train, val = _divide(roles, counts)
+    train, val = text_folder.divide(roles, counts)
     notes = {"folder": str(folder), "files": [str(path) for path, _ in stats], "met": counts}
     source = _build(target, folder.name, shuffled(_pieces(train)), _pieces(val), parquet.ROW_GROUP, **notes)
     summary = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
     print(f"{folder.name}: {summary}; {target}", flush=True)
     return replace(source, folder=folder)
-
-
-def _divide(roles: text_folder.Roles, counts: Counter[str]) -> tuple[Iterator[str], Iterator[str]]:
-    """Returns the training documents and the validation documents. Updates `counts` as `text_files.documents` does."""
-    lowest, highest = 1.0, 0.0
-    for path in roles.files:
-        empty = True
-        for text in documents(path, counts):
-            empty = False
-            if not roles.val:
-                place = text_folder.hash_of(text)
-                lowest, highest = min(lowest, place), max(highest, place)
-        if empty:
-            raise UserError(f"{path}: no documents")
-
-    def texts(files: Iterable[Path]) -> Iterator[str]:
-        return (text for path in files for text in documents(path))
-
-    if roles.val:
-        return texts(roles.train), texts(roles.val)
-    if lowest >= highest:
-        raise UserError(
-            f"{roles.folder}: one document cannot be both the training and the validation set; add more text"
-        )
-    # A small corpus may have no document in the lowest 1% of hashes. Then the document with the lowest hash is held
-    # out. If all hashes are that low, the document with the highest hash is trained on.
-    limit = min(max(1 / text_folder.ONE_IN, math.nextafter(lowest, 2)), highest)
-    train = (text for text in texts(roles.train) if text_folder.hash_of(text) >= limit)
-    return train, (text for text in texts(roles.train) if text_folder.hash_of(text) < limit)
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

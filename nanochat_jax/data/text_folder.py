@@ -14,8 +14,11 @@ They are thus spread evenly over all files, and all copies of a document have th
 """
 
 import hashlib
+import math
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,3 +175,32 @@ def hash_of(text: str) -> float:
     """Returns a number from 0 to 1 that depends only on the text. White space at the ends does not count."""
     digest = hashlib.sha256(text.strip().encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def divide(roles: Roles, counts: Counter[str]) -> tuple[Iterator[str], Iterator[str]]:
+    """Returns the training documents and the validation documents. Updates `counts` as `text_files.documents` does."""
+    lowest, highest = 1.0, 0.0
+    for path in roles.files:
+        empty = True
+        for text in text_files.documents(path, counts):
+            empty = False
+            if not roles.val:
+                place = hash_of(text)
+                lowest, highest = min(lowest, place), max(highest, place)
+        if empty:
+            raise UserError(f"{path}: no documents")
+
+    def texts(files: Iterable[Path]) -> Iterator[str]:
+        return (text for path in files for text in text_files.documents(path))
+
+    if roles.val:
+        return texts(roles.train), texts(roles.val)
+    if lowest >= highest:
+        raise UserError(
+            f"{roles.folder}: one document cannot be both the training and the validation set; add more text"
+        )
+    # A small corpus may have no document in the lowest 1% of hashes. Then the document with the lowest hash is held
+    # out. If all hashes are that low, the document with the highest hash is trained on.
+    limit = min(max(1 / ONE_IN, math.nextafter(lowest, 2)), highest)
+    train = (text for text in texts(roles.train) if hash_of(text) >= limit)
+    return train, (text for text in texts(roles.train) if hash_of(text) < limit)

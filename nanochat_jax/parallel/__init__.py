@@ -4,4 +4,8 @@ This package implements flags such as --device_type, --coordinator, --mesh and -
 devices, and connects this process to the other processes of the run. It chooses a precision and an attention kernel
 that the devices support. It arranges the devices in a Mesh. A Layout says how parameters, gradients and optimizer state
 are sharded over the mesh.
+
+    devices.py     starts JAX, and knows the speed and the memory of devices
+    processes.py   lets several processes exchange values and end together
+    sharding.py    the mesh and the Layout
 """

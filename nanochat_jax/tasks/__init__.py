@@ -17,6 +17,18 @@ To have chat_cli and the web page suggest questions from the task, also set `sug
 
 For the same split, index and data, `example` must always return the same conversation. A checkpoint records a hash of
 the run's conversations, and the run resumes only if this hash is unchanged.
+
+Besides one file per task, this folder has:
+
+    task.py              the interface of a task, and mixtures of tasks
+    task_data.py         reads rows from a local folder or the Hugging Face hub
+    multiple_choice.py   the prompt format of multiple-choice tasks
+    messages.py          checks conversations from files
+    published.py         downloads the word list and the identity conversations of the original nanochat
+    stories.py           the texts of the generated arithmetic problems
+    words.py             the words of the spelling tasks
+    sandbox.py           starts judge.py with limits on time, memory, files and output
+    judge.py             runs a generated program, and tests it
 """
 
 import itertools

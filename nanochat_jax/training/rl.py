@@ -196,7 +196,7 @@ def examples_unit(cfg: config.Rl, answers: int) -> int:
 
 
 def facts_of(run: Run, cfg: config.Rl, stage: RlStage) -> dict[str, str]:
-    """Returns facts about a run, for `plan.announce`.
+    """Returns facts about a run, for `announce.announce`.
 
     The FLOPs are an upper limit, since they assume that each answer has --max_new_tokens tokens. The expected time does
     not include sampling, because the time of sampling cannot be computed from the peak FLOP/s.

@@ -93,7 +93,7 @@ def test_compiles_while_nobody_asks_and_lets_requests_go_on(tokenizer):
         until(lambda: done)
         assert ask(server)[-1] == {"done": True}  # although a program is being compiled
         assert httpx.get(f"{server.url}/stats").json()["warming"]
-        engine.delay = 0.05
+        engine.delay = 0.5  # long enough for a slow machine to look while the answer is under way
         with ThreadPoolExecutor(1) as clients:
             answer = clients.submit(ask, server)
             until(lambda: httpx.get(f"{server.url}/stats").json()["busy_workers"] == 1)

@@ -448,7 +448,7 @@ def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
     one, eight = (
         [r for r in run_log.read(checkpoint.run_dir("sft", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
     )
-    assert [r["counted"] for r in one] == [r["counted"] for r in eight] and len(one) > 10
+    assert [r["counted"] for r in one] == [r["counted"] for r in eight] and len(one) > 5
     np.testing.assert_allclose([r["loss"] for r in eight], [r["loss"] for r in one], rtol=2e-4)
     assert one[-1]["tokens"] == eight[-1]["tokens"]
 

@@ -88,7 +88,7 @@ def step_folders(run: Path) -> dict[int, Path]:
 
 
 class WeightsId(NamedTuple):
-    """Identifies the weights of a checkpoint. A run records the one of its parent as a string."""
+    """Identifies the weights of a checkpoint. A run records its parent's WeightsId as a string."""
 
     stage: str
     tag: str

@@ -147,7 +147,7 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
     amount = f"at most {cfg.eval_tokens:,} tokens" if is_mid else f"{len(asked):,} conversations"
     order = "one task after the other" if in_order else "shuffled"
-    # Finetuning ends a conversation at the end of its row.
+    # In finetuning, a conversation fills at most one row.
     read = lengths if is_mid else np.minimum(lengths, model_cfg.sequence_len + 1)
     steps_per_epoch = len(task) * float(np.mean(read)) / shape.tokens
     facts = {

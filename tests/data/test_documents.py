@@ -84,7 +84,8 @@ def test_overlong_conversations_end_after_a_whole_answer():
     batches = take(loader)
     assert (loader.info["truncated"], loader.info["skipped"], loader.info["progress"]) == (4, 2, 1.0)
     targets = flat(batches, "targets")
-    # Messages 1 and 3 are answers. 0: T+1-8 words; 3 and 4: the first answer; 5: both answers.
+    # 1001 and 1003 are the words of the answers. Conversation 0 keeps its only answer, 3 and 4 keep their first answer,
+    # and 5 keeps both.
     assert (targets == 1001).sum() == T + 1 - 8 + 2 + 2 + 2 and (targets == 1003).sum() == T + 1 - 15
     assert (targets == TOKENIZER.assistant_end).sum() == 5, "every answer that is trained on ends"
     inputs = flat(batches, "inputs")

@@ -31,6 +31,7 @@ DEPTHS = [12, 20, 26, 32]
 TOGETHER = "node=2,data=4 optimizer"  # also run in two processes
 MORE_TOGETHER = "node=2,data=4 full"  # the same, in slow tests only
 MUONS = ["26 8", "32 8", "5 12"]  # layers and width; 52 matrices and a width of 12 do not divide over 8 devices
+MORE_MUONS = ["12 8", "20 8"]  # the same, in slow tests only
 
 
 def make_steps(out: Path, cases: list[str], together: str) -> None:
@@ -63,8 +64,8 @@ def steps(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more_steps(steps):
-    """The same folder, with the results of MORE."""
-    make_steps(steps, MORE, MORE_TOGETHER)
+    """The same folder, with the results of the slow cases."""
+    make_steps(steps, [*MORE, *(f"muon {case}" for case in MORE_MUONS)], MORE_TOGETHER)
     return steps
 
 
@@ -88,9 +89,7 @@ def test_five_steps_in_other_ways_are_those_of_one_device(more_steps, case):
     check_steps(more_steps, case)
 
 
-@pytest.mark.parametrize("case", MUONS)
-def test_muon_shares_out_as_many_layers_as_there_are(steps, case):
-    """26 layers make batches of 52 matrices, which eight devices do not divide."""
+def check_muon(steps: Path, case: str) -> None:
     results = np.load(steps / f"muon {case}.npz")
     names = [name.removeprefix("one/") for name in results if name.startswith("one/")]
     assert len(names) == 12 and all(len(results[f"one/{name}"]) == int(case.split()[0]) for name in names)
@@ -99,6 +98,18 @@ def test_muon_shares_out_as_many_layers_as_there_are(steps, case):
             np.testing.assert_allclose(
                 results[f"{how}/{name}"], results[f"one/{name}"], rtol=0, atol=1e-9, err_msg=name
             )
+
+
+@pytest.mark.parametrize("case", MUONS)
+def test_muon_shares_out_as_many_layers_as_there_are(steps, case):
+    """26 layers make batches of 52 matrices, which eight devices do not divide."""
+    check_muon(steps, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_MUONS)
+def test_muon_shares_out_the_layers_of_other_presets(more_steps, case):
+    check_muon(more_steps, case)
 
 
 def collectives(hlo: str) -> dict[bool, collections.defaultdict]:

@@ -1,8 +1,8 @@
 """Runs commands in processes that start within a tenth of a second instead of three seconds.
 
-They are forked from a server that has imported everything, which is most of the cost of a start, and touched no device.
-What differs from `python -m` is that environment variables that are read at import have no effect, and that Python's
-exit handlers do not run.
+They are forked from a server that has already imported everything, because imports take most of a start. The server
+has not started JAX's devices. Unlike with `python -m`, environment variables that are read at import have no effect,
+and Python's exit handlers do not run.
 """
 
 import multiprocessing
@@ -28,11 +28,11 @@ def run(command: list[str], env: dict[str, str], timeout: float = 300) -> subpro
         process = context.Process(target=_live, args=(command[2:], env, *map(str, files)))
         process.start()
         process.join(timeout)
-        if process.exitcode is None:
+        if timed_out := process.exitcode is None:
             process.kill()
             process.join()
         output = [file.read_text() for file in files]
-    assert process.exitcode != -9, f"killed after {timeout} s: {command}: {output}"
+    assert not timed_out, f"not ended after {timeout} s: {command}: {output}"
     return subprocess.CompletedProcess(command, process.exitcode, *output)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 def peak_memory() -> int:
     """The largest amount of memory this process has used, in bytes.
 
-    On Linux, the figure of getrusage would include the memory of the parent at the fork.
+    On Linux, getrusage would also count the memory that the parent had at the fork.
     """
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -24,6 +24,6 @@ def save(stage: str, tag: str, step: int = 10, time: float | None = None, parent
     return run
 
 
-def identity(stage: str, tag: str, step: int = 10) -> str:
+def weights_id(stage: str, tag: str, step: int = 10) -> str:
     """What a run that starts from this checkpoint records as its parent."""
     return str(checkpoint.WeightsId.read(stage, checkpoint.run_dir(stage, tag), step))

@@ -71,7 +71,7 @@ def run(case: str, out: Path) -> None:
         dtype=jnp.float64, layout=layout,
     )  # fmt: skip
     step = make_step(MODEL, tx, jnp.float64, layout=layout, execution=how)
-    # No zeros, unlike the initialisation, so that every weight has a gradient.
+    # Unlike the initialisation, no weight is zero, so every weight has a gradient.
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.05, p.shape)), jax.eval_shape(lambda: gpt.init(MODEL)))
     opt_state = jax.jit(tx.init)(params)

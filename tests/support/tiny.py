@@ -79,7 +79,7 @@ def environment(base: Path, devices: int = 1) -> dict[str, str]:
 
 
 def xla_flags(devices: int) -> str:
-    """The environment variable XLA_FLAGS of a process with so many CPU devices."""
+    """Returns the value of XLA_FLAGS for a process with this number of CPU devices."""
     return os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
 
 

@@ -161,7 +161,7 @@ def test_interrupted_run_saves_and_goes_on(world):
 
 @pytest.mark.parametrize("mesh", ["", pytest.param("data=4,model=2", marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(world, mesh):
-    tags = f"one-{mesh[-1:]}", f"eight-{mesh[-1:]}"
+    tags = [f"{number}-{'model' if mesh else 'data'}" for number in (1, 8)]
     for tag, number in zip(tags, (1, 8), strict=True):
         flags = {
             "device_batch_size": 1,
@@ -443,12 +443,13 @@ def test_finetuning_on_eight_devices_is_the_same_recipe(world, ancestors):
     ancestors("sft")
     for number in (1, 8):
         changes = {"total_batch_size": 0, "target_examples_per_step": 6, "num_epochs": 1, "num_iterations": -1}
+        changes |= {"mixture": "sums=400,identity=100"}  # many are longer than a row and are skipped
         result = tiny.run("sft", world, number, model_tag=f"on{number}", source_tag="parent", **changes)
         assert result.returncode == 0, result.stderr
     one, eight = (
         [r for r in run_log.read(checkpoint.run_dir("sft", f"on{d}")) if r["kind"] == "train"] for d in (1, 8)
     )
-    assert [r["counted"] for r in one] == [r["counted"] for r in eight] and len(one) > 5
+    assert [r["counted"] for r in one] == [r["counted"] for r in eight] and len(one) > 10
     np.testing.assert_allclose([r["loss"] for r in eight], [r["loss"] for r in one], rtol=2e-4)
     assert one[-1]["tokens"] == eight[-1]["tokens"]
 

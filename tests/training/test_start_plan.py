@@ -94,7 +94,7 @@ def test_a_run_cannot_start_from_itself(runs):
 
 
 def test_a_run_resumes_only_from_the_parent_it_started_from(runs):
-    saved.save("sft", "try", step=30, parent=saved.identity("mid", "d20", 10))
+    saved.save("sft", "try", step=30, parent=saved.weights_id("mid", "d20", 10))
     resumed = plan("sft", "--model_tag=try", "--source_tag=d20", "--source_step=10")
     assert resumed.step == 30 and resumed.parent is None
     # Without a source, there is no run `try` in mid to compare with.
@@ -114,7 +114,7 @@ def test_a_run_resumes_only_from_the_parent_it_started_from(runs):
 
 
 def test_a_parent_with_another_name_is_the_same_parent(runs):
-    saved.save("sft", "try", step=30, parent=saved.identity("mid", "d20", 20))
+    saved.save("sft", "try", step=30, parent=saved.weights_id("mid", "d20", 20))
     mid = checkpoint.run_dir("mid", "d20")
     shutil.copytree(mid, mid.with_name("copy"))
     mid.rename(mid.with_name("renamed"))
@@ -140,7 +140,7 @@ def test_a_missing_parent_is_chosen_with_source_tag(runs):
 
 
 def test_checkpoints_saved_before_these_settings_existed_resume(runs):
-    run = saved.save("sft", "d20", step=30, parent=saved.identity("mid", "d20", 20))
+    run = saved.save("sft", "d20", step=30, parent=saved.weights_id("mid", "d20", 20))
     meta = checkpoint.read_meta(run, 30)
     new = (
         "source_tag",

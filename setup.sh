@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# Creates .venv and puts it on PATH. Installs the project, the Rust tokenizer and the extras that the arguments name.
-# speedrun_jax.sh and tests/run.sh source this file. A later call returns at once if everything is already installed.
+# Creates .venv, and installs the project, the Rust tokenizer and the extras that the arguments name. If everything is
+# already installed, it returns at once.
 #
-#   source setup.sh serve report
+#   bash setup.sh serve report && source .venv/bin/activate
+#
+# The extras are those of pyproject.toml. PYTHON=/path/to/python3 chooses the interpreter.
+
+# If this file is sourced, its `exit` would end the caller's shell.
+[ "${BASH_SOURCE[0]:-}" = "$0" ] || { echo "error: run it as bash setup.sh, then source .venv/bin/activate" >&2; return 2; }
+set -euo pipefail
+cd "$(dirname "$0")"
+case "${1:-}" in -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' setup.sh; exit 0 ;; esac
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -55,7 +63,7 @@ build_environment() {
         command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
     fi
     command -v uv >/dev/null || usable || python=$(find_python) || exit 2
-    echo "== setting up .venv [$wanted]: Python packages and the Rust tokenizer; takes one to three minutes, once"
+    echo "== setting up .venv [$wanted]: Python packages and the Rust tokenizer; takes a few minutes, once"
     if command -v uv >/dev/null; then
         usable || uv venv --quiet --clear --seed --python '>=3.11' .venv
         install() { uv pip install --quiet --python .venv/bin/python "$@"; }
@@ -79,8 +87,7 @@ build_environment() {
 }
 
 for extra in "$@"; do
-    grep -q "^$extra = \[" pyproject.toml || fail "unknown extra $extra: use it as source setup.sh EXTRA ...," \
+    grep -q "^$extra = \[" pyproject.toml || fail "unknown extra $extra: use it as bash setup.sh EXTRA ...," \
         "with the extras of pyproject.toml, such as serve, report or dev"
 done
 make_environment "$@"
-PATH="$PWD/.venv/bin:$PATH"

@@ -50,7 +50,8 @@ if [ ! -f "configs/$preset.toml" ] && { [ ! -f "$preset" ] || [[ "$preset" != *.
 fi
 
 # Set up .venv with the extras for the web chat (serve) and the report's plots (report).
-source setup.sh serve report
+bash setup.sh serve report
+PATH=$PWD/.venv/bin:$PATH
 
 export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
 tag=$(basename "$preset" .toml)
@@ -70,16 +71,41 @@ fi
 mkdir -p "$marks" || { echo "error: cannot write to $base: set NANOCHAT_BASE_DIR to a writable folder" >&2; exit 2; }
 
 # -----------------------------------------------------------------------------
-# How a stage is run, and when it is skipped
+# How a command is run, and when it is skipped
 
 banner() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
+
+# run COMMAND... runs a command and passes on the signals that end this script, so that training can save its state. Bash
+# handles a signal only while it waits for a background process. Ctrl-C in a terminal reaches the command by itself.
+run() {
+    (trap - INT; exec "$@") & # without the trap, a background process would ignore Ctrl-C
+    child=$!
+    local code
+    while true; do
+        code=0 signalled=''
+        wait "$child" || code=$?
+        [ -n "$signalled" ] || break # a signal ends `wait` before the command ends
+    done
+    child=''
+    [ -z "$stopped" ] || exit "$stopped"
+    return "$code"
+}
+child='' stopped=''
+handle() {
+    signalled=1 stopped=$((128 + $1))
+    [ -n "$child" ] || exit "$stopped"
+    [ "$1" = 2 ] || kill -"$1" "$child" 2>/dev/null || true
+}
+trap 'handle 1' HUP
+trap 'handle 2' INT
+trap 'handle 15' TERM
 
 # is_current MARK INPUT succeeds if the mark exists and is not older than the input. Equal times count as current,
 # because files that are written a few milliseconds apart can have the same time.
 is_current() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
 
 # train STAGE trains one stage. It needs no mark, because scripts.train itself detects a finished run.
-train() { banner "train $1"; python -m scripts.train --stage="$1" --config="$preset"; }
+train() { banner "train $1"; run python -m scripts.train --stage="$1" --config="$preset"; }
 
 # evaluate STAGE MARK MODULE ARGUMENTS... evaluates the latest checkpoint, unless the mark is current.
 evaluate() {
@@ -88,7 +114,7 @@ evaluate() {
     newest=$(ls -t "$base/${stage}_checkpoints/$tag"/step_*/manifest.json | head -n 1)
     if is_current "$mark" "$newest"; then banner "${mark##*/}: already done"; return; fi
     banner "${mark##*/}"
-    python -m "$@" --config="$preset" || return
+    run python -m "$@" --config="$preset" || return
     touch "$mark"
 }
 
@@ -96,21 +122,21 @@ evaluate() {
 # Text and tokenizer
 
 # Before the download, check that this machine can train the preset. A batch that does not fit should fail now.
-[ "$tag" = cpu ] || python -m scripts.doctor --config="$preset"
-[ -e "$base/report/$tag/start.json" ] || python -m nanochat_jax.report reset -g "$tag"
+[ "$tag" = cpu ] || run python -m scripts.doctor --config="$preset"
+[ -e "$base/report/$tag/start.json" ] || run python -m nanochat_jax.report reset -g "$tag"
 
 # First download the validation shard and one training shard, to check that the hub can be reached. The other shards
 # download in the background. Tokenizer training waits for the shards that it needs.
 if [ "$tag" != cpu ]; then
-    python -m nanochat_jax.dataset --config="$preset" -n 1
+    run python -m nanochat_jax.dataset --config="$preset" -n 1
     python -m nanochat_jax.dataset --config="$preset" &
     download=$!
     trap 'kill "$download" 2>/dev/null || true' EXIT
 fi
 banner "tokenizer"
-python -m scripts.tok_train --config="$preset" ${fresh:+--fresh}
+run python -m scripts.tok_train --config="$preset" ${fresh:+--fresh}
 if ! is_current "$marks/tok_eval" "$base/tokenizer/nanochat.json"; then
-    python -m scripts.tok_eval --config="$preset"
+    run python -m scripts.tok_eval --config="$preset"
     touch "$marks/tok_eval"
 fi
 if [ -n "${download:-}" ]; then
@@ -165,12 +191,12 @@ fi
 # Report, and a first question
 
 banner "report"
-python -m nanochat_jax.report generate -g "$tag"
+run python -m nanochat_jax.report generate -g "$tag"
 
 banner "a sample question"
 question="What is 37 * 12?"
 echo "> $question"
-python -m scripts.chat_cli -i "$last" -g "$tag" -p "$question"
+run python -m scripts.chat_cli -i "$last" -g "$tag" -p "$question"
 
 cat <<TXT
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
@@ -84,7 +85,8 @@ def exclusive(folder: Path, refusal: str) -> Generator[None]:
     If the folder holds only the lock file at the end, removes the folder and the parents that were created with it. If
     the file system has no locks (some NFS and Lustre mounts have none), prints a warning and continues without a lock.
 
-    Raises Locked with the message `refusal` if another process holds the lock. Raises UserError if the folder cannot be
+    The lock file holds the id and the host of the process. If another process holds the lock, raises Locked with the
+    message `refusal` and the other process. Raises UserError if the folder cannot be
     written to.
     """
     try:
@@ -118,15 +120,26 @@ def _take(folder: Path, refusal: str) -> tuple[BinaryIO, list[Path]]:
         try:
             locked = _lock(lock, folder)
             if _is_at(lock, path):
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                lock.flush()
                 return lock, [folder, *created] if locked else []
         except BlockingIOError:
             lock.close()
-            raise Locked(refusal) from None
+            raise Locked(f"{refusal} ({_holder(path)})") from None
         except BaseException:
             lock.close()
             raise
         lock.close()  # another process has removed this lock file: try again with a new one
     raise problem or BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _holder(lock: Path) -> str:
+    """Returns which process holds a lock, as far as the lock file tells."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if text := lock.read_text(encoding="utf-8").strip():
+            return text
+    return f"it holds {lock}"
 
 
 def _lock(lock: BinaryIO, folder: Path) -> bool:

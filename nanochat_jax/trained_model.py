@@ -102,6 +102,21 @@ def last_saved(runs: Sequence[Path], tag_flag: str = "--model_tag") -> Path:
     return last[0]
 
 
+def described(run: Path, step: int) -> str:
+    """Returns text such as "base_checkpoints/d20, step 60". It says so if the run is not finished, or went further."""
+    text, records = f"{run.relative_to(base_dir())}, step {step}", run_log.read(run)
+    end = finished_at(run)
+    if end is None and records:  # without a log, nothing is known
+        return f"{text} (this run is not finished)"
+    return f"{text} (this run finished at step {end})" if end not in (None, step) else text
+
+
+def finished_at(run: Path) -> int | None:
+    """Returns the last step of a finished run, or None if the run's log does not say that it is finished."""
+    notes = [r for r in run_log.read(run) if r["kind"] == "note" and r.get("text") == "finished"]
+    return notes[-1]["step"] if notes else None
+
+
 def saved_time(run: Path) -> tuple[bool, float]:
     """Returns when a run was last saved, as (True, Unix time).
 
@@ -155,7 +170,7 @@ def load(stage: str, tag: str = "", step: int = -1, preset: str = "") -> Trained
     abstract = jax.eval_shape(lambda: gpt.init(model_cfg))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     params = restore_params(run, step, abstract)
-    print(f"model: {run.relative_to(base_dir())}, step {step} ({model_cfg.num_params / 1e6:,.1f}M parameters)")
+    print(f"model: {described(run, step)}, {model_cfg.num_params / 1e6:,.1f}M parameters")
     return TrainedModel(params, model_cfg, tokenizer, stage, run.name, step, run, meta)
 
 

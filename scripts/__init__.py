@@ -5,5 +5,6 @@ import sys
 
 # If JAX is missing, the wrong Python is probably running. One line says this more clearly than a traceback.
 if importlib.util.find_spec("jax") is None:
-    print(f"error: {sys.executable} has no jax: run 'source .venv/bin/activate' (setup.sh creates it)", file=sys.stderr)
+    advice = "run 'source .venv/bin/activate' ('bash setup.sh' creates it)"
+    print(f"error: {sys.executable} has no jax: {advice}", file=sys.stderr)
     sys.exit(2)

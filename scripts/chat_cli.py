@@ -29,6 +29,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
+from nanochat_jax.progress import count_of
 
 if TYPE_CHECKING:  # importing this at run time would slow down --help
     from nanochat_jax.engine.engine import Engine
@@ -85,7 +86,7 @@ class Chat:
         self.engine, self.cfg = engine, cfg
         self.system = ""
         self.messages: list[dict] = []  # the user's messages alternate with the answers
-        self.tokens, self.at_limit = 0, False  # the last answer's length, and whether it ended at its limit
+        self.tokens, self.cut_off = 0, ""  # the last answer's length, and why it was cut off, or ""
 
     def answer(
         self, text: str, stop: threading.Event | None = None
@@ -119,14 +120,18 @@ class Chat:
             ids, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed
         )
         reader, answer = PartReader(self.engine.tokenizer), []
-        self.tokens, self.at_limit = 0, False
+        self.tokens, self.cut_off = 0, ""
         try:
             with contextlib.closing(self.engine.stream(request)) as events:
                 for event in events:
                     if stop and stop.is_set():
                         break
                     answer += event.ids
-                    self.tokens, self.at_limit = len(answer), event.finish_reason == "length"
+                    self.tokens = len(answer)
+                    if event.finish_reason == "length":
+                        full = f"the context of {self.engine.model_cfg.sequence_len} tokens is full"
+                        longest = "--max_new_tokens sets the maximum length"
+                        self.cut_off = full if len(answer) < cfg.max_new_tokens else longest
                     yield from reader.read(event.ids)
             yield from reader.read((), end=True)
         finally:
@@ -194,10 +199,10 @@ def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
         note("[the model gave an empty answer]")
     if sys.stdout.isatty():
         seconds = time.perf_counter() - start
-        end = ", stopped" if stopped else ", cut off" if chat.at_limit else ""
+        end = ", stopped" if stopped else f", cut off: {chat.cut_off}" if chat.cut_off else ""
         note(f"[{chat.tokens} tokens{end}, {chat.tokens / seconds:.1f} tokens/s]")
-    elif chat.at_limit:
-        note(f"[the answer was cut off after {chat.tokens} tokens; --max_new_tokens sets its maximum length]")
+    elif chat.cut_off:
+        note(f"[the answer was cut off after {count_of(chat.tokens, 'token')}: {chat.cut_off}]")
 
 
 @contextlib.contextmanager

@@ -86,6 +86,8 @@ def main(cfg: config.ChatWeb) -> None:
         suggestions = tasks.suggestions(model.task_names)[:SUGGESTIONS]
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups, suggestions)
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
+        if cfg.max_new_tokens > (context := model.model_cfg.sequence_len):
+            print(f"answers end with the context of {context} tokens, before --max_new_tokens={cfg.max_new_tokens}")
         if model.stage == "base":
             print("this model has not learned to chat: it only continues text", flush=True)
         if not is_loopback_address(listener.getsockname()[0]) and not cfg.api_key:

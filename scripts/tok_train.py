@@ -200,9 +200,9 @@ def _too_little(cfg: config.TokTrain, source: "Source", reading: Reading) -> str
     """Says that the text has fewer than --max_chars characters, and how to get more text."""
     from nanochat_jax.data import hub
 
-    lacks = f"{source.name} has only {short(reading.chars)} of --max_chars={short(cfg.max_chars)} characters"
     if source.name not in hub.SOURCES or source.folder:
-        return f"{lacks}: all of it was read"
+        return f"all {short(reading.chars)} characters of {source.name} were read (--max_chars={short(cfg.max_chars)})"
+    lacks = f"{source.name} has only {short(reading.chars)} of --max_chars={short(cfg.max_chars)} characters"
     if cfg.num_files > 0:
         return f"{lacks} in its first {cfg.num_files} shards: read more with --num_files=auto"
     wanted = min(hub.SOURCES[source.name][1], math.ceil(cfg.max_chars / max(1, reading.chars) * reading.files))

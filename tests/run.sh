@@ -2,7 +2,7 @@
 # Sets up .venv if needed, and runs the static checks (ruff, ty, import-linter, codespell) and the tests.
 # Arguments go to pytest, for example: bash tests/run.sh -k tokenizer
 # Tests with the markers slow, parity, browser and gpu run only if -m selects them. The parity tests need Hugging Face's
-# libraries (source setup.sh dev parity), and the browser tests need Chromium.
+# libraries (bash setup.sh dev parity), and the browser tests need Chromium.
 # --cov prints the test coverage of each room (see CONTRIBUTING.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,8 @@ for argument in "$@"; do
     if [ "$argument" = --cov ]; then coverage=1; else pytest_args+=("$argument") selected=1; fi
 done
 
-source setup.sh dev
+bash setup.sh dev
+PATH=$PWD/.venv/bin:$PATH
 
 check_rust() {
     cd rustbpe

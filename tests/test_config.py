@@ -42,7 +42,7 @@ def test_a_python_without_the_packages_is_told_from_the_right_one():
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "has no jax: run 'source .venv/bin/activate' (setup.sh creates it)" in done.stderr
+    assert "has no jax: run 'source .venv/bin/activate' ('bash setup.sh' creates it)" in done.stderr
 
 
 def test_defaults_preset_command_line_in_this_order(preset):

@@ -6,6 +6,7 @@ and creates the files that the pipeline looks for.
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def road(tmp_path):
     for name in ("speedrun_jax.sh", "configs"):
         source = REPOSITORY / name
         shutil.copytree(source, tree / name) if source.is_dir() else shutil.copy(source, tree / name)
-    (tree / "setup.sh").write_text('PATH="$PWD/bin:$PATH"\n')
+    (tree / "setup.sh").write_text("mkdir -p .venv && ln -sfn ../bin .venv/bin\n")
     (tree / "bin" / "python").write_text(STUB)
     (tree / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     for stub in (tree / "bin").iterdir():
@@ -45,8 +46,7 @@ def road(tmp_path):
     def run(*arguments: str, **environment: str):
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
-        path = f"{tree}/bin:{os.environ['PATH']}"
-        env = os.environ | {"CALLS": str(calls), "NANOCHAT_BASE_DIR": str(run.base), "PATH": path} | environment
+        env = run.environment | {"NANOCHAT_BASE_DIR": str(run.base)} | environment
         process = subprocess.run(
             ["bash", str(tree / "speedrun_jax.sh"), *arguments], cwd=tmp_path, env=env, capture_output=True, text=True,
             timeout=60,
@@ -54,6 +54,8 @@ def road(tmp_path):
         return process, calls.read_text().splitlines() if calls.exists() else []
 
     run.base = tmp_path / "made"
+    path = f"{tree}/bin:{os.environ['PATH']}"
+    run.environment = os.environ | {"CALLS": str(tmp_path / "calls"), "NANOCHAT_BASE_DIR": str(run.base), "PATH": path}
     return run
 
 
@@ -185,9 +187,9 @@ def test_setup_names_what_is_missing(tmp_path):
         (tree / "bin" / tool).symlink_to(shutil.which(tool))
 
     def attempt():
-        command = ["bash", "-c", "set -euo pipefail; source setup.sh"]
         env = {"PATH": str(tree / "bin"), "HOME": str(tmp_path)}
-        return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=120)
+        command = ["bash", str(tree / "setup.sh")]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
     without_cargo = attempt()
     assert without_cargo.returncode == 2 and "error: cargo is missing: install Rust" in without_cargo.stderr
@@ -195,3 +197,54 @@ def test_setup_names_what_is_missing(tmp_path):
     without_python = attempt()
     assert without_python.returncode == 2 and "error: Python 3.11 or newer" in without_python.stderr
     assert not (tree / ".venv").exists()
+
+
+def test_sourcing_setup_does_not_end_the_shell():
+    command = ["bash", "-c", "cd / && source $0/setup.sh no-such-extra; echo $? $PWD $-", str(REPOSITORY)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.stdout == "2 / hBc\n" and process.stderr.startswith("error: run it as bash setup.sh")
+
+
+# -----------------------------------------------------------------------------
+# Signals
+
+# Training for these tests: it saves for half a second after a signal, and ends with 128 + the signal's number.
+TRAINING = """#!/usr/bin/env python3
+import signal, sys, time
+
+def save(signum, frame):
+    for other in caught:
+        signal.signal(other, signal.SIG_IGN)
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(128 + signum)
+
+caught = [s for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+for signum in caught:
+    signal.signal(signum, save)
+print("training", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "everyone"),
+    [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+)
+def test_a_signal_reaches_training_and_the_script_waits_for_it(road, tmp_path, signum, everyone):
+    """`kill` reaches the script alone. Ctrl-C in a terminal, and some schedulers, reach the whole process group."""
+    stub = tmp_path / "tree" / "bin" / "python"
+    stub.write_text(f'#!/usr/bin/env bash\n[[ "$*" != *scripts.train* ]] || exec {tmp_path}/train\n{STUB}')
+    (tmp_path / "train").write_text(TRAINING)
+    (tmp_path / "train").chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", str(tmp_path / "tree" / "speedrun_jax.sh"), "cpu"], env=road.environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert any(line == "training\n" for line in process.stdout)
+        os.killpg(process.pid, signum) if everyone else process.send_signal(signum)
+        rest = process.stdout.read()  # ends when neither the script nor training has it open
+    assert process.returncode == 128 + signum, rest
+    assert rest == "saved\n", "training saved, and nothing ran after it"

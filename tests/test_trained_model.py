@@ -53,6 +53,16 @@ def test_of_a_run_and_its_copies_the_original_is_chosen(own_base_dir, capsys):
     assert trained_model.find("sft", "a-copy") == (copy, 10)
 
 
+def test_a_run_that_is_not_finished_or_went_further_says_so(own_base_dir):
+    run = saved.save("sft", "d20")
+    assert trained_model.described(run, 10) == "sft_checkpoints/d20, step 10 (this run is not finished)"
+    run_log.append(run, "note", "sft", 10, text="finished")
+    assert trained_model.described(run, 10) == "sft_checkpoints/d20, step 10"
+    assert trained_model.described(run, 5) == "sft_checkpoints/d20, step 5 (this run finished at step 10)"
+    (run / run_log.LOG).unlink()  # nothing is known
+    assert trained_model.described(run, 10) == "sft_checkpoints/d20, step 10"
+
+
 def test_other_things_beside_runs_and_checkpoints_are_not_read(own_base_dir):
     run = saved.save("sft", "d20", time=1000.0)
     for name in (

@@ -18,7 +18,7 @@ from nanochat_jax.progress import count_of
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
-INSTALL = "run 'source setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
+INSTALL = "run 'bash setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
 # Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. MFU is reported only for these
 # devices.
 PEAK_FLOPS = {

@@ -241,7 +241,8 @@ def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) ->
     except Exception as error:  # the hub's errors have no narrower common class
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"cannot download {repo} from the Hugging Face hub ({reason}); give a folder with --task_data_dir"
+            f"cannot download {repo} from the Hugging Face hub ({reason}); give a folder with --task_data_dir, "
+            "or use the generated tasks of --config=cpu"
         ) from None
     if not names:
         raise UserError(f"{repo} on the Hugging Face hub has no {subset}/{split}; give a folder with --task_data_dir")

@@ -238,8 +238,7 @@ def _initial_state(
     if plan.step is not None:
         print(f"resuming at step {plan.step}")
     elif plan.parent is not None:
-        parent_dir, parent_step = plan.parent
-        print(f"starting from {parent_dir.relative_to(config.base_dir())}, step {parent_step}")
+        print(f"starting from {trained_model.described(*plan.parent)}")
     else:
         print(f"starting from scratch, seed {cfg.seed}")
 

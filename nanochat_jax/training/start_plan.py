@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, run_log, trained_model
+from nanochat_jax import checkpoint, config, trained_model
 from nanochat_jax.checkpoint import WeightsId
 from nanochat_jax.config import GPTConfig, LaterStage, Train, UserError
 
@@ -76,8 +76,14 @@ def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
     step = _step_to_resume(cfg, folder)
     if step is not None:
         meta = checkpoint.read_meta(folder, step)
-        _check_same_run(cfg, folder, meta, parent)
-        return StartPlan(tag, step, finished=_is_finished(folder, step), parent_id=meta["parent"])
+        if isinstance(cfg, LaterStage):
+            cfg.check_shape(GPTConfig(**meta["model"]))
+            if other := _other_parent(cfg, parent, meta["parent"]):
+                raise UserError(f"{folder} holds a run started {other}")
+        if changed := _changed_settings(cfg, meta["config"]):
+            names = ", ".join(changed[:4])
+            raise UserError(f"{folder} holds a run started with different settings ({names}): {INSTEAD}")
+        return StartPlan(tag, step, finished=trained_model.finished_at(folder) == step, parent_id=meta["parent"])
     if refusal:
         raise refusal
     if not isinstance(cfg, LaterStage):
@@ -101,11 +107,25 @@ def _find_parent(cfg: LaterStage) -> Parent:
         checkpoint.run_dir(cfg.source, tag)  # raises UserError if `tag` is not a valid name
         name = "source_tag" if cfg.source_tag else "model_tag" if cfg.model_tag else "config"
         there = ", ".join(existing)
+        train = f", or run python -m scripts.train --stage={cfg.source} --{name}={tag} first"
         raise UserError(
             f"--{name}={tag}: stage {cfg.source} has no run of this name to start from: choose one with --source_tag "
-            f"({there}), or run python -m scripts.train --stage={cfg.source} first"
+            f"({there}){'' if cfg.source_tag else train}"
         )
+    if not existing:
+        raise _no_parent(cfg)
     return trained_model.find(cfg.source, tag, cfg.source_step, as_parent=True)
+
+
+def _no_parent(cfg: LaterStage) -> UserError:
+    """Returns an error for a source stage that has no run. It says which stages have runs, and what to train."""
+    trained = {stage: tags for stage in config.STAGES if (tags := trained_model.tags(stage))}
+    there = "; ".join(f"{stage}: {', '.join(tags)}" for stage, tags in trained.items()) or "none"
+    name = f" --model_tag={cfg.model_tag}" if cfg.model_tag else ""
+    # A stage that comes later, such as rl for sft, would need a run of this stage first.
+    later = config.STAGES.index(cfg.source) >= config.STAGES.index(cfg.stage)
+    advice = "choose another --source" if later else f"run python -m scripts.train --stage={cfg.source}{name} first"
+    return UserError(f"stage {cfg.source} has no run to start from: {advice} (trained so far: {there})")
 
 
 def _step_to_resume(cfg: Train, folder: Path) -> int | None:
@@ -125,18 +145,6 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     return step
 
 
-def _check_same_run(cfg: Train, folder: Path, meta: dict, parent: Parent | None) -> None:
-    """Raises UserError if the run in `folder` does not match `cfg`."""
-    problem = ""
-    if isinstance(cfg, LaterStage):
-        cfg.check_shape(GPTConfig(**meta["model"]))
-        problem = _other_parent(cfg, parent, meta["parent"])
-    if changed := _changed_settings(cfg, meta["config"]):
-        problem = f"with different settings ({', '.join(changed[:4])}): {INSTEAD}"
-    if problem:
-        raise UserError(f"{folder} holds a run started {problem}")
-
-
 def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str:
     """Returns "" if `cfg` asks for the parent that `parent_id` identifies. Else, returns text for an error message.
 
@@ -144,7 +152,7 @@ def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str
     the run can still resume. Then the weights cannot be compared, and only the name and the step that `cfg` gives are
     compared.
     """
-    began = WeightsId.parse(parent_id)
+    began, missing = WeightsId.parse(parent_id), ""
     if parent is not None:
         now = WeightsId.read(cfg.source, *parent)
         if began.digest == now.digest if began else str(now) == parent_id:
@@ -156,11 +164,12 @@ def _other_parent(cfg: LaterStage, parent: Parent | None, parent_id: str) -> str
         now = began._replace(stage=cfg.source, tag=cfg.source_tag or began.tag, step=step)
         if now == began:
             return ""
+        missing = ", which does not exist"
     if began is None:
         return f"from different weights: {INSTEAD}"
     # A parent that was trained again under the same name is gone, so naming it would not help.
     named = f"resume it with --source_tag={began.tag} --source_step={began.step}, " if now.where != began.where else ""
-    return f"from different weights ({began.where}, now {now.where}): {named}{INSTEAD}"
+    return f"from different weights ({began.where}, now {now.where}{missing}): {named}{INSTEAD}"
 
 
 def _changed_settings(cfg: Train, saved: dict) -> list[str]:
@@ -177,8 +186,3 @@ def _changed_settings(cfg: Train, saved: dict) -> list[str]:
         free = FREE | {field.name for field in dataclasses.fields(config.ModelFlags)}
     names = [k for k in now if k not in free and now[k] != saved.get(k, default[k])]
     return [f"{k}: {saved.get(k, default[k])!r}, now {now[k]!r}" for k in names]
-
-
-def _is_finished(folder: Path, step: int) -> bool:
-    notes = [r for r in run_log.read(folder) if r["kind"] == "note" and r.get("text") == "finished"]
-    return any(r["step"] == step for r in notes)

@@ -51,7 +51,7 @@ def test_a_gpu_that_jax_does_not_see_is_one_line(nvidia_smi, own_base_dir, comma
     run = [sys.executable, "-m", *command]
     done = subprocess.run(run, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2, done.stderr
-    expected = "error: this machine has 2 NVIDIA GPUs, but JAX sees none: run 'source setup.sh' to install"
+    expected = "error: this machine has 2 NVIDIA GPUs, but JAX sees none: run 'bash setup.sh' to install"
     assert done.stderr.startswith(expected) and "--device_type=cpu" in done.stderr and done.stderr.count("\n") == 1
     if command[0] == "scripts.train":  # whoever says that the CPU is meant gets further
         for flags, extra in (["--device_type=cpu"], {}), ([], {"JAX_PLATFORMS": "cpu"}):

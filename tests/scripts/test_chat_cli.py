@@ -102,7 +102,16 @@ def test_an_answer_cut_short_is_completed(chat, capsys):
     chat_cli.say(chat, "q")
     assert chat.messages[1] == assistant(("text", "a"))
     printed = capsys.readouterr()
-    assert printed.out == "a\n" and "cut off after 2 tokens; --max_new_tokens sets" in printed.err
+    assert printed.out == "a\n" and "cut off after 2 tokens: --max_new_tokens sets" in printed.err
+
+
+def test_an_answer_that_fills_the_context_says_so(chat, engine, monkeypatch, capsys, tokenizer):
+    """--max_new_tokens is then not the limit, so it is not named."""
+    end = Event(0, 0, tokenizer.encode("a"), [1], [0.0], "length")
+    monkeypatch.setattr(engine, "stream", lambda request: (event for event in [end]))
+    chat_cli.say(chat, "q")
+    printed = capsys.readouterr().err
+    assert "cut off after 1 token: the context of 128 tokens is full" in printed and "--max" not in printed
 
 
 def test_an_empty_answer_is_said(chat, engine, monkeypatch, capsys, tokenizer):

@@ -1,8 +1,10 @@
 """Training: the same run however a batch is split, wherever it runs, and whatever interrupts it."""
 
 import dataclasses
+import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from types import SimpleNamespace
@@ -259,12 +261,13 @@ def test_second_process_on_the_same_run_is_refused(world):
         result = tiny.run("base", world, model_tag="locked")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "another process is training" in result.stderr
+    assert f"(process {os.getpid()} on {socket.gethostname()})" in result.stderr
 
 
 def test_stage_without_its_predecessor_names_the_command(tmp_path):
     result = tiny.run("sft", tmp_path, model_tag="orphan")
     assert result.returncode == 2
-    assert "no mid checkpoint under" in result.stderr and "scripts.train --stage=mid" in result.stderr
+    assert "stage mid has no run to start from: run python -m scripts.train --stage=mid" in result.stderr
 
 
 def test_mid_sft_and_rl_follow_each_other(world, ancestors):

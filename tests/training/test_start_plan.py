@@ -44,13 +44,18 @@ def test_the_parent_is_the_one_named_or_else_the_last(runs, flags, tag, parent, 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--model_tag=d26x"], r"--model_tag=d26x: stage mid has no run .* choose .* --source_tag \(d12, d20\), or run"),
-     (["--source_tag=d26x"], r"--source_tag=d26x: stage mid has no run .* --source_tag \(d12, d20\)"),
+    [(["--model_tag=d26x"], r"--model_tag=d26x: stage mid has no run .* choose .* --source_tag \(d12, d20\), "
+      "or run python -m scripts.train --stage=mid --model_tag=d26x first"),
+     (["--source_tag=d26x"], r"--source_tag=d26x: stage mid has no run .* --source_tag \(d12, d20\)$"),
      (["--config=cpu"], r"--config=cpu: stage mid has no run .* --source_tag \(d12, d20\)"),
      (["--model_tag=try", "--source_tag=D20"], "--source_tag=D20: "), (["--source_tag=../d20"], "must be a name"),
      (["--source_tag=d20", "--source_step=15"], "--source_step=15: no checkpoint of .*; available: 10, 20"),
-     (["--source=base"], "no base checkpoint under .*: run python -m scripts.train --stage=base"),
-     (["--source=sft", "--source_tag=d20"], "no sft checkpoint"),
+     (["--source=base"], r"stage base has no run .*: run python -m scripts.train --stage=base first "
+      r"\(trained so far: mid: d12, d20\)"),
+     (["--source=base", "--model_tag=d5"], "run python -m scripts.train --stage=base --model_tag=d5 first"),
+     (["--source=base", "--source_tag=cpuu"], "stage base .*: run python -m scripts.train --stage=base first"),
+     (["--source=rl"], r"stage rl has no run .*: choose another --source \(trained so far: mid: d12, d20\)"),
+     (["--source=sft", "--source_tag=d20"], "stage sft has no run .*: choose another --source"),
      (["--model_tag=d20", "--max_seq_len=512"], "--max_seq_len=512: the model to start from has 256: leave out"),
      (["--model_tag=d20", "--depth=5"], "--depth=5: .* has 4"), (["--model_tag=d20", "--head_dim=128"], "has 64"),
      (["--model_tag=d20", "--aspect_ratio=128"], "has width 256"), (["--model_tag=d20", "--n_kv_head=2"], "has 4"),
@@ -107,7 +112,8 @@ def test_a_run_resumes_only_from_the_parent_it_started_from(runs):
         with pytest.raises(UserError, match=words):
             plan("sft", "--model_tag=try", *flags)
     for flags in (["--source_tag=d19"], ["--source_step=11"]):  # gone, but clearly another parent
-        with pytest.raises(UserError, match=r"different weights \(mid d20 step 10, now "):
+        words = r"different weights \(mid d20 step 10, now .*, which does not exist\): resume"
+        with pytest.raises(UserError, match=words):
             plan("sft", "--model_tag=try", *flags)
     with pytest.raises(UserError, match="--max_seq_len=64: the model to start from has 256"):
         plan("sft", "--model_tag=try", "--max_seq_len=64")

@@ -75,6 +75,8 @@ mkdir -p "$marks" || { echo "error: cannot write to $base: set NANOCHAT_BASE_DIR
 
 banner() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
 
+child='' stopped='' # the running command, and the exit status if a signal has come
+
 # run COMMAND... runs a command and passes on the signals that end this script, so that training can save its state. Bash
 # handles a signal only while it waits for a background process. Ctrl-C in a terminal reaches the command by itself.
 run() {
@@ -90,7 +92,7 @@ run() {
     [ -z "$stopped" ] || exit "$stopped"
     return "$code"
 }
-child='' stopped=''
+
 handle() {
     signalled=1 stopped=$((128 + $1))
     [ -n "$child" ] || exit "$stopped"

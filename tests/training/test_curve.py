@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny
 
 from nanochat_jax import checkpoint, run_log
@@ -54,6 +55,7 @@ def curve(text: Path, base: Path) -> list[float]:
     return np.reshape(losses, (-1, 20)).mean(1).tolist()
 
 
+@pytest.mark.slow
 def test_200_steps_fall_along_the_recorded_curve(data_dir, own_base_dir):
     recorded = json.loads(CURVE.read_text())["losses"]
     actual = curve(data_dir / "pretrain" / TEXT, own_base_dir)

@@ -304,7 +304,7 @@ def test_a_stage_goes_on_without_its_parent_but_not_after_another_one(world):
         gone = tiny.run("mid", world, model_tag="child", num_iterations=4)
         assert gone.returncode == 0 and "resuming at step 2" in gone.stdout, gone.stderr
         assert checkpoint.read_meta(mid, 4)["parent"] == parent
-        assert "no base checkpoint" in tiny.run("mid", world, model_tag="orphan").stderr
+        assert "stage base has no run to start from" in tiny.run("mid", world, model_tag="orphan").stderr
     finally:
         aside.rename(base.parent)
     (base / "step_000002" / checkpoint.MANIFEST).write_text("{}")  # as if it had been trained again

@@ -25,14 +25,17 @@ find_python() {
         "install it (e.g. apt-get install python3-venv, or https://docs.astral.sh/uv) or set PYTHON=/path/to/python3"
 }
 
-# Prints the extra that installs JAX for this machine's GPU driver. CUDA 13 needs driver 580 or newer. CUDA 12 also
-# runs on older drivers.
+# Prints the extra that installs JAX for this machine's GPU driver, or nothing if there is no GPU. CUDA 13 needs driver
+# 580 or newer. CUDA 12 also runs on older drivers.
 gpu_extra() {
-    local driver
-    driver=$(nvidia-smi --id=0 --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || return 0
-    driver=${driver%%.*}
-    [[ "$driver" =~ ^[0-9]+$ ]] || return 0
-    if [ "$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi
+    local gpus driver
+    # The output goes to variables, not through a pipe. If `head` or `grep -q` closed a pipe early, nvidia-smi would fail.
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null) || return 0
+    [[ "$gpus" == "GPU "* ]] || return 0
+    driver=$(nvidia-smi --id=0 --query-gpu=driver_version --format=csv,noheader 2>&1) || true
+    [[ "${driver%%.*}" =~ ^[0-9]+$ ]] || fail "nvidia-smi lists GPUs, but not the version of their driver" \
+        "(${driver:-no output}): reinstall the driver, or take nvidia-smi off PATH to use the CPU"
+    if [ "${driver%%.*}" -ge 580 ]; then echo cuda13; else echo cuda12; fi
 }
 
 usable() { .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
@@ -48,11 +51,21 @@ make_environment() {
 }
 
 build_environment() {
-    local wanted have source wheels build python
-    wanted=$(echo "$* $(gpu_extra)" | xargs)
+    local wanted have gpu source wheels build python
+    gpu=$(gpu_extra) || exit 2
+    wanted=$(echo "$* $gpu" | xargs)
     source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum | cut -c1-16)
     # .venv/.made holds the hash of the sources, followed by the names of the installed extras.
     have=$(usable && cat .venv/.made 2>/dev/null || true)
+    for old in cuda12 cuda13; do # after a driver upgrade, an environment must not hold the libraries of both
+        if [ -n "$gpu" ] && [ "$old" != "$gpu" ] && [[ " $have " == *" $old "* ]]; then
+            echo "== the GPU driver has changed: making .venv again, with $gpu instead of $old"
+            have=${have#* }
+            wanted=$(echo "${have/$old/} $wanted" | xargs)
+            have=''
+            rm -rf .venv
+        fi
+    done
     if [ "${have%% *}" = "$source" ]; then
         local missing=
         for extra in $wanted; do [[ " $have " == *" $extra "* ]] || missing=1; done

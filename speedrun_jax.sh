@@ -26,9 +26,14 @@ for argument in "$@"; do
     esac
 done
 
+# If this machine has GPUs, JAX may not fall back to the CPU: it would take years there.
+gpus=$(nvidia-smi --list-gpus 2>/dev/null) || gpus=''
+[[ "$gpus" == "GPU "* ]] || gpus=''
+[ -z "$gpus" ] || export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
+
 # If no preset is given, choose one that suits this machine.
 if [ -z "$preset" ]; then
-    if gpus=$(nvidia-smi --list-gpus 2>/dev/null) && [ -n "$gpus" ]; then
+    if [ -n "$gpus" ]; then
         preset=d20
         echo "preset d20: NVIDIA GPUs on this machine: $(echo "$gpus" | wc -l)"
     else

@@ -38,7 +38,7 @@ def main(cfg: config.BaseLoss) -> None:
     eval_model = on_all_devices(model, cfg.compute_dtype)
     source = choose_source(model.meta, cfg)
     packing = model.meta["config"].get("packing", "split")
-    rows, seq_len = num_rows(eval_model.params, cfg.device_batch_size), model.model_cfg.sequence_len
+    rows, seq_len = num_rows(eval_model.params, model.model_cfg, cfg.device_batch_size), model.model_cfg.sequence_len
 
     # Read the first --split_tokens tokens of each split. The batch size does not change which tokens are read.
     for split, files in (("train", source.train_files), ("val", source.val_files)):

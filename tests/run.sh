@@ -47,8 +47,11 @@ rust_check=$!
 [[ " ${pytest_args[*]-} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu")
 if [ -n "$coverage" ]; then pytest_args+=(--cov --cov-report=json:.coverage.json) && rm -f .coverage.json; fi
 status=0
+# The GPU tests share one process, because a process that uses a GPU takes most of its memory.
+workers=4
+[[ " ${pytest_args[*]} " != *" -m gpu "* ]] || workers=0
 # Use four workers even on two cores, because the tests often wait for processes to start or stop.
-python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "${pytest_args[@]}" 2>&1 | tee "$pytest_log" || status=$?
+python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "${pytest_args[@]}" 2>&1 | tee "$pytest_log" || status=$?
 wait "$rust_check" || { status=1; echo "error: the tests or checks of the Rust crate failed:"; }
 cat "$rust_log"
 [ ! -f .coverage.json ] || python tests/support/coverage_by_room.py .coverage.json

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig
@@ -77,9 +78,30 @@ def resize(cache: KV, size: int) -> KV:
 
 @functools.partial(jax.jit, static_argnames=("size", "mesh"))
 def copy_row(cache: KV, slot: jax.Array, *, size: int, mesh: Mesh | None) -> KV:
-    """Copies the row of `slot` into a new cache of arrays [1,n,size,k]. Every device gets the whole copy."""
-    row = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, slot, 1), size), cache)
-    return sharding.replicate(row, mesh)
+    """Copies the row of `slot` into a new cache of arrays [1,n,size,k]. Every device gets the whole copy.
+
+    If the rows are divided over a mesh, only this row travels between the devices.
+    """
+
+    def take(cache: KV, slot: jax.Array) -> KV:
+        place, here = _place(cache, slot, mesh)
+        row = jax.tree.map(lambda x: _resize(jax.lax.dynamic_slice_in_dim(x, place, 1), size), cache)
+        if mesh is None:
+            return row
+        return jax.lax.psum(jax.tree.map(lambda x: jnp.where(here, x, 0), row), sharding.BATCH_AXES)
+
+    if mesh is None:
+        return take(cache, slot)
+    return jax.shard_map(take, mesh=mesh, in_specs=(P(sharding.BATCH_AXES), P()), out_specs=P())(cache, slot)
+
+
+def _place(cache: KV, slot: jax.Array, mesh: Mesh | None) -> tuple[jax.Array, jax.Array | bool]:
+    """Returns the place of a slot among this replica's rows of the cache, and whether this replica holds it."""
+    if mesh is None:
+        return slot, True
+    rows = cache["k"][0].shape[0]
+    place = slot - jax.lax.axis_index(sharding.BATCH_AXES) * rows
+    return jnp.clip(place, 0, rows - 1), (place >= 0) & (place < rows)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -88,21 +110,42 @@ def _resize(x: jax.Array, size: int) -> jax.Array:
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), grow, (0, 0, 0)))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def insert_rows(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def insert_rows(
+    cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array, *, mesh: Mesh | None
+) -> KV:
     """For every i < count, copies row source[i] of `prefix` to the beginning of row target[i] of `cache`.
 
     The arrays of `prefix` are [p,n,s',k], and the arrays of `cache` are [b,n,s,k], with s' <= s. `source` and `target`
     are int32 [b]. The same row of `prefix` may be copied to several slots, because a prompt is prefilled once for all
-    its samples. The function uses a loop of slice updates instead of a scatter. The loop works in place and moves only
-    the rows that change.
+    its samples. Only the rows that change are moved, in place.
     """
 
-    def copy(i: jax.Array, cache: KV) -> KV:
-        def put(to: jax.Array, rows: jax.Array) -> jax.Array:
-            row = jax.lax.dynamic_slice_in_dim(rows, source[i], 1)
-            return jax.lax.dynamic_update_slice(to, row, (target[i], 0, 0, 0))
+    def insert(shared: tuple, cache: KV) -> KV:
+        prefix, source, target, count = shared
+        return jax.lax.platform_dependent(cache, prefix, source, target, count, cuda=scatter, default=loop)
 
-        return jax.tree.map(put, cache, prefix)
+    def scatter(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
+        # On a GPU, the host would have to decide after every turn of the loop below whether there is another.
+        rows, size = cache["k"][0].shape[0], size_of(prefix)
+        place, here = _place(cache, target, mesh)
+        place = jnp.where(here & (jnp.arange(len(target)) < count), place, rows)  # beyond the last row: dropped
+        return jax.tree.map(lambda to, x: to.at[place, :, :size].set(x[source], mode="drop"), cache, prefix)
 
-    return jax.lax.fori_loop(0, count, copy, cache)
+    def loop(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
+        # On a CPU, XLA's scatter is slow.
+        def copy(i: jax.Array, cache: KV) -> KV:
+            place, here = _place(cache, target[i], mesh)
+
+            def put(to: jax.Array, rows: jax.Array) -> jax.Array:
+                row = jax.lax.dynamic_slice_in_dim(rows, source[i], 1)
+                start = (place, 0, 0, 0)
+                if mesh is not None:  # another replica may hold the row: then this one writes what is there
+                    row = jnp.where(here, row, jax.lax.dynamic_slice(to, start, row.shape))
+                return jax.lax.dynamic_update_slice(to, row, start)
+
+            return jax.tree.map(put, cache, prefix)
+
+        return jax.lax.fori_loop(0, count, copy, cache)
+
+    return sharding.shard_map_rows(insert, mesh)((prefix, source, target, count), cache)

@@ -178,7 +178,7 @@ class ModelRunner:
         if program.name == "prefill_chunk":
             return programs.prefill_chunk, {"model_cfg": model_cfg, "dtype": dtype}
         if program.name == "insert_rows":
-            return kv.insert_rows, {}
+            return kv.insert_rows, {"mesh": mesh}
         if program.name == "first_tokens":
             return programs.first_tokens, {"plan": program.plan, "top": program.top, "mesh": mesh}
         assert program.name == "decode", program

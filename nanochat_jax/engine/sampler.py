@@ -16,6 +16,7 @@ import numpy as np
 from nanochat_jax.engine.request import Request
 
 WIDTHS = (64, 256)  # numbers of top tokens to rank; the smallest that suffices is used, or the whole vocabulary
+GROUPS = 64  # into which a row of logits is split to find its largest
 COLDEST = 1e-5  # lower temperatures are raised to this value, because dividing by a lower temperature could overflow
 
 
@@ -106,7 +107,7 @@ def _argmax(x: jax.Array) -> jax.Array:
 
 def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width: int) -> jax.Array:
     """Filters each row's `width` most likely tokens by top-k and top-p, and samples one of those that remain."""
-    scores, ids = jax.lax.top_k(scaled, width)
+    scores, ids = top_k(scaled, width)
     off = (settings.top_k <= 0)[:, None]
     scores = jnp.where(off | (jnp.arange(width)[None] < settings.top_k[:, None]), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)
@@ -117,6 +118,29 @@ def _sample_ranked(scaled: jax.Array, settings: Settings, keys: jax.Array, width
     scores = jnp.where((top_p >= 1) | (before < top_p), scores, -jnp.inf)
     rank = jnp.argmax(scores + _gumbel(keys, width), axis=-1)
     return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0]
+
+
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the k largest numbers in each row of x [b,v], in descending order, and their indices: both [b,k].
+
+    The result is that of `jax.lax.top_k`: of equal numbers, the one with the lower index comes first. On a GPU, XLA
+    sorts the whole row for `jax.lax.top_k`. So there, the row is split into groups, and the largest numbers of the row
+    are found among the largest numbers of the groups.
+    """
+    if k * GROUPS >= x.shape[-1]:  # the groups would be hardly larger than k
+        return jax.lax.top_k(x, k)
+    return jax.lax.platform_dependent(x, cuda=lambda x: _grouped_top_k(x, k), default=lambda x: jax.lax.top_k(x, k))
+
+
+def _grouped_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    b, v = x.shape
+    size = -(-v // GROUPS)
+    groups = jnp.pad(x, ((0, 0), (0, GROUPS * size - v)), constant_values=-jnp.inf).reshape(b, GROUPS, size)
+    best, place = jax.lax.top_k(groups, k)  # [b,groups,k]
+    ids = place + size * jnp.arange(GROUPS)[None, :, None]
+    # The candidates are ordered by group, so of equal numbers the one with the lower index still comes first.
+    scores, chosen = jax.lax.top_k(best.reshape(b, -1), k)
+    return scores, jnp.take_along_axis(ids.reshape(b, -1), chosen, axis=-1)
 
 
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
@@ -132,7 +156,7 @@ def top_logprobs(logits: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     """Returns the `top` most likely tokens [b,top] for `logits` [b,v], and their log-probabilities [b,top]."""
     if not top:
         return jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), logits.dtype)
-    scores, ids = jax.lax.top_k(logits, top)
+    scores, ids = top_k(logits, top)
     return ids, scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine.cache import bucket
-from nanochat_jax.model import gpt
+from nanochat_jax.model import attention, gpt
 from nanochat_jax.parallel import sharding
 
 SHORTEST = 32  # in tokens; shorter prompts are padded to this length
@@ -51,8 +52,12 @@ def fixed_rows(values: ArrayLike, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
 
 
-def num_rows(params: gpt.Params, batch_size: int) -> int:
-    """Returns the number of rows in a batch that has `batch_size` rows for each replica of the model."""
+def num_rows(params: gpt.Params, model_cfg: GPTConfig, batch_size: int) -> int:
+    """Returns the number of rows in a batch that has `batch_size` rows for each replica of the model.
+
+    Raises UserError if the attention kernel cannot compute that many rows on one device.
+    """
+    attention.check_rows(batch_size, model_cfg)
     mesh = sharding.mesh_of(params)
     return batch_size * (1 if mesh is None else sharding.replicas(mesh))
 

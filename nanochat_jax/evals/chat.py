@@ -11,11 +11,10 @@ SpellingBee was not among them.
 import functools
 import math
 import os
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +121,7 @@ def _choose(model: EvalModel, task: Task, n: int, batch_size: int) -> list[dict]
 
     The dict says which letter was chosen, whether it is right, and whether the prompt was cut to fit in the context.
     """
-    rows, answers = num_rows(model.params, batch_size), []
+    rows, answers = num_rows(model.params, model.model_cfg, batch_size), []
     with Progress(task.name, n) as progress:
         for first in range(0, n, WINDOW):
             problems = [task[i] for i in range(first, min(first + WINDOW, n))]
@@ -193,15 +192,12 @@ def _choose_letter(
 def _generate(
     model: EvalModel, task: Task, problems: Sequence[int], sampling: Sampling, slots: int
 ) -> tuple[list[list[Sample]], list[bool]]:
-    """Generates the samples of each problem, with one engine per device.
+    """Generates the samples of each problem, with one engine on all devices of this process.
 
     Returns (the samples of each problem, whether each problem's prompt was cut to fit in the context).
     """
-    # Training may shard the parameters, so they are replicated here. Every process must take part in the replication,
-    # even if it has no problems. So no process may return before this point.
-    if mesh := sharding.mesh_of(model.params):
-        params = jax.device_put(gpt.cast(model.params, model.dtype), sharding.replicated(mesh))
-        model = replace(model, params=params)
+    # Every process must take part in this, even if it has no problems. So no process may return before.
+    params = sharding.on_local_devices(gpt.cast(model.params, model.dtype))
     prompts = [problem_prompt(model.tokenizer, task[i], model.model_cfg.sequence_len) for i in problems]
     requests = [
         Request(
@@ -217,68 +213,16 @@ def _generate(
     cut = [was_cut for _, was_cut in prompts]
     if not requests:
         return [], cut
-    devices = _devices(model.params)[: len(requests)]
-    slots = slots or _slots_that_fit(model)
-    with Progress(task.name, len(requests) * sampling.num_samples) as progress:
-        if len(devices) == 1:
-            return _run(model, devices[0], requests, slots, progress), cut
-        # Each device has its own engine and its own thread. The threads mostly wait for their devices. The requests are
-        # assigned to the engines round-robin.
-        share, stopped = len(devices), threading.Event()
-        pool = ThreadPoolExecutor(share)
-        try:
-            parts = [
-                pool.submit(_run, model, device, requests[i::share], slots, progress, stopped)
-                for i, device in enumerate(devices)
-            ]
-            results = [part.result() for part in parts]
-        finally:  # after an error or a stop signal, the threads end on their own, and nothing waits for them
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-    return [results[i % share][i // share] for i in range(len(requests))], cut
-
-
-def _run(
-    model: EvalModel,
-    device: jax.Device,
-    requests: list[Request],
-    slots: int,
-    progress: Progress,
-    stopped: threading.Event | None = None,
-) -> list[list[Sample]]:
-    """Generates the samples of each request on `device`.
-
-    Once `stopped` is set, raises CancelledError as soon as the next sample ends.
-    """
-    done = 0
-
-    def count(finished: int, _: int) -> None:
-        nonlocal done
-        if stopped and stopped.is_set():
-            raise CancelledError
-        progress.advance(finished - done)
-        done = finished
-
-    slots = min(slots, sum(request.n for request in requests))
-    with jax.default_device(device):
-        params = jax.tree.map(lambda x: _on(device, x), model.params)
+    mesh = sharding.mesh_of(params)
+    devices = 1 if mesh is None else mesh.size
+    answers = len(requests) * sampling.num_samples
+    slots = min(slots or _slots_that_fit(model), math.ceil(answers / devices)) * devices
+    with Progress(task.name, answers) as progress:
         engine = Engine(params, model.model_cfg, model.tokenizer, slots=slots, dtype=model.dtype)
         try:
-            return engine.run(requests, progress=count)
+            return engine.run(requests, progress=lambda done, _: progress.reach(done)), cut
         finally:
             engine.close()
-
-
-def _on(device: jax.Device, x: jax.Array) -> jax.Array:
-    """Returns the copy of the replicated array `x` on `device`."""
-    return next(s.data for s in x.addressable_shards if s.device == device)
-
-
-def _devices(params: gpt.Params) -> list[jax.Device]:
-    """Returns the devices of this process that hold the parameters."""
-    local = jax.local_devices()
-    holding = params["wte"].devices() if isinstance(params["wte"], jax.Array) else set(local[:1])
-    return [device for device in local if device in holding]
 
 
 def _slots_that_fit(model: EvalModel) -> int:

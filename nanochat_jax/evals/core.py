@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
@@ -34,13 +35,14 @@ from nanochat_jax.evals.bundle import CoreTask, find_bundle, read_tasks
 from nanochat_jax.evals.model import NOT_FINITE, EvalModel
 from nanochat_jax.evals.score import Score, centered_mean, list_notes, with_error
 from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
 from nanochat_jax.progress import Progress
 from nanochat_jax.tokenizer import Tokenizer
 
 __all__ = ["CoreResult", "CoreScore", "CoreTask", "evaluate", "evaluate_task", "find_bundle", "prompts", "read_tasks"]
 
 WINDOW = 1024  # items are tokenized, sorted by length and batched in groups of this size
-LOGITS_AT_ONCE = 1 << 26  # at most this many logits are in memory at once: 256 MiB in float32
+LOGITS_AT_ONCE = 1 << 26  # at most this many logits are in a device's memory at once: 256 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def evaluate_task(
     random.Random(1337).shuffle(items)
     if max_per_task > 0:
         items = items[:max_per_task]
-    rows = num_rows(model.params, batch_size)
+    rows = num_rows(model.params, model.model_cfg, batch_size)
     right = cut = count = 0
     with Progress(label or task.label, len(items)) as progress:
         pending: list[_Window] = []
@@ -253,7 +255,8 @@ def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
         ids = padded([spans[i].ids for i in chosen], rows, model.model_cfg.sequence_len, fill=model.tokenizer.bos)
         bounds = fixed_rows([(spans[i].start, len(spans[i].ids)) for i in chosen], rows)
         arrays = put(model.params, ids), put(model.params, bounds)
-        batches.append(_Batch(chosen, *_score(model.params, model.model_cfg, *arrays, model.dtype)))
+        mesh = sharding.mesh_of(model.params)
+        batches.append(_Batch(chosen, *_score(model.params, model.model_cfg, *arrays, model.dtype, mesh)))
     return batches
 
 
@@ -276,16 +279,16 @@ def _count_right(task: CoreTask, items: Sequence[dict], window: _Window, progres
     return sum(answer == items[i]["gold"] for i, answer in zip(window.indices, answers, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("model_cfg", "dtype"))
+@functools.partial(jax.jit, static_argnames=("model_cfg", "dtype", "mesh"))
 def _score(
-    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype: DTypeLike
+    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, bounds: jax.Array, dtype: DTypeLike, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
     """In each row i of ids [b,t], scores the tokens ids[i, bounds[i, 0] : bounds[i, 1]].
 
     The first result, float32 [b], is the mean loss of each row's scored tokens in nats. The second result, bool [b], is
     True for a row if each of its scored tokens is the most likely token.
     """
-    loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype)
+    loss, right = token_scores(params, model_cfg, ids, jnp.roll(ids, -1, axis=1), dtype, mesh)
     position = jnp.arange(1, ids.shape[1] + 1)[None]  # position of the predicted token
     scored = (bounds[:, :1] <= position) & (position < bounds[:, 1:])
     mean = jnp.where(scored, loss, 0.0).sum(axis=1) / scored.sum(axis=1)
@@ -293,23 +296,28 @@ def _score(
 
 
 def token_scores(
-    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: DTypeLike = jnp.float32
-) -> tuple[jax.Array, jax.Array]:
+    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Scores targets [b,t], where targets[i, j] is the token after ids[i, j].
 
     Returns the loss of each target in nats (float32 [b,t]), and whether it is the most likely token (bool [b,t]).
 
-    The head is applied to one slice of the time axis at a time, so that only one slice of logits is in memory.
+    The head is applied to one slice of the time axis at a time, so that only one slice of logits is in memory. The
+    head's weights are cast, and all-gathered if they are sharded over replicas, before the first slice. `mesh` is the
+    mesh of the parameters.
     """
     b, t = ids.shape
     x = gpt.hidden(params, model_cfg, ids, dtype)
-    size = min(t, max(1, LOGITS_AT_ONCE // (b * model_cfg.vocab_size)))
+    head = {"lm_head": sharding.gather_weight("lm_head", params["lm_head"].astype(dtype), mesh)}
+    rows = b if mesh is None else b // sharding.replicas(mesh)  # on one device
+    size = min(t, max(1, LOGITS_AT_ONCE // (rows * model_cfg.vocab_size)))
     slices = -(-t // size)
     pad = slices * size - t
     x, targets = jnp.pad(x, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
 
     def score_slice(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = gpt.head(params, model_cfg, jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1))
+        z = gpt.head(head, model_cfg, jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1))
         y = jax.lax.dynamic_slice_in_dim(targets, i * size, size, axis=1)
         loss = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
         return loss, jnp.argmax(z, axis=-1) == y

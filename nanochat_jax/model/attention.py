@@ -16,6 +16,8 @@ from nanochat_jax.config import GPTConfig, UserError, first_line
 from nanochat_jax.model.precision import accum_dtype
 
 KERNELS = ("cudnn", "xla")
+HOPPER = 9.0  # compute capability; from there on, XLA's attention makes a step of d20 1.7 times as long as cuDNN's
+CUDNN_LIMIT = 2**31  # if the queries on one device have this many elements, cuDNN 9.27 returns wrong gradients
 _chosen = "xla"  # the kernel that `causal_attention` uses; set by `choose_kernel`
 
 
@@ -25,7 +27,10 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
     `requested` is the value of --attention. An empty value means cuDNN if it works, and XLA otherwise. Whether cuDNN
     works depends on its version, the GPU, the driver, and the model's heads and attention windows. Therefore this
     function tries cuDNN on a small input, with the heads and windows of `model_cfg`. Without this trial, compiling the
-    training step could fail with an obscure error. Raises UserError if the requested kernel does not work.
+    training step could fail with an obscure error.
+
+    Raises UserError if the requested kernel does not work. Also raises UserError if cuDNN does not work on a GPU of the
+    Hopper generation or newer, unless XLA is requested: a long run there should not be slow by mistake.
     """
     global _chosen
     assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
@@ -39,8 +44,32 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
         failure = _try_cudnn(dtype, model_cfg)
         if failure and requested:
             raise UserError(f"--attention=cudnn does not work here: {failure}")
+        if failure and float(getattr(jax.devices()[0], "compute_capability", 0)) >= HOPPER:
+            raise UserError(
+                f"cuDNN's attention failed its trial run ({failure}): python -m scripts.doctor looks for the cause; "
+                "--attention=xla goes on without cuDNN, and takes nearly twice as long per step"
+            )
         _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "it passed a trial run")
     return _chosen, reason
+
+
+def most_rows(model_cfg: GPTConfig) -> int | None:
+    """Returns the largest number of rows for which the chosen kernel is right on one device. None means any number.
+
+    The kernel itself cannot check its input. In a program for several devices, it sees the rows of all of them.
+    """
+    per_row = model_cfg.sequence_len * model_cfg.n_head * model_cfg.head_dim
+    return (CUDNN_LIMIT - 1) // per_row if _chosen == "cudnn" else None
+
+
+def check_rows(rows: int, model_cfg: GPTConfig) -> None:
+    """Raises UserError if the chosen kernel would be wrong for `rows` rows on one device."""
+    most = most_rows(model_cfg)
+    if most is not None and rows > most:
+        raise UserError(
+            f"{rows} rows of {model_cfg.sequence_len} tokens on one device are too many for cuDNN's attention: use at "
+            f"most --device_batch_size={most}, or --attention=xla"
+        )
 
 
 def _try_cudnn(dtype: DTypeLike, model_cfg: GPTConfig) -> str:
@@ -71,8 +100,6 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int = 0) 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     """Uses cuDNN's flash attention. Causality and the window are passed as options: a mask array would be slower."""
-    # If q has 2^31 elements or more, cuDNN 9.27 returns wrong gradients without an error.
-    assert q.size < 2**31, f"queries {q.shape} have {q.size} elements: cuDNN's gradients are correct only below 2^31"
     local = (window, 0) if window else None
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
 

@@ -18,6 +18,12 @@ from nanochat_jax.progress import count_of
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
+# XLA recomputes results in the backward pass, without a word, if a program needs more than 76% of a GPU's memory. The
+# memory analysis of the compiled program does not show this. These settings raise XLA's limit above what JAX may
+# allocate. Then a program that is too large shows its size, and `rows_that_fit` chooses fewer rows.
+XLA_GPU_FLAGS = ("--xla_gpu_memory_limit_slop_factor=112",)
+GPU_MEMORY_FRACTION = 0.92
+
 INSTALL = "run 'bash setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
 # Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. MFU is reported only for these
 # devices.
@@ -47,6 +53,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
+    if device_type != "cpu" and unused_gpus():
+        set_gpu_defaults()
     # If the environment variable JAX_COMPILATION_CACHE_DIR is set, it takes precedence. The ignore comments for ty are
     # necessary, because type checkers do not know JAX's options.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
@@ -57,7 +65,12 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an AssertionError means that this build of JAX lacks the platform
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"
-        raise UserError(f"--device_type={device_type}: {reason}: leave the flag out, or {INSTALL}") from None
+        if device_type:
+            raise UserError(f"--device_type={device_type}: {reason}: leave the flag out, or {INSTALL}") from None
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: {reason}: {INSTALL}, or use the CPU with JAX_PLATFORMS=cpu"
+        ) from None
     # On a machine with a GPU, using the CPU is an error unless --device_type or JAX_PLATFORMS asks for the CPU.
     if not jax.config.jax_platforms and jax.default_backend() == "cpu" and (gpus := unused_gpus()):  # ty: ignore[missing-attribute]
         raise UserError(
@@ -66,6 +79,16 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
         )
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+
+
+def set_gpu_defaults() -> None:
+    """Sets the environment variables that XLA and JAX read when they start to use GPUs. The user's values win."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in XLA_GPU_FLAGS if flag.partition("=")[0] not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+    # JAX knows this setting under two names, and refuses to start if both are set.
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY_FRACTION)
 
 
 def unused_gpus() -> int:

@@ -136,6 +136,11 @@ def all_min(number: int) -> int:
     return number if jax.process_count() == 1 else min(all_gather(number))
 
 
+def all_max(number: int) -> int:
+    """Returns the largest number that any process passes. Every process must call this function."""
+    return -all_min(-number)
+
+
 def disconnect() -> None:
     """Waits until all processes have called this function, then disconnects them from each other.
 

@@ -134,6 +134,35 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
 
 
+def on_local_devices(params: gpt.Params) -> gpt.Params:
+    """Replicates the parameters over the devices of this process, as arrays that only this process shares.
+
+    Every process of a run must call this function. Parameters on a single device without a mesh stay there.
+    """
+    mesh = mesh_of(params)
+    if mesh is None:
+        return params
+    local = Mesh(np.array(mesh.local_devices).reshape(1, -1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def share(x: jax.Array) -> jax.Array:
+        copies = {shard.device: shard.data for shard in x.addressable_shards}
+        ordered = [copies[device] for device in local.devices.flat]
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(local), ordered)
+
+    return jax.tree.map(share, jax.device_put(params, replicated(mesh)))
+
+
+def gather_weight(name: str, w: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Within jit, all-gathers a weight over the replicas. Without a mesh, does nothing.
+
+    The weight stays sharded over the model axis. `name` is its name in gpt.SHARDING.
+    """
+    if mesh is None:
+        return w
+    layout, tree = Layout(mesh), {name: w}
+    return layout.constrain(tree, layout.compute_specs(tree))[name]
+
+
 def shard_map_rows(function: Callable[..., PyTree], mesh: Mesh | None) -> Callable[..., PyTree]:
     """Wraps `function(shared, *arrays) -> result` so that each replica computes its own rows, without communication.
 

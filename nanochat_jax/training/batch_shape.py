@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.config import GPTConfig, UserError
+from nanochat_jax.model import attention
 from nanochat_jax.parallel import processes, sharding
 from nanochat_jax.progress import count_of
 
@@ -146,12 +147,17 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
     --remat save. The first n to be tried is the largest divisor that is at most twice the guess. If n rows fit, larger
     divisors are tried until one is too large. Otherwise, smaller divisors are tried until one is small enough.
     """
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    most = attention.most_rows(model_cfg) or rows
+    divisors = [n for n in range(1, min(rows, most) + 1) if rows % n == 0]
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
             return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
         limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # in MiB, because bytes overflow int32
+
+    def largest_need(n: int) -> int:
+        """All processes must choose the same n, so the process that needs the most memory decides."""
+        return processes.all_max(math.ceil(need(rows // n, n) / MIB)) * MIB
 
     likely = 1
     while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:
@@ -160,14 +166,14 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
 
     best = needed = 0
     for n in [n for n in divisors if n >= start]:
-        needed = need(rows // n, n)
+        needed = largest_need(n)
         if needed > limit:
             break
         best = n
     if best:
         return best
     for n in reversed([n for n in divisors if n < start]):
-        needed = need(rows // n, n)
+        needed = largest_need(n)
         if needed <= limit:
             return n
     raise UserError(

@@ -13,6 +13,7 @@ import numpy as np
 from nanochat_jax import checkpoint, config, progress, tasks
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.data import dataloader, documents, hub, sources, token_cache
+from nanochat_jax.model import attention
 from nanochat_jax.parallel import sharding
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
@@ -59,6 +60,7 @@ class Stage:
 
 def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
     """Returns the last four arguments of `shape_for_tokens` and `shape_for_rows`."""
+    attention.check_rows(run.cfg.device_batch_size, run.model_cfg)
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 

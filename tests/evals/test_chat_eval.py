@@ -6,9 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import CancelledError
 from pathlib import Path
 
 import jax
@@ -124,38 +121,6 @@ def test_generated_answers_are_checked(model, tokenizer):
         assert answer["right"] == task.evaluate(None, text)
     lengths = [answer["finish_reasons"] == ["length"] for answer in score.answers]
     assert score.n == 12 and score.truncated == pytest.approx(np.mean(lengths))
-
-
-def test_an_error_on_one_device_ends_the_generation_on_the_others(model, monkeypatch):
-    running, ended = threading.Event(), threading.Event()
-
-    class FakeEngine:
-        """The engine of problem 0 fails. The others generate samples until they are told to end."""
-
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def run(self, requests, progress):
-            if requests[0].seed == 0:
-                running.wait(30)
-                raise MemoryError("out of memory")
-            running.set()
-            try:
-                while True:
-                    progress(1, 2)
-                    time.sleep(0.01)
-            except CancelledError:
-                ended.set()
-                raise
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(chat, "Engine", FakeEngine)
-    monkeypatch.setattr(chat, "_devices", lambda params: jax.devices()[:1] * 2)
-    with pytest.raises(MemoryError):
-        chat.evaluate(model, Begin(), Sampling(seed=0))
-    assert ended.wait(30)
 
 
 def test_one_right_sample_is_a_pass(model, tokenizer):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv if needed, and runs the static checks (ruff, ty, import-linter, codespell) and the tests.
 # Arguments go to pytest, for example: bash tests/run.sh -k tokenizer
-# Tests with the markers slow, parity, browser and gpu run only if -m selects them. The parity tests need Hugging Face's
+# Tests with the markers slow, parity, browser, gpu and aot run only if -m selects them. The parity tests need Hugging Face's
 # libraries (bash setup.sh dev parity), and the browser tests need Chromium.
 # --cov prints the test coverage of each room (see CONTRIBUTING.md).
 set -euo pipefail
@@ -44,7 +44,7 @@ trap 'rm -f "$rust_log" "$pytest_log"' EXIT
 (set -e; check_rust) >"$rust_log" 2>&1 &
 rust_check=$!
 
-[[ " ${pytest_args[*]-} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu")
+[[ " ${pytest_args[*]-} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu and not aot")
 if [ -n "$coverage" ]; then pytest_args+=(--cov --cov-report=json:.coverage.json) && rm -f .coverage.json; fi
 status=0
 # The GPU tests share one process, because a process that uses a GPU takes most of its memory.

@@ -16,7 +16,7 @@ import numpy as np
 from nanochat_jax.engine.request import Request
 
 WIDTHS = (64, 256)  # numbers of top tokens to rank; the smallest that suffices is used, or the whole vocabulary
-GROUPS = 64  # into which a row of logits is split to find its largest
+GROUP = 64  # neighbouring logits that are compared by their maximum first
 COLDEST = 1e-5  # lower temperatures are raised to this value, because dividing by a lower temperature could overflow
 
 
@@ -124,23 +124,29 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest numbers in each row of x [b,v], in descending order, and their indices: both [b,k].
 
     The result is that of `jax.lax.top_k`: of equal numbers, the one with the lower index comes first. On a GPU, XLA
-    sorts the whole row for `jax.lax.top_k`. So there, the row is split into groups, and the largest numbers of the row
-    are found among the largest numbers of the groups.
+    sorts the whole row for `jax.lax.top_k`, so this function sorts only what may be among the largest.
     """
-    if k * GROUPS >= x.shape[-1]:  # the groups would be hardly larger than k
-        return jax.lax.top_k(x, k)
-    return jax.lax.platform_dependent(x, cuda=lambda x: _grouped_top_k(x, k), default=lambda x: jax.lax.top_k(x, k))
+
+    def whole_row(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tuple(jax.lax.top_k(x, k))
+
+    if 2 * k * GROUP >= x.shape[-1]:
+        return whole_row(x)
+    return jax.lax.platform_dependent(x, cuda=lambda x: _top_k_of_groups(x, k), default=whole_row)
 
 
-def _grouped_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _top_k_of_groups(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Does the same as `top_k`. Looks only into the k groups of GROUP neighbours that have the largest maxima.
+
+    No other group can hold one of the k largest numbers: its maximum comes after the maxima of k groups.
+    """
     b, v = x.shape
-    size = -(-v // GROUPS)
-    groups = jnp.pad(x, ((0, 0), (0, GROUPS * size - v)), constant_values=-jnp.inf).reshape(b, GROUPS, size)
-    best, place = jax.lax.top_k(groups, k)  # [b,groups,k]
-    ids = place + size * jnp.arange(GROUPS)[None, :, None]
-    # The candidates are ordered by group, so of equal numbers the one with the lower index still comes first.
-    scores, chosen = jax.lax.top_k(best.reshape(b, -1), k)
-    return scores, jnp.take_along_axis(ids.reshape(b, -1), chosen, axis=-1)
+    groups = jnp.pad(x, ((0, 0), (0, -v % GROUP)), constant_values=-jnp.inf).reshape(b, -1, GROUP)
+    _, best = jax.lax.top_k(groups.max(-1), k)
+    best = jnp.sort(best, axis=-1)  # in the order of the row, so that of equal numbers the first still comes first
+    candidates = jnp.take_along_axis(groups, best[..., None], axis=1).reshape(b, -1)
+    largest, place = jax.lax.top_k(candidates, k)
+    return largest, jnp.take_along_axis(best, place // GROUP, axis=-1) * GROUP + place % GROUP
 
 
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:

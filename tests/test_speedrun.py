@@ -16,6 +16,7 @@ from nanochat_jax.config import REPOSITORY
 
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
+echo "${JAX_PLATFORMS:-}" >> "$CALLS.platforms"
 case "$*" in
     *scripts.train*) stage=$(sed 's/.*--stage=\\([a-z]*\\).*/\\1/' <<< "$*") tag=${!#}
         step=$NANOCHAT_BASE_DIR/${stage}_checkpoints/${tag#--config=}/step_000001
@@ -74,6 +75,21 @@ def test_the_whole_road_in_order(road):
     assert stages(calls) == ["base", "mid", "sft", "rl"]
     assert len(evaluations(calls)) == 5
     assert "chat_cli" in calls[-1] and "scripts.chat_web" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("listed", "given", "used"),
+    [
+        ("GPU 0: NVIDIA H100 (UUID: GPU-0)", "", "cuda"),
+        ("GPU 0: NVIDIA H100 (UUID: GPU-0)", "cpu", "cpu"),
+        ("", "", ""),
+    ],
+)
+def test_jax_may_not_fall_back_to_the_cpu_where_there_are_gpus(road, tmp_path, listed, given, used):
+    (tmp_path / "tree" / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    process, _ = road("cpu", JAX_PLATFORMS=given)
+    assert process.returncode == 0, process.stderr
+    assert set((tmp_path / "calls.platforms").read_text().splitlines()) == {used}
 
 
 def test_second_time_nothing_is_evaluated_again(road):
@@ -174,8 +190,9 @@ def test_help_from_another_folder(road):
     assert process.returncode == 0 and "--fresh" in process.stdout
 
 
-def test_setup_names_what_is_missing(tmp_path):
-    """Without cargo, and without a new enough Python: one line that says what to install."""
+@pytest.fixture
+def setup(tmp_path):
+    """setup(*extras) runs the real setup.sh in a copy of the tree, with almost nothing on PATH."""
     tree = tmp_path / "tree"
     (tree / "bin").mkdir(parents=True)
     shutil.copy(REPOSITORY / "setup.sh", tree)
@@ -183,20 +200,76 @@ def test_setup_names_what_is_missing(tmp_path):
         source = Path(REPOSITORY / name)
         ignore = shutil.ignore_patterns("target")
         shutil.copytree(source, tree / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tree / name)
-    for tool in ("bash", "cat", "cut", "sha256sum", "xargs", "head", "env", "sed", "mktemp", "rm", "dirname", "echo"):
+    tools = "bash cat cut sha256sum xargs head env sed mktemp rm dirname echo grep sleep sh mkdir"
+    for tool in tools.split():
         (tree / "bin" / tool).symlink_to(shutil.which(tool))
 
-    def attempt():
+    def run(*extras: str) -> subprocess.CompletedProcess:
         env = {"PATH": str(tree / "bin"), "HOME": str(tmp_path)}
-        command = ["bash", str(tree / "setup.sh")]
+        command = ["bash", str(tree / "setup.sh"), *extras]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
-    without_cargo = attempt()
+    def put(name: str, script: str) -> None:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tree / name).chmod(0o755)
+
+    run.put, run.tree = put, tree
+    return run
+
+
+def test_setup_names_what_is_missing(setup):
+    """Without cargo, and without a new enough Python: one line that says what to install."""
+    without_cargo = setup()
     assert without_cargo.returncode == 2 and "error: cargo is missing: install Rust" in without_cargo.stderr
-    (tree / "bin" / "cargo").symlink_to("/bin/true")
-    without_python = attempt()
+    setup.put("bin/cargo", "exit 0")
+    without_python = setup()
     assert without_python.returncode == 2 and "error: Python 3.11 or newer" in without_python.stderr
-    assert not (tree / ".venv").exists()
+    assert not (setup.tree / ".venv").exists()
+
+
+# Like nvidia-smi on a machine with eight GPUs, this writes one line after the other.
+EIGHT_GPUS = """
+for i in 0 1 2 3 4 5 6 7; do
+    case "$*" in
+        *--list-gpus*) echo "GPU $i: NVIDIA H100 80GB HBM3 (UUID: GPU-$i)" ;;
+        *--query-gpu=driver_version*) echo "{driver}" ;;
+    esac
+    [[ "$*" != *--id=0* ]] || exit 0
+    sleep 0.01
+done
+"""
+
+
+@pytest.mark.parametrize(("driver", "extra"), [("580.65.06", "cuda13"), ("570.124.06", "cuda12")])
+def test_setup_installs_jax_for_the_driver(setup, driver, extra):
+    setup.put("bin/cargo", "exit 0")
+    setup.put("bin/python3", "[[ $1 != -m ]]")  # good enough to be chosen, but cannot make an environment
+    setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", driver))
+    for _ in range(5):
+        done = setup("serve")
+        assert f"== setting up .venv [serve {extra}]" in done.stdout, done.stderr
+
+
+def test_setup_refuses_gpus_whose_driver_does_not_answer(setup):
+    setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", "Failed to initialize NVML: Driver mismatch"))
+    done = setup("serve")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "lists GPUs, but not the version of their driver (Failed to initialize NVML" in done.stderr
+    setup.put("bin/nvidia-smi", "echo 'No devices were found'; exit 6")
+    assert "cargo is missing" in setup("serve").stderr  # a driver without GPUs is a machine without GPUs
+
+
+def test_after_a_driver_upgrade_setup_makes_the_environment_again(setup):
+    setup.put("bin/cargo", "exit 0")
+    setup.put("bin/python3", "[[ $1 != -m ]]")
+    setup.put(".venv/bin/python", "exit 0")
+    (setup.tree / ".venv" / ".made").write_text("0123456789abcdef dev serve cuda12\n")
+    setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", "580.65.06"))
+    done = setup("serve")
+    assert "the GPU driver has changed: making .venv again, with cuda13 instead of cuda12" in done.stdout, done.stderr
+    assert "== setting up .venv [dev serve serve cuda13]" in done.stdout
+    assert not (setup.tree / ".venv" / "bin").exists()
 
 
 def test_sourcing_setup_does_not_end_the_shell():

@@ -13,7 +13,7 @@ from nanochat_jax.model import attention
 from nanochat_jax.parallel import processes, sharding
 from nanochat_jax.progress import count_of
 
-MIB = 2**20
+KIB = 2**10
 
 # -----------------------------------------------------------------------------
 # How a step's tokens are split
@@ -153,11 +153,11 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
             return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
-        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // MIB) * MIB  # in MiB, because bytes overflow int32
+        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // KIB) * KIB  # in KiB, because bytes overflow int32
 
     def largest_need(n: int) -> int:
         """All processes must choose the same n, so the process that needs the most memory decides."""
-        return processes.all_max(math.ceil(need(rows // n, n) / MIB)) * MIB
+        return processes.all_max(math.ceil(need(rows // n, n) / KIB)) * KIB
 
     likely = 1
     while 2 * likely <= rows and estimated_memory(model_cfg, 2 * likely) <= limit:

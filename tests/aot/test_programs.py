@@ -81,7 +81,8 @@ def check(program: absent_gpus.Compiled, name: str) -> None:
 @pytest.mark.parametrize(
     ("depth", "rows", "mesh", "shard"),
     [(20, 32, {"data": 8}, "optimizer"), (20, 32, {}, "optimizer"), (20, 16, {"data": 8}, "full"),
-     (26, 16, {"data": 8}, "optimizer"), (32, 8, {"data": 8}, "optimizer"), (20, 16, {"node": 2, "data": 4}, "optimizer"),
+     (26, 16, {"data": 8}, "optimizer"), (32, 8, {"data": 8}, "optimizer"),
+     (20, 16, {"node": 2, "data": 4}, "optimizer"),
      (20, 16, {"data": 4, "model": 2}, "optimizer")],
 )  # fmt: skip
 def test_a_training_step(depth, rows, mesh, shard):

@@ -1,5 +1,7 @@
 """Which attention kernel is chosen and why, and how cuDNN is called. test_gpt.py and test_gpu.py check the numbers."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -52,6 +54,36 @@ def test_where_cudnn_fails_xla_does_the_work_and_the_reason_is_printed(monkeypat
     assert kernel == "xla" and reason.startswith("cuDNN failed: ") and "\n" not in reason
     devices.choose_precision("bfloat16", model_cfg=MODEL)
     assert f"matmuls in bfloat16 (as asked), attention by xla ({reason})" in capsys.readouterr().out
+
+
+def test_hopper_does_not_go_on_without_cudnn_unless_told(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, refused in (("8.0", False), ("9.0", True), ("10.0", True)):
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        if not refused:
+            assert attention.choose_kernel("", jnp.bfloat16, MODEL)[0] == "xla"
+            continue
+        with pytest.raises(
+            UserError, match=r"cuDNN's attention failed its trial run \(.*\): .* --attention=xla goes on"
+        ):
+            attention.choose_kernel("", jnp.bfloat16, MODEL)
+        assert attention.choose_kernel("xla", jnp.bfloat16, MODEL) == ("xla", "as asked")
+
+
+def test_the_limit_of_cudnn_counts_the_rows_of_one_device(monkeypatch):
+    """d32 has 2^22 numbers a row in its queries, so 512 rows reach 2^31. On sixteen GPUs, that is 32 rows each."""
+    d32 = GPTConfig(n_layer=32, n_head=16, n_kv_head=16, n_embd=2048, sequence_len=2048)
+    monkeypatch.setattr(attention, "_chosen", "cudnn")
+    assert attention.most_rows(d32) == 511
+    attention.check_rows(511, d32)
+    with pytest.raises(UserError, match=r"512 rows of 2048 tokens on one device .* --device_batch_size=511"):
+        attention.check_rows(512, d32)
+    q = jax.ShapeDtypeStruct((16 * 32, 2048, 16, 128), jnp.bfloat16)  # the rows of all devices together
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **__: q)
+    assert jax.eval_shape(attention.causal_attention, q, q, q).shape == q.shape
+    monkeypatch.setattr(attention, "_chosen", "xla")
+    assert attention.most_rows(d32) is None
 
 
 def test_cudnn_is_tried_with_the_heads_of_the_model(monkeypatch):

@@ -1,8 +1,8 @@
 """H100s that are not there: XLA compiles for them, so tests can read the programs that they would run.
 
-This needs the packages of the extra cuda13 (`bash setup.sh dev cuda13`), but no GPU and no driver. Some things cannot be
-seen this way: XLA does not measure which kernel is fastest, cuDNN does not check whether it supports a shape, and the
-buffers of NCCL are not counted.
+This needs the packages of the extra cuda13 (`bash setup.sh dev cuda13`), but no GPU and no driver. Some things cannot
+be seen this way: XLA does not measure which kernel is fastest, cuDNN does not check whether it supports a shape, and
+the buffers of NCCL are not counted.
 """
 
 import functools

@@ -20,7 +20,7 @@ from nanochat_jax import checkpoint, commandline, config, run_log, trained_model
 from nanochat_jax.config import REPOSITORY, GPTConfig, ModelFlags, UserError
 from nanochat_jax.data import sources
 from nanochat_jax.model import gpt
-from nanochat_jax.parallel import devices
+from nanochat_jax.parallel import devices, processes
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as train_module
 from nanochat_jax.training import optim, stages, validation
@@ -348,6 +348,14 @@ def test_speed_counts_the_tokens_of_all_micro_batches(world, monkeypatch):
 def test_what_cannot_work_is_refused(world, changes, words):
     with pytest.raises(UserError, match=words):
         train(tiny.base_config(model_tag="refused", **changes))
+
+
+def test_the_process_that_needs_most_memory_decides(monkeypatch):
+    """Otherwise, two hosts could choose different numbers of rows, and wait for each other for ever."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "all_gather", lambda mine: [mine, int(1.5 * mine)])
+    assert rows_that_fit(MODEL, 8, lambda grad_accum_steps, n: n * 10**6, limit=7 * 10**6) == 4
+    assert rows_that_fit(MODEL, 8, lambda grad_accum_steps, n: n * 10**6, limit=5 * 10**6) == 2
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(8, 4), (12, 4), (7, 1), (3, 3), (1, 1)])

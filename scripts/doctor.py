@@ -6,6 +6,7 @@
 The command takes a few seconds. It trains nothing, and uses GPU memory only to try the attention kernel.
 """
 
+import contextlib
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
 
 if TYPE_CHECKING:  # importing these at run time would slow down --help
+    from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
     from nanochat_jax.parallel.sharding import Layout
 
 GIB = 2**30
+REPEATS = 5  # of a measurement
 
 
 def main(cfg: config.Doctor) -> None:
@@ -30,6 +33,9 @@ def main(cfg: config.Doctor) -> None:
     line("Free disk", free_disk())
     line("Rust tokenizer", rust_tokenizer())
     line("Hub", hub())
+    line("Limits", limits())
+    if cfg.device_type != "cpu":
+        check_gpus()
 
     from nanochat_jax.parallel import devices
 
@@ -42,7 +48,9 @@ def main(cfg: config.Doctor) -> None:
     line("Tokenizer", tokenizer)
     model_cfg = cfg.gpt_config(vocab_size)
     dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
-    plan(cfg, model_cfg, sharding.Layout(sharding.make_mesh(cfg.mesh), cfg.shard), dtype)
+    mesh = sharding.make_mesh(cfg.mesh)
+    line("All-reduce", all_reduce(mesh))
+    plan(cfg, model_cfg, sharding.Layout(mesh, cfg.shard), dtype)
 
 
 def line(name: str, value: str) -> None:
@@ -109,6 +117,68 @@ def hub() -> str:
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError means that ENDPOINT is not a URL
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): use local text and tasks"
     return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
+
+
+def limits() -> str:
+    """Returns the size of shared memory, which NCCL uses, and how many files a process may have open."""
+    import shutil
+
+    shared = "no /dev/shm"
+    with contextlib.suppress(OSError):
+        shared = f"{shutil.disk_usage('/dev/shm').free / GIB:.1f} GiB of shared memory"
+    try:
+        import resource
+
+        files = f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files"
+    except ImportError:  # not a POSIX system
+        files = "any number of open files"
+    return f"{shared}, {files}"
+
+
+def check_gpus() -> None:
+    """Prints what nvidia-smi says about the GPUs. Raises UserError if a run should not start on them."""
+    from nanochat_jax.parallel import gpu_node
+
+    if not (gpus := gpu_node.visible()):
+        return
+    line("GPUs", gpu_node.describe(gpus))
+    line("NVLink", gpu_node.nvlink(gpus))
+    if found := gpu_node.second_libraries():
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        line(
+            "CUDA libraries", f"TWICE: {found[0]}{more} may be loaded instead of those in .venv: unset LD_LIBRARY_PATH"
+        )
+    else:
+        line("CUDA libraries", "only those in .venv (LD_LIBRARY_PATH names no others)")
+    gpu_node.check(gpus)
+
+
+def all_reduce(mesh: "Mesh") -> str:
+    """Measures how fast the devices sum an array, as they sum gradients."""
+    import time
+
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    if mesh.size == 1:
+        return "one device, so none is needed"
+    size = 2**28 if mesh.devices.flat[0].platform == "gpu" else 2**22  # bytes on each device
+    rows = NamedSharding(mesh, P(mesh.axis_names))
+    make = jax.jit(lambda: jnp.ones((mesh.size, size // 4), jnp.float32), out_shardings=rows)
+    add = jax.jit(
+        jax.shard_map(lambda x: jax.lax.psum(x, mesh.axis_names), mesh=mesh, in_specs=rows.spec, out_specs=P())
+    )
+    x = make()
+    jax.block_until_ready(add(x))  # compiles, and connects the devices
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        jax.block_until_ready(add(x))
+    seconds = (time.perf_counter() - start) / REPEATS
+    # The "bus bandwidth" of NVIDIA's nccl-tests: what each device sends, whatever their number.
+    bandwidth = 2 * (mesh.size - 1) / mesh.size * size / seconds
+    return f"{size / 2**20:.0f} MiB in {1000 * seconds:.1f} ms, {bandwidth / 1e9:.1f} GB/s of bus bandwidth"
 
 
 def device_memory() -> str:

@@ -6,6 +6,7 @@ that the devices support. It arranges the devices in a Mesh. A Layout says how p
 are sharded over the mesh.
 
     devices.py     starts JAX, and knows the speed and the memory of devices
+    gpu_node.py    asks nvidia-smi about the GPUs: their kind, who uses them, NVLink
     processes.py   lets several processes exchange values and end together
     sharding.py    the mesh and the Layout
 """

@@ -61,3 +61,22 @@ def test_a_peak_is_that_of_the_very_device(kind, peak, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert devices.peak_flops() == peak
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "fraction"),
+    [({}, "--xla_gpu_memory_limit_slop_factor=112", "0.92"),
+     ({"XLA_FLAGS": "--xla_dump_to=x"}, "--xla_dump_to=x --xla_gpu_memory_limit_slop_factor=112", "0.92"),
+     ({"XLA_FLAGS": "--xla_gpu_memory_limit_slop_factor=90"}, "--xla_gpu_memory_limit_slop_factor=90", "0.92"),
+     ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, "--xla_gpu_memory_limit_slop_factor=112", None)],
+)  # fmt: skip
+def test_memory_settings_of_gpus_leave_the_users_alone(monkeypatch, given, flags, fraction):
+    """JAX refuses to start if both names of the memory fraction are set."""
+    for name in ("XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(devices.os, "environ", dict(devices.os.environ))
+    devices.set_gpu_defaults()
+    assert devices.os.environ["XLA_FLAGS"] == flags
+    assert devices.os.environ.get("XLA_CLIENT_MEM_FRACTION") == fraction

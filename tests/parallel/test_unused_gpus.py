@@ -53,6 +53,9 @@ def test_a_gpu_that_jax_does_not_see_is_one_line(nvidia_smi, own_base_dir, comma
     assert done.returncode == 2, done.stderr
     expected = "error: this machine has 2 NVIDIA GPUs, but JAX sees none: run 'bash setup.sh' to install"
     assert done.stderr.startswith(expected) and "--device_type=cpu" in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run(run, cwd=REPOSITORY, env=env | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: JAX_PLATFORMS=cuda: ") and "run 'bash setup.sh' to install" in done.stderr
     if command[0] == "scripts.train":  # whoever says that the CPU is meant gets further
         for flags, extra in (["--device_type=cpu"], {}), ([], {"JAX_PLATFORMS": "cpu"}):
             done = subprocess.run([*run, *flags], cwd=REPOSITORY, env=env | extra, capture_output=True, text=True)

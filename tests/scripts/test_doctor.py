@@ -33,6 +33,7 @@ def test_a_preset_on_eight_devices(own_base_dir):
     assert re.search(r"Python 3\.\d+.*jax .*flax .*optax ", printed["Versions"]) and "GiB" in printed["Memory"]
     assert {"Platform", "CPU", "Device memory", "Free disk", "Rust tokenizer"} <= printed.keys()
     assert "HF_HUB_OFFLINE" in printed["Hub"]
+    assert re.fullmatch(r"4 MiB in [0-9.]+ ms, [0-9.]+ GB/s of bus bandwidth", printed["All-reduce"])
     assert re.search(r"matmuls in \w+ \(.*\), attention by xla \(no NVIDIA GPU\)", done.stdout)
     assert int(printed["Peak"].removesuffix(" MiB")) < 1500, "MiB, where weights and optimizer state would be 6,000"
 

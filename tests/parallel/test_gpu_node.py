@@ -1,0 +1,94 @@
+"""What nvidia-smi says about a node, and what is refused before a run is started."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from nanochat_jax.config import REPOSITORY, UserError
+from nanochat_jax.parallel import gpu_node
+
+H100 = "NVIDIA H100 80GB HBM3"
+ALL_NVLINK = "\tGPU0\tGPU1\tGPU2\tCPU Affinity\n" + "".join(
+    f"GPU{i}\t" + "\t".join(" X " if i == j else "NV18" for j in range(3)) + "\t0-31\n" for i in range(3)
+)
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch):
+    """node(rows, matrix) puts a stand-in for nvidia-smi on PATH. A row is (name, used MiB)."""
+
+    def put(rows, matrix=ALL_NVLINK):
+        table = "".join(f"{i}, {name}, 580.65.06, {used}, 81559\n" for i, (name, used) in enumerate(rows))
+        (tmp_path / "table").write_text(table)
+        (tmp_path / "matrix").write_text(matrix)
+        script = f"""#!/bin/sh
+case "$*" in
+    *--query-gpu=*) cat {tmp_path}/table ;;
+    *--list-gpus*) sed 's/^/GPU /' {tmp_path}/table ;;
+    "topo -m") cat {tmp_path}/matrix ;;
+esac
+"""
+        (tmp_path / "nvidia-smi").write_text(script)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        return gpu_node.visible()
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return put
+
+
+def test_a_good_node(node):
+    gpus = node([(H100, 4)] * 3)
+    gpu_node.check(gpus)
+    assert gpu_node.describe(gpus) == f"3 x {H100}, driver 580.65.06, 79.6 GiB each"
+    assert gpu_node.nvlink(gpus) == "between all 3 GPUs (NV18)"
+
+
+def test_gpus_of_two_kinds(node):
+    gpus = node([(H100, 4), (H100, 4), ("NVIDIA A100-SXM4-80GB", 4)])
+    with pytest.raises(UserError, match=r"of 2 kinds \(.*H100.*: 0, 1; .*A100.*: 2\).* CUDA_VISIBLE_DEVICES=0,1$"):
+        gpu_node.check(gpus)
+
+
+def test_a_gpu_in_use(node, monkeypatch):
+    rows = [(H100, 4), (H100, 40000), (H100, 4)]
+    with pytest.raises(UserError, match=r"GPU 1 \(39\.1 of 79\.6 GiB\): end that .* CUDA_VISIBLE_DEVICES=0,2 and"):
+        gpu_node.check(node(rows))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    gpu_node.check(node(rows))
+
+
+def test_no_nvlink(node):
+    gpus = node([(H100, 4)] * 3, ALL_NVLINK.replace("NV18", "PHB"))
+    assert gpu_node.nvlink(gpus).startswith("MISSING between 3 of 3 pairs, such as 0 and 1 (PHB)")
+    assert gpu_node.nvlink(node([(H100, 4)] * 3, "")).startswith("unknown")
+
+
+def test_libraries_that_hide_those_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path}:/nowhere:")
+    assert gpu_node.second_libraries() == []
+    (tmp_path / "libcudnn.so.9").touch()
+    (tmp_path / "libcudart.so.13").touch()
+    assert gpu_node.second_libraries() == [tmp_path / "libcudnn.so.9"]
+
+
+def test_the_doctor_refuses_before_jax_starts(node, own_base_dir):
+    node([(H100, 4), (H100, 40000)])
+    env = tiny.environment(own_base_dir) | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "scripts.doctor"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "in use by another process: GPU 1" in done.stderr
+    assert f"2 x {H100}" in done.stdout and "GiB of shared memory" in done.stdout
+    # With the CPU as the device, the GPUs are not looked at.
+    done = subprocess.run(
+        [*command, "--device_type=cpu", "--depth=2"],
+        cwd=REPOSITORY,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr

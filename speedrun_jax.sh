@@ -133,7 +133,7 @@ evaluate() {
 [ -e "$base/report/$tag/start.json" ] || run python -m nanochat_jax.report reset -g "$tag"
 
 # First download the validation shard and one training shard, to check that the hub can be reached. The other shards
-# download in the background. Tokenizer training waits for the shards that it needs.
+# download in the background. The tokenizer and pretraining wait for the shards that they need.
 if [ "$tag" != cpu ]; then
     run python -m nanochat_jax.dataset --config="$preset" -n 1
     python -m nanochat_jax.dataset --config="$preset" &
@@ -146,16 +146,15 @@ if ! is_current "$marks/tok_eval" "$base/tokenizer/nanochat.json"; then
     run python -m scripts.tok_eval --config="$preset"
     touch "$marks/tok_eval"
 fi
-if [ -n "${download:-}" ]; then
-    banner "waiting for the download"
-    wait "$download"
-    trap - EXIT
-fi
-
 # -----------------------------------------------------------------------------
 # Pretraining: the model learns to predict text
 
 train base
+if [ -n "${download:-}" ]; then
+    banner "waiting for the rest of the download"
+    wait "$download"
+    trap - EXIT
+fi
 evaluate base base_loss scripts.base_loss -i base -g "$tag"
 core=${CORE_DIR:-$base/eval_bundle}
 if [ -d "$core" ]; then

@@ -21,6 +21,7 @@ case "$*" in
     *scripts.train*) stage=$(sed 's/.*--stage=\\([a-z]*\\).*/\\1/' <<< "$*") tag=${!#}
         step=$NANOCHAT_BASE_DIR/${stage}_checkpoints/${tag#--config=}/step_000001
         [ -e "$step/manifest.json" ] || { mkdir -p "$step"; echo {} > "$step/manifest.json"; } ;;
+    "-m nanochat_jax.dataset --config=d12") sleep "${DOWNLOAD:-0}"; echo "downloaded" >> "$CALLS" ;;
     *tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer"
         [ -e "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ] || echo {} > "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ;;
     *"report reset -g cpu"*) mkdir -p "$NANOCHAT_BASE_DIR/report/cpu"
@@ -150,6 +151,14 @@ def test_core_is_skipped_without_its_bundle_and_nothing_else_is(road):
     process, calls = road("d12", FAIL="base_eval", CODE="137")
     assert process.returncode == 137 and "CORE skipped" not in process.stdout
     assert stages(calls) == ["base"]
+
+
+def test_training_starts_before_the_download_ends(road):
+    process, calls = road("d12", DOWNLOAD="1")
+    assert process.returncode == 0, process.stderr
+    (base,) = [i for i, call in enumerate(calls) if "--stage=base" in call]
+    (evaluated,) = [i for i, call in enumerate(calls) if "base_loss" in call]
+    assert base < calls.index("downloaded") < evaluated
 
 
 def test_fresh_moves_everything_aside(road):

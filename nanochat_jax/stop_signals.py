@@ -9,12 +9,30 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAME_SIGNAL_SECONDS = 1.0  # for this long after the signal that ends a command, further signals are ignored
+AGAIN_SECONDS = 0.01  # a signal that arrives where exceptions are ignored is handled after this time
 TWICE_SECONDS = 0.05  # a second Ctrl-C within this time is ignored, because `uv run` may send each Ctrl-C twice
+
+
+# Python calls these functions at any moment, and ignores exceptions that they raise: JAX's callback of the garbage
+# collector, and the method that runs when an object is deleted.
+EXCEPTIONS_IGNORED = {"_xla_gc_callback", "__del__"}
+
+
+def postponed(signum: int, handler: Callable[[int, FrameType | None], None], frame: FrameType | None) -> bool:
+    """Whether an exception that a signal handler raises now would be lost. If so, calls the handler again shortly."""
+    while frame is not None and frame.f_code.co_name not in EXCEPTIONS_IGNORED:
+        frame = frame.f_back
+    if frame is None or not hasattr(signal, "setitimer"):
+        return False
+    signal.signal(signal.SIGALRM, lambda _, frame: handler(signum, frame))
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+    return True
 
 
 def was_interrupted(error: BaseException | None) -> bool:
@@ -51,6 +69,8 @@ class StopSignals:
             os.write(2, b"stopped\n")
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.ended_by is None and postponed(signum, self._receive, frame):
+            return
         now = time.monotonic()
         if self.ended_by is not None:
             if now - self._since > SAME_SIGNAL_SECONDS:

@@ -28,7 +28,7 @@ from types import FrameType
 
 import jax
 
-from nanochat_jax.stop_signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS
+from nanochat_jax.stop_signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS, postponed
 
 MESSAGE = b"\nstopping after this step; the state will be saved (Ctrl-C again: stop at once)\n"
 
@@ -103,7 +103,7 @@ class Interruption:
             if callable(handler):
                 handler(signum, frame)
             raise KeyboardInterrupt
-        if self.received is not None:
+        if self.received is not None or (self._may_raise and postponed(signum, self._receive, frame)):
             return
         self.received = signum
         if signum == signal.SIGHUP:

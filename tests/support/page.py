@@ -124,7 +124,7 @@ class Chat:
 
 
 @pytest.fixture
-def engine(tokenizer):
+def page_engine(tokenizer):
     """An engine whose answer depends on a word in the last message."""
 
     def script(request):
@@ -146,9 +146,9 @@ def engine(tokenizer):
 
 
 @pytest.fixture
-def chat(chromium, engine):
-    with serving(engine) as server:
-        chat = Chat(chromium, server, engine)
+def chat(chromium, page_engine):
+    with serving(page_engine) as server:
+        chat = Chat(chromium, server, page_engine)
         yield chat
         chat.context.close()
         assert not chat.problems

@@ -254,3 +254,55 @@ def test_a_closed_terminal_does_not_end_what_is_being_saved(tmp_path):
         os.close(terminal)  # the kernel hangs up: SIGHUP, and every write to the terminal fails
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert (tmp_path / "saved").read_text() == str(int(signal.SIGHUP))
+
+
+# -----------------------------------------------------------------------------
+# Where exceptions are lost
+
+IN_A_CALLBACK = """
+import gc, os, signal, sys, time
+from nanochat_jax import commandline, config
+from nanochat_jax.training.interruption import Interruption, StopRequested
+
+def _xla_gc_callback(phase, info):
+    if phase == "start" and not sent:
+        sent.append(phase)
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+sent = []
+gc.callbacks.append(_xla_gc_callback)
+
+def main(cfg):
+    if sys.argv[2] == "command":
+        gc.collect()
+        time.sleep(20)
+    with Interruption() as interruption:
+        try:
+            with interruption.raise_at_signal():
+                gc.collect()
+                time.sleep(20)
+        except StopRequested:
+            print("stop requested", interruption.received, flush=True)
+            os._exit(0)
+
+signals = sys.argv[1:]
+sys.argv[1:] = []
+commandline_main = lambda cfg: (sys.argv.extend(signals), main(cfg))
+commandline.run(commandline_main, config.Report)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "status", "said"),
+    [("SIGTERM", "command", 143, "stopped"), ("SIGINT", "command", 130, "stopped"),
+     ("SIGTERM", "training", 0, "stop requested 15")],
+)  # fmt: skip
+def test_a_signal_during_garbage_collection_is_not_lost(own_base_dir, name, where, status, said):
+    """Python ignores what a callback of the garbage collector raises, and JAX has such a callback."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_CALLBACK, name, where], cwd=REPOSITORY, env=tiny.environment(own_base_dir),
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
+    assert time.monotonic() - started < 15 and "ignored" not in done.stderr

@@ -35,13 +35,14 @@ def test_a_conversation_with_a_tool_call(chat):
     assert chat.texts("#status") == ["The answer is complete."]
 
 
-def test_the_page_suggests_what_the_server_names(chat, chromium, engine):
+def test_the_page_suggests_what_the_server_names(chat, chromium, page_engine):
     assert chat.texts("#ideas button") == SUGGESTIONS
     chat.button(SUGGESTIONS[1]).click()
     chat.until("!running && chat.messages.length == 2")
     assert chat.contents()[0] == SUGGESTIONS[1] and not chat.page.locator("#welcome").is_visible()
-    with serving(engine, suggestions=[]) as server:  # a base model, or one trained only on the user's own conversations
-        other = Chat(chromium, server, engine)
+    # Like a base model, or one trained only on the user's own conversations.
+    with serving(page_engine, suggestions=[]) as server:
+        other = Chat(chromium, server, page_engine)
         assert other.page.locator("#welcome").is_visible() and other.page.locator("#ideas button").count() == 0
         other.context.close()
 

@@ -143,11 +143,11 @@ def contrast(chat, selector: str) -> float:
     }""", selector)  # fmt: skip
 
 
-def test_dark_and_light(chromium, engine):
-    with serving(engine) as server:
+def test_dark_and_light(chromium, page_engine):
+    with serving(page_engine) as server:
         colors = {}
         for scheme in ("light", "dark"):
-            chat = Chat(chromium, server, engine, color_scheme=scheme)
+            chat = Chat(chromium, server, page_engine, color_scheme=scheme)
             chat.ask("Why is the sky blue?")
             chat.ask("show")
             chat.ask("And what is 37 times 12?")
@@ -165,9 +165,9 @@ def test_dark_and_light(chromium, engine):
             assert colors[scheme, "light"] == colors["light"] and colors[scheme, "dark"] == colors["dark"]
 
 
-def test_phone(chromium, engine):
-    with serving(engine) as server:
-        chat = Chat(chromium, server, engine, has_touch=True, is_mobile=True, device_scale_factor=2)
+def test_phone(chromium, page_engine):
+    with serving(page_engine) as server:
+        chat = Chat(chromium, server, page_engine, has_touch=True, is_mobile=True, device_scale_factor=2)
         chat.page.set_viewport_size({"width": 375, "height": 700})
         chat.page.reload()
         chat.until("server.ready")
@@ -206,7 +206,7 @@ def test_phone(chromium, engine):
 # A server that is busy, gone, or refuses
 
 
-def test_a_server_killed_and_back_answers_what_was_asked(chat, chromium, engine):
+def test_a_server_killed_and_back_answers_what_was_asked(chat, chromium, page_engine):
     chat.ask("hello")
     chat.server.stop()
     chat.type("are you there?")
@@ -216,7 +216,7 @@ def test_a_server_killed_and_back_answers_what_was_asked(chat, chromium, engine)
     chat.type("and another thing")  # the user can go on typing
     chat.screenshot("gone")
     chat.page.close(run_before_unload=False)
-    with serving(engine, port=chat.server.port):
+    with serving(page_engine, port=chat.server.port):
         chat.page = chat.context.new_page()  # a new window shows the question, and sends it again on request
         chat.page.goto(chat.server.url)
         chat.page.click("#chats .open")
@@ -227,14 +227,14 @@ def test_a_server_killed_and_back_answers_what_was_asked(chat, chromium, engine)
         assert chat.contents()[3] == "nothing to add" and chat.texts(".trouble") == []
 
 
-def test_it_tries_again_by_itself(chat, engine):
+def test_it_tries_again_by_itself(chat, page_engine):
     chat.ask("hello")
     chat.server.stop()
     chat.type("are you there?")
     chat.press("Enter")
     chat.until("document.querySelector('.waiting span')?.innerText.includes('Trying again in')")
     chat.type("typed meanwhile")
-    with serving(engine, port=chat.server.port):
+    with serving(page_engine, port=chat.server.port):
         chat.until("!running && chat.messages.length == 4", seconds=20)
         assert chat.contents()[3] == "nothing to add" and chat.page.input_value("#input") == "typed meanwhile"
 
@@ -253,7 +253,7 @@ def test_stopping_to_wait_keeps_the_question(chat):
     assert chat.texts(".user .body") == ["are you there?\n\nhello?"]
 
 
-def test_a_server_that_dies_in_the_middle_of_an_answer(chat, engine):
+def test_a_server_that_dies_in_the_middle_of_an_answer(chat, page_engine):
     chat.type("endless")
     chat.press("Enter")
     chat.until("document.querySelector('.assistant .body')?.innerText.length > 50")
@@ -262,7 +262,7 @@ def test_a_server_that_dies_in_the_middle_of_an_answer(chat, engine):
     before = chat.contents()[1]
     assert before.startswith("and so on") and chat.texts(".assistant .actions")[0].count("\n") >= 2
     assert chat.js("chat.messages[1].remark")
-    with serving(engine, port=chat.server.port):
+    with serving(page_engine, port=chat.server.port):
         chat.button("Continue").click()
         chat.until(f"chat.messages[1].content.length > {len(before)}")
         chat.press("Escape")
@@ -270,9 +270,9 @@ def test_a_server_that_dies_in_the_middle_of_an_answer(chat, engine):
         assert chat.contents()[1].startswith(before)
 
 
-def test_a_busy_server_is_waited_for(chromium, tokenizer, engine):
-    with serving(engine, ChatWeb(max_waiting=1, max_new_tokens=4000)) as server:
-        chat = Chat(chromium, server, engine)
+def test_a_busy_server_is_waited_for(chromium, tokenizer, page_engine):
+    with serving(page_engine, ChatWeb(max_waiting=1, max_new_tokens=4000)) as server:
+        chat = Chat(chromium, server, page_engine)
         body = {"messages": [{"role": "user", "content": "endless"}], "max_tokens": 3000}
         with httpx.Client(timeout=30) as others:
             streams = [others.stream("POST", f"{server.url}/chat/completions", json=body) for _ in range(3)]
@@ -296,9 +296,9 @@ def test_a_busy_server_is_waited_for(chromium, tokenizer, engine):
         chat.context.close()
 
 
-def test_the_key_is_asked_for_and_kept(chromium, engine):
-    with serving(engine, ChatWeb(api_key="secret")) as server:
-        chat = Chat(chromium, server, engine)
+def test_the_key_is_asked_for_and_kept(chromium, page_engine):
+    with serving(page_engine, ChatWeb(api_key="secret")) as server:
+        chat = Chat(chromium, server, page_engine)
         chat.type("hello")
         chat.press("Enter")
         chat.until("document.querySelector('#options').open")

@@ -264,31 +264,31 @@ import gc, os, signal, sys, time
 from nanochat_jax import commandline, config
 from nanochat_jax.training.interruption import Interruption, StopRequested
 
-def _xla_gc_callback(phase, info):
-    if phase == "start" and not sent:
-        sent.append(phase)
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+name, where = sys.argv[1:]
+sys.argv[1:] = ["generate"]
 
-sent = []
-gc.callbacks.append(_xla_gc_callback)
+def _xla_gc_callback(phase, info):
+    if phase == "start":
+        gc.callbacks.remove(_xla_gc_callback)
+        os.kill(os.getpid(), getattr(signal, name))
+
+def collect():
+    gc.callbacks.append(_xla_gc_callback)
+    gc.collect()
+    time.sleep(20)
 
 def main(cfg):
-    if sys.argv[2] == "command":
-        gc.collect()
-        time.sleep(20)
+    if where == "command":
+        collect()
     with Interruption() as interruption:
         try:
             with interruption.raise_at_signal():
-                gc.collect()
-                time.sleep(20)
+                collect()
         except StopRequested:
             print("stop requested", interruption.received, flush=True)
             os._exit(0)
 
-signals = sys.argv[1:]
-sys.argv[1:] = []
-commandline_main = lambda cfg: (sys.argv.extend(signals), main(cfg))
-commandline.run(commandline_main, config.Report)
+commandline.run(main, config.Report)
 """
 
 

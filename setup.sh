@@ -61,7 +61,7 @@ build_environment() {
         if [ -n "$gpu" ] && [ "$old" != "$gpu" ] && [[ " $have " == *" $old "* ]]; then
             echo "== the GPU driver has changed: making .venv again, with $gpu instead of $old"
             have=${have#* }
-            wanted=$(echo "${have/$old/} $wanted" | xargs)
+            wanted=$(echo "${have//$old/} $wanted" | xargs)
             have=''
             rm -rf .venv
         fi

@@ -147,8 +147,8 @@ def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], in
     --remat save. The first n to be tried is the largest divisor that is at most twice the guess. If n rows fit, larger
     divisors are tried until one is too large. Otherwise, smaller divisors are tried until one is small enough.
     """
-    most = attention.most_rows(model_cfg) or rows
-    divisors = [n for n in range(1, min(rows, most) + 1) if rows % n == 0]
+    most = attention.most_rows(model_cfg)
+    divisors = [n for n in range(1, min(rows, rows if most is None else most) + 1) if rows % n == 0]
     if limit is None:
         stats = jax.local_devices()[0].memory_stats() or {}
         if jax.default_backend() == "cpu" or "bytes_limit" not in stats:

@@ -51,21 +51,19 @@ make_environment() {
 }
 
 build_environment() {
-    local wanted have gpu source wheels build python
+    local wanted have gpu other remake='' source wheels build python
     gpu=$(gpu_extra) || exit 2
+    case $gpu in cuda12) other=cuda13 ;; cuda13) other=cuda12 ;; *) other=none ;; esac
+    [[ " $* " != *" $other "* ]] || fail "the extra $other does not fit this machine's GPU driver: leave it out"
     wanted=$(echo "$* $gpu" | xargs)
     source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum | cut -c1-16)
     # .venv/.made holds the hash of the sources, followed by the names of the installed extras.
     have=$(usable && cat .venv/.made 2>/dev/null || true)
-    for old in cuda12 cuda13; do # after a driver upgrade, an environment must not hold the libraries of both
-        if [ -n "$gpu" ] && [ "$old" != "$gpu" ] && [[ " $have " == *" $old "* ]]; then
-            echo "== the GPU driver has changed: making .venv again, with $gpu instead of $old"
-            have=${have#* }
-            wanted=$(echo "${have//$old/} $wanted" | xargs)
-            have=''
-            rm -rf .venv
-        fi
-    done
+    if [[ " $have " == *" $other "* ]]; then # an environment must not hold the libraries of both CUDA versions
+        have=${have#* }
+        wanted=$(echo "${have//$other/} $wanted" | xargs)
+        have='' remake=1
+    fi
     if [ "${have%% *}" = "$source" ]; then
         local missing=
         for extra in $wanted; do [[ " $have " == *" $extra "* ]] || missing=1; done
@@ -75,7 +73,11 @@ build_environment() {
     if [ "${have%% *}" != "$source" ]; then
         command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
     fi
-    command -v uv >/dev/null || usable || python=$(find_python) || exit 2
+    if ! command -v uv >/dev/null && { [ -n "$remake" ] || ! usable; }; then python=$(find_python) || exit 2; fi
+    if [ -n "$remake" ]; then
+        echo "== the GPU driver has changed: making .venv again, with $gpu instead of $other"
+        rm -rf .venv
+    fi
     echo "== setting up .venv [$wanted]: Python packages and the Rust tokenizer; takes a few minutes, once"
     if command -v uv >/dev/null; then
         usable || uv venv --quiet --clear --seed --python '>=3.11' .venv

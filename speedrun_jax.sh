@@ -26,9 +26,10 @@ for argument in "$@"; do
     esac
 done
 
-# If this machine has GPUs, JAX may not fall back to the CPU: it would take years there.
+# If this machine has GPUs, JAX must not fall back to the CPU, where a large preset would take years.
 gpus=$(nvidia-smi --list-gpus 2>/dev/null) || gpus=''
 [[ "$gpus" == "GPU "* ]] || gpus=''
+case ${CUDA_VISIBLE_DEVICES-all} in '' | -1 | NoDevFiles) gpus='' ;; esac # all GPUs are hidden
 [ -z "$gpus" ] || export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
 
 # If no preset is given, choose one that suits this machine.
@@ -38,7 +39,7 @@ if [ -z "$preset" ]; then
         echo "preset d20: NVIDIA GPUs on this machine: $(echo "$gpus" | wc -l)"
     else
         preset=cpu
-        echo "preset cpu: no NVIDIA GPU here (nvidia-smi lists none)"
+        echo "preset cpu: no NVIDIA GPU here (nvidia-smi lists none, or CUDA_VISIBLE_DEVICES hides them)"
     fi
 fi
 
@@ -82,8 +83,9 @@ banner() { printf '\n== %s  [%s]\n' "$*" "$(date +%H:%M:%S)"; }
 
 child='' stopped='' # the running command, and the exit status if a signal has come
 
-# run COMMAND... runs a command and passes on the signals that end this script, so that training can save its state. Bash
-# handles a signal only while it waits for a background process. Ctrl-C in a terminal reaches the command by itself.
+# run COMMAND... runs a command, and forwards SIGHUP and SIGTERM to it, so that training can save its state. Bash handles
+# a signal only while it waits for a background process. SIGINT is not forwarded: Ctrl-C in a terminal also reaches the
+# command, and a second SIGINT could end it before it has saved.
 run() {
     (trap - INT; exec "$@") & # without the trap, a background process would ignore Ctrl-C
     child=$!
@@ -135,7 +137,7 @@ evaluate() {
 # First download the validation shard and one training shard, to check that the hub can be reached. The other shards
 # download in the background. The tokenizer and pretraining wait for the shards that they need.
 if [ "$tag" != cpu ]; then
-    run python -m nanochat_jax.dataset --config="$preset" -n 1
+    run python -m nanochat_jax.dataset --config="$preset" --begin
     python -m nanochat_jax.dataset --config="$preset" &
     download=$!
     trap 'kill "$download" 2>/dev/null || true' EXIT
@@ -152,7 +154,7 @@ fi
 train base
 if [ -n "${download:-}" ]; then
     banner "waiting for the rest of the download"
-    wait "$download"
+    wait "$download" || echo "warning: some shards could not be downloaded (see above); pretraining did not need them"
     trap - EXIT
 fi
 evaluate base base_loss scripts.base_loss -i base -g "$tag"

@@ -10,7 +10,7 @@ from nanochat_jax.data import hub, sources
 def main(cfg: config.Dataset) -> None:
     """Gets the text that `cfg` names. If `cfg.tokenize` is true, also caches the tokens of the text for training."""
     if not cfg.data_dir and cfg.data != "local":
-        hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify)
+        hub.download(cfg.data, cfg.num_files, cfg.num_workers, cfg.verify, begin=cfg.begin)
     source = sources.open(cfg.data, cfg.data_dir or None)
     train, val = len(source.train_files), len(source.val_files)
     print(f"{source.name}: {train} training and {val} validation files in {source.val_files[0].parent}")

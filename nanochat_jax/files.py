@@ -85,9 +85,8 @@ def exclusive(folder: Path, refusal: str) -> Generator[None]:
     If the folder holds only the lock file at the end, removes the folder and the parents that were created with it. If
     the file system has no locks (some NFS and Lustre mounts have none), prints a warning and continues without a lock.
 
-    The lock file holds the id and the host of the process. If another process holds the lock, raises Locked with the
-    message `refusal` and the other process. Raises UserError if the folder cannot be
-    written to.
+    The lock file says which process holds the lock. If another process does, raises Locked. Its message is `refusal`,
+    followed by the id and the host of that process. Raises UserError if the folder cannot be written to.
     """
     try:
         lock, unused = _take(folder, refusal)

@@ -103,17 +103,19 @@ def last_saved(runs: Sequence[Path], tag_flag: str = "--model_tag") -> Path:
 
 
 def described(run: Path, step: int) -> str:
-    """Returns text such as "base_checkpoints/d20, step 60". It says so if the run is not finished, or went further."""
+    """Returns text such as "base_checkpoints/d20, step 60", with a note if this is not the end of a finished run."""
     text, records = f"{run.relative_to(base_dir())}, step {step}", run_log.read(run)
-    end = finished_at(run)
-    if end is None and records:  # without a log, nothing is known
+    end = finished_at(records)
+    if end == step or not records:  # without a log, nothing is known
+        return text
+    if end is None or end < step:
         return f"{text} (this run is not finished)"
-    return f"{text} (this run finished at step {end})" if end not in (None, step) else text
+    return f"{text} (this run finished at step {end})"
 
 
-def finished_at(run: Path) -> int | None:
-    """Returns the last step of a finished run, or None if the run's log does not say that it is finished."""
-    notes = [r for r in run_log.read(run) if r["kind"] == "note" and r.get("text") == "finished"]
+def finished_at(records: Sequence[dict]) -> int | None:
+    """Returns the last step at which a run was finished, or None if its log `records` hold no such step."""
+    notes = [r for r in records if r["kind"] == "note" and r.get("text") == "finished"]
     return notes[-1]["step"] if notes else None
 
 

@@ -87,7 +87,8 @@ def main(cfg: config.ChatWeb) -> None:
         app = create_app(engines, cfg, model.name, chosen[0].device_kind, warmups, suggestions)
         print(f"chat at {url(listener)} (Ctrl-C stops the server)", flush=True)
         if cfg.max_new_tokens > (context := model.model_cfg.sequence_len):
-            print(f"answers end with the context of {context} tokens, before --max_new_tokens={cfg.max_new_tokens}")
+            limit = f"--max_new_tokens={cfg.max_new_tokens}"
+            print(f"an answer ends at the context of {context} tokens, which is shorter than {limit}", flush=True)
         if model.stage == "base":
             print("this model has not learned to chat: it only continues text", flush=True)
         if not is_loopback_address(listener.getsockname()[0]) and not cfg.api_key:

@@ -3,7 +3,8 @@
     python -m scripts.doctor
     python -m scripts.doctor --config=d20 --mesh=node=2,data=8
 
-The command takes a few seconds. It trains nothing, and uses GPU memory only to try the attention kernel.
+The command takes up to a minute. It trains nothing. It uses GPU memory only to try the attention kernel, and to measure
+how fast the GPUs sum an array.
 """
 
 import contextlib
@@ -34,11 +35,10 @@ def main(cfg: config.Doctor) -> None:
     line("Rust tokenizer", rust_tokenizer())
     line("Hub", hub())
     line("Limits", limits())
-    if cfg.device_type != "cpu":
-        check_gpus()
-
     from nanochat_jax.parallel import devices
 
+    if devices.may_use_gpus(cfg.device_type):
+        check_gpus(devices.memory_fraction())
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     from nanochat_jax.parallel import sharding
 
@@ -120,22 +120,24 @@ def hub() -> str:
 
 
 def limits() -> str:
-    """Returns the size of shared memory, which NCCL uses, and how many files a process may have open."""
+    """Returns how much shared memory is free, which NCCL uses, and how many files a process may have open."""
     import shutil
 
-    shared = "no /dev/shm"
+    found = []
     with contextlib.suppress(OSError):
-        shared = f"{shutil.disk_usage('/dev/shm').free / GIB:.1f} GiB of shared memory"
-    try:
+        free = shutil.disk_usage("/dev/shm").free
+        few = "" if free >= GIB else " (TOO LITTLE for several GPUs: start the container with --shm-size=16g)"
+        found.append(f"{free / GIB:.1f} GiB of shared memory free{few}")
+    with contextlib.suppress(ImportError):  # not a POSIX system
         import resource
 
-        files = f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files"
-    except ImportError:  # not a POSIX system
-        files = "any number of open files"
-    return f"{shared}, {files}"
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        few = "" if files >= 1024 or files < 0 else " (TOO FEW: run ulimit -n 65536)"
+        found.append(f"{'any number of' if files < 0 else f'{files:,}'} open files{few}")
+    return ", ".join(found) or "unknown"
 
 
-def check_gpus() -> None:
+def check_gpus(memory_fraction: float) -> None:
     """Prints what nvidia-smi says about the GPUs. Raises UserError if a run should not start on them."""
     from nanochat_jax.parallel import gpu_node
 
@@ -150,7 +152,7 @@ def check_gpus() -> None:
         )
     else:
         line("CUDA libraries", "only those in .venv (LD_LIBRARY_PATH names no others)")
-    gpu_node.check(gpus)
+    gpu_node.check(gpus, memory_fraction)
 
 
 def all_reduce(mesh: "Mesh") -> str:

@@ -14,9 +14,11 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tests run on the CPU unless GPU tests are selected, and compile with few optimizations: most programs run once.
+# Tests run on the CPU unless GPU tests are selected.
 if "gpu" not in sys.argv:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# They compile with few optimizations, because most programs run once. The tests marked gpu and aot need real programs.
+if not {"gpu", "aot"} & set(sys.argv):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # All tests and the processes they start share a compilation cache, since compiling takes half of the time. The workers

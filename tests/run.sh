@@ -48,10 +48,10 @@ rust_check=$!
 [[ " ${pytest_args[*]-} " == *" -m "* ]] || pytest_args+=(-m "not slow and not parity and not browser and not gpu and not aot")
 if [ -n "$coverage" ]; then pytest_args+=(--cov --cov-report=json:.coverage.json) && rm -f .coverage.json; fi
 status=0
-# The GPU tests share one process, because a process that uses a GPU takes most of its memory.
+# Use four workers even on two cores, because the tests often wait for processes to start or stop. GPU tests share one
+# process, because a process that uses a GPU takes most of its memory. XLA compiles for GPUs on all cores.
 workers=4
-[[ " ${pytest_args[*]} " != *" -m gpu "* ]] || workers=0
-# Use four workers even on two cores, because the tests often wait for processes to start or stop.
+[[ " ${pytest_args[*]} " != *" -m gpu "* && " ${pytest_args[*]} " != *" -m aot "* ]] || workers=0
 python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "${pytest_args[@]}" 2>&1 | tee "$pytest_log" || status=$?
 wait "$rust_check" || { status=1; echo "error: the tests or checks of the Rust crate failed:"; }
 cat "$rust_log"

@@ -14,6 +14,7 @@ import pytest
 
 from nanochat_jax.config import REPOSITORY
 
+H100 = "GPU 0: NVIDIA H100 (UUID: GPU-0)"
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 echo "${JAX_PLATFORMS:-}" >> "$CALLS.platforms"
@@ -21,7 +22,8 @@ case "$*" in
     *scripts.train*) stage=$(sed 's/.*--stage=\\([a-z]*\\).*/\\1/' <<< "$*") tag=${!#}
         step=$NANOCHAT_BASE_DIR/${stage}_checkpoints/${tag#--config=}/step_000001
         [ -e "$step/manifest.json" ] || { mkdir -p "$step"; echo {} > "$step/manifest.json"; } ;;
-    "-m nanochat_jax.dataset --config=d12") sleep "${DOWNLOAD:-0}"; echo "downloaded" >> "$CALLS" ;;
+    "-m nanochat_jax.dataset --config=d12") sleep "${DOWNLOAD:-0}"; echo "downloaded" >> "$CALLS"
+        exit "${DOWNLOAD_STATUS:-0}" ;;
     *tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer"
         [ -e "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ] || echo {} > "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ;;
     *"report reset -g cpu"*) mkdir -p "$NANOCHAT_BASE_DIR/report/cpu"
@@ -161,6 +163,12 @@ def test_training_starts_before_the_download_ends(road):
     assert base < calls.index("downloaded") < evaluated
 
 
+def test_a_download_that_fails_in_part_costs_no_training(road):
+    process, calls = road("d12", DOWNLOAD_STATUS="2")
+    assert process.returncode == 0 and stages(calls) == ["base", "mid", "sft"]
+    assert "warning: some shards could not be downloaded" in process.stdout
+
+
 def test_fresh_moves_everything_aside(road):
     road()
     process, calls = road("--fresh")
@@ -237,7 +245,7 @@ def test_setup_names_what_is_missing(setup):
     assert not (setup.tree / ".venv").exists()
 
 
-# Like nvidia-smi on a machine with eight GPUs, this writes one line after the other.
+# Writes one line at a time, as nvidia-smi does on a machine with eight GPUs.
 EIGHT_GPUS = """
 for i in 0 1 2 3 4 5 6 7; do
     case "$*" in
@@ -270,15 +278,19 @@ def test_setup_refuses_gpus_whose_driver_does_not_answer(setup):
 
 
 def test_after_a_driver_upgrade_setup_makes_the_environment_again(setup):
+    setup.put(".venv/bin/python", "exit 0")
+    (setup.tree / ".venv" / ".made").write_text("0123456789abcdef serve cuda12 dev cuda12\n")
+    setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", "580.65.06"))
+    assert "cargo is missing" in setup("serve").stderr
+    assert (setup.tree / ".venv" / "bin" / "python").exists(), "what works is kept if another cannot be made"
     setup.put("bin/cargo", "exit 0")
     setup.put("bin/python3", "[[ $1 != -m ]]")
-    setup.put(".venv/bin/python", "exit 0")
-    (setup.tree / ".venv" / ".made").write_text("0123456789abcdef dev serve cuda12\n")
-    setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", "580.65.06"))
     done = setup("serve")
     assert "the GPU driver has changed: making .venv again, with cuda13 instead of cuda12" in done.stdout, done.stderr
-    assert "== setting up .venv [dev serve serve cuda13]" in done.stdout
+    assert "== setting up .venv [serve dev serve cuda13]" in done.stdout
     assert not (setup.tree / ".venv" / "bin").exists()
+    refused = setup("dev", "cuda12")
+    assert refused.returncode == 2 and "the extra cuda12 does not fit this machine's GPU driver" in refused.stderr
 
 
 def test_sourcing_setup_does_not_end_the_shell():

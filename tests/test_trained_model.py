@@ -59,6 +59,7 @@ def test_a_run_that_is_not_finished_or_went_further_says_so(own_base_dir):
     run_log.append(run, "note", "sft", 10, text="finished")
     assert trained_model.described(run, 10) == "sft_checkpoints/d20, step 10"
     assert trained_model.described(run, 5) == "sft_checkpoints/d20, step 5 (this run finished at step 10)"
+    assert trained_model.described(run, 15).endswith("step 15 (this run is not finished)"), "it was extended"
     (run / run_log.LOG).unlink()  # nothing is known
     assert trained_model.described(run, 10) == "sft_checkpoints/d20, step 10"
 

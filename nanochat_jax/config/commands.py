@@ -60,6 +60,9 @@ class Dataset(Settings):
     data_dir: str = setting("", "folder of parquet, jsonl, json or txt files to convert; --data is then ignored")
     num_files: int = setting(-1, "training shards to download, not counting the validation shard (-1: all)")
     num_workers: int = setting(4, "number of parallel downloads")
+    begin: bool = setting(
+        False, "record how many shards are wanted, but download only the validation shard and the first training shard"
+    )
     verify: bool = setting(False, "check the hash of every shard, and download damaged shards again")
     tokenize: bool = setting(False, "tokenize all text in advance; training then makes the same batches with less work")
 

@@ -110,7 +110,7 @@ class Train(Settings):
     )
     mesh: str = setting("", "number of devices on each mesh axis, such as node=2,data=8,model=1 (default: all on data)")
     shard: str = setting("optimizer", SHARD, choices=("optimizer", "full"))
-    attention: str = setting("", "attention kernel (default: cudnn where it works, else xla)", choices=("cudnn", "xla"))
+    attention: str = setting("", "attention kernel (default: cudnn on GPUs, else xla)", choices=("cudnn", "xla"))
     remat: str = setting("none", REMAT, choices=("none", "matmuls", "full"))
     coordinator: str = setting("", COORDINATOR)
     num_processes: int = setting(0, "number of processes, if --coordinator is given", low=1)

@@ -108,12 +108,15 @@ def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     return train, folder / last
 
 
-def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = False) -> None:
+def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = False, *, begin: bool = False) -> None:
     """Fetches the validation shard and the first `num_files` training shards (-1: all) into the data folder. Raises
     UserError if any shard is still missing at the end.
 
     Partial downloads are resumed. Existing shards are kept, but damaged shards are downloaded again. Only shards that
     have changed since their last check are checked for damage. With `verify`, all existing shards are checked.
+
+    With `begin`, records that `num_files` training shards are wanted, but fetches only the first of them. Pretraining
+    can then start, because it knows which shards to wait for. Another call must fetch the rest.
     """
     if source not in SOURCES:
         raise UserError(f"--data={source}: unknown source, expected {' or '.join(SOURCES)}")
@@ -138,9 +141,11 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
         # The manifest records the largest number of training shards ever requested.
         requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
+        if begin:
+            names = names[:1]
         if failures := _fetch_all(job, names, f"{source}, MB", workers):
             missing = sum(not (folder / name).exists() for name in names)
-            message = f"{missing} of {count} shards missing; first failure: {failures[0]}"
+            message = f"{missing} of {len(names)} shards missing; first failure: {failures[0]}"
             raise UserError(f"{message}; run the command again to resume")
 
 

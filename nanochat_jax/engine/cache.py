@@ -126,7 +126,8 @@ def insert_rows(
         return jax.lax.platform_dependent(cache, prefix, source, target, count, cuda=scatter, default=loop)
 
     def scatter(cache: KV, prefix: KV, source: jax.Array, target: jax.Array, count: jax.Array) -> KV:
-        # On a GPU, the host would have to decide after every turn of the loop below whether there is another.
+        # The loop below has a dynamic number of iterations. On a GPU, the host would have to check the loop's condition
+        # before every iteration.
         rows, size = cache["k"][0].shape[0], size_of(prefix)
         place, here = _place(cache, target, mesh)
         place = jnp.where(here & (jnp.arange(len(target)) < count), place, rows)  # beyond the last row: dropped
@@ -140,7 +141,7 @@ def insert_rows(
             def put(to: jax.Array, rows: jax.Array) -> jax.Array:
                 row = jax.lax.dynamic_slice_in_dim(rows, source[i], 1)
                 start = (place, 0, 0, 0)
-                if mesh is not None:  # another replica may hold the row: then this one writes what is there
+                if mesh is not None:  # if another replica holds the row, nothing may change here
                     row = jnp.where(here, row, jax.lax.dynamic_slice(to, start, row.shape))
                 return jax.lax.dynamic_update_slice(to, row, start)
 

@@ -3,8 +3,9 @@
 Slots are independent, so each replica decodes its own share of the slots under shard_map. Without shard_map, the
 compiler would gather all logits on every device in every step, in order to compute top-k.
 
-Prefill is not divided among the replicas: every device prefills all prompts. This costs little compared with decoding,
-because all samples of a prompt share one prefill.
+Prefill is not divided among the replicas: every device prefills all prompts. In RL this costs little compared with
+decoding, because all samples of a prompt share one prefill. In evaluation, a prompt has one sample, so it costs more.
+But with one engine per device, every program would be compiled once per device.
 """
 
 import functools

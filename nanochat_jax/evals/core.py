@@ -249,13 +249,12 @@ class _Window(NamedTuple):
 def _dispatch(model: EvalModel, spans: list[Span], rows: int) -> list[_Batch]:
     """Starts scoring the spans on the devices, in batches of spans of similar length."""
     order = sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
-    batches = []
+    batches, mesh = [], sharding.mesh_of(model.params)
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
         ids = padded([spans[i].ids for i in chosen], rows, model.model_cfg.sequence_len, fill=model.tokenizer.bos)
         bounds = fixed_rows([(spans[i].start, len(spans[i].ids)) for i in chosen], rows)
         arrays = put(model.params, ids), put(model.params, bounds)
-        mesh = sharding.mesh_of(model.params)
         batches.append(_Batch(chosen, *_score(model.params, model.model_cfg, *arrays, model.dtype, mesh)))
     return batches
 
@@ -296,8 +295,8 @@ def _score(
 
 
 def token_scores(
-    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
+    params: gpt.Params, model_cfg: GPTConfig, ids: jax.Array, targets: jax.Array, dtype: DTypeLike,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Scores targets [b,t], where targets[i, j] is the token after ids[i, j].
 

@@ -27,6 +27,6 @@ class EvalModel:
 
 def on_all_devices(model: TrainedModel, compute_dtype: str) -> EvalModel:
     """Replicates a loaded model over the devices of this host."""
-    dtype = devices.choose_precision(compute_dtype, model_cfg=model.model_cfg)
+    dtype = devices.choose_precision(compute_dtype, model_cfg=model.model_cfg, may_be_slow=True)
     params = jax.device_put(model.params, sharding.replicated(sharding.make_mesh()))
     return EvalModel(params, model.model_cfg, model.tokenizer, dtype)

@@ -16,12 +16,14 @@ from nanochat_jax.config import GPTConfig, UserError, first_line
 from nanochat_jax.model.precision import accum_dtype
 
 KERNELS = ("cudnn", "xla")
-HOPPER = 9.0  # compute capability; from there on, XLA's attention makes a step of d20 1.7 times as long as cuDNN's
+HOPPER = 9.0  # compute capability
 CUDNN_LIMIT = 2**31  # if the queries on one device have this many elements, cuDNN 9.27 returns wrong gradients
 _chosen = "xla"  # the kernel that `causal_attention` uses; set by `choose_kernel`
 
 
-def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tuple[str, str]:
+def choose_kernel(
+    requested: str, dtype: DTypeLike, model_cfg: GPTConfig, *, may_be_slow: bool = False
+) -> tuple[str, str]:
     """Chooses the kernel that `causal_attention` will use. Returns the kernel's name and the reason for the choice.
 
     `requested` is the value of --attention. An empty value means cuDNN if it works, and XLA otherwise. Whether cuDNN
@@ -29,8 +31,9 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
     function tries cuDNN on a small input, with the heads and windows of `model_cfg`. Without this trial, compiling the
     training step could fail with an obscure error.
 
-    Raises UserError if the requested kernel does not work. Also raises UserError if cuDNN does not work on a GPU of the
-    Hopper generation or newer, unless XLA is requested: a long run there should not be slow by mistake.
+    Raises UserError if the requested kernel does not work. If no kernel is requested, and cuDNN does not work on a GPU
+    of the Hopper generation or newer, also raises UserError unless `may_be_slow` is set: a long training run should not
+    be slow by mistake.
     """
     global _chosen
     assert requested in ("", *KERNELS), f"kernel {requested!r}, expected one of {', '.join(KERNELS)}"
@@ -44,19 +47,20 @@ def choose_kernel(requested: str, dtype: DTypeLike, model_cfg: GPTConfig) -> tup
         failure = _try_cudnn(dtype, model_cfg)
         if failure and requested:
             raise UserError(f"--attention=cudnn does not work here: {failure}")
-        if failure and float(getattr(jax.devices()[0], "compute_capability", 0)) >= HOPPER:
+        if failure and not may_be_slow and float(getattr(jax.devices()[0], "compute_capability", 0)) >= HOPPER:
             raise UserError(
-                f"cuDNN's attention failed its trial run ({failure}): python -m scripts.doctor looks for the cause; "
-                "--attention=xla goes on without cuDNN, and takes nearly twice as long per step"
+                f"cuDNN's attention failed its trial run ({failure}): run python -m scripts.doctor to find the cause, "
+                "or train more slowly without cuDNN (--attention=xla)"
             )
         _chosen, reason = ("xla", f"cuDNN failed: {failure}") if failure else ("cudnn", "it passed a trial run")
     return _chosen, reason
 
 
 def most_rows(model_cfg: GPTConfig) -> int | None:
-    """Returns the largest number of rows for which the chosen kernel is right on one device. None means any number.
+    """Returns how many rows the chosen kernel can compute on one device, or None if there is no limit.
 
-    The kernel itself cannot check its input. In a program for several devices, it sees the rows of all of them.
+    cuDNN's gradients are wrong if the queries on one device have CUDNN_LIMIT elements or more. `causal_attention`
+    cannot check this, because under jit it sees the rows of all devices.
     """
     per_row = model_cfg.sequence_len * model_cfg.n_head * model_cfg.head_dim
     return (CUDNN_LIMIT - 1) // per_row if _chosen == "cudnn" else None
@@ -67,8 +71,8 @@ def check_rows(rows: int, model_cfg: GPTConfig) -> None:
     most = most_rows(model_cfg)
     if most is not None and rows > most:
         raise UserError(
-            f"{rows} rows of {model_cfg.sequence_len} tokens on one device are too many for cuDNN's attention: use at "
-            f"most --device_batch_size={most}, or --attention=xla"
+            f"{rows} rows of {model_cfg.sequence_len} tokens are too many for cuDNN's attention on one device: use a "
+            f"batch size of at most {most}"
         )
 
 

@@ -3,14 +3,12 @@
 import contextlib
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
-from nanochat_jax.parallel import processes
+from nanochat_jax.parallel import gpu_node, processes
 from nanochat_jax.progress import count_of
 
 # Functions import JAX only when they need it, because the import takes seconds. `start` configures JAX before its first
@@ -18,11 +16,14 @@ from nanochat_jax.progress import count_of
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
-# XLA recomputes results in the backward pass, without a word, if a program needs more than 76% of a GPU's memory. The
-# memory analysis of the compiled program does not show this. These settings raise XLA's limit above what JAX may
-# allocate. Then a program that is too large shows its size, and `rows_that_fit` chooses fewer rows.
+# By default, XLA silently recomputes activations if a program needs more than 76% of a GPU's memory. The memory
+# analysis of the compiled program does not show this. The flag raises XLA's limit to 89.6%. JAX may allocate 92%, and
+# `rows_that_fit` accepts at most 95% of that, which is 87.4%. So the number of rows that it chooses needs no
+# recomputation.
 XLA_GPU_FLAGS = ("--xla_gpu_memory_limit_slop_factor=112",)
 GPU_MEMORY_FRACTION = 0.92
+# JAX reads the fraction from either of these variables, and refuses to start if both are set.
+MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 INSTALL = "run 'bash setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
 # Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. MFU is reported only for these
@@ -53,7 +54,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
-    if device_type != "cpu" and unused_gpus():
+    if may_use_gpus(device_type) and gpu_node.count():
         set_gpu_defaults()
     # If the environment variable JAX_COMPILATION_CACHE_DIR is set, it takes precedence. The ignore comments for ty are
     # necessary, because type checkers do not know JAX's options.
@@ -72,7 +73,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
             f"JAX_PLATFORMS={platforms}: {reason}: {INSTALL}, or use the CPU with JAX_PLATFORMS=cpu"
         ) from None
     # On a machine with a GPU, using the CPU is an error unless --device_type or JAX_PLATFORMS asks for the CPU.
-    if not jax.config.jax_platforms and jax.default_backend() == "cpu" and (gpus := unused_gpus()):  # ty: ignore[missing-attribute]
+    if not jax.config.jax_platforms and jax.default_backend() == "cpu" and (gpus := gpu_node.count()):  # ty: ignore[missing-attribute]
         raise UserError(
             f"this machine has {count_of(gpus, 'NVIDIA GPU')}, but JAX sees none: {INSTALL}; or use the CPU with "
             "--device_type=cpu"
@@ -86,24 +87,23 @@ def set_gpu_defaults() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     missing = [flag for flag in XLA_GPU_FLAGS if flag.partition("=")[0] not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
-    # JAX knows this setting under two names, and refuses to start if both are set.
-    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY_FRACTION)
+    if not set(MEMORY_FRACTION) & os.environ.keys():
+        os.environ[MEMORY_FRACTION[0]] = str(GPU_MEMORY_FRACTION)
 
 
-def unused_gpus() -> int:
-    """Returns how many NVIDIA GPUs the driver lists, or 0 if CUDA_VISIBLE_DEVICES hides all of them.
-
-    If nvidia-smi cannot be run, this function counts the device files /dev/nvidia0, /dev/nvidia1 and so on. It does not
-    read /proc/driver/nvidia, because that folder also exists in containers that may not use the GPUs.
-    """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
-        return 0
+def memory_fraction() -> float:
+    """Returns the fraction of each GPU's memory that JAX may allocate."""
+    given = next((os.environ[name] for name in MEMORY_FRACTION if name in os.environ), "")
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return sum(line.startswith("GPU ") for line in listed.splitlines())
+        return float(given or GPU_MEMORY_FRACTION)
+    except ValueError:
+        return GPU_MEMORY_FRACTION
+
+
+def may_use_gpus(device_type: str) -> bool:
+    """Whether --device_type and JAX_PLATFORMS allow JAX to use NVIDIA GPUs."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return device_type in ("gpu", "cuda") if device_type else not platforms or "cuda" in platforms or "gpu" in platforms
 
 
 @contextlib.contextmanager
@@ -131,11 +131,13 @@ def describe() -> str:
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){count}, jax {jax.__version__}"
 
 
-def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConfig | None = None) -> "DTypeLike":
+def choose_precision(
+    compute_dtype: str, attention: str = "", model_cfg: GPTConfig | None = None, *, may_be_slow: bool = False
+) -> "DTypeLike":
     """Chooses the dtype of matmul operands and, if `model_cfg` is given, the kernel of `causal_attention`.
 
     Prints each choice with its reason, and returns the dtype. Leave out `model_cfg` for decoding, which does not use
-    `causal_attention`.
+    `causal_attention`. For `may_be_slow`, see `choose_kernel`.
     """
     import jax
     import jax.numpy as jnp
@@ -149,7 +151,7 @@ def choose_precision(compute_dtype: str, attention: str = "", model_cfg: GPTConf
         jax.config.update("jax_default_matmul_precision", "highest")
     line = f"devices: {describe()}; matmuls in {jnp.dtype(dtype).name} ({dtype_reason})"
     if model_cfg is not None:
-        kernel, kernel_reason = kernels.choose_kernel(attention, dtype, model_cfg)
+        kernel, kernel_reason = kernels.choose_kernel(attention, dtype, model_cfg, may_be_slow=may_be_slow)
         cudnn_everywhere = processes.all_min(int(kernel == "cudnn"))
         if kernel == "cudnn" and not cudnn_everywhere:  # all processes must compile the same program
             kernel, _ = kernels.choose_kernel("xla", dtype, model_cfg)

@@ -1,4 +1,4 @@
-"""Checks the GPUs of this machine before a run spends time on them. Asks nvidia-smi and the file system, not JAX."""
+"""Describes the GPUs of this machine, and refuses GPUs that a run should not start on. Asks nvidia-smi, not JAX."""
 
 import os
 import re
@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from nanochat_jax.config import UserError
 
-IDLE = 2048  # MiB; the driver itself takes some hundred MiB of each GPU
 CUDA_LIBRARIES = ("libcudnn*.so*", "libcublas*.so*", "libnccl.so*")
 
 
@@ -17,26 +16,51 @@ class Gpu(NamedTuple):
     """A GPU as the driver sees it."""
 
     index: int
+    uuid: str
     name: str
     driver: str
     used: int  # MiB
     total: int  # MiB
 
 
+def count() -> int:
+    """Returns how many NVIDIA GPUs the driver lists, or 0 if CUDA_VISIBLE_DEVICES hides all of them.
+
+    If nvidia-smi cannot be run, this function counts the device files /dev/nvidia0, /dev/nvidia1 and so on. It does not
+    read /proc/driver/nvidia, because that folder also exists in containers that may not use the GPUs.
+    """
+    if _all_hidden():
+        return 0
+    listed = _nvidia_smi("--list-gpus")
+    if listed is None:
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
 def visible() -> list[Gpu]:
     """Returns the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide. Without nvidia-smi, returns []."""
-    fields = "index,name,driver_version,memory.used,memory.total"
-    table = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    fields = "index,uuid,name,driver_version,memory.used,memory.total"
+    table = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits") or ""
     gpus = []
     for row in table.splitlines():
         cells = [cell.strip() for cell in row.split(",")]
-        if len(cells) == 5 and cells[0].isdigit():
-            used, total = (int(cell) if cell.isdigit() else 0 for cell in cells[3:])
-            gpus.append(Gpu(int(cells[0]), cells[1], cells[2], used, total))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    if re.fullmatch(r"[0-9]+( *, *[0-9]+)*", chosen):  # else it holds ids like GPU-3f2a, or hides nothing
-        gpus = [gpu for gpu in gpus if gpu.index in map(int, chosen.split(","))]
+        if len(cells) == 6 and cells[0].isdigit():
+            used, total = (int(cell) if cell.isdigit() else 0 for cell in cells[4:])
+            gpus.append(Gpu(int(cells[0]), *cells[1:4], used, total))
+    if _all_hidden():
+        return []
+    if chosen := [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]:
+        gpus = [gpu for gpu in gpus if any(_names(name, gpu) for name in chosen)]
     return gpus
+
+
+def _all_hidden() -> bool:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
+
+
+def _names(name: str, gpu: Gpu) -> bool:
+    """Whether an entry of CUDA_VISIBLE_DEVICES names this GPU, by its index or by the beginning of its UUID."""
+    return name == str(gpu.index) or (name.startswith("GPU-") and gpu.uuid.startswith(name))
 
 
 def describe(gpus: Sequence[Gpu]) -> str:
@@ -45,23 +69,30 @@ def describe(gpus: Sequence[Gpu]) -> str:
     return f"{len(gpus)} x {first.name}, driver {first.driver}, {first.total / 1024:.1f} GiB each"
 
 
-def check(gpus: Sequence[Gpu]) -> None:
-    """Raises UserError if the GPUs are of several kinds, or if one of them is in use."""
-    kinds: dict[str, list[str]] = {}
+def check(gpus: Sequence[Gpu], memory_fraction: float) -> None:
+    """Raises UserError if the GPUs are of several kinds, or if JAX cannot allocate `memory_fraction` of each GPU."""
+    kinds: dict[str, list[Gpu]] = {}
     for gpu in gpus:
-        kinds.setdefault(gpu.name, []).append(str(gpu.index))
+        kinds.setdefault(gpu.name, []).append(gpu)
     if len(kinds) > 1:
-        most = max(kinds.values(), key=len)
-        which = "; ".join(f"{name}: {', '.join(indices)}" for name, indices in kinds.items())
+        which = "; ".join(f"{name}: {', '.join(str(gpu.index) for gpu in same)}" for name, same in kinds.items())
         raise UserError(
             f"the GPUs are of {len(kinds)} kinds ({which}), and a step takes as long as the slowest: "
-            f"use one kind with CUDA_VISIBLE_DEVICES={','.join(most)}"
+            f"use one kind with {_choose(max(kinds.values(), key=len))}"
         )
-    if busy := [gpu for gpu in gpus if gpu.used > IDLE]:
-        free = ",".join(str(gpu.index) for gpu in gpus if gpu not in busy)
+    if busy := [gpu for gpu in gpus if gpu.used > (1 - memory_fraction) * gpu.total]:
         which = ", ".join(f"{gpu.index} ({gpu.used / 1024:.1f} of {gpu.total / 1024:.1f} GiB)" for gpu in busy)
-        leave_out = f", or leave it out with CUDA_VISIBLE_DEVICES={free} and a --mesh that fits" if free else ""
-        raise UserError(f"in use by another process: GPU {which}: end that process (nvidia-smi shows it){leave_out}")
+        free = [gpu for gpu in gpus if gpu not in busy]
+        leave_out = f"leave it out with {_choose(free)}" if free else "lower XLA_CLIENT_MEM_FRACTION"
+        raise UserError(
+            f"another process uses memory of GPU {which}, and JAX would take {memory_fraction:.0%}: end that process "
+            f"(nvidia-smi shows it), or {leave_out}"
+        )
+
+
+def _choose(gpus: Sequence[Gpu]) -> str:
+    """Returns the variables that choose these GPUs. Without the first, CUDA may number GPUs in another order."""
+    return f"CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES={','.join(str(gpu.index) for gpu in gpus)}"
 
 
 def nvlink(gpus: Sequence[Gpu]) -> str:
@@ -69,14 +100,14 @@ def nvlink(gpus: Sequence[Gpu]) -> str:
     if len(gpus) < 2:
         return "one GPU, so none is needed"
     rows = {}
-    for row in _nvidia_smi("topo", "-m").splitlines():
+    for row in (_nvidia_smi("topo", "-m") or "").splitlines():
         cells = re.sub(r"\x1b\[[0-9;]*m", "", row).split()  # some versions underline the header
         if cells and re.fullmatch(r"GPU\d+", cells[0]) and "X" in cells:
             rows[int(cells[0][3:])] = cells[1:]
-    if not rows:
-        return "unknown: nvidia-smi topo -m shows no matrix"
-    indices = [gpu.index for gpu in gpus]
-    links = {(a, b): rows[a][b] for a in indices for b in indices if a < b and a in rows and b < len(rows[a])}
+    pairs = [(a.index, b.index) for a in gpus for b in gpus if a.index < b.index]
+    if any(gpu.index not in rows for gpu in gpus):
+        return "unknown: nvidia-smi topo -m does not show all GPUs"
+    links = {(a, b): rows[a][b] for a, b in pairs}
     others = {pair: link for pair, link in links.items() if not link.startswith("NV")}
     if not others:
         return f"between all {len(gpus)} GPUs ({', '.join(sorted(set(links.values())))})"
@@ -93,8 +124,9 @@ def second_libraries() -> list[Path]:
     return sorted({path for folder in folders for name in CUDA_LIBRARIES for path in folder.glob(name)})
 
 
-def _nvidia_smi(*arguments: str) -> str:
+def _nvidia_smi(*arguments: str) -> str | None:
+    """Returns the output of nvidia-smi, or None if it cannot be run."""
     try:
         return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return None

@@ -23,6 +23,7 @@ from nanochat_jax.config import UserError
 from nanochat_jax.engine.cache import bucket
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.evals.score import list_notes, mean_and_stderr, with_error
+from nanochat_jax.model import attention
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.progress import Timer, clock, count_of, say
 from nanochat_jax.tokenizer import SHORTEST_PROMPT
@@ -145,6 +146,7 @@ def rl_stage(run: Run, cfg: config.Rl) -> RlStage:
             f"--max_new_tokens={cfg.max_new_tokens}: the context has {run.model_cfg.sequence_len} tokens, "
             f"prompts included: try {run.model_cfg.sequence_len // 2}"
         )
+    attention.check_rows(cfg.device_batch_size, run.model_cfg)
     batch_shape = shape_for_answers(
         cfg, jax.device_count(), sharding.replicas(run.layout.mesh), run.model_cfg.sequence_len
     )

@@ -59,7 +59,10 @@ class Stage:
 
 
 def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
-    """Returns the last four arguments of `shape_for_tokens` and `shape_for_rows`."""
+    """Returns the last four arguments of `shape_for_tokens` and `shape_for_rows`.
+
+    Raises UserError if the attention kernel cannot compute --device_batch_size rows on one device.
+    """
     attention.check_rows(run.cfg.device_batch_size, run.model_cfg)
     fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit

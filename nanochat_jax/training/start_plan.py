@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, trained_model
+from nanochat_jax import checkpoint, config, run_log, trained_model
 from nanochat_jax.checkpoint import WeightsId
 from nanochat_jax.config import GPTConfig, LaterStage, Train, UserError
 
@@ -83,7 +83,8 @@ def make_plan(cfg: Train, lock: ExitStack) -> StartPlan:
         if changed := _changed_settings(cfg, meta["config"]):
             names = ", ".join(changed[:4])
             raise UserError(f"{folder} holds a run started with different settings ({names}): {INSTEAD}")
-        return StartPlan(tag, step, finished=trained_model.finished_at(folder) == step, parent_id=meta["parent"])
+        finished = trained_model.finished_at(run_log.read(folder)) == step
+        return StartPlan(tag, step, finished, parent_id=meta["parent"])
     if refusal:
         raise refusal
     if not isinstance(cfg, LaterStage):

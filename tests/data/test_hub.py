@@ -113,6 +113,15 @@ def test_the_validation_shard_is_asked_for_first_and_is_never_trained_on(server)
     assert source.val_files[0].name == VAL and VAL not in {p.name for p in source.train_files}
 
 
+def test_a_download_that_only_begins_says_what_training_waits_for(server):
+    hub.download("fineweb-edu", 3, begin=True)
+    train, val = hub.shards_of("fineweb-edu")
+    assert [path.name for path in train] == [hub.shard_name(i) for i in range(3)]
+    assert [path.exists() for path in train] == [True, False, False] and val.exists()
+    hub.download("fineweb-edu", 3)
+    assert all(path.exists() for path in train)
+
+
 def test_progress_tells_files_speed_and_time_left(server, monkeypatch, capsys):
     monkeypatch.setattr("nanochat_jax.progress.PATIENCE", 0.0)
     monkeypatch.setattr("nanochat_jax.progress.BETWEEN_LINES", 0.0)

@@ -1,8 +1,8 @@
 """What the scripts of this folder share: running commands, and keeping what was found.
 
-Each script is one call to a machine with a GPU, and takes at most ten minutes there. It writes what it found to
-$OUT/NAME.json (default: the current folder), also if a command fails. With --dry, it runs small sizes on the CPU, so
-that no call is wasted on a typo:
+Each script runs on a machine with one GPU for at most ten minutes. It writes what it found to $OUT/NAME.json (default:
+the current folder), also if a command fails. With --dry, it runs small sizes on the CPU, so that no time on a rented
+machine is wasted on a typo:
 
     python tests/device/facts.py --dry
 """
@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 
 class Call:
-    """One call. `found` holds the findings; every change is written to the file at once."""
+    """One run of a script. `found` holds the findings; every change is written to the file at once."""
 
     def __init__(self, name: str, about: str | None):
         parser = argparse.ArgumentParser(description=about)
@@ -70,8 +70,8 @@ class Call:
         size = ["--vocab_size=512", "--max_chars=300000"] if self.dry else ["--vocab_size=65536"]
         self.python("-m", "scripts.tok_train", "--data=local", *size)
 
-    def shape(self, batch: int) -> list[str]:
-        """The flags of a base run: d20 with `batch` tokens a step, or a tiny model."""
+    def shape(self) -> list[str]:
+        """The flags of a base run: d20 with 65,536 tokens a step, or a tiny model."""
         if self.dry:
             return [
                 "--depth=2",
@@ -80,11 +80,11 @@ class Call:
                 "--eval_tokens=512",
                 "--max_epochs=1000",
             ]
-        return ["--depth=20", f"--total_batch_size={batch}", "--eval_tokens=65536", "--max_epochs=1000"]
+        return ["--depth=20", "--total_batch_size=65536", "--eval_tokens=65536", "--max_epochs=1000"]
 
-    def base_run(self, tag: str, *flags: str, batch: int = 65536, seconds: float = 300) -> list[dict]:
+    def base_run(self, tag: str, *flags: str, seconds: float = 300) -> list[dict]:
         """Trains a base run without evaluations of CORE, and returns the records of its log."""
-        command = ["-m", "scripts.train", "--stage=base", f"--model_tag={tag}", *self.shape(batch)]
+        command = ["-m", "scripts.train", "--stage=base", f"--model_tag={tag}", *self.shape()]
         self.python(*command, "--core_metric_every=-1", "--sample_every=-1", *flags, seconds=seconds)
         return self.log("base", tag)
 

@@ -1,4 +1,4 @@
-"""First call: what the machine is, what the doctor says, and the tests marked gpu."""
+"""What the machine is, what the doctor says, and the tests marked gpu."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""Third call: decoding at batch sizes 1 to 128, prefill, and chat_eval on generated tasks."""
+"""Decoding at batch sizes 1 to 128, prefill, and chat_eval on generated tasks."""
 
 import json
 

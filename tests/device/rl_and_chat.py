@@ -1,4 +1,4 @@
-"""Fourth call: two steps of RL, then a server that answers while RL runs beside it."""
+"""Two steps of RL, then a server that answers while RL runs beside it."""
 
 import json
 import socket
@@ -31,8 +31,8 @@ server = subprocess.Popen(
     cwd=REPOSITORY, env=env,
 )  # fmt: skip
 call.env = env
+beside = subprocess.Popen([sys.executable, *command, "--resume=never"], cwd=REPOSITORY, env=env)
 try:
-    beside = subprocess.Popen([sys.executable, *command, "--resume=never"], cwd=REPOSITORY, env=env)
     body = json.dumps({"messages": [{"role": "user", "content": "What is 2 + 3?"}], "max_tokens": 8}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions", body, {"Content-Type": "application/json"}
@@ -49,6 +49,7 @@ try:
     call.note(answer_seconds=times, answer=answer if times else None, beside=beside.wait(timeout=240))
     call.failed = call.failed or len(times) < 5 or beside.returncode != 0
 finally:
+    beside.kill()
     server.terminate()
     server.wait(timeout=60)
 call.end()

@@ -1,4 +1,4 @@
-"""Second call: d20 with 16 and with 32 rows at once, a profile of a step, and a run that is stopped and resumed."""
+"""d20 with 16 and with 32 rows at once, and a run that is resumed from its middle."""
 
 import shutil
 

@@ -35,7 +35,10 @@ requests = [
     Request(prompt(4, 2), max_tokens=12, n=6, seed=2, stop_ids=()),
     Request(prompt(120, 3), max_tokens=24, n=3, seed=3, top_p=0.9, temperature=0.8, stop_ids=()),
 ]
-for params, slots in ((one, 16), (many, 16), (many, 6)):
+for params, slots, platform in ((one, 16, "default"), (many, 16, "default"), (many, 6, "default"), (many, 16, "cuda")):
+    if platform == "cuda":  # what a GPU would run, on the CPU
+        jax.clear_caches()
+        jax.lax.platform_dependent = lambda *args, **branches: branches["cuda"](*args)
     engine = Engine(params, model_cfg, tokenizer, slots=slots, chunk=4)
     answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
     # The next turn of the last one continues from its cached tokens, another prompt is prefilled in chunks.
@@ -58,9 +61,10 @@ def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
         [sys.executable, "-c", ON_DEVICES], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    one, many, undivided = map(json.loads, done.stdout.strip().splitlines()[-3:])
+    one, many, undivided, as_on_gpus = map(json.loads, done.stdout.strip().splitlines()[-4:])
     assert one == [one[0], False, [16]]
     assert many == [one[0], True, [2]]  # the cache of 16 slots has two rows on each of 8 devices
+    assert as_on_gpus == many
     assert undivided == [one[0], False, [6]]  # 6 slots cannot be divided by 8, so every device decodes them all
     assert [cached_tokens for cached_tokens, _ in one[0][4:]] == [143, 0]
     assert one[0][0][0][1].count(0) == 3  # the call was answered: <|output_start|> 36 <|output_end|>

@@ -104,3 +104,13 @@ def test_log_prob_is_that_of_the_full_softmax(logits):
     token = jnp.arange(VOCAB)
     got = sampler.log_prob(jnp.broadcast_to(logits, (VOCAB, VOCAB)), token)
     np.testing.assert_allclose(got, jax.nn.log_softmax(jnp.asarray(logits)), atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 20, 64])
+@pytest.mark.parametrize("vocab", [4096, 5000])
+def test_the_largest_logits_are_those_of_top_k(monkeypatch, k, vocab):
+    """Equal numbers included: of these, the first come first."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, cuda, default: cuda(x))
+    logits = jnp.round(4 * jax.random.normal(jax.random.key(0), (3, vocab))).at[2].set(-jnp.inf)
+    for ours, expected in zip(sampler.top_k(logits, k), jax.lax.top_k(logits, k), strict=True):
+        np.testing.assert_array_equal(ours, expected)

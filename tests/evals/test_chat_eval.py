@@ -378,7 +378,7 @@ sys.path += ["tests/support", "tests/evals"]
 import jax
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, sharding
-from nanochat_jax.evals import batching, bpb, chat
+from nanochat_jax.evals import batching, bpb, chat, core
 import numpy as np
 from nanochat_jax.evals.model import EvalModel
 from test_chat_eval import Begin, Quiz, WORDS
@@ -407,8 +407,14 @@ batch = {k: rng.integers(0, 300, (8, 16), dtype=np.int32) for k in ("inputs", "t
 mine = slice(8 // count * process, 8 // count * (process + 1))
 bits = bpb.bits_per_byte(model, [{k: rows[mine] for k, rows in batch.items()}] * 2)
 bits = [round(bits.bpb, 4), round(bits.stderr, 4), bits.tokens, bits.rows]
+core.LOGITS_AT_ONCE = 4 * 5 * model_cfg.vocab_size  # the head is applied to slices of a few positions
+bounds = np.array([[3, 9 + i] for i in range(8)], np.int32)
+arrays = [batching.put(params, array) for array in (batch["inputs"], bounds)]
+mesh = sharding.mesh_of(params)
+losses = batching.fetch(core._score(params, model_cfg, *arrays, np.dtype("float32"), mesh)[0])
+losses = [round(float(loss), 4) for loss in losses]
 asked = batching.gather([len(set(asked))])
-print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answers, bits]))
+print(json.dumps([asked, begin.answers, begin.truncated, one.answers, quiz.answers, bits, losses]))
 """
 
 

@@ -283,9 +283,9 @@ def test_a_model_that_computes_nothing_has_no_score(tmp_path, model, tokenizer, 
 def test_slices_of_the_head_change_nothing(model, monkeypatch):
     params, model_cfg = model.params, model.model_cfg
     ids = jax.random.randint(jax.random.key(0), (3, 40), 0, model_cfg.vocab_size)
-    whole = jax.jit(lambda: core.token_scores(params, model_cfg, ids, jnp.roll(ids, -1, 1)))()
+    whole = jax.jit(lambda: core.token_scores(params, model_cfg, ids, jnp.roll(ids, -1, 1), jnp.float32, None))()
     monkeypatch.setattr(core, "LOGITS_AT_ONCE", 3 * model_cfg.vocab_size * 7)
-    slices = jax.jit(lambda: core.token_scores(params, model_cfg, ids, jnp.roll(ids, -1, 1)))()
+    slices = jax.jit(lambda: core.token_scores(params, model_cfg, ids, jnp.roll(ids, -1, 1), jnp.float32, None))()
     np.testing.assert_allclose(slices[0], whole[0], rtol=1e-5)
     np.testing.assert_array_equal(slices[1], whole[1])
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from nanochat_jax.config import REPOSITORY
-from nanochat_jax.parallel import devices
+from nanochat_jax.parallel import gpu_node
 
 LISTED = "GPU 0: NVIDIA H100 (UUID: GPU-0)\nGPU 1: NVIDIA H100 (UUID: GPU-1)\n"
 SOME = f"#!/bin/sh\n[ \"$1\" = --list-gpus ] && printf '{LISTED}'\n".replace("\n'", "\\n'")
@@ -36,7 +36,7 @@ def test_gpus_are_those_that_the_driver_lists_and_nobody_hides(nvidia_smi, monke
     nvidia_smi(script)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert devices.unused_gpus() == count
+    assert gpu_node.count() == count
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_two_servers_started_at_once_on_one_port(tokenizer, own_base_dir):
         for process in starting:
             if process.poll() is None:
                 assert any(f"chat at http://127.0.0.1:{port} " in line for line in process.stdout)
-                assert "end with the context of 128 tokens, before --max_new_tokens=512" in process.stdout.readline()
+                assert "context of 128 tokens, which is shorter than --max_new_tokens=512" in process.stdout.readline()
                 assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).json()["ready"]
                 continue
             out, errors = process.communicate()

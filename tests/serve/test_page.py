@@ -40,7 +40,7 @@ def test_the_page_suggests_what_the_server_names(chat, chromium, page_engine):
     chat.button(SUGGESTIONS[1]).click()
     chat.until("!running && chat.messages.length == 2")
     assert chat.contents()[0] == SUGGESTIONS[1] and not chat.page.locator("#welcome").is_visible()
-    # Like a base model, or one trained only on the user's own conversations.
+    # A base model has no suggestions, and neither has one trained only on the user's own conversations.
     with serving(page_engine, suggestions=[]) as server:
         other = Chat(chromium, server, page_engine)
         assert other.page.locator("#welcome").is_visible() and other.page.locator("#ideas button").count() == 0

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-# A shell script starts background processes with Ctrl-C ignored, which children inherit; but tests send Ctrl-C.
+# A shell script starts background processes with SIGINT ignored, and nohup starts them with SIGHUP ignored. Their
+# children inherit this, but tests send both signals to children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests run on the CPU unless GPU tests are selected.
 if "gpu" not in sys.argv:

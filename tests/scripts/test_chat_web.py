@@ -170,7 +170,7 @@ def test_a_closed_terminal_lets_an_answer_end(tokenizer, own_base_dir):
             server.process.stderr.close()  # as if the terminal were gone: every write fails
             server.process.send_signal(signal.SIGHUP)
             assert list(lines)[-2] == "data: [DONE]"
-        assert server.process.wait(60) == 128 + signal.SIGHUP
+        assert server.process.wait(20) == 128 + signal.SIGHUP
 
 
 def test_nohup_keeps_a_server_running(tokenizer, own_base_dir):

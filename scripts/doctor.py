@@ -34,6 +34,8 @@ def main(cfg: config.Doctor) -> None:
     line("Free disk", free_disk())
     line("Rust tokenizer", rust_tokenizer())
     line("Hub", hub())
+    if download := expected_download(cfg):
+        line("Download", download)
     line("Limits", limits())
     from nanochat_jax.parallel import devices
 
@@ -110,13 +112,45 @@ def hub() -> str:
         return f"{constants.ENDPOINT}, not contacted: HF_HUB_OFFLINE is set"
     start = time.monotonic()
     try:
-        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3):
-            pass
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=3) as response:
+            date = response.headers["Date"]
     except urllib.error.HTTPError as error:
         return f"{constants.ENDPOINT} answers with an error ({error.code} {error.reason})"
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError means that ENDPOINT is not a URL
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)}): use local text and tasks"
-    return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms"
+    return f"{constants.ENDPOINT} answers in {1000 * (time.monotonic() - start):.0f} ms{wrong_clock(date)}"
+
+
+def wrong_clock(date: str | None) -> str:
+    """Says how far this machine's clock is from a server's date (an HTTP date), if that is more than a minute.
+
+    A wrong clock makes secure connections fail, and makes files of several machines appear older than they are.
+    """
+    import email.utils
+    import time
+
+    from nanochat_jax.progress import clock
+
+    try:
+        ahead = time.time() - email.utils.parsedate_to_datetime(date or "").timestamp()
+    except ValueError:
+        return ""
+    if abs(ahead) < 60:
+        return ""
+    return f"; THIS MACHINE'S CLOCK IS {clock(abs(ahead))} {'AHEAD OF' if ahead > 0 else 'BEHIND'} THE HUB'S: set it"
+
+
+def expected_download(cfg: config.Doctor) -> str:
+    """Says how much text must still be downloaded before pretraining, and how long this takes. Returns "" if none."""
+    from huggingface_hub import constants
+
+    from nanochat_jax.data import download_estimate, hub
+
+    wanted = commandline.parse(config.Dataset, [f"--config={cfg.preset_path}"] if cfg.preset_path else [])
+    if cfg.data_dir or cfg.data not in hub.SOURCES or constants.HF_HUB_OFFLINE:
+        return ""
+    return download_estimate.estimate(cfg.data, wanted.num_files, wanted.num_workers)
 
 
 def limits() -> str:
@@ -145,6 +179,7 @@ def check_gpus(memory_fraction: float) -> None:
         return
     line("GPUs", gpu_node.describe(gpus))
     line("NVLink", gpu_node.nvlink(gpus))
+    line("Power limit", gpu_node.power(gpus))
     if found := gpu_node.second_libraries():
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         line(
@@ -263,7 +298,7 @@ def text(cfg: config.Doctor, steps: int, tokens_per_step: int) -> None:
     except UserError as error:
         line("Text", f"not ready: {error}")
         return
-    line("Text", source.about.removeprefix("text: ").replace("\n", "\n" + " " * 16))
+    line("Text", source.about.removeprefix("text: ").replace("\n", "\n" + " " * 18))
     try:
         tokenizer = Tokenizer.load(config.base_dir() / "tokenizer")
     except UserError as error:

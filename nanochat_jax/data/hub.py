@@ -22,10 +22,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from pathlib import Path
 from nanochat_jax import config
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.files import exclusive, read_json, sha256, write_text
-from nanochat_jax.progress import Progress
+from nanochat_jax.progress import Progress, count_of
 
 # source -> (its repository on the hub, the index of its last shard). The last shard is always the validation set, even
 # if only some of the other shards are downloaded.
@@ -141,12 +142,38 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
         # The manifest records the largest number of training shards ever requested.
         requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
+        if problem := no_room(folder, source, names):
+            raise UserError(problem)
         if begin:
             names = names[:1]
         if failures := _fetch_all(job, names, f"{source}, MB", workers):
             missing = sum(not (folder / name).exists() for name in names)
             message = f"{missing} of {len(names)} shards missing; first failure: {failures[0]}"
             raise UserError(f"{message}; run the command again to resume")
+
+
+def no_room(folder: Path, source: str, names: Sequence[str], size: int = 0) -> str:
+    """Says in one line that the disk of `folder` has too little space for the missing shards among `names`.
+
+    Returns "" if the space suffices. `size` is the size of a shard in bytes (0: the size of the validation shard here).
+    Shards have similar sizes, so this is an estimate; partial downloads count as present.
+    """
+    size = size or (folder / shard_name(SOURCES[source][1])).stat().st_size
+    missing = [name for name in names if not (folder / name).exists()]
+    parts = sum(path.stat().st_size for name in missing for path in folder.glob(f"{name}.*.part"))
+    needed, free = len(missing) * size - parts, shutil.disk_usage(_existing(folder)).free
+    if needed <= free:
+        return ""
+    return (
+        f"{source}: {count_of(len(missing), 'shard')} of {size / 1e6:,.0f} MB need {needed / 1e9:,.1f} GB, but only "
+        f"{free / 1e9:,.1f} GB are free in {folder}: free some space, choose another disk with NANOCHAT_BASE_DIR, or "
+        "download fewer shards (-n)"
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """Returns the folder, or the nearest folder above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Describes the GPUs of this machine, and refuses GPUs that a run should not start on. Asks nvidia-smi, not JAX."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -115,6 +116,29 @@ def nvlink(gpus: Sequence[Gpu]) -> str:
     return (
         f"MISSING between {len(others)} of {len(links)} pairs, such as {a} and {b} ({link}): "
         "reducing gradients will take much longer"
+    )
+
+
+def power(gpus: Sequence[Gpu]) -> str:
+    """Says how much power the GPUs may draw, and which of them may draw less than their default.
+
+    A GPU with a lower limit lowers its clock under load, and all others wait for it in every step.
+    """
+    limits = {}
+    table = _nvidia_smi("--query-gpu=index,power.limit,power.default_limit", "--format=csv,noheader,nounits") or ""
+    for row in table.splitlines():
+        with contextlib.suppress(ValueError):  # not all GPUs report their limits
+            index, limit, default = row.split(",")
+            limits[int(index)] = float(limit), float(default)
+    if any(gpu.index not in limits for gpu in gpus):
+        return "unknown: nvidia-smi does not report it"
+    lowered = [gpu.index for gpu in gpus if limits[gpu.index][0] < limits[gpu.index][1]]
+    if not lowered:
+        return f"{limits[gpus[0].index][0]:.0f} W, the default"
+    limit, default = limits[lowered[0]]
+    return (
+        f"LOWERED on GPU {', '.join(map(str, lowered))} (to {limit:.0f} of {default:.0f} W): a step takes longer; "
+        f"raise it with sudo nvidia-smi -pl {default:.0f}"
     )
 
 

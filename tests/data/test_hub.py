@@ -1,11 +1,13 @@
 """Downloads from a local server that stands in for the hub and fails in every way a network does."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from hub_server import serving
 
 from nanochat_jax import config, run_log
 from nanochat_jax.config import UserError
-from nanochat_jax.data import hub, sources
+from nanochat_jax.data import download_estimate, hub, sources
 from scripts import tok_train
 
 VAL = hub.shard_name(1822)
@@ -57,6 +59,11 @@ def whole(server, *numbers):
         hash_line = (data_folder() / f"{name}.sha256").read_text()
         assert hash_line == f"{hashlib.sha256(data).hexdigest()}  {name}\n"  # as sha256sum writes it
     return True
+
+
+def free_space(monkeypatch, size):
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, size))
 
 
 def run(*args, **env):
@@ -120,6 +127,41 @@ def test_a_download_that_only_begins_says_what_training_waits_for(server):
     assert [path.exists() for path in train] == [True, False, False] and val.exists()
     hub.download("fineweb-edu", 3)
     assert all(path.exists() for path in train)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_shards_are_fetched(server, monkeypatch):
+    size = (server.folder / VAL).stat().st_size
+    free_space(monkeypatch, int(1.5 * size))
+    for begin in (True, False):
+        with pytest.raises(
+            UserError, match=r"^fineweb-edu: 3 shards .* free in .*data/fineweb-edu: .*NANOCHAT_BASE_DIR"
+        ):
+            hub.download("fineweb-edu", 3, begin=begin)
+    assert {name for _, name in server.requests} == {VAL} and whole(server, 1822)
+    assert hub.shards_of("fineweb-edu", 1)[0], "the shards that were here can still be used"
+    hub.download("fineweb-edu", 1)
+    assert whole(server, 0, 1822), "one shard fits"
+
+
+def test_an_estimate_reads_a_little_and_keeps_nothing(server, monkeypatch):
+    monkeypatch.setattr(server, "pace", 0.02)  # at most 0.2 MB/s
+    size = (server.folder / hub.shard_name(0)).stat().st_size
+    estimate = functools.partial(download_estimate.estimate, "fineweb-edu", 3, 4, seconds=0.1)
+    line = re.fullmatch(
+        r"4 shards of fineweb-edu, 0\.0 GB: (\d+)s to (\d+)s \(0 MB/s over one connection, and the download uses 4\)",
+        estimate(),
+    )
+    assert line and 4 * size / 2e5 - 1 < int(line[2]) < 60 and int(line[1]) <= int(line[2]) / 4 + 1
+    assert not data_folder().exists() and server.sent[hub.shard_name(1822)] < size, "the connection was closed early"
+    with monkeypatch.context() as small:
+        free_space(small, size)
+        assert "; TOO LITTLE DISK: fineweb-edu: 4 shards of 0 MB need 0.0 GB" in estimate()
+    server.missing.add(VAL)
+    assert re.match("4 shards of fineweb-edu missing; how long is unknown: .*404", estimate())
+    server.missing.clear()
+    monkeypatch.setattr(server, "pace", 0.0)
+    hub.download("fineweb-edu", 3)
+    assert estimate() == "none: all 4 shards of fineweb-edu are here"
 
 
 def test_progress_tells_files_speed_and_time_left(server, monkeypatch, capsys):

@@ -18,14 +18,16 @@ ALL_NVLINK = "\tGPU0\tGPU1\tGPU2\tCPU Affinity\n" + "".join(
 
 @pytest.fixture
 def node(tmp_path, monkeypatch):
-    """node(rows, matrix) puts a stand-in for nvidia-smi on PATH. A row is (name, used MiB)."""
+    """node(rows, matrix, limits) puts a stand-in for nvidia-smi on PATH. A row is (name, used MiB)."""
 
-    def put(rows, matrix=ALL_NVLINK):
+    def put(rows, matrix=ALL_NVLINK, limits="0, 700.00, 700.00\n1, 700.00, 700.00\n2, 700.00, 700.00\n"):
         table = "".join(f"{i}, GPU-{i}abc, {name}, 580.65.06, {used}, 81559\n" for i, (name, used) in enumerate(rows))
         (tmp_path / "table").write_text(table)
         (tmp_path / "matrix").write_text(matrix)
+        (tmp_path / "limits").write_text(limits)
         script = f"""#!/bin/sh
 case "$*" in
+    *power.limit*) cat {tmp_path}/limits ;;
     *--query-gpu=*) cat {tmp_path}/table ;;
     *--list-gpus*) sed 's/^/GPU /' {tmp_path}/table ;;
     "topo -m") cat {tmp_path}/matrix ;;
@@ -45,6 +47,7 @@ def test_a_good_node(node):
     gpu_node.check(gpus, 0.92)
     assert gpu_node.describe(gpus) == f"3 x {H100}, driver 580.65.06, 79.6 GiB each"
     assert gpu_node.nvlink(gpus) == "between all 3 GPUs (NV18)"
+    assert gpu_node.power(gpus) == "700 W, the default"
 
 
 def test_gpus_of_two_kinds(node):
@@ -72,6 +75,14 @@ def test_no_nvlink(node):
     assert gpu_node.nvlink(gpus).startswith("MISSING between 3 of 3 pairs, such as 0 and 1 (PHB)")
     assert gpu_node.nvlink(node([(H100, 4)] * 3, "")).startswith("unknown")
     assert gpu_node.nvlink(node([(H100, 4)] * 4)).startswith("unknown"), "the matrix shows only three"
+
+
+def test_a_gpu_with_a_lowered_power_limit(node):
+    gpus = node([(H100, 4)] * 3, limits="0, 700.00, 700.00\n1, 350.00, 700.00\n2, 350.00, 700.00\n")
+    words = "LOWERED on GPU 1, 2 (to 350 of 700 W): a step takes longer; raise it with sudo nvidia-smi -pl 700"
+    assert gpu_node.power(gpus) == words
+    for limits in ("", "0, [N/A], [N/A]\n", "Field is not a valid field to query.\n"):
+        assert gpu_node.power(node([(H100, 4)], limits=limits)).startswith("unknown")
 
 
 def test_libraries_that_hide_those_of_the_environment(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """What the doctor prints about a machine and a preset."""
 
+import email.utils
 import http.server
 import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import tiny
@@ -80,6 +82,16 @@ def test_whether_the_hub_answers_is_printed(monkeypatch):
         for wrong in (f"http://127.0.0.1:{taken.getsockname()[1]}", "no-address"):
             monkeypatch.setattr(constants, "ENDPOINT", wrong)
             assert re.fullmatch(rf"{wrong} does not answer \(.+\): use local text and tasks", script.hub())
+
+
+def test_a_wrong_clock_is_told():
+    def date(seconds):
+        return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+    assert script.wrong_clock(date(0)) == script.wrong_clock(date(30)) == script.wrong_clock(None) == ""
+    assert script.wrong_clock("no date") == ""
+    assert re.fullmatch(r"; THIS MACHINE'S CLOCK IS 1h00m BEHIND THE HUB'S: set it", script.wrong_clock(date(3601)))
+    assert "AHEAD OF THE HUB'S" in script.wrong_clock(date(-90))
 
 
 def test_the_tokenizer_is_the_one_that_training_will_use(own_base_dir, capsys):

@@ -38,12 +38,15 @@ gpu_extra() {
     if [ "${driver%%.*}" -ge 580 ]; then echo cuda13; else echo cuda12; fi
 }
 
+# Prints the first 16 digits of the SHA-256 hash of its input. Older versions of macOS have no sha256sum.
+hash_of_input() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-16; }
+
 usable() { .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 make_environment() {
     # Run only one setup at a time, because two would install into the same environment. Some systems have no flock.
     if command -v flock >/dev/null; then
-        exec 9>"${TMPDIR:-/tmp}/nanochat-setup-$(pwd | sha256sum | cut -c1-16)-$(id -u).lock"
+        exec 9>"${TMPDIR:-/tmp}/nanochat-setup-$(pwd | hash_of_input)-$(id -u).lock"
         flock -n 9 || { echo "== waiting for another setup of .venv to finish"; flock 9; }
     fi
     build_environment "$@"
@@ -56,7 +59,7 @@ build_environment() {
     case $gpu in cuda12) other=cuda13 ;; cuda13) other=cuda12 ;; *) other=none ;; esac
     [[ " $* " != *" $other "* ]] || fail "the extra $other does not fit this machine's GPU driver: leave it out"
     wanted=$(echo "$* $gpu" | xargs)
-    source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | sha256sum | cut -c1-16)
+    source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | hash_of_input)
     # .venv/.made holds the hash of the sources, followed by the names of the installed extras.
     have=$(usable && cat .venv/.made 2>/dev/null || true)
     if [[ " $have " == *" $other "* ]]; then # an environment must not hold the libraries of both CUDA versions

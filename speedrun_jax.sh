@@ -10,7 +10,14 @@
 # $NANOCHAT_BASE_DIR (default ~/.cache/nanochat). WANDB_RUN=name also logs to wandb, if wandb is installed.
 
 set -euo pipefail
-script=$(realpath "${BASH_SOURCE[0]}")
+
+# macOS has bash 3.2, no `readlink -f`, and no `realpath -m`, so paths are made absolute here.
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; } # the path need not exist
+script=$(absolute "${BASH_SOURCE[0]}")
+while [ -L "$script" ]; do
+    target=$(readlink "$script")
+    script=$(cd "$(dirname "$script")" && absolute "$target")
+done
 
 # -----------------------------------------------------------------------------
 # Arguments, preset and folders
@@ -45,9 +52,9 @@ fi
 
 # Make relative paths absolute, because the next lines change the working directory.
 base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
-base=$(realpath -m "${base/#\~/$HOME}")
-[ ! -f "$preset" ] || preset=$(realpath "$preset")
-[ -z "${CORE_DIR:-}" ] || CORE_DIR=$(realpath "$CORE_DIR")
+base=$(absolute "${base/#\~/$HOME}")
+[ ! -f "$preset" ] || preset=$(absolute "$preset")
+[ -z "${CORE_DIR:-}" ] || CORE_DIR=$(absolute "$CORE_DIR")
 cd "$(dirname "$script")"
 if [ ! -f "configs/$preset.toml" ] && { [ ! -f "$preset" ] || [[ "$preset" != *.toml ]]; }; then
     echo "error: no preset or .toml file named $preset; the presets are:" \
@@ -61,7 +68,7 @@ PATH=$PWD/.venv/bin:$PATH
 
 export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
 tag=$(basename "$preset" .toml)
-marks=$base/road/$tag # one empty file per finished evaluation
+marks=$base/road/$tag # one file per finished evaluation, which identifies what was evaluated
 mid_limit=()
 # The cpu preset always runs RL. Its evaluation after midtraining uses only 100 problems per task.
 if [ "$tag" = cpu ]; then rl=1 mid_limit=(-x 100); fi
@@ -109,22 +116,40 @@ trap 'handle 1' HUP
 trap 'handle 2' INT
 trap 'handle 15' TERM
 
-# is_current MARK INPUT succeeds if the mark exists and is not older than the input. Equal times count as current,
-# because files that are written a few milliseconds apart can have the same time.
-is_current() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
+# identify STAGE prints what identifies the latest weights of a stage: the step and a hash. `identify tokenizer` prints
+# the tokenizer's hash. Times of files would not do, because copying the base folder changes them.
+identify() {
+    python -c '
+import sys
+from nanochat_jax import checkpoint, config, files
+
+what, tag = sys.argv[1:]
+try:
+    if what == "tokenizer":
+        print(what, files.sha256(config.base_dir() / "tokenizer" / "tokenizer.json"))
+    else:
+        print(checkpoint.WeightsId.latest(what, checkpoint.run_dir(what, tag)))
+except (OSError, config.UserError) as error:
+    sys.exit(f"error: {error}")
+' "$1" "$tag"
+}
 
 # train STAGE trains one stage. It needs no mark, because scripts.train itself detects a finished run.
 train() { banner "train $1"; run python -m scripts.train --stage="$1" --config="$preset"; }
 
-# evaluate STAGE MARK MODULE ARGUMENTS... evaluates the latest checkpoint, unless the mark is current.
+# evaluate WHAT MARK MODULE ARGUMENTS... evaluates the latest checkpoint of a stage, or the tokenizer, unless the mark
+# says that exactly this has been evaluated.
 evaluate() {
-    local stage=$1 mark=$marks/$2; shift 2
-    local newest
-    newest=$(ls -t "$base/${stage}_checkpoints/$tag"/step_*/manifest.json | head -n 1)
-    if is_current "$mark" "$newest"; then banner "${mark##*/}: already done"; return; fi
-    banner "${mark##*/}"
+    local what=$1 name=$2 mark=$marks/$2 now before why=''; shift 2
+    now=$(identify "$what") || return
+    if [ -e "$mark" ]; then
+        before=$(cat "$mark") || return
+        if [ "$before" = "$now" ]; then banner "$name: already done"; return; fi
+        why=" again: it was done for ${before:-something that an earlier version of this script did not note}"
+    fi
+    banner "$name$why"
     run python -m "$@" --config="$preset" || return
-    touch "$mark"
+    echo "$now" > "$mark"
 }
 
 # -----------------------------------------------------------------------------
@@ -144,10 +169,8 @@ if [ "$tag" != cpu ]; then
 fi
 banner "tokenizer"
 run python -m scripts.tok_train --config="$preset" ${fresh:+--fresh}
-if ! is_current "$marks/tok_eval" "$base/tokenizer/nanochat.json"; then
-    run python -m scripts.tok_eval --config="$preset"
-    touch "$marks/tok_eval"
-fi
+evaluate tokenizer tok_eval scripts.tok_eval
+
 # -----------------------------------------------------------------------------
 # Pretraining: the model learns to predict text
 
@@ -177,7 +200,7 @@ fi
 # Midtraining: the model learns the format of conversations, tools and multiple choice
 
 train mid
-evaluate mid chat_eval_mid scripts.chat_eval -i mid -g "$tag" "${mid_limit[@]}"
+evaluate mid chat_eval_mid scripts.chat_eval -i mid -g "$tag" ${mid_limit[@]+"${mid_limit[@]}"}
 
 # -----------------------------------------------------------------------------
 # Supervised finetuning: the model learns to answer, and to stop

@@ -102,6 +102,16 @@ class WeightsId(NamedTuple):
         return cls(stage, run.name, step, hashlib.sha256(manifest).hexdigest()[:16])
 
     @classmethod
+    def latest(cls, stage: str, run: Path) -> "WeightsId":
+        """Identifies the weights of the last complete checkpoint. Raises UserError if there is none.
+
+        Unlike `checkpoint.latest`, does not read the weights, so a damaged checkpoint is not noticed.
+        """
+        if saved := steps(run):
+            return cls.read(stage, run, saved[-1])
+        raise UserError(f"{run} has no complete checkpoint")
+
+    @classmethod
     def parse(cls, text: object) -> "WeightsId | None":
         """Converts str(weights_id) back to a WeightsId. Returns None for anything else."""
         match = re.fullmatch(r"(\w+) (.+) step ([0-9]+) ([0-9a-f]+)", text) if isinstance(text, str) else None

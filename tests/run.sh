@@ -7,7 +7,7 @@
 # --cov prints the test coverage of each room (see CONTRIBUTING.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' tests/run.sh; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' tests/run.sh; exit 0 ;; esac
 
 pytest_args=() selected= coverage=
 for argument in "$@"; do

@@ -1,13 +1,16 @@
 """The shell scripts: which steps of the pipeline run once, which run again, and what stops it.
 
 The real speedrun_jax.sh and setup.sh run in a copy of the tree in which `python` is a stub that records its arguments
-and creates the files that the pipeline looks for.
+and creates the files that the pipeline looks for. It runs `python -c CODE` only if $REAL is a Python: without, what
+speedrun_jax.sh asks for in this way is always "the same".
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from nanochat_jax.config import REPOSITORY
 
 H100 = "GPU 0: NVIDIA H100 (UUID: GPU-0)"
 STUB = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then [ -z "${REAL:-}" ] || exec "$REAL" "$@"; echo "the same"; exit; fi
 echo "$*" >> "$CALLS"
 echo "${JAX_PLATFORMS:-}" >> "$CALLS.platforms"
 case "$*" in
@@ -24,8 +28,8 @@ case "$*" in
         [ -e "$step/manifest.json" ] || { mkdir -p "$step"; echo {} > "$step/manifest.json"; } ;;
     "-m nanochat_jax.dataset --config=d12") sleep "${DOWNLOAD:-0}"; echo "downloaded" >> "$CALLS"
         exit "${DOWNLOAD_STATUS:-0}" ;;
-    *tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer"
-        [ -e "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ] || echo {} > "$NANOCHAT_BASE_DIR/tokenizer/nanochat.json" ;;
+    *tok_train*) folder=$NANOCHAT_BASE_DIR/tokenizer
+        [ -e "$folder/tokenizer.json" ] || { mkdir -p "$folder"; echo {} > "$folder/tokenizer.json"; } ;;
     *"report reset -g cpu"*) mkdir -p "$NANOCHAT_BASE_DIR/report/cpu"
         echo {} > "$NANOCHAT_BASE_DIR/report/cpu/start.json" ;;
 esac
@@ -102,23 +106,50 @@ def test_second_time_nothing_is_evaluated_again(road):
     assert process.returncode == 0 and evaluations(calls) == [] and not any("report reset" in c for c in calls)
 
 
-def test_a_mark_as_old_as_its_checkpoint_counts(road):
-    road()
-    for path in filter(Path.is_file, road.base.rglob("*")):
-        os.utime(path, (1e9, 1e9))
-    _, calls = road()
-    assert evaluations(calls) == []
+def test_only_what_has_changed_is_evaluated_again(road):
+    def evaluated() -> list[str]:
+        """Runs the script with the real rule for what is current, and returns which evaluations it ran."""
+        process, calls = road(REAL=sys.executable, PYTHONPATH=str(REPOSITORY))
+        assert process.returncode == 0, process.stderr
+        output.append(process.stdout)
+        return [c.split("scripts.")[1].partition(" -g")[0] for c in evaluations(calls)]
+
+    output: list[str] = []
+    assert len(evaluated()) == 5
+    sft = road.base / "sft_checkpoints" / "cpu"
+    for name in ("step_000001-hf", "step_12", "step_000009.bak", "step_000008"):  # the last one is half-written
+        (sft / name).mkdir()
+    (sft / "step_000001-hf" / "manifest.json").write_text("exported weights")
+    (sft / "step_000009.bak" / "manifest.json").write_text("a copy")
+    copy = shutil.copytree(road.base, road.base.with_name("copy"), copy_function=shutil.copy)
+    road.base = copy
+    for path in copy.rglob("*"):  # in a copy, files have any times
+        is_mark = path.parent.parent.name == "road"
+        os.utime(path, (1e9, 1e9) if is_mark else (2e9, 2e9))
+    assert evaluated() == []
+
+    sft = copy / "sft_checkpoints" / "cpu"
+    for step in ("step_1000000", "step_999999"):  # the name that sorts last is not the last step
+        (sft / step).mkdir()
+        (sft / step / "manifest.json").write_text(step)
+        os.utime(sft / step / "manifest.json", (1e8, 1e8))
+    assert evaluated() == ["chat_eval -i sft"]
+    assert "chat_eval_sft again: it was done for sft cpu step 1 " in output[-1]
+    assert "sft cpu step 1000000 " in (copy / "road" / "cpu" / "chat_eval_sft").read_text()
+
+    (copy / "mid_checkpoints" / "cpu" / "step_000001" / "manifest.json").write_text("trained again")
+    (copy / "tokenizer" / "tokenizer.json").write_text("another")
+    (copy / "road" / "cpu" / "chat_eval_rl").write_text("")
+    assert evaluated() == ["tok_eval --config=cpu", "chat_eval -i mid", "chat_eval -i rl"]
+    assert "chat_eval_rl again: it was done for something that an earlier version of this script" in output[-1]
 
 
-def test_new_checkpoint_is_evaluated_again(road):
-    road()
-    manifest = road.base / "sft_checkpoints" / "cpu" / "step_000002" / "manifest.json"
-    manifest.parent.mkdir()
-    manifest.write_text("{}")
-    later = (road.base / "road" / "cpu" / "chat_eval_sft").stat().st_mtime + 10
-    os.utime(manifest, (later, later))
-    _, calls = road()
-    assert ["-i sft" in c for c in evaluations(calls)] == [True]
+def test_training_that_leaves_no_checkpoint_is_one_line(road, tmp_path):
+    stub = tmp_path / "tree" / "bin" / "python"
+    stub.write_text(f'#!/usr/bin/env bash\n[[ "$*" != *scripts.train* ]] || exit 0\n{STUB}')
+    process, calls = road(REAL=sys.executable, PYTHONPATH=str(REPOSITORY))
+    assert process.returncode == 1 and not any("base_loss" in c for c in calls)
+    assert process.stderr == f"error: {road.base}/base_checkpoints/cpu has no complete checkpoint\n"
 
 
 def test_another_presets_start_is_not_this_ones(road):
@@ -192,6 +223,47 @@ def test_the_base_folder_is_the_callers(road, tmp_path, given, meant):
 def test_what_does_not_fit_a_gpu_machine_is_said_before_the_download(road):
     process, calls = road("d20", FAIL="scripts.doctor")
     assert process.returncode == 2 and not any("dataset" in c for c in calls)
+
+
+OLD_TOOL = """#!/bin/sh
+case $1 in -*) echo "illegal option -- $1" >&2; exit 1 ;; esac
+exec {real} "$@"
+"""
+
+
+def test_the_road_needs_no_gnu_tools(road, tmp_path):
+    """As on macOS, where realpath and readlink know no options. The script may be a link, and paths may be relative."""
+    for tool in ("realpath", "readlink"):
+        stub = tmp_path / "tree" / "bin" / tool
+        stub.write_text(OLD_TOOL.format(real=shutil.which(tool)))
+        stub.chmod(0o755)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "road").symlink_to("../tree/speedrun_jax.sh")
+    shutil.copy(REPOSITORY / "configs" / "cpu.toml", tmp_path / "mine.toml")
+    done = subprocess.run(
+        ["bash", "links/road", "mine.toml"], cwd=tmp_path, env=road.environment | {"NANOCHAT_BASE_DIR": "new/made"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"--config={tmp_path}/mine.toml" in (tmp_path / "calls").read_text()
+    assert (tmp_path / "new" / "made" / "base_checkpoints").is_dir()
+
+
+ONLY_GNU = (  # and forms that bash 3.2 does not know
+    r"realpath -|readlink -\w|sed -(i|z)|sed [^|]*[^;]\}'|grep -\w*P|head -n -|date -|sort -V|xargs -\w*r|\bnproc\b"
+    r"|\btac\b|\btimeout \d|stat -c|cp -\w*[tT]|mktemp -\w*p|find [^|]*-printf"
+    r"|mapfile|readarray|declare -A|\$\{\w+(,,|\^\^|@Q)|\|&|&>>"
+)
+
+
+@pytest.mark.parametrize("name", ["speedrun_jax.sh", "setup.sh", "tests/run.sh"])
+def test_shell_scripts_run_with_the_tools_and_the_bash_of_macos(name):
+    """Bash 3.2 takes an empty array for an unset variable, so one that may be empty needs ${name[@]+...}."""
+    code = re.sub(r"(^|\s)#.*", "", (REPOSITORY / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert not re.search(ONLY_GNU, code)
+    may_be_empty = set(re.findall(r"(\w+)=\(\)", code)) - set(re.findall(r"\]\] \|\| (\w+)\+=\(", code))
+    for array in may_be_empty:
+        assert not re.search(rf'(?<!\+)"\$\{{{array}\[@\]\}}"', code), array
 
 
 @pytest.mark.parametrize("arguments", [["d99"], ["--quick"], ["mine.conf"]])
@@ -277,6 +349,23 @@ def test_setup_refuses_gpus_whose_driver_does_not_answer(setup):
     assert "cargo is missing" in setup("serve").stderr  # a driver without GPUs is a machine without GPUs
 
 
+def test_setup_hashes_its_sources_alike_without_sha256sum(setup):
+    """Older versions of macOS have shasum instead."""
+    digests = []
+    for tool in ("sha256sum", "shasum"):
+        setup.put(".venv/bin/python", "exit 0")
+        setup.put("bin/cargo", "exit 0")
+        setup.put("bin/uv", "exit 0")
+        (setup.tree / "bin" / "sha256sum").unlink(missing_ok=True)
+        (setup.tree / "bin" / tool).symlink_to(shutil.which(tool))
+        (setup.tree / ".venv" / ".made").unlink(missing_ok=True)
+        setup.put(".venv/bin/python", 'for wheels; do [ "$last" != -w ] || touch "$wheels/x.whl"; last=$wheels; done')
+        done = setup("serve")
+        assert done.returncode == 0, done.stderr
+        digests.append((setup.tree / ".venv" / ".made").read_text())
+    assert digests[0] == digests[1] and re.fullmatch("[0-9a-f]{16} serve\n", digests[0])
+
+
 def test_after_a_driver_upgrade_setup_makes_the_environment_again(setup):
     setup.put(".venv/bin/python", "exit 0")
     (setup.tree / ".venv" / ".made").write_text("0123456789abcdef serve cuda12 dev cuda12\n")
@@ -342,3 +431,12 @@ def test_a_signal_reaches_training_and_the_script_waits_for_it(road, tmp_path, s
         rest = process.stdout.read()  # ends when neither the script nor training has it open
     assert process.returncode == 128 + signum, rest
     assert rest == "saved\n", "training saved, and nothing ran after it"
+
+
+def test_training_that_is_killed_ends_the_script(road, tmp_path):
+    """As when the machine runs out of memory."""
+    stub = tmp_path / "tree" / "bin" / "python"
+    stub.write_text(f'#!/usr/bin/env bash\n[[ "$*" != *scripts.train* ]] || kill -KILL $$\n{STUB}')
+    process, calls = road("cpu")
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "chat_eval" not in " ".join(calls) and "already done" not in process.stdout

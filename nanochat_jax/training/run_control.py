@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import jax
 
+from nanochat_jax import checkpoint
 from nanochat_jax.config import UserError, advice_for, first_line
 from nanochat_jax.progress import Timer
 from nanochat_jax.training.interruption import Interruption, StopRequested
@@ -119,9 +120,22 @@ class RunControl:
         try:
             self._save()
             self.run.saver.wait_all()
-            print(f"saved at step {self.step}, before the error")
         except Exception as error:  # for example, the loss is not finite; the caller raises the original error
-            print(f"not saved: {first_line(error)}")
+            if not self._is_complete():
+                print(f"not saved: {first_line(error)}")
+                return
+        print(f"saved at step {self.step}, before the error")
+
+    def _is_complete(self) -> bool:
+        """Whether this step's checkpoint is complete, although `_save` has failed.
+
+        If only the log record of a checkpoint cannot be written, the checkpoint itself is still saved.
+        """
+        try:
+            self.run.saver.wait_all()
+            return self.step in checkpoint.steps(self.run.dir)
+        except UserError:
+            return False
 
     def _due(self, last: bool) -> list[Evaluation]:
         return [e for e in self.evaluations if self.evaluated_at.get(e) != self.step and e.is_due(self.step, last)]

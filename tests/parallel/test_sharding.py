@@ -2,9 +2,11 @@
 
 import collections
 import math
+import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -236,22 +238,25 @@ def test_heads_that_the_model_axis_does_not_divide_are_refused():
 # Several processes
 
 
-def start_together(base: Path, processes: int, devices: int, code: str = "", **changes) -> list[subprocess.Popen]:
-    """Starts one run of base in several processes on this machine, by `code` if given instead of `-m scripts.train`."""
+def start_together(
+    base: Path, processes: int, devices: int, code: str = "", output: Path | None = None, **changes
+) -> list[subprocess.Popen]:
+    """Starts one run of base in several processes on this machine, by `code` if given instead of `-m scripts.train`.
+
+    Process i prints to the file `output`/i if `output` is given, else to two pipes.
+    """
     where = tiny.free_address()
 
-    def command(i: int) -> list[str]:
+    def start(i: int) -> subprocess.Popen:
         python, *module = tiny.command("base", coordinator=where, num_processes=processes, process_id=i, **changes)
-        return [python, "-c", code, *module[2:]] if code else [python, *module]
+        command = [python, "-c", code, *module[2:]] if code else [python, *module]
+        with open(output / str(i) if output else os.devnull, "w") as file:
+            out, err = (file, subprocess.STDOUT) if output else (subprocess.PIPE, subprocess.PIPE)
+            return subprocess.Popen(
+                command, cwd=REPOSITORY, env=tiny.environment(base, devices), stdout=out, stderr=err, text=True
+            )
 
-    return [
-        subprocess.Popen(
-            command(i),
-            cwd=REPOSITORY, env=tiny.environment(base, devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]  # fmt: skip
+    return [start(i) for i in range(processes)]
 
 
 def losses(run: Path) -> list[float]:
@@ -394,3 +399,37 @@ def test_a_save_that_fails_on_one_process_ends_both(alone):
         assert [p.returncode for p in started] == [2, 2]
         assert not [p for p in run.glob("step_*") if not (p / checkpoint.MANIFEST).exists()]
     assert "resuming at step" in output[0][0]
+
+
+NOISY = """
+import disturbed
+from nanochat_jax import commandline
+from scripts import train
+disturbed.print_a_lot()
+commandline.run(train.main, train.chosen_stage())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hit", [(0, 1), (0,), (1,)], ids=["both", "first", "second"])
+def test_a_storm_of_signals_in_a_storm_of_output_ends_both_processes_after_one_step(alone, hit, tmp_path, monkeypatch):
+    """Both print 200 lines for each log record, while SIGTERM comes every millisecond to both of them or to one."""
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests' / 'support'}")
+    run = alone / "base_checkpoints" / f"storm{hit}"
+    long = FLAGS | {"model_tag": run.name, "num_iterations": 100_000, "max_epochs": 100_000, "save_every": -1}
+    started = start_together(alone, 2, 1, NOISY, output=tmp_path, **long)
+    deadline = time.monotonic() + 200
+    while len(losses(run)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while time.monotonic() < deadline and any(p.poll() is None for p in started):
+        for i in hit:
+            started[i].send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    texts = [re.sub(r"x{200}\n?", "", (tmp_path / str(i)).read_text()) for i in range(2)]
+    assert [p.poll() for p in started] == [143, 143], texts
+    for i, text in enumerate(texts):
+        assert "Traceback" not in text and "reentrant" not in text, text
+        assert text.count("stopping after this step") == (i in hit), text
+    (saved,) = checkpoint.steps(run)
+    assert f"saved at step {saved}: run the same command again to resume" in texts[0]
+    assert saved == len(losses(run)) >= 3, "not a step is lost"

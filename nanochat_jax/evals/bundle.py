@@ -50,24 +50,42 @@ class CoreTask:
             try:
                 item = json.loads(line)
                 _check_item(item, self.kind)
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{self.path}, line {number}: not an item of kind {self.kind} ({error!r})") from None
+            except KeyError as error:
+                raise self._not_an_item(number, f"no {error}") from None
+            except (ValueError, TypeError) as error:
+                raise self._not_an_item(number, str(error)) from None
             items.append(item)
         if not items:
             raise UserError(f"{self.path}: empty")
         return items
 
+    def _not_an_item(self, number: int, why: str) -> UserError:
+        return UserError(f"{self.path}, line {number}: not an item of kind {self.kind} ({why})")
+
 
 def _check_item(item: dict, kind: str) -> None:
-    """Raises KeyError, IndexError or TypeError if a required field is missing or invalid."""
+    """Raises KeyError, ValueError or TypeError if a field is missing or invalid.
+
+    A label below 0 is refused. Python would take it for a position counted from the end, and no answer would be right.
+    """
+    if not isinstance(item, dict):
+        raise TypeError(f"expected an object, got {item!r:.40}")
     if kind == "language_modeling":
-        texts = [item["context"], item["continuation"]]
+        texts = {name: item[name] for name in ("context", "continuation")}
     else:
-        options = item["choices"] if kind == "multiple_choice" else item["context_options"]
-        texts = [options[item["gold"]]]
-    for text in texts:
+        many, one = ("choices", "query") if kind == "multiple_choice" else ("context_options", "continuation")
+        options, gold, texts = item[many], item["gold"], {one: item[one]}
+        if not isinstance(options, list) or not options:
+            raise TypeError(f"{many} is {options!r:.40}, expected a list of texts")
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(options):
+            hidden = ", which hides the right answer" if gold == -1 else ""
+            raise ValueError(f"gold is {gold!r:.40}{hidden}, expected 0 to {len(options) - 1}")
+        texts |= {f"{many}[{i}]": text for i, text in enumerate(options)}
+    for name, text in texts.items():
         if not isinstance(text, str):
-            raise TypeError(f"{text!r} is not text")
+            raise TypeError(f"{name} is {text!r:.40}, expected text")
+    if kind == "language_modeling" and not item["continuation"].strip():
+        raise ValueError("continuation is empty, so nothing could be scored")
 
 
 def find_bundle(core_dir: str | Path = "") -> Path:

@@ -28,7 +28,9 @@ def conversation(question: str, choices: Sequence[str], letters: Sequence[str], 
         raise BadRow(f"expected 2 or more choices with different letters, got {len(choices)} and {list(letters)}")
     if not all(isinstance(text, str) for text in (question, *choices)):
         raise BadRow(f"question and choices must be text, got {question!r:.40} and {list(choices)!r:.80}")
-    if answer not in letters:
+    if not all(isinstance(letter, str) for letter in letters):
+        raise BadRow(f"the letters must be text, got {list(letters)!r:.80}")
+    if answer not in list(letters):  # in a string of letters, Python would also find "" and "AB"
         raise BadRow(f"the answer {answer!r} is not one of the letters {', '.join(map(str, letters))}")
     listed = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     user = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."

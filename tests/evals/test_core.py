@@ -341,3 +341,33 @@ def test_what_is_missing_is_named(tmp_path):
     (folder / "eval_meta_data.csv").unlink()
     with pytest.raises(UserError, match=r"eval_meta_data\.csv is missing"):
         core.find_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "complaint"),
+    [
+        ("multiple_choice", {"gold": -1}, "gold is -1, which hides the right answer, expected 0 to 2"),
+        ("multiple_choice", {"gold": 3}, "gold is 3, expected 0 to 2"),
+        ("multiple_choice", {"gold": True}, "gold is True, expected 0 to 2"),
+        ("multiple_choice", {"gold": "1"}, "gold is '1', expected 0 to 2"),
+        ("multiple_choice", {"gold": None}, "gold is None, expected 0 to 2"),
+        ("multiple_choice", {"query": None}, "query is None, expected text"),
+        ("multiple_choice", {"choices": ["a", 7]}, r"choices\[1\] is 7, expected text"),
+        ("multiple_choice", {"choices": "ab"}, "choices is 'ab', expected a list of texts"),
+        ("schema", {"gold": -1}, "gold is -1, which hides the right answer"),
+        ("schema", {"gold": -2}, "gold is -2, expected 0 to 1"),
+        ("schema", {"continuation": None}, "continuation is None, expected text"),
+        ("language_modeling", {"context": 5}, "context is 5, expected text"),
+        ("language_modeling", {"continuation": " "}, "continuation is empty"),
+    ],
+)
+def test_an_item_that_cannot_be_scored_is_refused_with_its_line(tmp_path, kind, change, complaint):
+    good, bad = make_items(kind, 2)
+    folder = make_bundle(tmp_path / "b", {"one": (kind, 0, [good, bad | change])})
+    with pytest.raises(UserError, match=rf"one\.jsonl, line 2: not an item of kind {kind} \({complaint}") as caught:
+        core.read_tasks(folder)[0].items()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_real_items_pass(data_dir):
+    assert all(task.items() for task in core.read_tasks(data_dir / "core"))

@@ -23,6 +23,7 @@ Besides one file per task, this folder has:
     task.py              the interface of a task, and mixtures of tasks
     task_data.py         reads rows from a local folder or the Hugging Face hub
     multiple_choice.py   the prompt format of multiple-choice tasks
+    chat_folder.py       which files of a folder of conversations are held out
     messages.py          checks conversations from files
     published.py         downloads the word list and the identity conversations of the original nanochat
     stories.py           the texts of the generated arithmetic problems
@@ -111,6 +112,8 @@ def load(
     if rows < 0:
         raise UserError(f"{name}={rows}: the number of rows must be 0 (all) or more")
     cls = task_class(name)
+    if data_dir and not (data_dir := user_path(data_dir)).is_dir():
+        raise UserError(f"--task_data_dir={data_dir}: no such folder")
     if split == "val" and not cls.has_val:
         split = "test"
     if cls is CustomJSON:

@@ -1,8 +1,9 @@
 """SmolTalk (Allal et al., 2025): general conversations, for training only. We use the version for small models.
 
 A local folder holds either smoltalk/train.jsonl and smoltalk/test.jsonl, or any conversations in chat/*.jsonl. Each
-line of a file in chat/ is a JSON array of messages. In chat/, a hash of a conversation's first message decides its
-split. About one conversation in twenty is for the test.
+line of a file in chat/ is a JSON array of messages. In chat/, files named val, dev, eval or test are held out for the
+test (chat_folder.py). If no file is named so, a hash of a conversation's first message decides its split. About one
+conversation in twenty is then for the test.
 """
 
 import zlib
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanochat_jax.config import UserError
-from nanochat_jax.tasks import messages, task_data
+from nanochat_jax.files import print_once
+from nanochat_jax.tasks import chat_folder, messages, task_data
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,10 +32,13 @@ class SmolTalk(task_data.RowTask):
     def __init__(self, split: str, data_dir: str | Path | None = None):
         if not data_dir:
             self.rows = task_data.hub(REPO, "default", split)
-        elif task_data.find(Path(data_dir) / "smoltalk" / f"{split}.jsonl"):
+        elif any(task_data.find(Path(data_dir) / "smoltalk" / f"{each}.jsonl") for each in ("train", "test")):
+            # Never one split of smoltalk/ and the other one of chat/: chat/ may hold the same conversations.
             self.rows = task_data.local(data_dir, f"smoltalk/{split}")
+            if (Path(data_dir) / "chat").is_dir():
+                print_once(f"SmolTalk: reading {data_dir}/smoltalk, not {data_dir}/chat")
         else:
-            self.rows = _chat_folder(Path(data_dir), split)
+            self.rows = _chat_rows(Path(data_dir), split)
 
     def suspects(self) -> Iterable[tuple[int, Any]]:
         """Returns only the irregular rows of a parquet file, since converting half a million rows would take 40 s."""
@@ -50,10 +55,15 @@ class SmolTalk(task_data.RowTask):
         return messages.conversation(row)
 
 
-def _chat_folder(data_dir: Path, split: str) -> task_data.Shuffled:
+def _chat_rows(data_dir: Path, split: str) -> task_data.Shuffled:
     """Returns the conversations of `split` from chat/*.jsonl. Raises UserError if there are none."""
-    stems = sorted({f"chat/{path.name.split('.jsonl')[0]}" for path in (data_dir / "chat").glob("*.jsonl*")})
-    rows = task_data.local(data_dir, *(stems or ["chat/*", f"smoltalk/{split}"]))
+    chat = chat_folder.read(data_dir / "chat")
+    if not chat.train:
+        raise UserError(f"--task_data_dir={data_dir}: needs chat/*.jsonl[.gz] or smoltalk/{split}.jsonl[.gz]")
+    print_once(f"SmolTalk: {chat.describe(f'1 in {HOLD_OUT} conversations, by a hash of their first message')}")
+    if chat.test:
+        return task_data.of_files(chat.test if split == "test" else chat.train)
+    rows = task_data.of_files(chat.train)
     rows.drop([i for i, row in enumerate(rows.stored) if _held_out(row) != (split == "test")])
     if not len(rows):
         raise UserError(f"--task_data_dir={data_dir}: too few conversations in chat/ for a {split} split")

@@ -203,13 +203,24 @@ class Shuffled:
 
 
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
-    """Returns the shuffled rows of the files <stem>.jsonl or <stem>.jsonl.gz in `data_dir`. Missing files are skipped.
+    """Returns the shuffled rows of the files <stem>.jsonl or <stem>.jsonl.gz in `data_dir`.
+
+    If some of them are missing, prints which ones are read.
 
     Raises UserError if all files are missing or empty.
     """
     paths = [path for stem in stems if (path := find(Path(data_dir) / f"{stem}.jsonl"))]
     if not paths:
         raise UserError(f"--task_data_dir={data_dir}: needs {' or '.join(stem + '.jsonl[.gz]' for stem in stems)}")
+    if len(paths) < len(stems):
+        print(
+            f"reading only {', '.join(map(str, paths))}, since {data_dir} has not all of {', '.join(stems)}", flush=True
+        )
+    return of_files(paths)
+
+
+def of_files(paths: Sequence[Path]) -> Shuffled:
+    """Returns the shuffled rows of these files. Raises UserError if all of them are empty."""
     return Shuffled(_not_empty(JsonRows(paths), paths))
 
 

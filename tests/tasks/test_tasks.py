@@ -253,6 +253,81 @@ def test_smoltalk_from_a_folder_of_conversations(data_dir):
     assert not openings[0] & openings[1]
 
 
+def chat_files(folder: Path, **rows: int) -> set[str]:
+    """Writes files of conversations into folder/chat. Returns the questions in the last file."""
+    (folder / "chat").mkdir(parents=True, exist_ok=True)
+    questions = []
+    for stem, count in rows.items():
+        questions = [f"{stem} {i}?" for i in range(count)]
+        lines = [json.dumps([{"role": "user", "content": q}, {"role": "assistant", "content": "a"}]) for q in questions]
+        (folder / "chat" / f"{stem}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return set(questions)
+
+
+def questions_of(folder: Path, split: str) -> set[str]:
+    return {c["messages"][0]["content"] for c in tasks.load("smoltalk", split, data_dir=folder)}
+
+
+@pytest.mark.parametrize("name", ["test", "my_val", "dev", "eval-set"])
+def test_a_file_of_conversations_that_is_named_as_held_out_is_never_trained_on(name, tmp_path, capsys):
+    chat_files(tmp_path, train=300, more=20)
+    held_out = chat_files(tmp_path, **{name: 200})
+    assert questions_of(tmp_path, "train") == {f"train {i}?" for i in range(300)} | {f"more {i}?" for i in range(20)}
+    assert questions_of(tmp_path, "val") == questions_of(tmp_path, "test") == held_out
+    out = capsys.readouterr().out
+    said = f"SmolTalk: conversations: {tmp_path}/chat\n  training: more.jsonl, train.jsonl\n  test: {name}.jsonl\n"
+    assert said in out and out.count("SmolTalk: conversations") == 1
+
+
+def test_conversations_that_are_not_read_are_named(tmp_path, capsys):
+    chat_files(tmp_path, a=300)
+    for name in ("more.parquet", "extra.json", "c.jsonl.xz", "a.jsonl.gz", ".hidden"):
+        (tmp_path / "chat" / name).write_bytes(b"")
+    (tmp_path / "chat" / "deep").mkdir()
+    (tmp_path / "chat" / "deep" / "b.jsonl").write_bytes(b"")
+    train, test = questions_of(tmp_path, "train"), questions_of(tmp_path, "test")
+    assert len(train | test) == 300 and not train & test and test
+    out = capsys.readouterr().out
+    assert (
+        "  test: 1 in 20 conversations, by a hash of their first message (no file is named val, dev, eval or test)\n"
+        "  not read: c.jsonl.xz, extra.json, more.parquet (only .jsonl and .jsonl.gz are read); deep/b.jsonl (in a "
+        "subfolder); a.jsonl.gz (a compressed copy of a file that is read)\n"
+    ) in out
+
+    chat_files(tmp_path, test=5, val=7)
+    assert questions_of(tmp_path, "test") == {f"val {i}?" for i in range(7)}
+    assert "test.jsonl (held out; the files named val are the test)\n" in capsys.readouterr().out
+
+
+def test_folders_of_conversations_that_cannot_work(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"needs chat/\*\.jsonl\[\.gz\] or smoltalk/train\.jsonl"):
+        questions_of(tmp_path, "train")
+    with pytest.raises(UserError, match=r"--task_data_dir=.*nowhere: no such folder"):
+        tasks.load("identity", "train", data_dir=tmp_path / "nowhere")
+    chat_files(tmp_path / "held", test=5)
+    with pytest.raises(UserError, match=r"no training files, since a held-out file is never one: test\.jsonl"):
+        questions_of(tmp_path / "held", "train")
+    (tmp_path / "other" / "chat").mkdir(parents=True)
+    (tmp_path / "other" / "chat" / "a.csv").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no files ending in \.jsonl or \.jsonl\.gz; not read: a\.csv"):
+        questions_of(tmp_path / "other", "train")
+
+    # The split that smoltalk/ lacks does not come from chat/.
+    chat_files(_chat(tmp_path), a=300)
+    assert questions_of(tmp_path, "train") == {"a"}
+    assert f"reading {tmp_path}/smoltalk, not {tmp_path}/chat\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"needs smoltalk/test\.jsonl"):
+        questions_of(tmp_path, "test")
+
+
+def test_half_of_mc_train_is_announced(tmp_path, capsys):
+    row = {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    (tmp_path / "mc_train").mkdir()
+    (tmp_path / "mc_train" / "openbook_qa_train.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert len(tasks.load("mmlu", "train", data_dir=tmp_path)) == 1
+    assert f"reading only {tmp_path}/mc_train/openbook_qa_train.jsonl, since" in capsys.readouterr().out
+
+
 def test_unicode_line_separators_do_not_split_a_row(tmp_path):
     messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "ü\x0b"}]
     path = tmp_path / "mine.jsonl"

@@ -71,11 +71,11 @@ def state(source: str, num_files: int = -1) -> str:
     `num_files` is as in `shards_of`.
     """
     folder, last = folder_of(source), shard_name(SOURCES[source][1])
-    requested = read_json(folder / "manifest.json").get("shards")
     here = [path.name for path in folder.glob("shard_*.parquet") if path.name != last]
     if num_files > 0:
         here = [name for name in here if name < shard_name(num_files)]
         return f"{source}, the first {num_files} training shards, {len(here)} of them here"
+    requested = _requested(source)
     if requested is None:
         return f"{source}, {len(here)} training shards here"
     return f"{source}, {requested} training shards requested, {len(here)} of them here"
@@ -97,16 +97,31 @@ def shards_of(source: str, num_files: int = -1) -> tuple[list[Path], Path]:
     command = f"python -m nanochat_jax.dataset --data {source} -n 8"
     if not (folder / last).exists():
         raise UserError(f"{source}: no validation shard {folder / last}; run {command}")
-    count = read_json(folder / "manifest.json").get("shards")
     if num_files > 0:
         train = [folder / shard_name(i) for i in range(num_files)]
-    elif count is None:  # no manifest: the shards were copied here by hand
+    elif (count := _requested(source)) is None:  # no manifest: the shards were copied here by hand
         train = [p for p in sorted(folder.glob("shard_*.parquet")) if p.name != last]
     else:
         train = [folder / shard_name(i) for i in range(count)]
     if not train:
         raise UserError(f"{source}: no training shards in {folder}; run {command}")
     return train, folder / last
+
+
+def _requested(source: str) -> int | None:
+    """Returns the number of training shards that the manifest records. Returns None if there is no manifest, because
+    the shards were copied by hand. Raises UserError if the manifest is damaged."""
+    path = folder_of(source) / "manifest.json"
+    count = read_json(path).get("shards")
+    if isinstance(count, int) and 1 <= count <= SOURCES[source][1]:
+        return count
+    if not path.exists():
+        return None
+    # The shards that are here do not tell how many were requested: others may still be downloading.
+    raise UserError(
+        f"{path} is damaged, so the number of requested shards is not known: run python -m nanochat_jax.dataset "
+        f"--data {source} -n N with the same N as before"
+    )
 
 
 def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = False, *, begin: bool = False) -> None:
@@ -140,7 +155,11 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
         if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
         # The manifest records the largest number of training shards ever requested.
-        requested = max(count, read_json(folder / "manifest.json").get("shards", 0))
+        try:
+            requested = max(count, _requested(source) or 0)
+        except UserError:
+            print(f"{folder / 'manifest.json'} is damaged: writing it again, with {count} training shards", flush=True)
+            requested = count
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
         if problem := no_room(folder, source, names):
             raise UserError(problem)

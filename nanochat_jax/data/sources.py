@@ -168,8 +168,14 @@ def downloaded() -> Choice:
     if names:
         why = f"the text that was downloaded; --data=local reads the local corpus{_other_than(record, names[0], '')}"
         return Choice(names[0], "", why)
-    manifests = [read_json(path) for path in sorted((config.base_dir() / "data").glob("*/manifest.json"))]
-    folders = {folder for manifest in manifests if (folder := manifest.get("folder")) and Path(folder).is_dir()}
+    folders = set()
+    for path in sorted((config.base_dir() / "data").glob("*/manifest.json")):
+        manifest = read_json(path)
+        # A damaged manifest may have named the folder to read. A killed conversion leaves a temporary folder behind.
+        if not manifest and path.parent.name != "local" and ".tmp-" not in path.parent.name:
+            raise _damaged(path.parent, "manifest.json cannot be read")
+        if (folder := manifest.get("folder")) and Path(folder).is_dir():
+            folders.add(folder)
     folders |= {folder} if (folder := record.get("data_dir")) and Path(folder).is_dir() else set()
     if len(folders) > 1:
         flags = " or ".join(f"--data_dir={folder}" for folder in sorted(folders))
@@ -217,7 +223,8 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
         for split, count in counts.items():
             if not count:
                 raise UserError(f"{name}: no usable documents for {split}; add more text")
-        manifest = {"source": name, "hash": digest.hexdigest(), "documents": counts, **notes}
+        sizes = {path.name: path.stat().st_size for path in sorted(tmp.glob("*.parquet"))}
+        manifest = {"source": name, "hash": digest.hexdigest(), "documents": counts, "sizes": sizes, **notes}
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         try:
             tmp.rename(target)
@@ -229,18 +236,61 @@ def _build(target: Path, name: str, train: Iterable[str], val: Iterable[str], ro
     return _open_built(target)
 
 
+def _is_built(folder: Path) -> bool:
+    """Returns whether `_build` wrote a corpus into `folder`. Raises UserError if something else is there."""
+    if (folder / "manifest.json").exists():
+        return True
+    if folder.is_dir() and any(folder.iterdir()):
+        raise _damaged(folder, "manifest.json is missing")
+    return False
+
+
 def _open_built(folder: Path) -> Source:
-    """Opens the corpus that `_build` wrote into `folder`."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    train, val = (tuple(sorted(folder.glob(f"{split}_*.parquet"))) for split in ("train", "val"))
+    """Opens the corpus that `_build` wrote into `folder`. Raises UserError if it is no longer complete.
+
+    The files must have the names and sizes in the manifest. The manifests of early versions have only the number of
+    documents.
+    """
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest.get("source"), str) or not isinstance(manifest.get("hash"), str):
+        raise _damaged(folder, "manifest.json cannot be read")
+    sizes = manifest.get("sizes")
+    here = {path.name: path for path in sorted(folder.glob("*.parquet"))}
+    if sizes is not None:
+        for name, size in sizes.items():
+            if name not in here:
+                raise _damaged(folder, f"{name} is missing")
+            if (now := here[name].stat().st_size) != size:
+                raise _damaged(folder, f"{name} has {now:,} bytes instead of {size:,}")
+        here = {name: here[name] for name in sizes}
+    train, val = (tuple(path for name, path in here.items() if name.startswith(f"{s}_")) for s in ("train", "val"))
+    for split, files in (("train", train), ("val", val)):
+        if not files:
+            raise _damaged(folder, f"{split}_00000.parquet is missing")
+        expected = manifest.get("documents", {}).get(split) if sizes is None else None
+        if expected is not None and (count := _count(files)) != expected:
+            raise _damaged(folder, f"{split}_*.parquet have {count:,} documents instead of {expected:,}")
     return Source(manifest["source"], train, val, manifest["hash"])
+
+
+def _count(files: Iterable[Path]) -> int:
+    """Returns the number of documents in parquet files. Only their metadata is read."""
+    total = 0
+    for path in files:
+        with parquet.open(path) as file:
+            total += file.metadata.num_rows
+    return total
+
+
+def _damaged(folder: Path, why: str) -> UserError:
+    return UserError(f"{folder} is damaged ({why}): delete this folder, and scripts.tok_train writes it again")
 
 
 def _open_local(build: bool) -> Source:
     """Returns the corpus of installed documentation. The first call builds it. Later calls reuse it, even if other
     packages are installed by then."""
     folder = config.base_dir() / "data" / "local"
-    if (folder / "manifest.json").exists():
+    if _is_built(folder):
         return _open_built(folder)
     if not build:
         raise UserError("local: not built yet; training the tokenizer builds it")
@@ -271,7 +321,7 @@ def _open_folder(roles: text_folder.Roles, build: bool) -> Source:
     stamps = [f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats]
     key = hashlib.sha256("\n".join([str(folder), SPLIT, *stamps]).encode()).hexdigest()[:8]
     target = config.base_dir() / "data" / f"{folder.name}-{key}"
-    if (target / "manifest.json").exists():
+    if _is_built(target):
         return replace(_open_built(target), folder=folder)
     if not build:
         raise UserError(f"{folder}: not converted yet; training the tokenizer converts it")

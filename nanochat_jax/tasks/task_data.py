@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from nanochat_jax.config import UserError, base_dir, first_line
-from nanochat_jax.files import write_text
+from nanochat_jax.files import read_json, write_text
 from nanochat_jax.tasks import messages
 from nanochat_jax.tasks.messages import BadRow, EmptyMessage
 from nanochat_jax.tasks.task import Task
@@ -151,16 +151,22 @@ class ParquetRows:
     As Python objects, half a million conversations would take 10 GB.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], how_to_fix: str):
+        """Reads the files. If one of them cannot be read, raises UserError. Its message names the file, and ends with
+        `how_to_fix`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        tables = []
+        for path in paths:
+            try:
+                tables.append(pq.read_table(path))
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{path}: cannot be read ({first_line(error)}): {how_to_fix}") from None
         try:
-            tables = [pq.read_table(path) for path in paths]
             self.table = pa.concat_tables(tables)
-        except (pa.ArrowInvalid, OSError) as error:
-            names = ", ".join(map(str, paths))
-            raise UserError(f"{names}: cannot be read; delete it to download it again ({first_line(error)})") from None
+        except pa.ArrowException as error:
+            raise UserError(f"{', '.join(map(str, paths))}: do not fit together ({first_line(error)})") from None
         self.paths, self.starts = list(paths), np.cumsum([0] + [table.num_rows for table in tables])
 
     def __len__(self) -> int:
@@ -233,8 +239,14 @@ def hub(repo: str, subset: str, split: str) -> Shuffled:
     marker = folder / f"{subset}-{split}.json"  # written last, so if it exists, the download is complete
     if not marker.is_file():
         _download(repo, subset, split, folder, marker)
-    paths = [folder / name for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
-    return Shuffled(_not_empty(ParquetRows(paths), paths))
+    again = f"delete it and {marker}, and it is downloaded again"
+    names = read_json(marker).get("files")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{marker} is damaged: delete it, and the data are downloaded again")
+    paths = [folder / name for name in names]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{missing[0]} is missing: delete {marker}, and it is downloaded again")
+    return Shuffled(_not_empty(ParquetRows(paths, again), paths))
 
 
 def _download(repo: str, subset: str, split: str, folder: Path, marker: Path) -> None:

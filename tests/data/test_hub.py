@@ -440,3 +440,23 @@ def test_manifest_records_what_was_asked_for(server):
     hub.download("fineweb-edu", 2)
     manifest = json.loads((data_folder() / "manifest.json").read_text())
     assert manifest == {"source": "fineweb-edu", "repo": "karpathy/fineweb-edu-100b-shuffle", "shards": 2}
+
+
+@pytest.mark.parametrize("text", ['{"source": "fineweb-edu", "sha', "", "{}", '{"shards": "2"}', '{"shards": 0}'])
+def test_a_damaged_manifest_is_not_taken_for_shards_that_were_copied_by_hand(server, text, capsys):
+    hub.download("fineweb-edu", 2)
+    manifest = data_folder() / "manifest.json"
+    manifest.write_text(text)
+    fix = r"manifest\.json is damaged, .*: run python -m nanochat_jax.dataset --data fineweb-edu -n N"
+    with pytest.raises(UserError, match=fix) as caught:
+        sources.open("fineweb-edu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=fix):
+        hub.shards_of("fineweb-edu")
+    assert [p.name for p in hub.shards_of("fineweb-edu", 1)[0]] == [hub.shard_name(0)], "counted by the user"
+    capsys.readouterr()
+    hub.download("fineweb-edu", 2)
+    assert f"{manifest} is damaged: writing it again, with 2 training shards\n" in capsys.readouterr().out
+    assert len(sources.open("fineweb-edu").train_files) == 2
+    manifest.unlink()
+    assert len(sources.open("fineweb-edu").train_files) == 2, "copied by hand"

@@ -10,6 +10,7 @@ import re
 import shutil
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,66 @@ def test_a_folder_of_jsonl_is_converted_once(tmp_path, capsys):
     assert sources.open(data_dir=tmp_path) == source and "converting" not in capsys.readouterr().out
     write_jsonl(tmp_path / "a.jsonl", ["changed"])
     assert sources.open(data_dir=tmp_path).hash != source.hash
+
+
+@pytest.fixture
+def converted(tmp_path, monkeypatch):
+    """A converted folder with several training files, and the folder of these files."""
+    monkeypatch.setattr(parquet, "SHARD_CHARS", 3)
+    monkeypatch.setattr(parquet, "ROW_GROUP", 4)
+    write_jsonl(tmp_path / "a.jsonl", [f"a{i}" for i in range(20)])
+    write_jsonl(tmp_path / "val.jsonl", [f"v{i}" for i in range(8)])
+    source = sources.open(data_dir=tmp_path)
+    assert len(source.train_files) == 5 and len(source.val_files) == 2
+    return tmp_path, source.train_files[0].parent
+
+
+def without_sizes(manifest):
+    """A manifest as an early version wrote it."""
+    notes = json.loads(manifest.read_text())
+    del notes["sizes"]
+    manifest.write_text(json.dumps(notes))
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("name", ["train_00000", "train_00004", "val_00001"])
+def test_a_file_of_a_converted_folder_that_is_missing_is_noticed(converted, name, early):
+    folder, built = converted
+    if early:
+        without_sizes(built / "manifest.json")
+    before = sources.open(data_dir=folder)
+    assert len(before.train_files) == 5 and sorted(before.texts("train")) == sorted(f"a{i}" for i in range(20))
+    (built / f"{name}.parquet").unlink()
+    what = rf"{name[:-6]}_\*\.parquet have \d+ documents instead of \d+" if early else rf"{name}\.parquet is missing"
+    message = rf"^{built} is damaged \({what}\): delete this folder, and scripts\.tok_train writes it again$"
+    with pytest.raises(UserError, match=message):
+        sources.open(data_dir=folder)
+    shutil.rmtree(built)
+    assert sources.open(data_dir=folder) == replace(before, about=sources.open(data_dir=folder).about)
+
+
+def test_a_converted_file_that_changed_is_noticed_and_one_that_was_added_is_not_read(converted):
+    folder, built = converted
+    shutil.copy(built / "train_00000.parquet", built / "train_00009.parquet")
+    assert len(sources.open(data_dir=folder).train_files) == 5
+    write_parquet(built / "train_00002.parquet", ["other", "text"])
+    with pytest.raises(UserError, match=r"train_00002\.parquet has [\d,]+ bytes instead of [\d,]+\): delete this"):
+        sources.open(data_dir=folder)
+
+
+@pytest.mark.parametrize("text", ['{"source": "x", "ha', "", "[]", '{"source": "x"}', None])
+def test_a_torn_manifest_is_one_line(converted, text):
+    folder, built = converted
+    (built / "manifest.json").unlink()
+    if text is not None:
+        (built / "manifest.json").write_text(text)
+    what = "is missing" if text is None else "cannot be read"
+    with pytest.raises(UserError, match=rf"^{built} is damaged \(manifest\.json {what}\): delete this") as caught:
+        sources.open(data_dir=folder)
+    assert "\n" not in str(caught.value)
+    if text in ("", "[]"):  # it may have named the text that is read without a flag
+        with pytest.raises(UserError, match=rf"^{built} is damaged"):
+            sources.open()
 
 
 def test_parquet_files_are_read_in_place(tmp_path):
@@ -276,6 +337,9 @@ def test_the_local_corpus_is_built_once_and_the_same_again(small_installation, m
     monkeypatch.setattr(local_corpus, "PACKAGES", ("rich",))  # as after a later install
     assert sources.open("local") == source
     monkeypatch.setattr(local_corpus, "PACKAGES", ("optax", "not_installed_anywhere"))
+    (source.train_files[0].parent / "manifest.json").write_text('{"source": "lo')
+    with pytest.raises(UserError, match=r"local is damaged \(manifest\.json cannot be read\): delete this folder, and"):
+        sources.open("local")
     shutil.rmtree(source.train_files[0].parent)
     assert sources.open("local").hash == source.hash
 

@@ -84,7 +84,7 @@ def test_rows_from_the_hub_are_named_by_file_and_row(tmp_path):
     for path, answers in zip(paths, ([0, 1, 2], [3, -1]), strict=True):
         pq.write_table(pa.Table.from_pylist([MMLU | {"answer": answer} for answer in answers]), path)
     task = mmlu.MMLU.__new__(mmlu.MMLU)
-    task.rows = task_data.Shuffled(task_data.ParquetRows(paths))
+    task.rows = task_data.Shuffled(task_data.ParquetRows(paths, ""))
     with pytest.raises(UserError, match=r"MMLU: .*all/test/0001\.parquet, row 1: the answer is -1"):
         task.check()
 

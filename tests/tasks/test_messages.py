@@ -139,7 +139,7 @@ def from_hub(tmp_path, rows: list[dict]) -> tasks.Task:
     for path, part in zip(paths, (rows[:2], rows[2:]), strict=True):
         pq.write_table(pa.Table.from_pylist(part), path, row_group_size=2)
     task = smoltalk.SmolTalk.__new__(smoltalk.SmolTalk)
-    task.rows = task_data.Shuffled(task_data.ParquetRows(paths))
+    task.rows = task_data.Shuffled(task_data.ParquetRows(paths, ""))
     task.check()
     return task
 

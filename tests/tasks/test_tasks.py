@@ -458,6 +458,24 @@ def test_the_hub_is_asked_once(own_base_dir, tmp_path):
         server.server_close()
 
 
+def test_a_damaged_download_is_named_with_the_way_out(own_base_dir):
+    folder = own_base_dir / "task_data" / "openai--gsm8k"
+    (folder / "main" / "test").mkdir(parents=True)
+    marker, data = folder / "main-test.json", folder / "main" / "test" / "0000.parquet"
+    whole = json.dumps({"repo": "openai/gsm8k", "revision": "0", "files": ["main/test/0000.parquet"]})
+    for text in (whole[:40], "", "[]", '{"files": []}', '{"files": [3]}'):
+        marker.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"^{marker} is damaged: delete it, and the data are downloaded again$"):
+            tasks.load("gsm8k", "test")
+    marker.write_text(whole, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^{data} is missing: delete {marker}, and it is downloaded again$"):
+        tasks.load("gsm8k", "test")
+    data.write_bytes(b"PAR1 torn")
+    with pytest.raises(UserError, match=rf"^{data}: cannot be read \(.*\): delete it and {marker}") as caught:
+        tasks.load("gsm8k", "test")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unreachable_hub_is_one_line_naming_the_way_out(own_base_dir):
     run = ask_hub("http://127.0.0.1:9", own_base_dir)
     assert run.stdout.startswith("UserError: cannot download openai/gsm8k") and run.stdout.count("\n") == 1

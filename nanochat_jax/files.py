@@ -1,4 +1,4 @@
-"""Writes files atomically, reads JSON files that may be missing, hashes files, and locks folders."""
+"""Writes files atomically, reads JSON files that may be missing, hashes and compares files, and locks folders."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,6 +58,22 @@ def sha256(path: Path) -> str:
     """Returns the SHA-256 hash of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copies(files: Iterable[Path], others: Iterable[Path]) -> tuple[Path, Path] | None:
+    """Returns the first file that has the same bytes as one of `others`, and that other file. Returns None if there is
+    no such file. Files that do not exist are ignored. Only files of the same size are read."""
+    by_size: dict[int, list[Path]] = {}
+    for other in others:
+        if other.is_file():
+            by_size.setdefault(other.stat().st_size, []).append(other)
+    for path in files:
+        alike = by_size.get(path.stat().st_size, []) if path.is_file() else []
+        digest = sha256(path) if alike else ""
+        for other in alike:
+            if sha256(other) == digest:
+                return path, other
+    return None
 
 
 def remove_parts(path: Path) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from nanochat_jax import config
 from nanochat_jax.config import UserError
 from nanochat_jax.data import hub, text_files
+from nanochat_jax.files import copies
 
 # The first role that matches counts, so a file named train_test is held out.
 WORDS = {
@@ -88,6 +89,9 @@ def roles(folder: Path) -> Roles:
             held_out = result._names(tuple(path for name in HELD_OUT for path in by_role[name]))
             raise UserError(f"--data_dir={folder}: no training files, since a held-out file is never one: {held_out}")
         raise UserError(f"--data_dir={folder}: no files ending in {text_files.READABLE}; {met}")
+    if same := copies(result.val, result.train):
+        held_out, trained = (result._names((path,)) for path in same)
+        raise UserError(f"--data_dir={folder}: {held_out} is a copy of {trained}: hold out other text, or delete it")
     return result
 
 

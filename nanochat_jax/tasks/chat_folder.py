@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nanochat_jax.config import UserError
 from nanochat_jax.data.text_folder import HELD_OUT, SHOWN, WORDS, role_of
+from nanochat_jax.files import copies
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -49,7 +50,7 @@ def read(folder: Path) -> ChatFolder:
     files: dict[str, Path] = {}  # the name without its suffix -> file
     other: list[Path] = []
     nested: list[Path] = []
-    copies: list[Path] = []
+    compressed: list[Path] = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if not path.is_file() or any(part.startswith(".") for part in parts):
@@ -60,7 +61,7 @@ def read(folder: Path) -> ChatFolder:
         elif not path.name.endswith(SUFFIXES):
             other.append(path)
         elif stem in files:  # "a.jsonl" comes before "a.jsonl.gz"
-            copies.append(path)
+            compressed.append(path)
         else:
             files[stem] = path
     by_role: dict[str, list[Path]] = {name: [] for name in WORDS}
@@ -70,7 +71,7 @@ def read(folder: Path) -> ChatFolder:
     unread = {
         f"only {' and '.join(SUFFIXES)} are read": other,
         "in a subfolder": nested,
-        "a compressed copy of a file that is read": copies,
+        "a compressed copy of a file that is read": compressed,
         f"held out; the files named {chosen} are the test": [
             path for name in HELD_OUT if name != chosen for path in by_role[name]
         ],
@@ -84,4 +85,7 @@ def read(folder: Path) -> ChatFolder:
     if not files and by_reason:
         met = result.describe("").splitlines()[-1].strip()
         raise UserError(f"{folder}: no files ending in {' or '.join(SUFFIXES)}; {met}")
+    if same := copies(result.test, result.train):
+        held_out, trained = same
+        raise UserError(f"{held_out} is a copy of {trained.name}: hold out other conversations, or delete it")
     return result

@@ -24,6 +24,7 @@ from nanochat_jax.training.batch_shape import (
     shape_for_rows,
     shape_for_tokens,
 )
+from nanochat_jax.training.held_out import check_held_out, check_overlap
 from nanochat_jax.training.run import Run, compiled_memory
 from nanochat_jax.training.start_plan import INSTEAD
 
@@ -113,13 +114,15 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     else:
         supervise, epochs, decay = "mask", cfg.num_epochs, optim.linear_decay
     steps = cfg.num_iterations if cfg.num_iterations > 0 else None
-    check_held_out(cfg)
+    is_new = run.data is None
+    check_held_out(cfg, is_new)
     in_order = cfg.task_order == "sequence"
     task = tasks.mixture(
         cfg.mixture, "train", cfg.task_data_dir, seed=None if in_order else 42, task_files=cfg.task_files
     )
     pin_tasks(run, task)
     held_out = tasks.mixture(cfg.val_mixture, "val", cfg.task_data_dir, task_files=cfg.task_files)
+    check_overlap(task, held_out, is_new)
     lengths = documents.token_counts(task, tokenizer)
     mean_length = float(np.mean(lengths))
     if isinstance(cfg, config.Mid) or cfg.total_batch_size:
@@ -163,14 +166,6 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     if not is_mid and (too_long := float(np.mean(lengths > model_cfg.sequence_len + 1))):
         facts["longer than a row"] = f"about {too_long:.1%} of the conversations; each ends after its last whole answer"
     return Stage(shape, steps, epochs, loader, validation, lr_mult, steps or epochs * steps_per_epoch, facts)
-
-
-def check_held_out(cfg: config.Mid | config.Sft) -> None:
-    """Raises UserError if a file of the user's own conversations is both in --mixture and in --val_mixture."""
-    trained = {tasks.key(name) for name in cfg.mixture}
-    for name in cfg.val_mixture:
-        if tasks.key(name) in trained and tasks.task_class(name) is tasks.CustomJSON:
-            raise UserError(f"--val_mixture: {name} is also in --mixture: hold out some conversations in another file")
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:

@@ -86,6 +86,18 @@ def test_an_eval_file_is_a_better_validation_set_than_a_test_file(tmp_path, caps
     assert "not read: test.jsonl (held out; the files named eval" in capsys.readouterr().out
 
 
+def test_a_copy_of_a_training_file_is_not_a_validation_set(tmp_path):
+    write(tmp_path / "b.jsonl", numbered("b"))
+    write(tmp_path / "a.jsonl", numbered("a"))
+    write(tmp_path / "val.jsonl", numbered("a"))
+    with pytest.raises(
+        UserError, match=rf"^--data_dir={tmp_path}: val\.jsonl is a copy of a\.jsonl: hold out other text"
+    ):
+        text_folder.roles(tmp_path)
+    write(tmp_path / "val.jsonl", numbered("c"))  # of the same size
+    assert len(text_folder.roles(tmp_path).val) == 1
+
+
 def test_a_folder_with_held_out_files_alone_is_refused(tmp_path):
     for name in ("test", "val"):
         write(tmp_path / f"{name}.jsonl", numbered(name))

@@ -312,6 +312,11 @@ def test_folders_of_conversations_that_cannot_work(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no files ending in \.jsonl or \.jsonl\.gz; not read: a\.csv"):
         questions_of(tmp_path / "other", "train")
 
+    chat_files(tmp_path / "copy", train=5)
+    shutil.copy(tmp_path / "copy" / "chat" / "train.jsonl", tmp_path / "copy" / "chat" / "test.jsonl")
+    with pytest.raises(UserError, match=r"chat/test\.jsonl is a copy of train\.jsonl: hold out other conversations"):
+        questions_of(tmp_path / "copy", "train")
+
     # The split that smoltalk/ lacks does not come from chat/.
     chat_files(_chat(tmp_path), a=300)
     assert questions_of(tmp_path, "train") == {"a"}

@@ -116,3 +116,50 @@ def test_a_file_cannot_be_trained_and_validated_on():
     with pytest.raises(UserError, match=r"--val_mixture: customjson:a\.jsonl is also in --mixture"):
         stages.check_held_out(config.Sft(mixture=same | {"sums": 5}, val_mixture=same))
     stages.check_held_out(config.Mid(mixture={"sums": 5} | same, val_mixture={"sums": 5, "customjson:b.jsonl": 0}))
+
+
+def write(path: Path, conversations: list, key: str = "") -> str:
+    lines = [json.dumps({key: c} if key else c) + "\n" for c in conversations]
+    path.write_text("".join(lines), encoding="utf-8")
+    return f"customjson:{path}"
+
+
+def test_a_copy_of_a_training_file_cannot_be_validated_on(tmp_path):
+    made = [conversation(f"cat {i}?", "dog.") for i in range(9)]
+    one, two = (write(tmp_path / name, made) for name in ("one.jsonl", "two.jsonl"))
+    cfg = config.Sft(mixture={"sums": 5, one: 0}, val_mixture={two: 0})
+    with pytest.raises(UserError, match=rf"^--val_mixture: {two} is a copy of {one}, which is in --mixture: hold out"):
+        stages.check_held_out(cfg)
+    stages.check_held_out(cfg, is_new=False)
+    write(tmp_path / "two.jsonl", [*made[:-1], conversation("cat 9?", "dog.")])  # of the same size
+    stages.check_held_out(cfg)
+
+
+def test_validation_conversations_that_are_trained_on_are_counted(tmp_path, capsys):
+    made = [conversation(f"cat {i}?", "dog.") for i in range(9)]
+    trained = tasks.mixture({write(tmp_path / "one.jsonl", made): 0, "sums": 3}, "train")
+
+    def check(conversations: list, is_new: bool = True) -> str:
+        name = write(tmp_path / "two.jsonl", conversations, "messages")
+        stages.check_overlap(trained, tasks.mixture({name: 0, "sums": 3}, "val"), is_new)
+        return capsys.readouterr().out
+
+    others = [conversation(f"tree {i}?", "dog.") for i in range(7)]
+    assert check(others) == ""
+    said = "--val_mixture: 2 of 9 of your own conversations are also in --mixture: hold out some conversations in "
+    assert check(others + made[:2]) == f"{said}another file\n"
+    for same in (made, made[3:5]):  # in another format, so the files differ
+        with pytest.raises(UserError, match=rf"^--val_mixture: all {len(same)} of your own conversations are also in"):
+            check(same)
+        assert f"{len(same)} of {len(same)} of your own" in check(same, is_new=False)
+
+
+def test_a_run_on_a_copy_does_not_begin(world):
+    text = (world / "own.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (world / "reversed.jsonl").write_text("".join(reversed(text)), encoding="utf-8")
+    done = tiny.run(
+        "sft", world, source="base", source_tag="t", model_tag="leak", mixture=f"customjson:{world}/own.jsonl=0",
+        val_mixture=f"customjson:{world}/reversed.jsonl=0",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "error: --val_mixture: all 47 of your own conversations are also in --mixture: " in done.stderr

@@ -48,6 +48,7 @@ PACKING = (
     "crop: best fit, and what does not fit is cut off; stream: documents are joined end to end"
 )
 MAX_EPOCHS = "maximum passes over the text; a longer run is refused, because repeated text teaches less and less"
+MAX_EPOCHS_OF_MIXTURE = "maximum passes over the mixture that --num_iterations may ask for; a longer run is refused"
 COORDINATOR = "host:port of process 0 in a multi-host run (detected automatically under Slurm and Kubernetes)"
 AUTO_BATCH = "tokens per optimizer step (auto: enough for --target_examples_per_step conversations)"
 INIT_LR_FRAC = "initial learning rates, as a fraction of the values of the --*_lr flags"
@@ -224,6 +225,7 @@ class Mid(LaterStage):
     )
     val_mixture: dict[str, int] = setting({"smoltalk": 0, "mmlu": 5200, "gsm8k": 420}, VAL_MIXTURE)
     task_order: str = setting("shuffled", TASK_ORDER, choices=TASK_ORDERS)
+    max_epochs: float = setting(8.0, MAX_EPOCHS_OF_MIXTURE, low=0)
     total_batch_size: int = setting(524288, "tokens per optimizer step", low=1)
     init_lr_frac: float = setting(1.0, INIT_LR_FRAC, low=0)
     eval_every: int = setting(150, EVAL_EVERY, low=1, special=-1)
@@ -245,11 +247,12 @@ class Sft(LaterStage):
     )  # fmt: skip
     val_mixture: dict[str, int] = setting({"smoltalk": 0}, VAL_MIXTURE)
     task_order: str = setting("shuffled", TASK_ORDER, choices=TASK_ORDERS)
+    max_epochs: float = setting(8.0, MAX_EPOCHS_OF_MIXTURE, low=0)
     total_batch_size: int = setting(0, AUTO_BATCH, auto=True, low=1)
     target_examples_per_step: int = setting(
         32, "average number of conversations per optimizer step, if --total_batch_size is auto", low=1
     )
-    num_epochs: int = setting(1, "passes over the mixture", low=1)
+    num_epochs: int = setting(1, "passes over the mixture (ignored if --num_iterations is given)", low=1)
     init_lr_frac: float = setting(0.02, INIT_LR_FRAC, low=0)
     eval_every: int = setting(100, EVAL_EVERY, low=1, special=-1)
     eval_examples: int = setting(3200, "conversations per evaluation of the validation loss", low=1)
@@ -283,7 +286,7 @@ class Rl(LaterStage):
     temperature: float = setting(1.0, "sampling temperature (0: greedy)", low=0)
     top_k: int = setting(50, TOP_K, low=0)
     init_lr_frac: float = setting(0.05, INIT_LR_FRAC, low=0)
-    num_epochs: int = setting(1, "passes over the problems", low=1)
+    num_epochs: int = setting(1, "passes over the problems (ignored if --num_iterations is given)", low=1)
     eval_every: int = setting(60, "steps between evaluations of pass@k (-1: never)", low=1, special=-1)
     eval_examples: int = setting(400, "problems per evaluation of pass@k", low=1)
     eval_samples: int = setting(8, "answers per problem in an evaluation; also the largest k of pass@k", low=1)

@@ -44,7 +44,7 @@ from nanochat_jax.training.rollouts import (
 )
 from nanochat_jax.training.run import Run, check_finite, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.run_control import Evaluation, RunControl
-from nanochat_jax.training.stages import pin_tasks
+from nanochat_jax.training.stages import describe_epochs, pin_tasks
 from nanochat_jax.training.step import StepMetrics
 
 SLOTS = 64  # the maximum number of answers that a device generates at once
@@ -210,6 +210,8 @@ def facts_of(run: Run, cfg: config.Rl, stage: RlStage) -> dict[str, str]:
     facts = {
         "task": f"{', '.join(cfg.mixture)}, {count_of(len(stage.task), 'problem')}; {stage.drawn} per step, "
         f"{count_of(cfg.num_samples, 'answer')} each, {cfg.examples_per_step} to train on",
+        # There is no limit as in finetuning: the answers to a problem are new in every pass.
+        "epochs": describe_epochs(stage.steps * stage.drawn / len(stage.task), cfg),
     }
     if cfg.eval_every > 0:
         count, total = min(cfg.eval_examples, len(stage.held_out)), len(stage.held_out)

@@ -158,14 +158,43 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     # In finetuning, a conversation fills at most one row.
     read = lengths if is_mid else np.minimum(lengths, model_cfg.sequence_len + 1)
     steps_per_epoch = len(task) * float(np.mean(read)) / shape.tokens
+    if steps:
+        check_epochs(cfg, steps / steps_per_epoch, len(task))
     facts = {
         "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average, {order}: {task.describe()}",
         "steps per epoch, about": f"{steps_per_epoch:,.0f}",
+        "epochs": describe_epochs(steps / steps_per_epoch if steps else epochs, cfg),
         "validation": f"{amount} of {held_out.describe()}",
     }
     if not is_mid and (too_long := float(np.mean(lengths > model_cfg.sequence_len + 1))):
         facts["longer than a row"] = f"about {too_long:.1%} of the conversations; each ends after its last whole answer"
     return Stage(shape, steps, epochs, loader, validation, lr_mult, steps or epochs * steps_per_epoch, facts)
+
+
+def check_epochs(cfg: config.Mid | config.Sft, epochs: float, count: int) -> None:
+    """Raises UserError if --num_iterations asks for too many passes over a mixture of `count` conversations.
+
+    --num_epochs says the number of passes itself, so it may be larger than --max_epochs.
+    """
+    most = max(cfg.max_epochs, cfg.num_epochs if isinstance(cfg, config.Sft) else 0)
+    if epochs <= most:
+        return
+    fewer = int(cfg.num_iterations * most / epochs)
+    shorter = f"train fewer steps (--num_iterations={fewer}), " if fewer else ""
+    passes = f"{epochs:,.1f} passes over the {progress.count_of(count, 'conversation')}"
+    raise UserError(
+        f"--num_iterations={cfg.num_iterations}: {passes} of --mixture are more than --max_epochs={cfg.max_epochs:g}: "
+        f"add conversations, {shorter}or allow it (--max_epochs={math.ceil(epochs)})"
+    )
+
+
+def describe_epochs(epochs: float, cfg: config.Mid | config.Sft | config.Rl) -> str:
+    """Describes how often a run reads its mixture: "about 0.86". Says so if a value of --num_epochs is not used."""
+    if cfg.num_iterations <= 0:
+        return f"{epochs:.3g}"
+    num_epochs = 1 if isinstance(cfg, config.Mid) else cfg.num_epochs
+    unused = f"; --num_epochs={num_epochs} is not used, because --num_iterations is given" if num_epochs != 1 else ""
+    return f"about {epochs:,.2f}{unused}"
 
 
 def pin_text(run: Run, source: sources.Source) -> sources.Source:

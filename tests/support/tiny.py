@@ -27,8 +27,7 @@ FLAGS = {
 }  # fmt: skip
 STAGE_FLAGS = {
     "base": set(FLAGS),
-    "mid": set(FLAGS)
-    - {"depth", "aspect_ratio", "head_dim", "max_seq_len", "core_metric_every", "sample_every", "max_epochs"},
+    "mid": set(FLAGS) - {"depth", "aspect_ratio", "head_dim", "max_seq_len", "core_metric_every", "sample_every"},
 }
 
 
@@ -67,7 +66,7 @@ def command(stage: str, **changes) -> list[str]:
         del flags["eval_tokens"]
         flags |= {"eval_metrics_every": -1, "eval_examples": 8}
     if stage == "rl":
-        del flags["total_batch_size"], flags["eval_tokens"]
+        del flags["total_batch_size"], flags["eval_tokens"], flags["max_epochs"]
         flags |= {"mixture": "sums=0", "examples_per_step": 2, "num_samples": 4, "max_new_tokens": 8}
         flags["num_iterations"] = 4
     flags |= changes

@@ -54,10 +54,12 @@ def test_every_stage_announces_steps_flops_and_time(stage, printed):
     elif stage == "rl":
         assert facts["steps"] == "3" and facts["total FLOPs"].startswith("at most ")
         assert 3 * 2 * 4 * 8 * per_token < number < 3 * 2 * 4 * 64.1 * per_token, "3 steps, 8 answers of 8 tokens"
+        assert float(facts["epochs"].removeprefix("about ")) < 1
         assert "4 answers each" in facts["task"] and "sampling the answers takes longer" in facts["expected time"]
     else:
         about = int(re.match(r"about (\d+) \(one pass over the data\)$", facts["steps"])[1])
         taken = int(re.search(rf"^{stage}: done, (\d+) step", text, re.M)[1])
+        assert facts["epochs"] == "1"
         assert abs(about - taken) <= 1 + 0.3 * taken and facts["total FLOPs"].startswith("about ")
 
 

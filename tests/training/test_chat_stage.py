@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,44 @@ def test_a_run_on_a_copy_does_not_begin(world):
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "error: --val_mixture: all 47 of your own conversations are also in --mixture: " in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_too_many_passes_over_the_conversations_are_refused(world, stage):
+    """As in base, --max_epochs allows them, and the number of passes is printed before the first step."""
+    name = write(world / "forty.jsonl", [conversation(f"cat {i}?", "dog.") for i in range(40)])
+    flags = {
+        "source": "base", "source_tag": "t", "model_tag": "often", "num_iterations": 2000, "max_epochs": 8,
+        "mixture": f"{name}=0", "val_mixture": f"customjson:{world}/val.jsonl=0", "dry_run": 1,
+    }  # fmt: skip
+    refused = tiny.run(stage, world, **flags)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    asked = re.search(
+        r"error: --num_iterations=2000: ([\d,.]+) passes over the 40 conversations of --mixture are more than "
+        r"--max_epochs=8: add conversations, train fewer steps \(--num_iterations=(\d+)\), or allow it "
+        r"\(--max_epochs=(\d+)\)",
+        refused.stderr,
+    )
+    assert asked, refused.stderr
+    passes, steps, allowed = (float(number.replace(",", "")) for number in asked.groups())
+    assert passes > 300 and steps == int(2000 * 8 / passes) and passes <= allowed <= passes + 1.1
+    assert not (world / f"{stage}_checkpoints" / "often" / "log.jsonl").exists()
+    for changes in ({"num_iterations": int(steps)}, {"max_epochs": int(allowed)}):
+        done = tiny.run(stage, world, **(flags | changes))
+        epochs = re.search(r"^  epochs: about ([\d,.]+)$", done.stdout, re.M)
+        assert epochs, done.stdout + done.stderr
+        expected = passes * (changes.get("num_iterations", 2000)) / 2000
+        assert float(epochs[1].replace(",", "")) == pytest.approx(expected, abs=0.06)
+
+
+def test_a_number_of_epochs_is_never_refused(world):
+    name = write(world / "forty.jsonl", [conversation(f"cat {i}?", "dog.") for i in range(40)])
+    flags = {
+        "source": "base", "source_tag": "t", "model_tag": "epochs", "num_iterations": -1, "num_epochs": 50,
+        "max_epochs": 8, "mixture": f"{name}=0", "val_mixture": f"customjson:{world}/val.jsonl=0", "dry_run": 1,
+    }  # fmt: skip
+    done = tiny.run("sft", world, **flags)
+    assert done.returncode == 0 and "\n  epochs: 50\n" in done.stdout, done.stdout + done.stderr
+    done = tiny.run("sft", world, **flags | {"num_iterations": 4})
+    unused = r"^  epochs: about [\d.]+; --num_epochs=50 is not used, because --num_iterations is given$"
+    assert re.search(unused, done.stdout, re.M), done.stdout + done.stderr

@@ -45,8 +45,8 @@ class Settings(config.Settings):
 
     prog: ClassVar[str] = "python -m scripts.bench data"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: the tokenizer's training text)")
-    data_dir: str = setting("", config.DATA_DIR)
-    packing: str = setting("split", config.PACKING, choices=config.PACKINGS)
+    data_dir: str = setting("", config.DATA_DIR_HELP)
+    packing: str = setting("split", config.PACKING_HELP, choices=config.PACKINGS)
     total_batch_size: int = setting(524288, "tokens per batch", low=1)
     max_seq_len: int = setting(2048, "tokens per row", low=1)
     steps: int = setting(50, "number of batches to measure; fewer if the text ends first", low=1)

@@ -37,7 +37,7 @@ class Settings(config.Settings):
     """Generate text with our engine and, for comparison, with NanoChat in transformers."""
 
     prog: ClassVar[str] = "python -m scripts.bench decode"
-    device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
+    device_type: str = setting("", config.DEVICE_TYPE_HELP, choices=config.DEVICES)
     depth: int = setting(0, "layers of the model (auto: 20 on a GPU, else 4)", auto=True, low=1)
     vocab_size: int = setting(0, "tokens in the vocabulary (auto: 65,536 on a GPU, else 32,768)", auto=True, low=1)
     prompt: int = setting(0, "tokens per prompt (auto: 1792 on a GPU, else 256)", auto=True, low=1)

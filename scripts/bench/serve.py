@@ -32,6 +32,11 @@ from scripts.bench import measuring
 
 JOB = Path(__file__).with_name("serve_job.py")
 SAMPLING = {"temperature": 0.8, "top_k": 50}  # the server's defaults
+GAPS = {
+    "gap": "longest gap between two events of a stream",
+    "gap_compiling": "the same, while another client's first top-p answer is compiled",
+    "compiling": "that answer took",
+}
 GOAL = 0.8  # the server should reach this fraction of the engine's throughput
 
 
@@ -46,7 +51,7 @@ class Settings(config.Settings):
     prompt: int = setting(64, "tokens per prompt", low=1)
     new: int = setting(128, "tokens generated per prompt, at least 2", low=2)
     rounds: int = setting(3, "number of times that each measurement runs; the median is reported", low=1)
-    device_type: str = setting("", config.DEVICE_TYPE, choices=config.DEVICES)
+    device_type: str = setting("", config.DEVICE_TYPE_HELP, choices=config.DEVICES)
     json: str = setting("", "file to append the results to, as one line of JSON")
 
 
@@ -132,7 +137,7 @@ def _job(cfg: Settings, job: dict) -> dict:
 
 
 def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
-    """Starts the server, warms it up, and returns the result of `_clients` for the remaining requests."""
+    """Starts the server, warms it up, and returns the results of `_gaps`, and of `_clients` for the other requests."""
     command = [
         sys.executable, "-m", "scripts.chat_web", "--port=0", "-g", "bench", f"--slots={cfg.clients}",
         f"--max_waiting={cfg.clients}", f"--max_new_tokens={cfg.new}", "--timeout=0",
@@ -148,10 +153,11 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
         if not address:
             raise UserError(f"the server did not start: {log.read_text(encoding='utf-8').strip().splitlines()[-1:]}")
         port = int(address.rpartition(":")[2])
+        gaps = asyncio.run(_gaps(port, requests[0]))
         asyncio.run(_clients(port, requests[: cfg.clients], cfg.clients))
         while _stats(address)["warming"]:  # compiling in the server would disturb the measurement
             time.sleep(0.1)
-        return asyncio.run(_clients(port, requests[cfg.clients :], cfg.clients))
+        return asyncio.run(_clients(port, requests[cfg.clients :], cfg.clients)) | gaps
     finally:
         process.terminate()
         try:
@@ -164,6 +170,19 @@ def _serve(cfg: Settings, base: Path, requests: list[dict]) -> dict:
 def _stats(address: str) -> dict:
     with urllib.request.urlopen(f"{address}/stats", timeout=60) as response:
         return json.load(response)
+
+
+async def _gaps(port: int, request: dict) -> dict:
+    """Measures the longest time between two events of a stream, in seconds: while nothing else happens, and while
+    another client's first request with top-p waits for its program to be compiled."""
+    await _ask(port, request)  # compiles what this request needs
+    gap = (await _ask(port, request))["gap"]
+    start, gaps = time.perf_counter(), []
+    first_of_its_kind = asyncio.create_task(_ask(port, request | {"top_k": 0, "top_p": 0.9}))
+    while not first_of_its_kind.done():
+        gaps.append((await _ask(port, request))["gap"])
+    await first_of_its_kind
+    return {"gap": gap, "gap_compiling": max(gaps), "compiling": time.perf_counter() - start}
 
 
 async def _clients(port: int, requests: list[dict], clients: int) -> dict:
@@ -181,10 +200,10 @@ async def _clients(port: int, requests: list[dict], clients: int) -> dict:
 
 
 async def _ask(port: int, request: dict) -> dict:
-    """Sends a request and reads the whole answer. Returns the answer's number of tokens, and the seconds until its
-    first event."""
+    """Sends a request and reads the whole answer. Returns the answer's number of tokens, the seconds until its first
+    event, and the longest time between two of its events."""
     body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
-    start, first, tokens = time.perf_counter(), None, None
+    start, first, last, gap, tokens = time.perf_counter(), None, None, 0.0, None
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -196,8 +215,11 @@ async def _ask(port: int, request: dict) -> dict:
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
+            now = time.perf_counter()
             if first is None:
-                first = time.perf_counter() - start
+                first = now - start
+            gap = max(gap, now - (last or now))
+            last = now
             if "error" in event:
                 raise UserError(f"the server answered: {event['error']['message']}")
             if event["usage"]:
@@ -206,7 +228,7 @@ async def _ask(port: int, request: dict) -> dict:
         writer.close()
     if tokens is None:
         raise UserError("an answer ended before its last event")
-    return {"first": first, "tokens": tokens}
+    return {"first": first, "tokens": tokens, "gap": gap}
 
 
 # -----------------------------------------------------------------------------
@@ -232,6 +254,7 @@ def _result(served: list[dict], alone: list[dict]) -> dict:
         "goal": GOAL,
         "first_token_p50_s": round(percentile(50), 6),
         "first_token_p95_s": round(percentile(95), 6),
+        **{f"{name}_s": round(statistics.median(run[name] for run in served), 6) for name in GAPS},
         "runs": [[round(run["seconds"], 6), run["tokens"]] for run in served],
         "engine_runs": [[round(run["seconds"], 6), run["tokens"]] for run in alone],
     }
@@ -246,4 +269,5 @@ def _table(result: dict) -> str:
         ["time to first token, median", f"{result['first_token_p50_s'] * 1e3:,.0f} ms"],
         ["time to first token, 95th percentile", f"{result['first_token_p95_s'] * 1e3:,.0f} ms"],
     ]
+    cells += [[label, f"{result[f'{name}_s'] * 1e3:,.0f} ms"] for name, label in GAPS.items()]
     return measuring.table(cells, (True, False))

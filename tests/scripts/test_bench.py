@@ -382,14 +382,18 @@ def test_serve_measures_a_real_server(tmp_path, capsys):
     assert line["runs"][0][1] == line["engine_runs"][0][1] == 3 * 2 * 12  # no answer ended early
     assert line["share"] == pytest.approx(line["server_tokens_per_s"] / line["engine_tokens_per_s"], rel=1e-2)
     assert 0 < line["first_token_p50_s"] <= line["first_token_p95_s"] <= line["runs"][0][0]
+    assert line["gap_s"] > 0 and 0 < line["gap_compiling_s"] < line["compiling_s"]
     assert "share of the engine's (the goal is 80%)" in shown and "95th percentile" in shown
+    assert "while another client's first top-p answer is compiled" in shown
 
 
 def test_serves_percentiles_and_mistakes(tmp_path):
     run = {"seconds": 2.0, "tokens": 300, "first": [i / 100 for i in range(100)]}
+    run |= {"gap": 0.01, "gap_compiling": 0.04, "compiling": 7.0}
     result = serve._result([run], [run | {"seconds": 1.0}])
     assert (result["server_tokens_per_s"], result["share"]) == (150, 0.5)
     assert (result["first_token_p50_s"], result["first_token_p95_s"]) == (0.5, 0.95)
+    assert (result["gap_s"], result["gap_compiling_s"], result["compiling_s"]) == (0.01, 0.04, 7)
     for change, words in (({"clients": 0}, "--clients=0: must"), ({"preset": "gone"}, "--preset=gone: no such preset"),
                           ({"new": 200, "prompt": 100}, "the context of cpu holds 256 tokens"),
                           ({"json": str(tmp_path / "a" / "b")}, "its folder does not exist")):  # fmt: skip

@@ -22,14 +22,16 @@ done
 # -----------------------------------------------------------------------------
 # Arguments, preset and folders
 
-preset=${CONFIG:-} rl='' fresh=''
+preset=${CONFIG:-} named='' rl='' fresh=''
 for argument in "$@"; do
     case $argument in
         -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$script"; exit 0 ;;
         --rl) rl=1 ;;
         --fresh) fresh=1 ;;
-        -*) echo "error: unknown option $argument (see --help)" >&2; exit 2 ;;
-        *) preset=$argument ;;
+        -*) echo "error: unknown option $argument; the options are --rl and --fresh (see --help)" >&2; exit 2 ;;
+        *)
+            [ -z "$named" ] || { echo "error: two presets, $named and $argument: name one" >&2; exit 2; }
+            preset=$argument named=$argument ;;
     esac
 done
 
@@ -70,8 +72,22 @@ export NANOCHAT_BASE_DIR=$base PYTHONUNBUFFERED=1
 tag=$(basename "$preset" .toml)
 marks=$base/road/$tag # one file per finished evaluation, which identifies what was evaluated
 mid_limit=()
-# The cpu preset always runs RL. Its evaluation after midtraining uses only 100 problems per task.
-if [ "$tag" = cpu ]; then rl=1 mid_limit=(-x 100); fi
+# A preset with local text, such as cpu, downloads nothing and always runs RL. Its evaluation after midtraining uses only
+# 100 problems per task.
+local_text=$(python -c '
+import sys
+from nanochat_jax import commandline, config
+try:
+    cfg = commandline.parse(config.Dataset, ["--config=" + sys.argv[1]])
+    print("yes" if cfg.data_dir or cfg.data == "local" else "")
+except config.UserError as error:
+    sys.exit(f"error: {error}")
+' "$preset")
+if [ -n "$local_text" ]; then
+    rl=1 mid_limit=(-x 100)
+elif [ -z "$gpus" ]; then
+    echo "warning: no NVIDIA GPU here, and preset $preset is made for GPUs (the preset cpu is not)" >&2
+fi
 
 if [ -n "$fresh" ]; then
     old=$base/before-$(date +%Y%m%d-%H%M%S)
@@ -156,12 +172,12 @@ evaluate() {
 # Text and tokenizer
 
 # Before the download, check that this machine can train the preset. A batch that does not fit should fail now.
-[ "$tag" = cpu ] || run python -m scripts.doctor --config="$preset"
+[ -n "$local_text" ] || run python -m scripts.doctor --config="$preset"
 [ -e "$base/report/$tag/start.json" ] || run python -m nanochat_jax.report reset -g "$tag"
 
 # First download the validation shard and one training shard, to check that the hub can be reached. The other shards
 # download in the background. The tokenizer and pretraining wait for the shards that they need.
-if [ "$tag" != cpu ]; then
+if [ -z "$local_text" ]; then
     run python -m nanochat_jax.dataset --config="$preset" --begin
     python -m nanochat_jax.dataset --config="$preset" &
     download=$!
@@ -184,7 +200,7 @@ evaluate base base_loss scripts.base_loss -i base -g "$tag"
 core=${CORE_DIR:-$base/eval_bundle}
 if [ -d "$core" ]; then
     evaluate base base_eval scripts.base_eval -i base -g "$tag" --core_dir="$core"
-elif [ "$tag" = cpu ]; then
+elif [ -n "$local_text" ]; then
     banner "CORE skipped: no bundle in $core, and this preset does not download it (set CORE_DIR if you have it)"
 else
     code=0

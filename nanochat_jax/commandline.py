@@ -52,11 +52,16 @@ RENAMED = {
     "eval_steps": ("eval_examples", "eval_tokens"), "step": ("source_step",), "warmup_steps": ("warmup_ratio",),
     "chatcore_every": ("eval_metrics_every",), "chatcore_max_cat": ("eval_metrics_max_problems",),
     "chatcore_max_sample": ("eval_metrics_max_problems",), "eval_tokens": ("eval_examples",),
+    # Names from other libraries.
+    "learning_rate": ("matrix_lr",), "lr": ("matrix_lr",), "batch_size": ("device_batch_size",),
+    "max_steps": ("num_iterations",), "epochs": ("num_epochs", "num_iterations"),
+    "num_train_epochs": ("num_epochs", "num_iterations"),
 }  # fmt: skip
 # Settings of the original nanochat that have no counterpart here: {name: reason}.
 ABSENT = {
     "hf_path": "only checkpoints of this project can be evaluated",
     "eval": "scripts.base_eval evaluates CORE, and scripts.base_loss bits per byte and samples",
+    "compile": "every step is compiled",
     "fp8": "matmuls are in bfloat16 or float32",
     "fp8_recipe": "matmuls are in bfloat16 or float32",
     "scalar_lr": "this model has no scalar weights",
@@ -178,7 +183,7 @@ def _unknown(cls: type[config.Settings], args: list[str]) -> str:
         return f"{flag}: not a flag here: {ABSENT[name]}"
     if owners := _owners(name):
         return f"{flag}: not a flag of this command, but of {owners} (see --help)"
-    similar = did_you_mean(name, names).replace("mean ", "mean --")
+    similar = did_you_mean(name, names, cutoff=0).replace("mean ", "mean --")
     return f"{flag}: unknown flag{similar} (see --help)"
 
 
@@ -264,7 +269,7 @@ def _convert_for(value: object, field: dataclasses.Field, kind: type) -> object:
         return _to_mixture(value)
     except ValueError:
         expected = {int: "an integer, like 8", float: "a number, like 0.1", bool: "true or false", str: "a string"}
-        mixture = "a list of name=rows, each name once, like gsm8k=0,identity=30"
+        mixture = "a list of name=rows, each name once, like gsm8k=0,identity=30 (0: all rows)"
         raise argparse.ArgumentTypeError(f"{value!r} is not {expected.get(kind, mixture)}") from None
 
 

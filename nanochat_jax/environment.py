@@ -7,7 +7,6 @@ import functools
 import os
 import platform
 import subprocess
-import sys
 import time
 from importlib import metadata
 
@@ -27,8 +26,11 @@ def versions() -> dict[str, str]:
     return {"commit": commit, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
-def describe() -> dict[str, str]:
-    """Describes the machine, the code and the versions as {name: value}, for people to read."""
+def describe(devices: str) -> dict[str, str]:
+    """Describes the machine, the code and the versions as {name: value}, for people to read.
+
+    `devices` describes the devices. `parallel.devices.described_by_child` returns such a text.
+    """
     packages = [f"{name} {_version(name)}" for name in ("jax", "flax", "optax")]
     try:
         memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -40,7 +42,7 @@ def describe() -> dict[str, str]:
         "Platform": platform.platform(),
         "CPU": f"{cpu()}, {os.cpu_count()} cores",
         "Memory": memory,
-        "Devices": _devices(),
+        "Devices": devices,
         "Versions": f"Python {platform.python_version()}, " + ", ".join(packages),
         "Base folder": str(config.base_dir()),
     }
@@ -77,18 +79,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _devices() -> str:
-    """Describes the devices that JAX finds.
-
-    JAX runs in a child process, which ends at once. If JAX ran in the current process, it would hold GPU memory
-    that training needs.
-    """
-    program = "from nanochat_jax.parallel import devices; print(devices.describe())"
-    try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"unknown ({config.first_line(error)})"
-    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return done.stdout.strip() or f"unknown ({reason})"

@@ -85,7 +85,7 @@ class Timer:
         self.start, elapsed = now, now - self.start
         return elapsed
 
-    def passed(self, seconds: float) -> bool:
+    def lap_if_passed(self, seconds: float) -> bool:
         """Returns whether the current lap has lasted at least `seconds`. If so, starts the next lap."""
         if time.perf_counter() - self.start < seconds:
             return False

@@ -26,7 +26,8 @@ from nanochat_jax import checkpoint, commandline, config, environment, lineage, 
 from nanochat_jax.config import STAGES, GPTConfig, UserError, base_dir
 from nanochat_jax.evals.score import with_error
 from nanochat_jax.files import read_json, write_text
-from nanochat_jax.progress import clock, count_of
+from nanochat_jax.parallel import devices
+from nanochat_jax.progress import clock
 
 TITLES = {"base": "Pretraining", "mid": "Midtraining", "sft": "Supervised finetuning", "rl": "Reinforcement learning"}
 METRICS = ("CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "SpellingBee", "ChatCORE")
@@ -41,7 +42,7 @@ NEVER_SHOWN = ("run", "model_tag", "resume", "tag")
 
 
 @dataclass
-class Run:
+class LoggedRun:
     """A run of one stage, read from its folder."""
 
     stage: str
@@ -111,14 +112,14 @@ class Run:
 # Reading
 
 
-def read_run(stage: str, folder: Path) -> Run:
+def read_run(stage: str, folder: Path) -> LoggedRun:
     """Reads a run from its folder. Prints a line if the metadata of its last checkpoint is damaged."""
     steps = checkpoint.steps(folder)
     step = steps[-1] if steps else None
     meta = {} if step is None else read_json(checkpoint.step_dir(folder, step) / "meta.json")
     if step is not None and not meta:
         print(f"{checkpoint.step_dir(folder, step) / 'meta.json'} is damaged: no model and no parent are reported")
-    return Run(stage, folder.name, folder, run_log.read(folder), read_json(folder / "config.json"), step, meta)
+    return LoggedRun(stage, folder.name, folder, run_log.read(folder), read_json(folder / "config.json"), step, meta)
 
 
 # -----------------------------------------------------------------------------
@@ -128,12 +129,12 @@ def read_run(stage: str, folder: Path) -> Run:
 def reset(tag: str = "") -> Path:
     """Records the machine and the current time in start.json, and returns the path of this file."""
     path = _folder(tag) / "start.json"
-    start = {"time": round(time.time(), 3), "environment": environment.describe()}
+    start = {"time": round(time.time(), 3), "environment": environment.describe(devices.described_by_child())}
     write_text(path, json.dumps(start, indent=1) + "\n")
     return path
 
 
-def _start(folder: Path, runs: dict[str, Run]) -> dict:
+def _start(folder: Path, runs: dict[str, LoggedRun]) -> dict:
     """Returns what `reset` recorded in `folder`. Returns {} if there was no reset before the first of `runs` began."""
     start = read_json(folder / "start.json")
     first = min((run.began for run in runs.values() if run.began), default=math.inf)
@@ -184,7 +185,7 @@ def generate(tag: str = "", output: Path = Path("report.md")) -> Path:
 
 
 def _header(start: dict) -> str:
-    now = environment.describe()
+    now = environment.describe(devices.described_by_child())
     facts = start.get("environment") or now
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     changed = [f"{k.lower()} {now[k]}" for k in ("Code", "Devices", "Versions") if facts.get(k) != now[k]]
@@ -192,7 +193,7 @@ def _header(start: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(runs: dict[str, Run], start: dict) -> str:
+def _summary(runs: dict[str, LoggedRun], start: dict) -> str:
     scores = {stage: run.scores() for stage, run in runs.items()}
     # Chat tasks outside METRICS get rows at the end. CORE's tasks get no rows, because each run's section lists them.
     others = {t for s in scores.values() for t, r in s.items() if r.get("suite") == "chat" and t not in METRICS}
@@ -211,14 +212,14 @@ def _summary(runs: dict[str, Run], start: dict) -> str:
     return "\n".join(lines)
 
 
-def _cell(run: Run, scores: dict[str, dict], name: str) -> str:
+def _cell(run: LoggedRun, scores: dict[str, dict], name: str) -> str:
     if name in scores:
         return _score(scores[name]["score"], scores[name], run.unusual(scores[name]))
     measured = [r for r in run.of("core") if isinstance(r.get("core"), int | float)]
     return _score(measured[-1]["core"], measured[-1], "in training") if name == "CORE" and measured else "-"
 
 
-def _bpb(run: Run) -> str:
+def _bpb(run: LoggedRun) -> str:
     if record := run.scores().get("val_bpb"):
         return _score(record["score"], record, run.unusual(record))
     measured = [r for r in run.of("val") if isinstance(r.get("bpb"), int | float)]
@@ -236,7 +237,7 @@ def _score(score: float, record: dict, note: str = "", digits: int = 4) -> str:
     return with_error(score, stderr, ", ".join(filter(None, [size, note])), digits)
 
 
-def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
+def _wall_time(runs: dict[str, LoggedRun], start: dict) -> tuple[float, float]:
     """Returns the seconds from the start to the end of the last stage, with and without reinforcement learning.
 
     The end of a stage is the end of its training plus the seconds of evaluations that ran later. Idle time before an
@@ -248,7 +249,7 @@ def _wall_time(runs: dict[str, Run], start: dict) -> tuple[float, float]:
     return max(ends.values()) - begin, max(before_rl, default=begin) - begin
 
 
-def _evaluation_seconds(run: Run) -> float:
+def _evaluation_seconds(run: LoggedRun) -> float:
     """Returns the seconds that evaluations took after training. An evaluation counts only if its score is shown.
 
     CORE and ChatCORE are left out, because their tasks are counted one by one.
@@ -277,7 +278,7 @@ def _tokenizer(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _section(run: Run, plot: str | None) -> str:
+def _section(run: LoggedRun, plot: str | None) -> str:
     lines = [f"## {TITLES[run.stage]} ({run.tag})\n", *_facts(run), ""]
     lines += [f"![{TITLES[run.stage]}]({plot})\n"] if plot else []
     scores = run.scores()
@@ -319,16 +320,12 @@ def _section(run: Run, plot: str | None) -> str:
     return "\n".join(lines)
 
 
-def _facts(run: Run) -> list[str]:
+def _facts(run: LoggedRun) -> list[str]:
     """Lists a run's model, settings, cost and results as lines of Markdown."""
     facts: dict[str, str] = {}
     if "model" in run.meta:
-        model = GPTConfig(**run.meta["model"])
-        facts["model"] = (
-            f"{model.num_params:,} parameters, {count_of(model.n_layer, 'layer')}, "
-            f"width {model.n_embd}, {count_of(model.n_head, 'head')} "
-            f"({model.n_kv_head} kv), vocabulary {model.vocab_size:,}, context {model.sequence_len:,}"
-        )
+        model_cfg = GPTConfig(**run.meta["model"])
+        facts["model"] = f"{model_cfg.num_params:,} parameters, {model_cfg.describe()}"
     facts["parent"] = run.meta.get("parent", "")
     facts["settings"] = ", ".join(f"{k} {_show(v)}" for k, v in _settings(run).items())
     train = run.of("train")
@@ -372,7 +369,7 @@ def _facts(run: Run) -> list[str]:
     return [f"- {name}: {value}" for name, value in facts.items() if value not in ("", "-")]
 
 
-def _settings(run: Run) -> dict:
+def _settings(run: LoggedRun) -> dict:
     defaults = dataclasses.asdict(config.TRAINING[run.stage]())
     shape = {field.name for field in dataclasses.fields(config.ModelFlags)}
     return {
@@ -423,7 +420,7 @@ def smooth(values: list[float], factor: float = 0.9) -> list[float]:
     return result
 
 
-def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
+def _plots(runs: dict[str, LoggedRun], folder: Path) -> tuple[dict[str, str], str]:
     """Draws each stage's curves. Returns {stage: file name}, and a remark if matplotlib is missing."""
     try:
         import matplotlib
@@ -438,7 +435,7 @@ def _plots(runs: dict[str, Run], folder: Path) -> tuple[dict[str, str], str]:
     return names, ""
 
 
-def _plot(run: Run, path: Path) -> None:
+def _plot(run: LoggedRun, path: Path) -> None:
     """Draws training and validation in two plots side by side, because they measure different quantities."""
     import matplotlib.pyplot as plt
 

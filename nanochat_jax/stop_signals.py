@@ -24,7 +24,7 @@ TWICE_SECONDS = 0.05  # a second Ctrl-C within this time is ignored, because `uv
 EXCEPTIONS_IGNORED = {"_xla_gc_callback", "__del__"}
 
 
-def postponed(signum: int, handler: Callable[[int, FrameType | None], None], frame: FrameType | None) -> bool:
+def postpone_if_lost(signum: int, handler: Callable[[int, FrameType | None], None], frame: FrameType | None) -> bool:
     """Whether an exception that a signal handler raises now would be lost. If so, calls the handler again shortly."""
     while frame is not None and frame.f_code.co_name not in EXCEPTIONS_IGNORED:
         frame = frame.f_back
@@ -69,7 +69,7 @@ class StopSignals:
             os.write(2, b"stopped\n")
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.ended_by is None and postponed(signum, self._receive, frame):
+        if self.ended_by is None and postpone_if_lost(signum, self._receive, frame):
             return
         now = time.monotonic()
         if self.ended_by is not None:

@@ -153,6 +153,8 @@ def _nothing_saved(stage: str, tag: str, preset: str, tag_flag: str) -> UserErro
     if (REPOSITORY / "configs" / f"{tag}.toml").is_file():
         name = f" --config={tag}"
     command = f"run python -m scripts.train --stage={stage}{name}"
+    if not any(tags(stage) for stage in STAGES):
+        command += ", after the stages before it (bash speedrun_jax.sh runs all of them)"
     return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {existing}{command}")
 
 

@@ -28,8 +28,9 @@ REPEATS = 5  # of a measurement
 def main(cfg: config.Doctor) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the GPU memory to training runs
     from nanochat_jax import environment
+    from nanochat_jax.parallel import devices
 
-    for name, value in environment.describe().items():
+    for name, value in environment.describe(devices.described_by_child()).items():
         line(name, value)
     line("Free disk", free_disk())
     line("Rust tokenizer", rust_tokenizer())
@@ -37,7 +38,6 @@ def main(cfg: config.Doctor) -> None:
     if download := expected_download(cfg):
         line("Download", download)
     line("Limits", limits())
-    from nanochat_jax.parallel import devices
 
     if devices.may_use_gpus(cfg.device_type):
         check_gpus(devices.memory_fraction())
@@ -238,14 +238,14 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     from nanochat_jax.training import optim
     from nanochat_jax.training.announce import cost
     from nanochat_jax.training.batch_shape import estimated_memory, rows_that_fit, shape_for_tokens
-    from nanochat_jax.training.stages import horizon
+    from nanochat_jax.training.passes import horizon
 
     layout.check(model_cfg)
     params = jax.eval_shape(lambda: gpt.init(model_cfg))
-    tx = optim.make_optimizer(
+    optimizer = optim.make_optimizer(
         model_cfg.n_embd, embedding_lr=0, unembedding_lr=0, matrix_lr=0, dtype=dtype, layout=layout
     )
-    opt_state = jax.eval_shape(tx.init, params)
+    opt_state = jax.eval_shape(optimizer.init, params)
 
     def gib_per_device(tree: Any, specs: Any) -> float:
         leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(layout.shardings(specs)), strict=True)
@@ -270,10 +270,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     shape = shape_for_tokens(cfg.total_batch_size, cfg.device_batch_size, model_cfg.sequence_len, replicas, fit)
     steps = horizon(cfg, model_cfg, shape.tokens)
     line("Preset", cfg.preset or "none, so the defaults (choose one with --config=NAME)")
-    line(
-        "Model",
-        f"{count_of(model_cfg.n_layer, 'layer')}, width {model_cfg.n_embd}, {model_cfg.num_params:,} parameters",
-    )
+    line("Model", f"{model_cfg.num_params:,} parameters, {model_cfg.describe()}")
     line("Mesh", f"{sharding.describe(layout.mesh)}, --shard={layout.shard}")
     line("On one device", f"{weights:.2f} GiB of weights, {state:.2f} of optimizer state; plus gradients, activations")
     line("Batch", f"{shape.tokens:,} tokens = {shape} x {shape.seq_len}")
@@ -291,7 +288,7 @@ def text(cfg: config.Doctor, steps: int, tokens_per_step: int) -> None:
     """
     from nanochat_jax.data import sources, token_cache
     from nanochat_jax.tokenizer import Tokenizer
-    from nanochat_jax.training.stages import Amount
+    from nanochat_jax.training.passes import Amount
 
     try:
         source = sources.open(cfg.data, cfg.data_dir, build=False)

@@ -78,7 +78,7 @@ def test_the_line_counts_in_the_readme_are_right():
     )
     paragraph = re.search(r"\*\*Reading it\.\*\*.*?HTML", readme, re.DOTALL)
     stated = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", paragraph[0])]
-    assert stated == pytest.approx([core, python, rust, page], rel=0.07)
+    assert stated == pytest.approx([core, python, rust, page], rel=0.02)
 
 
 def test_the_messages_in_troubleshooting_are_printed_somewhere():

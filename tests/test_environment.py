@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from nanochat_jax import config, environment
+from nanochat_jax.parallel import devices
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +45,14 @@ def test_a_package_that_is_missing_is_no_error(monkeypatch):
 
 def test_the_devices_are_asked_for_in_a_child_process():
     """The child's import is in a string, so only running it shows that it still resolves."""
-    assert re.fullmatch(r"\d+ x .+ \(cpu\), jax \S+", environment.describe()["Devices"])
+    assert re.fullmatch(r"\d+ x .+ \(cpu\), jax \S+", devices.described_by_child())
 
 
 def test_devices_that_cannot_be_asked_for_are_unknown_with_the_reason(tmp_path, monkeypatch):
     for program, reason in (("echo trouble >&2; echo no module >&2; exit 1", "no module"), ("exit 3", "exit code 3")):
         (tmp_path / "python").write_text(f"#!/bin/sh\n{program}\n")
         (tmp_path / "python").chmod(0o755)
-        monkeypatch.setattr(environment.sys, "executable", str(tmp_path / "python"))
-        assert environment.describe()["Devices"] == f"unknown ({reason})"
-    monkeypatch.setattr(environment.sys, "executable", str(tmp_path / "none"))
-    assert environment.describe()["Devices"].startswith("unknown ([Errno 2] No such file")
+        monkeypatch.setattr(devices.sys, "executable", str(tmp_path / "python"))
+        assert devices.described_by_child() == f"unknown ({reason})"
+    monkeypatch.setattr(devices.sys, "executable", str(tmp_path / "none"))
+    assert devices.described_by_child().startswith("unknown ([Errno 2] No such file")

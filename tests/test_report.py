@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from nanochat_jax import checkpoint, commandline, config, environment, lineage, report, run_log
+from nanochat_jax import checkpoint, commandline, config, lineage, report, run_log
 from nanochat_jax.config import UserError, base_dir
+from nanochat_jax.parallel import devices
 
 
 def train_log(stage, tag="d4", steps=40, finished=True, parent=""):
@@ -47,7 +48,7 @@ def score(run, stage, task, value, suite="chat", step=40, **fields):
 @pytest.fixture
 def quick(monkeypatch):
     """Does not look for devices, which takes a child process and some seconds."""
-    monkeypatch.setattr(environment, "_devices", lambda: "1 x cpu (cpu)")
+    monkeypatch.setattr(devices, "described_by_child", lambda: "1 x cpu (cpu)")
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import regex
 import slow_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trained import english as english_tokenizer
-from trained import flat, trained
+from trained_bpe import english as english_tokenizer
+from trained_bpe import flat, trained
 
 import rustbpe
 from nanochat_jax.config import REPOSITORY

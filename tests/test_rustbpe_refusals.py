@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from trained import english as english_tokenizer
-from trained import flat, trained
+from trained_bpe import english as english_tokenizer
+from trained_bpe import flat, trained
 
 import rustbpe
 from nanochat_jax.tokenizer import SPLIT_PATTERN

@@ -1,8 +1,8 @@
 """The shell scripts: which steps of the pipeline run once, which run again, and what stops it.
 
 The real speedrun_jax.sh and setup.sh run in a copy of the tree in which `python` is a stub that records its arguments
-and creates the files that the pipeline looks for. It runs `python -c CODE` only if $REAL is a Python: without, what
-speedrun_jax.sh asks for in this way is always "the same".
+and creates the files that the pipeline looks for. It runs `python -c CODE` only if $REAL is a Python. Otherwise, it
+looks for local text with grep, and whatever else speedrun_jax.sh asks for in this way is always "the same".
 """
 
 import os
@@ -19,7 +19,14 @@ from nanochat_jax.config import REPOSITORY
 
 H100 = "GPU 0: NVIDIA H100 (UUID: GPU-0)"
 STUB = """#!/usr/bin/env bash
-if [ "$1" = -c ]; then [ -z "${REAL:-}" ] || exec "$REAL" "$@"; echo "the same"; exit; fi
+if [ "$1" = -c ]; then
+    [ -z "${REAL:-}" ] || exec "$REAL" "$@"
+    case $2 in
+        *config.Dataset*) ! grep -qs '^data = "local"' "configs/$3.toml" "$3" || echo yes ;;
+        *) echo "the same" ;;
+    esac
+    exit
+fi
 echo "$*" >> "$CALLS"
 echo "${JAX_PLATFORMS:-}" >> "$CALLS.platforms"
 case "$*" in
@@ -272,6 +279,25 @@ def test_unknown_preset_or_option_is_one_line(road, tmp_path, arguments):
     process, calls = road(*arguments)
     assert process.returncode == 2 and calls == []
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+
+
+def test_two_presets_are_refused(road):
+    process, calls = road("cpu", "d20")
+    assert process.returncode == 2 and process.stderr == "error: two presets, cpu and d20: name one\n" and not calls
+
+
+def test_a_copy_of_the_cpu_preset_runs_as_the_preset_does(road, tmp_path):
+    (tmp_path / "mine.toml").write_text((REPOSITORY / "configs" / "cpu.toml").read_text())
+    _, expected = road("cpu")
+    process, calls = road(str(tmp_path / "mine.toml"))
+    assert process.returncode == 0 and "CORE skipped" in process.stdout and "warning" not in process.stderr
+    as_cpu = [call.replace(str(tmp_path / "mine.toml"), "cpu").replace("-g mine", "-g cpu") for call in calls]
+    assert as_cpu == expected and "--stage=rl" in "".join(calls)
+
+
+def test_a_preset_for_gpus_is_doubted_on_a_machine_without(road):
+    process, _ = road("d12")
+    assert "warning: no NVIDIA GPU here, and preset d12 is made for GPUs" in process.stderr
 
 
 def test_help_from_another_folder(road):

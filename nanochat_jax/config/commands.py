@@ -5,18 +5,18 @@ from typing import ClassVar
 
 from nanochat_jax.config.setting import Settings, setting
 from nanochat_jax.config.training import (
-    COMPUTE_DTYPE,
-    CORE_DIR,
-    DATA_DIR,
-    DEVICE_TYPE,
+    COMPUTE_DTYPE_HELP,
+    CORE_DIR_HELP,
+    DATA_DIR_HELP,
+    DEVICE_TYPE_HELP,
     DEVICES,
     DTYPES,
     MAX_SEED,
     STAGES,
-    TASK_DATA_DIR,
+    TASK_DATA_DIR_HELP,
     TASK_FILES,
-    TASK_FILES_CHOICES,
-    TOP_K,
+    TASK_FILES_HELP,
+    TOP_K_HELP,
 )
 
 REPORT = "reset: record the start time and the machine; generate: write the report"
@@ -31,7 +31,7 @@ class TokTrain(Settings):
     data: str = setting(
         "", "text source: fineweb-edu, climbmix or local (default: the text that was downloaded, else local)"
     )
-    data_dir: str = setting("", DATA_DIR)
+    data_dir: str = setting("", DATA_DIR_HELP)
     num_files: int = setting(
         0, "training shards to read from a downloaded source (auto: as many as --max_chars needs; -1: all)",
         auto=True, low=-1,
@@ -48,7 +48,7 @@ class TokEval(Settings):
 
     table: ClassVar[str] = "tok"
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the tokenizer was trained on)")
-    data_dir: str = setting("", DATA_DIR)
+    data_dir: str = setting("", DATA_DIR_HELP)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Load(Settings):
         "", "name of the run to load (default: the preset's name, else the stage's most recently saved run)"
     )
     step: int = setting(-1, "step of the checkpoint to load (-1: the latest)", low=0)
-    device_type: str = setting("", DEVICE_TYPE, choices=DEVICES)
-    compute_dtype: str = setting("", COMPUTE_DTYPE, choices=DTYPES)
+    device_type: str = setting("", DEVICE_TYPE_HELP, choices=DEVICES)
+    compute_dtype: str = setting("", COMPUTE_DTYPE_HELP, choices=DTYPES)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class BaseLoss(Load):
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
     split_tokens: int = setting(20 * 524288, "number of tokens to evaluate in each split (train and val)", low=1)
     data: str = setting("", "text source: fineweb-edu, climbmix or local (default: what the model was trained on)")
-    data_dir: str = setting("", DATA_DIR)
+    data_dir: str = setting("", DATA_DIR_HELP)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class BaseEval(Load):
     source: str = setting("base", "stage of the model to load", choices=STAGES)
     max_per_task: int = setting(-1, "maximum number of examples per task (-1: all)", low=1)
     device_batch_size: int = setting(32, "rows per device in a forward pass", low=1)
-    core_dir: str = setting("", CORE_DIR)
+    core_dir: str = setting("", CORE_DIR_HELP)
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class ChatEval(Load):
     temperature: float = setting(0.0, "sampling temperature (0: greedy)", low=0)
     max_new_tokens: int = setting(512, "maximum tokens per answer", low=1)
     num_samples: int = setting(1, "answers per problem; a problem is solved if any answer is right (pass@k)", low=1)
-    top_k: int = setting(50, TOP_K, low=0)
+    top_k: int = setting(50, TOP_K_HELP, low=0)
     batch_size: int = setting(8, "rows per device in a forward pass of a multiple-choice task", low=1)
     slots: int = setting(0, "answers generated at once on a device (auto: as many as fit in memory)", auto=True, low=1)
     max_problems: int = setting(-1, "maximum number of problems per task (-1: all)", low=1)
     seed: int = setting(42, "random seed for sampling", low=0, high=MAX_SEED)
-    task_data_dir: str = setting("", TASK_DATA_DIR)
-    task_files: str = setting("", TASK_FILES + " (default: as in training)", choices=TASK_FILES_CHOICES)
+    task_data_dir: str = setting("", TASK_DATA_DIR_HELP)
+    task_files: str = setting("", TASK_FILES_HELP + " (default: as in training)", choices=TASK_FILES)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ChatCli(Load):
     table: ClassVar[str] = "chat"
     prompt: str | None = setting(None, "answer this prompt and exit; -: read it from stdin (default: chat)")
     temperature: float = setting(0.6, "sampling temperature (0: greedy)", low=0, high=2)
-    top_k: int = setting(50, TOP_K, low=0, high=65536)
+    top_k: int = setting(50, TOP_K_HELP, low=0, high=65536)
     max_new_tokens: int = setting(256, "maximum tokens per answer", low=1)
     seed: int = setting(42, "random seed for sampling", low=0, high=MAX_SEED)
 

@@ -60,6 +60,14 @@ class GPTConfig:
         block = 2 * self.n_embd**2 + 2 * self.n_embd * kv + 8 * self.n_embd**2
         return 2 * self.padded_vocab * self.n_embd + self.n_layer * block
 
+    def describe(self) -> str:
+        """Returns text such as "20 layers, width 1280, 10 heads (10 kv), vocabulary 65,536, context 2,048"."""
+        layers, heads = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((self.n_layer, "layer"), (self.n_head, "head")))
+        return (
+            f"{layers}, width {self.n_embd}, {heads} ({self.n_kv_head} kv), vocabulary {self.vocab_size:,}, "
+            f"context {self.sequence_len:,}"
+        )
+
     @property
     def flops_per_token(self) -> int:
         """FLOPs per token for a forward and a backward pass. Attention is counted as if there were no causal mask."""

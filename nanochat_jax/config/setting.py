@@ -132,7 +132,10 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     raise UserError(f"{given}: must be {allowed}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean NAME?" with the most similar name in `known`, or "" if none is similar."""
-    similar = difflib.get_close_matches(word.lower(), list(known), 1)
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Returns "; did you mean NAME?" with the most similar name in `known`, or "" if none is similar.
+
+    The similarity must be at least `cutoff`, which is from 0 (any name) to 1 (the same name).
+    """
+    similar = difflib.get_close_matches(word.lower(), list(known), 1, cutoff)
     return f"; did you mean {similar[0]}?" if similar else ""

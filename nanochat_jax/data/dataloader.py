@@ -30,8 +30,8 @@ class Loader:
     """An iterator over batches {inputs: int32[b, T], targets: int32[b, T]}. The b rows are this process's share of the
     global batch. The loss ignores targets of -1.
 
-    After each batch, `info` holds the position in the data, the progress in epochs (such as 1.5), and the fraction of
-    wasted tokens (see packing.py).
+    After each batch, `info` holds the position in the data, the progress in epochs after this batch and before it (such
+    as 1.5 and 1.4), and the fraction of wasted tokens (see packing.py).
     """
 
     def __init__(self, batches: "Batches"):
@@ -209,6 +209,7 @@ class BatchIterator(grain.DatasetIterator):
         )
         self._cursor = dict(batches.documents.start)
         self._rows = 0  # the number of rows packed so far, including the rows of other processes
+        self._progress = 0.0  # in epochs
 
     def __next__(self) -> dict[str, Any]:
         rows = []
@@ -219,8 +220,10 @@ class BatchIterator(grain.DatasetIterator):
         empty = packing.empty_row(self._batches.width, self._documents.bos)
         rows += [empty] * (self._batches.padded_rows - len(rows))
         info = self._documents.info(self._cursor, len(self._packer))
+        info |= {"progress_before": self._progress, "waste": self._packer.waste}
+        self._progress = info["progress"]
         own_rows = np.stack(rows[self._batches.own_rows])
-        return packing.as_batch(own_rows) | {"info": info | {"waste": self._packer.waste}}
+        return packing.as_batch(own_rows) | {"info": info}
 
     def _row(self) -> np.ndarray | None:
         """Returns the next packed row, or None after the last row."""
@@ -255,3 +258,4 @@ class BatchIterator(grain.DatasetIterator):
                 raise UserError(f"the saved data position has {key} {saved}, this run {current}: keep {key} {saved}")
         self._cursor, self._rows = dict(state["cursor"]), state["rows"]
         self._packer.restore(state["packer"])
+        self._progress = self._documents.info(self._cursor, len(self._packer))["progress"]

@@ -159,7 +159,7 @@ class GPT(nnx.Module):
         x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
-            return norm(_stack(x, stacked, angles, model_cfg, execution), model_cfg.norm_eps), None
+            return norm(_apply_blocks(x, stacked, angles, model_cfg, execution), model_cfg.norm_eps), None
         keys, values = [], []
         weights = _unstack(stacked)
         for i, window in enumerate(model_cfg.windows):
@@ -221,7 +221,7 @@ def _rest_of_block(x: jax.Array, y: jax.Array, w: Weights, model_cfg: GPTConfig)
         return x + dense(jnp.square(jax.nn.relu(y)), w["w_out"], x.dtype)
 
 
-def _stack(
+def _apply_blocks(
     x: jax.Array, stacked: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig, execution: Execution
 ) -> jax.Array:
     """Applies all blocks to whole sequences: x [b,t,d] -> [b,t,d]."""

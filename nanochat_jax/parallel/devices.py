@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING
@@ -129,6 +130,20 @@ def describe() -> str:
     devices = jax.devices()
     count = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){count}, jax {jax.__version__}"
+
+
+def described_by_child() -> str:
+    """Describes the devices without starting JAX in this process, where it would hold GPU memory that training needs.
+
+    Returns the result of `describe` in a child process, or "unknown" with the reason.
+    """
+    program = f"from {__name__} import describe; print(describe())"
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({first_line(error)})"
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return done.stdout.strip() or f"unknown ({reason})"
 
 
 def choose_precision(

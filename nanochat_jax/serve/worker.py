@@ -211,7 +211,7 @@ class EngineWorker:
             self._engine.check(request)
         samples, room = sum(request.n for request in requests), self.slots + self.max_waiting
         if samples > room:
-            raise TooMany(f"{samples} answers in one request, but this server takes at most {room} at once")
+            raise TooMany(f"{samples} answers in one request, but one GPU of this server takes at most {room} at once")
         with self._lock:
             if self.failure:
                 raise EngineFailure(STOPPED_WORKING)

@@ -6,6 +6,9 @@ its own folder.
 `start_plan.py` decides how a run starts, and `run.py` opens the run.
 `announce.py` prints what a run will do.
 `stages.py` sets up the data, the number of steps and the learning-rate schedule of base, mid and sft.
+`passes.py` computes the number of steps, and how often they read the data.
+`pins.py` makes a resumed run read what it began with.
+`held_out.py` compares validation data with training data.
 `batch_shape.py` splits a step into micro-batches.
 `step.py` defines the compiled optimizer step.
 `optim.py` defines the optimizer.

@@ -15,9 +15,7 @@ def announce(run: Run, batch_shape: BatchShape, steps: str, facts: dict[str, str
     model_cfg = run.model_cfg
     padding = f", less {count_of(batch_shape.padding, 'empty row')}" if batch_shape.padding else ""
     every = {
-        "model": f"{count_of(model_cfg.n_layer, 'layer')}, width {model_cfg.n_embd}, "
-        f"{count_of(model_cfg.n_head, 'head')} "
-        f"({model_cfg.n_kv_head} kv), vocabulary {model_cfg.vocab_size:,}, context {model_cfg.sequence_len}",
+        "model": model_cfg.describe(),
         "parameters": f"{model_cfg.num_params:,}",
         "FLOPs per token": f"{model_cfg.flops_per_token:.3e}",
         "batch": f"{batch_shape.tokens:,} tokens = {batch_shape} x {batch_shape.seq_len}{padding}",

@@ -87,14 +87,14 @@ def shape_for_tokens(
         near = max(1, round(total_batch_size / (seq_len * replicas))) * seq_len * replicas
         raise UserError(
             f"--total_batch_size={total_batch_size} is not a multiple of {seq_len} tokens x "
-            f"{count_of(replicas, 'device')}: try {near}"
+            f"{count_of(replicas, 'replica')}: try {near}"
         )
     if device_batch_size == 0:
         device_batch_size = fit(rows)
     if rows % device_batch_size:
         raise UserError(
-            f"--device_batch_size={device_batch_size} does not divide the {count_of(rows, 'row')} per device "
-            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {count_of(replicas, 'device')}): "
+            f"--device_batch_size={device_batch_size} does not divide the {count_of(rows, 'row')} per replica "
+            f"(--total_batch_size={total_batch_size} / {seq_len} tokens / {count_of(replicas, 'replica')}): "
             f"try {math.gcd(rows, device_batch_size)}"
         )
     return BatchShape(rows // device_batch_size, device_batch_size, replicas, seq_len)
@@ -120,7 +120,7 @@ def shape_for_rows(
 def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
     """Returns how many rows are filled by `examples` conversations with a mean length of `mean_length` tokens.
 
-    The result does not depend on the number of devices, so the batch size is the same on every machine.
+    The result does not depend on the number of replicas, so the batch size is the same on every machine.
 
     Example: 32 conversations of 100 tokens fill 50 rows of 64 tokens.
     """
@@ -132,9 +132,9 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 
 
 def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
-    """Returns how many rows a device can compute at once.
+    """Returns how many rows a replica can compute at once.
 
-    `rows` is the number of rows that the device computes in a step. The result is the largest divisor n of `rows` such
+    `rows` is the number of rows that the replica computes in a step. The result is the largest divisor n of `rows` such
     that n rows fit in memory. `need(grad_accum_steps, n)` returns the peak memory, in bytes, of a step that computes n
     rows at once. `limit` is the available memory in bytes. The default is 95% of a device's memory. If the processes
     have different devices, the smallest memory counts. Raises UserError if a single row does not fit.

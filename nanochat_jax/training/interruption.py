@@ -28,7 +28,7 @@ from types import FrameType
 
 import jax
 
-from nanochat_jax.stop_signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS, postponed
+from nanochat_jax.stop_signals import SAME_SIGNAL_SECONDS, STOP_SIGNALS, postpone_if_lost
 
 MESSAGE = b"\nstopping after this step; the state will be saved (Ctrl-C again: stop at once)\n"
 
@@ -92,7 +92,7 @@ class Interruption:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         # A handler may run in the middle of a `print`. A second `print` would then fail, so the handler uses
         # os.write.
-        again = self._is_second_interrupt(signum)
+        again = self._note_interrupt(signum)
         if self._left:
             if again:
                 os._exit(128 + (self.received or signum))
@@ -103,7 +103,7 @@ class Interruption:
             if callable(handler):
                 handler(signum, frame)
             raise KeyboardInterrupt
-        if self.received is not None or (self._may_raise and postponed(signum, self._receive, frame)):
+        if self.received is not None or (self._may_raise and postpone_if_lost(signum, self._receive, frame)):
             return
         self.received = signum
         if signum == signal.SIGHUP:
@@ -125,8 +125,8 @@ class Interruption:
             for stream in self._terminals:
                 os.dup2(null, stream)
 
-    def _is_second_interrupt(self, signum: int) -> bool:
-        """Whether the user has pressed Ctrl-C a second time.
+    def _note_interrupt(self, signum: int) -> bool:
+        """Notes the time of the first Ctrl-C. Returns whether this one is the second that the user has pressed.
 
         The terminal sends a Ctrl-C to this process, and programs such as `uv run` may send it again. So signals within
         a second of the first count as one.

@@ -26,6 +26,8 @@ from nanochat_jax.training.stages import Stage, base_stage, chat_stage
 from nanochat_jax.training.step import StepMetrics
 from nanochat_jax.training.validation import evaluations_of
 
+PRINT_EVERY = 5.0  # seconds between printed steps
+
 
 def train(cfg: config.Base | config.Mid | config.Sft) -> None:
     """Trains one stage to its end. Starts at step 0, or resumes from a checkpoint."""
@@ -69,8 +71,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
 
                 # ---------------------------------------------------------------------
                 # Dispatch one optimizer step, without waiting for its results.
-                progress = stage.progress(control.step)
-                lr_mult = stage.lr_mult(control.step, progress)
+                lr_mult = stage.lr_mult(control.step)
                 waited = log.timer.lap() if log.timed else 0.0
                 arrays = stage.batch_shape.shaped(batch, run.layout.mesh, run.model_cfg.vocab_size)
                 if jax.process_count() > 1:  # all processes must stop after the same step (interruption.py)
@@ -83,7 +84,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
                 # ---------------------------------------------------------------------
 
                 run.saver.raise_if_failed()
-                log.push(control.step, results, lr_mult, waited, progress)  # logs the previous step
+                log.push(control.step, results, lr_mult, waited)  # logs the previous step
             truncated = stage.describe_truncated()
             stage.loader.close()
             run.finish(control.step)
@@ -150,15 +151,14 @@ class DispatchedStep(NamedTuple):
     results: StepMetrics  # on the device; reading a value waits for the step to end
     lr_mult: float
     waited: float  # seconds spent waiting for the batch
-    progress: float  # the result of `Stage.progress` for this step
     info: dict  # what the loader reported about the batch
 
 
 class StepLog:
     """Logs each step one step late, and prints a line every few seconds."""
 
-    def __init__(self, run: Run, stage: Stage, interruption: Interruption, print_every: float = 5.0):
-        self.run, self.stage, self.interruption, self.print_every = run, stage, interruption, print_every
+    def __init__(self, run: Run, stage: Stage, interruption: Interruption):
+        self.run, self.stage, self.interruption = run, stage, interruption
         self.timer, self.peak = Timer(), devices.peak_flops()
         self.timed = False  # false for the first step, since its time includes compilation
         self._pending: DispatchedStep | None = None
@@ -166,11 +166,11 @@ class StepLog:
         self._since_print = Timer()
         self._steps_timed, self._seconds_timed = 0, 0.0
 
-    def push(self, step: int, results: StepMetrics, lr_mult: float, waited: float, progress: float) -> None:
+    def push(self, step: int, results: StepMetrics, lr_mult: float, waited: float) -> None:
         """Logs the previous step, and keeps this step pending until the next call."""
         info = dict(self.stage.loader.info)
         self.flush()
-        self._pending = DispatchedStep(step, results, lr_mult, waited, progress, info)
+        self._pending = DispatchedStep(step, results, lr_mult, waited, info)
 
     def flush(self) -> None:
         """Waits for the pending step and logs it. Raises UserError if its loss or gradient norm is not finite."""
@@ -202,7 +202,7 @@ class StepLog:
             "train", step, loss=loss, lr_mult=pending.lr_mult, grad_norm=grad_norm, dt=dt, tok_per_s=speed, mfu=mfu,
             loader_wait=pending.waited, counted=int(results.count), **info,
         )  # fmt: skip
-        if step in (1, self.stage.steps) or self._since_print.passed(self.print_every):
+        if step in (1, self.stage.steps) or self._since_print.lap_if_passed(PRINT_EVERY):
             self._print(pending, grad_norm, dt, speed, mfu)
 
     def _print(
@@ -210,9 +210,9 @@ class StepLog:
     ) -> None:
         """Prints one line about a step. In this line, "wait" is the time spent waiting for the batch."""
         step, total, info = done.step, self.stage.steps, done.info
-        percent = 100 * (step / total if total else done.progress)
+        progress = step / total if total else info["progress"] / self.stage.epochs  # from 0 to 1
         parts = [
-            f"step {step}" + (f"/{total}" if total else "") + f" ({percent:.1f}%)",
+            f"step {step}" + (f"/{total}" if total else "") + f" ({progress:.1%})",
             f"loss {self._smooth_loss / self._weight:.4f}",
             f"grad {grad_norm:.3f}",
             f"lr x{done.lr_mult:.3f}" if done.lr_mult != 1 else "",
@@ -226,14 +226,14 @@ class StepLog:
             f"truncated {info['truncated']:,}" if info.get("truncated") else "",
             f"skipped {info['skipped']:,}" if info.get("skipped") else "",
             f"wait {1000 * done.waited:.0f} ms",
-            f"eta {self._eta(step, done.progress)}",
+            f"eta {self._eta(step, progress)}",
         ]
         say(" | ".join(p for p in parts if p))
 
     def _eta(self, step: int, progress: float) -> str:
         if not self._steps_timed:
             return "n/a"
-        left = self.stage.steps - step if self.stage.steps else step * (1 - progress) / max(progress, 1e-6)
+        left = step * (1 - progress) / max(progress, 1e-6)
         return clock(left * self._seconds_timed / self._steps_timed)
 
 

@@ -32,6 +32,8 @@ from nanochat_jax.training.announce import announce, cost
 from nanochat_jax.training.batch_shape import BatchShape
 from nanochat_jax.training.garbage import HeldOffGarbage
 from nanochat_jax.training.interruption import Interruption, StopRequested
+from nanochat_jax.training.passes import describe_epochs
+from nanochat_jax.training.pins import pin_tasks
 from nanochat_jax.training.rollouts import (
     Rollout,
     answer,
@@ -44,7 +46,6 @@ from nanochat_jax.training.rollouts import (
 )
 from nanochat_jax.training.run import Run, check_finite, no_implicit_transfers, open_run, out_of_memory_in_step, step_of
 from nanochat_jax.training.run_control import Evaluation, RunControl
-from nanochat_jax.training.stages import describe_epochs, pin_tasks
 from nanochat_jax.training.step import StepMetrics
 
 SLOTS = 64  # the maximum number of answers that a device generates at once
@@ -186,8 +187,8 @@ def shape_for_answers(cfg: config.Rl, count: int, replicas: int, seq_len: int) -
     share, rows = answers // replicas, cfg.device_batch_size
     if share % rows:
         raise UserError(
-            f"--device_batch_size={rows} does not divide the {share} answers per device "
-            f"({flags} / {count_of(replicas, 'device')}): try {math.gcd(share, max(1, rows))}"
+            f"--device_batch_size={rows} does not divide the {share} answers per replica "
+            f"({flags} / {count_of(replicas, 'replica')}): try {math.gcd(share, max(1, rows))}"
         )
     return BatchShape(share // rows, rows, replicas, seq_len)
 

@@ -279,7 +279,7 @@ def check_finite(run: Run, step: int, loss: float, grad_norm: float) -> None:
 def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
     """Within this context, an out-of-memory error becomes a UserError with advice.
 
-    `rows` is the number of rows that each device computes at once.
+    `rows` is the number of rows that each replica computes at once.
     """
     fewer_rows = f"lower --device_batch_size (now {rows}), or " if rows > 1 else ""
     return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
@@ -288,8 +288,8 @@ def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
 def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
     """Returns the peak memory of the compiled step on one device, in bytes.
 
-    `rows` is the number of rows that each device computes at once. With one process, the step's arguments have the same
-    shapes and shardings as in the loop, so the loop finds this compiled step in the compilation cache.
+    `rows` is the number of rows that each replica computes at once. With one process, the step's arguments have the
+    same shapes and shardings as in the loop, so the loop finds this compiled step in the compilation cache.
     """
     mesh = run.layout.mesh
     shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)

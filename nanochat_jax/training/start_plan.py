@@ -3,7 +3,7 @@
 The first of these cases that applies decides how a run starts:
 
 1. If the run has an undamaged checkpoint, the run resumes from the latest one. Resuming is refused if one of these has
-   changed: the data (see `stages.pin_text` and `stages.pin_tasks`), the parent's weights, or a setting outside `FREE`.
+   changed: the data (see `pins.py`), the parent's weights, or a setting outside `FREE`.
    Resuming is allowed if the parent no longer exists. If nothing that is compared here has changed and the run is
    finished, only a message is printed.
 2. A new mid, sft or rl run starts from the weights of its parent, which is usually a run of the previous stage.
@@ -133,7 +133,7 @@ def _step_to_resume(cfg: Train, folder: Path) -> int | None:
     """Returns the step to resume from, or None for a fresh start."""
     if cfg.resume == "never":
         return None
-    if cfg.resume == "auto":
+    if cfg.resume in ("auto", "-1"):  # -1 is the default of the original's --resume_from_step
         return checkpoint.latest(folder)
     if not (cfg.resume.isascii() and cfg.resume.isdigit()):
         raise UserError(f"--resume={cfg.resume}: must be auto, never or a step")

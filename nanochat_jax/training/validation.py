@@ -63,10 +63,14 @@ def _evaluate(evaluate: Callable[[Run, int], None], run: Run, step: int) -> None
 
 def tasks_to_evaluate(cfg: config.Sft) -> list[tasks.Task]:
     """Loads the tasks of --eval_metrics_tasks. This happens before the first step, so that errors appear early."""
-    loaded = [
-        tasks.load(name, "val", data_dir=cfg.task_data_dir, task_files=cfg.task_files)
-        for name in cfg.eval_metrics_tasks.split("|")
-    ]
+    try:
+        loaded = [
+            tasks.load(name, "val", data_dir=cfg.task_data_dir, task_files=cfg.task_files)
+            for name in cfg.eval_metrics_tasks.split("|")
+        ]
+    except UserError as error:
+        skip = "or train without these evaluations (--eval_metrics_every=-1)"
+        raise UserError(f"--eval_metrics_tasks={cfg.eval_metrics_tasks}: {error}, {skip}") from None
     for task in loaded:
         if task.eval_type is None:
             raise UserError(f"--eval_metrics_tasks: {task.name} is for training only, its answers cannot be evaluated")
@@ -97,7 +101,8 @@ def core_metric(run: Run, step: int, cfg: config.Base) -> None:
         print(f"step {step} | CORE skipped: {error}")
         return
     result = core.evaluate(run.eval_model, bundle, max_per_task=cfg.core_metric_max_per_task)
-    run.log("core", step, core=result.core, stderr=result.stderr, n=result.n, cut=result.cut)
+    centered = {score.task: score.centered for score in result.tasks}
+    run.log("core", step, core=result.core, stderr=result.stderr, n=result.n, cut=result.cut, centered=centered)
     print(f"step {step} | {result}", flush=True)
 
 

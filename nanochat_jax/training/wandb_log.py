@@ -91,7 +91,9 @@ def numbers(stage: str, kind: str, fields: dict[str, Any], totals: dict[str, flo
         ours = {f"eval/{task}/{name.removeprefix('eval/')}": value for name, value in ours.items()}
         ours[task.lower().replace("-", "_") + "_acc"] = fields["score"]
     names = ORIGINAL_NAMES[stage]
-    theirs = {names[name]: value for name, value in ours.items() if name in names}
+    theirs: dict[str, Any] = {names[name]: value for name, value in ours.items() if name in names}
+    if "centered" in fields:  # CORE's centered score of each task
+        theirs["centered_results"] = fields["centered"]
     if stage == "rl" and kind == "val":
         theirs |= {name: value for name, value in fields.items() if name.startswith("pass@")}
     if kind in ("train", "val", "core"):

@@ -162,9 +162,15 @@ def test_without_epochs_it_never_ends(files):
 @pytest.mark.parametrize("kind", KINDS)
 def test_progress_rises_to_the_number_of_epochs(kind, files):
     loader = make(kind, files, epochs=2)
-    progress = [loader.info["progress"] for _ in loader]
+    infos, states = zip(*[(loader.info, loader.state()) for _ in loader], strict=True)
+    progress = [info["progress"] for info in infos]
     assert progress == sorted(progress) and progress[-1] == 2
     assert progress[0] < 1.5
+    assert [info["progress_before"] for info in infos] == [0, *progress[:-1]]
+    resumed = make(kind, files, epochs=2)
+    resumed.restore(states[2])
+    next(resumed)
+    assert resumed.info == infos[3]
 
 
 @pytest.mark.parametrize("method", ["split", "crop", "stream"])

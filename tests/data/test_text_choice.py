@@ -129,7 +129,7 @@ def test_more_passes_are_read_if_asked_for(own_base_dir):
 
 
 def test_shards_that_were_requested_but_are_not_here_count(own_base_dir):
-    from nanochat_jax.training.stages import Amount
+    from nanochat_jax.training.passes import Amount
 
     copy_here("fineweb-edu", 1, requested=100)
     make_tokenizer(source="fineweb-edu")

@@ -130,11 +130,11 @@ def test_the_command_serves_a_checkpoint_and_ends_on_ctrl_c(tokenizer, own_base_
 
 def test_sigterm_lets_nobody_in_and_answers_under_way_end(tokenizer, own_base_dir):
     tiny_model(tokenizer, own_base_dir, sequence_len=2048)
-    with command(own_base_dir, "--slots=1", "--max_new_tokens=600", "--temperature=1", "--top_k=0") as server:
+    with command(own_base_dir, "--slots=1", "--max_new_tokens=300", "--temperature=1", "--top_k=0") as server:
         answers, begun = [], threading.Barrier(3)
 
         def ask(seed):
-            body = {"prompt": "go", "max_tokens": 600, "stream": True, "seed": seed}
+            body = {"prompt": "go", "max_tokens": 300, "stream": True, "seed": seed}
             with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
                 lines = response.iter_lines()
                 begun.wait(30)

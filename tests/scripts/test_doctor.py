@@ -111,7 +111,9 @@ def test_a_preset_without_a_tokenizer_is_planned_with_the_presets_vocabulary(own
     done = doctor(own_base_dir, 1, "--config=configs/cpu.toml")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^Tokenizer: +none yet in .* trains one of 4,096 tokens$", done.stdout, re.MULTILINE)
-    assert re.search(r"^Model: .* 5,242,880 parameters$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(
+        r"^Model: +5,242,880 parameters, 4 layers, width 256, .* context 256$", done.stdout, re.MULTILINE
+    ), done.stdout
 
 
 @pytest.mark.parametrize(

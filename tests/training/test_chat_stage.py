@@ -65,6 +65,9 @@ def test_finetuning_says_what_it_reads_and_what_it_leaves_out(finetuned):
     )
     last = [record for record in log if record["kind"] == "train"][-1]
     assert (last["truncated"], last["skipped"], last["epoch"]) == (7, 2, 1)
+    rates = [record["lr_mult"] for record in log if record["kind"] == "train"]
+    assert rates[0] == 0.02 and rates == sorted(rates, reverse=True)
+    assert rates[-1] > 0, "the last step, which may be the only one, trains too"
 
 
 def test_the_same_conversations_are_validated_on_whatever_the_number_of_devices(world, finetuned):

@@ -23,7 +23,7 @@ from nanochat_jax.model import gpt
 from nanochat_jax.parallel import devices, processes
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import loop as train_module
-from nanochat_jax.training import optim, stages, validation
+from nanochat_jax.training import optim, passes, validation
 from nanochat_jax.training import run as run_module
 from nanochat_jax.training.batch_shape import BatchShape, rows_of_examples, rows_that_fit, shape_for_rows
 from nanochat_jax.training.interruption import Interruption
@@ -141,7 +141,7 @@ def test_what_a_run_needs_is_printed_before_the_first_shard_has_come(world):
     source, tokenizer = sources.open(), Tokenizer.load(world / "tokenizer")
     of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
     coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
-    text = stages.Amount.of(dataclasses.replace(source, train_files=coming), tokenizer, world / "none").describe(3 * of)
+    text = passes.Amount.of(dataclasses.replace(source, train_files=coming), tokenizer, world / "none").describe(3 * of)
     assert text == f"{source.name}, 5 files of about {of} tokens, none of them here yet; this run needs 3, 0.60 epochs"
 
 
@@ -471,7 +471,7 @@ def test_a_line_about_a_step_says_what_is_worth_saying_and_fits(capsys):
     log._smooth_loss, log._weight = 3.1234, 1.0
     log._steps_timed, log._seconds_timed = 100, 124.0
     place = {"epoch": 0, "shard": 112, "row_group": 45, "progress": 0.5, "waste": 0.0, "skipped": 0}
-    done = DispatchedStep(12000, {}, lr_mult=1.0, waited=0.0002, progress=0.56, info=place)
+    done = DispatchedStep(12000, {}, lr_mult=1.0, waited=0.0002, info=place)
     log._print(done, grad_norm=0.123, dt=1.24, speed=422_813, mfu=0.412)
     quiet = capsys.readouterr().out.rstrip("\n")
     assert quiet == (

@@ -174,5 +174,6 @@ def test_resume_from_step_is_another_name_of_resume(own_base_dir):
     )
     with pytest.raises(UserError, match=r"--resume=15: no checkpoint of this step in .*; available: 10, 20"):
         plan("base", "--depth=4", "--resume-from-step=15")
-    with pytest.raises(UserError, match="--resume=-1: must be auto, never or a step"):
-        plan("base", "--depth=4", "--resume_from_step=-1")
+    assert plan("base", "--depth=4", "--resume_from_step=-1").step == 20, "the original's default: the last checkpoint"
+    with pytest.raises(UserError, match="--resume=-2: must be auto, never or a step"):
+        plan("base", "--depth=4", "--resume_from_step=-2")

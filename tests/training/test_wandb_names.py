@@ -87,7 +87,9 @@ def test_numbers_have_our_names_and_those_of_the_original(stage, seen, monkeypat
 
 def test_core_has_the_name_of_the_original():
     totals = {"seconds": 60.0, "tokens": 1, "flops": 2e18}
-    assert wandb_log.numbers("base", "core", {"core": 0.2, "stderr": 0.01, "n": 9}, totals) == {
+    fields = {"core": 0.2, "stderr": 0.01, "n": 9, "centered": {"copa": 0.3, "squad": 0.1}}
+    assert wandb_log.numbers("base", "core", fields, totals) == {
         "core/core": 0.2, "core/stderr": 0.01, "core/n": 9, "core_metric": 0.2,
+        "centered_results": {"copa": 0.3, "squad": 0.1},
         "total_training_flops": 2e18, "total_training_time": 60.0,
     }  # fmt: skip

@@ -6,6 +6,7 @@ and an iterator over batches (inputs and targets, int32 [b, t]). Every checkpoin
     sources.py            chooses a text source, and finds its training and validation files
     text_folder.py        divides a user's folder into training and validation text
     hub.py                downloads parquet files from the Hugging Face hub
+    transfer.py           downloads single files, with retries, and verifies them
     download_estimate.py  estimates how long a download will take
     local_corpus.py       collects the documentation installed with Python
     text_files.py         reads and shuffles a user's documents

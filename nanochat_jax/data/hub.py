@@ -9,15 +9,15 @@ tasks/task_data.py.
     <base>/data/<source>/manifest.json                the largest number of training shards requested so far
 
 The huggingface_hub library handles addresses, access tokens, mirrors and offline mode (HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE). The transfer is our own code, for three reasons. Version 2.4 of the library discards the partial file
-of an interrupted download. It compares sizes but not hashes. It takes 23 s to notice that a server does not answer.
+HF_HUB_OFFLINE). The transfer is our own code (transfer.py), for three reasons. Version 2.4 of the library discards the
+partial file of an interrupted download. It compares sizes but not hashes. It takes 23 s to notice that a server does
+not answer.
 
 A shard must have the SHA-256 that the hub reports. A mirror may report none. In that case, a shard that is downloaded
 again must have the same SHA-256 as the first time.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -26,13 +26,13 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 from nanochat_jax import config
 from nanochat_jax.config import UserError, first_line
+from nanochat_jax.data.transfer import Job, accept, complete, fetch, hash_file, seconds_from
 from nanochat_jax.files import exclusive, read_json, sha256, write_text
 from nanochat_jax.progress import Progress, count_of
 
@@ -42,10 +42,6 @@ SOURCES = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
 }
-TRIES = 5  # a shard fails after this many consecutive tries without any progress
-FEW_TRIES = 3  # replaces TRIES if the server does not answer or sends wrong data
-PAUSE = 0.5  # seconds before the second try; the pause doubles with each further try
-LONGEST_PAUSE = 300.0  # seconds; long enough, since the hub limits the number of requests per five minutes
 SHARD = re.compile(r"shard_\d{5}\.parquet")  # the names that `shard_name` returns
 
 
@@ -232,44 +228,6 @@ def _last_change(folder: Path) -> float:
 # A download
 
 
-@dataclass
-class Job:
-    """The state that the threads of a download share. In the dicts, each thread writes only the entries of the shards
-    that it fetches."""
-
-    repo: str
-    folder: Path
-    stop: threading.Event = field(default_factory=threading.Event)
-    received: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred so far
-    expected: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred when the shard is complete
-
-    def touch_lock(self) -> None:
-        """Touches the lock file, so that `wait_for_shard` in other processes sees that the download is running."""
-        os.utime(self.folder / "lock")
-
-    @contextlib.contextmanager
-    def threads(self, workers: int) -> Generator[ThreadPoolExecutor, None, None]:
-        """Opens a thread pool for a `with` block. The threads stop when the block ends or raises an exception."""
-        pool = ThreadPoolExecutor(workers)
-        try:
-            yield pool
-        except KeyboardInterrupt:
-            print("\nstopping; run the command again to resume", file=sys.stderr, flush=True)
-            raise
-        finally:
-            self.stop.set()
-            pool.shutdown(cancel_futures=True)
-            self.stop.clear()
-
-
-class Stopped(Exception):
-    """Raised in a thread that stops because `Job.stop` is set."""
-
-
-class BadContent(Exception):
-    """Raised if a complete file has the wrong size, hash or format."""
-
-
 def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str]:
     """Fetches the missing shards among `names` in parallel. Returns one line per failed shard.
 
@@ -297,46 +255,6 @@ def _fetch_all(job: Job, names: list[str], label: str, workers: int) -> list[str
 # One shard
 
 
-def fetch(job: Job, name: str, transfer: Callable[[Job, str], None]) -> str:
-    """Fetches one file, with retries. Each try is a call of `transfer`.
-
-    Returns "" on success, or one line with the reason for the failure.
-    """
-    tries = 0
-    while True:
-        before = job.received[name]
-        try:
-            transfer(job, name)
-            return ""
-        except Stopped:
-            return f"{name}: stopped"
-        except Exception as error:  # raised by huggingface_hub, its HTTP client or our code
-            reason = f"{name}: {first_line(error)}"
-            progressed = job.received[name] > before and not isinstance(error, BadContent)
-            tries = 1 if progressed else tries + 1
-            allowed, pause = _retry_limits(error)
-            if tries >= allowed or job.stop.wait(pause or min(PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)):
-                return reason
-
-
-def _retry_limits(error: Exception) -> tuple[int, float]:
-    """Returns the number of tries that `error` allows, and the pause in seconds that the server asks for (0: none)."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return 1, 0
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return 1, 0
-    response = getattr(error, "response", None)
-    if response is None:
-        return FEW_TRIES, 0
-    if response.status_code not in (408, 429) and response.status_code < 500:
-        return 1, 0  # for example, the file does not exist or access is denied
-    limits = response.headers.get("Retry-After", ""), response.headers.get("RateLimit", "")
-    seconds = re.fullmatch(r"(\d+)", limits[0]) or re.search(r"\bt=(\d+)", limits[1])
-    return TRIES, min(float(seconds[1]), LONGEST_PAUSE) if seconds else 0
-
-
 def _transfer(job: Job, name: str) -> None:
     """Tries once to fetch a shard. Asks the hub for the shard's size and hash, downloads the missing bytes, and
     verifies the file."""
@@ -344,8 +262,8 @@ def _transfer(job: Job, name: str) -> None:
     from huggingface_hub.utils import build_hf_headers
 
     # huggingface_hub reads HF_ENDPOINT only once, at import. Read it again here, in case it has changed.
-    url = hf_hub_url(job.repo, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
-    about = get_hf_file_metadata(url, timeout=_seconds("HF_HUB_ETAG_TIMEOUT", 5.0))
+    url = hf_hub_url(job.origin, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
+    about = get_hf_file_metadata(url, timeout=seconds_from("HF_HUB_ETAG_TIMEOUT", 5.0))
     path = job.folder / name
     digest, recorded = _as_sha256(about.etag), _recorded_hash(path)
     if digest and recorded and digest != recorded:
@@ -356,62 +274,8 @@ def _transfer(job: Job, name: str) -> None:
         if other != part and re.fullmatch(r"[0-9a-f]{16}", other.name[len(name) + 1 : -len(".part")]):
             other.unlink()
     complete(job, name, url, part, about.size, build_hf_headers())
-    expected = digest or (f"{recorded} as first recorded ({_hash_file(path).name})" if recorded else "")
+    expected = digest or (f"{recorded} as first recorded ({hash_file(path).name})" if recorded else "")
     accept(part, path, expected, about.size, _problem)
-
-
-def complete(job: Job, name: str, url: str, part: Path, size: int | None, headers: dict[str, str]) -> None:
-    """Downloads the rest of a partial file, or the whole file if the server does not support HTTP ranges."""
-    from huggingface_hub import get_session, hf_raise_for_status
-
-    start = part.stat().st_size if part.exists() else 0
-    if size is not None and start == size:
-        return
-    if size is not None and start > size:
-        start = 0
-    headers = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    timeout = _seconds("HF_HUB_DOWNLOAD_TIMEOUT", 10.0)
-    before = job.received[name]
-    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-        hf_raise_for_status(response)
-        if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            start = 0  # the server sends the whole file
-        job.expected[name] = before + (int(response.headers.get("Content-Length", 0)) if size is None else size - start)
-        with open(part, "r+b" if start else "wb") as file:
-            file.seek(start)
-            for block in response.iter_bytes():
-                file.write(block)
-                job.received[name] += len(block)
-                if job.stop.is_set():
-                    raise Stopped
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def accept(
-    part: Path, path: Path, expected: str, size: int | None, problem_of: Callable[[Path], str] = lambda _: ""
-) -> None:
-    """Verifies the downloaded file `part` and renames it to `path`.
-
-    If the content is wrong, deletes `part` and raises BadContent. If `part` is too short, raises ConnectionError.
-    `expected` begins with the required SHA-256, or is "" if none is known. `problem_of` returns "" if the file's format
-    is right, or else says what is wrong with it.
-    """
-    length, digest = part.stat().st_size, sha256(part)
-    if size is not None and length < size:
-        raise ConnectionError(f"got {length:,} of {size:,} bytes")  # the next try may download the rest
-    if size is not None and length > size:
-        problem = f"got {length:,} bytes instead of {size:,}"
-    elif expected and not expected.startswith(digest):
-        problem = f"got bytes with SHA-256 {digest}, expected {expected}"
-    else:
-        problem = problem_of(part)
-    if problem:
-        part.unlink()
-        raise BadContent(problem)
-    # The hash is written before the file is renamed, so that every downloaded shard has a recorded hash.
-    write_text(_hash_file(path), f"{digest}  {path.name}\n")
-    os.replace(part, path)
 
 
 def _verify(job: Job, name: str, always: bool) -> None:
@@ -421,7 +285,7 @@ def _verify(job: Job, name: str, always: bool) -> None:
     """
     path = job.folder / name
     recorded = _recorded_hash(path)
-    if recorded and not always and path.stat().st_mtime <= _hash_file(path).stat().st_mtime:
+    if recorded and not always and path.stat().st_mtime <= hash_file(path).stat().st_mtime:
         return
     digest = sha256(path)
     problem = _problem(path)  # the only check for a file without a recorded hash, such as one copied by hand
@@ -431,7 +295,7 @@ def _verify(job: Job, name: str, always: bool) -> None:
         print(f"{path} is damaged ({problem}): fetching it again", flush=True)
         path.unlink()
     else:
-        write_text(_hash_file(path), f"{digest}  {name}\n")
+        write_text(hash_file(path), f"{digest}  {name}\n")
 
 
 def _problem(path: Path) -> str:
@@ -446,15 +310,10 @@ def _problem(path: Path) -> str:
     return ""
 
 
-def _hash_file(path: Path) -> Path:
-    """shard_00000.parquet -> shard_00000.parquet.sha256."""
-    return path.with_name(path.name + ".sha256")
-
-
 def _recorded_hash(path: Path) -> str:
     """Returns the recorded SHA-256 (hex) of a shard, or "" if there is none."""
     try:
-        return _as_sha256(_hash_file(path).read_text(encoding="utf-8").split(" ")[0])
+        return _as_sha256(hash_file(path).read_text(encoding="utf-8").split(" ")[0])
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -462,11 +321,3 @@ def _recorded_hash(path: Path) -> str:
 def _as_sha256(etag: str | None) -> str:
     """Returns the ETag if it is a SHA-256, or "" if it is not. The hub sends a SHA-256 for large files."""
     return etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else ""
-
-
-def _seconds(variable: str, default: float) -> float:
-    """Returns the number in an environment variable, or `default` if the variable holds no number."""
-    try:
-        return float(os.environ.get(variable) or default)
-    except ValueError:
-        return default

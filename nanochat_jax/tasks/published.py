@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.config import base_dir
-from nanochat_jax.data import hub
+from nanochat_jax.data import transfer
 from nanochat_jax.files import Locked, exclusive, write_text
 
 
@@ -92,11 +92,11 @@ def _one_at_a_time(folder: Path) -> Generator[None]:
 def _download(file: PublishedFile, path: Path) -> str:
     """Downloads the file. Returns "" on success, or one line with the reason for the failure."""
 
-    def transfer(job: hub.Job, name: str) -> None:
+    def once(job: transfer.Job, name: str) -> None:
         part = path.with_name(f"{name}.{file.sha256[:16]}.part")
-        hub.complete(job, name, file.url, part, file.size, headers={})  # never sends the hub's access token
-        hub.accept(part, path, file.sha256, file.size)
+        transfer.complete(job, name, file.url, part, file.size, headers={})  # never sends the hub's access token
+        transfer.accept(part, path, file.sha256, file.size)
 
     print(f"downloading {file.url} to {path}", flush=True)
-    job = hub.Job(file.url, path.parent, received={file.name: 0})
-    return hub.fetch(job, file.name, transfer)
+    job = transfer.Job(file.url, path.parent, received={file.name: 0})
+    return transfer.fetch(job, file.name, once)

@@ -21,7 +21,7 @@ from hub_server import serving
 
 from nanochat_jax import config, run_log
 from nanochat_jax.config import UserError
-from nanochat_jax.data import download_estimate, hub, sources
+from nanochat_jax.data import download_estimate, hub, sources, transfer
 from scripts import tok_train
 
 VAL = hub.shard_name(1822)
@@ -39,7 +39,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
         monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-        monkeypatch.setattr(hub, "PAUSE", 0.01)
+        monkeypatch.setattr(transfer, "PAUSE", 0.01)
         yield server
 
 
@@ -216,7 +216,7 @@ def test_a_server_without_ranges_sends_the_whole_file(server):
     ],
 )
 def test_a_fault_that_stays_is_the_reason_and_the_rest_arrives(server, fault, words, monkeypatch):
-    monkeypatch.setattr(hub, "LONGEST_PAUSE", 0.1)  # with 429 the server asks for a second
+    monkeypatch.setattr(transfer, "LONGEST_PAUSE", 0.1)  # with 429 the server asks for a second
     server.faults = {f"GET {hub.shard_name(1)}": [fault] * 50}
     start, missing = time.monotonic(), f"1 of 3 shards missing; first failure: {hub.shard_name(1)}"
     with pytest.raises(UserError, match=f"{missing}: .*{words}") as caught:

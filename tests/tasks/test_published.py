@@ -15,7 +15,7 @@ import pytest
 
 from nanochat_jax import tasks
 from nanochat_jax.config import REPOSITORY
-from nanochat_jax.data import hub
+from nanochat_jax.data import transfer
 from nanochat_jax.tasks import identity, published, words
 
 WORDS = "".join(f"word{chr(97 + i)}{chr(97 + j)}\r\n" for i in range(26) for j in range(26)).encode()
@@ -52,7 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(hub, "PAUSE", 0.01)
+    monkeypatch.setattr(transfer, "PAUSE", 0.01)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.requests, server.faults = [], []

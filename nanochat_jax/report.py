@@ -334,8 +334,8 @@ def _facts(run: LoggedRun) -> list[str]:
         facts["steps"] = f"{last['step']:,}"
         facts["tokens"] = _show(last.get("tokens"))
         facts["FLOPs"] = f"{last['flops']:.3e}" if last.get("flops") else ""
-        seconds = sum(r["dt"] for r in train if r.get("dt") and r["step"] > config.WARM_UP)
-        in_steps = f"{clock(seconds)} in steps (without the first {config.WARM_UP})"
+        seconds = sum(r["dt"] for r in train if r.get("dt") and r["step"] > config.UNTIMED_STEPS)
+        in_steps = f"{clock(seconds)} in steps (without the first {config.UNTIMED_STEPS})"
         facts["time"] = f"{in_steps}, {clock(run.ended - run.began)} from start to end"
         _, losses = run.series("train", "loss")
         facts["final training loss"] = f"{smooth(losses)[-1]:.4f} (moving average)" if losses else ""
@@ -468,7 +468,7 @@ def _plot(run: LoggedRun, path: Path) -> None:
 
 def main(cfg: config.Report) -> None:
     if cfg.command == "reset":
-        print(f"start recorded in {reset(cfg.model_tag or cfg.preset)}")
+        print(f"the start time and this machine are recorded in {reset(cfg.model_tag or cfg.preset)}")
     else:
         print(f"written to {generate(cfg.model_tag or cfg.preset, Path(cfg.output))} and {cfg.output}")
 

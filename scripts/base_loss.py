@@ -55,7 +55,7 @@ def main(cfg: config.BaseLoss) -> None:
         log_score(model, "bpb", metric, rows=result.rows)
 
     for prompt, text in complete(model.params, model.model_cfg, model.tokenizer, eval_model.dtype):
-        print(f"  {prompt}{text!r}")
+        print(f"  {prompt + text!r}")
         run_log.append(model.run_dir, "sample", model.stage, model.step, task=prompt, text=text)
 
 

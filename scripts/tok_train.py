@@ -201,7 +201,7 @@ def _too_little(cfg: config.TokTrain, source: "Source", reading: Reading) -> str
     from nanochat_jax.data import hub
 
     if source.name not in hub.SOURCES or source.folder:
-        return f"all {short(reading.chars)} characters of {source.name} were read (--max_chars={short(cfg.max_chars)})"
+        return f"the whole text of {source.name} was read: {short(reading.chars)} characters"
     lacks = f"{source.name} has only {short(reading.chars)} of --max_chars={short(cfg.max_chars)} characters"
     if cfg.num_files > 0:
         return f"{lacks} in its first {cfg.num_files} shards: read more with --num_files=auto"

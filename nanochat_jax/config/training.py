@@ -59,7 +59,7 @@ INIT_LR_FRAC_HELP = "initial learning rates, as a fraction of the values of the 
 SOURCE_HELP = "stage of the model that training starts from"
 AS_PARENT = "; must agree with the model that training starts from"
 MAX_SEED = 2**31 - 1
-WARM_UP = 10  # this many first steps do not count toward the training time, as in the original nanochat
+UNTIMED_STEPS = 10  # the first steps do not count toward the training time, as in the original nanochat
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.evals.score import with_error
 from nanochat_jax.model import gpt
 from nanochat_jax.model.loss import num_chunks, token_losses
+from nanochat_jax.progress import count_of
 
 
 class BitsPerByte(NamedTuple):
@@ -37,7 +38,7 @@ class BitsPerByte(NamedTuple):
     rows: int  # the number of rows whose targets have bytes
 
     def __str__(self) -> str:
-        return with_error(self.bpb, self.stderr, f"n={self.tokens:,} tokens, {self.rows:,} rows", digits=6)
+        return with_error(self.bpb, self.stderr, f"n={self.tokens:,} tokens, {count_of(self.rows, 'row')}", digits=6)
 
 
 def bits_per_byte(model: EvalModel, batches: Iterable[dict[str, np.ndarray]]) -> BitsPerByte:

@@ -31,14 +31,14 @@ class Amount:
     def describe(self, tokens: int) -> str:
         """Describes the text, and says how much of it a run of `tokens` tokens will read.
 
-        Example: "fineweb-edu, 240 files of about 54.0M tokens; this run needs 208, 0.86 epochs"
+        Example: "fineweb-edu, 240 files of about 54.0M tokens; this run reads 208 of them, 0.86 epochs"
         """
         count, epochs = len(self.source.train_files), tokens / self.tokens
         per_file = progress.short(self.tokens / count)
         text = f"{self.source.name}, {progress.count_of(count, 'file')} of about {per_file} tokens"
         text += ", none of them here yet" if self.none_here else ""
         text += f", {self.num_cached} of them already tokenized" if self.num_cached else ""
-        text += f"; this run needs {min(count, math.ceil(epochs * count))}, {epochs:.2f} epochs"
+        text += f"; this run reads {min(count, math.ceil(epochs * count))} of them, {epochs:.2f} epochs"
         # Up to 4 epochs of the same text are about as good as new text (Muennighoff et al. 2023, arXiv:2305.16264).
         return text + (" (more than 4: new text would teach more)" if epochs > 4 else "")
 

@@ -99,8 +99,8 @@ class Run:
         return jax.make_array_from_process_local_data(sharding.replicated(self.layout.mesh), np.float32(value))
 
     def count_time(self, step: int, seconds: float) -> None:
-        """Adds the time of a step to the training time, which leaves out the first config.WARM_UP steps of a run."""
-        if step > config.WARM_UP:
+        """Adds the time of a step to the training time, which leaves out the first steps (config.UNTIMED_STEPS)."""
+        if step > config.UNTIMED_STEPS:
             self.totals["seconds"] += seconds
 
     def describe_time(self, steps: int) -> str:
@@ -108,8 +108,8 @@ class Run:
 
         If the run was resumed, the time also includes the steps before that.
         """
-        warm_up = config.WARM_UP
-        time = f" in {clock(self.totals['seconds'])} (without the first {warm_up})" if steps > warm_up else ""
+        untimed = config.UNTIMED_STEPS
+        time = f" in {clock(self.totals['seconds'])} (without the first {untimed})" if steps > untimed else ""
         return f"{count_of(steps, 'step')}{time}"
 
     def log(self, kind: str, step: int, **fields) -> None:

@@ -110,7 +110,7 @@ def sample(run: Run, step: int) -> None:
     """Logs a greedy continuation of each of SAMPLE_PROMPTS."""
     for prompt, text in complete(run.state.params, run.model_cfg, run.tokenizer, run.dtype):
         run.log("sample", step, task=prompt, text=text)
-        print(f"  {prompt}{text!r}")
+        print(f"  {prompt + text!r}")
 
 
 def complete(

@@ -72,7 +72,7 @@ fn short_strings_over_one_character_of_each_class_split_as_the_regex_does() {
 
 #[test]
 fn short_strings_before_a_long_tail_split_as_the_regex_does() {
-    // The scanner measures words in blocks of 16 bytes only where the text has that many left.
+    // The scanner measures words in blocks of 16 bytes only if at least 16 bytes of text are left.
     let alphabet = ['\'', 's', 'l', ' ', '\t', '\n', '7', ',', '-', 'é', '’'];
     let num = alphabet.len();
     let regex = regex(2);

@@ -1,4 +1,4 @@
-"""The standard error of a score: one estimator, which is not printed where it would claim certainty."""
+"""The standard error of a score. It is not printed where it would be 0, because nothing is certain."""
 
 import numpy as np
 import pytest

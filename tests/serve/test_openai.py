@@ -151,7 +151,7 @@ def test_scores_of_texts_and_ids_are_the_models(client, tokenizer, likelihood):
         whole = [not token.startswith("bytes:") for token in choice.logprobs.tokens]
         for ok, token, start in zip(whole, choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
             assert not ok or text[start:].startswith(token)
-    # Token ids are used as they are; the first has no log-probability. One more token is the most likely one.
+    # Token ids are used as they are; the first has no log-probability. The one new token is the most likely one.
     ids = tokenizer.encode(texts[0])
     scored = client.completions.create(
         model=MODEL, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0

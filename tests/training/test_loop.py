@@ -142,7 +142,8 @@ def test_what_a_run_needs_is_printed_before_the_first_shard_has_come(world):
     of = sum(len(tokenizer.encode(text)) + 1 for text in source.texts("val"))
     coming = tuple(source.val_files[0].with_name(f"{i}.parquet") for i in range(5))
     text = passes.Amount.of(dataclasses.replace(source, train_files=coming), tokenizer, world / "none").describe(3 * of)
-    assert text == f"{source.name}, 5 files of about {of} tokens, none of them here yet; this run needs 3, 0.60 epochs"
+    coming_text = f"{source.name}, 5 files of about {of} tokens, none of them here yet"
+    assert text == f"{coming_text}; this run reads 3 of them, 0.60 epochs"
 
 
 def test_interrupted_run_saves_and_goes_on(world):

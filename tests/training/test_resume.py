@@ -340,7 +340,9 @@ def test_the_texts_hashes_are_in_the_checkpoint_and_another_text_is_refused(worl
     assert meta["metrics"]["train"]["loss"] > 0
     assert meta["versions"].keys() >= {"commit", "python", "jax", "numpy", "flax", "optax", "orbax-checkpoint", "grain"}
     out = capsys.readouterr().out
-    assert re.search(r"text: texts, 1 file of about [\d.]+K tokens; this run needs 1, 0\.\d\d epochs$", out, re.M)
+    assert re.search(
+        r"text: texts, 1 file of about [0-9.K]+ tokens; this run reads 1 of them, 0\.\d\d epochs$", out, re.M
+    )
     place = r"\| 256 tokens \| total 0\.00m \| epoch \d shard 0 group \d \| waste 0\.0% \| wait \d+ ms \| eta n/a$"
     assert re.search(place, out, re.M), out
 
@@ -378,7 +380,7 @@ def test_a_run_goes_on_with_tokens_where_it_began_with_text(world, whole, capsys
         training.train(tiny.base_config(resume="10", **cfg))
     finally:
         shutil.rmtree(cache_dir)
-    assert re.search(r"tokens, 1 of them already tokenized; this run needs 1,", capsys.readouterr().out)
+    assert re.search(r"tokens, 1 of them already tokenized; this run reads 1 of them,", capsys.readouterr().out)
     run = checkpoint.run_dir("base", "tokens")
     assert records(run) == records(whole("base"))
 

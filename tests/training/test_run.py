@@ -184,7 +184,7 @@ fcntl.flock = flock
 
 
 def test_a_file_system_without_locks_stops_no_run(world, tmp_path):
-    """In a process of its own, in which flock fails as on NFS without a lock daemon."""
+    """The run is in a separate process, in which flock fails as it does on NFS without a lock daemon."""
     (tmp_path / "sitecustomize.py").write_text(NO_LOCKS)
     command = tiny.command("base", model_tag="nfs", num_iterations=1)
     env = tiny.environment(world) | {"PYTHONPATH": str(tmp_path)}
@@ -373,7 +373,7 @@ def test_base_loss_measures_what_training_did(run, tmp_path, capsys):
     batches.close()
     assert float(match[1]) == pytest.approx(expected.bpb, abs=1e-6) and "compare with care" not in out
     assert float(match[2] or 0) == pytest.approx(expected.stderr or 0, abs=1e-6)
-    assert match[3] == f"n={expected.tokens:,} tokens, {expected.rows} rows"
+    assert match[3] == f"n={expected.tokens:,} tokens, {expected.rows} row{'s' * (expected.rows != 1)}"
     records = {r["task"]: r for r in run_log.read(run) if r["kind"] == "eval"}
     assert records["val_bpb"].items() >= {"n": expected.tokens, "rows": expected.rows}.items()
     assert records["train_bpb"]["rows"] == 40 and records["train_bpb"]["stderr"] > 0

@@ -3,8 +3,19 @@
 A program can change everything in its own process: `assert`, `==`, the tests, and the code that reports the verdict. So
 this process, the judge, never runs the program. It forks another process for the program, and calls the program's
 function over a pipe. The answers come back as JSON, and the judge rebuilds plain data from them. The tests, the
-expected values and the comparisons stay in the judge, and only the judge can write the report. If the program forges a
+expected values and the comparisons stay in the judge, and only the judge can send the verdict. If the program forges a
 message, the judge takes the message for an answer, and the tests check it like any other answer.
+
+A program runs as the same user as the judge, and so could reach into the judge: through /proc, with ptrace or with
+pidfd_getfd. Three measures prevent this:
+
+    socket           the tests arrive and the verdict leaves over a socket, which, unlike a file or a pipe, cannot be
+                     opened through /proc
+    hide,            the kernel closes the judge's memory and descriptors to processes without privileges,
+    drop_privileges  and the program has none
+    confine          with Landlock, the program cannot reach into any process that it did not start
+
+A program can still kill the judge, unless Landlock prevents it. Then there is no verdict, and the program has failed.
 
     sandbox.execute ── starts ──> judge ── forks ──> (keeper ── forks ──>) program
 
@@ -14,7 +25,8 @@ level "subreaper", the judge becomes the parent of every process that the progra
 processes. At the level "group", sandbox.execute kills the judge's process group. A process that has left the group
 survives.
 
-This file imports only the standard library. It does without ctypes, resource, prctl and /proc if the system lacks them.
+This file imports only the standard library. It does without ctypes, resource, prctl, Landlock and /proc if the system
+lacks them.
 """
 
 import builtins
@@ -29,6 +41,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
@@ -40,13 +53,17 @@ except ImportError:
 MAX_REPLY = 16 * 1024 * 1024  # maximum size in bytes of one answer of the program
 MAX_ITEMS = 100_000  # at most this many items are read from a generator or another iterable that is not plain data
 MAX_ERROR = 1000  # maximum length of an error message, in characters
+MEASURES = ("drop_privileges", "confine")  # the program's process takes these itself
 CLEANUP = 10.0  # for at most this many seconds, the judge tries to kill the processes that a program left behind
 
 # Constants from the Linux headers
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x4000, 0x40000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 3, 4, 36, 38
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # system calls without a function
+LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH, LANDLOCK_SCOPE_SIGNAL = 1, 1, 2
+LANDLOCK_ACCESS_FS_MAKE_BLOCK, LANDLOCK_ACCESS_FS_REFER = 1 << 11, 1 << 13
 
 
 # -----------------------------------------------------------------------------
@@ -230,13 +247,15 @@ class Program:
         raise EndedError(f"killed by signal {-code}" if code < 0 else f"exited early with code {code}")
 
 
-def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoReturn:
-    """Runs program.py, and then the tests, which come from stdin. Writes the verdict to the file descriptor `report`.
+def judge(channel: int, level: str, function: str, limits: dict[str, int]) -> NoReturn:
+    """Runs program.py, and then the tests. Sends the verdict, a line of JSON, over the socket `channel`.
 
-    `function` is the name of the function that the tests call. They may also call it `candidate`. `limits` are the
-    program's resource limits, as in `set_limits`.
+    The socket brings a line with a nonce, which the verdict repeats, and then the tests. `function` is the name of the
+    function that the tests call. They may also call it `candidate`. `limits` are the program's resource limits, as in
+    `set_limits`. The verdict's "refused" names the limits and measures that the system refused.
     """
-    program = start(level, report, limits)
+    refused = prepare(level)
+    program = start(level, channel, limits)
     if level != "group":
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # if the command that runs the sandbox is killed, the program ends too
 
@@ -245,13 +264,13 @@ def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoR
         os._exit(1)
 
     signal.signal(signal.SIGTERM, stop)
-    verdict: dict[str, Any] = {"success": False}
+    # The nonce and the tests are read after the fork, so that they are not in the memory of the program's process.
+    nonce, _, tests = receive_all(channel).decode().partition("\n")
+    verdict: dict[str, Any] = {"nonce": nonce, "success": False}
     try:
-        # The tests are read after the fork, so that they are not in the memory of the program's process.
-        tests = sys.stdin.buffer.read().decode()
         set_limits({name: limits[name] for name in ("RLIMIT_AS", "RLIMIT_CPU") if name in limits})
-        refused = program.answer("unlimited")  # sent after the program's last line
-        verdict["unlimited"] = [name for name in limits if name in refused]
+        said = program.answer("refused")  # sent after the program's last line
+        verdict["refused"] = refused + [name for name in (*MEASURES, *limits) if name in said]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return program.call(function, *args, **kwargs)
@@ -264,8 +283,28 @@ def judge(report: int, level: str, function: str, limits: dict[str, int]) -> NoR
         verdict["error"] = "{error}: {text}".format(**describe(error))
         verdict["memory"] = isinstance(error, MemoryError)
     clean_up(level, program)
-    os.write(report, json.dumps(verdict).encode())
+    data = json.dumps(verdict).encode() + b"\n"
+    while data:
+        data = data[os.write(channel, data) :]
     os._exit(0)
+
+
+def prepare(level: str) -> list[str]:
+    """Prepares this process for the level, and hides it from the program. Raises OSError if the system does not support
+    the level. Returns the names of the measures that the system refused, which happens only at the level "group"."""
+    if level == "namespace":
+        enter_namespaces()
+    elif level == "subreaper":
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        descendants_of(os.getpid())
+    return [] if take(hide, required=level != "group") else ["hide"]
+
+
+def receive_all(channel: int) -> bytes:
+    data = bytearray()
+    while part := os.read(channel, 1 << 20):
+        data += part
+    return bytes(data)
 
 
 def clean_up(level: str, program: Program) -> None:
@@ -310,30 +349,20 @@ def descendants_of(ancestor: int) -> list[int]:
 # The program's process
 
 
-def start(level: str, report: int, limits: dict[str, int]) -> Program:
-    """Starts the program in a separate process. Raises OSError if the system does not support the level."""
+def start(level: str, channel: int, limits: dict[str, int]) -> Program:
+    """Starts the program in a separate process, which cannot use the socket `channel`."""
     calls_read, calls_write = os.pipe()
     replies_read, replies_write = os.pipe()
-    own, others = [report, calls_write, replies_read], [calls_read, replies_write]
+    own, others = [channel, calls_write, replies_read], [calls_read, replies_write]
     status_read = status_write = None
     if level == "namespace":
         status_read, status_write = os.pipe()
         own.append(status_read)
         others.append(status_write)
-        enter_namespaces()
-    elif level == "subreaper":
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
-        descendants_of(os.getpid())
-    if level != "group":
-        # From now on, a process without privileges can neither trace this process nor read its memory or its
-        # descriptors in /proc.
-        prctl(PR_SET_DUMPABLE, 0)
     child = os.fork()
     if child == 0:
         for fd in own:
             os.close(fd)
-        os.close(0)  # stdin holds the tests
-        os.open(os.devnull, os.O_RDONLY)  # becomes the new stdin
         if status_write is None:
             run_program(calls_read, replies_write, level, limits)
         keep(status_write, calls_read, replies_write, limits)
@@ -390,9 +419,9 @@ def run_program(calls: int, replies: int, level: str, limits: dict[str, int]) ->
             data = data[write(replies, data) :]
 
     try:
-        if level != "group":
-            drop_privileges()
-        unlimited = set_limits(limits)
+        refused = [] if take(drop_privileges, required=level != "group") else ["drop_privileges"]
+        refused += [] if take(confine, required=False) else ["confine"]
+        refused += set_limits(limits)
         main = ModuleType("__main__")
         sys.modules["__main__"] = main
         try:
@@ -402,7 +431,7 @@ def run_program(calls: int, replies: int, level: str, limits: dict[str, int]) ->
         except BaseException as error:
             send(describe(error))
             leave(0)
-        send({"unlimited": unlimited})
+        send({"refused": refused})
         buffer = b""
         while True:
             while b"\n" not in buffer:
@@ -424,11 +453,54 @@ def run_program(calls: int, replies: int, level: str, limits: dict[str, int]) ->
         leave(1)  # never returns to the judge's code
 
 
+def take(measure: Callable[[], Any], required: bool) -> bool:
+    """Takes one of the measures that protect the verdict. Returns whether the system allowed it. Raises OSError if the
+    system refused a measure that is required."""
+    try:
+        measure()
+    except OSError:
+        if required:
+            raise
+        return False
+    return True
+
+
+def hide() -> None:
+    """From now on, a process without privileges can neither trace this process nor open its memory or its descriptors
+    in /proc."""
+    prctl(PR_SET_DUMPABLE, 0)
+
+
 def drop_privileges() -> None:
     """Gives up root's privileges for good, so that this process cannot inspect processes that have privileges."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     call_libc("capset", struct.pack("II", LINUX_CAPABILITY_VERSION_3, 0), bytes(24))  # 24 zero bytes: no capabilities
     prctl(PR_SET_DUMPABLE, 1)  # at 0, as in the judge, the program could not open /dev/stdout
+
+
+def landlock_version() -> int:
+    """Returns the version of the kernel's Landlock. Raises OSError if there is none."""
+    if sys.platform != "linux":
+        raise OSError("this system has no Landlock")  # elsewhere, an unknown system call may end the process
+    return call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+
+
+def confine() -> None:
+    """Enters a Landlock domain. A process in it can reach only into processes of the domain, through /proc or ptrace,
+    and since Linux 6.12 it can send signals only to them. Files can be used as before, except that before Linux 5.19 a
+    file cannot be moved to another folder."""
+    version = landlock_version()
+    # A domain must restrict some use of files. Moving between folders is always restricted, and allowed again below.
+    files = LANDLOCK_ACCESS_FS_REFER if version >= 2 else LANDLOCK_ACCESS_FS_MAKE_BLOCK
+    attributes = struct.pack("=QQQ", files, 0, LANDLOCK_SCOPE_SIGNAL if version >= 6 else 0)
+    ruleset = call_libc("syscall", LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
+    if version >= 2:
+        root = os.open("/", os.O_PATH)
+        rule = struct.pack("=Qi", files, root)
+        call_libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+        os.close(root)
+    call_libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0)
+    os.close(ruleset)
 
 
 def set_limits(limits: dict[str, int]) -> list[str]:
@@ -447,20 +519,22 @@ def set_limits(limits: dict[str, int]) -> list[str]:
     return refused
 
 
-def prctl(option: int, value: int) -> None:
-    call_libc("prctl", option, value, 0, 0, 0)
+def prctl(option: int, value: int = 0) -> int:
+    return call_libc("prctl", option, value, 0, 0, 0)
 
 
-def call_libc(name: str, *args: Any) -> None:
-    """Calls a function of the C library. Raises OSError if the function fails or does not exist."""
+def call_libc(name: str, *args: Any) -> int:
+    """Calls a function of the C library. Raises OSError if the function fails (returns -1) or does not exist."""
     try:
         import ctypes
 
         function = getattr(ctypes.CDLL(None, use_errno=True), name)
     except (ImportError, AttributeError) as error:
         raise OSError(f"this system has no {name}") from error
-    if function(*(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args)) != 0:
+    result = function(*(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args))
+    if result < 0:
         raise OSError(ctypes.get_errno(), f"{name} failed")
+    return result
 
 
 if __name__ == "__main__":

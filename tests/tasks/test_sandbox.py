@@ -1,6 +1,6 @@
 """Right programs succeed, every other one fails, limits hold, and nothing that a program starts outlives it.
 
-test_judge.py has the programs that try to forge the verdict."""
+test_forgers.py has the programs that try to forge the verdict."""
 
 import fcntl
 import functools
@@ -234,6 +234,7 @@ UNLIMITED = "not limited on this system: "
         (NO_NAMESPACE, "subreaper", "namespace failed: the judge exited early with code 1 (OSError: "),
         (NO_PROC, "group", "process that leaves its group survives"),
         ("sys.modules['ctypes'] = None", "group", "process that leaves its group survives"),
+        ("sys.modules['ctypes'] = None", "group", sandbox.UNPROTECTED),
         ("sys.modules['resource'] = None", None, UNLIMITED + "memory, CPU time, file size, open files"),
         (NO_MEMORY_LIMIT, None, UNLIMITED + "memory"),
         ("sys.modules['resource'] = sys.modules['ctypes'] = None" + NO_PROC, "group", UNLIMITED + "memory, CPU time"),
@@ -246,6 +247,41 @@ def test_without_linux_it_falls_back_and_says_so(code, level, words, monkeypatch
     assert execute("def f(x):\n    return x + 1", "assert f(1) == 2", "f").success
     assert not execute("def f(x):\n    return x", "assert f(1) == 2", "f").success
     assert execute("import time; time.sleep(60)", timeout=1).timeout
+
+
+def test_tests_that_do_not_fit_into_the_socket_reach_the_judge(monkeypatch, tmp_path):
+    many = "assert f(1) == 1\n" + "x = 'a long line of the tests'\n" * 50_000 + "assert f(2) == {}\n"
+    assert execute("f = int", many.format(2), "f", timeout=30).success
+    assert not execute("f = int", many.format(3), "f", timeout=30).success
+    missing(monkeypatch, tmp_path, "import time; time.sleep(60)")  # a judge that reads nothing
+    assert execute("f = int", many.format(2), "f", level="group", timeout=0.5).timeout
+    missing(monkeypatch, tmp_path, "sys.exit(3)")
+    assert execute("f = int", many.format(2), "f", level="group").error == "the judge exited early with code 3"
+
+
+# A judge that sends a verdict of its own, and ends with the exit code 0 or 1.
+JUDGE = """
+import json, os
+channel = json.loads(sys.argv[1])["channel"]
+nonce = os.read(channel, 100).decode().partition(chr(10))[0]
+os.write(channel, json.dumps({verdict}).encode() + bytes([10]))
+os._exit({code})
+"""
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "success"),
+    [
+        ("{'success': True, 'nonce': nonce}", 0, True),
+        ("{'success': True, 'nonce': nonce}", 1, False),
+        ("{'success': True, 'nonce': nonce[1:]}", 0, False),
+        ("{'success': True}", 0, False),
+        ("[nonce]", 0, False),
+    ],
+)
+def test_a_verdict_counts_if_it_has_the_nonce_and_the_judge_ended_well(verdict, code, success, monkeypatch, tmp_path):
+    missing(monkeypatch, tmp_path, JUDGE.replace("{verdict}", verdict).replace("{code}", str(code)))
+    assert execute("", level="group").success is success
 
 
 def test_a_busy_machine_gets_time_and_a_probe_without_an_answer_is_not_called_a_refusal(monkeypatch, tmp_path):

@@ -265,7 +265,8 @@ def judge(channel: int, level: str, function: str, limits: dict[str, int]) -> No
 
     signal.signal(signal.SIGTERM, stop)
     # The nonce and the tests are read after the fork, so that they are not in the memory of the program's process.
-    nonce, _, tests = receive_all(channel).decode().partition("\n")
+    with open(channel, "rb", closefd=False) as file:
+        nonce, _, tests = file.read().decode().partition("\n")
     verdict: dict[str, Any] = {"nonce": nonce, "success": False}
     try:
         set_limits({name: limits[name] for name in ("RLIMIT_AS", "RLIMIT_CPU") if name in limits})
@@ -283,9 +284,8 @@ def judge(channel: int, level: str, function: str, limits: dict[str, int]) -> No
         verdict["error"] = "{error}: {text}".format(**describe(error))
         verdict["memory"] = isinstance(error, MemoryError)
     clean_up(level, program)
-    data = json.dumps(verdict).encode() + b"\n"
-    while data:
-        data = data[os.write(channel, data) :]
+    with open(channel, "wb") as file:
+        file.write(json.dumps(verdict).encode() + b"\n")
     os._exit(0)
 
 
@@ -298,13 +298,6 @@ def prepare(level: str) -> list[str]:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         descendants_of(os.getpid())
     return [] if take(hide, required=level != "group") else ["hide"]
-
-
-def receive_all(channel: int) -> bytes:
-    data = bytearray()
-    while part := os.read(channel, 1 << 20):
-        data += part
-    return bytes(data)
 
 
 def clean_up(level: str, program: Program) -> None:

@@ -154,7 +154,7 @@ def _nothing_saved(stage: str, tag: str, preset: str, tag_flag: str) -> UserErro
         name = f" --config={tag}"
     command = f"run python -m scripts.train --stage={stage}{name}"
     if not any(tags(stage) for stage in STAGES):
-        command += ", after the stages before it (bash speedrun_jax.sh runs all of them)"
+        command += " (bash speedrun_jax.sh runs all stages)"
     return UserError(f"no {stage} checkpoint under {run_dir(stage, tag)}: {existing}{command}")
 
 

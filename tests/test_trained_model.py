@@ -96,7 +96,7 @@ def test_a_preset_names_the_run_to_load(own_base_dir, command):
 
 
 def test_errors_are_one_line_with_what_there_is(own_base_dir):
-    with pytest.raises(UserError, match=r"no sft checkpoint under .*: run python -m scripts.train --stage=sft$"):
+    with pytest.raises(UserError, match=r"no sft checkpoint under .*: run python -m scripts.train --stage=sft \(bash"):
         last()
     saved.save("sft", "d20", time=1000.0)
     with pytest.raises(
@@ -117,7 +117,9 @@ def test_suggested_commands_keep_the_preset(own_base_dir, monkeypatch, capsys, t
         with pytest.raises(SystemExit):
             commandline.run(lambda cfg: trained_model.find(cfg.source, preset=cfg.preset), config.BaseLoss)
         error = capsys.readouterr().err
-        assert error.endswith(f"run python -m scripts.train --config={kept} --stage=base\n"), error
+        assert error.endswith(
+            f"run python -m scripts.train --config={kept} --stage=base (bash speedrun_jax.sh runs all stages)\n"
+        ), error
     monkeypatch.setattr("sys.argv", ["base_loss"])
     with pytest.raises(SystemExit):
         commandline.run(lambda cfg: trained_model.find(cfg.source), config.BaseLoss)

@@ -241,7 +241,7 @@ def test_a_document_of_50_mb_is_split_and_nothing_of_it_is_lost(form, tmp_path):
 
 def test_a_document_without_a_place_to_split_is_split_anywhere(tmp_path):
     for name in ("a", "val"):
-        write_parquet(tmp_path / f"{name}.parquet", ["x" * 2_500_000])
+        write_parquet(tmp_path / f"{name}.parquet", [("x" if name == "a" else "y") * 2_500_000])
     pieces = list(sources.open(data_dir=tmp_path).texts("train"))
     assert [len(p) for p in pieces] == [1_000_000, 1_000_000, 500_000]
 
@@ -258,7 +258,7 @@ def test_the_validation_hash_is_that_of_the_validation_text_alone(tmp_path):
     before = sources.open(data_dir=tmp_path).val_hash()
     write_parquet(tmp_path / "a.parquet", ["other"])
     assert sources.open(data_dir=tmp_path).val_hash() == before
-    write_parquet(tmp_path / "val.parquet", ["other"])
+    write_parquet(tmp_path / "val.parquet", ["another"])
     assert sources.open(data_dir=tmp_path).val_hash() != before
 
 

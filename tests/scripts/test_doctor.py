@@ -118,7 +118,7 @@ def test_a_preset_without_a_tokenizer_is_planned_with_the_presets_vocabulary(own
 
 @pytest.mark.parametrize(
     ("devices", "flags", "words"),
-    [(6, ["--config=d20"], "--total_batch_size=524288 is not a multiple of 2048 tokens x 6 devices"),
+    [(6, ["--config=d20"], "--total_batch_size=524288 is not a multiple of 2048 tokens x 6 replicas"),
      (2, ["--mesh=data=3"], "this run has 2: try node=1,data=2,model=1"), (1, ["--depth=0"], "--depth=0"),
      (1, ["--device_type=tpu"], "--device_type=tpu: ")],
 )  # fmt: skip

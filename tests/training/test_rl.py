@@ -89,7 +89,7 @@ def test_every_epoch_visits_every_problem_once_even_where_steps_do_not_divide(si
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"device_batch_size": 3}, "--device_batch_size=3 does not divide the 4 answers per replica .* try 1"),
-     ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 devices.*: try 2"),
+     ({"device_batch_size": 6}, "--device_batch_size=6 does not divide the 4 .*--num_samples=4 / 2 replicas.*: try 2"),
      ({"num_samples": 3, "examples_per_step": 1}, "answers do not divide over 2 .*: try --examples_per_step=2")],
 )  # fmt: skip
 def test_answers_that_cannot_be_split_name_the_flags_of_this_stage(changes, words):

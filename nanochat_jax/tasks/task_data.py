@@ -18,13 +18,18 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from nanochat_jax.config import UserError, base_dir, first_line
-from nanochat_jax.files import read_json, write_text
+from nanochat_jax.files import print_once, read_json, write_text
 from nanochat_jax.tasks import messages
 from nanochat_jax.tasks.messages import BadRow, EmptyMessage
 from nanochat_jax.tasks.task import Task
 
 REVISION = "refs/convert/parquet"  # the branch of a data set that holds its parquet export
 TIMEOUT = 10  # seconds to wait for a response from the hub
+# The files that tasks read from folders, without .jsonl or .jsonl.gz. A task may leave some of them out.
+STEMS = {
+    "train", "test", "train_socratic", "test_socratic", "validation", "dev", "auxiliary_train", "openbook_qa_train",
+    "commonsense_qa_train", "HumanEval",
+}  # fmt: skip
 ATTEMPTS = 2  # maximum number of attempts to get a response from the hub
 BAD_ROW = (BadRow, KeyError, TypeError, IndexError, AttributeError)  # errors that a malformed row can cause
 
@@ -211,7 +216,8 @@ class Shuffled:
 def local(data_dir: str | Path, *stems: str) -> Shuffled:
     """Returns the shuffled rows of the files <stem>.jsonl or <stem>.jsonl.gz in `data_dir`.
 
-    If some of them are missing, prints which ones are read.
+    If some of them are missing, prints which ones are read. Also prints which other files in their folders no task
+    reads.
 
     Raises UserError if all files are missing or empty.
     """
@@ -222,7 +228,21 @@ def local(data_dir: str | Path, *stems: str) -> Shuffled:
         print(
             f"reading only {', '.join(map(str, paths))}, since {data_dir} has not all of {', '.join(stems)}", flush=True
         )
+    for folder in sorted({path.parent for path in paths}):
+        if unread := sorted(path.name for path in folder.iterdir() if path.is_file() and _is_data(path)):
+            print_once(f"not read in {folder}: {', '.join(unread)} (expected are {_names_beside(stems, folder)})")
     return of_files(paths)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file may hold data that no task reads. Hidden files and descriptions are no data."""
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return stem not in STEMS and not path.name.startswith(".") and path.suffix.lower() not in (".md", ".txt", "")
+
+
+def _names_beside(stems: Sequence[str], folder: Path) -> str:
+    """Lists the files among `stems` that lie in `folder`: "train.jsonl[.gz]"."""
+    return ", ".join(f"{Path(stem).name}.jsonl[.gz]" for stem in stems if Path(stem).parent.name == folder.name)
 
 
 def of_files(paths: Sequence[Path]) -> Shuffled:

@@ -151,7 +151,7 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
         check_epochs(cfg, steps / steps_per_epoch, len(task))
     facts = {
         "conversations": f"{len(task):,} of {mean_length:.0f} tokens on average, {order}: {task.describe()}",
-        "steps per epoch, about": f"{steps_per_epoch:,.0f}",
+        "steps per epoch, about": f"{steps_per_epoch:,.{1 if steps_per_epoch < 10 else 0}f}",
         "epochs": describe_epochs(steps / steps_per_epoch if steps else epochs, cfg),
         "validation": f"{amount} of {held_out.describe()}",
     }

@@ -1,5 +1,6 @@
 """Tasks: the specification's formats, disjoint splits, right answers, and clear errors if data are missing."""
 
+import gzip
 import http.server
 import json
 import os
@@ -331,6 +332,18 @@ def test_half_of_mc_train_is_announced(tmp_path, capsys):
     (tmp_path / "mc_train" / "openbook_qa_train.jsonl").write_text(json.dumps(row), encoding="utf-8")
     assert len(tasks.load("mmlu", "train", data_dir=tmp_path)) == 1
     assert f"reading only {tmp_path}/mc_train/openbook_qa_train.jsonl, since" in capsys.readouterr().out
+
+
+def test_files_that_no_task_reads_are_named_once(tmp_path, capsys):
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    row = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"}) + "\n"
+    for name in ("train.jsonl", "test.jsonl.gz", "train2.jsonl", "more.parquet", "README.md", ".hidden.jsonl"):
+        (folder / name).write_bytes(gzip.compress(row.encode()) if name.endswith(".gz") else row.encode())
+    for _ in range(2):
+        assert len(tasks.load("gsm8k", "train", data_dir=tmp_path)) == 1
+    expected = f"not read in {folder}: more.parquet, train2.jsonl (expected are train.jsonl[.gz])\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_unicode_line_separators_do_not_split_a_row(tmp_path):

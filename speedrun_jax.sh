@@ -81,7 +81,8 @@ try:
     cfg = commandline.parse(config.Dataset, ["--config=" + sys.argv[1]])
     print("yes" if cfg.data_dir or cfg.data == "local" else "")
 except config.UserError as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 ' "$preset")
 if [ -n "$local_text" ]; then
     rl=1 mid_limit=(-x 100)

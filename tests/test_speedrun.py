@@ -295,6 +295,14 @@ def test_a_copy_of_the_cpu_preset_runs_as_the_preset_does(road, tmp_path):
     assert as_cpu == expected and "--stage=rl" in "".join(calls)
 
 
+def test_a_preset_that_cannot_be_read_is_one_line(road, tmp_path):
+    (tmp_path / "mine.toml").write_text("depht = 4\n")
+    process, calls = road(str(tmp_path / "mine.toml"), REAL=sys.executable, PYTHONPATH=str(REPOSITORY))
+    assert process.returncode == 2 and not calls
+    assert process.stderr.startswith("error: ") and "did you mean depth?" in process.stderr
+    assert process.stderr.count("\n") == 1
+
+
 def test_a_preset_for_gpus_is_doubted_on_a_machine_without(road):
     process, _ = road("d12")
     assert "warning: no NVIDIA GPU here, and preset d12 is made for GPUs" in process.stderr

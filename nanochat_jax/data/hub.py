@@ -150,6 +150,8 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
         # causes one failure instead of many.
         if failures := _fetch_all(job, [shard_name(last)], f"{source}, validation shard, MB", 1):
             raise UserError(f"{repo}: {failures[0]} (without the hub: --data=local, or --data_dir=FOLDER)")
+        if problem := no_room(folder, source, names):
+            raise UserError(problem)
         # The manifest records the largest number of training shards ever requested.
         try:
             requested = max(count, _requested(source) or 0)
@@ -157,8 +159,6 @@ def download(source: str, num_files: int = -1, workers: int = 4, verify: bool = 
             print(f"{folder / 'manifest.json'} is damaged: writing it again, with {count} training shards", flush=True)
             requested = count
         write_text(folder / "manifest.json", json.dumps({"source": source, "repo": repo, "shards": requested}) + "\n")
-        if problem := no_room(folder, source, names):
-            raise UserError(problem)
         if begin:
             names = names[:1]
         if failures := _fetch_all(job, names, f"{source}, MB", workers):

@@ -171,7 +171,8 @@ def downloaded() -> Choice:
     folders = set()
     for path in sorted((config.base_dir() / "data").glob("*/manifest.json")):
         manifest = read_json(path)
-        # A damaged manifest may have named the folder to read. A killed conversion leaves a temporary folder behind.
+        # A damaged manifest is an error, because it may have named the folder to read. The temporary folders of
+        # conversions that were killed are skipped.
         if not manifest and path.parent.name != "local" and ".tmp-" not in path.parent.name:
             raise _damaged(path.parent, "manifest.json cannot be read")
         if (folder := manifest.get("folder")) and Path(folder).is_dir():

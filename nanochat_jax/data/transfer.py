@@ -23,14 +23,14 @@ LONGEST_PAUSE = 300.0  # seconds; long enough, since the hub limits the number o
 
 @dataclass
 class Job:
-    """The state that the threads of a download share. In the dicts, each thread writes only the entries of the shards
+    """The state that the threads of a download share. In the dicts, each thread writes only the entries of the files
     that it fetches."""
 
     origin: str  # the repository or the address that the files come from
     folder: Path
     stop: threading.Event = field(default_factory=threading.Event)
-    received: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred so far
-    expected: dict[str, int] = field(default_factory=dict)  # shard -> bytes transferred when the shard is complete
+    received: dict[str, int] = field(default_factory=dict)  # file -> bytes transferred so far
+    expected: dict[str, int] = field(default_factory=dict)  # file -> bytes transferred when the file is complete
 
     def touch_lock(self) -> None:
         """Touches the lock file, so that `wait_for_shard` in other processes sees that the download is running."""
@@ -148,7 +148,7 @@ def accept(
     if problem:
         part.unlink()
         raise BadContent(problem)
-    # The hash is written before the file is renamed, so that every downloaded shard has a recorded hash.
+    # The hash is written before the file is renamed, so that every downloaded file has a recorded hash.
     write_text(hash_file(path), f"{digest}  {path.name}\n")
     os.replace(part, path)
 

@@ -33,7 +33,7 @@ class SmolTalk(task_data.RowTask):
         if not data_dir:
             self.rows = task_data.hub(REPO, "default", split)
         elif any(task_data.find(Path(data_dir) / "smoltalk" / f"{each}.jsonl") for each in ("train", "test")):
-            # Never one split of smoltalk/ and the other one of chat/: chat/ may hold the same conversations.
+            # Both splits come from smoltalk/, because chat/ may hold the same conversations.
             self.rows = task_data.local(data_dir, f"smoltalk/{split}")
             if (Path(data_dir) / "chat").is_dir():
                 print_once(f"SmolTalk: reading {data_dir}/smoltalk, not {data_dir}/chat")

@@ -230,7 +230,7 @@ def local(data_dir: str | Path, *stems: str) -> Shuffled:
         )
     for folder in sorted({path.parent for path in paths}):
         if unread := sorted(path.name for path in folder.iterdir() if path.is_file() and _is_data(path)):
-            print_once(f"not read in {folder}: {', '.join(unread)} (expected are {_names_beside(stems, folder)})")
+            print_once(f"not read in {folder}: {', '.join(unread)} (the task reads {_names_beside(stems, folder)})")
     return of_files(paths)
 
 

@@ -138,6 +138,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_shards_are_fetched(serve
         ):
             hub.download("fineweb-edu", 3, begin=begin)
     assert {name for _, name in server.requests} == {VAL} and whole(server, 1822)
+    assert not (data_folder() / "manifest.json").exists(), "no run waits for shards that were refused"
     assert hub.shards_of("fineweb-edu", 1)[0], "the shards that were here can still be used"
     hub.download("fineweb-edu", 1)
     assert whole(server, 0, 1822), "one shard fits"

@@ -369,7 +369,7 @@ def as_ordinary_user():
             subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
             settings = json.dumps([folder, TESTS, HONEST, programs, levels])
             run = [str(python), "-I", "-B", "-c", COMMAND]
-            # The settings hold the tests, and everybody can read arguments.
+            # The settings hold the tests. They go to stdin, because all users can read the arguments of a process.
             done = subprocess.run(run, input=settings, capture_output=True, text=True, cwd="/", **user)
         assert done.returncode == 0, done.stderr
         return {level: rest for level, *rest in map(json.loads, done.stdout.splitlines())}

@@ -318,7 +318,7 @@ def test_folders_of_conversations_that_cannot_work(tmp_path, capsys):
     with pytest.raises(UserError, match=r"chat/test\.jsonl is a copy of train\.jsonl: hold out other conversations"):
         questions_of(tmp_path / "copy", "train")
 
-    # The split that smoltalk/ lacks does not come from chat/.
+    # If smoltalk/ lacks a split, chat/ does not provide it.
     chat_files(_chat(tmp_path), a=300)
     assert questions_of(tmp_path, "train") == {"a"}
     assert f"reading {tmp_path}/smoltalk, not {tmp_path}/chat\n" in capsys.readouterr().out
@@ -342,7 +342,7 @@ def test_files_that_no_task_reads_are_named_once(tmp_path, capsys):
         (folder / name).write_bytes(gzip.compress(row.encode()) if name.endswith(".gz") else row.encode())
     for _ in range(2):
         assert len(tasks.load("gsm8k", "train", data_dir=tmp_path)) == 1
-    expected = f"not read in {folder}: more.parquet, train2.jsonl (expected are train.jsonl[.gz])\n"
+    expected = f"not read in {folder}: more.parquet, train2.jsonl (the task reads train.jsonl[.gz])\n"
     assert capsys.readouterr().out == expected
 
 

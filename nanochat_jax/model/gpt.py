@@ -78,12 +78,24 @@ def _dense_forward(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> tuple[jax.Ar
     return _dense(x, w, dtype), (x, w)
 
 
+def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Returns the gradient of the weights of a `dense`: x [b,t,i], g [b,t,o] -> [i,o]."""
+    # If b and t were flattened before this contraction, XLA:CPU would not use its fast matmul.
+    return jnp.einsum("bti,bto->io", x, g, preferred_element_type=accum_dtype(x.dtype))
+
+
+def _weight_gradient_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Like `_weight_gradient`. XLA:CPU transposes the first operand in memory, so the narrower array comes first."""
+    if x.shape[-1] <= g.shape[-1]:
+        return _weight_gradient(x, g)
+    return jax.lax.optimization_barrier(_weight_gradient(g, x)).T  # without the barrier, XLA swaps the operands back
+
+
 def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     g = g.astype(dtype)
     dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    # If b and t were flattened before this contraction, XLA:CPU would not use its fast matmul.
-    dw = jnp.einsum("bti,bto->io", x.astype(dtype), g, preferred_element_type=accum_dtype(dtype))
+    dw = jax.lax.platform_dependent(x.astype(dtype), g, cpu=_weight_gradient_on_cpu, default=_weight_gradient)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from nanochat_jax.config import GPTConfig, UserError, base_dir, first_line
-from nanochat_jax.parallel import gpu_node, processes
+from nanochat_jax.parallel import gpu_node, host_memory, processes
 from nanochat_jax.progress import count_of
 
 # Functions import JAX only when they need it, because the import takes seconds. `start` configures JAX before its first
@@ -57,6 +57,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
         jax.config.update("jax_platforms", platforms[device_type])
     if may_use_gpus(device_type) and gpu_node.count():
         set_gpu_defaults()
+    elif platforms[device_type] != "tpu":
+        host_memory.keep_freed_memory()
     # If the environment variable JAX_COMPILATION_CACHE_DIR is set, it takes precedence. The ignore comments for ty are
     # necessary, because type checkers do not know JAX's options.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]

@@ -20,6 +20,7 @@ from nanochat_jax.model.precision import accum_dtype
 from nanochat_jax.parallel.sharding import Layout
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic, tuned to make small singular values grow fast
+ITERATIONS = 5
 
 
 class MuonState(NamedTuple):
@@ -31,16 +32,41 @@ class MuonState(NamedTuple):
 
 def orthogonalize(g: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Moves the singular values of the matrices g [..., in, out] close to 1 (about 0.7 to 1.2). Computes in `dtype`."""
-    a, b, c = NEWTON_SCHULZ
     x = g.astype(dtype)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # makes the Gram matrix x @ x.mT as small as possible
     size = jnp.linalg.norm(x.astype(accum_dtype(dtype)), axis=(-2, -1), keepdims=True)
     x = x / (size + 1e-7).astype(dtype)
-    for _ in range(5):
+    # In bf16, the rounding errors of `_iterate_on_gram` would grow too large.
+    x = (_iterate_on_gram if dtype != jnp.bfloat16 and x.shape[-1] >= 2 * x.shape[-2] else _iterate)(x)
+    return x if wide else x.mT
+
+
+def _iterate(x: jax.Array) -> jax.Array:
+    """Applies five Newton-Schulz iterations to x [..., m, n]: x becomes p(gram) @ x, where gram is x @ x.mT."""
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x if wide else x.mT
+    return x
+
+
+def _iterate_on_gram(x: jax.Array) -> jax.Array:
+    """Equals `_iterate`, but multiplies only matrices [..., m, m] until the end, which is faster if n is at least 2m.
+
+    If x becomes p @ x, its Gram matrix becomes p @ gram @ p. So the first Gram matrix determines the product of all p.
+    For n = 4m, this takes 25 products of m x m matrices instead of 45.
+    """
+    a, b, c = NEWTON_SCHULZ
+    gram = x @ x.mT
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    product = None
+    for i in range(ITERATIONS):
+        p = a * eye + b * gram + c * (gram @ gram)
+        product = p if product is None else p @ product
+        if i + 1 < ITERATIONS:
+            gram = p @ gram @ p
+    return product @ x
 
 
 def scale_by_muon(

@@ -97,6 +97,17 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(params):
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize(("i", "o"), [(16, 48), (48, 16), (16, 16)])
+def test_gradients_of_a_dense_layer_equal_those_of_autodiff(i, o):
+    """Whichever of the two operands is wider."""
+    r = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((2, 8, i), (i, o), (2, 8, o)))
+    ours = jax.grad(lambda x, w: (gpt.dense(x, w, jnp.float32) * g).sum(), (0, 1))(x, w)
+    plain = jax.grad(lambda x, w: ((x @ w) * g).sum(), (0, 1))(x, w)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("depth", "count", "flops"),
     [(4, 36_700_160, "1.447e+08"), (12, 185_597_952, "1.038e+09"), (20, 560_988_160, "3.491758e+09"),

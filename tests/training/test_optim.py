@@ -60,6 +60,16 @@ def test_singular_values_lie_in_the_known_band():
     assert values.min() > 0.5 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6])
+def test_iterating_on_the_gram_matrix_equals_the_plain_iteration(smallest):
+    """Also for matrices whose singular values differ by up to a million."""
+    left, right = (np.linalg.qr(rng.normal(size=(n, 32)))[0] for n in (32, 128))
+    x = (left * np.geomspace(1, smallest, 32) @ right.T).astype(np.float32)[None]
+    x /= np.linalg.norm(x)
+    plain, fast = np.asarray(optim._iterate(jnp.asarray(x))), np.asarray(optim._iterate_on_gram(jnp.asarray(x)))
+    assert np.linalg.norm(plain - fast) < 1e-3 * np.linalg.norm(plain)
+
+
 def test_groups_have_their_own_rates_and_the_width_factor():
     params = {"wte": jnp.ones((8, 4)), "lm_head": jnp.ones((8, 4)), "blocks": {"wq": jnp.ones((1, 4, 4))}}
     tx = optim.make_optimizer(192, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02)

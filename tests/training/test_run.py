@@ -285,6 +285,7 @@ def test_a_stage_takes_the_weights_alone_from_the_one_before(world):
     cfg = commandline.parse(config.Mid, tiny.command("mid", model_tag="made")[4:])
     with open_run(cfg, optim.momentum_warmup) as run:
         params, used, *_ = checkpoint.restore(checkpoint.run_dir("base", "made"), 8, *run.state)
+        run.load_state()
         fresh = run.optimizer.init(params)
         jax.tree.map(np.testing.assert_array_equal, run.state.params, params)
         jax.tree.map(np.testing.assert_array_equal, run.state.opt_state, fresh)

@@ -87,13 +87,23 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _check_disk(self) -> None:
-        """Raises UserError if the disk has no room for a single checkpoint."""
+        """Raises UserError if the disk has no room for the checkpoints that exist at the same time.
+
+        With --save_every, these are --keep_last checkpoints and the one that is being written. Otherwise the disk would
+        be full after hours.
+        """
+        count, lower = 1, ""
+        if self.cfg.save_every > 0:
+            kept = [step for step in checkpoint.steps(self.dir) if step <= self.step] if self.data is not None else []
+            count = max(1, self.cfg.keep_last + 1 - len(kept))
+            lower = f"lower --keep_last (now {self.cfg.keep_last}), " if self.cfg.keep_last > 1 else ""
         arrays = jax.tree.leaves((self.state.params, self.state.opt_state))
-        needed, disk = sum(x.nbytes for x in arrays), shutil.disk_usage(self.dir)
+        needed, disk = count * sum(x.nbytes for x in arrays), shutil.disk_usage(self.dir)
         if disk.free < needed and disk.total:  # some network file systems report a size of 0
             raise UserError(
-                f"{self.dir}: the disk has {disk.free / 1e6:,.0f} MB free, and a checkpoint takes about "
-                f"{needed / 1e6:,.0f} MB: make room, or set NANOCHAT_BASE_DIR to a folder on another disk"
+                f"{self.dir}: the disk has {disk.free / 1e6:,.0f} MB free, and {count_of(count, 'checkpoint')} at a "
+                f"time take about {needed / 1e6:,.0f} MB: make room, {lower}or set NANOCHAT_BASE_DIR to a folder on "
+                "another disk"
             )
 
     def _make_room(self) -> None:

@@ -177,10 +177,11 @@ evaluate() {
 [ -e "$base/report/$tag/start.json" ] || run python -m nanochat_jax.report reset -g "$tag"
 
 # First download the validation shard and one training shard, to check that the hub can be reached. The other shards
-# download in the background. The tokenizer and pretraining wait for the shards that they need.
+# download in the background, and after them the data of the later stages and evaluations, for which the GPUs would
+# otherwise wait. The tokenizer and pretraining wait for the shards that they need.
 if [ -z "$local_text" ]; then
     run python -m nanochat_jax.dataset --config="$preset" --begin
-    python -m nanochat_jax.dataset --config="$preset" &
+    python -m nanochat_jax.dataset --config="$preset" --tasks &
     download=$!
     trap 'kill "$download" 2>/dev/null || true' EXIT
 fi
@@ -194,7 +195,7 @@ evaluate tokenizer tok_eval scripts.tok_eval
 train base
 if [ -n "${download:-}" ]; then
     banner "waiting for the rest of the download"
-    wait "$download" || echo "warning: some shards could not be downloaded (see above); pretraining did not need them"
+    wait "$download" || echo "warning: some files could not be downloaded (see above); pretraining did not need them"
     trap - EXIT
 fi
 evaluate base base_loss scripts.base_loss -i base -g "$tag"

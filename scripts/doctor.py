@@ -237,7 +237,7 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     from nanochat_jax.progress import count_of
     from nanochat_jax.training import optim
     from nanochat_jax.training.announce import cost
-    from nanochat_jax.training.batch_shape import estimated_memory, rows_that_fit, shape_for_tokens
+    from nanochat_jax.training.batch_shape import estimated_memory, memory_limit, rows_that_fit, shape_for_tokens
     from nanochat_jax.training.passes import horizon
 
     layout.check(model_cfg)
@@ -257,10 +257,10 @@ def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtyp
     def fit(rows: int) -> int:
         """Estimates how many rows fit in memory, ignoring what --shard and --remat save.
 
-        Training does not estimate the memory, but measures it.
+        Training does not estimate the memory, but measures it, and may take fewer rows if they are faster.
         """
         try:
-            return rows_that_fit(model_cfg, rows, need=lambda steps, rows: estimated_memory(model_cfg, rows))
+            return rows_that_fit(model_cfg, rows, lambda steps, rows: estimated_memory(model_cfg, rows), memory_limit())
         except UserError as error:
             # Leave out the advice after the error's colon, because the user may already have followed it.
             line("Memory", f"rough estimate: {str(error).partition(':')[0]}, before the savings of --shard and --remat")

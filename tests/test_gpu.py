@@ -12,7 +12,7 @@ from nanochat_jax.model import attention, gpt
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import estimated_memory
 from nanochat_jax.training.loop import train
-from nanochat_jax.training.run import compiled_memory, open_run
+from nanochat_jax.training.run import compile_step, open_run, peak_memory
 from nanochat_jax.training.step import TrainState, make_step
 
 pytestmark = pytest.mark.gpu
@@ -119,7 +119,7 @@ def test_memory_as_compiled_is_what_a_step_takes(own_base_dir):
         "total_batch_size": 65536 * jax.device_count(),
     }  # fmt: skip
     with open_run(tiny.base_config(model_tag="memory", device_batch_size=64, **flags), 0.95) as run:
-        needed = compiled_memory(run, 1, 64)
+        needed = peak_memory(compile_step(run, 1, 64))
         estimated = estimated_memory(run.model_cfg, 64)
     train(tiny.base_config(model_tag="memory", device_batch_size=64, **flags))
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]

@@ -33,7 +33,7 @@ case "$*" in
     *scripts.train*) stage=$(sed 's/.*--stage=\\([a-z]*\\).*/\\1/' <<< "$*") tag=${!#}
         step=$NANOCHAT_BASE_DIR/${stage}_checkpoints/${tag#--config=}/step_000001
         [ -e "$step/manifest.json" ] || { mkdir -p "$step"; echo {} > "$step/manifest.json"; } ;;
-    "-m nanochat_jax.dataset --config=d12") sleep "${DOWNLOAD:-0}"; echo "downloaded" >> "$CALLS"
+    "-m nanochat_jax.dataset --config=d12 --tasks") sleep "${DOWNLOAD:-0}"; echo "downloaded" >> "$CALLS"
         exit "${DOWNLOAD_STATUS:-0}" ;;
     *tok_train*) folder=$NANOCHAT_BASE_DIR/tokenizer
         [ -e "$folder/tokenizer.json" ] || { mkdir -p "$folder"; echo {} > "$folder/tokenizer.json"; } ;;
@@ -204,7 +204,7 @@ def test_training_starts_before_the_download_ends(road):
 def test_a_download_that_fails_in_part_costs_no_training(road):
     process, calls = road("d12", DOWNLOAD_STATUS="2")
     assert process.returncode == 0 and stages(calls) == ["base", "mid", "sft"]
-    assert "warning: some shards could not be downloaded" in process.stdout
+    assert "warning: some files could not be downloaded" in process.stdout
 
 
 def test_fresh_moves_everything_aside(road):

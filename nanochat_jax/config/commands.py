@@ -63,6 +63,8 @@ class Dataset(Settings):
     begin: bool = setting(
         False, "record how many shards are wanted, but download only the validation shard and the first training shard"
     )
+    preset_path: str = ""  # the file of the preset, which also has the settings of the later stages; not a flag
+    tasks: bool = setting(False, "afterwards, also download what the later stages and the evaluations read")
     verify: bool = setting(False, "check the hash of every shard, and download damaged shards again")
     tokenize: bool = setting(False, "tokenize all text in advance; training then makes the same batches with less work")
 

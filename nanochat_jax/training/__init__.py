@@ -10,6 +10,7 @@ its own folder.
 `pins.py` makes a resumed run read what it began with.
 `held_out.py` compares validation data with training data.
 `batch_shape.py` splits a step into micro-batches.
+`batch_trial.py` chooses how many rows a device computes at once.
 `step.py` defines the compiled optimizer step.
 `optim.py` defines the optimizer.
 `loop.py` trains the stages base, mid and sft.

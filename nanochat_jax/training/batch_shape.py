@@ -131,29 +131,42 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 # How many rows fit
 
 
-def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None = None) -> int:
+def memory_limit() -> int | None:
+    """Returns how many bytes a step may take on a device, which is 95% of the device's memory.
+
+    If the processes have different devices, the smallest memory counts. Returns None on a CPU, which gains nothing from
+    many rows, and for a device that does not report its memory.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
+        return None
+    return processes.all_min(int(0.95 * stats["bytes_limit"]) // KIB) * KIB  # in KiB, because bytes overflow int32
+
+
+def possible_rows(model_cfg: GPTConfig, rows: int) -> list[int]:
+    """Returns, in increasing order, the divisors of `rows` that the attention kernel can compute at once."""
+    most = attention.most_rows(model_cfg)
+    return [n for n in range(1, min(rows, rows if most is None else most) + 1) if rows % n == 0]
+
+
+def rows_that_fit(model_cfg: GPTConfig, rows: int, need: Callable[[int, int], int], limit: int | None) -> int:
     """Returns how many rows a replica can compute at once.
 
     `rows` is the number of rows that the replica computes in a step. The result is the largest divisor n of `rows` such
     that n rows fit in memory. `need(grad_accum_steps, n)` returns the peak memory, in bytes, of a step that computes n
-    rows at once. `limit` is the available memory in bytes. The default is 95% of a device's memory. If the processes
-    have different devices, the smallest memory counts. Raises UserError if a single row does not fit.
+    rows at once. `limit` is the available memory in bytes (see `memory_limit`). Raises UserError if a single row does
+    not fit.
 
-    Without a `limit`, a CPU computes at most 8,192 tokens at once, because it gains nothing from more. A device that
-    does not report its memory also computes at most 8,192 tokens at once.
+    Without a limit, at most 8,192 tokens are computed at once.
 
     Calling `need` may compile a step, so the search calls it only a few times. The search begins with a rough guess of
     the result. The guess comes from `estimated_memory`, which compiles nothing and ignores the memory that --shard and
     --remat save. The first n to be tried is the largest divisor that is at most twice the guess. If n rows fit, larger
     divisors are tried until one is too large. Otherwise, smaller divisors are tried until one is small enough.
     """
-    most = attention.most_rows(model_cfg)
-    divisors = [n for n in range(1, min(rows, rows if most is None else most) + 1) if rows % n == 0]
+    divisors = possible_rows(model_cfg, rows)
     if limit is None:
-        stats = jax.local_devices()[0].memory_stats() or {}
-        if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
-            return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
-        limit = processes.all_min(int(0.95 * stats["bytes_limit"]) // KIB) * KIB  # in KiB, because bytes overflow int32
+        return max(n for n in divisors if n <= max(1, 8192 // model_cfg.sequence_len))
 
     def largest_need(n: int) -> int:
         """All processes must choose the same n, so the process that needs the most memory decides."""

@@ -36,6 +36,7 @@ def train(cfg: config.Base | config.Mid | config.Sft) -> None:
         if run is None:  # the run is already finished
             return
         stage = base_stage(run, cfg) if isinstance(cfg, config.Base) else chat_stage(run, cfg)
+        run.load_state()
         if run.data is not None:
             stage.loader.restore(run.data)
         evaluations = evaluations_of(run, stage, cfg)

@@ -1,4 +1,4 @@
-"""Pins a run to the text and the conversations that it began with, so that a resumed run reads the same."""
+"""Pins a run to what it began with: its text or conversations, so that a resumed run reads the same, and its rows."""
 
 import dataclasses
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from nanochat_jax import checkpoint, tasks
 from nanochat_jax.config import UserError
 from nanochat_jax.data import sources
+from nanochat_jax.training.batch_shape import BatchShape
 from nanochat_jax.training.run import Run
 from nanochat_jax.training.start_plan import INSTEAD
 
@@ -74,3 +75,11 @@ def pin_tasks(run: Run, task: tasks.Mixture) -> None:
                 f"the conversations are not the ones that {folder} was trained on (different {changed}): {INSTEAD}"
             )
     run.origin["tasks"] = conversations
+
+
+def pin_rows(run: Run, shape: BatchShape) -> None:
+    """Records how many rows a replica computes at once. The record is saved in the run's checkpoints.
+
+    A run that resumes without --device_batch_size computes as many (see `batch_trial.choose_rows`).
+    """
+    run.origin["rows"] = shape.rows

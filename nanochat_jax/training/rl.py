@@ -60,6 +60,7 @@ def train(cfg: config.Rl) -> None:
         if run is None:  # the run is already finished
             return
         stage = rl_stage(run, cfg)
+        run.load_state()
         step_fn = step_of(run)
         announce(run, stage.batch_shape, f"{stage.steps:,}", facts_of(run, cfg, stage))
         if cfg.dry_run:

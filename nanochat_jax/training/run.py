@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,9 @@ class Run:
     layout: Layout  # the mesh, and how weights and optimizer state are sharded on it
     dtype: DTypeLike  # the dtype of matmul operands
     optimizer: optax.GradientTransformation
-    state: TrainState  # replaced by every step
+    plan: StartPlan  # how the run starts
+    new_state: Callable[[], TrainState]  # makes random weights and an empty optimizer state on the devices
+    state: TrainState  # only shapes until `load_state`; then replaced by every step
     saver: checkpoint.Saver
     lock: ExitStack  # holds the lock of the run's folder in process 0; empty in other processes
     step: int  # the step to resume from; 0 for a fresh start
@@ -58,6 +60,18 @@ class Run:
     def eval_model(self) -> EvalModel:
         """The model with the current weights, for evaluations."""
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
+
+    def load_state(self) -> None:
+        """Puts the weights and the optimizer's state on the devices.
+
+        A run that resumes takes both from its checkpoint. A new run starts with the parent's weights or, without a
+        parent, with random weights. With --dry_run, does nothing, because the shapes are enough to plan the run.
+
+        Call this after the batch shape is known: `fastest_rows` needs the memory for a state of its own.
+        """
+        if not self.cfg.dry_run:
+            with out_of_memory_in_state():
+                self.state = _initial_state(self)
 
     def begin(self) -> None:
         """Prepares the run's folder and logs the start. Call this after all checks, since it moves old files aside."""
@@ -73,13 +87,23 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _check_disk(self) -> None:
-        """Raises UserError if the disk has no room for a single checkpoint."""
+        """Raises UserError if the disk has no room for the checkpoints that exist at the same time.
+
+        With --save_every, these are --keep_last checkpoints and the one that is being written. Otherwise the disk would
+        be full after hours.
+        """
+        count, lower = 1, ""
+        if self.cfg.save_every > 0:
+            kept = [step for step in checkpoint.steps(self.dir) if step <= self.step] if self.data is not None else []
+            count = max(1, self.cfg.keep_last + 1 - len(kept))
+            lower = f"lower --keep_last (now {self.cfg.keep_last}), " if self.cfg.keep_last > 1 else ""
         arrays = jax.tree.leaves((self.state.params, self.state.opt_state))
-        needed, disk = sum(x.nbytes for x in arrays), shutil.disk_usage(self.dir)
+        needed, disk = count * sum(x.nbytes for x in arrays), shutil.disk_usage(self.dir)
         if disk.free < needed and disk.total:  # some network file systems report a size of 0
             raise UserError(
-                f"{self.dir}: the disk has {disk.free / 1e6:,.0f} MB free, and a checkpoint takes about "
-                f"{needed / 1e6:,.0f} MB: make room, or set NANOCHAT_BASE_DIR to a folder on another disk"
+                f"{self.dir}: the disk has {disk.free / 1e6:,.0f} MB free, and {count_of(count, 'checkpoint')} at a "
+                f"time take about {needed / 1e6:,.0f} MB: make room, {lower}or set NANOCHAT_BASE_DIR to a folder on "
+                "another disk"
             )
 
     def _make_room(self) -> None:
@@ -148,6 +172,8 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
 
     Complete checkpoints stay unchanged until `Run.begin`, so a refused start does no harm. On exit, waits until this
     process has written its part of the last checkpoint.
+
+    The run has no weights yet: set up its data and its batch, and then call `Run.load_state`.
     """
     devices.start(cfg.device_type, cfg.coordinator, cfg.num_processes, cfg.process_id)
     records = published.without_records() if cfg.dry_run else nullcontext()
@@ -168,9 +194,10 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
         )  # fmt: skip
-        advice = "try --shard=full on several devices, or a smaller model"
-        with devices.out_of_memory_explained("the weights and the optimizer's state", advice):
-            state, data, totals = _initial_state(cfg, model_cfg, optimizer, layout, folder, plan)
+        new_state, state = _new_state(cfg, model_cfg, optimizer, layout)
+        print(_describe_start(cfg, plan))
+        resumes = plan.step is not None
+        meta = checkpoint.read_meta(folder, plan.step) if resumes else {}
         run = Run(
             cfg=cfg,
             dir=folder,
@@ -179,14 +206,16 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             layout=layout,
             dtype=dtype,
             optimizer=optimizer,
+            plan=plan,
+            new_state=new_state,
             state=state,
             saver=checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count()),
             lock=lock,
             step=plan.step or 0,
-            data=data,
-            totals=totals,
+            data=files.read_json(checkpoint.step_dir(folder, plan.step) / "data.json") if resumes else None,
+            totals=meta.get("totals", {"seconds": 0.0, "tokens": 0, "flops": 0}),
             origin={"parent": plan.parent_id},
-            metrics={} if plan.step is None else checkpoint.read_meta(folder, plan.step).get("metrics", {}),
+            metrics=meta.get("metrics", {}),
         )
         try:
             yield run
@@ -215,43 +244,40 @@ def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple
     return GPTConfig(**meta["model"]), trained_model.load_tokenizer(meta, run_dir)
 
 
-def _initial_state(
-    cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout, folder: Path,
-    plan: StartPlan,
-) -> tuple[TrainState, dict | None, dict]:  # fmt: skip
-    """Returns (state, position in the data or None, totals).
+def _new_state(
+    cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """Returns a function that makes a new state on the devices, and the shapes and shardings of this state."""
 
-    A run that resumes takes all three from its checkpoint. A new run starts with the parent's weights or, without a
-    parent, with random weights.
-    """
-
-    def fresh() -> TrainState:
+    def new() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
         return TrainState(params, optimizer.init(params))
 
-    abstract = jax.eval_shape(fresh)
+    abstract = jax.eval_shape(new)
     specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
     shardings = layout.shardings(specs)
-    totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
-
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    if plan.step is not None:
-        print(f"resuming at step {plan.step}")
-    elif plan.parent is not None:
-        print(f"starting from {trained_model.described(*plan.parent)}")
-    else:
-        print(f"starting from scratch, seed {cfg.seed}")
+    return jax.jit(new, out_shardings=shardings), target
 
-    if cfg.dry_run:  # the shapes are enough to plan the run
-        data = None if plan.step is None else files.read_json(checkpoint.step_dir(folder, plan.step) / "data.json")
-        return target, data, totals
+
+def _describe_start(cfg: Train, plan: StartPlan) -> str:
     if plan.step is not None:
-        params, opt_state, data, meta = checkpoint.restore(folder, plan.step, target.params, target.opt_state)
-        return TrainState(params, opt_state), data, meta["totals"]
+        return f"resuming at step {plan.step}"
+    if plan.parent is not None:
+        return f"starting from {trained_model.described(*plan.parent)}"
+    return f"starting from scratch, seed {cfg.seed}"
+
+
+def _initial_state(run: Run) -> TrainState:
+    plan, target = run.plan, run.state
+    if plan.step is not None:
+        params, opt_state, *_ = checkpoint.restore(run.dir, plan.step, target.params, target.opt_state)
+        return TrainState(params, opt_state)
     if plan.parent is not None:
         params = checkpoint.restore_params(*plan.parent, target.params)
-        return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)), None, totals
-    return jax.jit(fresh, out_shardings=shardings)(), None, totals
+        shardings = jax.tree.map(lambda x: x.sharding, target.opt_state)
+        return TrainState(params, jax.jit(run.optimizer.init, out_shardings=shardings)(params))
+    return run.new_state()
 
 
 def step_of(run: Run) -> jax.stages.Wrapped:
@@ -285,18 +311,28 @@ def out_of_memory_in_step(rows: int) -> AbstractContextManager[None]:
     return devices.out_of_memory_explained("a step", f"{fewer_rows}try --remat=full or --shard=full")
 
 
-def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
-    """Returns the peak memory of the compiled step on one device, in bytes.
+def out_of_memory_in_state() -> AbstractContextManager[None]:
+    """Within this context, an out-of-memory error becomes a UserError about the weights and the optimizer's state."""
+    advice = "try --shard=full on several devices, or a smaller model"
+    return devices.out_of_memory_explained("the weights and the optimizer's state", advice)
 
-    `rows` is the number of rows that each replica computes at once. With one process, the step's arguments have the
-    same shapes and shardings as in the loop, so the loop finds this compiled step in the compilation cache.
+
+def compile_step(run: Run, grad_accum_steps: int, rows: int) -> jax.stages.Compiled:
+    """Compiles the step of a run. `rows` is the number of rows that each replica computes at once.
+
+    With one process, the step's arguments have the same shapes and shardings as in the loop, so the loop finds this
+    compiled step in the compilation cache.
     """
     mesh = run.layout.mesh
     shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
     lr_mult = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
-    lowered = step_of(run).lower(state, {"inputs": ids, "targets": ids}, lr_mult)
-    used = lowered.compile().memory_analysis()
+    return step_of(run).lower(state, {"inputs": ids, "targets": ids}, lr_mult).compile()
+
+
+def peak_memory(step: jax.stages.Compiled) -> int:
+    """Returns the peak memory of a compiled step on one device, in bytes."""
+    used = step.memory_analysis()
     assert used is not None, "this backend does not report the memory of a compiled program"
     return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes

@@ -14,14 +14,14 @@ from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import (
     BatchShape,
     rows_of_examples,
-    rows_that_fit,
     shape_for_rows,
     shape_for_tokens,
 )
+from nanochat_jax.training.batch_trial import choose_rows
 from nanochat_jax.training.held_out import check_held_out, check_overlap
 from nanochat_jax.training.passes import Amount, check_epochs, describe_epochs, horizon
-from nanochat_jax.training.pins import pin_tasks, pin_text
-from nanochat_jax.training.run import Run, compiled_memory
+from nanochat_jax.training.pins import pin_rows, pin_tasks, pin_text
+from nanochat_jax.training.run import Run
 
 
 @dataclass
@@ -46,21 +46,24 @@ class Stage:
         return text + (f"; {info['skipped']:,} without a whole answer were skipped" if info["skipped"] else "")
 
 
-def _batch_limits(run: Run) -> tuple[int, int, int, Callable[[int], int]]:
+def _batch_limits(run: Run, tokens: float) -> tuple[int, int, int, Callable[[int], int]]:
     """Returns the last four arguments of `shape_for_tokens` and `shape_for_rows`.
+
+    `tokens` is how many tokens the whole run trains on, roughly.
 
     Raises UserError if the attention kernel cannot compute --device_batch_size rows on one device.
     """
     attention.check_rows(run.cfg.device_batch_size, run.model_cfg)
-    fit = functools.partial(rows_that_fit, run.model_cfg, need=functools.partial(compiled_memory, run))
+    fit = functools.partial(choose_rows, run, tokens=tokens)
     return run.cfg.device_batch_size, run.model_cfg.sequence_len, sharding.replicas(run.layout.mesh), fit
 
 
 def base_stage(run: Run, cfg: config.Base) -> Stage:
     """Sets up pretraining with packed documents, a fixed number of steps and a trapezoidal learning rate."""
     model_cfg, tokenizer = run.model_cfg, run.tokenizer
-    shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run))
-    steps = horizon(cfg, model_cfg, shape.tokens)
+    steps = horizon(cfg, model_cfg, cfg.total_batch_size)
+    shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run, steps * cfg.total_batch_size))
+    pin_rows(run, shape)
     source = pin_text(run, sources.open(cfg.data, cfg.data_dir))
     cache_dir = token_cache.folder_of(source, tokenizer)
     text = Amount.of(source, tokenizer, cache_dir)
@@ -112,11 +115,17 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
     check_overlap(task, held_out, is_new)
     lengths = documents.token_counts(task, tokenizer)
     mean_length = float(np.mean(lengths))
-    if isinstance(cfg, config.Mid) or cfg.total_batch_size:
-        shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run))
+    # In finetuning, a conversation fills at most one row.
+    read = lengths if isinstance(cfg, config.Mid) else np.minimum(lengths, model_cfg.sequence_len + 1)
+    tokens_per_epoch = len(task) * float(np.mean(read))
+    by_rows = isinstance(cfg, config.Sft) and not cfg.total_batch_size
+    rows = rows_of_examples(cfg.target_examples_per_step, mean_length, model_cfg.sequence_len) if by_rows else 0
+    tokens = steps * (rows * model_cfg.sequence_len or cfg.total_batch_size) if steps else epochs * tokens_per_epoch
+    if by_rows:
+        shape = shape_for_rows(rows, *_batch_limits(run, tokens))
     else:
-        rows = rows_of_examples(cfg.target_examples_per_step, mean_length, model_cfg.sequence_len)
-        shape = shape_for_rows(rows, *_batch_limits(run))
+        shape = shape_for_tokens(cfg.total_batch_size, *_batch_limits(run, tokens))
+    pin_rows(run, shape)
     process_index, process_count = sharding.process_rows(run.layout.mesh)
 
     loader = dataloader.chat_loader(
@@ -144,9 +153,7 @@ def chat_stage(run: Run, cfg: config.Mid | config.Sft) -> Stage:
 
     amount = f"at most {cfg.eval_tokens:,} tokens" if is_mid else f"{len(asked):,} conversations"
     order = "one task after the other" if in_order else "shuffled"
-    # In finetuning, a conversation fills at most one row.
-    read = lengths if is_mid else np.minimum(lengths, model_cfg.sequence_len + 1)
-    steps_per_epoch = len(task) * float(np.mean(read)) / shape.tokens
+    steps_per_epoch = tokens_per_epoch / shape.tokens
     if steps:
         check_epochs(cfg, steps / steps_per_epoch, len(task))
     facts = {

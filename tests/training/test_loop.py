@@ -28,7 +28,7 @@ from nanochat_jax.training import run as run_module
 from nanochat_jax.training.batch_shape import BatchShape, rows_of_examples, rows_that_fit, shape_for_rows
 from nanochat_jax.training.interruption import Interruption
 from nanochat_jax.training.loop import DispatchedStep, StepLog, train
-from nanochat_jax.training.run import compiled_memory, open_run
+from nanochat_jax.training.run import compile_step, open_run, peak_memory
 from nanochat_jax.training.step import TrainState, make_step
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, vocab_size=100, sequence_len=16)
@@ -394,7 +394,8 @@ def test_automatic_device_batch_says_what_to_do_when_nothing_fits():
 
 def test_memory_of_a_compiled_step_grows_with_its_rows(world):
     with open_run(tiny.base_config(model_tag="memory"), 0.95) as run:
-        small, large = (compiled_memory(run, 1, n) for n in (1, 8))
+        small, large = (peak_memory(compile_step(run, 1, n)) for n in (1, 8))
+        run.load_state()
         state = sum(x.nbytes for x in jax.tree.leaves(run.state))
     assert state < small < large
 

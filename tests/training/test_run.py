@@ -134,11 +134,24 @@ def test_never_moves_the_run_aside_and_holds_the_lock_of_the_new_one(run):
 def test_nothing_moves_before_held_out_data_and_the_disk_are_looked_at(run, monkeypatch):
     before = contents(run)
     never = settings(run.name, resume="never")
-    full = shutil.disk_usage(run)._replace(free=100_000)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: full)
-        with pytest.raises(UserError, match=r"the disk has 0 MB free, and a checkpoint takes about \d MB: make room"):
-            train(never)
+    one = sum(path.stat().st_size for path in checkpoint.step_dir(run, 8).rglob("*") if path.is_file())
+    for free, cfg, words in (
+        (
+            one // 2,
+            dataclasses.replace(never, save_every=-1),
+            r"and 1 checkpoint at a time take about \d MB: make room, or set",
+        ),
+        (
+            2 * one,
+            dataclasses.replace(never, save_every=2, keep_last=2),
+            r"and 3 checkpoints .* lower --keep_last \(now 2",
+        ),
+    ):
+        full = shutil.disk_usage(run)._replace(free=free)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path, full=full: full)
+            with pytest.raises(UserError, match=rf"the disk has \d MB free, {words}"):
+                train(cfg)
     source = sources.open()
     torn = dataclasses.replace(source, val_files=(run.parent / "torn.parquet",))
     whole = source.val_files[0].read_bytes()
@@ -285,6 +298,7 @@ def test_a_stage_takes_the_weights_alone_from_the_one_before(world):
     cfg = commandline.parse(config.Mid, tiny.command("mid", model_tag="made")[4:])
     with open_run(cfg, optim.momentum_warmup) as run:
         params, used, *_ = checkpoint.restore(checkpoint.run_dir("base", "made"), 8, *run.state)
+        run.load_state()
         fresh = run.optimizer.init(params)
         jax.tree.map(np.testing.assert_array_equal, run.state.params, params)
         jax.tree.map(np.testing.assert_array_equal, run.state.opt_state, fresh)

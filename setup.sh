@@ -4,7 +4,8 @@
 #
 #   bash setup.sh serve report && source .venv/bin/activate
 #
-# The extras are those of pyproject.toml. PYTHON=/path/to/python3 chooses the interpreter.
+# The extras are those of pyproject.toml. The newest suitable Python on PATH is used. PYTHON=/path/to/python3 chooses
+# another.
 
 # If this file is sourced, its `exit` would end the caller's shell.
 [ "${BASH_SOURCE[0]:-}" = "$0" ] || { echo "error: run it as bash setup.sh, then source .venv/bin/activate" >&2; return 2; }
@@ -14,14 +15,28 @@ case "${1:-}" in -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' setup.sh; exit 0 ;;
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+# The versions of Python for which all packages are published. Python 3.11 gets an older and slower version of JAX.
+OLDEST=11 NEWEST=14
+
+is_suitable() {
+    "$1" -c "import sys, venv, ensurepip; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, $NEWEST))" 2>/dev/null
+}
+
+# Prints the path of $PYTHON or, if it is not set, of the newest usable Python on PATH.
 find_python() {
-    for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
-        if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    if [ -n "${PYTHON:-}" ]; then
+        is_suitable "$PYTHON" || fail "PYTHON=$PYTHON is not Python 3.$OLDEST to 3.$NEWEST with venv: set it to one," \
+            "or unset it to take the newest on PATH"
+        command -v "$PYTHON"
+        return
+    fi
+    for candidate in python3.14 python3.13 python3.12 python3 python3.11; do
+        if is_suitable "$candidate"; then
             command -v "$candidate"
             return
         fi
     done
-    fail "Python 3.11 or newer with venv is needed; found $(python3 --version 2>&1 || echo none):" \
+    fail "Python 3.$OLDEST to 3.$NEWEST with venv is needed; found $(python3 --version 2>&1 || echo none):" \
         "install it (e.g. apt-get install python3-venv, or https://docs.astral.sh/uv) or set PYTHON=/path/to/python3"
 }
 
@@ -54,7 +69,7 @@ make_environment() {
 }
 
 build_environment() {
-    local wanted have gpu other remake='' source wheels build python
+    local wanted have gpu other remake='' source wheels build python=''
     gpu=$(gpu_extra) || exit 2
     case $gpu in cuda12) other=cuda13 ;; cuda13) other=cuda12 ;; *) other=none ;; esac
     [[ " $* " != *" $other "* ]] || fail "the extra $other does not fit this machine's GPU driver: leave it out"
@@ -76,14 +91,25 @@ build_environment() {
     if [ "${have%% *}" != "$source" ]; then
         command -v cargo >/dev/null || fail "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"
     fi
-    if ! command -v uv >/dev/null && { [ -n "$remake" ] || ! usable; }; then python=$(find_python) || exit 2; fi
+    if [ -n "$remake" ] || ! usable; then
+        if command -v uv >/dev/null && [ -z "${PYTHON:-}" ]; then
+            python=$(find_python 2>/dev/null) || python=">=3.12,<=3.$NEWEST" # uv downloads it
+        else
+            python=$(find_python) || exit 2
+        fi
+    fi
     if [ -n "$remake" ]; then
         echo "== the GPU driver has changed: making .venv again, with $gpu instead of $other"
         rm -rf .venv
     fi
     echo "== setting up .venv [$wanted]: Python packages and the Rust tokenizer; takes a few minutes, once"
+    if [ -n "$python" ]; then
+        echo "== Python: $python $("$python" --version 2>/dev/null || true)"
+        ! "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))' 2>/dev/null ||
+            echo "note: with Python 3.12 or newer, a newer version of JAX would be installed, which trains faster on a CPU"
+    fi
     if command -v uv >/dev/null; then
-        usable || uv venv --quiet --clear --seed --python '>=3.11' .venv
+        usable || uv venv --quiet --clear --seed --python "$python" .venv
         install() { uv pip install --quiet --python .venv/bin/python "$@"; }
     else
         usable || "$python" -m venv --clear .venv

@@ -327,8 +327,8 @@ def setup(tmp_path):
     for tool in tools.split():
         (tree / "bin" / tool).symlink_to(shutil.which(tool))
 
-    def run(*extras: str) -> subprocess.CompletedProcess:
-        env = {"PATH": str(tree / "bin"), "HOME": str(tmp_path)}
+    def run(*extras: str, **environment: str) -> subprocess.CompletedProcess:
+        env = {"PATH": str(tree / "bin"), "HOME": str(tmp_path)} | environment
         command = ["bash", str(tree / "setup.sh"), *extras]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
@@ -347,8 +347,49 @@ def test_setup_names_what_is_missing(setup):
     assert without_cargo.returncode == 2 and "error: cargo is missing: install Rust" in without_cargo.stderr
     setup.put("bin/cargo", "exit 0")
     without_python = setup()
-    assert without_python.returncode == 2 and "error: Python 3.11 or newer" in without_python.stderr
+    assert without_python.returncode == 2 and "error: Python 3.11 to 3.14 with venv" in without_python.stderr
     assert not (setup.tree / ".venv").exists()
+
+
+# Answers as Python 3.{minor} would, but cannot make an environment.
+PYTHON = """
+case "$*" in
+    *"<= sys.version_info"*) [ {minor} -ge 11 ] && [ {minor} -le 14 ] ;;
+    *"sys.version_info >="*) [ {minor} -lt 12 ] ;;
+    --version) echo "Python 3.{minor}.1" ;;
+    *) false ;;
+esac
+"""
+
+
+def test_setup_takes_the_newest_suitable_python_and_says_so(setup):
+    setup.put("bin/cargo", "exit 0")
+    setup.put("bin/python3", PYTHON.format(minor=15))
+    refused = setup()
+    assert refused.returncode == 2 and "Python 3.11 to 3.14 with venv is needed; found Python 3.15.1" in refused.stderr
+    setup.put("bin/python3.11", PYTHON.format(minor=11))
+    done = setup()
+    assert f"== Python: {setup.tree}/bin/python3.11 Python 3.11.1" in done.stdout
+    assert "note: with Python 3.12 or newer" in done.stdout
+    setup.put("bin/python3.13", PYTHON.format(minor=13))
+    setup.put("bin/python3.14", "echo 'pyenv: python3.14: command not found' >&2; exit 127")  # a shim
+    done = setup()
+    assert f"== Python: {setup.tree}/bin/python3.13 Python 3.13.1" in done.stdout and "note:" not in done.stdout
+
+
+def test_setup_takes_the_python_that_it_is_told_or_refuses(setup):
+    setup.put("bin/cargo", "exit 0")
+    setup.put("bin/python3.13", PYTHON.format(minor=13))
+    setup.put("bin/python3.11", PYTHON.format(minor=11))
+    assert f"== Python: {setup.tree}/bin/python3.11 Python 3.11.1" in setup(PYTHON="python3.11").stdout
+    refused = setup(PYTHON="/no/such/python")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "error: PYTHON=/no/such/python is not Python 3.11 to 3.14" in refused.stderr
+    setup.put("bin/uv", f"echo uv $* >> {setup.tree}/calls; exit 1")  # uv makes the environment, with the same Python
+    setup(PYTHON="python3.11")
+    setup()
+    chosen = [call.split("--python ")[1] for call in (setup.tree / "calls").read_text().splitlines()]
+    assert chosen == [f"{setup.tree}/bin/python3.11 .venv", f"{setup.tree}/bin/python3.13 .venv"]
 
 
 # Writes one line at a time, as nvidia-smi does on a machine with eight GPUs.

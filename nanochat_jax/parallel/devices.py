@@ -55,10 +55,10 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
+    on_cpu = platforms[device_type] in (None, "cpu")
     if may_use_gpus(device_type) and gpu_node.count():
+        on_cpu = False
         set_gpu_defaults()
-    elif platforms[device_type] != "tpu":
-        host_memory.keep_freed_memory()
     # If the environment variable JAX_COMPILATION_CACHE_DIR is set, it takes precedence. The ignore comments for ty are
     # necessary, because type checkers do not know JAX's options.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
@@ -66,7 +66,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     processes.join(coordinator, num_processes, process_id)
     try:
-        jax.devices()
+        with host_memory.freed_memory_kept() if on_cpu else contextlib.nullcontext():
+            jax.devices()  # starts JAX's threads
     except (RuntimeError, AssertionError) as error:  # an AssertionError means that this build of JAX lacks the platform
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"
         if device_type:

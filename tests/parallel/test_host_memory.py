@@ -11,9 +11,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gl
 # Prints how many pages are faulted in when a thread allocates, fills and frees 256 MiB for the second time.
 PROGRAM = """
 import resource, threading
-from nanochat_jax.parallel.host_memory import keep_freed_memory
-
-kept = keep_freed_memory()
+from nanochat_jax.parallel.host_memory import freed_memory_kept
 
 def use():
     b"x" * 2**28
@@ -25,8 +23,9 @@ def faults():
     thread.join()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
-print(kept, faults())
+with freed_memory_kept() as kept:
+    faults()
+    print(kept, faults())
 """
 
 
@@ -51,12 +50,22 @@ def test_a_limited_address_space_is_no_error():
     assert kept == "True" and int(faults) < 1000
 
 
-def test_training_on_a_cpu_keeps_its_memory():
-    program = (
-        "from nanochat_jax.parallel import devices, host_memory\n"
-        "calls = []\n"
-        "host_memory.keep_freed_memory = lambda: calls.append(1)\n"
-        "devices.start('cpu')\n"
-        "print(len(calls))"
-    )
-    assert run(program) == ["1"]
+def test_a_program_on_a_cpu_reuses_the_memory_of_the_last_one():
+    """JAX's own threads allocate it."""
+    program = """
+import resource
+import jax, jax.numpy as jnp
+from nanochat_jax.parallel import devices
+
+devices.start("cpu")
+f = jax.jit(lambda x: jax.lax.cummax(x.reshape(16, -1) + 1, axis=0)[:, :3])
+x = jnp.zeros(2**24)
+for _ in range(3):
+    f(x).block_until_ready()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f(x).block_until_ready()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+    assert int(run(program)[0]) < 1000
+    assert int(run(program, MALLOC_ARENA_MAX="8")[0]) > 15_000

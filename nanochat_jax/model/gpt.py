@@ -168,10 +168,13 @@ class GPT(nnx.Module):
         angles = rotary(start[:, None] + jnp.arange(t)[None], model_cfg)
         # The embeddings are cast after the lookup, so that the gradients of each embedding are summed in float32. The
         # embedding of a frequent token gets thousands of gradients.
-        x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
+        with jax.named_scope("embedding"):
+            x = norm(execution.gather("wte", self.wte[...])[ids].astype(dtype), model_cfg.norm_eps)
         stacked = {name: getattr(self.blocks, name)[...] for name in BLOCK_WEIGHTS}
         if cache is None:
-            return norm(_apply_blocks(x, stacked, angles, model_cfg, execution), model_cfg.norm_eps), None
+            x = _apply_blocks(x, stacked, angles, model_cfg, execution)
+            with jax.named_scope("final_norm"):
+                return norm(x, model_cfg.norm_eps), None
         keys, values = [], []
         weights = _unstack(stacked)
         for i, window in enumerate(model_cfg.windows):

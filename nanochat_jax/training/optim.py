@@ -176,7 +176,8 @@ def make_optimizer(
     factor = (width / 768) ** -0.5
 
     def adamw(lr: float) -> optax.GradientTransformation:
-        return optax.adamw(lr * factor, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
+        rule = optax.adamw(lr * factor, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
+        return optax.GradientTransformationExtraArgs(rule.init, jax.named_scope("adamw")(rule.update))
 
     groups: dict[Hashable, optax.GradientTransformation] = {
         "embedding": adamw(embedding_lr),

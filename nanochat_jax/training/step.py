@@ -94,21 +94,25 @@ def make_step(
         stop = batch.get("stop")
         loss, grads = gradients(params, {k: v for k, v in batch.items() if k != "stop"})
         if zero1:
-            loss, grads = loss.sum(), zero1.reduce_scatter_grads(grads)
+            with jax.named_scope("reduce_scatter"):
+                loss, grads = loss.sum(), zero1.reduce_scatter_grads(grads)
         count = (batch["targets"] >= 0).sum()
         scale = 1.0 / jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        grad_norm = optax.tree.norm(grads)
+        with jax.named_scope("gradient_norm"):
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            grad_norm = optax.tree.norm(grads)
         if grad_clip > 0:
             # Clips the gradient of the whole batch. The original nanochat clips each rank's gradient, so its result
             # depends on the number of ranks. Clipping costs about 2% of the speed. It is off by default, because the
             # gradient norm does not exceed 1 in our runs.
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, grad_clip / (grad_norm + 1e-6)), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        if layout:
-            updates = layout.constrain(updates, layout.param_specs(updates))
-            opt_state = layout.constrain(opt_state, layout.shard_specs(opt_state))
-        params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
+            if layout:
+                updates = layout.constrain(updates, layout.param_specs(updates))
+                opt_state = layout.constrain(opt_state, layout.shard_specs(opt_state))
+        with jax.named_scope("update_weights"):
+            params = jax.tree.map(lambda p, u: p + lr_mult * u, params, updates)
         metrics = StepMetrics(loss * scale, grad_norm, count, None if stop is None else stop.sum())
         return TrainState(params, opt_state), metrics
 

@@ -4,6 +4,7 @@
     python -m scripts.bench data --data_dir=FOLDER
     python -m scripts.bench decode --peer=hf --peer_python=PATH
     python -m scripts.bench serve
+    python -m scripts.bench train --peer=hf --peer_python=PATH
 
 `python -m scripts.bench NAME --help` shows the settings of the benchmark NAME.
 """
@@ -13,7 +14,7 @@ import sys
 
 from nanochat_jax import commandline
 
-BENCHMARKS = ("tokenizer", "data", "decode", "serve")  # modules in this folder; each defines Settings and main
+BENCHMARKS = ("tokenizer", "data", "decode", "serve", "train")  # modules in this folder; each defines Settings and main
 
 
 def main() -> None:

@@ -272,7 +272,8 @@ def test_help_and_names():
     assert not imported & {"jax", "numpy", "pyarrow", "tiktoken", "rustbpe"}
     done = run("data", "--help")
     assert done.returncode == 0 and "--max_seq_len" in done.stdout
-    for arguments, words in (([], "must be one of tokenizer, data, decode, serve"), (["speed"], "benchmark 'speed'"),
+    for arguments, words in (([], "must be one of tokenizer, data, decode, serve, train"),
+                             (["speed"], "benchmark 'speed'"),
                              (["tokenizer", "--corpus=/gone"], "--corpus=/gone: no such"),
                              (["tokenizer", "--config=cpu"], "--config=cpu")):  # fmt: skip
         done = run(*arguments)

@@ -8,7 +8,10 @@ import tiny
 
 from nanochat_jax import checkpoint, run_log
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.request import Request
 from nanochat_jax.model import attention, gpt
+from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import estimated_memory
 from nanochat_jax.training.loop import train
@@ -124,3 +127,22 @@ def test_memory_as_compiled_is_what_a_step_takes(own_base_dir):
     train(tiny.base_config(model_tag="memory", device_batch_size=64, **flags))
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
     assert peak < 1.1 * needed and 0.25 * needed < estimated < 4 * needed
+
+
+def test_the_next_chunk_is_in_flight_and_the_tokens_are_the_same():
+    tokenizer = Tokenizer.train(["12 * 3 = 36, hello there, what is 7 + 5?"] * 3, 280)
+    model_cfg = GPTConfig(2, 4, 2, 256, tokenizer.vocab_size, 256)
+    requests = [Request(list(range(9)), max_tokens=90, n=3, seed=i, stop_ids=(), tools=False) for i in range(2)]
+    params, answers = tiny.random_params(model_cfg, 0.1), []
+    for asynchronous in (False, None):
+        engine, flights = Engine(params, model_cfg, tokenizer, asynchronous=asynchronous), []
+        schedule = engine._scheduler.schedule
+
+        def noted(schedule=schedule, flights=flights):
+            flights.append(schedule())
+            return flights[-1]
+
+        engine._scheduler.schedule = noted
+        answers.append([[(sample.ids, sample.mask) for sample in samples] for samples in engine.run(requests)])
+        assert any(made.in_flight for made in flights) == (asynchronous is None)
+    assert answers[0] == answers[1]

@@ -20,6 +20,10 @@ the device (model_runner.py). Last, the engine adds the new tokens to their sequ
 The host sends the state of all slots to the device with every chunk. Between chunks, the device keeps only the weights
 and the cache. Only one thread may use an engine.
 
+Asynchronous scheduling is an exception: on a GPU, if no sample waits for a slot or has called the calculator, the next
+chunk starts from the state on the device, while the host still processes the tokens of the last chunk. This gives the
+same tokens, but a request that arrives in the meantime must wait for the chunk to end.
+
 The weights may lie on a mesh of several devices. Each replica then decodes an equal share of the slots, and keeps only
 the cache rows of its share. If the number of slots is not a multiple of the number of replicas, every device decodes
 all slots.
@@ -28,6 +32,7 @@ all slots.
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -52,6 +57,9 @@ class Engine:
     calculator's results. The model computes in `dtype`. The dtype and the number of slots are fixed, so the result of a
     request does not depend on other requests. Only rounding errors may differ, because a cached prefix may have been
     computed in chunks of another size.
+
+    If `asynchronous` is set, the next chunk may start before the host has read the last one. By default, it is set only
+    on GPUs, because on a CPU, both would share the cores.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class Engine:
         slots: int = 8,
         dtype: DTypeLike = jnp.float32,
         chunk: int = 16,
+        asynchronous: bool | None = None,
     ):
         if slots < 1:
             raise UserError(f"slots is {slots}: must be at least 1")
@@ -70,6 +79,7 @@ class Engine:
             name: tokenizer.special(f"<|{name}|>")
             for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end", "bos")
         }
+        self._asynchronous = jax.default_backend() == "gpu" if asynchronous is None else asynchronous
         self._next_id = 0
         self._reset_scheduler()
         self._runner = ModelRunner(
@@ -78,7 +88,7 @@ class Engine:
 
     def _reset_scheduler(self) -> None:
         stop_ids = (self._special["assistant_end"], self._special["bos"])
-        self._scheduler = Scheduler(self.slots, self.model_cfg.sequence_len, self.chunk, stop_ids)
+        self._scheduler = Scheduler(self.slots, self.model_cfg.sequence_len, self.chunk, stop_ids, self._asynchronous)
 
     def set_params(self, params: gpt.Params) -> None:
         """Replaces the weights. The engine must be idle.
@@ -166,7 +176,7 @@ class Engine:
         If `sample` is given, ends only the sample with this index. This sample must have been started.
         """
         self._scheduler.cancel(id, sample)
-        self._free_unused_prefill()
+        self._free_unused()
 
     def step(self) -> list[Event]:
         """Runs one step, and returns the new tokens as events.
@@ -177,12 +187,12 @@ class Engine:
         """
         schedule = self._scheduler.schedule()
         try:
-            output = self._runner.run(schedule)
+            return self._postprocess(schedule, self._runner.run(schedule))
         except BaseException:
             self._scheduler.abandon(schedule)
             self._runner.drop_prefill()
+            self._runner.drop_chunk()
             raise
-        return self._postprocess(schedule, output)
 
     def missing(self, requests: list[Request]) -> list[Program]:
         """Returns the programs that must be compiled before `requests` can run without delaying other samples.
@@ -265,20 +275,25 @@ class Engine:
             for sample in range(prompt.request.n)
         ]
         if output.tokens:
-            events += [self._extend(slot, seq, output.tokens) for slot, seq in schedule.sequences.items()]
+            # All rows are converted at once, because numpy takes long for every single row.
+            ids, logprobs, counts = (x.tolist() for x in output.tokens[:3])
+            for slot, sequence in schedule.sequences.items():
+                # A row that paused in the last chunk gets no tokens from the chunk that was in flight already.
+                if count := counts[slot]:
+                    new = ids[slot][:count], logprobs[slot][:count]
+                    events.append(self._extend(slot, sequence, *new, output.tokens))
         if schedule.decodes:  # decoding overwrites the last position of a full row, even in a free slot
             self._scheduler.slots.truncate(schedule.cache_size)
-        self._free_unused_prefill()
+        self._free_unused()
         return events
 
-    def _extend(self, slot: int, sequence: Sequence, tokens: Tokens) -> Event:
-        """Appends new tokens to the sequence in `slot`, and returns them as an event.
+    def _extend(self, slot: int, sequence: Sequence, ids: list[int], logprobs: list[float], tokens: Tokens) -> Event:
+        """Appends the new tokens `ids` to the sequence in `slot`, and returns them as an event.
 
-        If the sequence is now complete, frees the slot. Otherwise, looks for tool calls in the new tokens.
+        If the sequence is now complete, frees the slot. Otherwise, looks for tool calls in the new tokens. `tokens`
+        holds the new tokens of all slots.
         """
-        prompt, request = sequence.prompt, sequence.request
-        count = int(tokens.counts[slot])
-        ids, logprobs = tokens.ids[slot, :count].tolist(), tokens.logprobs[slot, :count].tolist()
+        prompt, request, count = sequence.prompt, sequence.request, len(ids)
         forced = min(len(sequence.forced), count)
         for _ in range(forced):
             sequence.forced.popleft()
@@ -289,8 +304,11 @@ class Engine:
         if reason:
             self._scheduler.slots.release(slot)
         elif request.tools:
-            for token in ids:
-                self._follow_tool_call(sequence, token)
+            if self._special["python_start"] in ids or self._special["python_end"] in ids:
+                sequence.called = True
+            if sequence.called:
+                for token in ids:
+                    self._follow_tool_call(sequence, token)
         top = None
         if request.top_logprobs:
             top = _top_logprobs(tokens.top_ids[slot, :count], tokens.top_logprobs[slot, :count], request.top_logprobs)
@@ -323,10 +341,14 @@ class Engine:
         elif sequence.expression is not None:
             sequence.expression.append(token)
 
-    def _free_unused_prefill(self) -> None:
-        """Frees the memory of prefilled prompts once all their samples have been started."""
+    def _free_unused(self) -> None:
+        """Frees the memory of prefilled prompts once all their samples have been started, and of a chunk in flight once
+        all its sequences have ended."""
         if self._scheduler.prefill is None:
             self._runner.drop_prefill()
+        if not self.running:
+            self._scheduler.in_flight = False
+            self._runner.drop_chunk()
 
 
 def _top_logprobs(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:

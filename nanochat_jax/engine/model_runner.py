@@ -32,6 +32,15 @@ class Output(NamedTuple):
     scores: PromptScores | None
 
 
+class Decoding(NamedTuple):
+    """A chunk that was dispatched to the device. Its arrays may not be computed yet."""
+
+    program: Program
+    following: DecodeInputs  # the inputs of the chunk after this one, if it starts before the host has read this one
+    settings: sampler.Settings
+    tokens: tuple[jax.Array, ...]  # the fields of Tokens
+
+
 class ModelRunner:
     """Runs the schedules of an engine with `slots` slots."""
 
@@ -54,9 +63,12 @@ class ModelRunner:
         self._compiled: dict[Program, Any] = {}  # the programs that `compile` has compiled
         self._prefix: kv.KV = {}  # the cache rows of the current prefill; {} if there is no prefill
         self._logits: jax.Array | None = None  # [p,v] next-token logits of the prompts in the current prefill
+        self._in_flight: Decoding | None = None  # the chunk that the device decodes while the host reads the last one
         self.set_params(params)
-        where = sharding.batch_sharding(mesh) or self.params["wte"].sharding
-        self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, where)
+        self._where = self.params["wte"].sharding  # on every device
+        self._no_forced = jax.device_put((np.zeros((slots, chunk), np.int32), np.zeros(slots, np.int32)), self._where)
+        self._cache_where = sharding.batch_sharding(mesh) or self._where
+        self.cache = kv.allocate(model_cfg, slots, cache_size, dtype, self._cache_where)
 
     def set_params(self, params: gpt.Params) -> None:
         """Replaces the weights with `params`. If these lie on a mesh, every device of the mesh gets all weights."""
@@ -82,9 +94,14 @@ class ModelRunner:
         """Frees the memory of the last prefill."""
         self._prefix, self._logits = {}, None
 
+    def drop_chunk(self) -> None:
+        """Forgets the chunk in flight, whose tokens nobody will read."""
+        self._in_flight = None
+
     def close(self) -> None:
         """Frees the memory that the runner holds on the device. The runner cannot be used afterwards."""
         self.drop_prefill()
+        self.drop_chunk()
         self.cache, self.params = {}, {}
 
     def _prefill_batch(self, batch: PrefillBatch) -> PromptScores | None:
@@ -129,17 +146,34 @@ class ModelRunner:
         return Tokens(ids, logprobs, np.ones(self.slots, np.int32), *named)
 
     def _decode(self, schedule: Schedule) -> Tokens:
+        current = self._in_flight if schedule.in_flight else self._dispatch(*self._chunk(schedule))
+        assert current is not None, "no chunk is in flight"
+        self._in_flight = (
+            self._dispatch(current.program, current.following, current.settings) if schedule.next_in_flight else None
+        )
+        return Tokens(*jax.device_get(current.tokens))
+
+    def _chunk(self, schedule: Schedule) -> tuple[Program, DecodeInputs, sampler.Settings]:
+        """Returns the program that decodes a chunk, and its inputs."""
         sequences = [schedule.sequences.get(slot) for slot in range(self.slots)]
         settings, plan, top = self._sampling(sequences)
-        inputs = self._decode_inputs(sequences, schedule.lengths)
         program = Program("decode", cache=kv.size_of(self.cache), plan=plan, top=top)
-        self.cache, out = self._run(program, self.params, self.cache, inputs, settings)
-        return Tokens(*jax.device_get(out))
+        # The inputs of a chunk in flight are on the device. So all inputs are put there, because jit would compile
+        # another program for arrays of the host.
+        inputs = jax.device_put((self._decode_inputs(sequences, schedule.lengths), settings), self._where)
+        return program, *inputs
+
+    def _dispatch(self, program: Program, inputs: DecodeInputs, settings: sampler.Settings) -> Decoding:
+        """Tells the device to decode a chunk, and does not wait for it."""
+        self.cache, state, tokens = self._run(program, self.params, self.cache, inputs, settings)
+        following = inputs._replace(**state._asdict(), forced=self._no_forced[0], forced_count=self._no_forced[1])
+        return Decoding(program, following, settings, tokens)
 
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
         """Returns all slots' sampling settings, the sampler's plan, and how many of the likeliest tokens to report."""
         settings = sampler.settings([(s.request, s.sample) if s else None for s in sequences], self.shapes.vocab_size)
-        return settings, *self.shapes.sampling(s.request for s in sequences if s)
+        asked = any(s.request.top_logprobs for s in sequences if s)
+        return settings, sampler.plan(settings, self.shapes.vocab_size), self.shapes.most_top if asked else 0
 
     # -----------------------------------------------------------------------------
     # Programs that are compiled ahead of time
@@ -187,13 +221,14 @@ class ModelRunner:
     def _example(self, program: Program) -> tuple:
         """Returns example arguments of the program's shapes. The cache and the logits are not allocated."""
         model_cfg, dtype = self.fixed.model_cfg, self.fixed.dtype
-        where = self.params["wte"].sharding
 
-        def on_device(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        def on_device(
+            shape: tuple[int, ...], dtype: DTypeLike, where: jax.sharding.Sharding = self._where
+        ) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-        def cache(rows: int, size: int) -> dict:
-            row = on_device((rows, model_cfg.n_kv_head, size, model_cfg.head_dim), kv.dtype_for(dtype))
+        def cache(rows: int, size: int, where: jax.sharding.Sharding = self._where) -> dict:
+            row = on_device((rows, model_cfg.n_kv_head, size, model_cfg.head_dim), kv.dtype_for(dtype), where)
             return {name: [row] * model_cfg.n_layer for name in ("k", "v")}
 
         def ints(*shape: int) -> np.ndarray:
@@ -205,12 +240,15 @@ class ModelRunner:
         if program.name == "prefill_chunk":
             return self.params, ints(1, program.width), ints(1), cache(1, program.size), ints(1)
         if program.name == "insert_rows":
-            return cache(b, program.cache), cache(rows, program.size), ints(b), ints(b), np.int32(0)
+            return cache(b, program.cache, self._cache_where), cache(rows, program.size), ints(b), ints(b), np.int32(0)
         settings = sampler.settings([None] * b, self.shapes.vocab_size)
         if program.name == "first_tokens":
             logits = on_device((rows, model_cfg.vocab_size), accum_dtype(jnp.dtype(dtype)))
             return logits, ints(b), settings, ints(b)
-        return self.params, cache(b, program.cache), self._decode_inputs([None] * b, [0] * b), settings
+        inputs = jax.tree.map(
+            lambda x: on_device(x.shape, x.dtype), (self._decode_inputs([None] * b, [0] * b), settings)
+        )
+        return self.params, cache(b, program.cache, self._cache_where), *inputs
 
     def _decode_inputs(self, sequences: list[Sequence | None], lengths: list[int]) -> DecodeInputs:
         b = self.slots
@@ -227,13 +265,17 @@ class ModelRunner:
             forced=zeros((b, self.chunk)),
             forced_count=zeros(b),
         )
-        for slot, sequence in enumerate(sequences):
-            if sequence is None:
-                continue
-            inputs.token[slot], inputs.left[slot] = sequence.ids[-1], sequence.left
-            inputs.active[slot], inputs.tools[slot] = True, sequence.request.tools
-            inputs.stop[slot, : len(sequence.stop_ids)] = sequence.stop_ids
-            forced = list(sequence.forced)[: self.chunk]
-            inputs.forced[slot, : len(forced)] = forced
-            inputs.forced_count[slot] = len(forced)
+        used = {slot: sequence for slot, sequence in enumerate(sequences) if sequence}
+        slots = list(used)
+        inputs.token[slots] = [sequence.ids[-1] for sequence in used.values()]
+        inputs.left[slots] = [sequence.left for sequence in used.values()]
+        inputs.tools[slots] = [sequence.request.tools for sequence in used.values()]
+        inputs.active[slots] = True
+        for slot, sequence in used.items():
+            if sequence.stop_ids:
+                inputs.stop[slot, : len(sequence.stop_ids)] = sequence.stop_ids
+            if sequence.forced:
+                forced = list(sequence.forced)[: self.chunk]
+                inputs.forced[slot, : len(forced)] = forced
+                inputs.forced_count[slot] = len(forced)
         return inputs

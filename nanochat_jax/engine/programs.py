@@ -56,6 +56,15 @@ class DecodeInputs(NamedTuple):
     forced_count: Array  # the number of valid tokens in each row of `forced`
 
 
+class DecodeState(NamedTuple):
+    """The fields of DecodeInputs that decoding changes, at the end of a chunk. The arrays have the shape [b]."""
+
+    token: Array
+    length: Array
+    left: Array
+    active: Array
+
+
 class Tokens(NamedTuple):
     """New tokens of all slots, on the host. In row i, only the first `counts[i]` steps are valid."""
 
@@ -209,17 +218,17 @@ def decode(
     fixed: Fixed,
     plan: sampler.Plan,
     top: int,
-) -> tuple[kv.KV, tuple[jax.Array, ...]]:
+) -> tuple[kv.KV, DecodeState, tuple[jax.Array, ...]]:
     """Decodes a chunk for all slots.
 
-    Returns (the cache, the fields of Tokens). In an inactive row, every step decodes the row's last token again at the
-    same position. So the cached keys and values of the row's earlier tokens do not change.
+    Returns (the cache, the state after the chunk, the fields of Tokens). In an inactive row, every step decodes the
+    row's last token again at the same position. So the cached keys and values of its earlier tokens do not change.
     """
     model_cfg, dtype, python_end, mesh = fixed
 
     def chunk(
         params: DecodeParams, cache: kv.KV, slots: DecodeInputs, settings: sampler.Settings
-    ) -> tuple[kv.KV, tuple[jax.Array, ...]]:
+    ) -> tuple[kv.KV, DecodeState, tuple[jax.Array, ...]]:
         def step(carry: tuple, inputs: tuple[jax.Array, Array]) -> tuple[tuple, tuple]:
             cache, token, length, left, active = carry
             i, forced = inputs
@@ -236,8 +245,12 @@ def decode(
 
         carry: tuple = (cache, slots.token, slots.length, slots.left, slots.active)
         inputs = (jnp.arange(slots.forced.shape[1]), slots.forced.T)
-        (cache, *_), (tokens, logprobs, counts, *top_logprobs) = jax.lax.scan(step, carry, inputs)
-        return cache, (tokens.T, logprobs.T, counts.sum(0), *(jnp.swapaxes(x, 0, 1) for x in top_logprobs))
+        (cache, *state), (tokens, logprobs, counts, *top_logprobs) = jax.lax.scan(step, carry, inputs)
+        return (
+            cache,
+            DecodeState(*state),
+            (tokens.T, logprobs.T, counts.sum(0), *(jnp.swapaxes(x, 0, 1) for x in top_logprobs)),
+        )
 
-    cache, out = sharding.shard_map_rows(chunk, mesh)(params, cache, slots, settings)
-    return cache, sharding.replicate(out, mesh)
+    cache, state, out = sharding.shard_map_rows(chunk, mesh)(params, cache, slots, settings)
+    return cache, *sharding.replicate((state, out), mesh)

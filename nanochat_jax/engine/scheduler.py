@@ -4,10 +4,13 @@
 - Batched prefill: if several short prompts of similar length are waiting, they are prefilled together.
 - Chunked prefill: a long prompt is computed one chunk per step, and the running sequences decode in between.
 - Prefix caching: a prompt may start from a copy of a cache row that already holds the prompt's first tokens.
+- Asynchronous scheduling: on a GPU, the next chunk starts before the host has read the last one. It waits for the host
+  if a sample waits for a slot, or if a running sample has called the calculator.
 
 This module runs on the host, and works only with lists of token ids.
 """
 
+import dataclasses
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
@@ -84,6 +87,8 @@ class Schedule:
     scored: list[Prompt]  # prompts that asked only for scores, not for new tokens
     lengths: list[int]  # number of cached tokens in each slot, including free slots
     cache_size: int  # positions in each row of the cache
+    in_flight: bool = False  # whether the device was already told to decode this chunk
+    next_in_flight: bool = False  # whether the device should start the next chunk before the host reads this one
 
     @property
     def decodes(self) -> bool:
@@ -95,10 +100,13 @@ class Scheduler:
 
     The model's context is `context` tokens long. A step decodes at most `chunk` tokens for each slot. `stop_ids` are
     the default stop tokens, for requests whose own `stop_ids` is None.
+
+    If `asynchronous` is set, the device may start the next chunk before the host has read the last one.
     """
 
-    def __init__(self, slots: int, context: int, chunk: int, stop_ids: tuple[int, ...]):
-        self.context, self.chunk, self.stop_ids = context, chunk, stop_ids
+    def __init__(self, slots: int, context: int, chunk: int, stop_ids: tuple[int, ...], asynchronous: bool):
+        self.context, self.chunk, self.stop_ids, self.asynchronous = context, chunk, stop_ids, asynchronous
+        self.in_flight = False  # whether the device was told to decode the chunk after the last one scheduled
         self.slots = Slots(slots)
         self.queue: deque[Prompt] = deque()
         self.prefill: Prefill | None = None
@@ -141,22 +149,40 @@ class Scheduler:
         """Cleans up after a failed step: drops the prefill, and frees the slots of samples that were about to start."""
         for slot in schedule.first_tokens:
             self.slots.discard(slot)
-        self.prefill = None
+        self.prefill, self.in_flight = None, False
 
     def schedule(self) -> Schedule:
         """Decides what the next step runs.
 
         Prompts leave the queue when their prefill starts, and samples take slots when they start. Waiting samples come
-        first: running sequences decode only if no waiting sample can start.
+        first: running sequences decode only if no waiting sample can start. But a chunk that is in flight comes before
+        everything else.
         """
-        free = self.slots.free()
+        running, free = self.slots.running(), self.slots.free()
+        if self.in_flight:
+            return self._schedule_decoding(running, None)
         prefill = self._next_prefill(len(free)) if free and self.waiting else None
         if free and self.prefill and self.prefill.complete:
             return self._start_samples(free, self.prefill, prefill)
-        running = self.slots.running()
         if running:
             self._fit_cache()
-        return self._schedule(prefill, running)
+        return self._schedule_decoding(running, prefill)
+
+    def _schedule_decoding(self, running: dict[int, Sequence], prefill: PrefillBatch | PrefillChunk | None) -> Schedule:
+        """Schedules a chunk for the running sequences, and the next chunk too if nothing must happen in between."""
+        # A row pauses at the end of a tool call, until the host sends its state again. In a chunk that is in flight by
+        # then, it gets no tokens. A sample that has called the calculator is likely to call it again, so the next chunk
+        # waits for the host while such a sample runs. Otherwise, more time could be lost than the host needs.
+        in_flight = self.in_flight
+        self.in_flight = (
+            self.asynchronous
+            and not self.waiting
+            and any(sequence.left > self.chunk for sequence in running.values())
+            and not any(sequence.called for sequence in running.values())
+            and all(s.length + min(2 * self.chunk, s.left) <= self.cache_size for s in running.values())
+        )
+        schedule = self._schedule(prefill, running)
+        return dataclasses.replace(schedule, in_flight=in_flight, next_in_flight=self.in_flight)
 
     def _schedule(
         self,

@@ -39,6 +39,7 @@ class Sequence:
     left: int  # how many more tokens may be added
     expression: list[int] | None = None  # tokens since python_start; None outside a tool call
     forced: deque[int] = field(default_factory=deque)  # tokens to insert before sampling continues
+    called: bool = False  # whether the answer has a tool call, at whose end the device waits for the host
 
     @property
     def request(self) -> Request:

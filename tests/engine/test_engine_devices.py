@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from nanochat_jax.config import REPOSITORY
 
 ON_DEVICES = """
 import json
+import sys
 import jax
 import tiny
 from nanochat_jax.config import GPTConfig
@@ -39,7 +41,17 @@ for params, slots, platform in ((one, 16, "default"), (many, 16, "default"), (ma
     if platform == "cuda":  # what a GPU would run, on the CPU
         jax.clear_caches()
         jax.lax.platform_dependent = lambda *args, **branches: branches["cuda"](*args)
-    engine = Engine(params, model_cfg, tokenizer, slots=slots, chunk=4)
+    engine = Engine(params, model_cfg, tokenizer, slots=slots, chunk=4, asynchronous=params is many)
+    run, used = engine._runner._run, set()
+
+    def noted(program, *args):
+        used.add(program)
+        return run(program, *args)
+
+    engine._runner._run = noted
+    if platform == "cuda":
+        for program in engine.missing(requests):
+            engine.compile(program)
     answers = [[(s.ids, s.mask, s.finish_reason) for s in group] for group in engine.run(requests)]
     # The next turn of the last one continues from its cached tokens, another prompt is prefilled in chunks.
     last = [*requests[3].ids, *answers[3][2][0], *prompt(4, 4)]
@@ -47,6 +59,8 @@ for params, slots, platform in ((one, 16, "default"), (many, 16, "default"), (ma
         events = list(engine.stream(Request(ids, max_tokens=9, seed=4, stop_ids=())))
         answers.append([events[0].cached_tokens, [token for event in events for token in event.ids]])
     scheduler.PREFILL_CHUNK = 512
+    ran = {engine._runner.compiled_for(program) or program for program in used if program.name == "decode"}
+    print("\\nused", len(ran), file=sys.stderr)
     cache = engine._runner.cache["k"] + engine._runner.cache["v"]
     spread = all(x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), x.ndim) for x in cache)
     print(json.dumps([answers, spread, sorted({len(shard.data) for x in cache for shard in x.addressable_shards})]))
@@ -54,7 +68,7 @@ for params, slots, platform in ((one, 16, "default"), (many, 16, "default"), (ma
 
 
 def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
-    env = os.environ | {"XLA_FLAGS": tiny.xla_flags(8), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": tiny.xla_flags(8), "JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1"}
     folders = REPOSITORY, REPOSITORY / "tests" / "support", REPOSITORY / "tests" / "engine"
     env["PYTHONPATH"] = os.pathsep.join(map(str, folders))
     done = subprocess.run(
@@ -67,4 +81,7 @@ def test_eight_devices_decode_an_eighth_each_and_say_what_one_says():
     assert as_on_gpus == many
     assert undivided == [one[0], False, [6]]  # 6 slots cannot be divided by 8, so every device decodes them all
     assert [cached_tokens for cached_tokens, _ in one[0][4:]] == [143, 0]
+    # A chunk in flight runs the same program as a chunk whose inputs the host has sent.
+    used = sum(map(int, re.findall("^used ([0-9]+)$", done.stderr, re.MULTILINE)))
+    assert len(re.findall(r"Compiling (?:jit\()?decode\b", done.stderr)) == used > 10
     assert one[0][0][0][1].count(0) == 3  # the call was answered: <|output_start|> 36 <|output_end|>

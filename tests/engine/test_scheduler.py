@@ -18,8 +18,8 @@ from nanochat_jax.engine.scheduler import (
 CONTEXT = 2048
 
 
-def scheduler(slots: int = 4) -> Scheduler:
-    return Scheduler(slots, CONTEXT, chunk=4, stop_ids=(0,))
+def scheduler(slots: int = 4, asynchronous: bool = False) -> Scheduler:
+    return Scheduler(slots, CONTEXT, chunk=4, stop_ids=(0,), asynchronous=asynchronous)
 
 
 def prompt(length: int, first: int = 1) -> list[int]:
@@ -172,7 +172,7 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode(length, chunks)
 
 
 def test_the_last_chunk_overlaps_the_one_before_where_the_row_ends():
-    queue = Scheduler(1, 700, chunk=4, stop_ids=())
+    queue = Scheduler(1, 700, chunk=4, stop_ids=(), asynchronous=False)
     ids = prompt(690)
     add(queue, ids)
     queue.schedule()
@@ -243,3 +243,61 @@ def test_the_cache_holds_every_sequence_to_the_end_of_the_next_chunk():
     queue.slots.release(0)
     assert queue.schedule().cache_size == 128
     assert queue.slots.cached_length(0) == 127, "the last position of a full row is where decoding writes"
+
+
+# -----------------------------------------------------------------------------
+# Asynchronous scheduling
+
+
+def decoding(slots: int = 2, **settings) -> tuple[Scheduler, Schedule]:
+    """An asynchronous scheduler whose slots are all in use, and the schedule of its first chunk."""
+    queue = scheduler(slots, asynchronous=True)
+    add(queue, prompt(5), n=slots, **settings)
+    generate(queue, queue.schedule())
+    return queue, queue.schedule()
+
+
+def test_the_next_chunk_is_in_flight_until_the_last_one():
+    queue, schedule = decoding(max_tokens=13)  # the first token, and 3 chunks
+    flights = []
+    for _ in range(3):
+        flights.append((schedule.in_flight, schedule.next_in_flight))
+        generate(queue, schedule, 4)
+        schedule = queue.schedule()
+    assert flights == [(False, True), (True, True), (True, False)]
+
+
+def test_a_request_that_arrives_starts_after_the_chunk_in_flight():
+    queue, schedule = decoding(max_tokens=100)
+    generate(queue, schedule, 4)
+    queue.slots.release(0)
+    add(queue, prompt(5, 2), start=2)
+    schedule = queue.schedule()
+    assert (schedule.in_flight, schedule.next_in_flight, schedule.prefill) == (True, False, None)
+    generate(queue, schedule, 4)
+    assert started(queue.schedule()) == [(2, 0)]
+
+
+def test_a_row_with_a_tool_call_waits_for_the_host():
+    """Otherwise a row that has paused at the end of a call would stay paused for ever."""
+    queue, schedule = decoding(max_tokens=100)
+    generate(queue, schedule, 4)
+    schedule.sequences[1].called = True
+    schedule = queue.schedule()
+    assert (schedule.in_flight, schedule.next_in_flight) == (True, False)
+    schedule = queue.schedule()
+    assert (schedule.in_flight, schedule.next_in_flight) == (False, False), "it may call again"
+    queue.slots.release(1)
+    assert queue.schedule().next_in_flight
+
+
+def test_the_next_chunk_waits_if_the_cache_must_grow():
+    queue, schedule = decoding(max_tokens=200)
+    while schedule.next_in_flight:
+        generate(queue, schedule, 4)
+        schedule = queue.schedule()
+    lengths = [sequence.length for sequence in schedule.sequences.values()]
+    assert max(lengths) + 4 <= schedule.cache_size < max(lengths) + 8
+    generate(queue, schedule, 4)
+    following = queue.schedule()
+    assert not following.in_flight and following.cache_size > schedule.cache_size

@@ -9,11 +9,13 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from nanochat_jax import checkpoint, config, environment, files, run_log, trained_model
@@ -164,10 +166,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
         layout.check(model_cfg)
         print(f"{cfg.stage}: {folder}")
         dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
-        optimizer = optim.make_optimizer(
-            model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
-            weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
-        )  # fmt: skip
+        optimizer = optimizer_of(cfg, model_cfg, momentum, dtype, layout)
         advice = "try --shard=full on several devices, or a smaller model"
         with devices.out_of_memory_explained("the weights and the optimizer's state", advice):
             state, data, totals = _initial_state(cfg, model_cfg, optimizer, layout, folder, plan)
@@ -192,6 +191,16 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             yield run
         finally:
             run.saver.wait_local()  # not `wait_all`: after an error, the other processes may never reach this point
+
+
+def optimizer_of(
+    cfg: Train, model_cfg: GPTConfig, momentum: optax.Schedule | float, dtype: DTypeLike, layout: Layout
+) -> optax.GradientTransformation:
+    """Returns the optimizer with the settings of `cfg`."""
+    return optim.make_optimizer(
+        model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
+        weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
+    )  # fmt: skip
 
 
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
@@ -225,16 +234,14 @@ def _initial_state(
     parent, with random weights.
     """
 
+    totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
+    target = state_shapes(model_cfg, optimizer, layout)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+
     def fresh() -> TrainState:
         params = gpt.init(model_cfg, cfg.seed)
         return TrainState(params, optimizer.init(params))
 
-    abstract = jax.eval_shape(fresh)
-    specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
-    shardings = layout.shardings(specs)
-    totals = {"seconds": 0.0, "tokens": 0, "flops": 0}
-
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     if plan.step is not None:
         print(f"resuming at step {plan.step}")
     elif plan.parent is not None:
@@ -252,6 +259,33 @@ def _initial_state(
         params = checkpoint.restore_params(*plan.parent, target.params)
         return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)), None, totals
     return jax.jit(fresh, out_shardings=shardings)(), None, totals
+
+
+def state_shapes(model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Returns the shapes and shardings of the weights and the optimizer state."""
+
+    def fresh() -> TrainState:
+        params = gpt.init(model_cfg)
+        return TrainState(params, optimizer.init(params))
+
+    abstract = jax.eval_shape(fresh)
+    specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout.shardings(specs)
+    )
+
+
+def batch_shapes(
+    mesh: Mesh, grad_accum_steps: int, rows: int, seq_len: int
+) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """Returns the shapes and shardings of a step's batch and of its learning-rate factor.
+
+    `rows` is the number of rows that each replica computes at once.
+    """
+    shape = (grad_accum_steps, rows * sharding.replicas(mesh), seq_len)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
+    lr_mult = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    return {"inputs": ids, "targets": ids}, lr_mult
 
 
 def step_of(run: Run) -> jax.stages.Wrapped:
@@ -291,12 +325,14 @@ def compiled_memory(run: Run, grad_accum_steps: int, rows: int) -> int:
     `rows` is the number of rows that each replica computes at once. With one process, the step's arguments have the
     same shapes and shardings as in the loop, so the loop finds this compiled step in the compilation cache.
     """
-    mesh = run.layout.mesh
-    shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
-    lr_mult = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    batch, lr_mult = batch_shapes(run.layout.mesh, grad_accum_steps, rows, run.model_cfg.sequence_len)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
-    lowered = step_of(run).lower(state, {"inputs": ids, "targets": ids}, lr_mult)
+    lowered = step_of(run).lower(state, batch, lr_mult)
     used = lowered.compile().memory_analysis()
     assert used is not None, "this backend does not report the memory of a compiled program"
+    return peak_memory(used)
+
+
+def peak_memory(used: Any) -> int:
+    """Returns the peak memory in bytes, from what `memory_analysis` says of a compiled program."""
     return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes

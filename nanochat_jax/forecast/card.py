@@ -117,9 +117,9 @@ def read(path: Path) -> Card:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--target: {path}: not TOML: {first_line(error)}") from None
     shares = given.pop("reachable", None)
-    _check_keys(path, given, {field.name for field in fields(Card)} - {"reachable", "xla"}, "")
     if not isinstance(shares, dict):
         raise UserError(f"--target: {path}: the table [reachable] is missing: copy it from cards/h100.toml")
+    _check_keys(path, given, {field.name for field in fields(Card)} - {"reachable", "xla"}, "")
     _check_keys(path, shares, {field.name for field in fields(Reachable)}, "reachable.")
     for key, value in [*given.items(), *((f"reachable.{key}", value) for key, value in shares.items())]:
         low, high = 0.0 if key == "fp8_tflops" else 1e-9, 1.0 if key.startswith("reachable.") else 1e9

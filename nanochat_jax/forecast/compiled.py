@@ -1,8 +1,8 @@
 """Compiles jitted functions for GPUs that are not there.
 
-This needs XLA's compiler for NVIDIA GPUs (the extra aot or cuda13), but no GPU and no driver. Some things cannot be seen
-this way: XLA does not measure which kernel is fastest, cuDNN does not check whether it supports a shape, and the buffers
-of cuDNN and NCCL are not counted.
+This needs XLA's compiler for NVIDIA GPUs (the extra aot or cuda13), but no GPU and no driver. Some things cannot be
+seen this way: XLA does not measure which kernel is fastest, cuDNN does not check whether it supports a shape, and the
+buffers of cuDNN and NCCL are not counted.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from nanochat_jax.config import UserError, first_line
 from nanochat_jax.engine import cache as kv
-from nanochat_jax.model import attention
-from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.forecast.card import Target
 from nanochat_jax.forecast.hlo import Program
+from nanochat_jax.model import attention
+from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.training.run import peak_memory
 
 GIB = 2**30
@@ -66,11 +66,11 @@ def without_driver() -> None:
 
 
 @contextlib.contextmanager
-def pretending(target: Target) -> Generator[None]:
+def pretending(target: Target, kernel: str = "cudnn") -> Generator[None]:
     """Within this context, functions are traced as they would be on the target's GPUs.
 
-    JAX's cuDNN attention would ask the driver for the GPU and for the version of cuDNN, `attention` would try cuDNN, and
-    the cache's dtype would be the CPU's.
+    JAX's cuDNN attention would ask the driver for the GPU and for the version of cuDNN, `attention` would try cuDNN,
+    and the cache's dtype would be the CPU's. `kernel` is the attention kernel, "cudnn" or "xla".
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -80,7 +80,7 @@ def pretending(target: Target) -> Generator[None]:
             (fused, "check_cudnn_version", lambda: target.card.cudnn),
             (fused, "check_compute_capability", lambda wanted: float(wanted) <= float(capability)),
             (fused, "is_cuda_compute_capability_equal", lambda wanted: wanted == capability),
-            (attention, "_chosen", "cudnn"),
+            (attention, "_chosen", kernel),
             (kv, "dtype_for", jnp.dtype),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
@@ -119,7 +119,8 @@ def compile_for(function: Any, *args: Any, **static: Any) -> Compiled:
 
 def compiler_options() -> dict[str, str]:
     """The flags that a run on GPUs sets (see `devices.set_gpu_defaults`)."""
-    return dict(flag.removeprefix("--").split("=") for flag in devices.XLA_GPU_FLAGS)
+    parts = [flag.removeprefix("--").partition("=") for flag in devices.XLA_GPU_FLAGS]
+    return {name: value for name, _, value in parts}
 
 
 def shapes(tree: Any, shardings: Any) -> Any:

@@ -179,7 +179,7 @@ class Program:
         return Kernel(i.name, op, times, 0, 0, dtype, i.source, group=group, payload=whole)
 
     def _fusion_bytes(self, fusion: Instruction) -> float:
-        """The bytes that a fusion reads and writes. Of an array that it only slices or updates, it moves only a part."""
+        """The bytes that a fusion reads and writes. Of an array that it slices or updates, it moves only a part."""
         inside = self.computations[fusion.called("calls")]
         users: dict[str, list[Instruction]] = {}
         for i in inside:
@@ -217,10 +217,9 @@ class Program:
         total, largest, dtype = 0.0, 0.0, ""
         for i in self.computations.get(computation, []):
             flops, kind = self._products(i)
-            for attribute in ("calls",):
-                if called := i.called(attribute):
-                    more, inner = self._flops(called)
-                    flops, kind = flops + more, kind or inner
+            if called := i.called("calls"):
+                more, inner = self._flops(called)
+                flops, kind = flops + more, kind or inner
             total += flops
             if flops > largest:
                 largest, dtype = flops, kind

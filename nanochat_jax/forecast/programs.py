@@ -1,5 +1,7 @@
 """The programs of training and of generating text, compiled for a mesh of GPUs that are not there (`compiled.py`)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,10 +12,10 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import programs, sampler
 from nanochat_jax.engine.programs import Fixed
 from nanochat_jax.engine.request import MAX_STOP_IDS
+from nanochat_jax.forecast.compiled import Compiled, compile_for, shapes
 from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
 from nanochat_jax.parallel.sharding import Layout
-from nanochat_jax.forecast.compiled import Compiled, compile_for, shapes
 from nanochat_jax.training import optim
 from nanochat_jax.training.run import batch_shapes, optimizer_of, state_shapes
 from nanochat_jax.training.step import TrainState, execution, make_step
@@ -74,10 +76,10 @@ def decode(model_cfg: GPTConfig, mesh: Mesh, slots: int, size: int, plan: sample
     divided = mesh if mesh.size > 1 else None
     where = sharding.batch_sharding(divided) or sharding.replicated(mesh)
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    def ints(*shape: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    flags = jax.ShapeDtypeStruct((slots,), bool)
+    flags: Any = jax.ShapeDtypeStruct((slots,), bool)
     inputs = programs.DecodeInputs(
         ints(slots), ints(slots), ints(slots), flags, flags, ints(slots, MAX_STOP_IDS), ints(slots, CHUNK), ints(slots)
     )

@@ -19,13 +19,13 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import sampler
 from nanochat_jax.evals import chat, core
-from nanochat_jax.model import gpt
-from nanochat_jax.parallel import sharding
-from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.forecast import compiled, programs
 from nanochat_jax.forecast.card import Target
 from nanochat_jax.forecast.compiled import GIB, Compiled, compile_for, shapes
 from nanochat_jax.forecast.programs import BF16, cache_of, decode, prefill, training_step
+from nanochat_jax.model import gpt
+from nanochat_jax.parallel import sharding
+from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.training.rl import SLOTS
 
 if not any(importlib.util.find_spec(name) for name in compiled.PLUGINS):

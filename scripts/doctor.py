@@ -81,7 +81,7 @@ def forecast(cfg: config.Doctor) -> None:
         made = plan.make(cfg, target, model_cfg, lambda text: print(text, file=out, flush=True))
     found = report.facts(cfg, made)
     for name, value in report.lines(found):
-        print(f"{name + ':':<25}{value}", file=out)
+        print(f"{name + ':':<26}{value}", file=out)
     print(report.BOUND, file=out)
     if cfg.json == "-":
         print(json.dumps(found))

@@ -62,7 +62,7 @@ def without_driver() -> None:
     Call this before JAX is used.
     """
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # JAX 0.11 would refuse to load the plugin
+    os.environ.setdefault(*devices.NO_DRIVER)
 
 
 @contextlib.contextmanager

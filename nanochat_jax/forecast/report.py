@@ -11,12 +11,13 @@ from nanochat_jax.forecast.compiled import GIB, Compiled
 from nanochat_jax.forecast.plan import Plan
 from nanochat_jax.forecast.programs import CHUNK
 from nanochat_jax.forecast.roofline import COMMUNICATION, PARTS, Roofline
-from nanochat_jax.progress import clock
+from nanochat_jax.progress import clock, count_of
 from nanochat_jax.training.passes import horizon
 
 BOUND = (
-    "A BOUND, NOT A MEASUREMENT: no GPU was used. The times are those that the compiled program's bytes and FLOPs take "
-    "at the card's peaks, without launches; a real run is slower. Memory does not count cuDNN's and NCCL's buffers."
+    "A BOUND, NOT A MEASUREMENT: no GPU was used. The times are those that the bytes and FLOPs of the program as "
+    "it was compiled here take at the card's peaks and without launches; a real run is slower. Good kernels reach the shares "
+    "of the peaks in the card's file. Memory does not count cuDNN's and NCCL's buffers."
 )
 BF16_BYTES = 2
 
@@ -53,7 +54,7 @@ def facts(cfg: config.Doctor, plan: Plan) -> dict[str, Any]:
         "model": {"parameters": model_cfg.num_params, "depth": model_cfg.n_layer, "width": model_cfg.n_embd},
         "batch": {
             "rows": plan.shape.rows, "grad_accum_steps": plan.shape.grad_accum_steps,
-            "replicas": plan.shape.replicas, "tokens": plan.shape.tokens,
+            "replicas": plan.shape.replicas, "seq_len": plan.shape.seq_len, "shape": str(plan.shape), "tokens": plan.shape.tokens,
         },
         "memory": {
             "card": card.memory, "usable": plan.limit, "peak": plan.step.peak, "weights": plan.weights,
@@ -116,8 +117,8 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     memory, batch, step = found["memory"], found["batch"], found["step"]
     gib = {name: f"{size / GIB:.1f}" for name, size in memory.items()}
     rows = [
-        ("Fits", f"yes, with {batch['rows']} rows on each replica: {batch['grad_accum_steps']} x {batch['rows']} rows "
-         f"x {batch['replicas']} replicas, {batch['tokens']:,} tokens a step"),
+        ("Fits", f"yes, with {count_of(batch['rows'], 'row')} on each replica: {batch['tokens']:,} tokens a step = "
+         f"{batch['shape']} x {batch['seq_len']}"),
         ("Peak memory", f"{gib['peak']} GiB on each GPU: {gib['weights']} weights, {gib['optimizer']} optimizer, "
          f"{gib['activations and gradients']} activations and gradients; a run may use {gib['usable']} of "
          f"{gib['card']}"),
@@ -130,6 +131,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
             f", {sent / least:.2f} times the minimum of this sharding ({least / 1e6:,.0f} MB, in bf16)" if least else ""
         )
         rows.append(("Collectives", f"{', '.join(kinds)}: each GPU sends {sent / 1e6:,.0f} MB a step{ratio}"))
+    rows.append(("Parts of a step", "at the card's peaks (with good kernels)"))
     for name, part in step["bound"]["parts"].items():
         usual = step["with good kernels"]["parts"][name]
         hidden = ""

@@ -75,5 +75,5 @@ def record(program: Compiled, name: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(
                 f"| {name} | {program.peak / GIB:.1f} | {program.temporaries / GIB:.1f} | "
-                f"{program.program.count():,} | {found} | {sent / 1e6:,.0f} | {program.seconds:.0f} |\n"
+                f"{program.program.count():,} | {found} | {sent / 1e6:,.0f} |\n"
             )

@@ -16,8 +16,8 @@ from nanochat_jax.training.passes import horizon
 
 BOUND = (
     "A BOUND, NOT A MEASUREMENT: no GPU was used. The times are those that the bytes and FLOPs of the program as "
-    "it was compiled here take at the card's peaks and without launches; a real run is slower. Good kernels reach the shares "
-    "of the peaks in the card's file. Memory does not count cuDNN's and NCCL's buffers."
+    "it was compiled here take at the card's peaks and without launches; a real run is slower. Good kernels reach "
+    "the shares of the peaks in the card's file. Memory does not count cuDNN's and NCCL's buffers."
 )
 BF16_BYTES = 2
 
@@ -54,7 +54,8 @@ def facts(cfg: config.Doctor, plan: Plan) -> dict[str, Any]:
         "model": {"parameters": model_cfg.num_params, "depth": model_cfg.n_layer, "width": model_cfg.n_embd},
         "batch": {
             "rows": plan.shape.rows, "grad_accum_steps": plan.shape.grad_accum_steps,
-            "replicas": plan.shape.replicas, "seq_len": plan.shape.seq_len, "shape": str(plan.shape), "tokens": plan.shape.tokens,
+            "replicas": plan.shape.replicas, "seq_len": plan.shape.seq_len, "tokens": plan.shape.tokens,
+            "shape": str(plan.shape),
         },
         "memory": {
             "card": card.memory, "usable": plan.limit, "peak": plan.step.peak, "weights": plan.weights,

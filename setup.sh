@@ -73,6 +73,8 @@ build_environment() {
     gpu=$(gpu_extra) || exit 2
     case $gpu in cuda12) other=cuda13 ;; cuda13) other=cuda12 ;; *) other=none ;; esac
     [[ " $* " != *" $other "* ]] || fail "the extra $other does not fit this machine's GPU driver: leave it out"
+    [[ "$gpu" != cuda12 || " $* " != *" aot "* ]] || fail "the extra aot holds CUDA 13, and cuda12, which this" \
+        "machine's GPU driver needs, has a compiler of its own: leave it out"
     wanted=$(echo "$* $gpu" | xargs)
     source=$( (pwd; cat pyproject.toml rustbpe/pyproject.toml rustbpe/Cargo.toml rustbpe/src/*.rs) | hash_of_input)
     # .venv/.made holds the hash of the sources, followed by the names of the installed extras.

@@ -2,6 +2,7 @@
 
     python -m scripts.doctor
     python -m scripts.doctor --config=d20 --mesh=node=2,data=8
+    python -m scripts.doctor --config=d20 --target=h100:8     # GPUs that are not here
 
 The command takes up to a minute. It trains nothing. It uses GPU memory only to try the attention kernel, and to measure
 how fast the GPUs sum an array.
@@ -26,6 +27,11 @@ REPEATS = 5  # of a measurement
 
 
 def main(cfg: config.Doctor) -> None:
+    if cfg.target:
+        forecast(cfg)
+        return
+    if cfg.price_per_hour or cfg.json:
+        raise UserError("--price_per_hour and --json need --target, such as --target=h100:8")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the GPU memory to training runs
     from nanochat_jax import environment
     from nanochat_jax.parallel import devices
@@ -53,6 +59,34 @@ def main(cfg: config.Doctor) -> None:
     mesh = sharding.make_mesh(cfg.mesh)
     line("All-reduce", all_reduce(mesh))
     plan(cfg, model_cfg, sharding.Layout(mesh, cfg.shard), dtype)
+
+
+def forecast(cfg: config.Doctor) -> None:
+    """Compiles a run's programs for GPUs that are not here, and prints what they need and would at best reach."""
+    import json
+    import sys
+
+    from nanochat_jax.forecast import card
+
+    target = card.parse(cfg.target)  # a mistake is told before JAX is imported
+    from nanochat_jax.forecast import compiled, plan, report
+
+    compiled.check_compiler()
+    compiled.without_driver()
+    wanted = commandline.parse(config.TokTrain, [f"--config={cfg.preset_path}"] if cfg.preset_path else [])
+    model_cfg = cfg.gpt_config(tokenizer_here(wanted.vocab_size)[0])
+    out = sys.stderr if cfg.json == "-" else sys.stdout
+    print(f"{'Target:':<18}{target}; {model_cfg.num_params:,} parameters, {model_cfg.describe()}", file=out, flush=True)
+    with compiled.pretending(target, cfg.attention or "cudnn"):
+        made = plan.make(cfg, target, model_cfg, lambda text: print(text, file=out, flush=True))
+    found = report.facts(cfg, made)
+    for name, value in report.lines(found):
+        print(f"{name + ':':<26}{value}", file=out)
+    print(report.BOUND, file=out)
+    if cfg.json == "-":
+        print(json.dumps(found))
+    elif cfg.json:
+        config.user_path(cfg.json).write_text(json.dumps(found, indent=1))
 
 
 def line(name: str, value: str) -> None:

@@ -2,7 +2,7 @@
 # Sets up .venv if needed, and runs the static checks (ruff, ty, import-linter, codespell) and the tests.
 # Arguments go to pytest, for example: bash tests/run.sh -k tokenizer
 # Tests with the markers slow, parity, browser, gpu and aot run only if -m selects them. The parity tests need Hugging
-# Face's libraries (bash setup.sh dev parity), the aot tests need XLA's compiler for GPUs (bash setup.sh dev cuda13), and
+# Face's libraries (bash setup.sh dev parity), the aot tests need XLA's compiler for GPUs (bash setup.sh dev aot), and
 # the browser tests need Chromium.
 # --cov prints the test coverage of each room (see CONTRIBUTING.md).
 set -euo pipefail

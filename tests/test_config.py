@@ -133,6 +133,7 @@ def limits(cls):
 
 # Every limit: the setting, the nearest value that is refused, and the nearest one that is accepted.
 RANGES = [
+    (config.Doctor, "price_per_hour", -0.01, 0.0),
     (config.Base, "depth", 0, 1), (config.Base, "aspect_ratio", 0, 1), (config.Base, "head_dim", 1, 2),
     (config.Base, "n_kv_head", -1, 1), (config.Base, "max_seq_len", 1, 2),
     (config.Base, "seed", -1, 0), (config.Base, "seed", 2**31, 2**31 - 1),

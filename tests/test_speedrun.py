@@ -415,6 +415,16 @@ def test_setup_installs_jax_for_the_driver(setup, driver, extra):
         assert f"== setting up .venv [serve {extra}]" in done.stdout, done.stderr
 
 
+def test_setup_does_not_install_the_compiler_of_cuda_13_beside_cuda_12(setup):
+    setup.put("bin/cargo", "exit 0")
+    setup.put("bin/python3", "[[ $1 != -m ]]")
+    setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", "570.124.06"))
+    done = setup("aot")
+    assert done.returncode == 2 and done.stderr.startswith("error: the extra aot holds CUDA 13")
+    setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", "580.65.06"))
+    assert "== setting up .venv [aot cuda13]" in setup("aot").stdout
+
+
 def test_setup_refuses_gpus_whose_driver_does_not_answer(setup):
     setup.put("bin/nvidia-smi", EIGHT_GPUS.replace("{driver}", "Failed to initialize NVML: Driver mismatch"))
     done = setup("serve")

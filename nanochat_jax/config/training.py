@@ -174,6 +174,12 @@ class Doctor(Base):
     """Describe this machine, check whether pretraining can run on it, and estimate how long pretraining would take."""
 
     preset_path: str = ""  # the file of the preset, which also has the settings of the tokenizer; not a flag
+    target: str = setting(
+        "", "compile for GPUs that are not here, and print what a run on them would need and at best reach: "
+        "a100, b200, h100, h200, rtx4090 or a file of figures, and their number, such as h100:8",
+    )  # fmt: skip
+    price_per_hour: float = setting(0.0, "with --target: what all its GPUs cost per hour, to print a price", low=0)
+    json: str = setting("", "with --target: also write the result as JSON to this file (-: to standard output)")
 
 
 @dataclass(frozen=True)

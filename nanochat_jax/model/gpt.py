@@ -102,6 +102,7 @@ def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
+@jax.named_scope("norm")
 def norm(x: jax.Array, eps: float) -> jax.Array:
     """Applies RMSNorm over the last axis, without a gain. The statistics are float32."""
     y = x.astype(accum_dtype(x.dtype))

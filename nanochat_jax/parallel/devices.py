@@ -26,6 +26,10 @@ GPU_MEMORY_FRACTION = 0.92
 # JAX reads the fraction from either of these variables, and refuses to start if both are set.
 MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
+# With the extra aot, JAX has a plugin for CUDA on machines without a driver, and prints a traceback each time that it
+# fails to start. JAX 0.11 cannot compile for GPUs that are not there. This environment variable prevents both.
+NO_DRIVER = ("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
 INSTALL = "run 'bash setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
 # Peak bf16 FLOP/s of one device, without sparsity, from the vendors' data sheets. MFU is reported only for these
 # devices.
@@ -59,6 +63,8 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     if may_use_gpus(device_type) and gpu_node.count():
         on_cpu = False
         set_gpu_defaults()
+    else:
+        os.environ.setdefault(*NO_DRIVER)
     # If the environment variable JAX_COMPILATION_CACHE_DIR is set, it takes precedence. The ignore comments for ty are
     # necessary, because type checkers do not know JAX's options.
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]

@@ -30,14 +30,14 @@ BATCH_AXES = ("node", "data")  # the axes over which a batch's rows are sharded
 GATHERED = "gathered weight"  # jax.checkpoint policies refer to the result of `Layout.gather` by this name
 
 
-def make_mesh(spec: str = "") -> Mesh:
-    """Arranges all devices of all processes in a mesh with the axes node, data and model.
+def make_mesh(spec: str = "", of: np.ndarray | None = None) -> Mesh:
+    """Arranges devices in a mesh with the axes node, data and model: those of `of`, or all devices of all processes.
 
     `spec` is the value of --mesh, like "node=2,data=8". Omitted axes have size 1. If `spec` is empty, all devices
     are on the data axis. Raises UserError if `spec` is malformed, or if the product of the axis sizes differs from the
     number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if of is None else of.size
     sizes, given = dict.fromkeys(AXES, 1), set()
     if not spec:
         sizes["data"] = devices
@@ -56,7 +56,8 @@ def make_mesh(spec: str = "") -> Mesh:
             f"--mesh={spec} needs {math.prod(sizes.values())} devices, this run has {devices}: "
             f"try node={node},data={devices // (node * model)},model={model}"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+    places = None if of is None else of.ravel().tolist()
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=places)
 
 
 def describe(mesh: Mesh) -> str:

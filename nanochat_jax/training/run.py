@@ -9,11 +9,13 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from nanochat_jax import checkpoint, config, environment, files, run_log, trained_model
@@ -190,10 +192,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
         layout.check(model_cfg)
         print(f"{cfg.stage}: {folder}")
         dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
-        optimizer = optim.make_optimizer(
-            model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
-            weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
-        )  # fmt: skip
+        optimizer = optimizer_of(cfg, model_cfg, momentum, dtype, layout)
         new_state, state = _new_state(cfg, model_cfg, optimizer, layout)
         print(_describe_start(cfg, plan))
         resumes = plan.step is not None
@@ -221,6 +220,16 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             yield run
         finally:
             run.saver.wait_local()  # not `wait_all`: after an error, the other processes may never reach this point
+
+
+def optimizer_of(
+    cfg: Train, model_cfg: GPTConfig, momentum: optax.Schedule | float, dtype: DTypeLike, layout: Layout
+) -> optax.GradientTransformation:
+    """Returns the optimizer with the settings of `cfg`."""
+    return optim.make_optimizer(
+        model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
+        weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
+    )  # fmt: skip
 
 
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
@@ -253,11 +262,8 @@ def _new_state(
         params = gpt.init(model_cfg, cfg.seed)
         return TrainState(params, optimizer.init(params))
 
-    abstract = jax.eval_shape(new)
-    specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
-    shardings = layout.shardings(specs)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return jax.jit(new, out_shardings=shardings), target
+    target = state_shapes(model_cfg, optimizer, layout)
+    return jax.jit(new, out_shardings=jax.tree.map(lambda x: x.sharding, target)), target
 
 
 def _describe_start(cfg: Train, plan: StartPlan) -> str:
@@ -278,6 +284,33 @@ def _initial_state(run: Run) -> TrainState:
         shardings = jax.tree.map(lambda x: x.sharding, target.opt_state)
         return TrainState(params, jax.jit(run.optimizer.init, out_shardings=shardings)(params))
     return run.new_state()
+
+
+def state_shapes(model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Returns the shapes and shardings of the weights and the optimizer state."""
+
+    def fresh() -> TrainState:
+        params = gpt.init(model_cfg)
+        return TrainState(params, optimizer.init(params))
+
+    abstract = jax.eval_shape(fresh)
+    specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout.shardings(specs)
+    )
+
+
+def batch_shapes(
+    mesh: Mesh, grad_accum_steps: int, rows: int, seq_len: int
+) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """Returns the shapes and shardings of a step's batch and of its learning-rate factor.
+
+    `rows` is the number of rows that each replica computes at once.
+    """
+    shape = (grad_accum_steps, rows * sharding.replicas(mesh), seq_len)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
+    lr_mult = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    return {"inputs": ids, "targets": ids}, lr_mult
 
 
 def step_of(run: Run) -> jax.stages.Wrapped:
@@ -323,16 +356,13 @@ def compile_step(run: Run, grad_accum_steps: int, rows: int) -> jax.stages.Compi
     With one process, the step's arguments have the same shapes and shardings as in the loop, so the loop finds this
     compiled step in the compilation cache.
     """
-    mesh = run.layout.mesh
-    shape = (grad_accum_steps, rows * sharding.replicas(mesh), run.model_cfg.sequence_len)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.micro_batch_sharding(mesh))
-    lr_mult = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    batch, lr_mult = batch_shapes(run.layout.mesh, grad_accum_steps, rows, run.model_cfg.sequence_len)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
-    return step_of(run).lower(state, {"inputs": ids, "targets": ids}, lr_mult).compile()
+    return step_of(run).lower(state, batch, lr_mult).compile()
 
 
 def peak_memory(step: jax.stages.Compiled) -> int:
-    """Returns the peak memory of a compiled step on one device, in bytes."""
+    """Returns the peak memory of a compiled program on one device, in bytes."""
     used = step.memory_analysis()
     assert used is not None, "this backend does not report the memory of a compiled program"
     return used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes

@@ -1,143 +1,150 @@
 """Every program of the pipeline compiles for H100s that are not there, fits in their memory, and wastes nothing.
 
-bash setup.sh dev cuda13 && bash tests/run.sh -m aot
+bash setup.sh dev aot && bash tests/run.sh -m aot
 """
 
 import dataclasses
 import importlib.util
+import re
 
+import absent_gpus
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-if not importlib.util.find_spec("jax_cuda13_plugin"):
-    pytest.skip("no compiler for GPUs: bash setup.sh dev cuda13", allow_module_level=True)
-
-import absent_gpus
-from absent_gpus import compile_for, mesh_of_h100s, shapes
+from absent_gpus import collectives, mesh_of_h100s
 
 from nanochat_jax import commandline, config
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
-from nanochat_jax.engine import programs, sampler
-from nanochat_jax.engine.programs import Fixed
-from nanochat_jax.engine.request import MAX_STOP_IDS
+from nanochat_jax.engine import sampler
 from nanochat_jax.evals import chat, core
-from nanochat_jax.model import attention, gpt
+from nanochat_jax.forecast import compiled, programs
+from nanochat_jax.forecast.card import Target
+from nanochat_jax.forecast.compiled import GIB, Compiled, compile_for, shapes
+from nanochat_jax.forecast.programs import BF16, cache_of, decode, prefill, training_step
+from nanochat_jax.model import gpt
 from nanochat_jax.parallel import sharding
 from nanochat_jax.parallel.sharding import Layout
-from nanochat_jax.training import optim
-from nanochat_jax.training.run import execution
-from nanochat_jax.training.step import TrainState, make_step
+from nanochat_jax.training.rl import SLOTS
+
+if not any(importlib.util.find_spec(name) for name in compiled.PLUGINS):
+    pytest.skip("no compiler for GPUs: bash setup.sh dev aot", allow_module_level=True)
 
 pytestmark = pytest.mark.aot
 
 VOCAB = 65_536
-LARGEST = 76.0  # GiB of the 80 GB card that a program may use; the rest is for cuDNN, NCCL and fragmentation
-BF16 = jnp.dtype(jnp.bfloat16)
+LARGEST = 76  # GiB of the 80 GB card that a program may use; the rest is for cuDNN, NCCL and fragmentation
 
 
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    absent_gpus.pretend_hopper(monkeypatch)
-    monkeypatch.setattr(attention, "_chosen", "cudnn")
-    monkeypatch.setattr(kv, "dtype_for", jnp.dtype)  # as on a GPU
+@pytest.fixture(autouse=True, scope="module")
+def hopper():
+    compiled.without_driver()
+    with compiled.pretending(Target(absent_gpus.H100, 1)):
+        yield
 
 
 def model_of(depth: int, context: int = 2048) -> GPTConfig:
     return dataclasses.replace(config.Base(depth=depth).gpt_config(VOCAB), sequence_len=context)
 
 
-def step_of(cfg: config.Base, model_cfg: GPTConfig, mesh: jax.sharding.Mesh, accum: int, rows: int):
-    """Compiles the training step with `rows` rows on each device."""
-    layout = Layout(mesh, cfg.shard)
-    optimizer = optim.make_optimizer(
-        model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
-        momentum=optim.momentum_warmup, dtype=BF16, layout=layout,
-    )  # fmt: skip
-    params = jax.eval_shape(lambda: gpt.init(model_cfg))
-    opt_state = jax.eval_shape(optimizer.init, params)
-    state = TrainState(
-        shapes(params, layout.shardings(layout.param_specs(params))),
-        shapes(opt_state, layout.shardings(layout.shard_specs(opt_state))),
-    )
-    ids = jax.ShapeDtypeStruct(
-        (accum, rows * sharding.replicas(mesh), model_cfg.sequence_len), jnp.int32,
-        sharding=sharding.micro_batch_sharding(mesh),
-    )  # fmt: skip
-    lr = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    step = make_step(model_cfg, optimizer, BF16, cfg.grad_clip, layout, execution(cfg))
-    return compile_for(step, state, {"inputs": ids, "targets": ids}, lr)
+def check(program: Compiled, name: str) -> None:
+    absent_gpus.record(program, name)
+    assert program.peak < LARGEST * GIB, name
+    assert not absent_gpus.products(program, "f32", 2**20), f"{name}: matrix products in float32"
+    assert not absent_gpus.sorts(program, VOCAB // 4), f"{name}: whole rows of logits are sorted"
 
 
-def check(program: absent_gpus.Compiled, name: str) -> None:
-    print(f"{name}: {program.peak:.1f} GiB, of these {program.temporaries:.1f} temporary")
-    assert program.peak < LARGEST, name
-    assert not program.products("f32", 2**20), f"{name}: matrix products in float32"
-    assert not program.sorts(VOCAB // 4), f"{name}: whole rows of logits are sorted"
+def check_step(program: Compiled, depth: int, mesh: dict, shard: str) -> None:
+    kernels = absent_gpus.lines(program, r"__cudnn\$fmha")
+    assert len(kernels) == 2 * depth, "one attention kernel forward and one backward in each layer"
+    if shard == "optimizer" and "model" not in mesh:
+        weights = 8  # reduced once, however many layers and micro-batches there are
+        assert len(collectives(program, "reduce-scatter")) <= weights and len(collectives(program, "all-gather")) <= 8
 
 
+# Midtraining runs the program of base: only its learning rates, which are numbers in it, can differ.
 @pytest.mark.parametrize(
     ("depth", "rows", "mesh", "shard"),
     [(20, 32, {"data": 8}, "optimizer"), (20, 32, {}, "optimizer"), (20, 16, {"data": 8}, "full"),
      (26, 16, {"data": 8}, "optimizer"), (32, 8, {"data": 8}, "optimizer"),
-     (20, 16, {"node": 2, "data": 4}, "optimizer"),
+     (20, 16, {"node": 2, "data": 4}, "optimizer"), (32, 8, {"node": 2, "data": 8}, "optimizer"),
      (20, 16, {"data": 4, "model": 2}, "optimizer")],
 )  # fmt: skip
 def test_a_training_step(depth, rows, mesh, shard):
-    cfg, model_cfg = config.Base(depth=depth, shard=shard), model_of(depth)
-    program = step_of(cfg, model_cfg, mesh_of_h100s(**mesh), 1, rows)
-    check(program, f"d{depth}, {rows} rows, {mesh or 'one GPU'}, {shard}")
-    kernels = program.lines(r"__cudnn\$fmha")
-    assert len(kernels) == 2 * depth, "one attention kernel forward and one backward in each layer"
-    if shard == "optimizer" and "model" not in mesh:
-        weights = 8  # reduced once, however many layers there are
-        assert len(program.collectives("reduce-scatter")) <= weights and len(program.collectives("all-gather")) <= 8
+    cfg = config.Base(depth=depth, shard=shard)
+    program = training_step(cfg, model_of(depth), mesh_of_h100s(**mesh), 1, rows)
+    check(program, f"base, d{depth}, {rows} rows, {described(mesh)}, `--shard={shard}`")
+    check_step(program, depth, mesh, shard)
 
 
-def laid_out(model_cfg: GPTConfig, mesh: jax.sharding.Mesh):
-    params = jax.eval_shape(lambda: programs.lay_out(gpt.cast(gpt.init(model_cfg), BF16)))
-    return shapes(params, sharding.replicated(mesh))
+def described(mesh: dict) -> str:
+    return ",".join(f"{name}={size}" for name, size in mesh.items()) or "one GPU"
 
 
-def cache_of(model_cfg: GPTConfig, rows: int, size: int, where) -> kv.KV:
-    return shapes(jax.eval_shape(lambda: kv.allocate(model_cfg, rows, size, BF16)), where)
+# About 32 conversations fill 16 rows of 2,048 tokens.
+@pytest.mark.parametrize(("rows", "mesh"), [(16, {}), (2, {"data": 8})])
+def test_the_step_of_finetuning(rows, mesh):
+    program = training_step(config.Sft(), model_of(20), mesh_of_h100s(**mesh), 1, rows, momentum=0.95)
+    check(program, f"sft, d20, {rows} rows, {described(mesh)}")
+    check_step(program, 20, mesh, "optimizer")
 
 
-def decode_of(model_cfg: GPTConfig, mesh: jax.sharding.Mesh, slots: int, size: int, plan: sampler.Plan):
-    """Compiles a chunk of 32 tokens for `slots` slots, divided over the mesh."""
-    divided = mesh if mesh.size > 1 else None
-    where = sharding.batch_sharding(divided) or sharding.replicated(mesh)
-
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    flags = jax.ShapeDtypeStruct((slots,), bool)
-    inputs = programs.DecodeInputs(
-        ints(slots), ints(slots), ints(slots), flags, flags, ints(slots, MAX_STOP_IDS), ints(slots, 32), ints(slots)
+# An answer and its problem take 512 tokens at most, or 2,048 if a problem fills the context.
+@pytest.mark.parametrize(("mesh", "length"), [({}, 512), ({"data": 8}, 512), ({"data": 8}, 2048)])
+def test_the_step_of_reinforcement_learning(mesh, length):
+    cfg = config.Rl()
+    rows = cfg.device_batch_size
+    accum = cfg.examples_per_step * cfg.num_samples // rows // max(1, mesh.get("data", 1))
+    program = training_step(cfg, model_of(20, length), mesh_of_h100s(**mesh), accum, rows, momentum=0.95, weighted=True)
+    check(program, f"rl, d20, {accum} x {rows} rows of {length}, {described(mesh)}")
+    check_step(program, 20, mesh, "optimizer")
+    # While the step runs, each device also holds the engine's weights and its cache of 64 slots.
+    held = 2 * model_of(20).num_params + sum(
+        2 * np.prod(x.shape)
+        for x in jax.tree.leaves(jax.eval_shape(lambda: kv.allocate(model_of(20), SLOTS, 2048, BF16)))
     )
-    settings = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), sampler.settings([None] * slots, model_cfg.vocab_size)
-    )
-    fixed = Fixed(model_cfg, BF16, VOCAB - 6, divided)
-    cache = cache_of(model_cfg, slots, size, where)
-    return compile_for(
-        programs.decode, laid_out(model_cfg, mesh), cache, inputs, settings, fixed=fixed, plan=plan, top=0
-    )
+    assert program.peak + held < LARGEST * GIB, "the step does not fit beside the engine"
 
 
 @pytest.mark.parametrize(
     ("depth", "slots", "size", "devices"),
-    [(20, 1, 512, 1), (20, 32, 2048, 1), (32, 64, 2048, 1), (20, 256, 512, 8), (20, 512, 2048, 8)],
+    [(20, 2, 512, 1), (20, 32, 2048, 1), (32, 64, 2048, 1), (20, 256, 512, 8), (20, 512, 2048, 8)],
 )
 @pytest.mark.parametrize("plan", [sampler.Plan(0, False), sampler.Plan(64, False)], ids=["greedy", "top-k"])
 def test_decoding(depth, slots, size, devices, plan):
-    program = decode_of(model_of(depth), mesh_of_h100s(data=devices), slots, size, plan)
-    check(program, f"decoding, d{depth}, {slots} slots of {size} on {devices}, {plan}")
-    logits = 4 * slots // devices * VOCAB / 2**30
-    assert program.temporaries < 0.2 + 6 * logits, "the cache is copied"
-    assert not [line for line in program.collectives("all-gather") if f",{VOCAB}]" in line], "the logits are gathered"
+    program = decode(model_of(depth), mesh_of_h100s(data=devices), slots, size, plan)
+    sampling = f"top-{plan.width}" if plan.width else "greedy"
+    check(program, f"decoding {programs.CHUNK} tokens, d{depth}, {slots} x {size} positions, {devices} GPU, {sampling}")
+    logits = 4 * slots // devices * VOCAB / GIB
+    assert program.temporaries < (0.2 + 6 * logits) * GIB, "the cache is copied"
+    gathered = [line for line in collectives(program, "all-gather") if f",{VOCAB}]" in line]
+    assert not gathered, "the logits are gathered"
+
+
+def test_one_answer_reads_the_weights_once():
+    """The engine decodes a single answer with two slots (see `fewest_slots`)."""
+    model_cfg = model_of(20)
+    program = decode(model_cfg, mesh_of_h100s(), 2, 512, sampler.Plan(64, False)).program
+    (steps, kernels), *_ = program.loops()
+    moved = sum(kernel.times * kernel.bytes for kernel in program.kernels) / steps
+    weights = 2 * (model_cfg.num_params - VOCAB * model_cfg.n_embd)
+    cache = 2 * 2 * model_cfg.n_layer * model_cfg.n_embd * 512 * 2
+    print(f"a token: {kernels} kernels, {moved / 1e6:.0f} MB; weights {weights / 1e6:.0f}, cache {cache / 1e6:.0f} MB")
+    assert moved < 1.1 * (weights + cache), "products are written to memory before they are summed"
+    assert kernels <= 17 * model_cfg.n_layer
+
+
+def test_all_kernels_of_a_token_are_launched_as_one_graph(tmp_path, monkeypatch):
+    """By default, XLA records the body of the decoding loop as a CUDA graph ("command buffer")."""
+    options = compiled.compiler_options() | {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": "True"}
+    monkeypatch.setattr(compiled, "compiler_options", lambda: options)
+    decode(model_of(4), mesh_of_h100s(), 2, 512, sampler.Plan(64, False))
+    (file,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+    # The lines of the loop's body are indented by four spaces, and what a command buffer holds is indented further.
+    body = re.split(r"^\d", file.read_text().partition("body:")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    launched = re.findall(r"^    \d+: (\w+)", body, re.MULTILINE)
+    assert launched == ["kCommandBuffer"], f"{len(launched)} launches a token: {launched[:5]}"
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -147,36 +154,38 @@ def test_rows_of_the_cache_are_moved_and_nothing_else(devices):
     where = sharding.batch_sharding(divided) or sharding.replicated(mesh)
     cache, prefix = cache_of(model_cfg, slots, 2048, where), cache_of(model_cfg, 4, 512, sharding.replicated(mesh))
     row = cache_of(model_cfg, 1, 2048, sharding.replicated(mesh))
-    gib = sum(2 * np.prod(x.shape) for x in jax.tree.leaves(row)) / 2**30
+    size = sum(2 * np.prod(x.shape) for x in jax.tree.leaves(row))
     ints = jax.ShapeDtypeStruct((slots,), jnp.int32)
     one = jax.ShapeDtypeStruct((), jnp.int32)
     insert = compile_for(kv.insert_rows, cache, prefix, ints, ints, one, mesh=divided)
-    assert insert.temporaries < 0.1 + gib and not insert.lines(r"\bwhile\("), "the host waits once a slot"
-    assert not insert.collectives("all-gather") and not insert.collectives("all-reduce")
+    waits = absent_gpus.lines(insert, r"\bwhile\(")
+    assert insert.temporaries < 0.1 * GIB + size and not waits, "the host waits once a slot"
+    assert not collectives(insert, "all-gather") and not collectives(insert, "all-reduce")
     copy = compile_for(kv.copy_row, cache, one, size=2048, mesh=divided)
-    assert copy.temporaries < 0.1 + 2 * gib, "the whole cache is gathered"
+    assert copy.temporaries < 0.1 * GIB + 2 * size, "the whole cache is gathered"
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 2048), (4, 512)])
 def test_prefill(rows, size):
-    model_cfg, mesh = model_of(20), mesh_of_h100s()
-    ids, length = jax.ShapeDtypeStruct((rows, size), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    program = compile_for(programs.prefill, laid_out(model_cfg, mesh), ids, length, model_cfg=model_cfg, dtype=BF16)
-    check(program, f"prefill, {rows} prompts of {size}")
+    check(prefill(model_of(20), mesh_of_h100s(), rows, size), f"prefill, d20, {rows} x {size} tokens, one GPU")
 
 
-@pytest.mark.parametrize(("devices", "shard"), [(1, "optimizer"), (8, "optimizer"), (8, "full")])
-def test_core_casts_and_gathers_the_head_once(devices, shard):
-    model_cfg, mesh = model_of(20), mesh_of_h100s(data=devices)
-    layout = Layout(mesh, shard)
+@pytest.mark.parametrize(
+    ("depth", "mesh", "shard"),
+    [(20, {}, "optimizer"), (20, {"data": 8}, "optimizer"), (20, {"data": 8}, "full"),
+     (32, {"node": 2, "data": 8}, "optimizer")],
+)  # fmt: skip
+def test_core_casts_and_gathers_the_head_once(depth, mesh, shard):
+    model_cfg, places = model_of(depth), mesh_of_h100s(**mesh)
+    layout = Layout(places, shard)
     params = jax.eval_shape(lambda: gpt.init(model_cfg))
     params = shapes(params, layout.shardings(layout.param_specs(params)))
-    rows = sharding.batch_sharding(mesh)
-    ids = jax.ShapeDtypeStruct((32 * devices, 2048), jnp.int32, sharding=rows)
-    bounds = jax.ShapeDtypeStruct((32 * devices, 2), jnp.int32, sharding=rows)
-    program = compile_for(core._score, params, model_cfg, ids, bounds, BF16, mesh)
-    check(program, f"CORE, {devices} GPUs, {shard}")
-    inside = program.loop_bodies()
+    rows = sharding.batch_sharding(places)
+    ids = jax.ShapeDtypeStruct((32 * places.size, 2048), jnp.int32, sharding=rows)
+    bounds = jax.ShapeDtypeStruct((32 * places.size, 2), jnp.int32, sharding=rows)
+    program = compile_for(core._score, params, model_cfg, ids, bounds, BF16, places)
+    check(program, f"CORE, d{depth}, 32 x 2048 tokens, {described(mesh)}, `--shard={shard}`")
+    inside = absent_gpus.loop_bodies(program)
     assert f"f32[{VOCAB},{model_cfg.n_embd}]" not in inside, "the head is cast in every slice"
     assert "all-gather" not in inside, "the head is gathered in every slice"
 
@@ -191,7 +200,7 @@ def test_multiple_choice(devices):
 
     n = 8 * devices
     program = compile_for(chat._choose_letter, params, model_cfg, ints(n, 512), ints(n), ints(n, 8), BF16)
-    check(program, f"multiple choice, {devices} GPUs")
+    check(program, f"multiple choice, d20, 8 x 512 tokens, {described({'data': devices} if devices > 1 else {})}")
 
 
 def test_presets_are_those_that_are_compiled():

@@ -462,3 +462,9 @@ def test_buckets_are_few_and_hold_what_they_must():
     assert sizes == {128, 256, 512, 1024, 2048}
     assert all(kv.bucket(n, 1500) >= n for n in range(1501)) and kv.bucket(1500, 1500) == 1500
     assert kv.bucket(1, 100) == 100
+
+
+def test_a_gpu_decodes_a_single_answer_with_two_slots(params, model_cfg, tokenizer, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    engine = Engine(params, model_cfg, tokenizer, slots=1)
+    assert engine.slots == 2, "see programs.fewest_slots"

@@ -5,6 +5,8 @@ bash setup.sh dev cuda13 && bash tests/run.sh -m aot
 
 import dataclasses
 import importlib.util
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +94,34 @@ def test_a_training_step(depth, rows, mesh, shard):
     kernels = program.lines(r"__cudnn\$fmha")
     assert len(kernels) == 2 * depth, "one attention kernel forward and one backward in each layer"
     if shard == "optimizer" and "model" not in mesh:
-        weights = 8  # reduced once, however many layers there are
-        assert len(program.collectives("reduce-scatter")) <= weights and len(program.collectives("all-gather")) <= 8
+        weights = 8  # reduced once, however many layers there are; Muon's matrices have two shapes
+        assert len(program.collectives("all-to-all")) <= weights + 2 and len(program.collectives("all-gather")) <= 8
+        sent = sum(map(bytes_sent, program.lines(r"\b(all-to-all|reduce-scatter|all-gather)(-start)?\(")))
+        replicas = math.prod(mesh.values())
+        least = 2 * 2 * model_cfg.num_params * (1 - 1 / replicas)  # bf16 gradients there, bf16 updates back
+        print(f"  each GPU sends {sent / 1e6:.0f} MB, {sent / max(least, 1):.3f} of the least")
+        if "node" not in mesh:
+            assert sent <= 1.05 * least
+
+
+def bytes_sent(line: str) -> float:
+    """How many bytes a device sends to the others in this collective among 8 devices."""
+    sizes = {"bf16": 2, "f32": 4}
+    arrays = re.findall(r"\b(bf16|f32)\[([0-9,]+)\]", line.split("replica_groups")[0].split("-start(")[0])
+    return max(sizes[d] * math.prod(map(int, dims.split(","))) for d, dims in arrays) * 7 / 8
+
+
+def test_the_loss_reads_the_logits_twice():
+    """Once for the log-sum-exp and once for the gradient. Nothing of their size is float32."""
+    program = step_of(config.Base(), dataclasses.replace(model_of(20), n_layer=1), mesh_of_h100s(), 1, 32)
+    logits = 8192 * VOCAB  # of one chunk
+    lines = re.sub(r"/\*.*?\*/", "", program.loop_bodies()).splitlines()
+    found = [re.match(r"\s*(?:ROOT )?%([\w.-]+) = (\w+)\[([0-9,]+)\]\S* (?:fusion|bitcast)\(", line) for line in lines]
+    large = {m[1]: m[2] for m in found if m and math.prod(map(int, m[3].split(","))) == logits}
+    assert large and set(large.values()) == {"bf16"}
+    kernels = [line.split(", kind=")[0] for line in lines if " fusion(" in line and "gemm" not in line]
+    passes = [line for line in kernels if large.keys() & set(re.findall(r"%([\w.-]+)", line.split(" fusion(")[1]))]
+    assert len(passes) == 2, passes
 
 
 def laid_out(model_cfg: GPTConfig, mesh: jax.sharding.Mesh):

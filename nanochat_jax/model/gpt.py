@@ -32,6 +32,8 @@ from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
+from nanochat_jax.model.fused.block import PerDevice
+from nanochat_jax.model.fused.block import block as fused_block
 from nanochat_jax.model.precision import accum_dtype
 
 Params = dict[str, Any]  # a nested dict of arrays, as returned by `init`
@@ -46,6 +48,7 @@ class Execution:
     scan: bool = False  # whether jax.lax.scan loops over the layers: faster to compile, but slower to run
     remat_policy: Callable | None = None  # a jax.checkpoint policy; None keeps all activations for the backward pass
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight just before use
+    per_device: PerDevice | None = None  # runs the kernels of fused/ on each device's rows; None does without them
 
 
 PLAIN = Execution()
@@ -225,6 +228,13 @@ def _apply_blocks(
     x: jax.Array, stacked: Weights, angles: tuple[jax.Array, jax.Array], model_cfg: GPTConfig, execution: Execution
 ) -> jax.Array:
     """Applies all blocks to whole sequences: x [b,t,d] -> [b,t,d]."""
+
+    if execution.per_device is not None:
+        y, table = jnp.zeros_like(x), (angles[0][0, :, 0], angles[1][0, :, 0])  # the rows have the same positions
+        for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
+            with jax.named_scope(f"block{i}"):
+                x, y = fused_block(model_cfg, window, execution.per_device, x, y, w, table)
+        return x + y
 
     def compute(x: jax.Array, w: Weights, window: int) -> jax.Array:
         w = {name: execution.gather(name, layer) for name, layer in w.items()}

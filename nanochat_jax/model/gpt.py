@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
-from nanochat_jax.model.fused.block import PerDevice
+from nanochat_jax.model.fused.block import PerDevice, can_compute
 from nanochat_jax.model.fused.block import block as fused_block
 from nanochat_jax.model.precision import accum_dtype
 
@@ -229,7 +229,7 @@ def _apply_blocks(
 ) -> jax.Array:
     """Applies all blocks to whole sequences: x [b,t,d] -> [b,t,d]."""
 
-    if execution.per_device is not None:
+    if execution.per_device is not None and can_compute(model_cfg, x.shape[0] * x.shape[1]):
         y, table = jnp.zeros_like(x), (angles[0][0, :, 0], angles[1][0, :, 0])  # the rows have the same positions
         for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
             with jax.named_scope(f"block{i}"):

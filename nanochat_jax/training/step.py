@@ -115,11 +115,16 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def execution(cfg: Train) -> gpt.Execution:
-    """Returns how to compute the blocks, as set by --scan_layers, --remat and --shard."""
+def execution(cfg: Train, layout: Layout | None = None) -> gpt.Execution:
+    """Returns how to compute the blocks, as set by --scan_layers, --remat and --shard.
+
+    With a `layout`, they are computed by the kernels of model/fused, if the settings allow it. Those kernels leave
+    nothing to recompute, and do not communicate.
+    """
     policies = jax.checkpoint_policies
     known = {"none": None, "matmuls": policies.save_only_these_names(gpt.MATMUL), "full": policies.nothing_saveable}
     policy = known[cfg.remat]
     if policy is None and cfg.shard == "full":  # discard gathered weights; the backward pass gathers them again
         policy = policies.save_anything_except_these_names(sharding.GATHERED)
-    return gpt.Execution(cfg.scan_layers, policy)
+    fused = layout and policy is None and not cfg.scan_layers and layout.mesh.shape["model"] == 1
+    return gpt.Execution(cfg.scan_layers, policy, per_device=layout.per_device if layout and fused else None)

@@ -51,8 +51,8 @@ def model_of(depth: int, context: int = 2048) -> GPTConfig:
     return dataclasses.replace(config.Base(depth=depth).gpt_config(VOCAB), sequence_len=context)
 
 
-def step_of(cfg: config.Base, model_cfg: GPTConfig, mesh: jax.sharding.Mesh, accum: int, rows: int):
-    """Compiles the training step with `rows` rows on each device."""
+def step_of(cfg: config.Base, model_cfg: GPTConfig, mesh: jax.sharding.Mesh, accum: int, rows: int, fused: bool = True):
+    """Compiles the training step with `rows` rows on each device, and with the fused block if the settings allow it."""
     layout = Layout(mesh, cfg.shard)
     optimizer = optim.make_optimizer(
         model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
@@ -69,7 +69,7 @@ def step_of(cfg: config.Base, model_cfg: GPTConfig, mesh: jax.sharding.Mesh, acc
         sharding=sharding.micro_batch_sharding(mesh),
     )  # fmt: skip
     lr = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    step = make_step(model_cfg, optimizer, BF16, cfg.grad_clip, layout, execution(cfg))
+    step = make_step(model_cfg, optimizer, BF16, cfg.grad_clip, layout, execution(cfg, layout if fused else None))
     return compile_for(step, state, {"inputs": ids, "targets": ids}, lr)
 
 
@@ -93,6 +93,8 @@ def test_a_training_step(depth, rows, mesh, shard):
     check(program, f"d{depth}, {rows} rows, {mesh or 'one GPU'}, {shard}")
     kernels = program.lines(r"__cudnn\$fmha")
     assert len(kernels) == 2 * depth, "one attention kernel forward and one backward in each layer"
+    fused = program.lines(r"__gpu\$xla.gpu.triton")
+    assert len(fused) == (10 * depth if shard == "optimizer" and "model" not in mesh else 0)
     if shard == "optimizer" and "model" not in mesh:
         weights = 8  # reduced once, however many layers there are; Muon's matrices have two shapes
         assert len(program.collectives("all-to-all")) <= weights + 2 and len(program.collectives("all-gather")) <= 8
@@ -102,6 +104,28 @@ def test_a_training_step(depth, rows, mesh, shard):
         print(f"  each GPU sends {sent / 1e6:.0f} MB, {sent / max(least, 1):.3f} of the least")
         if "node" not in mesh:
             assert sent <= 1.05 * least
+
+
+def test_a_fused_block_has_no_other_kernel_and_keeps_ten_arrays():
+    """Between matmuls, attention and its ten kernels, nothing reads or writes an array of the size of the stream."""
+    cfg, rows = config.Base(), 32
+    few, many = dataclasses.replace(model_of(20), n_layer=2), dataclasses.replace(model_of(20), n_layer=6)
+    one, other = (step_of(cfg, m, mesh_of_h100s(), 1, rows) for m in (few, many))
+    entry = other.text[other.text.index("\nENTRY") :]
+    size = rows * 2048 * many.n_embd
+    for line in entry.splitlines():
+        if "gemm" not in line and re.search(r" (fusion|copy)\(.*block[1-4]\b", line):
+            assert not large(line.split(", metadata")[0], size), line
+    kept = (other.temporaries - one.temporaries) * 2**30 / 4 / (2 * size)
+    plain = step_of(cfg, many, mesh_of_h100s(), 1, rows, fused=False).temporaries
+    print(f"a block keeps {kept:.1f} arrays of the size of the stream; {other.temporaries:.1f} GiB, plain {plain:.1f}")
+    assert kept < 10.8
+    assert other.temporaries < plain - 4 * 2 * size / 2**30 * 4
+
+
+def large(line: str, size: int) -> bool:
+    """Whether an array in this line has at least `size` elements."""
+    return any(math.prod(map(int, dims.split(","))) >= size for dims in re.findall(r"\w+\[([0-9,]+)\]", line))
 
 
 def bytes_sent(line: str) -> float:

@@ -14,7 +14,7 @@ from nanochat_jax.model.fused import matmul, rows
 
 DTYPES = [jnp.float32, jnp.bfloat16]
 EPS = 1e-6
-MODEL = GPTConfig(n_layer=3, n_head=2, n_kv_head=1, n_embd=128, vocab_size=100, sequence_len=64, window_pattern="SL")
+MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=128, vocab_size=100, sequence_len=64, window_pattern="SL")
 
 
 def numbers(*shape: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:

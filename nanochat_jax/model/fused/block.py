@@ -22,11 +22,10 @@ PerDevice = Callable[[Callable, tuple[jax.Array, ...], tuple[jax.Array, ...]], A
 Pair = tuple[jax.Array, jax.Array]
 
 
-def can_compute(model_cfg: GPTConfig, rows_per_device: int) -> bool:
-    """Whether the kernels can compute the model's blocks for this many rows on each device."""
-    d, k = model_cfg.n_embd, model_cfg.head_dim
-    tokens = rows_per_device * model_cfg.sequence_len
-    return k & (k - 1) == 0 and matmul.fits(tokens, d, 4 * d)
+def can_compute(model_cfg: GPTConfig, tokens: int) -> bool:
+    """Whether the kernels can compute the model's blocks for this many tokens on each device."""
+    k = model_cfg.head_dim
+    return k & (k - 1) == 0 and matmul.fits(tokens, model_cfg.n_embd, 4 * model_cfg.n_embd)
 
 
 def _either(kernel: Callable, twin: Callable) -> Callable:

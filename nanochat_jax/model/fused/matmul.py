@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 f32 = jnp.float32
-# A program computes [M, N] of the result, K numbers of the inner axis at a time. Neighbouring programs share GROUP blocks
-# of rows, which then stay in the L2 cache. These sizes are usual for Triton on an H100. Three stages of them take 144 KiB
-# of its 228 KiB of shared memory.
+# A program computes [M, N] of the result, K numbers of the inner axis at a time. Neighbouring programs share GROUP
+# blocks of rows, which then stay in the L2 cache. These sizes are usual for Triton on an H100: three stages of them
+# take 144 KiB of its 228 KiB of shared memory.
 M, N, K, GROUP, STAGES, WARPS = 128, 256, 64, 8, 3, 8
 
 

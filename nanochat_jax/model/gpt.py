@@ -48,6 +48,7 @@ class Execution:
     scan: bool = False  # whether jax.lax.scan loops over the layers: faster to compile, but slower to run
     remat_policy: Callable | None = None  # a jax.checkpoint policy; None keeps all activations for the backward pass
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight just before use
+    whole: Callable[[jax.Array], jax.Array] = lambda x: x  # keeps the residual stream unsharded over the model axis
     per_device: PerDevice | None = None  # runs the kernels of fused/ on each device's rows; None does without them
 
 
@@ -237,7 +238,7 @@ def _apply_blocks(
         return x + y
 
     def compute(x: jax.Array, w: Weights, window: int) -> jax.Array:
-        w = {name: execution.gather(name, layer) for name, layer in w.items()}
+        x, w = execution.whole(x), {name: execution.gather(name, layer) for name, layer in w.items()}
         q, k, v = _qkv(x, w, angles, model_cfg)
         with jax.named_scope("attention"):
             y = causal_attention(q, k, v, window)

@@ -270,6 +270,16 @@ class Layout:
         gathered.defvjp(lambda w: (gathered(w), None), lambda _, g: (self.constrain(g, sharded),))
         return gathered(w)
 
+    def whole(self, x: jax.Array) -> jax.Array:
+        """Keeps activations x [b,t,d] unsharded over the model axis.
+
+        Otherwise, XLA would shard the residual stream like the embedding, over d. Then every norm would need an
+        all-reduce, and every matmul an all-gather.
+        """
+        if self.mesh.shape["model"] == 1:
+            return x
+        return self.constrain(x, P(BATCH_AXES) if self.full else P())  # the train step's vmap adds the replicas' axes
+
     def per_device(self, function: Callable[..., PyTree], own: PyTree, shared: PyTree) -> PyTree:
         """Returns function(*own, *shared). Each device computes its own rows of the arrays in `own`.
 

@@ -53,13 +53,13 @@ def make_step(
     of micro-batches affects only rounding errors. If no targets are counted, the loss is 0.
 
     With --shard=optimizer, a vmap over the replicas lets each replica accumulate its own gradients. Then one
-    reduce-scatter per step sums the gradients of all replicas. With --shard=full, the gradients of all replicas are
-    summed in every micro-batch.
+    exchange per step, in `dtype`, sums the gradients of all replicas. With --shard=full, the gradients of all replicas
+    are summed in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
     zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if replicas accumulate separately
     if layout:
-        execution = dataclasses.replace(execution, gather=layout.gather)
+        execution = dataclasses.replace(execution, gather=layout.gather, whole=layout.whole)
 
     def loss_sum(params: gpt.Params, batch: dict[str, jax.Array]) -> jax.Array:
         """Returns the summed loss of a micro-batch [rows, t]."""

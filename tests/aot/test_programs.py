@@ -95,6 +95,9 @@ def test_a_training_step(depth, rows, mesh, shard):
     assert len(kernels) == 2 * depth, "one attention kernel forward and one backward in each layer"
     fused = program.lines(r"__gpu\$xla.gpu.triton")
     assert len(fused) == (10 * depth if shard == "optimizer" and "model" not in mesh else 0)
+    if "model" in mesh:  # Megatron's two all-reduces a layer forward, and backward those of q, k, v and the MLP
+        moved = program.lines(r"\b(all-reduce|all-gather|reduce-scatter|all-to-all)(-start)?\(.*block\d")
+        assert len(moved) == 6 * depth and all("all-reduce" in line for line in moved)
     if shard == "optimizer" and "model" not in mesh:
         weights = 8  # reduced once, however many layers there are; Muon's matrices have two shapes
         assert len(program.collectives("all-to-all")) <= weights + 2 and len(program.collectives("all-gather")) <= 8

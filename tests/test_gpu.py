@@ -11,6 +11,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.request import Request
 from nanochat_jax.model import attention, gpt
+from nanochat_jax.model.fused import trial
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.training import optim
 from nanochat_jax.training.batch_shape import estimated_memory
@@ -85,6 +86,14 @@ def test_a_step_with_flash_attention_equals_one_without():
         _, metrics = step(state, batch, jnp.float32(1))
         results[kernel] = [float(metrics.loss), float(metrics.grad_norm), float(metrics.count)]
     np.testing.assert_allclose(results["cudnn"], results["xla"], rtol=2e-2)
+
+
+def test_the_fused_block_is_right_and_faster_on_a_hopper():
+    cfg = GPTConfig(n_layer=2, n_head=10, n_kv_head=10, n_embd=1280, vocab_size=1024, sequence_len=2048)
+    attention.choose_kernel("", jnp.bfloat16, cfg)
+    chosen, reason = trial.choose(cfg, jnp.bfloat16)
+    print(reason)
+    assert chosen == (jax.devices()[0].compute_capability == trial.CAPABILITY), reason
 
 
 def test_a_run_chooses_kernel_precision_and_batch_by_itself(own_base_dir, capsys):

@@ -229,6 +229,8 @@ class Program:
         """The FLOPs of a matrix product or of cuDNN's attention, and the dtype of its operands."""
         if ATTENTION in i.target:
             return _attention_flops(i), "bf16"
+        if "triton" in i.target:
+            return self._fused_product(i)
         is_product = i.op == "dot" or "gemm" in i.target or "matmul" in i.target
         contracted = re.search(r'lhs_contracting_(?:dims=\{|dimensions": ?\[)([\d",]*)', i.rest) if is_product else None
         if not contracted:
@@ -238,6 +240,16 @@ class Program:
         inner = math.prod(dims[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
         result = re.sub(r"^\((.*?\]).*", r"\1", i.shape)  # cuBLAS returns its workspace, too
         return 2.0 * math.prod(dimensions(result)) * inner, left.partition("[")[0]
+
+    def _fused_product(self, i: Instruction) -> tuple[float, str]:
+        """The FLOPs of a kernel of model/fused, if it multiplies x [m, k] by a weight [k, n] or [n, k]."""
+        shapes = [self.shapes.get(name, "") for name in i.operands[:2]]
+        if len(shapes) < 2 or i.shape.startswith("("):
+            return 0.0, ""
+        x, w, y = (dimensions(shape) for shape in (*shapes, i.shape))
+        if not len(x) == len(w) == len(y) == 2 or x[0] != y[0] or w not in ([x[1], y[1]], [y[1], x[1]]):
+            return 0.0, ""
+        return 2.0 * x[0] * x[1] * y[1], shapes[0].partition("[")[0]
 
 
 def _instruction(line: str) -> Instruction | None:

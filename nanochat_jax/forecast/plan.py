@@ -13,6 +13,7 @@ from nanochat_jax.engine import sampler
 from nanochat_jax.forecast import card, compiled, programs
 from nanochat_jax.forecast.card import Target
 from nanochat_jax.forecast.compiled import GIB, Compiled
+from nanochat_jax.model.fused import trial
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.progress import count_of
@@ -45,6 +46,11 @@ def usable_memory(target: Target) -> int:
     return int(USABLE * devices.GPU_MEMORY_FRACTION * target.card.memory)
 
 
+def _may_fuse(target: Target) -> bool:
+    """Whether a run on the target would try the kernels of model/fused."""
+    return target.card.capability == trial.CAPABILITY
+
+
 def make(cfg: config.Doctor, target: Target, model_cfg: GPTConfig, say: Callable[[str], None]) -> Plan:
     """Compiles the training step, a chunk of decoding and a prefill. Calls `say` with lines about the progress.
 
@@ -60,7 +66,7 @@ def make(cfg: config.Doctor, target: Target, model_cfg: GPTConfig, say: Callable
         if (grad_accum_steps, rows) not in steps:
             steps[grad_accum_steps, rows] = _timed(
                 f"the training step with {count_of(rows, 'row')} on each replica", "step", model_cfg, say,
-                lambda: programs.training_step(cfg, model_cfg, mesh, grad_accum_steps, rows),
+                lambda: programs.training_step(cfg, model_cfg, mesh, grad_accum_steps, rows, fused=_may_fuse(target)),
             )  # fmt: skip
         return steps[grad_accum_steps, rows].peak
 
@@ -153,5 +159,5 @@ def _peak_of_one_row(
     if 2 * weights + optimizer > limit:  # gradients are as large as weights, so this need not be compiled
         return None
     say(f"trying {flags} ...")
-    peak = programs.training_step(cfg, model_cfg, mesh, 1, 1).peak
+    peak = programs.training_step(cfg, model_cfg, mesh, 1, 1, fused=_may_fuse(target)).peak
     return peak if peak <= limit else None

@@ -32,10 +32,12 @@ def training_step(
     rows: int,
     momentum: optax.Schedule | float = optim.momentum_warmup,
     weighted: bool = False,
+    fused: bool = True,
 ) -> Compiled:
     """Compiles the training step of a stage, with `rows` rows on each replica at once.
 
-    `momentum` is 0.95 in sft and rl. In rl, the targets have weights (`weighted`).
+    `momentum` is 0.95 in sft and rl. In rl, the targets have weights (`weighted`). The kernels of model/fused compute
+    the blocks if `fused` is set and the settings allow it, as if they had passed their trial (`fused.trial`).
     """
     layout = Layout(mesh, cfg.shard)
     optimizer = optimizer_of(cfg, model_cfg, momentum, BF16, layout)
@@ -46,7 +48,7 @@ def training_step(
     if mesh.shape["node"] > 1:  # nodes run in processes of their own, which must stop together
         flags = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.AXES))
         batch["stop"] = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=flags)
-    step = make_step(model_cfg, optimizer, BF16, cfg.grad_clip, layout, execution(cfg))
+    step = make_step(model_cfg, optimizer, BF16, cfg.grad_clip, layout, execution(cfg, layout if fused else None))
     return compile_for(step, state_shapes(model_cfg, optimizer, layout), batch, lr_mult)
 
 

@@ -6,6 +6,7 @@ parallel/ decides how the arrays are sharded, and training/ updates the paramete
 
     gpt.py         the transformer: its modules, its initialisation and its forward pass
     attention.py   causal attention, over a whole sequence or over cached keys
+    fused/         the blocks again, as kernels for H100s that move fewer bytes
     loss.py        the cross-entropy loss
     precision.py   the dtypes of matmuls
 """

@@ -32,6 +32,8 @@ from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
+from nanochat_jax.model.fused.block import PerDevice, can_compute
+from nanochat_jax.model.fused.block import block as fused_block
 from nanochat_jax.model.precision import accum_dtype
 
 Params = dict[str, Any]  # a nested dict of arrays, as returned by `init`
@@ -46,6 +48,8 @@ class Execution:
     scan: bool = False  # whether jax.lax.scan loops over the layers: faster to compile, but slower to run
     remat_policy: Callable | None = None  # a jax.checkpoint policy; None keeps all activations for the backward pass
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight just before use
+    whole: Callable[[jax.Array], jax.Array] = lambda x: x  # keeps the residual stream unsharded over the model axis
+    per_device: PerDevice | None = None  # runs the kernels of fused/ on each device's rows; None does without them
 
 
 PLAIN = Execution()
@@ -242,8 +246,15 @@ def _apply_blocks(
 ) -> jax.Array:
     """Applies all blocks to whole sequences: x [b,t,d] -> [b,t,d]."""
 
+    if execution.per_device is not None and can_compute(model_cfg, x.shape[0] * x.shape[1]):
+        y, table = jnp.zeros_like(x), (angles[0][0, :, 0], angles[1][0, :, 0])  # the rows have the same positions
+        for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
+            with jax.named_scope(f"block{i}"):
+                x, y = fused_block(model_cfg, window, execution.per_device, x, y, w, table)
+        return x + y
+
     def compute(x: jax.Array, w: Weights, window: int) -> jax.Array:
-        w = {name: execution.gather(name, layer) for name, layer in w.items()}
+        x, w = execution.whole(x), {name: execution.gather(name, layer) for name, layer in w.items()}
         q, k, v = _qkv(x, w, angles, model_cfg)
         with jax.named_scope("attention"):
             y = causal_attention(q, k, v, window)

@@ -3,7 +3,7 @@
 The time axis is split into chunks, and the head and the softmax are applied to one chunk at a time. While the logits of
 a chunk are in memory, the forward pass also computes the gradients of the hidden states and of the head. The backward
 pass only scales these gradients by the cotangent. Each chunk takes three matmuls, and no logits are computed twice.
-Only one chunk's float32 logits are in memory at a time. With a vocabulary of 65,536, the logits of a whole batch of
+Only one chunk's logits are in memory at a time. With a vocabulary of 65,536, the float32 logits of a whole batch of
 32 x 2048 tokens would take 16 GiB. The idea comes from Liger's fused linear cross-entropy (arXiv:2410.10989).
 """
 
@@ -11,8 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from nanochat_jax.model.precision import accum_dtype
+from nanochat_jax.model.precision import accum_dtype, on_gpu
+
+MOST_WITHOUT_MAXIMUM = 60.0  # up to this soft cap, float32 can hold the sum of exp(logit) over any vocabulary
 
 
 def num_chunks(batch: int, time: int, tokens: int = 8192) -> int:
@@ -56,14 +59,30 @@ def token_losses(x: jax.Array, head: jax.Array, targets: jax.Array, softcap: flo
 
 
 def _losses(x: jax.Array, w: jax.Array, targets: jax.Array, softcap: float) -> tuple[jax.Array, ...]:
-    """Returns a chunk's losses [b,t], capped logits, log-sum-exp, one-hot targets, and a mask of counted targets."""
-    z = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accum_dtype(x.dtype))
-    z = softcap * jnp.tanh(z / softcap)
-    lse = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    """Returns a chunk's losses [b,t], logits before the soft cap, log-sum-exp, one-hot targets, and counted targets."""
+    z = _reread(jnp.einsum("btd,vd->btv", x, w, preferred_element_type=accum_dtype(x.dtype)), x.dtype)
+    lse = _logsumexp(softcap * jnp.tanh(z / softcap), softcap)
     counted = targets >= 0
     right = jax.nn.one_hot(targets, w.shape[0], dtype=z.dtype)  # all zeros for a negative target
-    losses = jnp.where(counted, lse[..., 0] - (z * right).sum(-1), 0.0)
+    of_target = softcap * jnp.tanh((z * right).sum(-1) / softcap)
+    losses = jnp.where(counted, lse[..., 0] - of_target, 0.0)
     return losses, z, lse, right, counted
+
+
+def _reread(z: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """On a GPU, makes XLA write the logits z once, in `dtype`, and read them again in the next pass over them.
+
+    The time of the loss is the time to move the logits. Without the barrier, XLA would write them in float32, and would
+    also write their tanh. In the original nanochat, too, the logits are rounded to bf16. On a CPU, returns z itself.
+    """
+    return on_gpu(lambda z: jax.lax.optimization_barrier(z.astype(dtype)).astype(z.dtype), z)
+
+
+def _logsumexp(z: jax.Array, softcap: float) -> jax.Array:
+    """Returns the log-sum-exp [b,t,1] of capped logits z [b,t,v]. No pass finds a maximum, because z is bounded."""
+    if softcap > MOST_WITHOUT_MAXIMUM:
+        return jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    return jnp.log(jnp.exp(z).sum(axis=-1, keepdims=True))
 
 
 def _forward(
@@ -75,7 +94,8 @@ def _forward(
     def one_chunk(dw: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x, targets, weights = chunk
         losses, z, lse, right, counted = _losses(x, w, targets, softcap)
-        dz = (jnp.exp(z - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(z / softcap))
+        tanh = jnp.tanh(_reread(z, x.dtype) / softcap)
+        dz = (jnp.exp(softcap * tanh - lse) - right) * (weights * counted)[..., None] * (1 - jnp.square(tanh))
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,vd->btd", dz, w, preferred_element_type=accum_dtype(x.dtype)).astype(x.dtype)
         # The head's gradient is computed as [d,v], because computing it as [v,d] is slow on CPUs.

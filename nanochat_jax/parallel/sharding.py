@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model import gpt
@@ -269,6 +271,28 @@ class Layout:
         gathered.defvjp(lambda w: (gathered(w), None), lambda _, g: (self.constrain(g, sharded),))
         return gathered(w)
 
+    def whole(self, x: jax.Array) -> jax.Array:
+        """Keeps activations x [b,t,d] unsharded over the model axis.
+
+        Otherwise, XLA would shard the residual stream like the embedding, over d. Then every norm would need an
+        all-reduce, and every matmul an all-gather.
+        """
+        if self.mesh.shape["model"] == 1:
+            return x
+        return self.constrain(x, P(BATCH_AXES) if self.full else P())  # the train step's vmap adds the replicas' axes
+
+    def per_device(self, function: Callable[..., PyTree], own: PyTree, shared: PyTree) -> PyTree:
+        """Returns function(*own, *shared). Each device computes its own rows of the arrays in `own`.
+
+        XLA's partitioner cannot look into a kernel, and would gather all rows first. The rows of a replica are not
+        split any further, and with --shard=optimizer, the train step's vmap is over the replicas.
+        """
+        rows = P(BATCH_AXES) if self.full else P()
+        return jax.shard_map(
+            lambda own, shared: function(*own, *shared),
+            mesh=self.mesh, in_specs=(rows, P()), out_specs=rows, check_vma=False,
+        )(own, shared)  # fmt: skip
+
     def by_replica(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Splits rows by replica: [accum, rows, t] -> [accum, R, rows of one replica, t]. No data moves."""
 
@@ -287,20 +311,28 @@ class Layout:
         """Returns the specs of the gradients [R, ...]. `single` holds the shapes [...] of one replica's gradients."""
         return jax.tree.map(lambda spec: P(BATCH_AXES, *spec), self.compute_specs(single), is_leaf=_is_spec)
 
-    def reduce_scatter_grads(self, grads: PyTree) -> PyTree:
+    def reduce_scatter_grads(self, grads: PyTree, dtype: DTypeLike) -> PyTree:
         """Sums the gradients [R, ...] over the replicas. The sums [...] are sharded over data.
 
-        First, a reduce-scatter over data sums the gradients of each node's replicas, and gives each replica one shard
-        of this sum. Then these shards are all-reduced between the nodes. So whole gradients never cross the slow links
-        between nodes.
+        The gradients travel in `dtype`, and are summed in their own dtype. So each is rounded once, however many
+        replicas there are.
+
+        First, the replicas of a node exchange their gradients, so that each replica sums one shard of them. Then these
+        shards are all-reduced between the nodes. So whole gradients never cross the slow links between nodes.
         """
 
         def reduce(g: jax.Array, spec: P) -> jax.Array:
             g = g[0]  # this replica's gradient: [1, ...] -> [...]
-            if "data" in spec:  # [in, out] -> one shard of the sum, such as [in/data, out] for wq
-                g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
-            else:  # no axis can be sharded over data, so an all-reduce gives every replica the whole sum
+            if "data" not in spec:  # no axis can be sharded over data, so every replica gets the whole sum
                 g = jax.lax.psum(g, "data")
+            elif (
+                jnp.finfo(dtype).bits >= jnp.finfo(g.dtype).bits
+            ):  # [in, out] -> a shard, such as [in/data, out] for wq
+                g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
+            else:  # [in, out] -> [data, in/data, out] -> [in/data, out]: as many bytes as a reduce-scatter in `dtype`
+                axis, size = spec.index("data"), self.mesh.shape["data"]
+                parts = g.astype(dtype).reshape(*g.shape[:axis], size, -1, *g.shape[axis + 1 :])
+                g = jax.lax.all_to_all(parts, "data", axis, axis).sum(axis, dtype=g.dtype)
             return jax.lax.psum(g, "node") if self.mesh.shape["node"] > 1 else g
 
         single = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
@@ -313,6 +345,14 @@ class Layout:
             check_vma=False,  # the VMA check would demand a reduction even over a mesh axis of size 1
         )(grads)
 
+    def gather_updates(self, updates: PyTree, dtype: DTypeLike) -> PyTree:
+        """All-gathers the optimizer's updates, rounded to `dtype`. With --shard=full, they stay sharded as they are."""
+        if self.full or self.mesh.shape["data"] == 1:
+            return updates
+        narrow = self.constrain(jax.tree.map(lambda u: u.astype(dtype), updates), self.shard_specs(updates))
+        whole = self.constrain(narrow, self.compute_specs(updates))
+        return jax.tree.map(lambda w, u: w.astype(u.dtype), whole, updates)
+
     def all_to_all_matrices(self, x: jax.Array) -> jax.Array:
         """Distributes the matrices in x [n, in, out] over the data axis, so that each device has whole matrices.
 
@@ -323,7 +363,7 @@ class Layout:
         would use it only on some meshes. On other meshes, the partitioner would all-gather all matrices.
         """
         size = self.mesh.shape["data"]
-        x = jax.numpy.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, -x.shape[0] % size), (0, 0), (0, 0)))
         if x.shape[1] % size:  # `in` is not sharded, so the devices need no exchange
             return self.constrain(x, P("data"))
 

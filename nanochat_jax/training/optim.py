@@ -116,7 +116,7 @@ def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) ->
     """Orthogonalises the n matrices of x [n, in, out]. Each device computes a part of them."""
     if layout is None or layout.mesh.size == 1:
         return orthogonalize(x, dtype).astype(x.dtype)
-    y = orthogonalize(layout.all_to_all_matrices(x), dtype)
+    y = orthogonalize(layout.all_to_all_matrices(x.astype(dtype)), dtype)
     if not layout.full:
         y = layout.constrain(y, P())  # gathering before the cast to float32 sends half as many bytes
     return y[: x.shape[0]].astype(x.dtype)
@@ -171,13 +171,19 @@ def make_optimizer(
     All updates are proportional to the learning rates. The train step can therefore apply a learning-rate schedule by
     multiplying all updates by one factor. AdamW's learning rates were tuned at width 768, so they are multiplied by
     (width / 768)^-0.5. Muon's learning rate does not depend on the width. Weight decay applies only to AdamW.
-    `momentum`, `dtype` and `layout` apply only to Muon.
+    `momentum` applies only to Muon. With a `layout`, the updates of both are gathered in `dtype`.
     """
     factor = (width / 768) ** -0.5
 
     def adamw(lr: float) -> optax.GradientTransformation:
         rule = optax.adamw(lr * factor, b1=0.8, b2=0.95, eps=1e-10, weight_decay=weight_decay)
-        return optax.GradientTransformationExtraArgs(rule.init, jax.named_scope("adamw")(rule.update))
+
+        def update(updates: optax.Updates, state: Any, params: optax.Params | None = None) -> tuple[optax.Updates, Any]:
+            with jax.named_scope("adamw"):
+                updates, state = rule.update(updates, state, params)
+                return updates if layout is None else layout.gather_updates(updates, dtype), state
+
+        return optax.GradientTransformation(rule.init, update)
 
     groups: dict[Hashable, optax.GradientTransformation] = {
         "embedding": adamw(embedding_lr),

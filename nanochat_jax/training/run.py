@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from nanochat_jax import checkpoint, config, environment, files, run_log, traine
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
+from nanochat_jax.model.fused import trial
 from nanochat_jax.parallel import devices, processes, sharding
 from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.progress import Timer, clock, count_of
@@ -45,6 +45,7 @@ class Run:
     tokenizer: Tokenizer
     layout: Layout  # the mesh, and how weights and optimizer state are sharded on it
     dtype: DTypeLike  # the dtype of matmul operands
+    fused: bool  # whether the kernels of model/fused compute the blocks
     optimizer: optax.GradientTransformation
     plan: StartPlan  # how the run starts
     new_state: Callable[[], TrainState]  # makes random weights and an empty optimizer state on the devices
@@ -192,6 +193,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
         layout.check(model_cfg)
         print(f"{cfg.stage}: {folder}")
         dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
+        fused = _choose_blocks(cfg, model_cfg, layout, dtype)
         optimizer = optimizer_of(cfg, model_cfg, momentum, dtype, layout)
         new_state, state = _new_state(cfg, model_cfg, optimizer, layout)
         print(_describe_start(cfg, plan))
@@ -204,6 +206,7 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             tokenizer=tokenizer,
             layout=layout,
             dtype=dtype,
+            fused=fused,
             optimizer=optimizer,
             plan=plan,
             new_state=new_state,
@@ -230,6 +233,18 @@ def optimizer_of(
         model_cfg.n_embd, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr,
         weight_decay=cfg.weight_decay, momentum=momentum, dtype=dtype, layout=layout,
     )  # fmt: skip
+
+
+def _choose_blocks(cfg: Train, model_cfg: GPTConfig, layout: Layout, dtype: DTypeLike) -> bool:
+    """Returns whether the kernels of model/fused compute the blocks. Prints the choice if there is a GPU."""
+    if jax.default_backend() != "gpu" or not execution(cfg, layout).per_device:
+        return False
+    fused, reason = trial.choose(model_cfg, dtype)
+    everywhere = bool(processes.all_min(int(fused)))  # all processes must compile the same program
+    if fused and not everywhere:
+        fused, reason = False, "another process cannot use fused kernels"
+    print(f"blocks by {'fused kernels' if fused else 'XLA'} ({reason})")
+    return fused
 
 
 def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple[GPTConfig, Tokenizer]:
@@ -315,7 +330,8 @@ def batch_shapes(
 
 def step_of(run: Run) -> jax.stages.Wrapped:
     """Returns the jitted step of a run (see `make_step`), which is not compiled yet."""
-    return make_step(run.model_cfg, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, execution(run.cfg))
+    how = execution(run.cfg, run.layout if run.fused else None)
+    return make_step(run.model_cfg, run.optimizer, run.dtype, run.cfg.grad_clip, run.layout, how)
 
 
 def no_implicit_transfers() -> AbstractContextManager[None]:

@@ -53,13 +53,13 @@ def make_step(
     of micro-batches affects only rounding errors. If no targets are counted, the loss is 0.
 
     With --shard=optimizer, a vmap over the replicas lets each replica accumulate its own gradients. Then one
-    reduce-scatter per step sums the gradients of all replicas. With --shard=full, the gradients of all replicas are
-    summed in every micro-batch.
+    exchange per step, in `dtype`, sums the gradients of all replicas. With --shard=full, the gradients of all replicas
+    are summed in every micro-batch.
     """
     replicas = sharding.replicas(layout.mesh) if layout else 1
     zero1 = layout if layout and replicas > 1 and not layout.full else None  # set if replicas accumulate separately
     if layout:
-        execution = dataclasses.replace(execution, gather=layout.gather)
+        execution = dataclasses.replace(execution, gather=layout.gather, whole=layout.whole)
 
     def loss_sum(params: gpt.Params, batch: dict[str, jax.Array]) -> jax.Array:
         """Returns the summed loss of a micro-batch [rows, t]."""
@@ -95,7 +95,7 @@ def make_step(
         loss, grads = gradients(params, {k: v for k, v in batch.items() if k != "stop"})
         if zero1:
             with jax.named_scope("reduce_scatter"):
-                loss, grads = loss.sum(), zero1.reduce_scatter_grads(grads)
+                loss, grads = loss.sum(), zero1.reduce_scatter_grads(grads, dtype)
         count = (batch["targets"] >= 0).sum()
         scale = 1.0 / jnp.maximum(count, 1)
         with jax.named_scope("gradient_norm"):
@@ -119,11 +119,16 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def execution(cfg: Train) -> gpt.Execution:
-    """Returns how to compute the blocks, as set by --scan_layers, --remat and --shard."""
+def execution(cfg: Train, layout: Layout | None = None) -> gpt.Execution:
+    """Returns how to compute the blocks, as set by --scan_layers, --remat and --shard.
+
+    With a `layout`, they are computed by the kernels of model/fused, if the settings allow it. Those kernels leave
+    nothing to recompute, and do not communicate.
+    """
     policies = jax.checkpoint_policies
     known = {"none": None, "matmuls": policies.save_only_these_names(gpt.MATMUL), "full": policies.nothing_saveable}
     policy = known[cfg.remat]
     if policy is None and cfg.shard == "full":  # discard gathered weights; the backward pass gathers them again
         policy = policies.save_anything_except_these_names(sharding.GATHERED)
-    return gpt.Execution(cfg.scan_layers, policy)
+    fused = layout and policy is None and not cfg.scan_layers and layout.mesh.shape["model"] == 1
+    return gpt.Execution(cfg.scan_layers, policy, per_device=layout.per_device if layout and fused else None)

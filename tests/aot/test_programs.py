@@ -5,6 +5,7 @@ bash setup.sh dev aot && bash tests/run.sh -m aot
 
 import dataclasses
 import importlib.util
+import math
 import re
 
 import absent_gpus
@@ -59,8 +60,8 @@ def check_step(program: Compiled, depth: int, mesh: dict, shard: str) -> None:
     kernels = absent_gpus.lines(program, r"__cudnn\$fmha")
     assert len(kernels) == 2 * depth, "one attention kernel forward and one backward in each layer"
     if shard == "optimizer" and "model" not in mesh:
-        weights = 8  # reduced once, however many layers and micro-batches there are
-        assert len(collectives(program, "reduce-scatter")) <= weights and len(collectives(program, "all-gather")) <= 8
+        weights = 8  # reduced once, however many layers and micro-batches there are; Muon's matrices have two shapes
+        assert len(collectives(program, "all-to-all")) <= weights + 2 and len(collectives(program, "all-gather")) <= 8
 
 
 # Midtraining runs the program of base: only its learning rates, which are numbers in it, can differ.
@@ -76,6 +77,58 @@ def test_a_training_step(depth, rows, mesh, shard):
     program = training_step(cfg, model_of(depth), mesh_of_h100s(**mesh), 1, rows)
     check(program, f"base, d{depth}, {rows} rows, {described(mesh)}, `--shard={shard}`")
     check_step(program, depth, mesh, shard)
+    fused = absent_gpus.lines(program, r"__gpu\$xla.gpu.triton")
+    assert len(fused) == (10 * depth if shard == "optimizer" and "model" not in mesh else 0)
+    if "model" in mesh:  # Megatron's two all-reduces a layer forward, and backward those of q, k, v and the MLP
+        moved = absent_gpus.lines(program, r"\b(all-reduce|all-gather|reduce-scatter|all-to-all)(-start)?\(.*block\d")
+        assert len(moved) == 6 * depth and all("all-reduce" in line for line in moved)
+    elif shard == "optimizer" and mesh and "node" not in mesh:
+        sent = sum(
+            kernel.sent * kernel.times
+            for kernel in program.program.kernels
+            if kernel.is_collective and kernel.op != "all-reduce"
+        )
+        least = 2 * 2 * model_of(depth).num_params * (1 - 1 / math.prod(mesh.values()))  # bf16 gradients and updates
+        print(f"  each GPU sends {sent / 1e6:.0f} MB, {sent / least:.3f} of the least")
+        assert sent <= 1.05 * least
+
+
+def test_a_fused_block_has_no_other_kernel_and_keeps_ten_arrays():
+    """Between matmuls, attention and its ten kernels, nothing reads or writes an array of the size of the stream."""
+    cfg, rows = config.Base(), 32
+    few, many = dataclasses.replace(model_of(20), n_layer=2), dataclasses.replace(model_of(20), n_layer=6)
+    one, other = (training_step(cfg, m, mesh_of_h100s(), 1, rows) for m in (few, many))
+    entry = other.text[other.text.index("\nENTRY") :]
+    size = rows * 2048 * many.n_embd
+    for line in entry.splitlines():
+        if "gemm" not in line and re.search(r" (fusion|copy)\(.*block[1-4]\b", line):
+            assert not large(line.split(", metadata")[0], size), line
+    kept = (other.temporaries - one.temporaries) / 4 / (2 * size)
+    plain = training_step(cfg, many, mesh_of_h100s(), 1, rows, fused=False).temporaries
+    print(
+        f"a block keeps {kept:.1f} arrays of the size of the stream; {other.temporaries / GIB:.1f} GiB, plain "
+        f"{plain / GIB:.1f}"
+    )
+    assert kept < 10.8
+    assert other.temporaries < plain - 4 * 2 * size * 4
+
+
+def large(line: str, size: int) -> bool:
+    """Whether an array in this line has at least `size` elements."""
+    return any(math.prod(map(int, dims.split(","))) >= size for dims in re.findall(r"\w+\[([0-9,]+)\]", line))
+
+
+def test_the_loss_reads_the_logits_twice():
+    """Once for the log-sum-exp and once for the gradient. Nothing of their size is float32."""
+    program = training_step(config.Base(), dataclasses.replace(model_of(20), n_layer=1), mesh_of_h100s(), 1, 32)
+    logits = 8192 * VOCAB  # of one chunk
+    lines = re.sub(r"/\*.*?\*/", "", absent_gpus.loop_bodies(program)).splitlines()
+    found = [re.match(r"\s*(?:ROOT )?%([\w.-]+) = (\w+)\[([0-9,]+)\]\S* (?:fusion|bitcast)\(", line) for line in lines]
+    large = {m[1]: m[2] for m in found if m and math.prod(map(int, m[3].split(","))) == logits}
+    assert large and set(large.values()) == {"bf16"}
+    kernels = [line.split(", kind=")[0] for line in lines if " fusion(" in line and "gemm" not in line]
+    passes = [line for line in kernels if large.keys() & set(re.findall(r"%([\w.-]+)", line.split(" fusion(")[1]))]
+    assert len(passes) == 2, passes
 
 
 def described(mesh: dict) -> str:

@@ -1,0 +1,105 @@
+"""The kernels of the fused block equal their plain twins, and the block equals the plain block."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.model import gpt
+from nanochat_jax.model.fused import matmul, rows
+
+DTYPES = [jnp.float32, jnp.bfloat16]
+EPS = 1e-6
+MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=128, vocab_size=100, sequence_len=64, window_pattern="SL")
+
+
+def numbers(*shape: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def assert_equal(kernel, twin, dtype) -> None:
+    """Equal, or one rounding apart."""
+    a, b = (jax.tree.map(lambda x: np.asarray(x, np.float32), jax.tree.leaves(x)) for x in (kernel, twin))
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 8, 64), (1, 7, 160), (3, 5, 96)])
+def test_norms(shape, dtype):
+    x, y, ds = (numbers(*shape, dtype=dtype, seed=i) for i in range(3))
+    out = rows.add_norm(x, y, eps=EPS, interpret=True)
+    assert_equal(out, rows.plain_add_norm(x, y, eps=EPS), dtype)
+    for count in (1, 3):
+        arguments = (ds, out[1], out[2], *[numbers(*shape, dtype=dtype, seed=9 + i) for i in range(count)])
+        kernel = rows.add_norm_backward(*arguments, interpret=True)
+        assert_equal(kernel, rows.plain_add_norm_backward(*arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 8, 3, 16), (1, 7, 1, 64), (2, 96, 2, 8)])
+def test_rotations(shape, dtype):
+    x, g = numbers(*shape, dtype=dtype), numbers(*shape, dtype=dtype, seed=1)
+    angle = numbers(shape[1], shape[3] // 2, seed=2)
+    table = jnp.cos(angle), jnp.sin(angle)
+    out = rows.rotate_norm(x, *table, eps=EPS, interpret=True)
+    assert_equal(out, rows.plain_rotate_norm(x, *table, eps=EPS), dtype)
+    kernel = rows.rotate_norm_backward(g, *out, *table, interpret=True)
+    assert_equal(kernel, rows.plain_rotate_norm_backward(g, *out, *table), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [(jnp.float32, (2, 64, 64, 256)), (jnp.bfloat16, (3, 128, 128, 512))])
+def test_matmuls(dtype, shape):
+    b, t, i, o = shape
+    x, w_in, w_out = numbers(b, t, i, dtype=dtype), numbers(i, o, dtype=dtype) / i, numbers(o, i, dtype=dtype) / i
+    a = matmul.relu2(x, w_in, interpret=True)
+    assert_equal(a, matmul.plain_relu2(x, w_in), dtype)
+    kernel = matmul.relu2_backward(x, a, w_out, interpret=True)
+    assert_equal(kernel, matmul.plain_relu2_backward(x, a, w_out), dtype)
+
+
+def test_twins_have_the_gradients_of_autodiff():
+    x, y = numbers(2, 6, 32), numbers(2, 6, 32, seed=1)
+    forward = functools.partial(rows.plain_add_norm, eps=EPS)
+    (_, n, r), vjp = jax.vjp(forward, x, y)
+    ds, g = numbers(2, 6, 32, seed=2), numbers(2, 6, 32, seed=3)
+    assert_equal(rows.plain_add_norm_backward(ds, n, r, g), vjp((ds, g, jnp.zeros_like(r)))[0], jnp.float32)
+    x, angle = numbers(2, 6, 3, 16), numbers(6, 8)
+    (n, r), vjp = jax.vjp(lambda x: rows.plain_rotate_norm(x, jnp.cos(angle), jnp.sin(angle), eps=EPS), x)
+    g = numbers(2, 6, 3, 16, seed=2)
+    twin = rows.plain_rotate_norm_backward(g, n, r, jnp.cos(angle), jnp.sin(angle))
+    assert_equal(twin, vjp((g, jnp.zeros_like(r)))[0], jnp.float32)
+
+
+def test_a_rotation_is_that_of_the_plain_model():
+    x, (cos, sin) = numbers(1, 6, 3, 16), gpt.rotary(jnp.arange(6)[None], dataclasses.replace(MODEL, n_embd=32))
+    plain = gpt.norm(gpt.rotate(x, cos, sin), EPS)
+    assert_equal(rows.plain_rotate_norm(x, cos[0, :, 0], sin[0, :, 0], eps=EPS)[0], plain, jnp.float32)
+
+
+def here(function, own, shared):
+    """All rows are on this device."""
+    return function(*own, *shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_model_and_its_gradients_are_those_of_the_plain_blocks(dtype):
+    params = jax.tree.map(lambda p: numbers(*p.shape) * 0.1, gpt.init(MODEL))
+    ids = jax.random.randint(jax.random.key(1), (2, 64), 0, 100)
+
+    def loss(params, execution):
+        return jnp.square(gpt.hidden(params, MODEL, ids, dtype, execution).astype(jnp.float32) - 0.3).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain = gradient(params, gpt.PLAIN)
+    fused = gradient(params, gpt.Execution(per_device=here))
+    np.testing.assert_allclose(fused[0], plain[0], rtol=1e-2 if dtype == jnp.bfloat16 else 1e-6)
+    for path, x in jax.tree_util.tree_leaves_with_path({"wte": plain[1]["wte"], "blocks": plain[1]["blocks"]}):
+        y = functools.reduce(lambda tree, key: tree[key.key], path, fused[1])
+        error = jnp.linalg.norm(x - y) / jnp.linalg.norm(x)
+        assert error < (0.02 if dtype == jnp.bfloat16 else 1e-5), (path, error)

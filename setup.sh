@@ -95,7 +95,7 @@ build_environment() {
     fi
     if [ -n "$remake" ] || ! usable; then
         if command -v uv >/dev/null && [ -z "${PYTHON:-}" ]; then
-            python=$(find_python 2>/dev/null) || python=">=3.12,<=3.$NEWEST" # uv downloads it
+            python=$(find_python 2>/dev/null) || python=">=3.12,<3.$((NEWEST + 1))" # uv downloads it
         else
             python=$(find_python) || exit 2
         fi

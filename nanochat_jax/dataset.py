@@ -1,4 +1,6 @@
-"""The command that downloads, builds or converts pretraining text: python -m nanochat_jax.dataset -n 240.
+"""The command that downloads, builds or converts pretraining text, and downloads the data of the later stages.
+
+Example: python -m nanochat_jax.dataset -n 240
 
 The work is done in nanochat_jax/data.
 """

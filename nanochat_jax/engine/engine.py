@@ -42,7 +42,7 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine.ahead import Program
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.engine.model_runner import ModelRunner, Output
-from nanochat_jax.engine.programs import Tokens, fewest_slots
+from nanochat_jax.engine.programs import Tokens, min_slots
 from nanochat_jax.engine.request import MAX_STOP_IDS, TOP_LOGPROBS, Event, Request, Sample, Scores, TopLogprobs
 from nanochat_jax.engine.scheduler import PrefillBatch, Schedule, Scheduler
 from nanochat_jax.engine.slots import Sequence
@@ -74,7 +74,7 @@ class Engine:
     ):
         if slots < 1:
             raise UserError(f"slots is {slots}: must be at least 1")
-        slots = max(slots, fewest_slots())
+        slots = max(slots, min_slots())
         self.model_cfg, self.tokenizer, self.slots, self.dtype, self.chunk = model_cfg, tokenizer, slots, dtype, chunk
         self._special = {
             name: tokenizer.special(f"<|{name}|>")

@@ -172,7 +172,7 @@ class Scheduler:
         """Schedules a chunk for the running sequences, and the next chunk too if nothing must happen in between."""
         # A row pauses at the end of a tool call, until the host sends its state again. In a chunk that is in flight by
         # then, it gets no tokens. A sample that has called the calculator is likely to call it again, so the next chunk
-        # waits for the host while such a sample runs. Otherwise, more time could be lost than the host needs.
+        # waits for the host while such a sample runs: losing a whole chunk takes longer than the host does.
         in_flight = self.in_flight
         self.in_flight = (
             self.asynchronous

@@ -1,5 +1,6 @@
 """The programs of training and of generating text, compiled for a mesh of GPUs that are not there (`compiled.py`)."""
 
+import math
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ def state_bytes(cfg: Train, model_cfg: GPTConfig, mesh: Mesh) -> tuple[int, int]
 
     def held(tree: object) -> int:
         leaves = jax.tree.leaves(tree)
-        return sum(x.dtype.itemsize * int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape)))) for x in leaves)
+        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
     return held(state.params), held(state.opt_state)
 

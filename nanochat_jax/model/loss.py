@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from nanochat_jax.model.precision import accum_dtype, on_gpu
+from nanochat_jax.model.precision import accum_dtype
 
 MOST_WITHOUT_MAXIMUM = 60.0  # up to this soft cap, float32 can hold the sum of exp(logit) over any vocabulary
 
@@ -75,7 +75,11 @@ def _reread(z: jax.Array, dtype: DTypeLike) -> jax.Array:
     The time of the loss is the time to move the logits. Without the barrier, XLA would write them in float32, and would
     also write their tanh. In the original nanochat, too, the logits are rounded to bf16. On a CPU, returns z itself.
     """
-    return on_gpu(lambda z: jax.lax.optimization_barrier(z.astype(dtype)).astype(z.dtype), z)
+
+    def rounded(z: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(z.astype(dtype)).astype(z.dtype)
+
+    return jax.lax.platform_dependent(z, cuda=rounded, default=lambda z: z)
 
 
 def _logsumexp(z: jax.Array, softcap: float) -> jax.Array:

@@ -1,7 +1,5 @@
 """Chooses the dtype of matmul operands, and the dtype in which their products are summed."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,11 +8,6 @@ from jax.typing import DTypeLike
 def accum_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Returns the dtype in which products of numbers in `dtype` are summed: float64 for float64, otherwise float32."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def on_gpu(change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Within jit, returns change(x) in programs for NVIDIA GPUs, and x in all others. Both have x's shape and dtype."""
-    return jax.lax.platform_dependent(x, cuda=change, default=lambda x: x)
 
 
 def choose_dtype(requested: str) -> tuple[DTypeLike, str]:

@@ -26,8 +26,8 @@ GPU_MEMORY_FRACTION = 0.92
 # JAX reads the fraction from either of these variables, and refuses to start if both are set.
 MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
-# With the extra aot, JAX has a plugin for CUDA on machines without a driver, and prints a traceback each time that it
-# fails to start. JAX 0.11 cannot compile for GPUs that are not there. This environment variable prevents both.
+# JAX's CUDA plugin (extra aot) prints a traceback on a machine without a driver, and JAX 0.11 then cannot compile for
+# GPUs that are not there. With this environment variable, the plugin does not look for a driver.
 NO_DRIVER = ("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 INSTALL = "run 'bash setup.sh' to install JAX for the GPU (scripts.doctor shows what JAX finds)"
@@ -59,9 +59,9 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
 
     if platforms[device_type]:
         jax.config.update("jax_platforms", platforms[device_type])
-    on_cpu = platforms[device_type] in (None, "cpu")
+    may_use_cpu = platforms[device_type] in (None, "cpu")  # the host of a TPU is included: it does no harm there
     if may_use_gpus(device_type) and gpu_node.count():
-        on_cpu = False
+        may_use_cpu = False
         set_gpu_defaults()
     else:
         os.environ.setdefault(*NO_DRIVER)
@@ -72,7 +72,7 @@ def start(device_type: str = "", coordinator: str = "", num_processes: int = 0, 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     processes.join(coordinator, num_processes, process_id)
     try:
-        with host_memory.freed_memory_kept() if on_cpu else contextlib.nullcontext():
+        with host_memory.freed_memory_kept() if may_use_cpu else contextlib.nullcontext():
             jax.devices()  # starts JAX's threads
     except (RuntimeError, AssertionError) as error:  # an AssertionError means that this build of JAX lacks the platform
         reason = first_line(error) if str(error) else "this build of JAX finds no such device"

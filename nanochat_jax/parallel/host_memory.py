@@ -36,8 +36,10 @@ def freed_memory_kept() -> Generator[bool]:
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # so would the top of the heap
     libc.mallopt(M_ARENA_MAX, 1)
     _use_huge_pages(libc, half_of_memory())
-    yield True
-    libc.mallopt(M_ARENA_MAX, 8 * (os.cpu_count() or 1))  # glibc's default, for the threads that compile
+    try:
+        yield True
+    finally:
+        libc.mallopt(M_ARENA_MAX, 8 * (os.cpu_count() or 1))  # glibc's default, for the threads that compile
 
 
 def half_of_memory() -> int:

@@ -287,10 +287,10 @@ class Layout:
         XLA's partitioner cannot look into a kernel, and would gather all rows first. The rows of a replica are not
         split any further, and with --shard=optimizer, the train step's vmap is over the replicas.
         """
-        rows = P(BATCH_AXES) if self.full else P()
+        assert not self.full, "the fused block does not gather weights"
         return jax.shard_map(
             lambda own, shared: function(*own, *shared),
-            mesh=self.mesh, in_specs=(rows, P()), out_specs=rows, check_vma=False,
+            mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False,
         )(own, shared)  # fmt: skip
 
     def by_replica(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -314,8 +314,8 @@ class Layout:
     def reduce_scatter_grads(self, grads: PyTree, dtype: DTypeLike) -> PyTree:
         """Sums the gradients [R, ...] over the replicas. The sums [...] are sharded over data.
 
-        The gradients travel in `dtype`, and are summed in their own dtype. So each is rounded once, however many
-        replicas there are.
+        Within a node, the gradients travel in `dtype`. All sums are in the gradients' own dtype, and travel between
+        nodes in it. So each gradient is rounded once, however many replicas there are.
 
         First, the replicas of a node exchange their gradients, so that each replica sums one shard of them. Then these
         shards are all-reduced between the nodes. So whole gradients never cross the slow links between nodes.
@@ -325,9 +325,8 @@ class Layout:
             g = g[0]  # this replica's gradient: [1, ...] -> [...]
             if "data" not in spec:  # no axis can be sharded over data, so every replica gets the whole sum
                 g = jax.lax.psum(g, "data")
-            elif (
-                jnp.finfo(dtype).bits >= jnp.finfo(g.dtype).bits
-            ):  # [in, out] -> a shard, such as [in/data, out] for wq
+            elif jnp.finfo(dtype).bits >= jnp.finfo(g.dtype).bits:
+                # [in, out] -> a shard, such as [in/data, out] for wq
                 g = jax.lax.psum_scatter(g, "data", scatter_dimension=spec.index("data"), tiled=True)
             else:  # [in, out] -> [data, in/data, out] -> [in/data, out]: as many bytes as a reduce-scatter in `dtype`
                 axis, size = spec.index("data"), self.mesh.shape["data"]

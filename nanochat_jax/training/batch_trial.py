@@ -3,7 +3,7 @@
 More rows at once need fewer micro-batches, but they are not always faster: XLA may choose other kernels, or recompute
 activations to save memory. Therefore this module times a few steps with the most rows that fit and with the next
 smaller number, on a state that is thrown away. The number of rows affects only rounding errors in the losses. A run
-that resumes keeps its number, so that these do not change either.
+that resumes keeps its number, so that its losses stay the same to the last bit.
 """
 
 import functools
@@ -40,17 +40,19 @@ def choose_rows(run: Run, rows: int, tokens: float) -> int:
         return peak_memory(compiled(n))
 
     if limit is not None:
-        print("choosing how many rows to compute at once (--device_batch_size says it) ...", flush=True)
+        print("choosing how many rows to compute at once (to skip this, give --device_batch_size) ...", flush=True)
     saved = _saved_rows(run)
-    if saved in possible_rows(run.model_cfg, rows) and (limit is None or _fits(need(rows // saved, saved), limit)):
-        if limit is not None:
-            print(f"rows at once: {saved}, as in the run so far")
+    if limit is None:
+        most = rows_that_fit(run.model_cfg, rows, need, limit)
+        if saved not in (None, most):
+            print(f"rows at once: {most}; the run computed {saved} so far (to keep them: --device_batch_size={saved})")
+        return most
+    if saved in possible_rows(run.model_cfg, rows) and _fits(need(rows // saved, saved), limit):
+        print(f"rows at once: {saved}, as in the run so far")
         return saved
     if saved is not None:
         print(f"the run computed {saved} rows at once so far, which this machine or --mesh does not allow")
     most = rows_that_fit(run.model_cfg, rows, need, limit)
-    if limit is None:
-        return most
     smaller = max((n for n in possible_rows(run.model_cfg, rows) if n < most), default=0)
     if not (smaller and smaller >= SMALLEST_SHARE * most):
         print(f"rows at once: {most}, the most that fit")

@@ -70,7 +70,7 @@ class Run:
         A run that resumes takes both from its checkpoint. A new run starts with the parent's weights or, without a
         parent, with random weights. With --dry_run, does nothing, because the shapes are enough to plan the run.
 
-        Call this after the batch shape is known: `fastest_rows` needs the memory for a state of its own.
+        Call this after the batch shape is known: `batch_trial.choose_rows` needs the memory for a state of its own.
         """
         if not self.cfg.dry_run:
             with out_of_memory_in_state():
@@ -193,12 +193,15 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
         layout.check(model_cfg)
         print(f"{cfg.stage}: {folder}")
         dtype = devices.choose_precision(cfg.compute_dtype, cfg.attention, model_cfg)
-        fused = _choose_blocks(cfg, model_cfg, layout, dtype)
-        optimizer = optimizer_of(cfg, model_cfg, momentum, dtype, layout)
-        new_state, state = _new_state(cfg, model_cfg, optimizer, layout)
-        print(_describe_start(cfg, plan))
         resumes = plan.step is not None
         meta = checkpoint.read_meta(folder, plan.step) if resumes else {}
+        fused = choose_blocks(cfg, model_cfg, layout, dtype, meta.get("fused"))
+        optimizer = optimizer_of(cfg, model_cfg, momentum, dtype, layout)
+        state = state_shapes(model_cfg, optimizer, layout)
+        make_state = jax.jit(
+            lambda: new_state(model_cfg, optimizer, cfg.seed), out_shardings=jax.tree.map(lambda x: x.sharding, state)
+        )
+        print(_describe_start(cfg, plan))
         run = Run(
             cfg=cfg,
             dir=folder,
@@ -209,14 +212,14 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             fused=fused,
             optimizer=optimizer,
             plan=plan,
-            new_state=new_state,
+            new_state=make_state,
             state=state,
             saver=checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count()),
             lock=lock,
             step=plan.step or 0,
             data=files.read_json(checkpoint.step_dir(folder, plan.step) / "data.json") if resumes else None,
             totals=meta.get("totals", {"seconds": 0.0, "tokens": 0, "flops": 0}),
-            origin={"parent": plan.parent_id},
+            origin={"parent": plan.parent_id, "fused": fused},
             metrics=meta.get("metrics", {}),
         )
         try:
@@ -235,11 +238,20 @@ def optimizer_of(
     )  # fmt: skip
 
 
-def _choose_blocks(cfg: Train, model_cfg: GPTConfig, layout: Layout, dtype: DTypeLike) -> bool:
-    """Returns whether the kernels of model/fused compute the blocks. Prints the choice if there is a GPU."""
+def choose_blocks(
+    cfg: Train, model_cfg: GPTConfig, layout: Layout, dtype: DTypeLike, before: bool | None = None
+) -> bool:
+    """Returns whether the kernels of model/fused compute the blocks. Prints the choice if there is a GPU.
+
+    A run that resumes keeps its choice, so that its losses do not depend on the times of a second trial. `before` is
+    that choice, or None for a new run.
+    """
     if jax.default_backend() != "gpu" or not execution(cfg, layout).per_device:
         return False
-    fused, reason = trial.choose(model_cfg, dtype)
+    if before is False:
+        fused, reason = False, "as in the run so far"
+    else:
+        fused, reason = trial.choose(model_cfg, dtype, must_be_faster=before is None)
     everywhere = bool(processes.all_min(int(fused)))  # all processes must compile the same program
     if fused and not everywhere:
         fused, reason = False, "another process cannot use fused kernels"
@@ -268,17 +280,10 @@ def _model_cfg_and_tokenizer(cfg: Train, folder: Path, plan: StartPlan) -> tuple
     return GPTConfig(**meta["model"]), trained_model.load_tokenizer(meta, run_dir)
 
 
-def _new_state(
-    cfg: Train, model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout
-) -> tuple[Callable[[], TrainState], TrainState]:
-    """Returns a function that makes a new state on the devices, and the shapes and shardings of this state."""
-
-    def new() -> TrainState:
-        params = gpt.init(model_cfg, cfg.seed)
-        return TrainState(params, optimizer.init(params))
-
-    target = state_shapes(model_cfg, optimizer, layout)
-    return jax.jit(new, out_shardings=jax.tree.map(lambda x: x.sharding, target)), target
+def new_state(model_cfg: GPTConfig, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
+    """Returns random weights and an empty optimizer state."""
+    params = gpt.init(model_cfg, seed)
+    return TrainState(params, optimizer.init(params))
 
 
 def _describe_start(cfg: Train, plan: StartPlan) -> str:
@@ -303,12 +308,7 @@ def _initial_state(run: Run) -> TrainState:
 
 def state_shapes(model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Returns the shapes and shardings of the weights and the optimizer state."""
-
-    def fresh() -> TrainState:
-        params = gpt.init(model_cfg)
-        return TrainState(params, optimizer.init(params))
-
-    abstract = jax.eval_shape(fresh)
+    abstract = jax.eval_shape(lambda: new_state(model_cfg, optimizer))
     specs = TrainState(layout.param_specs(abstract.params), layout.shard_specs(abstract.opt_state))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout.shardings(specs)

@@ -94,7 +94,7 @@ def make_step(
         stop = batch.get("stop")
         loss, grads = gradients(params, {k: v for k, v in batch.items() if k != "stop"})
         if zero1:
-            with jax.named_scope("reduce_scatter"):
+            with jax.named_scope("reduce_gradients"):
                 loss, grads = loss.sum(), zero1.reduce_scatter_grads(grads, dtype)
         count = (batch["targets"] >= 0).sum()
         scale = 1.0 / jnp.maximum(count, 1)

@@ -7,6 +7,7 @@ line of JSON. The clock of the first step starts before JAX is imported.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -73,11 +74,12 @@ class _Measurement:
         import numpy as np
 
         from nanochat_jax.config import Base, GPTConfig
-        from nanochat_jax.model import attention, gpt
+        from nanochat_jax.model import attention
         from nanochat_jax.parallel import devices, sharding
         from nanochat_jax.training import optim
         from nanochat_jax.training.batch_shape import BatchShape
-        from nanochat_jax.training.step import TrainState, execution, make_step
+        from nanochat_jax.training.run import choose_blocks, new_state, optimizer_of, peak_memory, state_shapes
+        from nanochat_jax.training.step import execution, make_step
 
         self.job, self.model_cfg, rows = job, GPTConfig(**job["shape"]), job["rows"]
         self.flags = Base(compute_dtype=job["dtype"], **job["flags"])
@@ -87,19 +89,10 @@ class _Measurement:
         attention.check_rows(rows, self.model_cfg)
         mesh = sharding.make_mesh()
         self.layout = sharding.Layout(mesh, self.flags.shard)
-        self.execution = execution(self.flags)
-        optimizer = optim.make_optimizer(
-            self.model_cfg.n_embd, embedding_lr=self.flags.embedding_lr, unembedding_lr=self.flags.unembedding_lr,
-            matrix_lr=self.flags.matrix_lr, momentum=optim.momentum_warmup, dtype=self.dtype, layout=self.layout,
-        )  # fmt: skip
-
-        def fresh() -> TrainState:
-            params = gpt.init(self.model_cfg)
-            return TrainState(params, optimizer.init(params))
-
-        abstract = jax.eval_shape(fresh)
-        specs = TrainState(self.layout.param_specs(abstract.params), self.layout.shard_specs(abstract.opt_state))
-        shardings = self.layout.shardings(specs)
+        fused = choose_blocks(self.flags, self.model_cfg, self.layout, self.dtype)
+        self.execution = execution(self.flags, self.layout if fused else None)
+        optimizer = optimizer_of(self.flags, self.model_cfg, optim.momentum_warmup, self.dtype, self.layout)
+        state = state_shapes(self.model_cfg, optimizer, self.layout)
         replicas = sharding.replicas(mesh)
         self.batch_shape = BatchShape(1, rows, replicas, self.model_cfg.sequence_len)
         rng = np.random.default_rng(0)
@@ -108,19 +101,15 @@ class _Measurement:
         self.batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}  # on the host, as from a data loader
         arrays, lr = self.put()
 
-        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        step = make_step(self.model_cfg, optimizer, self.dtype, 0.0, self.layout, self.execution)
+        step = make_step(self.model_cfg, optimizer, self.dtype, self.flags.grad_clip, self.layout, self.execution)
         lowered = step.lower(state, arrays, lr)
         start = time.perf_counter()
         self.step = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
-        used = self.step.memory_analysis()
-        assert used is not None, "this backend does not report the memory of a compiled program"
-        self.step_bytes = (
-            used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
-        )
+        self.step_bytes = peak_memory(self.step)
         self._check_memory(self.step_bytes)
-        self.state = jax.jit(fresh, out_shardings=shardings)()
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        self.state = jax.jit(lambda: new_state(self.model_cfg, optimizer), out_shardings=shardings)()
         assert self.state.params["wte"].dtype == jnp.float32
 
     def put(self) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -218,9 +207,12 @@ class _Measurement:
         import jax
 
         from nanochat_jax.model import gpt
+        from nanochat_jax.model.fused import trial
         from nanochat_jax.model.loss import cross_entropy, num_chunks
 
-        model_cfg, rows = self.model_cfg, self.job["rows"]
+        model_cfg, rows, how = self.model_cfg, self.job["rows"], self.execution
+        if how.per_device:  # these programs run on one device, outside the mesh
+            how = dataclasses.replace(how, per_device=trial.alone)
         first = jax.local_devices()[0]
         params = self.state.params
         if self.layout.mesh.size > 1:
@@ -229,7 +221,7 @@ class _Measurement:
         weights = jax.device_put(jax.numpy.ones(targets.shape, jax.numpy.float32), first)
 
         def forward(params: gpt.Params, ids: jax.Array) -> jax.Array:
-            return gpt.hidden(params, model_cfg, ids, self.dtype, self.execution)
+            return gpt.hidden(params, model_cfg, ids, self.dtype, how)
 
         def loss_of(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
             chunks = num_chunks(*targets.shape)

@@ -32,11 +32,11 @@ def test_d20(own_base_dir, count):
     assert "A BOUND, NOT A MEASUREMENT" in done.stdout and "compiling the training step" in done.stdout
     found = json.loads(file.read_text())
     assert found["batch"]["rows"] == 32 and found["batch"]["tokens"] == 524_288
-    assert 55 < found["memory"]["peak"] / 2**30 < 70 and found["memory"]["peak"] < found["memory"]["usable"]
+    assert 35 < found["memory"]["peak"] / 2**30 < 45 and found["memory"]["peak"] < found["memory"]["usable"]
     assert found["memory"]["weights"] == 4 * 560_988_160
     assert found["cudnn"] == 40 * found["batch"]["grad_accum_steps"]
     best, usual = found["step"]["bound"], found["step"]["with good kernels"]
-    expected = 0.33 * 8 / count  # seconds
+    expected = 0.28 * 8 / count  # seconds
     assert 0.7 * expected < best["seconds"] < usual["seconds"] < 1.4 * expected
     assert 0.4 < usual["mfu"] < best["mfu"] < 1
     wanted = {"matrix products", "attention", "loss", "norms", "optimizer"} | (
@@ -46,7 +46,7 @@ def test_d20(own_base_dir, count):
     assert best["parts"]["other"]["seconds"] < 0.15 * best["seconds"], "kernels without a name"
     assert best["price"] == pytest.approx(24 * found["steps"] * best["seconds"] / 3600, abs=0.01)
     if count > 1:
-        assert 1 <= found["sent"] / found["sent_at_least"] < 2.2
+        assert 1 <= found["sent"] / found["sent_at_least"] < 1.06
     assert found["decode"]["kernels_per_token"] > 100 and found["prefill"]["seconds"] > 0
 
 

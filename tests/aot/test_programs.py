@@ -176,7 +176,7 @@ def test_decoding(depth, slots, size, devices, plan):
 
 
 def test_one_answer_reads_the_weights_once():
-    """The engine decodes a single answer with two slots (see `fewest_slots`)."""
+    """The engine decodes a single answer with two slots (see `min_slots`)."""
     model_cfg = model_of(20)
     program = decode(model_cfg, mesh_of_h100s(), 2, 512, sampler.Plan(64, False)).program
     (steps, kernels), *_ = program.loops()

@@ -467,4 +467,4 @@ def test_buckets_are_few_and_hold_what_they_must():
 def test_a_gpu_decodes_a_single_answer_with_two_slots(params, model_cfg, tokenizer, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     engine = Engine(params, model_cfg, tokenizer, slots=1)
-    assert engine.slots == 2, "see programs.fewest_slots"
+    assert engine.slots == 2, "see programs.min_slots"

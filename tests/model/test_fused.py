@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from nanochat_jax.config import GPTConfig
+from nanochat_jax.config import REPOSITORY, GPTConfig
 from nanochat_jax.model import gpt
-from nanochat_jax.model.fused import matmul, rows
+from nanochat_jax.model.fused import matmul, rows, trial
 
 DTYPES = [jnp.float32, jnp.bfloat16]
 EPS = 1e-6
@@ -82,11 +86,6 @@ def test_a_rotation_is_that_of_the_plain_model():
     assert_equal(rows.plain_rotate_norm(x, cos[0, :, 0], sin[0, :, 0], eps=EPS)[0], plain, jnp.float32)
 
 
-def here(function, own, shared):
-    """All rows are on this device."""
-    return function(*own, *shared)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_model_and_its_gradients_are_those_of_the_plain_blocks(dtype):
     params = jax.tree.map(lambda p: numbers(*p.shape) * 0.1, gpt.init(MODEL))
@@ -97,9 +96,18 @@ def test_the_model_and_its_gradients_are_those_of_the_plain_blocks(dtype):
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = gradient(params, gpt.PLAIN)
-    fused = gradient(params, gpt.Execution(per_device=here))
+    fused = gradient(params, gpt.Execution(per_device=trial.alone))
     np.testing.assert_allclose(fused[0], plain[0], rtol=1e-2 if dtype == jnp.bfloat16 else 1e-6)
     for path, x in jax.tree_util.tree_leaves_with_path({"wte": plain[1]["wte"], "blocks": plain[1]["blocks"]}):
         y = functools.reduce(lambda tree, key: tree[key.key], path, fused[1])
         error = jnp.linalg.norm(x - y) / jnp.linalg.norm(x)
         assert error < (0.02 if dtype == jnp.bfloat16 else 1e-5), (path, error)
+
+
+def test_a_step_of_the_fused_block_equals_that_of_the_plain_block_on_eight_devices(tmp_path):
+    """Each device computes its own rows, in one node and in two."""
+    command = [sys.executable, "tests/support/fused_on_devices.py", "node=1,data=8,model=1", "node=2,data=4,model=1"]
+    environment = tiny.environment(tmp_path, devices=8) | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout)) < 2e-3

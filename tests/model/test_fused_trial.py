@@ -9,6 +9,7 @@ import pytest
 from nanochat_jax.config import Base, GPTConfig
 from nanochat_jax.model.fused import block, rows, trial
 from nanochat_jax.parallel.sharding import Layout, make_mesh
+from nanochat_jax.training.run import choose_blocks
 from nanochat_jax.training.step import execution
 
 MODEL = GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=128, vocab_size=100, sequence_len=128)
@@ -36,9 +37,20 @@ def test_an_unknown_gpu_a_dtype_and_a_shape_are_refused(hopper, monkeypatch):
 def test_the_faster_is_chosen_if_it_is_right(hopper, monkeypatch):
     error, _ = trial._compare(MODEL, jnp.bfloat16)
     assert 0 < error < trial.LARGEST_ERROR
-    for speed, chosen in ((1.25, True), (0.9, False)):
+    for speed, chosen in ((1.25, True), (1.01, False), (0.9, False)):
         monkeypatch.setattr(trial, "_compare", lambda *_, speed=speed: (error, speed))
         assert trial.choose(MODEL, jnp.bfloat16) == (chosen, f"{speed:.2f} times as fast in a trial")
+    assert trial.choose(MODEL, jnp.bfloat16, must_be_faster=False)[0]
+
+
+def test_a_run_that_resumes_keeps_its_blocks(hopper, monkeypatch, capsys):
+    layout = Layout(make_mesh())
+    monkeypatch.setattr(trial, "_compare", lambda *_: (0.0, 0.9))
+    assert choose_blocks(Base(), MODEL, layout, jnp.bfloat16, before=True)
+    assert not choose_blocks(Base(), MODEL, layout, jnp.bfloat16)
+    monkeypatch.setattr(trial, "_compare", lambda *_: (0.0, 1.5))
+    assert not choose_blocks(Base(), MODEL, layout, jnp.bfloat16, before=False)
+    assert "blocks by XLA (as in the run so far)" in capsys.readouterr().out
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_not_used(hopper, monkeypatch):

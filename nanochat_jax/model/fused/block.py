@@ -72,7 +72,8 @@ def _forward(
     w = {name: a.astype(x.dtype) for name, a in w.items()}
     eps = model_cfg.norm_eps
     with jax.named_scope("qkv"):
-        x, n1, r1 = per_device(functools.partial(add_norm, eps=eps), (x, y), ())
+        with jax.named_scope("norm"):
+            x, n1, r1 = per_device(functools.partial(add_norm, eps=eps), (x, y), ())
         q, k, v = (_product(n1, w[name]).reshape(b, t, -1, model_cfg.head_dim) for name in ("wq", "wk", "wv"))
     with jax.named_scope("rope"):
         q, rq = per_device(functools.partial(rotate_norm, eps=eps), (q,), angles)
@@ -82,7 +83,8 @@ def _forward(
         o = o.reshape(x.shape)
         y = _product(o, w["wo"])
     with jax.named_scope("mlp"):
-        x, n2, r2 = per_device(functools.partial(add_norm, eps=eps), (x, y), ())
+        with jax.named_scope("norm"):
+            x, n2, r2 = per_device(functools.partial(add_norm, eps=eps), (x, y), ())
         a = per_device(relu2, (n2,), (w["w_in"],))
         y = _product(a, w["w_out"])
     return (x, y), (n1, r1, q, rq, k, rk, attention_backward, o, n2, r2, a, w, angles)
@@ -95,7 +97,9 @@ def _backward(model_cfg: GPTConfig, window: int, per_device: PerDevice, saved: t
     with jax.named_scope("mlp"):
         dh = per_device(relu2_backward, (dy, a), (w["w_out"],))
         dw["w_out"], dw["w_in"] = _weight_gradient(a, dy), _weight_gradient(n2, dh)
-        dx = per_device(add_norm_backward, (dx, n2, r2, _product_backward(dh, w["w_in"])), ())
+        dn = _product_backward(dh, w["w_in"])
+        with jax.named_scope("norm"):
+            dx = per_device(add_norm_backward, (dx, n2, r2, dn), ())
     with jax.named_scope("attention"):
         do = _product_backward(dx, w["wo"])
         dw["wo"] = _weight_gradient(o, dx)
@@ -106,7 +110,9 @@ def _backward(model_cfg: GPTConfig, window: int, per_device: PerDevice, saved: t
     with jax.named_scope("qkv"):
         gs = {"wq": dq.reshape(dx.shape), "wk": dk.reshape(*dx.shape[:2], -1), "wv": dv.reshape(*dx.shape[:2], -1)}
         dw |= {name: _weight_gradient(n1, g) for name, g in gs.items()}
-        dx = per_device(add_norm_backward, (dx, n1, r1, *[_product_backward(g, w[name]) for name, g in gs.items()]), ())
+        dns = [_product_backward(g, w[name]) for name, g in gs.items()]
+        with jax.named_scope("norm"):
+            dx = per_device(add_norm_backward, (dx, n1, r1, *dns), ())
     return dx, dx, dw, None
 
 

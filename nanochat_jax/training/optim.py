@@ -117,6 +117,8 @@ def _orthogonalize_all(x: jax.Array, dtype: DTypeLike, layout: Layout | None) ->
     if layout is None or layout.mesh.size == 1:
         return orthogonalize(x, dtype).astype(x.dtype)
     y = orthogonalize(layout.all_to_all_matrices(x.astype(dtype)), dtype)
+    # Otherwise, XLA may gather the operands of the last matmul, instead of its result.
+    y = layout.constrain(y, P("data"))
     if not layout.full:
         y = layout.constrain(y, P())  # gathering before the cast to float32 sends half as many bytes
     return y[: x.shape[0]].astype(x.dtype)

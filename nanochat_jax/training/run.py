@@ -90,23 +90,27 @@ class Run:
         self.wandb = Wandb(self.dir, self.cfg.stage, self.cfg.run, plain)
 
     def _check_disk(self) -> None:
-        """Raises UserError if the disk has no room for the checkpoints that exist at the same time.
+        """Raises UserError if the disk has no room for a single checkpoint.
 
-        With --save_every, these are --keep_last checkpoints and the one that is being written. Otherwise the disk would
-        be full after hours.
+        With --save_every, --keep_last checkpoints and the one that is being written exist at the same time. If the disk
+        has no room for all of them, prints a warning. It is no error, because the run may end before.
         """
-        count, lower = 1, ""
-        if self.cfg.save_every > 0:
-            kept = [step for step in checkpoint.steps(self.dir) if step <= self.step] if self.data is not None else []
-            count = max(1, self.cfg.keep_last + 1 - len(kept))
-            lower = f"lower --keep_last (now {self.cfg.keep_last}), " if self.cfg.keep_last > 1 else ""
         arrays = jax.tree.leaves((self.state.params, self.state.opt_state))
-        needed, disk = count * sum(x.nbytes for x in arrays), shutil.disk_usage(self.dir)
-        if disk.free < needed and disk.total:  # some network file systems report a size of 0
+        one, disk = sum(x.nbytes for x in arrays), shutil.disk_usage(self.dir)
+        kept = [step for step in checkpoint.steps(self.dir) if step <= self.step] if self.data is not None else []
+        count = max(1, self.cfg.keep_last + 1 - len(kept)) if self.cfg.save_every > 0 else 1
+        if not disk.total:  # some network file systems report a size of 0
+            return
+        free = f"{disk.free / 1e6:,.0f}"
+        if disk.free < one:
             raise UserError(
-                f"{self.dir}: the disk has {disk.free / 1e6:,.0f} MB free, and {count_of(count, 'checkpoint')} at a "
-                f"time take about {needed / 1e6:,.0f} MB: make room, {lower}or set NANOCHAT_BASE_DIR to a folder on "
-                "another disk"
+                f"{self.dir}: the disk has {free} MB free, and a checkpoint takes about {one / 1e6:,.0f} MB: make "
+                "room, or set NANOCHAT_BASE_DIR to a folder on another disk"
+            )
+        if disk.free < count * one:
+            print(
+                f"warning: {self.dir}: the disk has {free} MB free, and {count} checkpoints at a time take about "
+                f"{count * one / 1e6:,.0f} MB: make room, or lower --keep_last (now {self.cfg.keep_last})"
             )
 
     def _make_room(self) -> None:

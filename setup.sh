@@ -15,7 +15,7 @@ case "${1:-}" in -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' setup.sh; exit 0 ;;
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-# The versions of Python for which all packages are published. Python 3.11 gets an older and slower version of JAX.
+# The versions of Python for which all packages are published. The newest JAX needs Python 3.12.
 OLDEST=11 NEWEST=14
 
 is_suitable() {
@@ -108,7 +108,7 @@ build_environment() {
     if [ -n "$python" ]; then
         echo "== Python: $python $("$python" --version 2>/dev/null || true)"
         ! "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))' 2>/dev/null ||
-            echo "note: with Python 3.12 or newer, a newer version of JAX would be installed, which trains faster on a CPU"
+            echo "note: with Python 3.12 or newer, a newer version of JAX would be installed"
     fi
     if command -v uv >/dev/null; then
         usable || uv venv --quiet --clear --seed --python "$python" .venv

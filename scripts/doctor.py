@@ -9,9 +9,8 @@ how fast the GPUs sum an array.
 """
 
 import contextlib
-import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanochat_jax import commandline, config
 from nanochat_jax.config import UserError
@@ -264,29 +263,16 @@ def device_memory() -> str:
 
 def plan(cfg: config.Doctor, model_cfg: config.GPTConfig, layout: "Layout", dtype: "DTypeLike") -> None:
     """Prints what pretraining would look like: the model, the batch, the memory per device, and the expected time."""
-    import jax
 
-    from nanochat_jax.model import gpt
     from nanochat_jax.parallel import sharding
     from nanochat_jax.progress import count_of
-    from nanochat_jax.training import optim
     from nanochat_jax.training.announce import cost
     from nanochat_jax.training.batch_shape import estimated_memory, memory_limit, rows_that_fit, shape_for_tokens
     from nanochat_jax.training.passes import horizon
+    from nanochat_jax.training.run import state_bytes
 
     layout.check(model_cfg)
-    params = jax.eval_shape(lambda: gpt.init(model_cfg))
-    optimizer = optim.make_optimizer(
-        model_cfg.n_embd, embedding_lr=0, unembedding_lr=0, matrix_lr=0, dtype=dtype, layout=layout
-    )
-    opt_state = jax.eval_shape(optimizer.init, params)
-
-    def gib_per_device(tree: Any, specs: Any) -> float:
-        leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(layout.shardings(specs)), strict=True)
-        return sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in leaves) / GIB
-
-    weights = gib_per_device(params, layout.param_specs(params))
-    state = gib_per_device(opt_state, layout.shard_specs(opt_state))
+    weights, state = (count / GIB for count in state_bytes(cfg, model_cfg, layout, dtype))
 
     def fit(rows: int) -> int:
         """Estimates how many rows fit in memory, ignoring what --shard and --remat save.

@@ -79,6 +79,10 @@ class Shapes(NamedTuple):
         """Returns the sampling plan and the number of top log-probabilities for a step that decodes all `requests`."""
         requests = list(requests)
         settings = sampler.settings([(request, 0) for request in requests], self.vocab_size)
+        return self.plan(settings, requests)
+
+    def plan(self, settings: sampler.Settings, requests: Iterable[Request]) -> tuple[sampler.Plan, int]:
+        """Like `sampling`, for requests whose sampling settings are known."""
         asked = any(request.top_logprobs for request in requests)
         return sampler.plan(settings, self.vocab_size), self.most_top if asked else 0
 

@@ -279,7 +279,7 @@ class Engine:
             # All rows are converted at once, because numpy takes long for every single row.
             ids, logprobs, counts = (x.tolist() for x in output.tokens[:3])
             for slot, sequence in schedule.sequences.items():
-                # A row that paused in the last chunk gets no tokens from the chunk that was in flight already.
+                # A row that paused in the last chunk gets no tokens from the chunk that was already in flight.
                 if count := counts[slot]:
                     new = ids[slot][:count], logprobs[slot][:count]
                     events.append(self._extend(slot, sequence, *new, output.tokens))

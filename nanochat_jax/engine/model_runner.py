@@ -172,8 +172,7 @@ class ModelRunner:
     def _sampling(self, sequences: list[Sequence | None]) -> tuple[sampler.Settings, sampler.Plan, int]:
         """Returns all slots' sampling settings, the sampler's plan, and how many of the likeliest tokens to report."""
         settings = sampler.settings([(s.request, s.sample) if s else None for s in sequences], self.shapes.vocab_size)
-        asked = any(s.request.top_logprobs for s in sequences if s)
-        return settings, sampler.plan(settings, self.shapes.vocab_size), self.shapes.most_top if asked else 0
+        return settings, *self.shapes.plan(settings, (s.request for s in sequences if s))
 
     # -----------------------------------------------------------------------------
     # Programs that are compiled ahead of time

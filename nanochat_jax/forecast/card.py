@@ -17,7 +17,7 @@ EXAMPLE = "--target=h100:8"
 class Reachable:
     """The shares of a card's peaks that good kernels reach."""
 
-    products: float
+    matmuls: float
     attention: float
     memory: float
 
@@ -29,7 +29,7 @@ class Card:
     name: str  # as JAX calls the device
     gpus_per_node: int
     bf16_tflops: float
-    fp8_tflops: float  # 0: the card has no products in fp8
+    fp8_tflops: float  # 0: the card has no matmuls in fp8
     memory_gb_per_s: float
     link_gb_per_s: float  # of one GPU, to the other GPUs of its node
     node_gb_per_s: float  # of one GPU, to other nodes

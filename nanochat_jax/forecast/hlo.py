@@ -65,8 +65,8 @@ class Kernel:
     op: str  # "fusion", "custom-call", one of COLLECTIVES, ...
     times: int  # how often it runs in one call of the program
     bytes: float  # read from and written to the GPU's memory, each time
-    flops: float  # of its matrix products, each time
-    dtype: str  # of the operands of its matrix products, or of what a collective sends
+    flops: float  # of its matmuls, each time
+    dtype: str  # of the operands of its matmuls, or of what a collective sends
     source: str
     target: str = ""
     group: tuple[int, ...] = ()  # a collective: the devices that take part
@@ -213,7 +213,7 @@ class Program:
         return reads + sum(written(i) for i in inside if i.root)
 
     def _flops(self, computation: str) -> tuple[float, str]:
-        """The FLOPs of all matrix products in a computation, and the dtype of the largest one's operands."""
+        """The FLOPs of all matmuls in a computation, and the dtype of the largest one's operands."""
         total, largest, dtype = 0.0, 0.0, ""
         for i in self.computations.get(computation, []):
             flops, kind = self._products(i)
@@ -226,7 +226,7 @@ class Program:
         return total, dtype
 
     def _products(self, i: Instruction) -> tuple[float, str]:
-        """The FLOPs of a matrix product or of cuDNN's attention, and the dtype of its operands."""
+        """The FLOPs of a matmul or of cuDNN's attention, and the dtype of its operands."""
         if ATTENTION in i.target:
             return _attention_flops(i), "bf16"
         if "triton" in i.target:
@@ -293,7 +293,7 @@ def _trips(loop: Instruction) -> int:
 
 
 def _attention_flops(i: Instruction) -> float:
-    """The FLOPs of the matrix products in cuDNN's attention: two forward and five backward, of the visible pairs."""
+    """The FLOPs of the matmuls in cuDNN's attention: two forward and five backward, of the visible pairs."""
     q, k, *_ = (dimensions(shape) for shape in re.findall(r"\w+\[[\d,]*\]", i.rest.partition("layout_constraints")[2]))
     b, t, h, d = q
     window = int((re.search(r'sliding_window_length": ?"?(\d+)', i.rest) or [0, 0])[1])

@@ -17,9 +17,9 @@ from nanochat_jax.model.fused import trial
 from nanochat_jax.parallel import devices, sharding
 from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.progress import count_of
-from nanochat_jax.training.batch_shape import BatchShape, rows_that_fit, shape_for_tokens
+from nanochat_jax.training.batch_shape import USABLE, BatchShape, rows_that_fit, shape_for_tokens
+from nanochat_jax.training.run import state_bytes
 
-USABLE = 0.95  # the share of the memory that JAX may allocate that `rows_that_fit` accepts
 # About how many seconds compiling takes for each layer, on two cores. Only used for the time that is printed first.
 SECONDS_PER_LAYER = {"step": 0.9, "decode": 0.7, "prefill": 0.4}
 
@@ -59,7 +59,8 @@ def make(cfg: config.Doctor, target: Target, model_cfg: GPTConfig, say: Callable
     if cfg.compute_dtype == "float32":
         raise UserError("--target compiles for bfloat16: leave out --compute_dtype=float32")
     mesh = compiled.mesh_of(target, cfg.mesh)
-    Layout(mesh, cfg.shard).check(model_cfg)
+    layout = Layout(mesh, cfg.shard)
+    layout.check(model_cfg)
     limit, steps = usable_memory(target), {}
 
     def need(grad_accum_steps: int, rows: int) -> int:
@@ -85,7 +86,7 @@ def make(cfg: config.Doctor, target: Target, model_cfg: GPTConfig, say: Callable
             f"--device_batch_size={cfg.device_batch_size}: needs {peak / GIB:.1f} GiB, and a run may use "
             f"{limit / GIB:.1f} of a {target.card.name}: leave it out to use as many rows as fit"
         )
-    weights, optimizer = programs.state_bytes(cfg, model_cfg, mesh)
+    weights, optimizer = state_bytes(cfg, model_cfg, layout, programs.BF16)
     slots, one = config.ChatWeb().slots, compiled.mesh_of(Target(target.card, 1))
     decode = prefill = None
     if 2 * model_cfg.num_params < limit:
@@ -150,14 +151,14 @@ def _peak_of_one_row(
 ) -> int | None:
     """Returns the bytes that a step with one row needs, or None if it does not fit."""
     limit, model_cfg = usable_memory(target), cfg.gpt_config(vocab_size)
-    mesh = compiled.mesh_of(target, cfg.mesh)
+    layout = Layout(compiled.mesh_of(target, cfg.mesh), cfg.shard)
     try:
-        Layout(mesh, cfg.shard).check(model_cfg)
+        layout.check(model_cfg)
     except UserError:
         return None
-    weights, optimizer = programs.state_bytes(cfg, model_cfg, mesh)
+    weights, optimizer = state_bytes(cfg, model_cfg, layout, programs.BF16)
     if 2 * weights + optimizer > limit:  # gradients are as large as weights, so this need not be compiled
         return None
     say(f"trying {flags} ...")
-    peak = programs.training_step(cfg, model_cfg, mesh, 1, 1, fused=_may_fuse(target)).peak
+    peak = programs.training_step(cfg, model_cfg, layout.mesh, 1, 1, fused=_may_fuse(target)).peak
     return peak if peak <= limit else None

@@ -1,6 +1,5 @@
 """The programs of training and of generating text, compiled for a mesh of GPUs that are not there (`compiled.py`)."""
 
-import math
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from nanochat_jax.parallel import sharding
 from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.training import optim
 from nanochat_jax.training.run import batch_shapes, optimizer_of, state_shapes
-from nanochat_jax.training.step import TrainState, execution, make_step
+from nanochat_jax.training.step import execution, make_step
 
 BF16 = jnp.dtype(jnp.bfloat16)
 CHUNK = 32  # tokens that decoding computes in one call
@@ -51,18 +50,6 @@ def training_step(
         batch["stop"] = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=flags)
     step = make_step(model_cfg, optimizer, BF16, cfg.grad_clip, layout, execution(cfg, layout if fused else None))
     return compile_for(step, state_shapes(model_cfg, optimizer, layout), batch, lr_mult)
-
-
-def state_bytes(cfg: Train, model_cfg: GPTConfig, mesh: Mesh) -> tuple[int, int]:
-    """Returns the bytes of the weights and of the optimizer state on each device."""
-    layout = Layout(mesh, cfg.shard)
-    state: TrainState = state_shapes(model_cfg, optimizer_of(cfg, model_cfg, 0.95, BF16, layout), layout)
-
-    def held(tree: object) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
-
-    return held(state.params), held(state.opt_state)
 
 
 def generation_weights(model_cfg: GPTConfig, mesh: Mesh) -> programs.DecodeParams:

@@ -7,6 +7,7 @@ from typing import Any
 from nanochat_jax import config
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.forecast import roofline
+from nanochat_jax.forecast.card import Target
 from nanochat_jax.forecast.compiled import GIB, Compiled
 from nanochat_jax.forecast.plan import Plan
 from nanochat_jax.forecast.programs import CHUNK
@@ -74,7 +75,7 @@ def facts(cfg: config.Doctor, plan: Plan) -> dict[str, Any]:
     if cfg.price_per_hour:
         for line in found["step"].values():
             line["price"] = round(line["hours"] * cfg.price_per_hour, 2)
-    one = type(plan.target)(card, 1)
+    one = Target(card, 1)
     if plan.decode and plan.prefill:
         line, loops = roofline.roofline(plan.decode.program, one), plan.decode.program.loops()
         found["decode"] = {

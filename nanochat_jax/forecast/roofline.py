@@ -1,6 +1,6 @@
 """A lower bound on the time of a compiled program: what its bytes and FLOPs take at a card's peaks.
 
-A kernel takes at least as long as its bytes take at the bandwidth of the memory, and as its matrix products take at the
+A kernel takes at least as long as its bytes take at the bandwidth of the memory, and as its matmuls take at the
 peak of the tensor cores. Kernels run one after the other, and collectives beside the kernels between their start and
 their end. Launches take no time here, and every kernel is as good as the card: the sum is a bound, not a measurement.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from nanochat_jax.forecast.card import Reachable, Target
 from nanochat_jax.forecast.hlo import Kernel, Program
 
-PEAK = Reachable(products=1, attention=1, memory=1)
+PEAK = Reachable(matmuls=1, attention=1, memory=1)
 COMMUNICATION = "communication"
 # The parts of a program, and the JAX scopes whose kernels belong to them. The first part that matches counts.
 SCOPES = {
@@ -22,7 +22,7 @@ SCOPES = {
     "attention": r"\battention\b",
     "activations of the MLP": r"\bmlp\b",
 }
-PARTS = ("matrix products", *SCOPES, COMMUNICATION, "other")
+PARTS = ("matmuls", *SCOPES, COMMUNICATION, "other")
 
 
 @dataclass
@@ -53,7 +53,7 @@ def part_of(kernel: Kernel) -> str:
     if re.search(SCOPES["optimizer"], kernel.source):
         return "optimizer"
     if kernel.flops:
-        return "matrix products"
+        return "matmuls"
     return next((name for name, scope in SCOPES.items() if re.search(scope, kernel.source)), "other")
 
 
@@ -66,7 +66,7 @@ def seconds_of(kernel: Kernel, target: Target, shares: Reachable = PEAK) -> floa
     peak = card.bf16_tflops
     if kernel.dtype.startswith("f8") and card.fp8_tflops:
         peak = card.fp8_tflops
-    share = shares.attention if kernel.is_attention else shares.products
+    share = shares.attention if kernel.is_attention else shares.matmuls
     return max(kernel.bytes / (card.memory_gb_per_s * 1e9 * shares.memory), kernel.flops / (peak * 1e12 * share))
 
 

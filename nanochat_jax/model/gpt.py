@@ -32,8 +32,6 @@ from jax.typing import DTypeLike
 
 from nanochat_jax.config import GPTConfig, UserError
 from nanochat_jax.model.attention import cached_attention, causal_attention
-from nanochat_jax.model.fused.block import PerDevice, can_compute
-from nanochat_jax.model.fused.block import block as fused_block
 from nanochat_jax.model.precision import accum_dtype
 
 Params = dict[str, Any]  # a nested dict of arrays, as returned by `init`
@@ -49,7 +47,8 @@ class Execution:
     remat_policy: Callable | None = None  # a jax.checkpoint policy; None keeps all activations for the backward pass
     gather: Callable[[str, jax.Array], jax.Array] = lambda name, w: w  # all-gathers a sharded weight just before use
     whole: Callable[[jax.Array], jax.Array] = lambda x: x  # keeps the residual stream unsharded over the model axis
-    per_device: PerDevice | None = None  # runs the kernels of fused/ on each device's rows; None does without them
+    # Applies all blocks to x in another way, or returns None if it cannot: see `apply_blocks` in fused/block.py.
+    fused: Callable[[jax.Array, list[Weights], tuple[jax.Array, jax.Array], GPTConfig], jax.Array | None] | None = None
 
 
 PLAIN = Execution()
@@ -74,36 +73,45 @@ def _dense(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     Plain autodiff would pass float32 cotangents to the two matmuls of the backward pass. Then these matmuls could not
     use the fast bf16 kernels of GPUs and CPUs.
     """
-    y = jnp.einsum("bti,io->bto", x.astype(dtype), w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    return y.astype(dtype)
+    return matmul(x.astype(dtype), w.astype(dtype))
 
 
 def _dense_forward(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _dense(x, w, dtype), (x, w)
 
 
-def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """Returns the gradient of the weights of a `dense`: x [b,t,i], g [b,t,o] -> [i,o]."""
-    # If b and t were flattened before this contraction, XLA:CPU would not use its fast matmul.
-    return jnp.einsum("bti,bto->io", x, g, preferred_element_type=accum_dtype(x.dtype))
-
-
-def _weight_gradient_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
-    """Like `_weight_gradient`. XLA:CPU transposes the first operand in memory, so the narrower array comes first."""
-    if x.shape[-1] <= g.shape[-1]:
-        return _weight_gradient(x, g)
-    return jax.lax.optimization_barrier(_weight_gradient(g, x)).T  # without the barrier, XLA swaps the operands back
-
-
 def _dense_backward(dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     g = g.astype(dtype)
-    dx = jnp.einsum("bto,io->bti", g, w.astype(dtype), preferred_element_type=accum_dtype(dtype))
-    dw = jax.lax.platform_dependent(x.astype(dtype), g, cpu=_weight_gradient_on_cpu, default=_weight_gradient)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return input_gradient(g, w.astype(dtype)).astype(x.dtype), weight_gradient(x.astype(dtype), g).astype(w.dtype)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns x @ w, summed in float32 and rounded to x's dtype: [b,t,i] @ [i,o] -> [b,t,o]."""
+    return jnp.einsum("bti,io->bto", x, w, preferred_element_type=accum_dtype(x.dtype)).astype(x.dtype)
+
+
+def input_gradient(g: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns the gradient of x [b,t,i] in g's dtype, if g [b,t,o] is the gradient of x @ w, w [i,o]."""
+    return jnp.einsum("bto,io->bti", g, w, preferred_element_type=accum_dtype(g.dtype)).astype(g.dtype)
+
+
+def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Returns the gradient of w [i,o] in float32, if g [b,t,o] is the gradient of x @ w, x [b,t,i]."""
+
+    def gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+        # If b and t were flattened before this contraction, XLA:CPU would not use its fast matmul.
+        return jnp.einsum("bti,bto->io", x, g, preferred_element_type=accum_dtype(x.dtype))
+
+    def on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
+        # XLA:CPU transposes the first operand in memory, so the narrower one comes first. Without the barrier, XLA
+        # would swap the operands back.
+        return gradient(x, g) if x.shape[-1] <= g.shape[-1] else jax.lax.optimization_barrier(gradient(g, x)).T
+
+    return jax.lax.platform_dependent(x, g, cpu=on_cpu, default=gradient)
 
 
 @jax.named_scope("norm")
@@ -246,12 +254,10 @@ def _apply_blocks(
 ) -> jax.Array:
     """Applies all blocks to whole sequences: x [b,t,d] -> [b,t,d]."""
 
-    if execution.per_device is not None and can_compute(model_cfg, x.shape[0] * x.shape[1]):
-        y, table = jnp.zeros_like(x), (angles[0][0, :, 0], angles[1][0, :, 0])  # the rows have the same positions
-        for i, (w, window) in enumerate(zip(_unstack(stacked), model_cfg.windows, strict=True)):
-            with jax.named_scope(f"block{i}"):
-                x, y = fused_block(model_cfg, window, execution.per_device, x, y, w, table)
-        return x + y
+    if execution.fused is not None:
+        fused = execution.fused(x, _unstack(stacked), angles, model_cfg)
+        if fused is not None:
+            return fused
 
     def compute(x: jax.Array, w: Weights, window: int) -> jax.Array:
         x, w = execution.whole(x), {name: execution.gather(name, layer) for name, layer in w.items()}

@@ -1,8 +1,9 @@
 """Keeps the memory that XLA frees after each program on a CPU, so that the next program need not fault it in again.
 
 On a CPU, XLA allocates the temporary arrays of a program when the program starts, and frees them when it ends. A
-training step of the cpu preset has 650 MB of them. By default, glibc returns such large blocks to the kernel. So in
-every step, the kernel must clear 160,000 pages anew, which takes about a sixth of the step's CPU time.
+training step of 4,096 tokens has 650 MB of them (depth 4, width 256, vocabulary 4,096). By default, glibc returns such
+large blocks to the kernel. So in every step, the kernel must clear 160,000 pages anew, which took a sixth of the step's
+CPU time (2 cores of an AMD EPYC, JAX 0.10.2).
 """
 
 import contextlib
@@ -35,15 +36,11 @@ def freed_memory_kept() -> Generator[bool]:
     libc.mallopt(M_MMAP_MAX, 0)  # blocks in mappings of their own would return to the kernel
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # so would the top of the heap
     libc.mallopt(M_ARENA_MAX, 1)
-    _use_huge_pages(libc, half_of_memory())
+    _use_huge_pages(libc, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     try:
         yield True
     finally:
         libc.mallopt(M_ARENA_MAX, 8 * (os.cpu_count() or 1))  # glibc's default, for the threads that compile
-
-
-def half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _configured_by_user() -> bool:

@@ -14,6 +14,7 @@ from nanochat_jax.parallel import processes, sharding
 from nanochat_jax.progress import count_of
 
 KIB = 2**10
+USABLE = 0.95  # the share of the memory that JAX may allocate which a step may take
 
 # -----------------------------------------------------------------------------
 # How a step's tokens are split
@@ -132,7 +133,7 @@ def rows_of_examples(examples: int, mean_length: float, seq_len: int) -> int:
 
 
 def memory_limit() -> int | None:
-    """Returns how many bytes a step may take on a device, which is 95% of the device's memory.
+    """Returns how many bytes a step may take on a device, a share of the device's memory.
 
     If the processes have different devices, the smallest memory counts. Returns None on a CPU, which gains nothing from
     many rows, and for a device that does not report its memory.
@@ -140,7 +141,7 @@ def memory_limit() -> int | None:
     stats = jax.local_devices()[0].memory_stats() or {}
     if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
         return None
-    return processes.all_min(int(0.95 * stats["bytes_limit"]) // KIB) * KIB  # in KiB, because bytes overflow int32
+    return processes.all_min(int(USABLE * stats["bytes_limit"]) // KIB) * KIB  # in KiB, because bytes overflow int32
 
 
 def possible_rows(model_cfg: GPTConfig, rows: int) -> list[int]:

@@ -80,7 +80,7 @@ def _fits(needed: int, limit: int) -> bool:
 def _faster(run: Run, rows: int, compiled: dict[int, jax.stages.Compiled]) -> int:
     """Returns the number of rows with the shortest step, and prints the times. `compiled` has the numbers as keys."""
     with out_of_memory_in_state():
-        state = run.new_state()
+        state = run.random_state()
     times = {}
     for n, step in compiled.items():
         with out_of_memory_in_step(n):

@@ -52,10 +52,10 @@ def _iterate(x: jax.Array) -> jax.Array:
 
 
 def _iterate_on_gram(x: jax.Array) -> jax.Array:
-    """Equals `_iterate`, but multiplies only matrices [..., m, m] until the end, which is faster if n is at least 2m.
+    """Like `_iterate`, but multiplies only matrices [..., m, m] until the end, which is faster if n is at least 2m.
 
     If x becomes p @ x, its Gram matrix becomes p @ gram @ p. So the first Gram matrix determines the product of all p.
-    For n = 4m, this takes 25 products of m x m matrices instead of 45.
+    For n = 4m, this takes as many FLOPs as 25 matmuls of m x m matrices, instead of 45.
     """
     a, b, c = NEWTON_SCHULZ
     gram = x @ x.mT

@@ -5,10 +5,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from nanochat_jax import checkpoint, config, environment, files, run_log, traine
 from nanochat_jax.config import GPTConfig, Train, UserError
 from nanochat_jax.evals.model import EvalModel
 from nanochat_jax.model import gpt
-from nanochat_jax.model.fused import trial
 from nanochat_jax.parallel import devices, processes, sharding
 from nanochat_jax.parallel.sharding import Layout
 from nanochat_jax.progress import Timer, clock, count_of
@@ -48,14 +48,13 @@ class Run:
     fused: bool  # whether the kernels of model/fused compute the blocks
     optimizer: optax.GradientTransformation
     plan: StartPlan  # how the run starts
-    new_state: Callable[[], TrainState]  # makes random weights and an empty optimizer state on the devices
     state: TrainState  # only shapes until `load_state`; then replaced by every step
     saver: checkpoint.Saver
     lock: ExitStack  # holds the lock of the run's folder in process 0; empty in other processes
     step: int  # the step to resume from; 0 for a fresh start
     data: dict | None  # the position in the data to resume from; None for a fresh start
     totals: dict  # seconds, tokens and FLOPs spent so far
-    origin: dict  # identifies the parent and the data; saved in checkpoints, and checked when the run resumes
+    origin: dict  # what the run began with, such as its parent and its data; saved in checkpoints
     metrics: dict  # the last log record of each kind in MEASURED
     wandb: Wandb | None = None  # set by `begin`, in process 0 only
 
@@ -63,6 +62,11 @@ class Run:
     def eval_model(self) -> EvalModel:
         """The model with the current weights, for evaluations."""
         return EvalModel(self.state.params, self.model_cfg, self.tokenizer, self.dtype)
+
+    def random_state(self) -> TrainState:
+        """Returns random weights and an empty optimizer state, on the devices."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        return jax.jit(lambda: new_state(self.model_cfg, self.optimizer, self.cfg.seed), out_shardings=shardings)()
 
     def load_state(self) -> None:
         """Puts the weights and the optimizer's state on the devices.
@@ -202,9 +206,6 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
         fused = choose_blocks(cfg, model_cfg, layout, dtype, meta.get("fused"))
         optimizer = optimizer_of(cfg, model_cfg, momentum, dtype, layout)
         state = state_shapes(model_cfg, optimizer, layout)
-        make_state = jax.jit(
-            lambda: new_state(model_cfg, optimizer, cfg.seed), out_shardings=jax.tree.map(lambda x: x.sharding, state)
-        )
         print(_describe_start(cfg, plan))
         run = Run(
             cfg=cfg,
@@ -216,7 +217,6 @@ def open_run(cfg: Train, momentum: optax.Schedule | float) -> Generator[Run | No
             fused=fused,
             optimizer=optimizer,
             plan=plan,
-            new_state=make_state,
             state=state,
             saver=checkpoint.Saver(folder, cfg.keep_last, cfg.keep_every, jax.process_index(), jax.process_count()),
             lock=lock,
@@ -250,8 +250,10 @@ def choose_blocks(
     A run that resumes keeps its choice, so that its losses do not depend on the times of a second trial. `before` is
     that choice, or None for a new run.
     """
-    if jax.default_backend() != "gpu" or not execution(cfg, layout).per_device:
+    if jax.default_backend() != "gpu" or execution(cfg, layout).fused is None:
         return False
+    from nanochat_jax.model.fused import trial  # imports Pallas, which CPUs do not need
+
     if before is False:
         fused, reason = False, "as in the run so far"
     else:
@@ -307,7 +309,7 @@ def _initial_state(run: Run) -> TrainState:
         params = checkpoint.restore_params(*plan.parent, target.params)
         shardings = jax.tree.map(lambda x: x.sharding, target.opt_state)
         return TrainState(params, jax.jit(run.optimizer.init, out_shardings=shardings)(params))
-    return run.new_state()
+    return run.random_state()
 
 
 def state_shapes(model_cfg: GPTConfig, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -317,6 +319,17 @@ def state_shapes(model_cfg: GPTConfig, optimizer: optax.GradientTransformation, 
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout.shardings(specs)
     )
+
+
+def state_bytes(cfg: Train, model_cfg: GPTConfig, layout: Layout, dtype: DTypeLike) -> tuple[int, int]:
+    """Returns the bytes of the weights and of the optimizer state on each device."""
+    state = state_shapes(model_cfg, optimizer_of(cfg, model_cfg, 0.95, dtype, layout), layout)
+
+    def on_each_device(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+
+    return on_each_device(state.params), on_each_device(state.opt_state)
 
 
 def batch_shapes(

@@ -1,6 +1,7 @@
 """The optimizer step. Gradient accumulation, reduction, clipping and update are compiled as one function."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -130,5 +131,10 @@ def execution(cfg: Train, layout: Layout | None = None) -> gpt.Execution:
     policy = known[cfg.remat]
     if policy is None and cfg.shard == "full":  # discard gathered weights; the backward pass gathers them again
         policy = policies.save_anything_except_these_names(sharding.GATHERED)
-    fused = layout and policy is None and not cfg.scan_layers and layout.mesh.shape["model"] == 1
-    return gpt.Execution(cfg.scan_layers, policy, per_device=layout.per_device if layout and fused else None)
+    if layout is None or policy is not None or cfg.scan_layers or layout.mesh.shape["model"] > 1:
+        return gpt.Execution(cfg.scan_layers, policy)
+    from nanochat_jax.model.fused.block import (
+        apply_blocks,
+    )  # imports Pallas, which runs without the kernels do not need
+
+    return gpt.Execution(fused=functools.partial(apply_blocks, layout.per_device))

@@ -53,10 +53,7 @@ class Settings(config.Settings):
 
 def main(cfg: Settings) -> None:
     _check(cfg)
-    try:
-        device = measuring.run(sys.executable, JOB, {"job": "device", "device_type": cfg.device_type}, ours=True)
-    except measuring.JobFailed as error:
-        raise UserError(f"--device_type={cfg.device_type}: JAX finds no such device ({error})") from error
+    device = measuring.device(JOB, cfg.device_type)
     cfg = _complete(cfg, device["platform"])
     batches, dtypes = [int(size) for size in cfg.batches.split(",")], cfg.dtypes.split(",")
     model_cfg = config.ModelFlags(depth=cfg.depth, max_seq_len=cfg.prompt + cfg.new).gpt_config(cfg.vocab_size)

@@ -46,6 +46,14 @@ def run(python: str, script: Path, job: dict, ours: bool = False) -> dict:
         raise JobFailed(lines[-1][:200]) from None
 
 
+def device(script: Path, device_type: str) -> dict:
+    """Asks a new process for JAX's devices. Raises UserError if there is no device of type `device_type`."""
+    try:
+        return run(sys.executable, script, {"job": "device", "device_type": device_type}, ours=True)
+    except JobFailed as error:
+        raise UserError(f"--device_type={device_type}: JAX finds no such device ({error})") from error
+
+
 def probe(python: str, script: Path) -> dict:
     """Asks the interpreter `python` which other tools it can import. Raises UserError if `python` does not run."""
     try:

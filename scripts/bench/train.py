@@ -38,6 +38,7 @@ SHAPES = {  # the default shapes of each platform: (rows per device, tokens per 
 }
 DEPTH = {"cpu": 4, "gpu": 20}
 SIZE = ("device_batch_size", "max_seq_len", "vocab_size")
+STEP_FLAGS = ("attention", "remat", "shard", "scan_layers", "grad_clip", "weight_decay")  # they change the step
 PARTS = ("forward", "loss", "backward", "optimizer", "communication", "host")
 INSTALL = "python3 -m venv peers && peers/bin/pip install torch transformers"
 
@@ -107,14 +108,11 @@ class Tool(NamedTuple):
 
 def main(cfg: Settings) -> None:
     _check(cfg)
-    try:
-        device = measuring.run(sys.executable, JOB, {"job": "device", "device_type": cfg.device_type}, ours=True)
-    except measuring.JobFailed as error:
-        raise UserError(f"--device_type={cfg.device_type}: JAX finds no such device ({error})") from error
+    device = measuring.device(JOB, cfg.device_type)
     flags, shapes = _shapes(cfg, device)
     default = "bfloat16" if device["platform"] == "gpu" else "float32,bfloat16"
     dtypes = (cfg.dtypes or flags.compute_dtype or default).split(",")
-    own = {"job": "ours", "flags": {name: getattr(flags, name) for name in ("attention", "remat", "shard")}}
+    own = {"job": "ours", "flags": {name: getattr(flags, name) for name in STEP_FLAGS}}
     tools = {"ours": Tool(sys.executable, JOB, own, f"jax {device['version']}")} | _peers(cfg, device["devices"])
 
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +228,7 @@ def _peers(cfg: Settings, devices: int) -> dict[str, Tool]:
 def _recipe(folder: str) -> str:
     """Returns "classic" or "modern": which recipe a checkout of the original nanochat has.
 
-    Raises UserError if the folder is no such checkout.
+    Raises UserError if the folder is not a checkout of nanochat.
     """
     source = config.user_path(folder) / "nanochat"
     if (source / "gpt.py").is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -208,11 +209,12 @@ class _Measurement:
 
         from nanochat_jax.model import gpt
         from nanochat_jax.model.fused import trial
+        from nanochat_jax.model.fused.block import apply_blocks
         from nanochat_jax.model.loss import cross_entropy, num_chunks
 
         model_cfg, rows, how = self.model_cfg, self.job["rows"], self.execution
-        if how.per_device:  # these programs run on one device, outside the mesh
-            how = dataclasses.replace(how, per_device=trial.alone)
+        if how.fused:  # these programs run on one device, outside the mesh
+            how = dataclasses.replace(how, fused=functools.partial(apply_blocks, trial.alone))
         first = jax.local_devices()[0]
         params = self.state.params
         if self.layout.mesh.size > 1:
@@ -277,7 +279,7 @@ class _Measurement:
     def _events(self, folder: Path) -> list[dict]:
         """Traces some steps into `folder`. Returns the trace's events that are operations on a device.
 
-        The events are parts of `self.document`, the whole trace.
+        `self.document` keeps the whole trace, which holds these events.
         """
         import jax
 

@@ -107,7 +107,7 @@ def measure(job: dict, build: Callable[[dict, Any], tuple[Callable, list, str]])
 
 
 def autocast(job: dict, where: Any) -> Any:
-    """Returns a context in which matrix products are computed in the job's dtype. The weights stay float32."""
+    """Returns a context in which matmuls are computed in the job's dtype. The weights stay float32."""
     import torch  # ty: ignore[import-not-found]
 
     return torch.autocast(where.type, torch.bfloat16, enabled=job["dtype"] == "bfloat16")

@@ -39,9 +39,7 @@ def test_d20(own_base_dir, count):
     expected = 0.28 * 8 / count  # seconds
     assert 0.7 * expected < best["seconds"] < usual["seconds"] < 1.4 * expected
     assert 0.4 < usual["mfu"] < best["mfu"] < 1
-    wanted = {"matrix products", "attention", "loss", "norms", "optimizer"} | (
-        {"communication"} if count > 1 else set()
-    )
+    wanted = {"matmuls", "attention", "loss", "norms", "optimizer"} | ({"communication"} if count > 1 else set())
     assert wanted <= best["parts"].keys() and min(best["parts"][name]["seconds"] for name in wanted) > 0
     assert best["parts"]["other"]["seconds"] < 0.15 * best["seconds"], "kernels without a name"
     assert best["price"] == pytest.approx(24 * found["steps"] * best["seconds"] / 3600, abs=0.01)

@@ -52,7 +52,7 @@ def model_of(depth: int, context: int = 2048) -> GPTConfig:
 def check(program: Compiled, name: str) -> None:
     absent_gpus.record(program, name)
     assert program.peak < LARGEST * GIB, name
-    assert not absent_gpus.products(program, "f32", 2**20), f"{name}: matrix products in float32"
+    assert not absent_gpus.products(program, "f32", 2**20), f"{name}: matmuls in float32"
     assert not absent_gpus.sorts(program, VOCAB // 4), f"{name}: whole rows of logits are sorted"
 
 
@@ -64,7 +64,7 @@ def check_step(program: Compiled, depth: int, mesh: dict, shard: str) -> None:
         assert len(collectives(program, "all-to-all")) <= weights + 2 and len(collectives(program, "all-gather")) <= 8
 
 
-# Midtraining runs the program of base: only its learning rates, which are numbers in it, can differ.
+# Midtraining runs base's program: only the learning rates can differ, and these are constants in the program.
 @pytest.mark.parametrize(
     ("depth", "rows", "mesh", "shard"),
     [(20, 32, {"data": 8}, "optimizer"), (20, 32, {}, "optimizer"), (20, 16, {"data": 8}, "full"),

@@ -107,7 +107,7 @@ def test_the_bound_counts_each_kernel_at_its_peak(program):
     np.testing.assert_allclose(line.parts["norms"].seconds, norm)
     np.testing.assert_allclose(line.parts["other"].seconds, update)
     memory = 2 * (1024 * 512 + 512 * 2048 + 1024 * 2048) / 3.35e12
-    np.testing.assert_allclose(line.parts["matrix products"].seconds, max(product, memory))
+    np.testing.assert_allclose(line.parts["matmuls"].seconds, max(product, memory))
     assert line.parts["attention"].seconds >= attention
     np.testing.assert_allclose(line.seconds, sum(part.seconds for part in line.parts.values()))
     slower = roofline(program, Target(H100, 8), Reachable(0.5, 0.5, 0.5))
@@ -205,7 +205,7 @@ def test_numbers_of_gpus():
     [(("bf16_tflops = 989", ""), ["bf16_tflops is missing"]), (("bf16_tflops", "bf16_tflop"), ["missing"]),
      (("name = ", "colour = 1\nname = "), ["unknown figure colour"]), (("3350", "-1"), ["memory_gb_per_s", "positive"]),
      (("3350", '"fast"'), ["memory_gb_per_s", "'fast'"]), (("node = 8", "node = 0"), ["whole number"]),
-     (("products = 0.81", "products = 81"), ["reachable.products", "share"]),
+     (("matmuls = 0.81", "products = 81"), ["reachable.matmuls", "share"]),
      (("[reachable]", "[reach]"), ["reachable"]),
      (("= 989", "= = 989"), ["not TOML"])],
 )  # fmt: skip

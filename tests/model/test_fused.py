@@ -1,4 +1,4 @@
-"""The kernels of the fused block equal their plain twins, and the block equals the plain block."""
+"""The kernels of the fused block equal their reference implementations, and the block equals the plain block."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ import tiny
 from nanochat_jax.config import REPOSITORY, GPTConfig
 from nanochat_jax.model import gpt
 from nanochat_jax.model.fused import matmul, rows, trial
+from nanochat_jax.model.fused.block import apply_blocks
 
 DTYPES = [jnp.float32, jnp.bfloat16]
 EPS = 1e-6
@@ -25,9 +26,9 @@ def numbers(*shape: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
-def assert_equal(kernel, twin, dtype) -> None:
+def assert_equal(kernel, reference, dtype) -> None:
     """Equal, or one rounding apart."""
-    a, b = (jax.tree.map(lambda x: np.asarray(x, np.float32), jax.tree.leaves(x)) for x in (kernel, twin))
+    a, b = (jax.tree.map(lambda x: np.asarray(x, np.float32), jax.tree.leaves(x)) for x in (kernel, reference))
     for x, y in zip(a, b, strict=True):
         assert x.shape == y.shape
         np.testing.assert_allclose(x, y, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)
@@ -38,11 +39,11 @@ def assert_equal(kernel, twin, dtype) -> None:
 def test_norms(shape, dtype):
     x, y, ds = (numbers(*shape, dtype=dtype, seed=i) for i in range(3))
     out = rows.add_norm(x, y, eps=EPS, interpret=True)
-    assert_equal(out, rows.plain_add_norm(x, y, eps=EPS), dtype)
+    assert_equal(out, rows.reference_add_norm(x, y, eps=EPS), dtype)
     for count in (1, 3):
         arguments = (ds, out[1], out[2], *[numbers(*shape, dtype=dtype, seed=9 + i) for i in range(count)])
         kernel = rows.add_norm_backward(*arguments, interpret=True)
-        assert_equal(kernel, rows.plain_add_norm_backward(*arguments), dtype)
+        assert_equal(kernel, rows.reference_add_norm_backward(*arguments), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,9 +53,9 @@ def test_rotations(shape, dtype):
     angle = numbers(shape[1], shape[3] // 2, seed=2)
     table = jnp.cos(angle), jnp.sin(angle)
     out = rows.rotate_norm(x, *table, eps=EPS, interpret=True)
-    assert_equal(out, rows.plain_rotate_norm(x, *table, eps=EPS), dtype)
+    assert_equal(out, rows.reference_rotate_norm(x, *table, eps=EPS), dtype)
     kernel = rows.rotate_norm_backward(g, *out, *table, interpret=True)
-    assert_equal(kernel, rows.plain_rotate_norm_backward(g, *out, *table), dtype)
+    assert_equal(kernel, rows.reference_rotate_norm_backward(g, *out, *table), dtype)
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [(jnp.float32, (2, 64, 64, 256)), (jnp.bfloat16, (3, 128, 128, 512))])
@@ -62,28 +63,28 @@ def test_matmuls(dtype, shape):
     b, t, i, o = shape
     x, w_in, w_out = numbers(b, t, i, dtype=dtype), numbers(i, o, dtype=dtype) / i, numbers(o, i, dtype=dtype) / i
     a = matmul.relu2(x, w_in, interpret=True)
-    assert_equal(a, matmul.plain_relu2(x, w_in), dtype)
+    assert_equal(a, matmul.reference_relu2(x, w_in), dtype)
     kernel = matmul.relu2_backward(x, a, w_out, interpret=True)
-    assert_equal(kernel, matmul.plain_relu2_backward(x, a, w_out), dtype)
+    assert_equal(kernel, matmul.reference_relu2_backward(x, a, w_out), dtype)
 
 
-def test_twins_have_the_gradients_of_autodiff():
+def test_the_references_have_the_gradients_of_autodiff():
     x, y = numbers(2, 6, 32), numbers(2, 6, 32, seed=1)
-    forward = functools.partial(rows.plain_add_norm, eps=EPS)
+    forward = functools.partial(rows.reference_add_norm, eps=EPS)
     (_, n, r), vjp = jax.vjp(forward, x, y)
     ds, g = numbers(2, 6, 32, seed=2), numbers(2, 6, 32, seed=3)
-    assert_equal(rows.plain_add_norm_backward(ds, n, r, g), vjp((ds, g, jnp.zeros_like(r)))[0], jnp.float32)
+    assert_equal(rows.reference_add_norm_backward(ds, n, r, g), vjp((ds, g, jnp.zeros_like(r)))[0], jnp.float32)
     x, angle = numbers(2, 6, 3, 16), numbers(6, 8)
-    (n, r), vjp = jax.vjp(lambda x: rows.plain_rotate_norm(x, jnp.cos(angle), jnp.sin(angle), eps=EPS), x)
+    (n, r), vjp = jax.vjp(lambda x: rows.reference_rotate_norm(x, jnp.cos(angle), jnp.sin(angle), eps=EPS), x)
     g = numbers(2, 6, 3, 16, seed=2)
-    twin = rows.plain_rotate_norm_backward(g, n, r, jnp.cos(angle), jnp.sin(angle))
-    assert_equal(twin, vjp((g, jnp.zeros_like(r)))[0], jnp.float32)
+    reference = rows.reference_rotate_norm_backward(g, n, r, jnp.cos(angle), jnp.sin(angle))
+    assert_equal(reference, vjp((g, jnp.zeros_like(r)))[0], jnp.float32)
 
 
 def test_a_rotation_is_that_of_the_plain_model():
     x, (cos, sin) = numbers(1, 6, 3, 16), gpt.rotary(jnp.arange(6)[None], dataclasses.replace(MODEL, n_embd=32))
     plain = gpt.norm(gpt.rotate(x, cos, sin), EPS)
-    assert_equal(rows.plain_rotate_norm(x, cos[0, :, 0], sin[0, :, 0], eps=EPS)[0], plain, jnp.float32)
+    assert_equal(rows.reference_rotate_norm(x, cos[0, :, 0], sin[0, :, 0], eps=EPS)[0], plain, jnp.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +97,7 @@ def test_the_model_and_its_gradients_are_those_of_the_plain_blocks(dtype):
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = gradient(params, gpt.PLAIN)
-    fused = gradient(params, gpt.Execution(per_device=trial.alone))
+    fused = gradient(params, gpt.Execution(fused=functools.partial(apply_blocks, trial.alone)))
     np.testing.assert_allclose(fused[0], plain[0], rtol=1e-2 if dtype == jnp.bfloat16 else 1e-6)
     for path, x in jax.tree_util.tree_leaves_with_path({"wte": plain[1]["wte"], "blocks": plain[1]["blocks"]}):
         y = functools.reduce(lambda tree, key: tree[key.key], path, fused[1])

@@ -7,11 +7,10 @@ BENCHMARKS.md.
 import math
 import os
 import re
-from collections import Counter
 
 from jax.sharding import Mesh
 
-from nanochat_jax.forecast import card, compiled
+from nanochat_jax.forecast import card, compiled, report
 from nanochat_jax.forecast.card import Target
 from nanochat_jax.forecast.compiled import GIB, Compiled
 
@@ -60,13 +59,9 @@ def _dims(line: str) -> list[int]:
 
 def record(program: Compiled, name: str) -> None:
     """Prints what a program needs, and adds it to the table."""
-    kernels = [kernel for kernel in program.program.kernels if not kernel.done]
-    kinds = Counter()
-    for kernel in kernels:
-        if kernel.is_collective and kernel.sent > 1000:  # leaves out single numbers
-            kinds[kernel.op] += kernel.times
-    sent = sum(kernel.times * kernel.sent for kernel in kernels if kernel.is_collective)
-    found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    kinds = report.collectives(program)
+    sent = sum(kind["bytes"] for kind in kinds.values())
+    found = ", ".join(f"{kind['count']} {name}" for name, kind in kinds.items()) or "none"
     print(
         f"{name}: {program.peak / GIB:.1f} GiB, of these {program.temporaries / GIB:.1f} temporary; "
         f"{program.program.count():,} kernels; {found}, {sent / 1e6:,.0f} MB sent; {program.seconds:.0f} s"

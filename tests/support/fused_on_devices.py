@@ -28,7 +28,7 @@ def difference(mesh: str) -> float:
     ids = np.random.default_rng(0).integers(0, 64, (1, 16, 129), dtype=np.int32)
     batch = {"inputs": put_rows(layout.mesh, ids[..., :-1]), "targets": put_rows(layout.mesh, ids[..., 1:])}
     for how in (execution(Base()), execution(Base(), layout)):
-        assert bool(how.per_device) == bool(results), "the second step is that of the fused block"
+        assert bool(how.fused) == bool(results), "the second step is that of the fused block"
         state = new_state(MODEL, tx)
         params = jax.tree.map(lambda p: p + 0.02, state.params)  # away from the zeros of the initialisation
         start = jax.tree.map(np.asarray, params)

@@ -8,6 +8,7 @@ Axis letters as in gpt.py. Statistics are float32, and every result is rounded o
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +16,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 f32 = jnp.float32
-ROWS = 4  # how many rows of [b,t,d] one program of a kernel computes
+Ref = Any  # a block in memory that a kernel reads or writes
+ROWS = 4  # how many rows of [b,t,d] one program instance computes
 POSITIONS = 32  # how many positions of one head it computes
 
 
 # -----------------------------------------------------------------------------
-# Plain twins
+# Reference implementations
 
 
-def plain_add_norm(x: jax.Array, y: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def reference_add_norm(x: jax.Array, y: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the sum s = x + y [b,t,d], its norm n [b,t,d], and the factors r, float32 [b,t]."""
     s = (x.astype(f32) + y.astype(f32)).astype(x.dtype)
     r = _factor(s.astype(f32), eps)
     return s, (s.astype(f32) * r[..., None]).astype(x.dtype), r
 
 
-def plain_add_norm_backward(ds: jax.Array, n: jax.Array, r: jax.Array, *gs: jax.Array) -> jax.Array:
+def reference_add_norm_backward(ds: jax.Array, n: jax.Array, r: jax.Array, *gs: jax.Array) -> jax.Array:
     """Returns the gradient of s [b,t,d]: `ds`, plus what the norm adds if the gradient of n is the sum of `gs`."""
     g = functools.reduce(jnp.add, [g.astype(f32) for g in gs])
     through_norm = _norm_backward(n.astype(f32), r[..., None], g)
     return (ds.astype(f32) + through_norm).astype(ds.dtype)
 
 
-def plain_rotate_norm(x: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+def reference_rotate_norm(x: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
     """Rotates x [b,t,h,k] as `gpt.rotate` does, for cos and sin [t,k/2]. Returns its norm n, and r [b,t,h]."""
     r = _factor(x.astype(f32), eps)  # a rotation does not change it
     x1, x2 = jnp.split(x.astype(f32) * r[..., None], 2, axis=-1)
     return jnp.concatenate(_rotated(x1, x2, cos[None, :, None], sin[None, :, None]), axis=-1).astype(x.dtype), r
 
 
-def plain_rotate_norm_backward(g: jax.Array, n: jax.Array, r: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def reference_rotate_norm_backward(
+    g: jax.Array, n: jax.Array, r: jax.Array, cos: jax.Array, sin: jax.Array
+) -> jax.Array:
     """Returns the gradient of x [b,t,h,k] if the gradient of n is g."""
     u1, u2 = jnp.split(_norm_backward(n.astype(f32), r[..., None], g.astype(f32)), 2, axis=-1)
     return jnp.concatenate(_rotated(u1, u2, cos[None, :, None], -sin[None, :, None]), axis=-1).astype(g.dtype)
@@ -69,9 +73,9 @@ def _rotated(x1: jax.Array, x2: jax.Array, cos: jax.Array, sin: jax.Array) -> tu
 def add_norm(
     x: jax.Array, y: jax.Array, *, eps: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The kernel of `plain_add_norm`."""
+    """The kernel of `reference_add_norm`."""
 
-    def kernel(x_ref, y_ref, s_ref, n_ref, r_ref):  # noqa: ANN001 (references to blocks in memory)
+    def kernel(x_ref: Ref, y_ref: Ref, s_ref: Ref, n_ref: Ref, r_ref: Ref) -> None:
         s = [(x + y).astype(x_ref.dtype).astype(f32) for x, y in zip(_read(x_ref), _read(y_ref), strict=True)]
         r = jax.lax.rsqrt(_sum([c * c for c in s]) / x_ref.shape[1] + eps)
         _write(s_ref, s)
@@ -84,9 +88,9 @@ def add_norm(
 
 
 def add_norm_backward(ds: jax.Array, n: jax.Array, r: jax.Array, *gs: jax.Array, interpret: bool = False) -> jax.Array:
-    """The kernel of `plain_add_norm_backward`."""
+    """The kernel of `reference_add_norm_backward`."""
 
-    def kernel(ds_ref, n_ref, r_ref, *refs):  # noqa: ANN001
+    def kernel(ds_ref: Ref, n_ref: Ref, r_ref: Ref, *refs: Ref) -> None:
         *g_refs, out_ref = refs
         n, g = _read(n_ref), [sum(parts) for parts in zip(*map(_read, g_refs), strict=True)]
         mean = _sum([a * b for a, b in zip(g, n, strict=True)]) / n_ref.shape[1]
@@ -125,12 +129,12 @@ def _divisor(n: int, most: int) -> int:
     return min(n & -n, most)
 
 
-def _read(ref) -> list[jax.Array]:  # noqa: ANN001
+def _read(ref: Ref) -> list[jax.Array]:
     width = _divisor(ref.shape[1], 2048)
     return [ref[:, pl.ds(i, width)].astype(f32) for i in range(0, ref.shape[1], width)]
 
 
-def _write(ref, blocks: list[jax.Array]) -> None:  # noqa: ANN001
+def _write(ref: Ref, blocks: list[jax.Array]) -> None:
     width = blocks[0].shape[1]
     for i, block in enumerate(blocks):
         ref[:, pl.ds(i * width, width)] = block.astype(ref.dtype)
@@ -147,9 +151,9 @@ def _sum(blocks: list[jax.Array]) -> jax.Array:
 def rotate_norm(
     x: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel of `plain_rotate_norm`."""
+    """The kernel of `reference_rotate_norm`."""
 
-    def kernel(x_ref, cos_ref, sin_ref, n_ref, r_ref):  # noqa: ANN001
+    def kernel(x_ref: Ref, cos_ref: Ref, sin_ref: Ref, n_ref: Ref, r_ref: Ref) -> None:
         x1, x2 = _halves(x_ref)
         r = jax.lax.rsqrt(((x1 * x1).sum(1) + (x2 * x2).sum(1)) / x_ref.shape[1] + eps)
         r_ref[...] = r
@@ -162,9 +166,9 @@ def rotate_norm(
 def rotate_norm_backward(
     g: jax.Array, n: jax.Array, r: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """The kernel of `plain_rotate_norm_backward`."""
+    """The kernel of `reference_rotate_norm_backward`."""
 
-    def kernel(g_ref, n_ref, r_ref, cos_ref, sin_ref, out_ref):  # noqa: ANN001
+    def kernel(g_ref: Ref, n_ref: Ref, r_ref: Ref, cos_ref: Ref, sin_ref: Ref, out_ref: Ref) -> None:
         g1, g2 = _halves(g_ref)
         n1, n2 = _halves(n_ref)
         r, mean = r_ref[...][:, None], (((g1 * n1).sum(1) + (g2 * n2).sum(1)) / g_ref.shape[1])[:, None]
@@ -174,7 +178,7 @@ def rotate_norm_backward(
     return _for_heads(kernel, [g, n, r], [cos, sin], [True], interpret)[0]
 
 
-def _halves(ref) -> tuple[jax.Array, jax.Array]:  # noqa: ANN001
+def _halves(ref: Ref) -> tuple[jax.Array, jax.Array]:
     half = ref.shape[1] // 2
     return ref[:, pl.ds(0, half)].astype(f32), ref[:, pl.ds(half, half)].astype(f32)
 
